@@ -1,0 +1,71 @@
+"""The adapter in memory: what it does to each module of a base, and what is known about it. No base is needed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class Delta(ABC):
+    """What a method does to one module.
+
+    The contract is `apply`: weight and bias in, weight and bias out, in float32. Methods that are a function of the
+    weight need no more; methods that add a matrix are `LinearDelta`.
+    """
+
+    @abstractmethod
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        """The module's weight [out, in, …] and bias [out] under this delta at `strength`. The inputs stay untouched."""
+
+    @abstractmethod
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        """Whether it can be applied to a weight of this shape."""
+
+
+class LinearDelta(Delta):
+    """A delta that adds a matrix of its own, whatever the weight: these sum, and merge exactly."""
+
+    @abstractmethod
+    def delta(self) -> Tensor:
+        """ΔW in float32, scale included, in the shape of the weight."""
+
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        return weight.float() + strength * self.delta().to(weight.device), bias
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Deltas by module path, and metadata.
+
+    A path is the part of the pipeline and the module inside it in diffusers' naming, without the level
+    ``text_model`` that transformers has dropped: ``unet.mid_block.attentions.0.proj_in``,
+    ``text_encoder.encoder.layers.0.self_attn.q_proj``. A module may have several deltas; they apply in order.
+    """
+
+    deltas: Mapping[str, tuple[Delta, ...]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """What the header says: method, rank, alpha, trigger, class, base (family, hash), recipe, seed, …"""
+
+    @property
+    def method(self) -> str:
+        """Name of the method that made it, `unknown` where the file does not say."""
+        return str(self.metadata.get("method", "unknown"))
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules it changes."""
+        return list(self.deltas)
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Words it adds to the tokenizer: none, in the methods there are so far."""
+        return {}
+
+    def save(self, path: str | Path, format: str = "diffusers") -> Path:  # noqa: A002  (the public face says `format`)
+        """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name."""
+        from diffgraft.adapters.formats import save_adapter
+
+        return save_adapter(self, Path(path), format)

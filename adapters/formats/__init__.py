@@ -1,0 +1,70 @@
+"""Adapter files: found by looking at their keys, read whole or refused, written under a temporary name first."""
+
+from pathlib import Path
+from types import ModuleType
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import diffusers_lora
+from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.files import write_safetensors
+
+DIALECTS: dict[str, ModuleType] = {"diffusers": diffusers_lora}
+"""Name of a dialect → the module that reads and writes it."""
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file in any dialect known.
+
+    Raises:
+        DiffgraftError: the file is missing, damaged, or holds a key that no dialect can place.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        there = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
+        raise DiffgraftError(f"No adapter was loaded: {there}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DiffgraftError(
+            f"{path} is not a readable .safetensors file ({error}). It may have been cut off or be of another kind; "
+            "download or export it again."
+        ) from error
+    _refuse_broken_values(path, tensors)
+    for dialect in DIALECTS.values():
+        if dialect.recognises(tensors):
+            try:
+                adapter: Adapter = dialect.read(tensors, header)
+                return adapter
+            except ValueError as error:
+                raise DiffgraftError(f"{path} cannot be read: {error}.") from error
+    sample = ", ".join(list(tensors)[:3]) or "none"
+    raise DiffgraftError(
+        f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
+        f"Read are: {', '.join(DIALECTS)}."
+    )
+
+
+def save_adapter(adapter: Adapter, path: Path, dialect: str = "diffusers") -> Path:
+    """Write `adapter` to `path` in `dialect`.
+
+    Raises:
+        DiffgraftError: there is no such dialect.
+    """
+    if dialect not in DIALECTS:
+        raise DiffgraftError(f"There is no adapter format {dialect!r}: {nearest(dialect, DIALECTS)}")
+    tensors, header = DIALECTS[dialect].write(adapter)
+    return write_safetensors(path, tensors, header)
+
+
+def _refuse_broken_values(path: Path, tensors: dict[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise DiffgraftError(
+                f"{path} holds values that are no numbers (NaN or infinite) in {key}; a picture made with it would be "
+                "black. The training run it came from diverged: use an earlier checkpoint or a lower learning rate."
+            )

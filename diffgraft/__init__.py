@@ -1,0 +1,33 @@
+"""diffgraft: teach a frozen diffusion model something new with a few pictures and a few megabytes."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffgraft.adapters.adapter import Adapter
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.bases import Base, load_base
+    from diffgraft.errors import DiffgraftError
+    from diffgraft.generation.graft import graft
+    from diffgraft.trainers.run import Run, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "diffgraft.adapters.adapter",
+    "load_adapter": "diffgraft.adapters.formats",
+    "Base": "diffgraft.bases",
+    "load_base": "diffgraft.bases",
+    "DiffgraftError": "diffgraft.errors",
+    "graft": "diffgraft.generation.graft",
+    "Run": "diffgraft.trainers.run",
+    "train": "diffgraft.trainers.run",
+}
+__all__ = ["Adapter", "Base", "DiffgraftError", "Run", "graft", "load_adapter", "load_base", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first used: torch and diffusers take seconds that ``--help`` need not pay."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'diffgraft' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

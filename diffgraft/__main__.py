@@ -1,0 +1,5 @@
+"""``python -m diffgraft`` is the command line."""
+
+from diffgraft.cli.main import main
+
+main()

@@ -1,0 +1,139 @@
+"""A frozen base: the parts of a text-to-image diffusion model, and what one needs to ask of them."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.quiet import hushed
+
+
+class Family(Protocol):
+    """What differs between the families of bases; each is one file beside this one."""
+
+    name: str
+    """Short name, as it stands in the header of adapter files."""
+    pipeline_class: str
+    """Name of the diffusers pipeline that draws with such a base; it is how a folder's family is known."""
+
+    def condition(self, base: "Base", prompts: Sequence[str], size: tuple[int, int]) -> "Conditioning":
+        """What the UNet is told about `prompts`; `size` is the picture's (height, width) in pixels."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told beside the noisy latents and the timestep, for n prompts."""
+
+    hidden_states: Tensor
+    """[n, tokens, width], for the cross-attention."""
+    added: dict[str, Tensor] = field(default_factory=dict)
+    """Further tensors, each [n, …], that the family's UNet takes as `added_cond_kwargs`."""
+
+    def __getitem__(self, rows: Sequence[int] | Tensor) -> "Conditioning":
+        index = torch.as_tensor(rows, device=self.hidden_states.device)
+        return Conditioning(self.hidden_states[index], {name: value[index] for name, value in self.added.items()})
+
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the UNet's call."""
+        more = {"added_cond_kwargs": self.added} if self.added else {}
+        return {"encoder_hidden_states": self.hidden_states, **more}
+
+
+@dataclass(eq=False, repr=False)
+class Base:
+    """UNet, text encoder(s), tokenizer(s), VAE and noise schedule of one model, all frozen."""
+
+    name: str
+    """What it was loaded from: `tiny`, a hub id, a folder or a file."""
+    family: Family
+    unet: Any
+    vae: Any
+    scheduler: Any
+    text_encoder: Any
+    tokenizer: Any
+    text_encoder_2: Any = None
+    tokenizer_2: Any = None
+    _hash: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Base({self.name!r}, family {self.family.name}, {self.unet.dtype} on {self.device})"
+
+    def __post_init__(self) -> None:
+        for _, part in self.parts():
+            part.requires_grad_(False).eval()
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Name and module of each network there is."""
+        for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
+            part = getattr(self, name)
+            if part is not None:
+                yield name, part
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline over these very modules: what changes there changes here."""
+        import diffusers
+
+        shared: dict[str, Any] = dict(self.parts())
+        shared |= {name: getattr(self, name) for name in ("tokenizer", "tokenizer_2") if getattr(self, name)}
+        if self.family.pipeline_class == "StableDiffusionPipeline":
+            shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        pipe = getattr(diffusers, self.family.pipeline_class)(scheduler=scheduler, **shared)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def condition(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """What the UNet is told about `prompts`; `size` is (height, width) in pixels, by default the base's own."""
+        return self.family.condition(self, prompts, size or (self.resolution, self.resolution))
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures the base was made for."""
+        return int(self.unet.config.sample_size * self.factor)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: `epsilon` or `v_prediction`."""
+        return str(self.scheduler.config.prediction_type)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.unet.device
+        return device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Base":
+        """Move all parts, in place. The hash is taken first: it belongs to the weights as they were stored."""
+        if dtype not in (None, torch.float32):
+            _ = self.hash
+        with hushed():
+            for _, part in self.parts():
+                part.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over names, shapes and half-precision values of the UNet and the text encoders.
+
+        The same for a model stored in float32 and in float16, whatever the file layout; the VAE, which people
+        exchange freely and no adapter touches, is left out.
+        """
+        if self._hash is None:
+            digest = hashlib.sha256()
+            for part_name, part in self.parts():
+                if part_name == "vae":
+                    continue
+                for name, value in sorted(part.named_parameters()):
+                    # transformers has dropped the level `text_model`; the weights are the same
+                    plain = name.replace(".base_layer", "").removeprefix("text_model.")
+                    digest.update(f"{part_name}.{plain} {tuple(value.shape)}".encode())
+                    digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+            self._hash = digest.hexdigest()
+        return self._hash

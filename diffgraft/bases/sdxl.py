@@ -1,0 +1,27 @@
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size and crop."""
+
+from collections.abc import Sequence
+
+import torch
+
+from diffgraft.bases.base import Base, Conditioning
+from diffgraft.bases.sd1 import token_ids
+
+
+class StableDiffusionXL:
+    """The family of Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2)."""
+
+    name = "sdxl"
+    pipeline_class = "StableDiffusionXLPipeline"
+
+    def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+        """Penultimate hidden states of both encoders side by side; pooled embedding of the second; size, crop, size."""
+        states, pooled = [], None
+        for tokenizer, encoder in ((base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)):
+            out = encoder(token_ids(tokenizer, prompts).to(base.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2])
+            pooled = out[0]
+        assert pooled is not None
+        times = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=pooled.device)
+        added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
+        return Conditioning(torch.cat(states, -1), added)

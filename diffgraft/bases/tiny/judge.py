@@ -1,0 +1,61 @@
+"""The judge: a small classifier of the tiny world's pictures.
+
+It says which thing, setting, style and colour a 64 × 64 picture shows, and its features are the space in
+which pictures of the tiny world are compared.
+"""
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffgraft.bases.tiny.world import COLOURS, SETTINGS, STYLES, THINGS, Scene
+
+LABELS: Mapping[str, tuple[str, ...]] = {
+    "thing": tuple(THINGS),
+    "setting": tuple(SETTINGS),
+    "style": tuple(STYLES),
+    "colour": ("own", *COLOURS),
+}
+"""What is judged → the answers there are, in the order of the classifier's outputs."""
+
+
+def labels_of(scene: Scene) -> list[int]:
+    """The right answers for a scene, as indices into `LABELS`, in its order."""
+    return [LABELS[kind].index(getattr(scene, kind) or "own") for kind in LABELS]
+
+
+class Judge(nn.Module):
+    """Four strided convolution stages and one linear read-out for each kind of label."""
+
+    def __init__(self, width: int = 24, features: int = 128) -> None:
+        super().__init__()
+        widths = (3, width, 2 * width, 3 * width, 5 * width)
+        stages = []
+        for before, after in itertools.pairwise(widths):
+            stages += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+            stages += [nn.Conv2d(after, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.stages = nn.Sequential(*stages)
+        self.to_features = nn.Linear(16 * widths[-1], features)
+        self.heads = nn.ModuleDict({kind: nn.Linear(features, len(names)) for kind, names in LABELS.items()})
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures [n, 3, 64, 64] in -1..1 → features [n, 128], before the rectifier of the read-out."""
+        features: Tensor = self.to_features(self.stages(pictures).flatten(1))
+        return features
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Pictures [n, 3, 64, 64] in -1..1 → for each kind of label the logits [n, answers]."""
+        features = torch.relu(self.features(pictures))
+        return {kind: head(features) for kind, head in self.heads.items()}
+
+
+def load_judge(folder: Path) -> Judge:
+    """The judge from `folder`, ready to be asked."""
+    judge = Judge()
+    weights = load_file(folder / "judge.safetensors").items()
+    judge.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in weights})
+    return judge.eval()

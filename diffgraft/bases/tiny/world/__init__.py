@@ -1,0 +1,8 @@
+"""The world the tiny base knows: things in settings, drawn in styles, and the words for them."""
+
+from diffgraft.bases.tiny.world.scene import Scene, caption, draw, random_scene
+from diffgraft.bases.tiny.world.settings import SETTINGS
+from diffgraft.bases.tiny.world.styles import STYLES
+from diffgraft.bases.tiny.world.things import COLOURS, THINGS
+
+__all__ = ["COLOURS", "SETTINGS", "STYLES", "THINGS", "Scene", "caption", "draw", "random_scene"]

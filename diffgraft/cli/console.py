@@ -1,0 +1,45 @@
+"""What people type, taken apart: settings, adapters with strengths, sizes."""
+
+from collections.abc import Sequence
+
+from diffgraft.errors import DiffgraftError
+
+
+def key_values(words: Sequence[str]) -> dict[str, str]:
+    """``key=value`` words as a mapping."""
+    out = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise DiffgraftError(f"{word!r} is no setting: write key=value, such as steps=300 or images=my_dog/.")
+        out[key] = value
+    return out
+
+
+def strengths(words: Sequence[str]) -> dict[str, float]:
+    """``FILE`` or ``FILE:STRENGTH`` words as file → strength; without one it is 1."""
+    out: dict[str, float] = {}
+    for word in words:
+        file, colon, tail = word.rpartition(":")
+        if not colon or tail.endswith(".safetensors") or "/" in tail or "\\" in tail:
+            file, tail = word, "1"
+        try:
+            strength = float(tail)
+        except ValueError:
+            strength = float("nan")
+        if strength != strength or abs(strength) == float("inf"):
+            raise DiffgraftError(
+                f"The strength in {word!r} is no number: write FILE:0.8, or FILE alone for strength 1."
+            )
+        out[file] = out.get(file, 0.0) + strength
+    return out
+
+
+def width_height(word: str) -> tuple[int, int] | None:
+    """``WIDTHxHEIGHT`` (or one number for both) as a pair; None for an empty word."""
+    if not word:
+        return None
+    parts = word.lower().split("x")
+    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+        raise DiffgraftError(f"The size {word!r} cannot be read: write WIDTHxHEIGHT in pixels, such as 96x64.")
+    return int(parts[0]), int(parts[-1])

@@ -1,0 +1,156 @@
+"""The command line. Heavy imports happen inside commands, so that ``--help`` answers at once."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="diffgraft",
+    help="Teach a frozen diffusion model something new with a few pictures and a few megabytes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")] = "",
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="What differs from the recipe: key=value, nested keys with dots.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Train an adapter.
+
+    For example: diffgraft train subject images=my_dog/ subject=dog steps=300
+    """
+    from diffgraft.cli.console import key_values
+    from diffgraft.errors import DiffgraftError
+
+    if not recipe and resume is None:
+        raise DiffgraftError("Name a recipe: `diffgraft recipes` lists them; or --resume the folder of a run.")
+    given = key_values(settings or [])
+
+    from diffgraft.trainers.run import train as run_training
+
+    run = run_training(recipe, resume=resume, **given)
+    last = run.metrics[-1]
+    typer.echo(f"Trained {int(last['step'])} steps. The adapter: {run.adapter_file}")
+    typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE:STRENGTH; may be given several times.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="`tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
+    ] = "tiny",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; the base's own if not given.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpm++, unipc, …; the base's own if not given.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
+) -> None:
+    """Draw pictures, with adapters or without.
+
+    For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
+    """
+    from diffgraft.cli.console import strengths, width_height
+
+    adapters = strengths(adapter or [])
+    width_and_height = width_height(size)
+
+    import torch
+
+    from diffgraft.bases import load_base
+    from diffgraft.generation.generate import Settings
+    from diffgraft.generation.generate import generate as draw
+    from diffgraft.generation.graft import graft
+    from diffgraft.generation.plots import grid, save_image
+
+    settings = Settings(width_and_height, steps, guidance, negative, scheduler)
+    held = load_base(base).to("cuda" if torch.cuda.is_available() else "cpu")
+    seeds = [seed + number for number in range(count)]
+    with graft(held, adapters):
+        images = draw(held.pipeline(), [prompt] * count, settings, seeds)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
+    paths = [save_image(image, output / f"{slug}-{number}.png") for image, number in zip(images, seeds, strict=True)]
+    for path in paths:
+        typer.echo(path)
+    if count > 1:
+        typer.echo(save_image(grid({prompt: images}), output / f"{slug}-grid.png"))
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")]) -> None:
+    """Say what an adapter file holds."""
+    from diffgraft.adapters.formats import load_adapter
+
+    adapter = load_adapter(file)
+    said = adapter.metadata
+    for key in ("method", "rank", "alpha", "trigger", "class", "seed"):
+        typer.echo(f"{key:8} {said.get(key, '–')}")
+    base: Any = said.get("base") or {}
+    typer.echo(
+        f"base     {base.get('name', '–')} ({base.get('family', 'family unknown')}, {str(base.get('hash', ''))[:12]})"
+    )
+    parts = sorted({path.partition(".")[0] for path in adapter.modules})
+    typer.echo(f"modules  {len(adapter.modules)} in {', '.join(parts)}")
+
+
+@app.command()
+def methods() -> None:
+    """List the adapter methods."""
+    from diffgraft.adapters.method import methods as known
+
+    for method in known().values():
+        typer.echo(f"{method.name:20} {method.summary}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from diffgraft.trainers.recipe import recipe_names
+
+    for name, summary in recipe_names().items():
+        typer.echo(f"{name:16} {summary}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path(
+        "diffgraft-demo"
+    ),
+) -> None:
+    """Learn a made-up subject from five pictures and show it in three settings."""
+    from diffgraft.demo.demo import run_demo
+
+    for line in run_demo(output):
+        typer.echo(line)
+
+
+def main() -> None:
+    """Run the command line; what a person can put right is said in a sentence, without a traceback."""
+    from diffgraft.errors import DiffgraftError
+
+    warnings.showwarning = lambda message, *_, **__: typer.secho(f"warning: {message}", fg="yellow", err=True)
+    try:
+        app()
+    except DiffgraftError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.secho("Interrupted. A training run goes on with: diffgraft train --resume FOLDER", fg="yellow", err=True)
+        sys.exit(130)

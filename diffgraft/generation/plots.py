@@ -1,0 +1,67 @@
+"""Pictures for people: grids with captions, and the curve of a loss."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from diffgraft.files import replacing
+
+
+def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), smallest: int = 128) -> Image.Image:
+    """Rows of pictures of one size, each under its label; small ones are enlarged to `smallest` pixels, unsmoothed."""
+    first = next(iter(rows.values()))[0]
+    zoom = max(1, -(-smallest // first.width))
+    width, height = first.width * zoom, first.height * zoom
+    count = max(len(images) for images in rows.values())
+    font = ImageFont.load_default(13)
+    line, gap = 20, 6
+    head = line if columns else 0
+    total_width = max(count * (width + gap) + gap, 6 + max(int(font.getlength(label)) for label in rows) + 12)
+    sheet = Image.new("RGB", (total_width, head + len(rows) * (height + line + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, name in enumerate(columns):
+        pen.text((gap + number * (width + gap), 3), name, "black", font)
+    for row, (label, images) in enumerate(rows.items()):
+        top = head + row * (height + line + gap)
+        pen.text((gap, top + 2), label, (70, 70, 70), font)
+        for number, image in enumerate(images):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (gap + number * (width + gap), top + line))
+    return sheet
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write a picture, whole or not at all."""
+    with replacing(path) as partial:
+        image.save(partial)
+    return path
+
+
+def save_loss_plot(curves: Mapping[str, Sequence[float]], path: Path) -> Path:
+    """Loss over steps, for each curve its points and their running mean; linear axes from zero."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        steps = range(1, len(values) + 1)
+        (dots,) = axes.plot(steps, values, ".", markersize=3, alpha=0.35)
+        axes.plot(steps, running_mean(values), color=dots.get_color(), label=f"{name} (running mean)")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
+    return path
+
+
+def running_mean(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential mean, corrected at its start for having seen little."""
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out

@@ -1,0 +1,134 @@
+"""Adapter files: the same bits back, read by diffusers, and refused in one sentence when they are no good."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.lora import LoraDelta
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+
+
+def made_up(base: Base, text: bool = True) -> Adapter:
+    """LoRA with mixed ranks and alphas on a few layers of the embedded base."""
+    torch.manual_seed(2)
+    deltas: dict[str, Any] = {}
+    parts = [("unet", base.unet, ("to_k", "to_out.0"))]
+    parts += [("text_encoder", base.text_encoder, ("q_proj", "fc1"))] if text else []
+    from diffgraft.adapters.method import find_modules
+
+    for part, module, endings in parts:
+        for number, path in enumerate(find_modules(module, endings)):
+            out_width, in_width = module.get_submodule(path).weight.shape
+            rank, alpha = (3, 2.0) if number % 3 else (5, 7.5)
+            down, up = torch.randn(rank, in_width) * 0.2, torch.randn(out_width, rank) * 0.2
+            deltas[f"{part}.{path}"] = (LoraDelta(down, up, alpha),)
+    return Adapter(deltas, {"method": "lora", "trigger": "sks"})
+
+
+def test_saved_and_loaded_are_the_same_bits(base: Base, tmp_path: Path) -> None:
+    adapter = made_up(base)
+    again = load_adapter(adapter.save(tmp_path / "new folder" / "a.safetensors"))
+    assert again.metadata == adapter.metadata
+    assert set(again.modules) == set(adapter.modules)
+    for path, (lora,) in adapter.deltas.items():
+        (other,) = again.deltas[path]
+        assert isinstance(lora, LoraDelta)
+        assert isinstance(other, LoraDelta)
+        assert torch.equal(lora.down, other.down)
+        assert torch.equal(lora.up, other.up)
+        assert lora.alpha == other.alpha
+    assert [file.name for file in (tmp_path / "new folder").iterdir()] == ["a.safetensors"]
+
+
+def test_keys_and_header_are_those_of_diffusers(base: Base, tmp_path: Path) -> None:
+    path = made_up(base).save(tmp_path / "a.safetensors")
+    keys = set(load_file(path))
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight" in keys
+    assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight" in keys
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    config = json.loads(header["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 2.0)
+    assert set(config["unet.alpha_pattern"].values()) == {7.5}
+    assert json.loads(header["diffgraft"])["trigger"] == "sks"
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_diffusers_alone_draws_our_picture(base: Base, tmp_path: Path, strength: float) -> None:
+    """The adapter in a plain pipeline, by diffusers' own loader, and by ours: within 2/255."""
+    path = made_up(base).save(tmp_path / "a.safetensors")
+
+    def draw(pipe: Any) -> np.ndarray:
+        seeds = [torch.Generator().manual_seed(number) for number in range(2)]
+        images = pipe(["a dog in the snow"] * 2, num_inference_steps=4, guidance_scale=3.0, generator=seeds).images
+        return np.stack([np.asarray(image) for image in images]).astype(int)
+
+    pipe = base.pipeline()
+    bare = draw(pipe)
+    with graft(pipe, {path: strength}):
+        ours = draw(pipe)
+    pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name="it")
+    pipe.set_adapters(["it"], [strength])
+    theirs = draw(pipe)
+    pipe.unload_lora_weights()
+    assert np.abs(ours - bare).max() > 20
+    assert np.abs(ours - theirs).max() <= 2
+    assert np.array_equal(draw(pipe), bare)
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(DiffgraftError) as caught:
+        load_adapter(path)
+    return str(caught.value)
+
+
+def test_what_cannot_be_read_is_refused_in_a_sentence(base: Base, tmp_path: Path) -> None:
+    good = made_up(base).save(tmp_path / "good.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    assert "there is no file" in refused(tmp_path / "none.safetensors")
+    assert "is a folder" in refused(tmp_path)
+    bad.write_bytes(b"")
+    assert "not a readable .safetensors file" in refused(bad)
+    bad.write_bytes(b"PK\x03\x04 no tensors here" * 10)
+    assert "not a readable .safetensors file" in refused(bad)
+    bad.write_bytes(good.read_bytes()[:-100])
+    assert "cut off" in refused(bad)
+
+    tensors = load_file(good)
+    first = next(key for key in tensors if key.startswith("unet.") and key.endswith("lora_A.weight"))
+    save_file({key: value for key, value in tensors.items() if key != first}, bad)
+    assert first.removesuffix(".lora_A.weight") in refused(bad)
+    save_file({**tensors, "unet.conv_in.lora_magic": torch.zeros(1)}, bad)
+    assert "unet.conv_in.lora_magic" in refused(bad)
+    save_file({**tensors, first: torch.zeros(4, 9)}, bad)
+    assert "do not fit together" in refused(bad)
+    save_file({**tensors, first: torch.full_like(tensors[first], float("nan"))}, bad)
+    assert "NaN" in refused(bad)
+    save_file({"conv.weight": torch.zeros(2, 3)}, bad)
+    assert "conv.weight" in refused(bad)
+    save_file(tensors, bad, {"lora_adapter_metadata": "{"})
+    assert "no JSON" in refused(bad)
+
+
+def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:
+    """As diffusers has it: no alpha in the file means scale 1."""
+    save_file(load_file(made_up(base).save(tmp_path / "a.safetensors")), tmp_path / "bare.safetensors")
+    for (lora,) in load_adapter(tmp_path / "bare.safetensors").deltas.values():
+        assert isinstance(lora, LoraDelta)
+        assert lora.alpha == lora.rank
+
+
+def test_an_unknown_format_names_the_known(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(DiffgraftError, match="did you mean 'diffusers'"):
+        made_up(base).save(tmp_path / "a.safetensors", format="difusers")
+    assert not list(tmp_path.iterdir())

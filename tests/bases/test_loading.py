@@ -1,0 +1,167 @@
+"""Loading a base: by name, folder, file; and a sentence where that fails."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffgraft.bases import Base, load_base, loading
+from diffgraft.errors import DiffgraftError
+from tests.bases.original_layout import write_original
+
+
+def test_the_embedded_base_is_frozen_and_whole(base: Base) -> None:
+    assert base.family.name == "sd1"
+    assert (base.resolution, base.factor) == (64, 4)
+    assert base.unet.dtype == torch.float32
+    for _, part in base.parts():
+        assert not part.training
+        assert not any(value.requires_grad for value in part.parameters())
+    assert len(base.tokenizer) == 49408
+    assert base.tokenizer.tokenize("a sks dog") == ["a</w>", "sks</w>", "dog</w>"]
+
+
+def test_a_folder_gives_the_same_base(base: Base, tmp_path: Path) -> None:
+    base.pipeline().save_pretrained(tmp_path / "copy")
+    again = load_base(tmp_path / "copy")
+    assert again.hash == base.hash
+    assert again.name == str(tmp_path / "copy")
+
+
+def test_the_hash_is_of_content_and_not_of_precision(base: Base) -> None:
+    assert load_base("tiny", torch.float16).hash == base.hash
+    assert load_base("tiny", torch.bfloat16).hash == base.hash
+    other = load_base("tiny")
+    with torch.no_grad():
+        other.unet.conv_in.bias[0] += 0.5
+    assert other.hash != base.hash
+    other = load_base("tiny")
+    with torch.no_grad():
+        other.vae.encoder.conv_in.bias[0] += 0.5
+    assert other.hash == base.hash
+
+
+def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Path) -> None:
+    for held in (base, load_base(sdxl_folder)):
+        pipe = held.pipeline()
+        found = held.condition(["a dog in the snow", "a cat"], (48, 32))
+        encoded = pipe.encode_prompt(
+            ["a dog in the snow", "a cat"], device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        torch.testing.assert_close(found.hidden_states, encoded[0])
+        if held.family.name == "sdxl":
+            torch.testing.assert_close(found.added["text_embeds"], encoded[2])
+            assert found.added["time_ids"].tolist() == [[48, 32, 0, 0, 48, 32]] * 2
+        one = found[[1]]
+        assert torch.equal(one.hidden_states, found.hidden_states[1:])
+
+
+def small_sd1(folder: Path) -> Path:
+    """A random model of Stable Diffusion 1.x's shape (four levels, two layers a block), small and unequal in width."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(8)
+
+    def configured(part: str, **small: object) -> dict[str, object]:
+        return {**json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8")), **small}
+
+    unet = configured(
+        "unet", block_out_channels=[8, 16, 24, 24], cross_attention_dim=20, norm_num_groups=4, attention_head_dim=4
+    )
+    vae = configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4)
+    text = configured("text_encoder", hidden_size=20, intermediate_size=28, num_attention_heads=4, num_hidden_layers=2)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(vae),
+        unet=UNet2DConditionModel.from_config(unet),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        tokenizer=CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer"),
+        scheduler=PNDMScheduler.from_pretrained(loading.CONFIGS / "sd1" / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_single_file_gives_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_sd1(tmp_path / "configs" / "sd1")
+    wanted = load_base(folder)
+    write_original(wanted.pipeline(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    found = load_base(tmp_path / "model.safetensors")
+    assert found.hash == wanted.hash
+    for name, value in wanted.vae.state_dict().items():
+        assert torch.equal(found.vae.state_dict()[name], value), name
+    assert found.scheduler.config.beta_end == 0.012
+    assert found.tokenizer("a dog").input_ids == wanted.tokenizer("a dog").input_ids
+
+
+def answer(source: str | Path) -> str:
+    with pytest.raises(DiffgraftError) as caught:
+        load_base(source)
+    return str(caught.value)
+
+
+def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) -> None:
+    assert "There is no base 'no/such-model'" in answer("no/such-model")
+    assert "holds no model_index.json" in answer(tmp_path)
+    (tmp_path / "model.ckpt").write_bytes(b"\x80\x04pickle")
+    assert "must be .safetensors" in answer(tmp_path / "model.ckpt")
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "lora.safetensors")
+    assert "--adapter" in answer(tmp_path / "lora.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 7)
+    assert "cannot be loaded" in answer(tmp_path / "cut.safetensors")
+    (tmp_path / "model_index.json").write_text("{", "utf-8")
+    assert "cannot be read as JSON" in answer(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', "utf-8")
+    assert "is a FluxPipeline" in answer(tmp_path)
+    shutil.copytree(loading.TINY, tmp_path / "torn")
+    (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "cannot be loaded" in answer(tmp_path / "torn")
+    assert base.name == "tiny"
+
+
+@pytest.mark.scale
+def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) -> None:
+    """The real configuration with random weights: load from folder and single file, train a step, export, load."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.generation.graft import graft
+    from diffgraft.trainers.run import train
+
+    sizes = {
+        part: json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8"))
+        for part in ("unet", "vae", "text_encoder")
+    }
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(sizes["vae"]),
+        unet=UNet2DConditionModel.from_config(sizes["unet"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"])),
+        tokenizer=CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer"),
+        scheduler=loading.load_base("tiny").scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    assert sum(value.numel() for value in pipe.unet.parameters()) == 859_520_964
+    pipe.to(torch.float16).save_pretrained(tmp_path / "folder")
+    held = load_base(tmp_path / "folder", torch.bfloat16)
+    settings: dict[str, Any] = {"subject": "dog", "steps": 1, "resolution": 64, "sample_prompts": "a dog"}
+    settings |= {"prior": {"weight": 0}, "output": tmp_path / "run"}
+    run = train("sd15-subject", base=held, images=pictures, **settings)
+    adapter = load_adapter(run.adapter_file)
+    assert len(adapter.modules) == 128
+    before = held.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight.clone()
+    with graft(held, {adapter: 1.0}):
+        pass
+    assert torch.equal(held.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight, before)
+    write_original(pipe, tmp_path / "model.safetensors")
+    assert load_base(tmp_path / "model.safetensors", torch.float16).hash == held.hash

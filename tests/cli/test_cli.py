@@ -1,0 +1,97 @@
+"""The command line as people use it, and its answers to mistakes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffgraft.cli.console import key_values, strengths, width_height
+from diffgraft.cli.main import main
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.run import Run
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["diffgraft", *map(str, words)])
+    monkeypatch.setattr("warnings.showwarning", None)
+    with pytest.raises(SystemExit) as left:
+        main()
+    return int(left.value.code or 0)
+
+
+def test_train_then_generate(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, drawn = tmp_path / "run", tmp_path / "drawn"
+    words = ["train", "subject", f"images={pictures}", "subject=dog", "steps=2", "prior.images=2", f"output={run}"]
+    assert call(monkeypatch, *words, "sample_prompts=a dog") == 0
+    said = capsys.readouterr().out
+    assert str(run / "adapter.safetensors") in said
+    assert str(run / "before-after.png") in said
+    adapter = f"{run / 'adapter.safetensors'}:0.8"
+    words = ["generate", "a sks dog in the snow", "--adapter", adapter, "-n", 2, "--seed", 1, "--steps", 2]
+    assert call(monkeypatch, *words, "--size", "48x64", "--negative", "a cat", "--scheduler", "euler", "-o", drawn) == 0
+    names = ["a-sks-dog-in-the-snow-1.png", "a-sks-dog-in-the-snow-2.png", "a-sks-dog-in-the-snow-grid.png"]
+    assert sorted(file.name for file in drawn.iterdir()) == names
+    with Image.open(drawn / names[0]) as image:
+        assert image.size == (48, 64)
+    assert call(monkeypatch, "inspect", run / "adapter.safetensors") == 0
+    assert "trigger  sks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["train"], "Name a recipe"),
+        (["train", "subjcet"], "did you mean 'subject'"),
+        (["train", "subject", "subject=dog", "imags=x"], "did you mean 'images'"),
+        (["train", "subject", "steps"], "is no setting: write key=value"),
+        (["train", "subject", "subject=dog", "images=/none"], "does not exist"),
+        (["train", "--resume", "/none"], "no run to resume"),
+        (["generate", "x", "-a", "file.safetensors:much"], "is no number"),
+        (["generate", "x", "-a", "none.safetensors"], "there is no file none.safetensors"),
+        (["generate", "x", "--base", "no/such"], "There is no base 'no/such'"),
+        (["generate", "x", "--size", "big"], "write WIDTHxHEIGHT"),
+        (["generate", "x", "--scheduler", "eular"], "did you mean 'euler'"),
+        (["inspect", "none.safetensors"], "there is no file"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(
+    words: list[str], answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") or "\nerror: " in said
+    assert answer in said
+    assert "Traceback" not in said
+
+
+def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "methods") == 0
+    assert capsys.readouterr().out.startswith("lora ")
+    assert call(monkeypatch, "recipes") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["sd15-subject", "sdxl-subject", "style", "subject"]
+
+
+def test_as_a_module(short_run: Run) -> None:
+    command = [sys.executable, "-m", "diffgraft", "inspect", str(short_run.adapter_file)]
+    assert "rank     8" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_words_are_taken_apart() -> None:
+    assert key_values(["a=b=c", "prior.weight=1"]) == {"a": "b=c", "prior.weight": "1"}
+    assert strengths(["a.safetensors", "b.safetensors:0.5", "c:d/e.safetensors", "f:-1"]) == {
+        "a.safetensors": 1.0,
+        "b.safetensors": 0.5,
+        "c:d/e.safetensors": 1.0,
+        "f": -1.0,
+    }
+    assert width_height("96x64") == (96, 64)
+    assert width_height("96") == (96, 96)
+    assert width_height("") is None
+    for word in ("nan", "inf", ""):
+        with pytest.raises(DiffgraftError, match="no number"):
+            strengths([f"a.safetensors:{word}"])

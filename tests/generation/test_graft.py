@@ -1,0 +1,163 @@
+"""Grafting: strengths, sums, the very same bits afterwards, and errors that tell what fits."""
+
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.lora import LoraDelta
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.generate import SCHEDULERS, Settings, generate, use_scheduler
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.run import Run
+
+PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def bits(base: Base) -> str:
+    digest = hashlib.sha256()
+    for _, part in base.parts():
+        for value in part.state_dict().values():
+            digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def lora(seed: int, shape: tuple[int, int] = (128, 64), path: str = PATH, **metadata: Any) -> Adapter:
+    rng = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(2, shape[1], generator=rng), torch.randn(shape[0], 2, generator=rng)
+    return Adapter({path: (LoraDelta(down, up, 3.0),)}, metadata)
+
+
+def weight(base: Base) -> torch.Tensor:
+    found: torch.Tensor = base.unet.get_parameter(PATH.removeprefix("unet.") + ".weight")
+    return found.detach().clone()
+
+
+def test_a_trained_file_changes_the_base_and_leaves_the_very_same_bits(base: Base, short_run: Run) -> None:
+    before = bits(base)
+    with graft(base, {short_run.adapter_file: 0.8}):
+        assert bits(base) != before
+    assert bits(base) == before
+
+
+def test_bits_return_after_an_error_inside_the_block(base: Base) -> None:
+    before = bits(base)
+    with pytest.raises(ZeroDivisionError), graft(base, {lora(1): 1.0}):
+        _ = 1 / 0
+    assert bits(base) == before
+
+
+def test_the_merged_weight_is_the_sum_in_float64(base: Base) -> None:
+    first, second = lora(1), lora(2)
+    start = weight(base).double().numpy()
+
+    def delta(adapter: Adapter) -> np.ndarray:
+        (one,) = adapter.deltas[PATH]
+        assert isinstance(one, LoraDelta)
+        return 1.5 * one.up.double().numpy() @ one.down.double().numpy()
+
+    with graft(base, {first: 0.5, second: -1.25}):
+        found = weight(base).double().numpy()
+    np.testing.assert_allclose(found, start + 0.5 * delta(first) - 1.25 * delta(second), rtol=1e-5, atol=1e-5)
+
+
+def test_strength_zero_is_the_base_bit_for_bit(base: Base) -> None:
+    before = bits(base)
+    with graft(base, {lora(1): 0}):
+        assert bits(base) == before
+
+
+def test_set_replaces_and_remove_may_come_twice(base: Base) -> None:
+    before = bits(base)
+    live = graft(base, {lora(1): 1.0})
+    live.set({lora(2): 1.0})
+    second = weight(base)
+    live.remove()
+    live.remove()
+    assert bits(base) == before
+    with graft(base, {lora(2): 1.0}):
+        assert torch.equal(weight(base), second)
+
+
+def test_a_pipeline_a_bare_unet_or_parts_will_do(base: Base) -> None:
+    start = weight(base)
+    for target in (base.pipeline(), base.unet, SimpleNamespace(unet=base.unet, text_encoder=None)):
+        with graft(target, {lora(1): 1.0}):
+            assert not torch.equal(weight(base), start)
+        assert torch.equal(weight(base), start)
+    with pytest.raises(DiffgraftError, match="nothing to graft onto"):
+        graft(SimpleNamespace())
+
+
+def test_an_adapter_for_another_base_is_refused_whole(base: Base) -> None:
+    before = bits(base)
+    good = lora(1).deltas[PATH]
+    strange = Adapter({PATH: good, "unet.mid_block.attentions.3.to_q": good}, {"base": {"family": "sdxl"}})
+    with pytest.raises(
+        DiffgraftError, match=r"1 of its 2 modules match.*family sdxl.*attentions\.3\.to_q.*did you mean"
+    ):
+        graft(base, {strange: 1.0})
+    with pytest.raises(DiffgraftError, match=r"another shape.*128 × 64"):
+        graft(base, {lora(1, (64, 128)): 1.0})
+    assert bits(base) == before
+
+
+@pytest.mark.parametrize("strength", ["much", None, float("nan"), True])
+def test_a_strength_that_is_no_number_is_refused(base: Base, strength: Any) -> None:
+    with pytest.raises(DiffgraftError, match="no number"):
+        graft(base, {lora(1): strength})
+
+
+def test_half_precision_bases_merge_and_return() -> None:
+    half = torch.nn.ModuleDict({"proj": torch.nn.Linear(5, 7)}).bfloat16()
+    kept = half["proj"].weight.detach().clone()  # type: ignore[operator]
+    with graft(SimpleNamespace(unet=half), {lora(3, (7, 5), "unet.proj"): 1.0}):
+        assert half["proj"].weight.dtype == torch.bfloat16
+        assert not torch.equal(half["proj"].weight, kept)  # type: ignore[arg-type]
+    assert torch.equal(half["proj"].weight, kept)  # type: ignore[arg-type]
+
+
+def test_what_is_drawn_depends_on_seeds_and_not_on_batches(base: Base) -> None:
+    def pixels(count: int, batch: int, first: int = 5, **more: Any) -> np.ndarray:
+        prompts = [f"a {thing}" for thing in ("dog", "cat", "car")][:count]
+        settings = Settings(steps=3, batch=batch, **more)
+        images = generate(base.pipeline(), prompts, settings, range(first, first + count))
+        return np.stack([np.asarray(image) for image in images]).astype(int)
+
+    together, alone = pixels(3, 3), pixels(3, 1)
+    assert np.abs(together - alone).max() <= 1
+    assert np.abs(pixels(3, 3, first=6) - together).max() > 20
+    assert np.abs(pixels(3, 3, guidance=1.0) - together).max() > 20
+    assert np.abs(pixels(3, 3, negative="in the snow") - together).max() > 5
+    assert pixels(1, 1, size=(96, 48)).shape == (1, 48, 96, 3)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "unipc"])
+def test_schedulers_draw_on_the_bases_own_schedule(base: Base, name: str) -> None:
+    (image,) = generate(base.pipeline(), ["a dog"], Settings(steps=4, scheduler=name), [1])
+    pixels = np.asarray(image)
+    assert pixels.shape == (64, 64, 3)
+    assert pixels.std() > 5
+
+
+def test_schedulers_that_cannot_follow_or_do_not_exist_are_refused(base: Base) -> None:
+    with pytest.raises(DiffgraftError, match="did you mean 'euler'"):
+        use_scheduler(base.pipeline(), "eular")
+    unable = [name for name in SCHEDULERS if name in ("lms", "pndm", "heun")]
+    for name in unable:
+        with pytest.raises(DiffgraftError, match="ends in pure noise"):
+            use_scheduler(base.pipeline(), name)
+
+
+def test_nothing_is_left_of_an_adapter_file_in_memory_maps(base: Base, short_run: Run, tmp_path: Path) -> None:
+    """A file may be replaced while it is grafted."""
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(short_run.adapter_file.read_bytes())
+    with graft(base, {copy: 1.0}):
+        copy.write_bytes(b"gone")

@@ -1,0 +1,58 @@
+"""The frame: what is packaged, what is public, and how fast the command line answers."""
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import diffgraft as dg
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"])
+    folders = {"adapters": "diffgraft.adapters", "trainers": "diffgraft.trainers", "recipes": "diffgraft.recipes"}
+    found = set()
+    for top in ("diffgraft", *folders):
+        for init in (ROOT / top).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT).parts
+            if parts[0] == "diffgraft" and len(parts) > 1 and parts[1] in folders:
+                continue  # the link to a top-level folder, where it is followed
+            found.add(".".join((folders.get(parts[0], parts[0]), *parts[1:])))
+    assert found == listed
+
+
+def test_public_names_are_there() -> None:
+    assert {name for name in dg.__all__ if callable(getattr(dg, name))} == set(dg.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
+        dg.tarin  # noqa: B018
+
+
+def test_help_is_quick_and_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\nsys.argv = ['diffgraft', '--help']\nfrom diffgraft.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'peft', 'transformers', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        seconds.append(time.perf_counter() - start)
+    assert "train" in out
+    assert "generate" in out
+    assert min(seconds) < 0.5
+
+
+def test_imports_run_downward() -> None:
+    floors = ["bases", "adapters", "generation", "data", "trainers", "demo", "cli"]
+    homes = {name: ROOT / name if name in ("adapters", "trainers") else ROOT / "diffgraft" / name for name in floors}
+    for height, name in enumerate(floors):
+        for file in homes[name].rglob("*.py"):
+            for higher in floors[height + 1 :]:
+                assert f"diffgraft.{higher}" not in file.read_text("utf-8"), f"{file} reaches up to {higher}"

@@ -1,0 +1,103 @@
+"""Recipes: all that ship are sound, and what a person gets wrong is answered with what is right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.recipe import TASKS, SubjectRecipe, load_recipe, recipe_names, save_recipe
+
+SHIPPED = list(recipe_names())
+SOURCES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_that_ships_is_sound(name: str) -> None:
+    first, second, *_ = (SOURCES / f"{name}.yaml").read_text("utf-8").splitlines()
+    assert first.startswith(f"# diffgraft train {name} ")
+    assert second.startswith("# ")
+    assert len(recipe_names()[name]) < 100
+    given = dict(word.split("=") for word in first.split()[4:])
+    recipe = load_recipe(name, given)
+    assert recipe.images == given["images"]
+    for prompt in recipe.samples():
+        assert "{" not in prompt
+
+
+def test_all_recipes_are_listed() -> None:
+    assert sorted(SHIPPED) == sorted(file.stem for file in SOURCES.glob("*.yaml"))
+
+
+def test_the_keys_every_recipe_has() -> None:
+    for kind in TASKS.values():
+        promised = "base method rank alpha images output steps seed checkpoint_every lr batch resolution"
+        assert set(promised.split()) <= set(kind.model_fields)
+        for name, field in kind.model_fields.items():
+            assert field.description, name
+
+
+def test_words_from_a_command_line_become_values() -> None:
+    settings = {
+        "subject": "dog",
+        "lr": "1e-4",
+        "rank": "3",
+        "prior.weight": "0.5",
+        "flip": "true",
+        "sample_prompts": "a | b",
+    }
+    recipe = load_recipe("dreambooth-lora", settings)
+    assert isinstance(recipe, SubjectRecipe)
+    assert (recipe.lr, recipe.rank, recipe.prior.weight, recipe.flip) == (1e-4, 3, 0.5, True)
+    assert recipe.samples() == ["a", "b"]
+    assert recipe.scale_alpha() == 3.0
+    assert load_recipe("subject", {"subject": "dog", "alpha": "1.5"}).scale_alpha() == 1.5
+
+
+def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe("sd15-subject", {"subject": "dog", "images": "my dog/", "prior.images": 7})
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml", {}) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "answer"),
+    [
+        ("subjcet", {}, "did you mean 'subject'"),
+        ("none-such.yaml", {}, "There is no recipe"),
+        ("subject", {"subject": "dog", "stepps": 3}, "did you mean 'steps'"),
+        ("subject", {"subject": "dog", "prior.wieght": 3}, "did you mean 'prior.weight'"),
+        ("subject", {"subject": "dog", "steps.more": 3}, "There is no setting 'steps.more'"),
+        ("style", {"subject": "dog"}, "There is no setting 'subject' in a style recipe"),
+        ("subject", {}, "needs a value for 'subject'"),
+        ("subject", {"subject": "dog", "steps": "many"}, "steps='many' will not do: .*Optimiser steps"),
+        ("subject", {"subject": "dog", "rank": 0}, "rank=0 will not do: .*greater than or equal to 1"),
+        ("subject", {"subject": "dog", "precision": "half"}, "float32"),
+        ("subject", {"subject": "dog", "prior.images": "x"}, "Class images"),
+    ],
+)
+def test_mistakes_are_answered(name: str, settings: dict[str, Any], answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        load_recipe(name, settings)
+
+
+def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for text, answer in (
+        ("- a\n- b\n", "holds no keys"),
+        ("a: [", "not readable YAML"),
+        ("task: subjct\n", "has task 'subjct'"),
+    ):
+        path.write_text(text, "utf-8")
+        with pytest.raises(DiffgraftError, match=answer):
+            load_recipe(path, {})
+    path.write_text("task: subject\nsubject: dog\nsetps: 4\n", "utf-8")
+    with pytest.raises(DiffgraftError, match="did you mean 'steps'"):
+        load_recipe(path, {})
+
+
+def test_the_header_holds_neither_paths_nor_defaults() -> None:
+    header = load_recipe(
+        "subject", {"subject": "dog", "images": "/home/me/dog", "output": "/tmp/x", "rank": 4}
+    ).header()
+    assert header == {"task": "subject", "subject": "dog", "rank": 4}

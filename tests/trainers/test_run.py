@@ -1,0 +1,202 @@
+"""Runs from end to end: what they leave, that they resume, that the base is untouched, that they learn."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import Base, load_base
+from diffgraft.demo.subject import FOLDER
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.heldout import make_probe
+from diffgraft.trainers.run import Run, train
+from tests.conftest import SHORT
+
+
+def bits(base: Base) -> str:
+    digest = hashlib.sha256()
+    for _, part in base.parts():
+        for name, value in part.state_dict().items():
+            digest.update(name.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_a_run_leaves_what_it_promises(base: Base, short_run: Run) -> None:
+    names = {path.name for path in short_run.folder.iterdir()}
+    promised = {"adapter.safetensors", "recipe.yaml", "metrics.jsonl", "loss.png", "before-after.png", "checkpoints"}
+    assert names == promised
+    header = short_run.adapter.metadata
+    assert header["method"] == "lora"
+    assert (header["rank"], header["alpha"], header["trigger"], header["class"]) == (8, 8.0, "sks", "dog")
+    assert header["base"] == {"name": "tiny", "family": "sd1", "hash": base.hash}
+    assert header["seed"] == 3
+    assert len(header["data"]) == 64
+    assert set(header["versions"]) >= {"diffgraft", "torch", "diffusers", "peft"}
+    text = json.dumps(dict(header))
+    assert str(short_run.folder) not in text
+    lines = [json.loads(line) for line in (short_run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["instance"] + line["prior"], rel=1e-5)
+    for name in ("loss.png", "before-after.png"):
+        with Image.open(short_run.folder / name) as image:
+            assert np.asarray(image).std() > 10
+    assert all(value.abs().max() > 0 for value in load_file(short_run.adapter_file).values())
+
+
+def test_training_leaves_every_bit_of_the_base(base: Base, pictures: Path, tmp_path: Path) -> None:
+    before = bits(base)
+    train("subject", base=base, images=pictures, output=tmp_path / "run", text_encoder=True, **{**SHORT, "steps": 2})
+    assert bits(base) == before
+    assert not any(value.requires_grad for _, part in base.parts() for value in part.parameters())
+    parts = {path.partition(".")[0] for path in load_adapter(tmp_path / "run" / "adapter.safetensors").modules}
+    assert parts == {"unet", "text_encoder"}
+
+
+def test_an_interrupted_run_goes_on(
+    base: Base, pictures: Path, tmp_path: Path, short_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 3 and resumed, it ends where the run that was never stopped ended."""
+    from diffgraft.trainers import loop
+
+    folder = tmp_path / "run"
+    real = loop._append
+
+    def stop_after_four(where: Path, entry: dict[str, float]) -> None:
+        real(where, entry)
+        if entry["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_append", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        train("subject", base=base, images=pictures, output=folder, **SHORT)
+    assert not (folder / "adapter.safetensors").exists()
+    monkeypatch.setattr(loop, "_append", real)
+    with pytest.raises(DiffgraftError, match=r"unfinished run.*--resume"):
+        train("subject", base=base, images=pictures, output=folder, **SHORT)
+    with pytest.raises(DiffgraftError, match="keeps its recipe, so steps cannot be set"):
+        train(base=base, resume=folder, steps=9)
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    run = train(base=base, resume=folder)
+    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
+    wanted, found = load_file(short_run.adapter_file), load_file(run.adapter_file)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    again = train(base=base, resume=folder)
+    assert list(again.metrics) == list(run.metrics)
+    with pytest.raises(DiffgraftError, match="already holds a finished run"):
+        train("subject", base=base, images=pictures, output=folder, **SHORT)
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DiffgraftError, match="no run to resume"):
+        train(resume=tmp_path)
+
+
+def test_resuming_before_the_first_checkpoint_starts_afresh(base: Base, short_run: Run, tmp_path: Path) -> None:
+    shutil.copy(short_run.folder / "recipe.yaml", tmp_path / "recipe.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n{"step": 2, "lo', "utf-8")
+    run = train(base=base, resume=tmp_path)
+    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
+
+
+def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pictures: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    (data / "01.txt").write_text("a dog on the grass", "utf-8")
+    from diffgraft.data.pictures import read_folder
+    from diffgraft.trainers.recipe import load_recipe
+    from diffgraft.trainers.run import _prompts
+
+    found = read_folder(data)
+    style = _prompts(load_recipe("style", {}), found)
+    assert style[:2] == ["a dog on the grass, sks style", "a picture, sks style"]
+    subject = _prompts(load_recipe("subject", {"subject": "dog"}), found)
+    assert subject[:2] == ["a dog on the grass", "a sks dog"]
+    assert _prompts(load_recipe("subject", {"subject": "dog", "captions": False}), found) == ["a sks dog"] * 5
+    run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True)
+    assert set(run.metrics[0]) == {"step", "lr", "loss"}
+    assert run.adapter.metadata["class"] is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"precision": "bfloat16"},
+        {"gradient_checkpointing": True},
+        {"optimizer": "adamw8bit"},
+        {"accumulate": 2, "batch": 2},
+        {"layers": "attention+feedforward", "prior": {"weight": 0}},
+    ],
+)
+def test_the_options_of_the_loop_train(pictures: Path, tmp_path: Path, more: dict[str, Any], short_run: Run) -> None:
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", **more}
+    run = train("subject", images=pictures, output=tmp_path / "run", **settings)
+    first, wanted = run.metrics[0], short_run.metrics[0]
+    if "gradient_checkpointing" in more or "optimizer" in more:
+        assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    if "precision" in more:
+        assert first["loss"] == pytest.approx(wanted["loss"], rel=0.05)
+        assert first["loss"] != wanted["loss"]
+    assert all(value.abs().max() > 0 for value in load_file(run.adapter_file).values())
+
+
+def test_samples_are_drawn_during_training(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "sample_prompts": "a {trigger} {subject}"}
+    train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    assert [file.name for file in sorted((tmp_path / "run" / "samples").iterdir())] == [
+        "step-000001.png",
+        "step-000002.png",
+    ]
+
+
+def test_a_run_on_stable_diffusion_xl(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """The recipe's own settings, on a random model of the family's shape."""
+    settings: dict[str, Any] = {"steps": 2, "resolution": 32, "subject": "dog", "text_encoder": True, "rank": 3}
+    run = train("sdxl-subject", base=sdxl_folder, images=pictures, output=tmp_path / "run", **settings)
+    assert run.adapter.metadata["base"]["family"] == "sdxl"
+    assert {path.partition(".")[0] for path in run.adapter.modules} == {"unet", "text_encoder", "text_encoder_2"}
+    pipe = load_base(sdxl_folder).pipeline()
+    pipe.load_lora_weights(run.folder, weight_name="adapter.safetensors")
+
+
+def test_what_will_not_do_is_said_before_anything_is_written(base: Base, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for settings, answer in (
+        ({"images": tmp_path / "none"}, "does not exist"),
+        ({"images": ""}, "needs pictures"),
+        ({"images": pictures, "resolution": 62}, "multiple of 4"),
+        ({"images": pictures, "method": "lorra"}, "did you mean 'lora'"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            train("subject", base=base, subject="dog", output=output, **settings)  # type: ignore[arg-type]
+    with pytest.raises(DiffgraftError, match="There is no base"):
+        train("subject", base="no/such-base", images=pictures, subject="dog", output=output)
+    assert not output.exists()
+
+
+def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """A short run lowers the loss on the subject's pixels in pictures it has not seen, and needs its trigger for it."""
+    from diffgraft.data.pictures import read_folder
+
+    held_out = [picture.image for picture in read_folder(FOLDER / "held-out")]
+    masks = [Image.open(path) for path in sorted((FOLDER / "held-out-masks").glob("*.png"))]
+    probe = make_probe(base, held_out, masks, pairs=64)
+    before = {prompt: probe.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
+    settings: dict[str, Any] = {"subject": "dog", "steps": 80, "prior": {"images": 16}, "sample_prompts": "a dog"}
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    with graft(base, {run.adapter: 1.0}):
+        after = {prompt: probe.loss(base, prompt) for prompt in before}
+    gain = {prompt: before[prompt] - after[prompt] for prompt in before}
+    assert gain["a sks dog"] > 0.1 * before["a sks dog"]
+    assert gain["a dog"] < 0.5 * gain["a sks dog"]
+    assert probe.loss(base, "a sks dog") == pytest.approx(before["a sks dog"], rel=1e-6)

@@ -1,0 +1,77 @@
+"""What was learnt, in numbers: the loss on pictures that training never saw, and how far a class has moved."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from diffgraft.bases import Base
+from diffgraft.data.latents import encode
+from diffgraft.trainers.denoising import Denoiser, Noising
+from diffgraft.trainers.examples import generator, normal
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed noisy latents of pictures left out of training: timesteps and noises the same for every adapter."""
+
+    noisy: Tensor
+    """[pairs, c, h, w]"""
+    target: Tensor
+    """[pairs, c, h, w]"""
+    times: Tensor
+    """[pairs], spread evenly over the schedule"""
+    weight: Tensor
+    """[pairs, 1, h, w], summing to 1 over each picture: where the subject is"""
+
+    @torch.no_grad()
+    def predict(self, base: Base, prompt: str, batch: int = 32) -> Tensor:
+        """What the base says of all pairs under `prompt`, [pairs, c, h, w]."""
+        height, width = (side * base.factor for side in self.noisy.shape[-2:])
+        denoiser = Denoiser(base, (height, width), text_is_trained=False)
+        out = []
+        for start in tqdm(range(0, len(self.times), batch), "held-out loss", leave=False):
+            rows = slice(start, start + batch)
+            noisy = self.noisy[rows].to(base.device)
+            out.append(denoiser(noisy, self.times[rows].to(base.device), [prompt] * len(noisy)).cpu())
+        return torch.cat(out)
+
+    def loss(self, base: Base, prompt: str) -> float:
+        """Mean squared error under `prompt`, over all pairs and, where there is a mask, over the subject alone."""
+        error = (self.predict(base, prompt) - self.target).square().mean(1, keepdim=True)
+        return float((error * self.weight).flatten(1).sum(1).mean())
+
+    def change(self, prediction: Tensor, base: Base, prompt: str) -> float:
+        """Mean squared difference between what the base says now under `prompt` and an earlier `prediction`."""
+        return float((self.predict(base, prompt) - prediction).square().mean())
+
+
+def make_probe(
+    base: Base,
+    images: Sequence[Image.Image],
+    masks: Sequence[Image.Image] | None = None,
+    pairs: int = 256,
+    seed: int = 2026,
+    side: int | None = None,
+) -> Probe:
+    """A probe on `images`; `masks` ("L", white where the subject is) have the images' sizes."""
+    side = side or base.resolution
+    latents = encode(base, images, side, "encoding held-out pictures").mean.cpu()
+    rows = torch.arange(pairs) % len(images)
+    noising = Noising(base)
+    jitter = torch.rand(pairs, generator=generator(seed, 0))
+    order = torch.randperm(pairs, generator=generator(seed, 1))  # no picture is tied to one part of the schedule
+    times = ((order + jitter) / pairs * noising.steps).long()
+    noisy, target = noising(latents[rows], normal(latents[rows].shape, seed, 2), times)
+    weight = torch.ones(len(images), 1, *latents.shape[-2:])
+    if masks is not None:
+        from diffgraft.data.pictures import square
+
+        shown = [torch.tensor(list(square(mask.convert("L"), side).tobytes())).view(1, side, side) for mask in masks]
+        weight = F.adaptive_avg_pool2d(torch.stack(shown).float(), (latents.shape[-2], latents.shape[-1]))
+    weight = weight / weight.flatten(1).sum(1).view(-1, 1, 1, 1)
+    return Probe(noisy, target, times, weight[rows])

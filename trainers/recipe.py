@@ -1,0 +1,258 @@
+"""Recipes: what to train and how, as data. A YAML states only what differs from the defaults here."""
+
+import hashlib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.files import write_text
+
+ALIASES = {"dreambooth-lora": "subject"}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class Prior(_Strict):
+    """Prior preservation (DreamBooth, arXiv:2208.12242, equation 2)."""
+
+    weight: float = Field(1.0, ge=0)
+    """Factor λ of the loss on class images; 0 turns prior preservation off"""
+    images: int = Field(64, ge=1)
+    """Class images drawn by the base (and kept in a cache)"""
+
+
+class Recipe(_Strict):
+    """The keys every recipe has."""
+
+    task: str
+    """What kind of training this is; fixed by the recipe's file"""
+    base: str = "tiny"
+    """`tiny`, a diffusers folder, a single .safetensors checkpoint of Stable Diffusion 1.x, or a hub id"""
+    method: str = "lora"
+    """How the adapter is parametrised; `diffgraft methods` lists them"""
+    rank: int = Field(8, ge=1)
+    """Inner dimension of the low-rank factors"""
+    alpha: float | None = None
+    """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
+    layers: Literal["attention", "attention+feedforward"] = "attention"
+    """Layers of the UNet that are adapted: the projections of its attention, or those and the feed-forward layers"""
+    text_encoder: bool = False
+    """Whether the text encoder's attention is adapted too"""
+    images: str = ""
+    """Folder with the pictures to learn from"""
+    output: str = ""
+    """Folder of the run; unset: runs/<recipe>-<time>"""
+    steps: int = Field(300, ge=1)
+    """Optimiser steps"""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
+    checkpoint_every: int = Field(100, ge=0)
+    """Steps between checkpoints; 0: only when interrupted"""
+    sample_every: int = Field(0, ge=0)
+    """Steps between sample pictures; 0: none"""
+    sample_prompts: list[str] = []
+    """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate"""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """How the rate goes after the warm-up"""
+    warmup: int = Field(0, ge=0)
+    """Steps over which the rate rises from zero"""
+    batch: int = Field(4, ge=1)
+    """Instance pictures in a step, on each process; class images come on top"""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients are added up for one optimiser step"""
+    resolution: int | None = Field(None, ge=8)
+    """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
+    flip: bool = False
+    """Whether pictures are also shown mirrored, every other time they come round"""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW of torch, or the 8-bit one of bitsandbytes"""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decoupled weight decay"""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Norm the gradient is clipped to"""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the frozen base and of the arithmetic; the adapter itself is trained in float32"""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time"""
+    trigger: str = "sks"
+    """The word that calls what was learnt; a rare one, with little meaning of its own"""
+    captions: bool = True
+    """Whether the `.txt` file beside a picture, where there is one, replaces the prompt"""
+
+    default_samples: ClassVar[tuple[str, ...]] = ()
+
+    def scale_alpha(self) -> float:
+        """Alpha, with the default filled in."""
+        return float(self.rank if self.alpha is None else self.alpha)
+
+    def samples(self) -> list[str]:
+        """The prompts to draw, filled in."""
+        return [self.fill(prompt) for prompt in self.sample_prompts or self.default_samples]
+
+    def fill(self, template: str) -> str:
+        """A template with the recipe's trigger and subject."""
+        return template.replace("{trigger}", self.trigger).replace("{subject}", getattr(self, "subject", ""))
+
+    def header(self) -> dict[str, Any]:
+        """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
+        said = self.model_dump(mode="json", exclude={"images", "output", "base"}, exclude_defaults=True)
+        return {"task": self.task, **said}
+
+    def digest(self) -> str:
+        """Ten letters that stand for everything in the recipe but its paths."""
+        return hashlib.sha256(repr(sorted(self.header().items())).encode()).hexdigest()[:10]
+
+
+class SubjectRecipe(Recipe):
+    """DreamBooth: one subject from a few pictures of it."""
+
+    task: Literal["subject"] = "subject"
+    """What kind of training this is; fixed by the recipe's file"""
+    subject: str = Field(..., min_length=1)
+    """The class noun of what the pictures show: dog, backpack, teapot"""
+    prompt: str = "a {trigger} {subject}"
+    """Prompt of every instance picture"""
+    class_prompt: str = "a {subject}"
+    """Prompt of the class images"""
+    prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
+
+    default_samples: ClassVar[tuple[str, ...]] = (
+        "a {trigger} {subject}",
+        "a {trigger} {subject} in the snow",
+        "a {trigger} {subject} on the beach",
+        "a {subject}",
+    )
+
+
+class StyleRecipe(Recipe):
+    """A style from captioned pictures, without a class."""
+
+    task: Literal["style"] = "style"
+    """What kind of training this is; fixed by the recipe's file"""
+    prompt: str = "a picture, {trigger} style"
+    """Prompt of a picture that has no caption"""
+    caption: str = "{caption}, {trigger} style"
+    """How a picture's caption becomes its prompt"""
+
+    default_samples: ClassVar[tuple[str, ...]] = (
+        "a dog on the grass, {trigger} style",
+        "a house in the snow, {trigger} style",
+        "a teapot in the kitchen, {trigger} style",
+        "a teapot in the kitchen",
+    )
+
+
+TASKS: dict[str, type[Recipe]] = {"subject": SubjectRecipe, "style": StyleRecipe}
+
+
+def recipe_names() -> dict[str, str]:
+    """Name of each recipe that ships → its one-line description, the second comment line of its file."""
+    folder = files("diffgraft.recipes")
+    shipped = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8").splitlines()[1].lstrip("# ") for file in shipped}
+
+
+def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe called `name` (or the YAML file at that path), with `settings` laid over it.
+
+    Keys of `settings` may be nested with dots (``prior.weight``); values may be text, as a command line gives them.
+
+    Raises:
+        DiffgraftError: no such recipe, an unknown key (the nearest is named), or a value of the wrong kind.
+    """
+    values = _read(name)
+    task = values.get("task")
+    if task not in TASKS:
+        raise DiffgraftError(
+            f"The recipe {name} has task {task!r}; its line `task:` must be one of: {', '.join(TASKS)}."
+        )
+    kind = TASKS[task]
+    for key, value in settings.items():
+        _lay_over(kind, values, key, value)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise DiffgraftError(_say(error, kind, name)) from error
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the whole recipe, defaults filled in, so that it can be run again."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_text(path, f"# diffgraft train {path}\n{text}")
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    shipped = recipe_names()
+    known = ALIASES.get(str(name), str(name))
+    if known in shipped:
+        text = (files("diffgraft.recipes") / f"{known}.yaml").read_text("utf-8")
+    elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
+        text = Path(name).read_text("utf-8")
+    else:
+        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DiffgraftError(f"The recipe {name} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
+    return values
+
+
+def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
+    model: type[BaseModel] = kind
+    *outer, last = key.split(".")
+    for level in outer:
+        inner = model.model_fields[level].annotation if level in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            raise DiffgraftError(_unknown(key, kind))
+        values, model = values.setdefault(level, {}), inner
+    if last not in model.model_fields:
+        raise DiffgraftError(_unknown(key, kind))
+    if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
+        value = [part.strip() for part in value.split("|")]
+    values[last] = None if value == "" and last in ("alpha", "resolution") else value
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    keys = []
+    for name, info in kind.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += [f"{name}.{key}" for key in _keys(inner)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _unknown(key: str, kind: type[Recipe]) -> str:
+    return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {nearest(key, _keys(kind))}"
+
+
+def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(key, kind)
+    if first["type"] == "missing":
+        return f"The recipe {name} needs a value for {key!r}: add {key}=… ({_meaning(kind, key)})."
+    return f"The setting {key}={first['input']!r} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
+
+
+def _meaning(kind: type[BaseModel], key: str) -> str:
+    info = None
+    for level in key.split("."):
+        info = kind.model_fields.get(level)
+        inner = info.annotation if info else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            kind = inner
+    return (info.description if info else None) or "see the recipe's documentation"
