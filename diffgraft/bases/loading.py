@@ -101,18 +101,18 @@ def _from_file(path: Path) -> Any:
 
 
 def _from_hub(name: str) -> Any:
-    import diffusers
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
+    wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*.fp16.*", "*/*non_ema*", "safety_checker/*"]
     try:
-        index = diffusers.DiffusionPipeline.load_config(name)
-        family = _family(index.get("_class_name", "model without a class"), name)
-        more = {"safety_checker": None} if "safety_checker" in index else {}
-        return getattr(diffusers, family.pipeline_class).from_pretrained(name, use_safetensors=True, **more)
-    except (OSError, ValueError) as error:
+        folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
+    except (OSError, HFValidationError) as error:
         raise DiffgraftError(
             f"There is no base {name!r}: no folder or file of that name exists here, and the hub gave no such model "
             "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id."
         ) from error
+    return _from_folder(Path(folder))
 
 
 def _first_line(error: BaseException) -> str:

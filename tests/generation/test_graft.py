@@ -149,7 +149,7 @@ def test_schedulers_draw_on_the_bases_own_schedule(base: Base, name: str) -> Non
 def test_schedulers_that_cannot_follow_or_do_not_exist_are_refused(base: Base) -> None:
     with pytest.raises(DiffgraftError, match="did you mean 'euler'"):
         use_scheduler(base.pipeline(), "eular")
-    unable = [name for name in SCHEDULERS if name in ("lms", "pndm", "heun")]
+    unable = [name for name in SCHEDULERS if name in ("pndm", "heun")]
     for name in unable:
         with pytest.raises(DiffgraftError, match="ends in pure noise"):
             use_scheduler(base.pipeline(), name)
