@@ -13,13 +13,14 @@ def hushed() -> Iterator[None]:
     from transformers.utils import logging as of_transformers
 
     libraries = (of_diffusers, of_transformers)
-    before = [library.get_verbosity() for library in libraries]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in zip(libraries, before, strict=True):
+        for library, (level, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if bars:
+                library.enable_progress_bar()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.data.latents import encode
+from diffgraft.data.pictures import square, to_tensor
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.examples import generator, normal
 
@@ -69,9 +70,7 @@ def make_probe(
     noisy, target = noising(latents[rows], normal(latents[rows].shape, seed, 2), times)
     weight = torch.ones(len(images), 1, *latents.shape[-2:])
     if masks is not None:
-        from diffgraft.data.pictures import square
-
-        shown = [torch.tensor(list(square(mask.convert("L"), side).tobytes())).view(1, side, side) for mask in masks]
-        weight = F.adaptive_avg_pool2d(torch.stack(shown).float(), (latents.shape[-2], latents.shape[-1]))
+        shown = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
+        weight = F.adaptive_avg_pool2d(shown, (latents.shape[-2], latents.shape[-1]))
     weight = weight / weight.flatten(1).sum(1).view(-1, 1, 1, 1)
     return Probe(noisy, target, times, weight[rows])

@@ -1,6 +1,5 @@
 """Recipes: what to train and how, as data. A YAML states only what differs from the defaults here."""
 
-import hashlib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -106,10 +105,6 @@ class Recipe(_Strict):
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
         said = self.model_dump(mode="json", exclude={"images", "output", "base"}, exclude_defaults=True)
         return {"task": self.task, **said}
-
-    def digest(self) -> str:
-        """Ten letters that stand for everything in the recipe but its paths."""
-        return hashlib.sha256(repr(sorted(self.header().items())).encode()).hexdigest()[:10]
 
 
 class SubjectRecipe(Recipe):

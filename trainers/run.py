@@ -95,8 +95,12 @@ def train(
         return _finished(folder, plan)
     method = get_method(plan.method)
     pictures = read_folder(plan.images)
-    held = base if isinstance(base, Base) else load_base(plan.base)
-    with _on_device(held, plan) as accelerator:
+    accelerator = new_accelerator(plan)
+    # a base that was handed in keeps the precision of its weights; only the arithmetic follows the recipe
+    held = base if isinstance(base, Base) else load_base(plan.base, _DTYPES[plan.precision])
+    was_on = held.device
+    held.to(accelerator.device)
+    try:
         prompts = _prompts(plan, pictures)
         objective = _objective(plan, held, pictures, prompts)
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,8 @@ def train(
             save_image(_before_after(plan, held, adapter), folder / "before-after.png")
             adapter.save(folder / "adapter.safetensors")  # last: its presence says that the run is complete
         accelerator.wait_for_everyone()
+    finally:
+        held.to(was_on)
     return Run(folder, plan, metrics)
 
 
@@ -146,24 +152,6 @@ def _finished(folder: Path, plan: Recipe) -> Run:
 
     lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return Run(folder, plan, [json.loads(line) for line in lines])
-
-
-class _on_device:  # noqa: N801  (reads as a phrase at its one use)
-    """Moves a base to accelerate's device and the recipe's precision, and back to float32 on leaving."""
-
-    def __init__(self, base: Base, plan: Recipe) -> None:
-        self._base, self._plan = base, plan
-        self._was = (base.device, base.unet.dtype)
-
-    def __enter__(self) -> Any:
-        accelerator = new_accelerator(self._plan)
-        self._base.to(accelerator.device, _DTYPES[self._plan.precision])
-        return accelerator
-
-    def __exit__(self, *_: object) -> None:
-        device, dtype = self._was
-        if dtype == self._base.unet.dtype:
-            self._base.to(device)
 
 
 def _prompts(plan: Recipe, pictures: Sequence[Picture]) -> list[str]:

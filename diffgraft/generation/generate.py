@@ -25,6 +25,10 @@ SCHEDULERS = {
 """Name → diffusers class and what is set on it beside the base's own schedule."""
 
 
+SMALL, SMALL_GUIDANCE = 16, 3.0
+"""Bases whose latents are at most this wide take this guidance: the 7.5 of large models burns their few colours."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How pictures are drawn. What is None is the base's own."""
@@ -34,7 +38,7 @@ class Settings:
     steps: int = 25
     """Denoising steps"""
     guidance: float | None = None
-    """Scale of classifier-free guidance; 1 is none"""
+    """Scale of classifier-free guidance; 1 is none. Unset: the pipeline's own, or 3 for small bases"""
     negative: str = ""
     """What the picture should not show"""
     scheduler: str | None = None
@@ -69,11 +73,6 @@ def use_scheduler(pipe: Any, name: str) -> None:
     pipe.scheduler = kind.from_config(config, **more)
 
 
-def default_guidance(pipe: Any) -> float:
-    """The guidance a person would use: 3 for the embedded base and others of its size, 7.5 for Stable Diffusion."""
-    return 3.0 if pipe.unet.config.sample_size <= 16 else 7.5
-
-
 @torch.no_grad()
 def generate(
     pipe: Any, prompts: Sequence[str], settings: Settings, seeds: Sequence[int], title: str = "drawing"
@@ -81,8 +80,11 @@ def generate(
     """One picture for each prompt and seed (two lists of one length); a bar titled `title` shows the steps."""
     if settings.scheduler is not None:
         use_scheduler(pipe, settings.scheduler)
-    guidance = default_guidance(pipe) if settings.guidance is None else settings.guidance
-    size = {} if settings.size is None else {"width": settings.size[0], "height": settings.size[1]}
+    more: dict[str, Any] = {} if settings.size is None else {"width": settings.size[0], "height": settings.size[1]}
+    if settings.guidance is not None:
+        more["guidance_scale"] = settings.guidance
+    elif pipe.unet.config.sample_size <= SMALL:
+        more["guidance_scale"] = SMALL_GUIDANCE
     images: list[Image.Image] = []
     rounds = -(-len(prompts) // settings.batch)
     with tqdm(total=rounds * settings.steps, desc=title, leave=False, unit="step") as bar:
@@ -97,10 +99,9 @@ def generate(
                 [prompts[row] for row in rows],
                 negative_prompt=[settings.negative] * len(rows),
                 num_inference_steps=settings.steps,
-                guidance_scale=guidance,
                 generator=generators,
                 callback_on_step_end=tick,
-                **size,
+                **more,
             ).images
     return images
 
