@@ -45,6 +45,8 @@ class LoraDelta(LinearDelta):
 def build(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
     """From ``lora_down`` and ``lora_up``; without an alpha the scale is 1."""
     down, up = leaves["lora_down"], leaves["lora_up"]
+    if down.ndim < 2 or up.ndim < 2 or down.shape[0] == 0:
+        raise ValueError(f"lora_down is {list(down.shape)} and lora_up {list(up.shape)}, which are no factors")
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"lora_down has rank {down.shape[0]}, lora_up has rank {up.shape[1]}")
     return LoraDelta(down, up, float(down.shape[0]) if alpha is None else alpha)
@@ -64,6 +66,7 @@ class AttachedLora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._tuner = LoraModel(module, {self._name: config}, self._name)
+        self._tuner._cast_adapter_dtype(self._name)  # float32 beside a base of half precision, as in peft's own models
         self._module = module
         self._alpha = alpha
 
@@ -87,13 +90,10 @@ class AttachedLora:
 
     def detach(self) -> None:
         self._tuner.unload()
-        vars(self._module).pop("peft_config", None)
 
 
 METHOD = Method(
     name="lora",
     summary="a low-rank matrix added to each chosen layer: small, quick, opens everywhere",
     attach=AttachedLora,
-    leaves=("lora_down", "lora_up"),
-    build=build,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from diffgraft.adapters.adapter import Delta
 from diffgraft.errors import DiffgraftError, nearest
@@ -35,10 +35,6 @@ class Method:
     """One line for ``diffgraft methods``."""
     attach: Callable[..., Attached]
     """``attach(module, paths, rank=…, alpha=…, seed=…)`` grafts it onto the submodules of `module` at `paths`."""
-    leaves: tuple[str, ...]
-    """Names of a delta's canonical tensors."""
-    build: Callable[[Mapping[str, Tensor], float | None], Delta]
-    """Tensors by leaf name and alpha (None: not stored) → the delta."""
 
 
 @cache

@@ -95,7 +95,7 @@ def main() -> None:
     probe = make_probe(base, [picture.image for picture in read_folder(FOLDER / "held-out")], masks)
     dog = class_probe(CLASS)
     for title, prior in (("made-up dog, with prior preservation", "1"), ("made-up dog, without", "0")):
-        settings = {"prior.weight": prior, **more}
+        settings = {**more, "prior.weight": prior}
         kept[title] = [
             measure(base, FOLDER / "learn", CLASS, probe, dog, seed, **settings) for seed in range(options.seeds)
         ]

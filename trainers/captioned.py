@@ -24,12 +24,16 @@ class Batch:
 
 
 def draw_batch(examples: Examples, noising: Noising, seed: int, place: int, count: int, kind: int) -> Batch:
-    """Examples at `place` … of the shuffled line, with noise and timesteps of their own; `kind` keeps streams apart."""
+    """Examples at `place` … of the shuffled line, with noise and timesteps of their own; `kind` keeps streams apart.
+
+    Each example's noise is a function of its place alone, so how the line is cut into batches changes nothing.
+    """
     rows = examples.rows(seed + kind, place, count)
-    shape = (count, *examples.latents.mean.shape[1:])
-    device = examples.latents.mean.device
-    spread, noise = (normal(shape, seed, place, kind, n).to(device) for n in (1, 2))
-    times = torch.randint(noising.steps, (count,), generator=generator(seed, place, kind, 3)).to(device)
+    shape, device = examples.latents.mean.shape[1:], examples.latents.mean.device
+    places = range(place, place + count)
+    spread, noise = (torch.stack([normal(shape, seed, at, kind, n) for at in places]).to(device) for n in (1, 2))
+    drawn = [torch.randint(noising.steps, (1,), generator=generator(seed, at, kind, 3)) for at in places]
+    times = torch.cat(drawn).to(device)
     latents = examples.latents.sample(rows, spread)
     noisy, target = noising(latents, noise, times)
     return Batch(noisy, target, times, [examples.prompts[row] for row in rows])

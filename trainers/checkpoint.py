@@ -2,19 +2,30 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors, write_text
+
+_EIGHT_BIT = "__bnb_optimizer_quant_state__"
+"""Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
 
 
 def save_checkpoint(
-    run: Path, step: int, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int = 2
+    run: Path,
+    step: int,
+    identity: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted."""
     folder = run / "checkpoints" / f"step-{step:06d}"
@@ -25,13 +36,14 @@ def save_checkpoint(
     moments: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
+        for name, value in {**state, **state.get(_EIGHT_BIT, {})}.items():
             if isinstance(value, Tensor):
                 moments[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            else:
+            elif name != _EIGHT_BIT:
                 numbers.setdefault(str(index), {})[name] = value
     write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
-    write_text(partial / "state.json", json.dumps({"step": step, "optimizer": numbers}, sort_keys=True))
+    said = {"step": step, "identity": identity, "optimizer": numbers}
+    write_text(partial / "state.json", json.dumps(said, sort_keys=True))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     for old in checkpoints(run)[:-keep]:
@@ -44,22 +56,31 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's values back, in place, and return its step.
+def restore(run: Path, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Put back the values of the newest checkpoint that can be read, in place, and return its step; 0 without one.
 
     Raises:
-        ValueError: it holds other parameters than those given.
+        DiffgraftError: it was made with another base, other pictures, or another recipe.
     """
-    saved = load_file(folder / "parameters.safetensors")
-    if set(saved) != set(parameters):
-        raise ValueError(f"{folder} holds {len(saved)} parameters, not the {len(parameters)} of this recipe")
-    with torch.no_grad():
-        for name, value in saved.items():
-            parameters[name].copy_(value)
-    said = json.loads((folder / "state.json").read_text("utf-8"))
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in said["optimizer"].items()}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(said["step"])
+    for folder in reversed(checkpoints(run)):
+        try:
+            said = json.loads((folder / "state.json").read_text("utf-8"))
+            values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
+            continue
+        if said["identity"] != identity:
+            raise DiffgraftError(
+                f"The checkpoint {folder} was made with another base, other pictures or another recipe than now. "
+                "Put those back, or start a new run with another output=…"
+            )
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in said["optimizer"].items()}
+        for key, value in moments.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(said["step"])
+    return 0

@@ -15,19 +15,18 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = base.unet
         self.text = nn.ModuleList(part for name, part in base.parts() if name.startswith("text_encoder"))
-        self._base = (base,)  # in a tuple: the VAE is no part of what is trained or wrapped
+        self._base = base
         self._size = size
         self._cache: dict[str, Conditioning] | None = None if text_is_trained else {}
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """What the UNet is told about n prompts."""
-        (base,) = self._base
         if self._cache is None:
-            return base.condition(prompts, self._size)
+            return self._base.condition(prompts, self._size)
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._cache:
                 with torch.no_grad():
-                    self._cache[prompt] = base.condition([prompt], self._size)
+                    self._cache[prompt] = self._base.condition([prompt], self._size)
         kept = [self._cache[prompt] for prompt in prompts]
         added = {name: torch.cat([one.added[name] for one in kept]) for name in kept[0].added}
         return Conditioning(torch.cat([one.hidden_states for one in kept]), added)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
 from diffgraft.trainers.captioned import Predict
-from diffgraft.trainers.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.recipe import Recipe
 
@@ -32,8 +32,15 @@ _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 def new_accelerator(recipe: Recipe) -> Any:
     """Accelerate's view of devices, processes and precision; ``accelerate launch`` is how more than one takes part."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-    return Accelerator(mixed_precision=_PRECISIONS[recipe.precision])
+    wanted = _PRECISIONS[recipe.precision]
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()  # it remembers the precision of an earlier run in this process
+    accelerator = Accelerator(mixed_precision=wanted)
+    if wanted == "fp16" and accelerator.device.type == "cpu":
+        raise DiffgraftError("precision=float16 needs a GPU; on a processor use precision=bfloat16 or float32.")
+    return accelerator
 
 
 def rate(recipe: Recipe, step: int) -> float:
@@ -60,6 +67,7 @@ def new_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim
 def fit(
     recipe: Recipe,
     folder: Path,
+    identity: str,
     accelerator: Any,
     denoiser: Denoiser,
     parameters: Mapping[str, nn.Parameter],
@@ -68,71 +76,77 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train `parameters` for the recipe's steps, going on from the newest checkpoint in `folder` if there is one.
 
+    `identity` stands for base, pictures and recipe: a checkpoint of another identity is refused.
+
     Returns:
         What each step recorded: step, rate, loss and the objective's terms. It also stands in ``metrics.jsonl``.
 
     Raises:
-        DiffgraftError: the loss is no number any more.
+        DiffgraftError: the loss is no number any more, or the checkpoints belong to something else.
         KeyboardInterrupt: passed on, after a checkpoint was written.
     """
     optimizer = new_optimizer(recipe, list(parameters.values()))
-    done = 0
-    if found := checkpoints(folder):
-        done = load_checkpoint(found[-1], parameters, optimizer)
-    record = _read_record(folder, done)
+    done = restore(folder, identity, parameters, optimizer)
+    record = [entry for entry in read_record(folder) if entry["step"] <= done]
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
-    share = recipe.batch * accelerator.num_processes
     lead = accelerator.is_main_process
+    if lead:
+        write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
-    step = done
+    saved = done
     try:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = rate(recipe, step)
-            sums: dict[str, float] = {}
-            for part in range(recipe.accumulate):
-                place = (step * recipe.accumulate + part) * share + accelerator.process_index * recipe.batch
-                last = part + 1 == recipe.accumulate
-                with nullcontext() if last else accelerator.no_sync(predict):
-                    losses = objective.losses(predict, place, recipe.batch)
-                    accelerator.backward(losses["loss"] / recipe.accumulate)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / recipe.accumulate
-            if not math.isfinite(sums["loss"]):
+            terms = _accumulate(recipe, accelerator, predict, objective, step)
+            if not math.isfinite(terms["loss"]):
                 raise DiffgraftError(
-                    f"The loss is {sums['loss']} at step {step + 1}: it has diverged. Lower lr (now {recipe.lr}), "
+                    f"The loss is {terms['loss']} at step {step + 1}: it has diverged. Lower lr (now {recipe.lr}), "
                     "or use precision=bfloat16 or float32 if it was float16."
                 )
             accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
             optimizer.step()
+            done = step + 1
             optimizer.zero_grad()
-            record.append({"step": step + 1, "lr": rate(recipe, step), **sums})
-            bar.set_postfix(loss=f"{sums['loss']:.4f}", refresh=False)
+            record.append({"step": done, "lr": rate(recipe, step), **terms})
+            bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
             if lead:
                 _append(folder, record[-1])
-                finished = step + 1 == recipe.steps
-                if recipe.checkpoint_every and (step + 1) % recipe.checkpoint_every == 0 and not finished:
-                    save_checkpoint(folder, step + 1, parameters, optimizer)
-                if recipe.sample_every and (step + 1) % recipe.sample_every == 0:
-                    sample(step + 1)
+                if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
+                    save_checkpoint(folder, done, identity, parameters, optimizer)
+                    saved = done
+                if recipe.sample_every and done % recipe.sample_every == 0:
+                    sample(done)
     except KeyboardInterrupt:
-        if lead and len(record) > done:
-            save_checkpoint(folder, int(record[-1]["step"]), parameters, optimizer)
+        if lead and done > saved:
+            save_checkpoint(folder, done, identity, parameters, optimizer)
         raise
-    if lead and recipe.steps > done:
-        save_checkpoint(folder, recipe.steps, parameters, optimizer)
     accelerator.free_memory()
     return record
 
 
-def _read_record(folder: Path, done: int) -> list[dict[str, float]]:
-    """The lines of ``metrics.jsonl`` up to the step that training goes on from; what came after it is cut off."""
+def _accumulate(
+    recipe: Recipe, accelerator: Any, predict: Predict, objective: Objective, step: int
+) -> dict[str, float]:
+    """Add up the gradients of one optimiser step, and return the means of the loss and its terms."""
+    share = recipe.batch * accelerator.num_processes
+    terms: dict[str, float] = {}
+    for part in range(recipe.accumulate):
+        place = (step * recipe.accumulate + part) * share + accelerator.process_index * recipe.batch
+        last = part + 1 == recipe.accumulate
+        with nullcontext() if last else accelerator.no_sync(predict):
+            losses = objective.losses(predict, place, recipe.batch)
+            accelerator.backward(losses["loss"] / recipe.accumulate)
+        for name, value in losses.items():
+            terms[name] = terms.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+    return terms
+
+
+def read_record(folder: Path) -> list[dict[str, float]]:
+    """The whole lines of a run's ``metrics.jsonl``; none where there is no such file yet."""
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    record = [json.loads(line) for line in lines if line.endswith("}")]
-    kept: list[dict[str, float]] = [entry for entry in record if entry["step"] <= done]
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-    return kept
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def _append(folder: Path, entry: dict[str, float]) -> None:

@@ -1,5 +1,6 @@
 """Recipes: what to train and how, as data. A YAML states only what differs from the defaults here."""
 
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ ALIASES = {"dreambooth-lora": "subject"}
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
 
 
 class Prior(_Strict):
@@ -38,7 +39,7 @@ class Recipe(_Strict):
     """How the adapter is parametrised; `diffgraft methods` lists them"""
     rank: int = Field(8, ge=1)
     """Inner dimension of the low-rank factors"""
-    alpha: float | None = None
+    alpha: float | None = Field(None, gt=0)
     """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
     layers: Literal["attention", "attention+feedforward"] = "attention"
     """Layers of the UNet that are adapted: the projections of its attention, or those and the feed-forward layers"""
@@ -50,7 +51,7 @@ class Recipe(_Strict):
     """Folder of the run; unset: runs/<recipe>-<time>"""
     steps: int = Field(300, ge=1)
     """Optimiser steps"""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
     checkpoint_every: int = Field(100, ge=0)
     """Steps between checkpoints; 0: only when interrupted"""
@@ -84,6 +85,8 @@ class Recipe(_Strict):
     """Recompute activations in the backward pass: less memory, about a third more time"""
     trigger: str = "sks"
     """The word that calls what was learnt; a rare one, with little meaning of its own"""
+    prompt: str = "{trigger}"
+    """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
     captions: bool = True
     """Whether the `.txt` file beside a picture, where there is one, replaces the prompt"""
 
@@ -101,6 +104,11 @@ class Recipe(_Strict):
         """A template with the recipe's trigger and subject."""
         return template.replace("{trigger}", self.trigger).replace("{subject}", getattr(self, "subject", ""))
 
+    def essence(self) -> str:
+        """Everything in the recipe that decides what a step does; a run may be resumed only under the same."""
+        free = {"images", "output", "base", "steps", "checkpoint_every", "sample_every", "sample_prompts"}
+        return self.model_dump_json(exclude=free)
+
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
         said = self.model_dump(mode="json", exclude={"images", "output", "base"}, exclude_defaults=True)
@@ -115,10 +123,11 @@ class SubjectRecipe(Recipe):
     subject: str = Field(..., min_length=1)
     """The class noun of what the pictures show: dog, backpack, teapot"""
     prompt: str = "a {trigger} {subject}"
-    """Prompt of every instance picture"""
+    """Prompt of every instance picture without a caption"""
     class_prompt: str = "a {subject}"
     """Prompt of the class images"""
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
+    """Prior preservation: its weight and its pictures"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a {trigger} {subject}",
@@ -166,7 +175,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     """
     values = _read(name)
     task = values.get("task")
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise DiffgraftError(
             f"The recipe {name} has task {task!r}; its line `task:` must be one of: {', '.join(TASKS)}."
         )
@@ -174,15 +183,17 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     for key, value in settings.items():
         _lay_over(kind, values, key, value)
     try:
-        return kind.model_validate(values)
+        recipe = kind.model_validate(values)
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
+    _check_templates(recipe)
+    return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the whole recipe, defaults filled in, so that it can be run again."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_text(path, f"# diffgraft train {path}\n{text}")
+    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
+    text = yaml.safe_dump(recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
+    write_text(path, f"# diffgraft train {path.name}\n{text}")
 
 
 def _read(name: str | Path) -> dict[str, Any]:
@@ -191,7 +202,7 @@ def _read(name: str | Path) -> dict[str, Any]:
     if known in shipped:
         text = (files("diffgraft.recipes") / f"{known}.yaml").read_text("utf-8")
     elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
-        text = Path(name).read_text("utf-8")
+        text = Path(name).read_text("utf-8-sig", errors="replace")
     else:
         raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
     try:
@@ -210,12 +221,24 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
         inner = model.model_fields[level].annotation if level in model.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             raise DiffgraftError(_unknown(key, kind))
-        values, model = values.setdefault(level, {}), inner
+        if not isinstance(values.get(level), dict):
+            values[level] = {}
+        values, model = values[level], inner
     if last not in model.model_fields:
         raise DiffgraftError(_unknown(key, kind))
     if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
         value = [part.strip() for part in value.split("|")]
     values[last] = None if value == "" and last in ("alpha", "resolution") else value
+
+
+def _check_templates(recipe: Recipe) -> None:
+    """Refuse a {word} that nothing fills: it would be trained as it stands."""
+    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe) else {"{trigger}"}
+    for key in ("prompt", "class_prompt", "caption", "sample_prompts"):
+        value = getattr(recipe, key, "")
+        for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
+            if word not in known | ({"{caption}"} if key == "caption" else set()):
+                raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:

@@ -1,11 +1,14 @@
 """A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
 
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import lcm
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,6 +17,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached, find_modules, get_method
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.sd1 import lost_words
 from diffgraft.data.class_images import class_images
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import Picture, read_folder
@@ -22,11 +26,10 @@ from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image, save_loss_plot
 from diffgraft.trainers.captioned import Captioned
-from diffgraft.trainers.checkpoint import checkpoints
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest
-from diffgraft.trainers.loop import Objective, fit, new_accelerator
+from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
 from diffgraft.trainers.recipe import Recipe, StyleRecipe, SubjectRecipe, load_recipe, save_recipe
 
 _ATTENTION = {
@@ -35,6 +38,8 @@ _ATTENTION = {
 }
 _FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE_SEEDS = 50_000
+"""Samples count their seeds from here, so that none is a class image that training has seen."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ def train(
 
     Args:
         recipe: name of a recipe (``diffgraft recipes`` lists them), or the path of a YAML.
-        base: a base, or what `load_base` takes; the recipe's own where it is not given.
+        base: a base, or what `load_base` takes; the recipe's own where it is not given. A `Base` keeps the precision
+            of its weights, and after training has the very same bits.
         resume: the folder of an earlier run to go on with; the recipe is then the one that stands there.
         settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``.
 
@@ -84,91 +90,136 @@ def train(
     Raises:
         DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
     """
-    if not isinstance(base, Base) and str(base):
-        settings["base"] = str(base)
-    plan, folder = _resumed(Path(resume), settings) if resume is not None else _fresh(recipe, settings)
-    if (folder / "adapter.safetensors").exists():
-        if resume is None:
-            raise DiffgraftError(
-                f"{folder} already holds a finished run. Choose another output=…, or remove the folder to train again."
-            )
-        return _finished(folder, plan)
-    method = get_method(plan.method)
+    if resume is not None:
+        plan, folder = _resumed(Path(resume).expanduser(), settings)
+    else:
+        named = base.name if isinstance(base, Base) else str(base)
+        plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)
+    get_method(plan.method)
     pictures = read_folder(plan.images)
     accelerator = new_accelerator(plan)
-    # a base that was handed in keeps the precision of its weights; only the arithmetic follows the recipe
     held = base if isinstance(base, Base) else load_base(plan.base, _DTYPES[plan.precision])
+    _check_resolution(plan, held)
     was_on = held.device
     held.to(accelerator.device)
     try:
-        prompts = _prompts(plan, pictures)
-        objective = _objective(plan, held, pictures, prompts)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_recipe(plan, folder / "recipe.yaml")
-        metrics, adapter = _learn(
-            plan, held, folder, accelerator, method.attach, objective, data_digest(pictures, prompts)
-        )
         if accelerator.is_main_process:
-            save_loss_plot(_curves(metrics), folder / "loss.png")
-            save_image(_before_after(plan, held, adapter), folder / "before-after.png")
-            adapter.save(folder / "adapter.safetensors")  # last: its presence says that the run is complete
+            folder.mkdir(parents=True, exist_ok=True)
+            save_recipe(plan, folder / "recipe.yaml")
+        run = Run(folder, plan, read_record(folder))
+        if not run.adapter_file.exists():
+            run = _learn(plan, held, folder, accelerator, pictures)
+        if accelerator.is_main_process and not run.before_after.exists():
+            save_loss_plot(_curves(run.metrics), folder / "loss.png")
+            save_image(_before_after(plan, held, run.adapter), run.before_after)
         accelerator.wait_for_everyone()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
     finally:
         held.to(was_on)
-    return Run(folder, plan, metrics)
+    return run
 
 
 def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
-    flat = {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()}
-    plan = load_recipe(recipe, flat)
+    plan = load_recipe(recipe, {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()})
     if not plan.images:
         raise DiffgraftError(f"The recipe {recipe} needs pictures: add images=FOLDER (JPEG, PNG or WebP files).")
     folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    if checkpoints(folder) and not (folder / "adapter.safetensors").exists():
+    if (folder / "adapter.safetensors").exists():
+        raise DiffgraftError(
+            f"{folder} already holds a finished run. Choose another output=…, or remove it to train again."
+        )
+    if (folder / "recipe.yaml").exists():
         raise DiffgraftError(
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )
-    return plan.model_copy(update={"output": str(folder)}), folder
+    local = Path(plan.base).expanduser()
+    places = {"images": str(Path(plan.images).expanduser().resolve()), "output": str(folder)}
+    return plan.model_copy(update={**places, "base": str(local.resolve()) if local.exists() else plan.base}), folder
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
-    path = folder.expanduser() / "recipe.yaml"
+    path = folder / "recipe.yaml"
     if not path.is_file():
         raise DiffgraftError(
             f"There is no run to resume in {folder}: it holds no recipe.yaml. Give the folder of a run."
         )
     if settings:
         raise DiffgraftError(
-            f"A resumed run keeps its recipe, so {', '.join(settings)} cannot be set. Edit {path}, or start a new run."
+            f"A resumed run keeps its recipe, so {', '.join(settings)} cannot be set. Start a new run for that."
         )
-    return load_recipe(path, {"output": str(folder)}), folder.expanduser()
+    return load_recipe(path, {"output": str(folder)}), folder
 
 
-def _finished(folder: Path, plan: Recipe) -> Run:
-    import json
+def _check_resolution(plan: Recipe, base: Base) -> None:
+    side, step = plan.resolution or base.resolution, lcm(base.factor, 8)
+    if side % step:
+        better = max(step, round(side / step) * step)
+        raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
 
-    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-    return Run(folder, plan, [json.loads(line) for line in lines])
+
+def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: Sequence[Picture]) -> Run:
+    """Attach, train, detach, export: the base is afterwards as it was."""
+    prompts = _prompts(plan, base, pictures)
+    with accelerator.main_process_first():  # the others find the class images drawn
+        objective = _objective(plan, base, pictures, prompts)
+    digest = data_digest(pictures, prompts)
+    side = plan.resolution or base.resolution
+    attached: dict[str, Attached] = {}
+
+    def sample(step: int) -> None:
+        base.unet.eval()
+        save_image(grid(_draw(plan, base, f"samples at step {step}")), folder / "samples" / f"step-{step:06d}.png")
+        base.unet.train(plan.gradient_checkpointing)
+
+    try:
+        for part, module, paths in _targets(plan, base):
+            attach = get_method(plan.method).attach
+            attached[part] = attach(module, paths, rank=plan.rank, alpha=plan.scale_alpha(), seed=plan.seed)
+        if plan.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+            base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
+        denoiser = Denoiser(base, (side, side), plan.text_encoder)
+        parameters = {f"{part}.{name}": p for part, live in attached.items() for name, p in live.parameters().items()}
+        identity = hashlib.sha256(f"{base.hash} {digest} {plan.essence()}".encode()).hexdigest()
+        metrics = fit(plan, folder, identity, accelerator, denoiser, parameters, objective, sample)
+        deltas = {
+            f"{part}.{path.removeprefix('text_model.')}": (delta,)
+            for part, live in attached.items()
+            for path, delta in live.deltas().items()
+        }
+    finally:
+        for live in attached.values():
+            live.detach()
+        base.unet.disable_gradient_checkpointing()
+        base.unet.eval().requires_grad_(False)
+    run = Run(folder, plan, metrics)
+    if accelerator.is_main_process:
+        Adapter(deltas, _header(plan, base, digest)).save(run.adapter_file)
+    return run
 
 
-def _prompts(plan: Recipe, pictures: Sequence[Picture]) -> list[str]:
+def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[str]:
+    """The prompt of each picture; what a person may not have meant is said in a warning."""
     prompts = []
     for picture in pictures:
         caption = picture.caption if plan.captions else None
         if isinstance(plan, StyleRecipe) and caption:
             prompts.append(plan.fill(plan.caption).replace("{caption}", caption))
         else:
-            prompts.append(caption or plan.fill(cast(SubjectRecipe, plan).prompt))
+            prompts.append(caption or plan.fill(plan.prompt))
+        if lost := lost_words(base.tokenizer, prompts[-1]):
+            warnings.warn(f"The prompt of {picture.path.name} is too long; the base never sees: {lost}", stacklevel=4)
+        if plan.trigger not in prompts[-1]:
+            warnings.warn(f"The caption of {picture.path.name} lacks the trigger {plan.trigger!r}.", stacklevel=4)
     return prompts
 
 
 def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: list[str]) -> Objective:
     side = plan.resolution or base.resolution
-    if side % base.factor:
-        raise DiffgraftError(f"resolution={side} is no multiple of {base.factor}, the pixels per latent of this base.")
 
     def examples(images: Sequence[Image.Image], texts: list[str], title: str) -> Examples:
         if plan.flip:
@@ -186,56 +237,14 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
     return DreamBooth(ours, kept, plan.prior.weight, noising, plan.seed)
 
 
-def _learn(
-    plan: Recipe,
-    base: Base,
-    folder: Path,
-    accelerator: Any,
-    attach: Callable[..., Attached],
-    objective: Objective,
-    digest: str,
-) -> tuple[list[dict[str, float]], Adapter]:
-    """Attach, train, export, detach: the base is afterwards as it was."""
-    side = plan.resolution or base.resolution
-    attached = {
-        part: attach(module, paths, rank=plan.rank, alpha=plan.scale_alpha(), seed=plan.seed)
-        for part, module, paths in _targets(plan, base)
-    }
-    parameters = {
-        f"{part}.{name}": value for part, live in attached.items() for name, value in live.parameters().items()
-    }
-    if plan.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
-    denoiser = Denoiser(base, (side, side), plan.text_encoder)
-
-    def sample(step: int) -> None:
-        base.unet.eval()
-        drawn = _draw(plan, base, f"samples at step {step}")
-        sheet = grid(drawn)
-        save_image(sheet, folder / "samples" / f"step-{step:06d}.png")
-        base.unet.train(plan.gradient_checkpointing)
-
-    try:
-        metrics = fit(plan, folder, accelerator, denoiser, parameters, objective, sample)
-        deltas = {
-            f"{part}.{path}": (delta,) for part, live in attached.items() for path, delta in live.deltas().items()
-        }
-    finally:
-        for live in attached.values():
-            live.detach()
-        base.unet.disable_gradient_checkpointing()
-        base.unet.eval().requires_grad_(False)
-    return metrics, Adapter(deltas, _header(plan, base, digest))
-
-
 def _targets(plan: Recipe, base: Base) -> list[tuple[str, Any, list[str]]]:
+    """Part, its module, and the paths inside it that are adapted."""
     endings = _ATTENTION["unet"] + (_FEEDFORWARD if "feedforward" in plan.layers else ())
     found = [("unet", base.unet, find_modules(base.unet, endings))]
-    if plan.text_encoder:
-        for name, part in base.parts():
-            if name.startswith("text_encoder"):
-                found.append((name, part, find_modules(part, _ATTENTION["text_encoder"])))
+    for name, part in base.parts():
+        if plan.text_encoder and name.startswith("text_encoder"):
+            paths = find_modules(part, _ATTENTION["text_encoder"])
+            found.append((name, part, [path for path in paths if base.family.reaches(base, name, path)]))
     return found
 
 
@@ -261,7 +270,7 @@ def _draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, lis
     prompts = plan.samples()
     side = plan.resolution or base.resolution
     listed = [prompt for prompt in prompts for _ in range(count)]
-    seeds = [plan.seed * 100_003 + 7 * number for _ in prompts for number in range(count)]
+    seeds = [_SAMPLE_SEEDS + number for _ in prompts for number in range(count)]
     images = generate(base.pipeline(), listed, Settings(size=(side, side)), seeds, title)
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
@@ -270,12 +279,9 @@ def _before_after(plan: Recipe, base: Base, adapter: Adapter) -> Image.Image:
     before = _draw(plan, base, "pictures before")
     with graft(base, {adapter: 1.0}):
         after = _draw(plan, base, "pictures after")
-    rows = {}
-    for prompt in before:
-        rows[f"{prompt}  ·  before | after"] = before[prompt] + after[prompt]
-    return grid(rows)
+    return grid({f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})
 
 
 def _curves(metrics: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    names = [name for name in metrics[0] if name not in ("step", "lr")]
-    return {name: [entry[name] for entry in metrics] for name in names}
+    names = dict.fromkeys(name for entry in metrics for name in entry if name not in ("step", "lr"))
+    return {name: [entry[name] for entry in metrics if name in entry] for name in names}

@@ -28,7 +28,8 @@ def load_adapter(path: str | Path) -> Adapter:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            # copies: what safetensors hands out is a view of the file, and changes with it
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise DiffgraftError(
             f"{path} is not a readable .safetensors file ({error}). It may have been cut off or be of another kind; "

@@ -6,6 +6,7 @@ without it diffusers takes the scale as 1. The header key ``diffgraft`` is ours.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -108,8 +109,14 @@ def _alpha(config: Mapping[str, Any], path: str) -> float | None:
     for key, alpha in pattern.items():
         short = key.removeprefix("text_model.")
         if inside == short or inside.endswith("." + short):
-            return float(alpha)
-    return float(config[f"{part}.lora_alpha"])
+            return _number(alpha)
+    return _number(config[f"{part}.lora_alpha"])
+
+
+def _number(alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"its header gives {alpha!r} as an alpha, which is no number")
+    return float(alpha)
 
 
 def _common(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:

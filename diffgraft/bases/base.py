@@ -1,7 +1,7 @@
 """A frozen base: the parts of a text-to-image diffusion model, and what one needs to ask of them."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ class Family(Protocol):
     def condition(self, base: "Base", prompts: Sequence[str], size: tuple[int, int]) -> "Conditioning":
         """What the UNet is told about `prompts`; `size` is the picture's (height, width) in pixels."""
 
+    def reaches(self, base: "Base", part: str, path: str) -> bool:
+        """Whether what the module at `path` of a text encoder computes reaches the UNet at all."""
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -31,10 +34,6 @@ class Conditioning:
     """[n, tokens, width], for the cross-attention."""
     added: dict[str, Tensor] = field(default_factory=dict)
     """Further tensors, each [n, …], that the family's UNet takes as `added_cond_kwargs`."""
-
-    def __getitem__(self, rows: Sequence[int] | Tensor) -> "Conditioning":
-        index = torch.as_tensor(rows, device=self.hidden_states.device)
-        return Conditioning(self.hidden_states[index], {name: value[index] for name, value in self.added.items()})
 
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the UNet's call."""
@@ -126,14 +125,21 @@ class Base:
         exchange freely and no adapter touches, is left out.
         """
         if self._hash is None:
-            digest = hashlib.sha256()
-            for part_name, part in self.parts():
-                if part_name == "vae":
-                    continue
-                for name, value in sorted(part.named_parameters()):
-                    # transformers has dropped the level `text_model`; the weights are the same
-                    plain = name.replace(".base_layer", "").removeprefix("text_model.")
-                    digest.update(f"{part_name}.{plain} {tuple(value.shape)}".encode())
-                    digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
-            self._hash = digest.hexdigest()
+            self._hash = _digest((name, part) for name, part in self.parts() if name != "vae")
         return self._hash
+
+    @property
+    def drawing_hash(self) -> str:
+        """SHA-256 over all that decides what the base draws: `hash`, the VAE and the noise schedule."""
+        said = f"{self.hash} {_digest([('vae', self.vae)])} {sorted(self.scheduler.config.items(), key=str)}"
+        return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _digest(parts: Iterable[tuple[str, nn.Module]]) -> str:
+    digest = hashlib.sha256()
+    for part_name, part in parts:
+        for name, value in sorted(part.named_parameters()):
+            # transformers has dropped the level `text_model`; the weights are the same
+            digest.update(f"{part_name}.{name.removeprefix('text_model.')} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -67,12 +67,14 @@ def _from_folder(folder: Path) -> Any:
         parts = json.loads(index.read_text("utf-8"))
     except ValueError as error:
         raise DiffgraftError(f"{index} cannot be read as JSON: {error}. Copy the model's folder again.") from error
+    if not isinstance(parts, dict):
+        raise DiffgraftError(f"{index} holds no JSON object, so {folder} is no diffusers folder.")
     family = _family(parts.get("_class_name", "model without a class"), folder)
     more = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
     try:
         pipeline = getattr(diffusers, family.pipeline_class)
         return pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the libraries raise whatever their parsing stumbles over
         raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -107,7 +109,7 @@ def _from_hub(name: str) -> Any:
     wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*.fp16.*", "*/*non_ema*", "safety_checker/*"]
     try:
         folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
-    except (OSError, HFValidationError) as error:
+    except (OSError, RuntimeError, HFValidationError) as error:
         raise DiffgraftError(
             f"There is no base {name!r}: no folder or file of that name exists here, and the hub gave no such model "
             "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id."

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x: one CLIP text encoder, its last hidden state for the cross-attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,10 +18,23 @@ class StableDiffusion1:
         """Last hidden state [n, 77, width]; the size is not told to this family."""
         return Conditioning(base.text_encoder(token_ids(base.tokenizer, prompts).to(base.device))[0])
 
+    def reaches(self, base: Base, part: str, path: str) -> bool:  # noqa: ARG002
+        """All of the text encoder reaches the UNet."""
+        return True
 
-def token_ids(tokenizer: object, prompts: Sequence[str]) -> torch.Tensor:
+
+def lost_words(tokenizer: Any, prompt: str) -> str:
+    """The end of `prompt` that does not fit into the tokenizer's length, empty where all of it fits."""
+    ids = tokenizer(prompt).input_ids
+    lost: str = (
+        tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]) if len(ids) > tokenizer.model_max_length else ""
+    )
+    return lost
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """Token ids [n, tokenizer.model_max_length], cut and padded as diffusers' pipelines do."""
-    length = tokenizer.model_max_length  # type: ignore[attr-defined]
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")  # type: ignore[operator]
+    length = tokenizer.model_max_length
+    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: torch.Tensor = batch.input_ids
     return ids

@@ -25,3 +25,8 @@ class StableDiffusionXL:
         times = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=pooled.device)
         added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
         return Conditioning(torch.cat(states, -1), added)
+
+    def reaches(self, base: Base, part: str, path: str) -> bool:
+        """The last layer of the first encoder does not: of it the penultimate states alone are used."""
+        last = base.text_encoder.config.num_hidden_layers - 1
+        return not (part == "text_encoder" and f"encoder.layers.{last}." in path)

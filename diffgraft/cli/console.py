@@ -40,6 +40,6 @@ def width_height(word: str) -> tuple[int, int] | None:
     if not word:
         return None
     parts = word.lower().split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts) or len(parts) > 2:
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 2:
         raise DiffgraftError(f"The size {word!r} cannot be read: write WIDTHxHEIGHT in pixels, such as 96x64.")
     return int(parts[0]), int(parts[-1])

@@ -31,15 +31,20 @@ def train(
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
 
-    if not recipe and resume is None:
+    words = [word for word in (recipe, *(settings or [])) if word]
+    if resume is None and not recipe:
         raise DiffgraftError("Name a recipe: `diffgraft recipes` lists them; or --resume the folder of a run.")
-    given = key_values(settings or [])
+    given = key_values(words if resume is not None else words[1:])
+    if "resume" in given:
+        raise DiffgraftError(f"An earlier run is taken up with an option: --resume {given['resume']}")
 
     from diffgraft.trainers.run import train as run_training
 
-    run = run_training(recipe, resume=resume, **given)
-    last = run.metrics[-1]
-    typer.echo(f"Trained {int(last['step'])} steps. The adapter: {run.adapter_file}")
+    try:
+        run = run_training(recipe, resume=resume, **given)
+    except KeyboardInterrupt as stop:
+        raise DiffgraftError(f"Interrupted. Go on with: diffgraft train --resume {stop}") from None
+    typer.echo(f"Trained {run.recipe.steps} steps. The adapter: {run.adapter_file}")
     typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
 
 
@@ -53,9 +58,9 @@ def generate(
         str, typer.Option(help="`tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the first picture; the next ones count up.")] = 0,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; the base's own if not given.")] = "",
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     scheduler: Annotated[
@@ -80,6 +85,7 @@ def generate(
     from diffgraft.generation.graft import graft
     from diffgraft.generation.plots import grid, save_image
 
+    output.mkdir(parents=True, exist_ok=True)
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
     held = load_base(base).to("cuda" if torch.cuda.is_available() else "cpu")
     seeds = [seed + number for number in range(count)]
@@ -150,7 +156,9 @@ def main() -> None:
         app()
     except DiffgraftError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.secho("Interrupted. A training run goes on with: diffgraft train --resume FOLDER", fg="yellow", err=True)
-        sys.exit(130)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        typer.secho(f"error: A file or folder cannot be used: {error.strerror or error}{where}.", fg="red", err=True)
+    except MemoryError:
+        typer.secho("error: There is not enough memory. Take a smaller batch, size or resolution.", fg="red", err=True)
+    sys.exit(1)

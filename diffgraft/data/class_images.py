@@ -22,18 +22,19 @@ def cache_folder() -> Path:
 
 def class_images(base: Base, prompt: str, count: int, settings: Settings, seed: int) -> list[Image.Image]:
     """`count` pictures of `prompt` by the bare base; only those that are not yet in the cache are drawn."""
-    said = f"{base.hash} {prompt} {settings} {seed}"
+    said = f"{base.drawing_hash} {prompt} {settings} {seed}"
     folder = cache_folder() / "class-images" / hashlib.sha256(said.encode()).hexdigest()[:20]
     paths = [folder / f"{number:04d}.png" for number in range(count)]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     if missing:
-        write_text(folder / "about.txt", f"{count} class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
-        title = f"drawing class images, {prompt!r}"
-        seeds = [seed * 100_003 + number for number in missing]
-        drawn = generate(base.pipeline(), [prompt] * len(missing), settings, seeds, title)
-        for number, image in zip(missing, drawn, strict=True):
-            with replacing(paths[number]) as partial:
+        write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
+
+        def keep(place: int, image: Image.Image) -> None:
+            with replacing(paths[missing[place]]) as partial:
                 image.save(partial)
+
+        seeds = [seed * 100_003 % 2**31 + number for number in missing]
+        generate(base.pipeline(), [prompt] * len(missing), settings, seeds, f"drawing class images, {prompt!r}", keep)
     images = []
     for path in paths:
         with Image.open(path) as image:

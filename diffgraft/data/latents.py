@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.data.pictures import square, to_tensor
+from diffgraft.quiet import hushed
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,14 @@ class Latents:
 def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "encoding pictures") -> Latents:
     """Latents of `images`, each cut to a square of `side` pixels first."""
     means, stds = [], []
+    stored = base.vae.dtype
+    base.vae.to(torch.float32)  # some overflow in float16; casting there and back changes no bit
     scale = base.vae.config.scaling_factor
     for image in tqdm(images, title, leave=False, disable=len(images) < 2):
-        pixels = to_tensor([square(image, side)]).to(base.vae.device, base.vae.dtype)
+        pixels = to_tensor([square(image, side)]).to(base.vae.device)
         distribution = base.vae.encode(pixels).latent_dist
         means.append(distribution.mean.float() * scale)
         stds.append(distribution.std.float() * scale)
+    with hushed():
+        base.vae.to(stored)
     return Latents(torch.cat(means), torch.cat(stds))

@@ -47,13 +47,22 @@ def read_folder(folder: str | Path) -> list[Picture]:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             warnings.warn(f"{path.name} is left out: it cannot be read as a picture ({error}).", stacklevel=2)
             continue
-        text = path.with_suffix(".txt")
-        caption = text.read_text("utf-8").strip() if text.is_file() else None
-        pictures.append(Picture(path, image, caption))
+        pictures.append(Picture(path, image, _caption(path.with_suffix(".txt"))))
     if not pictures:
         found = f"none of its {len(paths)} picture files can be read" if paths else "it holds no picture files"
         raise DiffgraftError(f"No picture was found in {folder}: {found}. Put JPEG, PNG or WebP pictures there.")
     return pictures
+
+
+def _caption(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text("utf-8-sig").strip() or None
+    except UnicodeDecodeError as error:
+        raise DiffgraftError(
+            f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
+        ) from error
 
 
 def upright_rgb(path: Path) -> Image.Image:

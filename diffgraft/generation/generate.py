@@ -1,8 +1,8 @@
 """Pictures from prompts: a diffusers pipeline, run in small batches with one seed a picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from math import lcm
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class Settings:
     """What the picture should not show"""
     scheduler: str | None = None
     """A name of `SCHEDULERS`"""
-    batch: int = 8
-    """Pictures drawn at once; it changes speed and memory, not what is drawn"""
+    batch: int | None = None
+    """Pictures drawn at once; it changes speed and memory, not what is drawn. Unset: by their size"""
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
@@ -75,38 +75,75 @@ def use_scheduler(pipe: Any, name: str) -> None:
 
 @torch.no_grad()
 def generate(
-    pipe: Any, prompts: Sequence[str], settings: Settings, seeds: Sequence[int], title: str = "drawing"
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Settings,
+    seeds: Sequence[int],
+    title: str = "drawing",
+    keep: Callable[[int, Image.Image], None] | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed (two lists of one length); a bar titled `title` shows the steps."""
+    """One picture for each prompt and seed (two lists of one length); a bar titled `title` shows the steps.
+
+    `keep` is called with each picture's place in the lists as soon as it is drawn. The pipeline is left as it was.
+
+    Raises:
+        DiffgraftError: size, steps or scheduler are none that this base can draw with.
+    """
+    more = _options(pipe, settings)
+    pixels = more["width"] * more["height"]
+    batch = settings.batch or max(1, min(32, 8 * 256 * 256 // pixels))
+    own_scheduler = pipe.scheduler
     if settings.scheduler is not None:
         use_scheduler(pipe, settings.scheduler)
-    more: dict[str, Any] = {} if settings.size is None else {"width": settings.size[0], "height": settings.size[1]}
-    if settings.guidance is not None:
-        more["guidance_scale"] = settings.guidance
-    elif pipe.unet.config.sample_size <= SMALL:
-        more["guidance_scale"] = SMALL_GUIDANCE
+    pipe.vae.enable_slicing()
     images: list[Image.Image] = []
-    rounds = -(-len(prompts) // settings.batch)
-    with tqdm(total=rounds * settings.steps, desc=title, leave=False, unit="step") as bar:
+    rounds = range(0, len(prompts), batch)
+    with tqdm(total=len(rounds) * settings.steps, desc=title, leave=False, unit="step") as bar:
 
         def tick(_pipe: Any, _step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
             bar.update()
             return kept
 
-        for rows in _batches(range(len(prompts)), settings.batch):
-            generators = [torch.Generator().manual_seed(seeds[row]) for row in rows]
-            images += pipe(
-                [prompts[row] for row in rows],
-                negative_prompt=[settings.negative] * len(rows),
-                num_inference_steps=settings.steps,
-                generator=generators,
-                callback_on_step_end=tick,
-                **more,
-            ).images
+        try:
+            for start in rounds:
+                rows = range(start, min(start + batch, len(prompts)))
+                drawn = pipe(
+                    [prompts[row] for row in rows],
+                    # none at all where nothing is said: XL zeroes what it is told then
+                    negative_prompt=[settings.negative] * len(rows) if settings.negative else None,
+                    num_inference_steps=settings.steps,
+                    generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
+                    callback_on_step_end=tick,
+                    **more,
+                ).images
+                for row, image in zip(rows, drawn, strict=True):
+                    if keep is not None:
+                        keep(row, image)
+                images += drawn
+        finally:
+            pipe.scheduler = own_scheduler
+            pipe.vae.disable_slicing()
     return images
 
 
-def _batches(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
+def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """Size and guidance as keyword arguments of the pipeline, checked before anything is drawn."""
+    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    width, height = settings.size or (own, own)
+    step = lcm(pipe.vae_scale_factor, 8)
+    if width % step or height % step:
+        better = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
+        raise DiffgraftError(
+            f"A picture of {width}x{height} cannot be drawn: sides are multiples of {step}. Take {better}."
+        )
+    longest = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= settings.steps <= longest:
+        raise DiffgraftError(
+            f"steps={settings.steps} cannot be drawn: this base has 1 to {longest} steps. Take 20 to 50."
+        )
+    more: dict[str, Any] = {"width": width, "height": height}
+    if settings.guidance is not None:
+        more["guidance_scale"] = settings.guidance
+    elif pipe.unet.config.sample_size <= SMALL:
+        more["guidance_scale"] = SMALL_GUIDANCE
+    return more

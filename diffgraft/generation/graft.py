@@ -1,14 +1,17 @@
 """Adapters on a live pipeline: merged into its weights while wanted, and every bit as before when taken off."""
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, nearest
 
 Strengths = Mapping[Any, float]
@@ -40,65 +43,76 @@ class Graft:
 
     def __init__(self, target: Any) -> None:
         self._parts = _parts(target)
-        self._kept: dict[str, Tensor] = {}
+        self._hash = target.hash if isinstance(target, Base) else None
+        self._kept: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
 
     def set(self, adapters: Strengths) -> None:
         """Replace what is grafted by `adapters`."""
-        loaded = []
-        for source, strength in adapters.items():
+        merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
+        for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
-            name = f"adapter {adapter.method}" if isinstance(source, Adapter) else str(source)
-            if isinstance(strength, bool) or not isinstance(strength, int | float) or strength != strength:
-                raise DiffgraftError(f"The strength of {name} is {strength!r}, which is no number. Use 0 to 1, or so.")
-            loaded.append((name, adapter, float(strength)))
-        modules = {name: self._resolve(name, adapter) for name, adapter, _ in loaded}
+            name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
+            strength = _strength(name, value)
+            modules = self._resolve(name, adapter)
+            self._warn_of_another_base(name, adapter)
+            for path, deltas in adapter.deltas.items():
+                if strength:
+                    merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
         self.remove()
-        with torch.no_grad():
-            for name, adapter, strength in loaded:
-                if strength == 0:
-                    continue
-                for path, deltas in adapter.deltas.items():
-                    self._merge(path, modules[name][path], deltas, strength)
+        try:
+            for path, (module, steps) in merged.items():
+                self._merge(path, module, steps)
+        except BaseException:
+            self.remove()
+            raise
 
-    def _merge(self, path: str, module: nn.Module, deltas: tuple[Any, ...], strength: float) -> None:
+    @torch.no_grad()
+    def _merge(self, path: str, module: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> None:
+        """Apply all deltas of one module in float32, and round to its precision once."""
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        for name, value in (("weight", weight), ("bias", bias)):
-            if value is not None and f"{path}.{name}" not in self._kept:
-                self._kept[f"{path}.{name}"] = value.detach().clone()
-        new_weight: Tensor = weight.detach()
-        new_bias: Tensor | None = None if bias is None else bias.detach()
-        for delta in deltas:
+        self._kept[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
+        new_weight: Tensor = weight.detach().float()
+        new_bias: Tensor | None = None if bias is None else bias.detach().float()
+        for delta, strength in deltas:
             new_weight, new_bias = delta.apply(new_weight, new_bias, strength)
         weight.copy_(new_weight)
         if bias is not None and new_bias is not None:
             bias.copy_(new_bias)
 
+    @torch.no_grad()
     def remove(self) -> None:
         """Put back the weights the target had; doing it twice is no harm."""
-        with torch.no_grad():
-            for path, value in self._kept.items():
-                part, _, inside = path.partition(".")
-                self._parts[part].get_parameter(inside).copy_(value)
+        for module, weight, bias in self._kept.values():
+            module.get_parameter("weight").copy_(weight)
+            if bias is not None:
+                module.get_parameter("bias").copy_(bias)
         self._kept.clear()
+
+    def _find(self, path: str) -> nn.Module | None:
+        """The module at an adapter's path; some text encoders still have the level ``text_model``."""
+        part, _, inside = path.partition(".")
+        for name in (inside, f"text_model.{inside}"):
+            try:
+                return self._parts[part].get_submodule(name)
+            except (KeyError, AttributeError):
+                continue
+        return None
 
     def _resolve(self, name: str, adapter: Adapter) -> dict[str, nn.Module]:
         """Module for each path of the adapter, or an error that tells what fits and what does not."""
         found, absent, misshapen = {}, [], []
         for path, deltas in adapter.deltas.items():
-            part, _, inside = path.partition(".")
-            try:
-                module = self._parts[part].get_submodule(inside)
-                shape = tuple(module.get_parameter("weight").shape)
-            except (KeyError, AttributeError):
+            module = self._find(path)
+            weight = getattr(module, "weight", None)
+            if module is None or not isinstance(weight, Tensor):
                 absent.append(path)
-                continue
-            if all(delta.fits(shape) for delta in deltas):
+            elif all(delta.fits(tuple(weight.shape)) for delta in deltas):
                 found[path] = module
             else:
-                misshapen.append(f"{path} (here {' × '.join(map(str, shape))})")
+                misshapen.append(f"{path} (here {' × '.join(map(str, weight.shape))})")
         if not absent and not misshapen:
             return found
-        made_for = adapter.metadata.get("base") or {}
+        made_for = adapter.metadata.get("base")
         family = made_for.get("family") if isinstance(made_for, Mapping) else None
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
@@ -111,8 +125,22 @@ class Graft:
     def _absent(self, absent: list[str]) -> str:
         if not absent:
             return ""
-        here = [f"{part}.{path}" for part, module in self._parts.items() for path, _ in module.named_modules() if path]
-        return f" {len(absent)} are not there, such as {absent[0]} ({nearest(absent[0], here[:4000])[:160]})."
+        part = absent[0].partition(".")[0]
+        here = self._parts.get(part)
+        if here is None:
+            return f" {len(absent)} are not there, such as {absent[0]}: this base has no {part}."
+        last = absent[0].rpartition(".")[2]
+        alike = [f"{part}.{path}" for path, _ in here.named_modules() if path.endswith("." + last)]
+        hint = f" ({nearest(absent[0], alike)})" if alike else ""
+        return f" {len(absent)} are not there, such as {absent[0]}{hint}."
+
+    def _warn_of_another_base(self, name: str, adapter: Adapter) -> None:
+        made_for = adapter.metadata.get("base")
+        if self._hash and isinstance(made_for, Mapping) and made_for.get("hash", self._hash) != self._hash:
+            other = made_for.get("name", "another base")
+            warnings.warn(
+                f"{name} was trained on {other}, not on this base: it fits, but may not do the same.", stacklevel=5
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +149,12 @@ class Graft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _strength(name: str, value: object) -> float:
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
+    raise DiffgraftError(f"The strength of {name} is {value!r}, which is no number. Use 0 to 1, or so.")
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:

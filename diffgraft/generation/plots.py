@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffgraft.files import replacing
 
 
-def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), smallest: int = 128) -> Image.Image:
+def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Image.Image:
     """Rows of pictures of one size, each under its label; small ones are enlarged to `smallest` pixels, unsmoothed."""
     first = next(iter(rows.values()))[0]
     zoom = max(1, -(-smallest // first.width))
@@ -16,14 +16,11 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (),
     count = max(len(images) for images in rows.values())
     font = ImageFont.load_default(13)
     line, gap = 20, 6
-    head = line if columns else 0
     total_width = max(count * (width + gap) + gap, 6 + max(int(font.getlength(label)) for label in rows) + 12)
-    sheet = Image.new("RGB", (total_width, head + len(rows) * (height + line + gap)), "white")
+    sheet = Image.new("RGB", (total_width, len(rows) * (height + line + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, name in enumerate(columns):
-        pen.text((gap + number * (width + gap), 3), name, "black", font)
     for row, (label, images) in enumerate(rows.items()):
-        top = head + row * (height + line + gap)
+        top = row * (height + line + gap)
         pen.text((gap, top + 2), label, (70, 70, 70), font)
         for number, image in enumerate(images):
             enlarged = image.resize((width, height), Image.Resampling.NEAREST)

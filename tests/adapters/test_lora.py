@@ -102,22 +102,25 @@ def test_only_the_adapter_gets_gradients() -> None:
 
 
 def test_the_seed_decides_the_initial_weights_and_leaves_the_global_generator_alone() -> None:
+    def initial(seed: int) -> dict[str, torch.Tensor]:
+        live = AttachedLora(Net(), PATHS, rank=2, alpha=2.0, seed=seed)
+        return {name: value.detach() for name, value in live.parameters().items()}
+
+    first, again, other = initial(5), initial(5), initial(6)
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert torch.equal(value, other[name]) == name.endswith("lora_up")  # which starts at zero
+    net = Net()
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    first = AttachedLora(Net(), PATHS, rank=2, alpha=2.0, seed=5).deltas()
-    torch.manual_seed(3)
-    AttachedLora(net := Net(), PATHS, rank=2, alpha=2.0, seed=5)
-    assert net is not None
-    torch.manual_seed(99)
-    again = AttachedLora(Net(), PATHS, rank=2, alpha=2.0, seed=5).deltas()
-    other = AttachedLora(Net(), PATHS, rank=2, alpha=2.0, seed=6).deltas()
-    for path in PATHS:
-        assert torch.equal(first[path].down, again[path].down)  # type: ignore[attr-defined]
-        assert not torch.equal(first[path].down, other[path].down)  # type: ignore[attr-defined]
-    torch.manual_seed(3)
-    AttachedLora.__init__  # noqa: B018
+    AttachedLora(net, PATHS, rank=2, alpha=2.0, seed=5)
     assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_adapter_is_float32_beside_a_base_of_half_precision() -> None:
+    live = AttachedLora(Net().bfloat16(), PATHS, rank=2, alpha=2.0, seed=5)
+    assert {value.dtype for value in live.parameters().values()} == {torch.float32}
 
 
 def test_factors_that_do_not_fit_together_are_refused() -> None:

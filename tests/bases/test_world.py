@@ -1,12 +1,15 @@
 """The tiny world: every scene can be drawn, drawn again the same, and told in words."""
 
 import colorsys
+import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from diffgraft.bases.tiny.train.pictures import CHUNK, UNSEEN, pictures, scene_at
-from diffgraft.bases.tiny.train.tokens import MERGES
+from diffgraft.bases.loading import TINY
+from diffgraft.bases.tiny.train.pictures import UNSEEN, scene_at
+from diffgraft.bases.tiny.train.tokens import write_tokenizer
 from diffgraft.bases.tiny.world import COLOURS, SETTINGS, STYLES, THINGS, Scene, caption, draw, random_scene
 from diffgraft.bases.tiny.world.things import CELL, KEPT_BACK, recolour, sprite
 
@@ -109,7 +112,11 @@ def test_scenes_are_numbered_and_fixed() -> None:
     assert {scene_at(number).setting for number in range(300)} == set(SETTINGS)
 
 
-def test_chunks_and_merges_have_the_sizes_the_formats_say() -> None:
-    assert MERGES == 49408 - 2 * 256 - 2
-    assert CHUNK == 500
-    assert pictures.__doc__ is not None
+def test_the_tokenizer_is_written_from_its_merges(tmp_path: Path) -> None:
+    shipped = TINY / "tokenizer"
+    merges = (shipped / "merges.txt").read_text("utf-8").split("\n", 1)[1]
+    source = tmp_path / "merges.gz"
+    source.write_bytes(gzip.compress(f"version\n{merges}and more\nthat are not used\n".encode()))
+    write_tokenizer(source, tmp_path / "tokenizer")
+    for name in ("merges.txt", "vocab.json"):
+        assert (tmp_path / "tokenizer" / name).read_bytes() == (shipped / name).read_bytes()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import LoraDelta
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
@@ -155,9 +156,54 @@ def test_schedulers_that_cannot_follow_or_do_not_exist_are_refused(base: Base) -
             use_scheduler(base.pipeline(), name)
 
 
-def test_nothing_is_left_of_an_adapter_file_in_memory_maps(base: Base, short_run: Run, tmp_path: Path) -> None:
-    """A file may be replaced while it is grafted."""
+def test_a_loaded_adapter_does_not_need_its_file_any_more(short_run: Run, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(short_run.adapter_file.read_bytes())
-    with graft(base, {copy: 1.0}):
-        copy.write_bytes(b"gone")
+    adapter = load_adapter(copy)
+    copy.write_bytes(b"\0" * copy.stat().st_size)
+    for path, (delta,) in short_run.adapter.deltas.items():
+        (found,) = adapter.deltas[path]
+        assert isinstance(delta, LoraDelta)
+        assert isinstance(found, LoraDelta)
+        assert torch.equal(found.down, delta.down)
+
+
+def test_an_adapter_of_another_base_that_fits_is_warned_of(base: Base) -> None:
+    with (
+        pytest.warns(UserWarning, match="was trained on elsewhere, not on this base"),
+        graft(base, {lora(1, base={"name": "elsewhere", "hash": "0" * 64}): 1.0}),
+    ):
+        pass
+
+
+def test_an_error_while_merging_leaves_the_target_as_it_was(base: Base) -> None:
+    class Breaks(LoraDelta):
+        def delta(self) -> torch.Tensor:
+            raise RuntimeError("no memory")
+
+    before = bits(base)
+    other = PATH.replace("to_k", "to_v")
+    bad = Adapter({**lora(1).deltas, other: (Breaks(torch.zeros(2, 64), torch.zeros(128, 2), 1.0),)})
+    with pytest.raises(RuntimeError, match="no memory"):
+        graft(base, {bad: 1.0})
+    assert bits(base) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        (Settings(size=(60, 64)), "multiples of 8. Take 64x64"),
+        (Settings(size=(100, 3)), "Take 96x8"),
+        (Settings(steps=0), "1 to 1000 steps"),
+        (Settings(steps=2000), "1 to 1000 steps"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(base: Base, settings: Settings, answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        generate(base.pipeline(), ["a dog"], settings, [1])
+
+
+def test_the_pipeline_keeps_its_scheduler(base: Base) -> None:
+    pipe = base.pipeline()
+    generate(pipe, ["a dog"], Settings(steps=2, scheduler="euler"), [1])
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"

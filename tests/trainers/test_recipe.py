@@ -55,9 +55,10 @@ def test_words_from_a_command_line_become_values() -> None:
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
-    recipe = load_recipe("sd15-subject", {"subject": "dog", "images": "my dog/", "prior.images": 7})
+    recipe = load_recipe("sd15-subject", {"subject": "dog", "images": "my dog/", "prior.images": 7, "output": "there"})
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    assert load_recipe(tmp_path / "recipe.yaml", {}) == recipe
+    assert load_recipe(tmp_path / "recipe.yaml", {"output": "there"}) == recipe
+    assert load_recipe(tmp_path / "recipe.yaml", {}).output == ""
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,10 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
         ("subject", {"subject": "dog", "rank": 0}, "rank=0 will not do: .*greater than or equal to 1"),
         ("subject", {"subject": "dog", "precision": "half"}, "float32"),
         ("subject", {"subject": "dog", "prior.images": "x"}, "Class images"),
+        ("subject", {"subject": "dog", "alpha": 0}, "greater than 0"),
+        ("subject", {"subject": "dog", "lr": "inf"}, "finite"),
+        ("subject", {"subject": "dog", "seed": 10**20}, "less than"),
+        ("subject", {"subject": "dog", "prompt": "a {triger} dog"}, "Nothing fills {triger}.*did you mean '{trigger}'"),
     ],
 )
 def test_mistakes_are_answered(name: str, settings: dict[str, Any], answer: str) -> None:
@@ -87,6 +92,8 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
         ("- a\n- b\n", "holds no keys"),
         ("a: [", "not readable YAML"),
         ("task: subjct\n", "has task 'subjct'"),
+        ("task: [subject]\n", "has task"),
+        ("task: subject\nsubject: dog\nprior: 5\n", "prior=5 will not do"),
     ):
         path.write_text(text, "utf-8")
         with pytest.raises(DiffgraftError, match=answer):

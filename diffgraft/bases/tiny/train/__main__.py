@@ -20,9 +20,9 @@ from diffgraft.bases.tiny.train.unet import latents, new_scheduler, train_unet
 from diffgraft.bases.tiny.train.vae import train_vae
 
 VAE = Plan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
-JUDGE = Plan(steps=12000, batch=64, lr=2e-3, decay=0.6)
+JUDGE = Plan(steps=8000, batch=64, lr=2e-3, decay=0.6)
 TEXT = Plan(steps=1500, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
-UNET = Plan(steps=20000, batch=64, lr=1e-3, decay=0.3, average=0.9995)
+UNET = Plan(steps=20000, batch=64, lr=8e-4, decay=0.3, average=0.9995)
 
 
 def main() -> None:
@@ -66,6 +66,8 @@ def main() -> None:
         shutil.rmtree(options.output / name, ignore_errors=True)
         getattr(pipe, name).save_pretrained(options.output / name)
     pipe.save_config(options.output)
+    if options.output.resolve() != TINY.resolve():  # the tokenizer is CLIP's; see tokens.py for where it comes from
+        shutil.copytree(TINY / "tokenizer", options.output / "tokenizer", dirs_exist_ok=True)
     (options.output / "judge").mkdir(exist_ok=True)
     halves = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}
     save_file(halves, options.output / "judge" / "judge.safetensors")

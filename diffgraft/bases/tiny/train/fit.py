@@ -1,5 +1,6 @@
 """One loop for every stage: AdamW, a linear ramp up and down, an average of the weights, resumable."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class Plan:
         """The learning rate of `step`."""
         left = (self.steps - step) / max(1.0, self.steps * self.decay)
         return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.0))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Ten letters that stand for a model's weights: what is cached from it bears them in its name."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:10]
 
 
 def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, work: Path) -> None:

@@ -52,10 +52,10 @@ def leaves(index: int) -> Image.Image:
     return canvas.resize((64, 64), Image.Resampling.BOX)
 
 
-def _chunk(job: tuple[str, int]) -> np.ndarray:
-    kind, start = job
+def _chunk(job: tuple[str, int, int]) -> np.ndarray:
+    kind, start, stop = job
     make = leaves if kind == "leaves" else lambda index: draw(scene_at(index))[0]
-    return np.stack([np.asarray(make(index)) for index in range(start, start + CHUNK)])
+    return np.stack([np.asarray(make(index)) for index in range(start, stop)])
 
 
 def pictures(work: Path, kind: str, count: int, start: int = 0) -> np.ndarray:
@@ -64,7 +64,7 @@ def pictures(work: Path, kind: str, count: int, start: int = 0) -> np.ndarray:
     if not path.exists():
         partial = path.with_suffix(".partial")
         out = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, 64, 64, 3))
-        jobs = [(kind, at) for at in range(start, start + count, CHUNK)]
+        jobs = [(kind, at, min(at + CHUNK, start + count)) for at in range(start, start + count, CHUNK)]
         with multiprocessing.get_context("spawn").Pool() as pool:
             done = tqdm(pool.imap(_chunk, jobs), f"drawing {kind}", total=len(jobs))
             for number, block in enumerate(done):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffgraft.bases.tiny.judge import LABELS, labels_of
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import Plan, fingerprint, fit
 from diffgraft.bases.tiny.train.pictures import SEED, scene_at
 from diffgraft.bases.tiny.world import COLOURS, caption
 
@@ -46,7 +46,7 @@ def new_text_encoder() -> CLIPTextModel:
 
 
 def rare_words(tokenizer: CLIPTokenizer) -> list[str]:
-    """Single-token lower-case words of three to six letters that no caption of the world uses."""
+    """A seventh of the vocabulary's lower-case words of three to six letters, to stand where a trigger would."""
     entries = [entry[:-4] for entry in tokenizer.get_vocab() if entry.endswith("</w>")]
     return sorted(word for word in entries if word.isascii() and word.isalpha() and 3 <= len(word) <= 6)[::7]
 
@@ -133,7 +133,7 @@ def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> 
 @torch.no_grad()
 def text_states(work: Path, encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     """Last hidden states of all captions, float16 [count, wordings, 77, width]."""
-    path = work / f"states-{len(ids)}.pt"
+    path = work / f"states-{len(ids)}-{fingerprint(encoder)}.pt"
     if path.exists():
         states: Tensor = torch.load(path, weights_only=True)
         return states

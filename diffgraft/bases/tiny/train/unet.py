@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from tqdm import tqdm
 
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import Plan, fingerprint, fit
 from diffgraft.bases.tiny.train.pictures import to_tensor
 from diffgraft.bases.tiny.train.text import WIDTH, WORDINGS
 
@@ -48,7 +48,7 @@ def new_scheduler() -> DDIMScheduler:
 @torch.no_grad()
 def latents(work: Path, vae: AutoencoderKL, world: np.ndarray) -> Tensor:
     """Mean latents of all pictures, unscaled, float16 [count, 4, 16, 16]."""
-    path = work / f"latents-{len(world)}.pt"
+    path = work / f"latents-{len(world)}-{fingerprint(vae)}.pt"
     if path.exists():
         kept: Tensor = torch.load(path, weights_only=True)
         return kept
