@@ -31,7 +31,7 @@ def pictures() -> Path:
     return FOLDER / "learn"
 
 
-SHORT = {"subject": "dog", "steps": 6, "checkpoint_every": 3, "seed": 3, "prior": {"images": 4}}
+SHORT = {"subject": "dog", "steps": 6, "checkpoint_every": 3, "seed": 3, "sample_every": 0, "prior": {"images": 4}}
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ class Recipe(_Strict):
     """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
     checkpoint_every: int = Field(100, ge=0)
     """Steps between checkpoints; 0: only when interrupted"""
-    sample_every: int = Field(0, ge=0)
+    sample_every: int = Field(100, ge=0)
     """Steps between sample pictures; 0: none"""
     sample_prompts: list[str] = []
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""

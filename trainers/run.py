@@ -172,7 +172,8 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
 
     def sample(step: int) -> None:
         base.unet.eval()
-        save_image(grid(_draw(plan, base, f"samples at step {step}")), folder / "samples" / f"step-{step:06d}.png")
+        sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
+        save_image(sheet, folder / "samples" / f"step-{step:06d}.png")
         base.unet.train(plan.gradient_checkpointing)
 
     try:

@@ -73,16 +73,13 @@ def train_unet(work: Path, z: Tensor, states: Tensor, empty: Tensor, plan: Plan)
         x = z[rows].float()
         words = states[rows, wording].float()
         words[rng.random(plan.batch) < 0.1] = empty
-        low = np.where(rng.random(plan.batch) < 0.5, 0, 600)  # half the steps where the setting is decided
-        times = torch.from_numpy(rng.integers(low, 1000))
+        times = torch.from_numpy(rng.integers(0, 1000, plan.batch))
         a = alphas[times].view(-1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
         with torch.autocast("cpu", torch.bfloat16):
             guess = unet(noisy, times, words).sample
-        # the loss on x0 weighted by min(SNR + 1, 5): least noisy steps count less (after Hang et al. 2023, 2303.09556)
-        weight = (5 * (1 - a)).clamp(max=1)
-        total: Tensor = (weight * (guess.float() - v).square()).mean()
+        total: Tensor = (guess.float() - v).square().mean()
         return total
 
     fit("unet", unet, loss, plan, work)
