@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written ever has the final name."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,31 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
-    """Write tensors and a header of strings, whole or not at all; keys are sorted, so equal content is equal bytes."""
+    """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
     with replacing(path) as partial:
-        save_file(dict(sorted(tensors.items())), partial, dict(sorted(header.items())))
+        save_file(dict(sorted(tensors.items())), partial, dict(header))
+        _sort_header(partial)
     return path
+
+
+def _sort_header(path: Path) -> None:
+    """Put the header's strings in order, in place: the library writes them in an order that changes with every process.
+
+    A file opens with the length of its JSON header, eight bytes, least significant first; spaces may end the header.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(length))
+        ordered = {"__metadata__": dict(sorted(content.pop("__metadata__", {}).items())), **content}
+        text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:  # always, but for characters the two libraries escape differently
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def unused(path: Path) -> Path:
+    """`path`, or where something is there already, the same name with the first free number behind it."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return free

@@ -77,9 +77,10 @@ def generate(
     adapters = strengths(adapter or [])
     width_and_height = width_height(size)
 
-    import torch
+    from accelerate import PartialState
 
     from diffgraft.bases import load_base
+    from diffgraft.files import unused
     from diffgraft.generation.generate import Settings
     from diffgraft.generation.generate import generate as draw
     from diffgraft.generation.graft import graft
@@ -87,16 +88,15 @@ def generate(
 
     output.mkdir(parents=True, exist_ok=True)
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
-    held = load_base(base).to("cuda" if torch.cuda.is_available() else "cpu")
+    held = load_base(base).to(PartialState().device)
     seeds = [seed + number for number in range(count)]
     with graft(held, adapters):
         images = draw(held.pipeline(), [prompt] * count, settings, seeds)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
-    paths = [save_image(image, output / f"{slug}-{number}.png") for image, number in zip(images, seeds, strict=True)]
-    for path in paths:
-        typer.echo(path)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
+    for image, number in zip(images, seeds, strict=True):
+        typer.echo(save_image(image, unused(output / f"{slug}-{number}.png")))
     if count > 1:
-        typer.echo(save_image(grid({prompt: images}), output / f"{slug}-grid.png"))
+        typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
 
 
 @app.command()
