@@ -47,6 +47,8 @@ def build(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
     down, up = leaves["lora_down"], leaves["lora_up"]
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] == 0:
         raise ValueError(f"lora_down is {list(down.shape)} and lora_up {list(up.shape)}, which are no factors")
+    if any(side != 1 for side in up.shape[2:]):
+        raise ValueError(f"lora_up is {list(up.shape)}, but its kernel can only be of size one")
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"lora_down has rank {down.shape[0]}, lora_up has rank {up.shape[1]}")
     return LoraDelta(down, up, float(down.shape[0]) if alpha is None else alpha)

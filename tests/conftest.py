@@ -1,5 +1,6 @@
 """What tests share: the embedded base, a short run on it, and small random bases of other shapes."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,5 +96,36 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add_watermarker=False,
     )
     folder = tmp_path_factory.mktemp("bases") / "small-xl"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def small_sd1(folder: Path) -> Path:
+    """A random model of Stable Diffusion 1.x's shape (four levels, two layers a block), small and unequal in width."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from diffgraft.bases import loading
+
+    torch.manual_seed(8)
+
+    def configured(part: str, **small: object) -> dict[str, object]:
+        return {**json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8")), **small}
+
+    unet = configured(
+        "unet", block_out_channels=[8, 16, 24, 24], cross_attention_dim=20, norm_num_groups=4, attention_head_dim=4
+    )
+    vae = configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4)
+    text = configured("text_encoder", hidden_size=20, intermediate_size=28, num_attention_heads=4, num_hidden_layers=2)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_config(vae),
+        unet=UNet2DConditionModel.from_config(unet),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        tokenizer=CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer"),
+        scheduler=PNDMScheduler.from_pretrained(loading.CONFIGS / "sd1" / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.save_pretrained(folder)
     return folder

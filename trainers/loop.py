@@ -83,17 +83,19 @@ def fit(
 
     Raises:
         DiffgraftError: the loss is no number any more, or the checkpoints belong to something else.
-        KeyboardInterrupt: passed on, after a checkpoint was written.
+        KeyboardInterrupt: passed on, after a checkpoint was written (unless it came in the middle of an update).
     """
     optimizer = new_optimizer(recipe, list(parameters.values()))
     done = restore(folder, identity, parameters, optimizer)
+    if done > recipe.steps:
+        raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
     lead = accelerator.is_main_process
     if lead:
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
-    saved = done
+    saved, stepping = done, False
     try:
         for step in bar:
             for group in optimizer.param_groups:
@@ -105,8 +107,9 @@ def fit(
                     "or use precision=bfloat16 or float32 if it was float16."
                 )
             accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
+            stepping = True
             optimizer.step()
-            done = step + 1
+            done, stepping = step + 1, False
             optimizer.zero_grad()
             record.append({"step": done, "lr": rate(recipe, step), **terms})
             bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
@@ -118,7 +121,7 @@ def fit(
                 if recipe.sample_every and done % recipe.sample_every == 0:
                     sample(done)
     except KeyboardInterrupt:
-        if lead and done > saved:
+        if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
             save_checkpoint(folder, done, identity, parameters, optimizer)
         raise
     accelerator.free_memory()

@@ -106,7 +106,9 @@ class Recipe(_Strict):
 
     def essence(self) -> str:
         """Everything in the recipe that decides what a step does; a run may be resumed only under the same."""
-        free = {"images", "output", "base", "steps", "checkpoint_every", "sample_every", "sample_prompts"}
+        free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts"}
+        if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
+            free.add("steps")
         return self.model_dump_json(exclude=free)
 
     def header(self) -> dict[str, Any]:

@@ -91,7 +91,8 @@ def train(
         DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
     """
     if resume is not None:
-        plan, folder = _resumed(Path(resume).expanduser(), settings)
+        named = {"base": base} if isinstance(base, str | Path) and str(base) else {}
+        plan, folder = _resumed(Path(resume).expanduser(), {**settings, **named})
     else:
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)
@@ -137,8 +138,9 @@ def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )
     local = Path(plan.base).expanduser()
+    is_path = plan.base != "tiny" and local.exists()
     places = {"images": str(Path(plan.images).expanduser().resolve()), "output": str(folder)}
-    return plan.model_copy(update={**places, "base": str(local.resolve()) if local.exists() else plan.base}), folder
+    return plan.model_copy(update={**places, "base": str(local.resolve()) if is_path else plan.base}), folder
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:

@@ -54,11 +54,14 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "diffusers") -> Pa
     """Write `adapter` to `path` in `dialect`.
 
     Raises:
-        DiffgraftError: there is no such dialect.
+        DiffgraftError: there is no such dialect, or it cannot say what the adapter holds; nothing is written then.
     """
     if dialect not in DIALECTS:
         raise DiffgraftError(f"There is no adapter format {dialect!r}: {nearest(dialect, DIALECTS)}")
-    tensors, header = DIALECTS[dialect].write(adapter)
+    try:
+        tensors, header = DIALECTS[dialect].write(adapter)
+    except ValueError as error:
+        raise DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {error}.") from error
     return write_safetensors(path, tensors, header)
 
 

@@ -54,6 +54,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something other than one LoRA."""
+    if strange := [path for path in adapter.deltas if path.partition(".")[0] not in PARTS]:
+        raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}, which are all the diffusers layout knows")
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part in PARTS:

@@ -55,7 +55,12 @@ class Base:
     tokenizer: Any
     text_encoder_2: Any = None
     tokenizer_2: Any = None
-    _hash: str | None = None
+    hash: str = field(init=False)
+    """SHA-256 over names, shapes and half-precision values of the UNet and the text encoders, as they were given.
+
+    The same for a model stored in float32 and in float16, whatever the file layout; the VAE, which people exchange
+    freely and no adapter touches, is left out. It is taken at once: later, weights may be cast, merged or attached to.
+    """
 
     def __repr__(self) -> str:
         return f"Base({self.name!r}, family {self.family.name}, {self.unet.dtype} on {self.device})"
@@ -63,6 +68,7 @@ class Base:
     def __post_init__(self) -> None:
         for _, part in self.parts():
             part.requires_grad_(False).eval()
+        self.hash = _digest((name, part) for name, part in self.parts() if name != "vae")
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of each network there is."""
@@ -109,29 +115,18 @@ class Base:
         return device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Base":
-        """Move all parts, in place. The hash is taken first: it belongs to the weights as they were stored."""
-        if dtype not in (None, torch.float32):
-            _ = self.hash
+        """Move all parts, in place."""
         with hushed():
             for _, part in self.parts():
                 part.to(device=device, dtype=dtype)
         return self
 
     @property
-    def hash(self) -> str:
-        """SHA-256 over names, shapes and half-precision values of the UNet and the text encoders.
-
-        The same for a model stored in float32 and in float16, whatever the file layout; the VAE, which people
-        exchange freely and no adapter touches, is left out.
-        """
-        if self._hash is None:
-            self._hash = _digest((name, part) for name, part in self.parts() if name != "vae")
-        return self._hash
-
-    @property
     def drawing_hash(self) -> str:
         """SHA-256 over all that decides what the base draws: `hash`, the VAE and the noise schedule."""
-        said = f"{self.hash} {_digest([('vae', self.vae)])} {sorted(self.scheduler.config.items(), key=str)}"
+        # keys with an underscore are diffusers' notes to itself, and differ from process to process
+        schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
+        said = f"{self.hash} {_digest([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
         return hashlib.sha256(said.encode()).hexdigest()
 
 

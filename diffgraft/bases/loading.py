@@ -15,6 +15,9 @@ from diffgraft.quiet import hushed
 FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion1(), StableDiffusionXL())}
 """Name of the diffusers pipeline → the family it draws with."""
 
+_WIDTH_OF_2 = 1024
+"""Width of the text states of Stable Diffusion 2.x, which shares its pipeline with 1.x (768)."""
+
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -38,8 +41,10 @@ def load_base(source: str | Path = "tiny", dtype: torch.dtype = torch.float32) -
             pipe = _from_folder(path)
         else:
             pipe = _from_hub(str(source))
-    base = Base(name=str(source), family=_family(type(pipe).__name__, source), **_parts(pipe))
-    return base.to(dtype=dtype)
+    family = _family(type(pipe).__name__, source)
+    if pipe.unet.config.cross_attention_dim == _WIDTH_OF_2:
+        raise DiffgraftError(f"{source} is a Stable Diffusion 2.x, which is not supported: give a 1.x or an XL.")
+    return Base(name=str(source), family=family, **_parts(pipe)).to(dtype=dtype)
 
 
 def _family(pipeline_class: str, source: str | Path) -> Family:
@@ -112,7 +117,8 @@ def _from_hub(name: str) -> Any:
     except (OSError, RuntimeError, HFValidationError) as error:
         raise DiffgraftError(
             f"There is no base {name!r}: no folder or file of that name exists here, and the hub gave no such model "
-            "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id."
+            "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id. "
+            f"The hub's client said: {_first_line(error)}"
         ) from error
     return _from_folder(Path(folder))
 

@@ -3,9 +3,12 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = typer.Typer(
     name="diffgraft",
@@ -43,6 +46,8 @@ def train(
     try:
         run = run_training(recipe, resume=resume, **given)
     except KeyboardInterrupt as stop:
+        if not stop.args:
+            raise DiffgraftError("Interrupted before anything was written.") from None
         raise DiffgraftError(f"Interrupted. Go on with: diffgraft train --resume {stop}") from None
     typer.echo(f"Trained {run.recipe.steps} steps. The adapter: {run.adapter_file}")
     typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
@@ -86,15 +91,17 @@ def generate(
     from diffgraft.generation.graft import graft
     from diffgraft.generation.plots import grid, save_image
 
-    output.mkdir(parents=True, exist_ok=True)
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
     held = load_base(base).to(PartialState().device)
     seeds = [seed + number for number in range(count)]
-    with graft(held, adapters):
-        images = draw(held.pipeline(), [prompt] * count, settings, seeds)
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
-    for image, number in zip(images, seeds, strict=True):
-        typer.echo(save_image(image, unused(output / f"{slug}-{number}.png")))
+
+    def keep(place: int, image: "Image.Image") -> None:
+        typer.echo(save_image(image, unused(output / f"{slug}-{seeds[place]}.png")))
+
+    with graft(held, adapters):
+        output.mkdir(parents=True, exist_ok=True)
+        images = draw(held.pipeline(), [prompt] * count, settings, seeds, keep=keep)
     if count > 1:
         typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
 
@@ -108,7 +115,8 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")]) -> N
     said = adapter.metadata
     for key in ("method", "rank", "alpha", "trigger", "class", "seed"):
         typer.echo(f"{key:8} {said.get(key, '–')}")
-    base: Any = said.get("base") or {}
+    base: Any = said.get("base")
+    base = base if isinstance(base, dict) else {}
     typer.echo(
         f"base     {base.get('name', '–')} ({base.get('family', 'family unknown')}, {str(base.get('hash', ''))[:12]})"
     )
@@ -147,6 +155,12 @@ def demo(
         typer.echo(line)
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    """PyTorch says it in a RuntimeError: a class of its own for GPUs, a bare one with these words for processors."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
 def main() -> None:
     """Run the command line; what a person can put right is said in a sentence, without a traceback."""
     from diffgraft.errors import DiffgraftError
@@ -159,6 +173,8 @@ def main() -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         typer.secho(f"error: A file or folder cannot be used: {error.strerror or error}{where}.", fg="red", err=True)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
         typer.secho("error: There is not enough memory. Take a smaller batch, size or resolution.", fg="red", err=True)
     sys.exit(1)

@@ -38,11 +38,13 @@ def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "e
     stored = base.vae.dtype
     base.vae.to(torch.float32)  # some overflow in float16; casting there and back changes no bit
     scale = base.vae.config.scaling_factor
-    for image in tqdm(images, title, leave=False, disable=len(images) < 2):
-        pixels = to_tensor([square(image, side)]).to(base.vae.device)
-        distribution = base.vae.encode(pixels).latent_dist
-        means.append(distribution.mean.float() * scale)
-        stds.append(distribution.std.float() * scale)
-    with hushed():
-        base.vae.to(stored)
+    try:
+        for image in tqdm(images, title, leave=False, disable=len(images) < 2):
+            pixels = to_tensor([square(image, side)]).to(base.vae.device)
+            distribution = base.vae.encode(pixels).latent_dist
+            means.append(distribution.mean.float() * scale)
+            stds.append(distribution.std.float() * scale)
+    finally:
+        with hushed():
+            base.vae.to(stored)
     return Latents(torch.cat(means), torch.cat(stds))

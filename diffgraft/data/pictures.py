@@ -1,5 +1,6 @@
 """Pictures from a folder: whatever people have there, as upright RGB squares."""
 
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def read_folder(folder: str | Path) -> list[Picture]:
     for path in paths:
         try:
             image = upright_rgb(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
             warnings.warn(f"{path.name} is left out: it cannot be read as a picture ({error}).", stacklevel=2)
             continue
         pictures.append(Picture(path, image, _caption(path.with_suffix(".txt"))))
@@ -67,8 +68,9 @@ def _caption(path: Path) -> str | None:
 
 def upright_rgb(path: Path) -> Image.Image:
     """One picture file as an upright RGB image."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    # Pillow's remarks on damaged notes beside the pixels are left out
+    with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as file:
+        image = _upright(file)
         if image.mode.startswith(("I", "F")):  # 16-bit and float grey: PIL's own conversion clips at 255
             values = np.asarray(image, dtype=np.float64)
             top = 65535.0 if values.max() > 255 else 255.0
@@ -77,6 +79,15 @@ def upright_rgb(path: Path) -> Image.Image:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return image.convert("RGB")
+
+
+def _upright(file: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it lies where that cannot be read (the pixels are whole all the same)."""
+    try:
+        return ImageOps.exif_transpose(file)
+    except (struct.error, LookupError, ValueError, SyntaxError, OverflowError):
+        file.load()
+        return file.copy()
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

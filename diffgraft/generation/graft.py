@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from diffgraft.errors import DiffgraftError, nearest
 Strengths = Mapping[Any, float]
 """A file's path or an `Adapter` → strength. (`Mapping` is invariant in its key, hence `Any`.)"""
 PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+_LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
+"""The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
 
 
 def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
@@ -71,6 +75,7 @@ class Graft:
         """Apply all deltas of one module in float32, and round to its precision once."""
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         self._kept[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
+        _LAYERS.setdefault(module, []).append(self)
         new_weight: Tensor = weight.detach().float()
         new_bias: Tensor | None = None if bias is None else bias.detach().float()
         for delta, strength in deltas:
@@ -81,8 +86,15 @@ class Graft:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put back the weights the target had; doing it twice is no harm."""
+        """Put back the weights the target had; doing it twice is no harm.
+
+        Raises:
+            DiffgraftError: another graft was laid over this one and is still there; nothing has changed then.
+        """
+        if any(_LAYERS[module][-1] is not self for module, _, _ in self._kept.values()):
+            raise DiffgraftError("Another graft lies over this one: remove that one first.")
         for module, weight, bias in self._kept.values():
+            _LAYERS[module].pop()
             module.get_parameter("weight").copy_(weight)
             if bias is not None:
                 module.get_parameter("bias").copy_(bias)

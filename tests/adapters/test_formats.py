@@ -128,6 +128,15 @@ def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:
         assert lora.alpha == lora.rank
 
 
+def test_what_the_layout_cannot_say_is_refused_and_not_dropped(tmp_path: Path) -> None:
+    delta = LoraDelta(torch.zeros(2, 5), torch.zeros(7, 2), 2.0)
+    with pytest.raises(DiffgraftError, match=r"vae\.decoder\.proj is in none of unet, text_encoder"):
+        Adapter({"unet.proj": (delta,), "vae.decoder.proj": (delta,)}).save(tmp_path / "x.safetensors")
+    with pytest.raises(DiffgraftError, match="holds no single LoRA"):
+        Adapter({"unet.proj": (delta, delta)}).save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_format_names_the_known(base: Base, tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match="did you mean 'diffusers'"):
         made_up(base).save(tmp_path / "a.safetensors", format="difusers")

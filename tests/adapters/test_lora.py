@@ -128,6 +128,11 @@ def test_factors_that_do_not_fit_together_are_refused() -> None:
         build({"lora_down": torch.zeros(3, 5), "lora_up": torch.zeros(7, 4)}, None)
 
 
+def test_an_upward_factor_with_a_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="kernel can only be of size one"):
+        build({"lora_down": torch.zeros(2, 5, 3, 3), "lora_up": torch.zeros(7, 2, 3, 3)}, None)
+
+
 def test_the_registry_finds_methods_by_their_files() -> None:
     assert "lora" in methods()
     assert get_method("lora").attach is AttachedLora

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from diffgraft.bases import Base, load_base, loading
 from diffgraft.errors import DiffgraftError
 from tests.bases.original_layout import write_original
+from tests.conftest import small_sd1
 
 
 def test_the_embedded_base_is_frozen_and_whole(base: Base) -> None:
@@ -38,11 +40,11 @@ def test_the_hash_is_of_content_and_not_of_precision(base: Base) -> None:
     other = load_base("tiny")
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 0.5
-    assert other.hash != base.hash
+    assert replace(other).hash != base.hash
     other = load_base("tiny")
     with torch.no_grad():
         other.vae.encoder.conv_in.bias[0] += 0.5
-    assert other.hash == base.hash
+    assert replace(other).hash == base.hash
 
 
 def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Path) -> None:
@@ -56,35 +58,6 @@ def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Pat
         if held.family.name == "sdxl":
             torch.testing.assert_close(found.added["text_embeds"], encoded[2])
             assert found.added["time_ids"].tolist() == [[48, 32, 0, 0, 48, 32]] * 2
-
-
-def small_sd1(folder: Path) -> Path:
-    """A random model of Stable Diffusion 1.x's shape (four levels, two layers a block), small and unequal in width."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    torch.manual_seed(8)
-
-    def configured(part: str, **small: object) -> dict[str, object]:
-        return {**json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8")), **small}
-
-    unet = configured(
-        "unet", block_out_channels=[8, 16, 24, 24], cross_attention_dim=20, norm_num_groups=4, attention_head_dim=4
-    )
-    vae = configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4)
-    text = configured("text_encoder", hidden_size=20, intermediate_size=28, num_attention_heads=4, num_hidden_layers=2)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(vae),
-        unet=UNet2DConditionModel.from_config(unet),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        tokenizer=CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer"),
-        scheduler=PNDMScheduler.from_pretrained(loading.CONFIGS / "sd1" / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder)
-    return folder
 
 
 def test_a_single_file_gives_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +96,31 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "cannot be loaded" in answer(tmp_path / "torn")
     assert base.name == "tiny"
+
+
+def test_stable_diffusion_2_is_refused(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base.unet.config.cross_attention_dim == 64
+    monkeypatch.setattr(loading, "_WIDTH_OF_2", 64)  # a model of that width would be large
+    assert "Stable Diffusion 2.x, which is not supported" in answer("tiny")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hash_is_that_of_the_weights_as_they_came(base: Base) -> None:
+    """Whatever is attached or merged when it is asked for."""
+    held = load_base("tiny")
+    with torch.no_grad():
+        held.unet.conv_in.bias += 1
+    assert held.hash == base.hash
+
+
+def test_what_decides_a_picture_is_hashed_alike_in_every_process(base: Base) -> None:
+    """Diffusers notes the fields that were left at their defaults, in an order that changes between processes."""
+    scheduler = type(base.scheduler)(beta_end=0.013)
+    hashes = []
+    for order in (["beta_start", "clip_sample"], ["clip_sample", "beta_start"]):
+        scheduler.register_to_config(_use_default_values=order)
+        hashes.append(replace(base, scheduler=scheduler).drawing_hash)
+    assert hashes[0] == hashes[1] != base.drawing_hash
 
 
 @pytest.mark.scale

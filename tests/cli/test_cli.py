@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from diffgraft.adapters.adapter import Adapter
 from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
@@ -71,6 +73,36 @@ def test_mistakes_are_answered_in_one_sentence(
     assert said.startswith("error: ") or "\nerror: " in said
     assert answer in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (MemoryError(), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "Take a smaller"),
+        (KeyboardInterrupt(), "Interrupted before anything was written"),
+        (KeyboardInterrupt(Path("runs/dog")), "train --resume runs/dog"),
+    ],
+)
+def test_what_stops_a_run_is_said(
+    error: BaseException, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("diffgraft.trainers.run.train", stop)
+    assert call(monkeypatch, "train", "subject", "subject=dog") == 1
+    assert answer in capsys.readouterr().err
+
+
+def test_inspect_reads_headers_of_any_kind(
+    short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Adapter(short_run.adapter.deltas, {"method": "lora", "base": "some model"})
+    adapter.save(tmp_path / "odd.safetensors")
+    assert call(monkeypatch, "inspect", tmp_path / "odd.safetensors") == 0
+    assert "base     –" in capsys.readouterr().out
 
 
 def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,16 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert np.abs(np.asarray(image).astype(int) - wanted).mean() < 6
 
 
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_a_picture_with_damaged_exif_is_read_as_it_lies(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for cut in (9, 12, 17):
+        gradient().save(tmp_path / f"{cut}.{kind}", exif=exif.tobytes()[:cut], quality=95)
+    found = read_folder(tmp_path)
+    assert [picture.image.size for picture in found] == [gradient().size] * 3
+
+
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (9, 6), (255, 0, 0, 0))
     image.putpixel((3, 2), (0, 0, 255, 255))

@@ -108,3 +108,11 @@ def test_the_header_holds_neither_paths_nor_defaults() -> None:
         "subject", {"subject": "dog", "images": "/home/me/dog", "output": "/tmp/x", "rank": 4}
     ).header()
     assert header == {"task": "subject", "subject": "dog", "rank": 4}
+
+
+def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> None:
+    def essence(**settings: object) -> str:
+        return load_recipe("subject", {"subject": "dog", **settings}).essence()
+
+    assert essence(steps=5) == essence(steps=6)
+    assert essence(steps=5, lr_schedule="cosine") != essence(steps=6, lr_schedule="cosine")

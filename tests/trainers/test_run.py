@@ -21,7 +21,7 @@ from diffgraft.generation.graft import graft
 from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.heldout import make_probe
 from diffgraft.trainers.run import Run, train
-from tests.conftest import SHORT
+from tests.conftest import SHORT, small_sd1
 
 
 def bits(base: Base) -> str:
@@ -99,6 +99,57 @@ def test_an_interrupted_run_goes_on(
     assert list(again.metrics) == list(run.metrics)
     with pytest.raises(DiffgraftError, match="already holds a finished run"):
         train("subject", base=base, images=pictures, output=folder, **SHORT)
+
+
+def test_an_update_that_was_cut_short_is_not_kept(
+    base: Base, pictures: Path, tmp_path: Path, short_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped within the fifth update, with some weights moved: it goes on from the checkpoint of step 3."""
+    folder, real, calls = tmp_path / "run", torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *words: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            self.param_groups[0]["params"][0].data += 1
+            raise KeyboardInterrupt
+        return real(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train("subject", base=base, images=pictures, output=folder, **SHORT)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
+    with pytest.raises(DiffgraftError, match="keeps its recipe, so base cannot be set"):
+        train(base="tiny", resume=folder)
+    run = train(base=base, resume=folder)
+    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
+
+
+def test_the_header_holds_the_hash_of_the_base_alone(pictures: Path, tmp_path: Path) -> None:
+    """A run without class images asks for it only after the adapter was attached."""
+    held = load_base("tiny")
+    run = train("style", base=held, images=pictures, output=tmp_path / "run", steps=1, sample_prompts="a dog")
+    assert run.adapter.metadata["base"]["hash"] == load_base("tiny").hash
+
+
+def test_the_default_base_is_not_a_folder_that_is_called_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").mkdir()
+    run = train("style", images=pictures, output="run", steps=1, sample_prompts="a dog")
+    assert run.adapter.metadata["base"]["name"] == "tiny"
+
+
+def test_the_recipe_of_stable_diffusion_15_runs(pictures: Path, tmp_path: Path) -> None:
+    """With its own settings, on a random model of the family's shape."""
+    folder = small_sd1(tmp_path / "base")
+    settings: dict[str, Any] = {"steps": 2, "resolution": 64, "subject": "dog", "sample_prompts": "a dog"}
+    run = train("sd15-subject", base=folder, images=pictures, output=tmp_path / "run", prior={"images": 2}, **settings)
+    assert run.recipe.precision == "bfloat16"
+    assert run.recipe.optimizer == "adamw8bit"
+    assert len(run.adapter.modules) == 128
+    assert any(value.abs().max() > 0 for name, value in load_file(run.adapter_file).items() if "lora_B" in name)
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -231,6 +282,10 @@ def test_a_checkpoint_of_something_else_is_refused(base: Base, tmp_path: Path, s
     recipe.write_text(text.replace("steps: 6", "steps: 7"), "utf-8")
     longer = train(base=base, resume=copy)
     assert [entry["step"] for entry in longer.metrics] == [1, 2, 3, 4, 5, 6, 7]
+    (copy / "adapter.safetensors").unlink()
+    recipe.write_text(text.replace("steps: 6", "steps: 5"), "utf-8")
+    with pytest.raises(DiffgraftError, match="checkpoint of step 7, but steps=5: it is past its end"):
+        train(base=base, resume=copy)
 
 
 def test_what_will_not_do_is_said_before_anything_is_written(base: Base, pictures: Path, tmp_path: Path) -> None:
