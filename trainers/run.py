@@ -91,8 +91,8 @@ def train(
         DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
     """
     if resume is not None:
-        named = {"base": base} if isinstance(base, str | Path) and str(base) else {}
-        plan, folder = _resumed(Path(resume).expanduser(), {**settings, **named})
+        other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
+        plan, folder = _resumed(Path(resume).expanduser(), {**settings, **other})
     else:
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)

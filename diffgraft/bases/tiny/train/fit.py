@@ -1,4 +1,4 @@
-"""One loop for every stage: AdamW, a linear ramp up and down, an average of the weights, resumable."""
+"""One loop for every stage: a linear ramp up and down, an average of the weights, resumable."""
 
 import hashlib
 import time
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Plan:
     """Steps over which the rate rises."""
     average: float = 0.999
     """Decay of the running average of the weights; the average is what is kept."""
+    muon: bool = False
+    """Muon for the weights inside the network; AdamW for all where false."""
     save_every: float = 120
     """Seconds between checkpoints."""
 
@@ -52,7 +56,11 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, 
     """
     path = work / f"{name}.pt"
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer: MuonAndAdamW | torch.optim.Optimizer
+    if plan.muon:
+        optimizer = MuonAndAdamW(model, plan.lr)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -76,7 +84,7 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, 
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         keep = min(plan.average, (step + 1) / (step + 10))
         with torch.no_grad():
             floats = [(average[key], new) for key, new in model.state_dict().items()]
