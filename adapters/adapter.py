@@ -16,6 +16,13 @@ class Delta(ABC):
     weight need no more; methods that add a matrix are `LinearDelta`.
     """
 
+    kind: str
+    """Which kind of delta it is: the name of the `Method` that reads its leaves again."""
+    leaves: Mapping[str, Tensor]
+    """The tensors it consists of, by their canonical names."""
+    alpha: float | None
+    """What its scale is made of; None where it has no scale."""
+
     @abstractmethod
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         """The module's weight [out, in, …] and bias [out] under this delta at `strength`. The inputs stay untouched."""
@@ -29,11 +36,11 @@ class LinearDelta(Delta):
     """A delta that adds a matrix of its own, whatever the weight: these sum, and merge exactly."""
 
     @abstractmethod
-    def delta(self) -> Tensor:
+    def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
         """ΔW in float32, scale included, in the shape of the weight."""
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
-        return weight.float() + strength * self.delta().to(weight.device), bias
+        return weight.float() + strength * self.delta(tuple(weight.shape)).to(weight.device), bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +71,11 @@ class Adapter:
         """Words it adds to the tokenizer: none, in the methods there are so far."""
         return {}
 
-    def save(self, path: str | Path, format: str = "diffusers") -> Path:  # noqa: A002  (the public face says `format`)
-        """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name."""
+    def save(self, path: str | Path, format: str = "auto") -> Path:  # noqa: A002  (the public face says `format`)
+        """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name.
+
+        By default it is the first dialect that can hold it: diffusers' own, then LyCORIS', then this project's.
+        """
         from diffgraft.adapters.formats import save_adapter
 
         return save_adapter(self, Path(path), format)

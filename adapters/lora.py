@@ -1,101 +1,223 @@
 """LoRA: a low-rank matrix added to the weight (Hu et al. 2021, arXiv:2106.09685).
 
 W' = W + (alpha / r) · up · down, with down [r, in] and up [out, r]; equation (3) and section 4.1 of the paper.
+With `options.dora` the sum is brought to a learnt length per output (DoRA, Liu et al. 2024, arXiv:2402.09353,
+equation 5); with `options.rslora` the scale is alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import Delta, LinearDelta
-from diffgraft.adapters.method import Method
-from diffgraft.quiet import hushed
-
-
-def lora_delta(down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """ΔW = scale · up · down; down [r, in, …kernel], up [out, r, …ones] → [out, in, …kernel]."""
-    flat = up.flatten(1) @ down.flatten(1)
-    return scale * flat.view(up.shape[0], *down.shape[1:])
+from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
+from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
+from diffgraft.errors import DiffgraftError
 
 
-@dataclass(frozen=True)
-class LoraDelta(LinearDelta):
-    """LoRA on one linear layer or convolution."""
+class LowRank(Factors):
+    """The product of two thin matrices.
 
-    down: Tensor
-    """[r, in] or [r, in, k, k]"""
-    up: Tensor
-    """[out, r] or [out, r, 1, 1]"""
-    alpha: float
+    Leaves: lora_down [r, in, …kernel], lora_up [out, r, …ones]; in the Tucker variant lora_down [r, in, 1, 1],
+    lora_mid [r, r, …kernel].
+    """
 
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
+    kind = "lora"
 
-    def delta(self) -> Tensor:
-        return lora_delta(self.down.float(), self.up.float(), self.alpha / self.rank)
+    def __init__(self, tucker: bool = False) -> None:
+        self._tucker = tucker
 
-    def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        return (self.up.shape[0], *self.down.shape[1:]) == tuple(weight_shape)
+    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`down` as PyTorch starts its layers, `up` zero, as in the reference code of the paper."""
+        out, width, *kernel = shape
+        ones = [1] * len(kernel)
+        leaves = {"lora_up": torch.zeros(out, rank, *ones)}
+        if self._tucker and kernel and kernel != ones:
+            leaves["lora_down"] = kaiming((rank, width, *ones), generator)
+            leaves["lora_mid"] = kaiming((rank, rank, *kernel), generator)
+        else:
+            leaves["lora_down"] = kaiming((rank, width, *kernel), generator)
+        return leaves
+
+    def rank(self, leaves: Leaves) -> int:
+        return leaves["lora_down"].shape[0]
+
+    def weight(self, leaves: Leaves, shape: Shape) -> Tensor:  # noqa: ARG002  (the factors have it)
+        down, up = leaves["lora_down"], leaves["lora_up"]
+        if "lora_mid" in leaves:
+            down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
+        return (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
+
+    def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        """Down, (mid,) up: the matrix itself is never formed."""
+        if not isinstance(layer, nn.Conv2d):
+            return F.linear(F.linear(x, leaves["lora_down"]), leaves["lora_up"])
+        if layer.groups > 1:  # each group of outputs has its own inputs, which one `down` cannot serve
+            return super().forward(leaves, layer, x)
+        if "lora_mid" in leaves:
+            inner = run_layer(layer, F.conv2d(x, leaves["lora_down"]), leaves["lora_mid"])
+        else:
+            inner = run_layer(layer, x, leaves["lora_down"])
+        return F.conv2d(inner, leaves["lora_up"])
 
 
-def build(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
-    """From ``lora_down`` and ``lora_up``; without an alpha the scale is 1."""
-    down, up = leaves["lora_down"], leaves["lora_up"]
+LOW_RANK = LowRank()
+
+
+def low_rank(down: Tensor, up: Tensor, alpha: float | None = None, mid: Tensor | None = None) -> FactorDelta:
+    """A LoRA delta from its factors; without an alpha the scale is 1.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] == 0:
         raise ValueError(f"lora_down is {list(down.shape)} and lora_up {list(up.shape)}, which are no factors")
     if any(side != 1 for side in up.shape[2:]):
         raise ValueError(f"lora_up is {list(up.shape)}, but its kernel can only be of size one")
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"lora_down has rank {down.shape[0]}, lora_up has rank {up.shape[1]}")
-    return LoraDelta(down, up, float(down.shape[0]) if alpha is None else alpha)
+    leaves = {"lora_down": down, "lora_up": up} | ({} if mid is None else {"lora_mid": mid})
+    return FactorDelta(LOW_RANK, leaves, float(down.shape[0]) if alpha is None else alpha)
 
 
-class AttachedLora:
-    """LoRA on a live module, by peft's tuner."""
+@dataclass(frozen=True)
+class DoraDelta(Delta):
+    """W' = m · (W + ΔW) / ‖W + ΔW‖, the norm taken for each output."""
 
-    _name = "diffgraft"
+    direction: FactorDelta
+    magnitude: Tensor
+    """[out]"""
 
-    def __init__(self, module: nn.Module, paths: Sequence[str], *, rank: int, alpha: float, seed: int) -> None:
-        with hushed():
-            from peft import LoraConfig
-            from peft.tuners.lora import LoraModel
+    kind = "lora"
 
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(paths), bias="none")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self._tuner = LoraModel(module, {self._name: config}, self._name)
-        self._tuner._cast_adapter_dtype(self._name)  # float32 beside a base of half precision, as in peft's own models
-        self._module = module
-        self._alpha = alpha
+    @property
+    def leaves(self) -> Leaves:  # type: ignore[override]
+        return {**self.direction.leaves, "dora_scale": self.magnitude}
 
-    def _layers(self) -> dict[str, Any]:
-        from peft.tuners.lora import LoraLayer
+    @property
+    def alpha(self) -> float:  # type: ignore[override]
+        return self.direction.alpha
 
-        return {path: layer for path, layer in self._module.named_modules() if isinstance(layer, LoraLayer)}
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        """A strength scales ΔW, and m stays, as in peft."""
+        weight = weight.float()
+        v = weight + strength * self.direction.delta(tuple(weight.shape)).to(weight.device)
+        return rescaled(v, self.magnitude.to(weight.device)), bias
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        named: dict[str, nn.Parameter] = {}
-        for path, layer in self._layers().items():
-            named[f"{path}.lora_down"] = layer.lora_A[self._name].weight
-            named[f"{path}.lora_up"] = layer.lora_B[self._name].weight
-        return named
+    def fits(self, weight_shape: Shape) -> bool:
+        return self.magnitude.shape == weight_shape[:1] and self.direction.fits(weight_shape)
 
-    def deltas(self) -> dict[str, Delta]:
-        kept = {name: value.detach().float().cpu().clone() for name, value in self.parameters().items()}
-        return {
-            path: LoraDelta(kept[f"{path}.lora_down"], kept[f"{path}.lora_up"], self._alpha) for path in self._layers()
-        }
 
-    def detach(self) -> None:
-        self._tuner.unload()
+def rescaled(v: Tensor, magnitude: Tensor) -> Tensor:
+    """`v` [out, …] with the norm of each output brought to `magnitude` [out]."""
+    factor: Tensor = magnitude / norms(v)
+    return v * factor.view(-1, *[1] * (v.ndim - 1))
+
+
+def norms(weight: Tensor) -> Tensor:
+    """Norm of each output of a weight [out, …], [out]."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+class DoraPatch(Patch):
+    """DoRA on a live layer. As in the paper (section 4.3) no gradient flows through the norm."""
+
+    def __init__(self, direction: FactorPatch, layer: nn.Module) -> None:
+        super().__init__()
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point() or weight.shape != weight_shape(layer):
+            raise DiffgraftError(
+                "DoRA needs the weights of the base, which are quantised here: set options.dora=false."
+            )
+        self.direction = direction
+        self.magnitude = nn.Parameter(norms(weight.detach().float()))
+
+    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        weight: Tensor = layer.get_parameter("weight")
+        shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        bias = layer.get_parameter("bias").view(shape) if layer.bias is not None else out.new_zeros(1)
+        with torch.no_grad():
+            norm = norms(weight.float() + self.direction.weight(layer))
+        factor = (self.magnitude / norm).view(shape)
+        return (factor * (out - bias + self.direction.added(layer, x).to(out.dtype)) + bias).to(out.dtype)
+
+    def delta(self) -> DoraDelta:
+        return DoraDelta(self.direction.delta(), self.magnitude.detach().float().cpu().clone())
+
+    def rates(self) -> dict[str, float]:
+        return {f"direction.{name}": rate for name, rate in self.direction.rates().items()}
+
+
+def read(leaves: Leaves, alpha: float | None) -> Delta:
+    """LoRA, or DoRA where there is a ``dora_scale`` [out]; without an alpha the scale is 1."""
+    strange = set(leaves) - {"lora_down", "lora_up", "lora_mid", "dora_scale"}
+    if strange or not {"lora_down", "lora_up"} <= set(leaves):
+        raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoRA")
+    delta = low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
+    return DoraDelta(delta, leaves["dora_scale"].flatten()) if "dora_scale" in leaves else delta
+
+
+class LoraOptions(Options):
+    """What there is to set on LoRA beside rank and alpha."""
+
+    dora: bool = False
+    """Learn the length of each output apart from its direction (DoRA)"""
+    rslora: bool = False
+    """Scale by alpha / √rank instead of alpha / rank"""
+    up_rate: float = Field(1.0, gt=0)
+    """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
+    ranks: dict[str, int] = Field(default_factory=dict)
+    """Pattern of a layer's path (`*` stands for anything) → its own rank: {"*.attn2.*": 16}"""
+    alphas: dict[str, float] = Field(default_factory=dict)
+    """Pattern of a layer's path → its own alpha"""
+
+
+def chosen(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the last pattern that `path` matches."""
+    return next((value for key, value in reversed([*patterns.items()]) if fnmatch.fnmatchcase(path, key)), default)
+
+
+def lora_patch(
+    path: str,
+    layer: nn.Module,
+    generator: torch.Generator,
+    spec: Spec,
+    *,
+    rank: int,
+    alpha: float,
+    tucker: bool = False,
+) -> Patch:
+    """LoRA or DoRA on one layer, of the rank and alpha given unless a pattern says otherwise."""
+    options: LoraOptions = spec.options
+    own_rank = chosen(options.ranks, path, rank)
+    own_alpha = chosen(options.alphas, path, alpha if own_rank == rank else alpha / rank * own_rank)
+    if options.rslora:
+        own_alpha *= math.sqrt(own_rank)  # what is kept is the alpha that gives this scale by alpha / rank
+    rates = {"lora_up": options.up_rate}
+    patch = FactorPatch(LowRank(tucker), layer, own_rank, own_alpha, generator, rates)
+    return DoraPatch(patch, layer) if options.dora else patch
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
+        return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
+
+    return AttachedPatches(target, spec, make)
 
 
 METHOD = Method(
     name="lora",
     summary="a low-rank matrix added to each chosen layer: small, quick, opens everywhere",
-    attach=AttachedLora,
+    attach=attach,
+    options=LoraOptions,
+    read=read,
 )

@@ -1,29 +1,68 @@
-"""What a method is: one file beside this one, holding one `METHOD`."""
+"""What a method is: one file beside this one, or in an outside package, holding one `METHOD`.
+
+An outside package names its `Method` in the entry-point group ``diffgraft.methods``.
+"""
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from importlib.metadata import entry_points
+from typing import Any
 
-from torch import nn
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
 from diffgraft.errors import DiffgraftError, nearest
 
+GROUP = "diffgraft.methods"
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""The networks of a base that adapters change."""
 
-class Attached(Protocol):
-    """A method grafted onto a live module: its forward runs with the deltas, and they are trainable."""
 
-    def parameters(self) -> Mapping[str, nn.Parameter]:
+class Options(BaseModel):
+    """Settings that only one method has; each method may bring a subclass of its own."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Attached(nn.Module):
+    """A method on a live base: what the base computes is changed by it, and its parameters train."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, always in the same order."""
 
+    @abstractmethod
     def deltas(self) -> dict[str, Delta]:
-        """A copy, in float32 on the CPU, of what is attached: path inside the module → delta."""
+        """A copy, in float32 on the CPU, of what is attached: part and path inside it → delta."""
 
+    @abstractmethod
     def detach(self) -> None:
-        """Take it off again: the module is as it was before, with the same weights in the same places."""
+        """Take it off: the base is as it was before, with the same weights in the same places."""
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is to be attached."""
+
+    paths: Mapping[str, Sequence[str]]
+    """Part of the base (`unet`, `text_encoder`, …) → paths inside it of the layers that are adapted"""
+    rank: int
+    """Inner dimension of the factors"""
+    alpha: float
+    """The scale is alpha / rank"""
+    seed: int
+    """Seed of the initial values"""
+    options: Any = None
+    """The method's own settings, an instance of its `Method.options`"""
 
 
 @dataclass(frozen=True)
@@ -33,20 +72,50 @@ class Method:
     name: str
     summary: str
     """One line for ``diffgraft methods``."""
-    attach: Callable[..., Attached]
-    """``attach(module, paths, rank=…, alpha=…, seed=…)`` grafts it onto the submodules of `module` at `paths`."""
+    attach: Callable[[Any, Spec], Attached]
+    """``attach(target, spec)``; the target is a base, a pipeline, or anything with `.unet` and so on."""
+    options: type[Options] = Options
+    """Its own settings."""
+    layers: str = "attention"
+    """The layers it adapts where the recipe does not say: a key of `LAYERS`."""
+    read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
+    """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
+
+    def read_options(self, given: Mapping[str, Any]) -> Options:
+        """`given`, checked.
+
+        Raises:
+            DiffgraftError: there is no such option (the nearest is named), or its value will not do.
+        """
+        unknown = [key for key in given if key not in self.options.model_fields]
+        if unknown:
+            known = [f"options.{key}" for key in self.options.model_fields]
+            hint = nearest(f"options.{unknown[0]}", known) if known else "it has none."
+            raise DiffgraftError(f"The method {self.name!r} has no option {unknown[0]!r}: {hint}")
+        try:
+            return self.options.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise DiffgraftError(f"options.{key}={first['input']!r} will not do: {first['msg'].lower()}.") from error
 
 
 @cache
 def methods() -> dict[str, Method]:
-    """Every method there is, by name: each module of this package that holds a `METHOD`."""
+    """Every method there is, by name: of each module of this package that holds a `METHOD`, and of other packages."""
     package = importlib.import_module("diffgraft.adapters")
-    found = {}
-    for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"diffgraft.adapters.{module_info.name}")
-        method = getattr(module, "METHOD", None)
+    found: dict[str, Method] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        method = getattr(importlib.import_module(f"diffgraft.adapters.{info.name}"), "METHOD", None)
         if isinstance(method, Method):
             found[method.name] = method
+    for entry in entry_points(group=GROUP):
+        method = entry.load()
+        if not isinstance(method, Method):
+            raise DiffgraftError(f"The entry point {entry.name!r} in {GROUP} is {method!r}, which is no Method.")
+        if method.name in found:
+            raise DiffgraftError(f"Two methods are called {method.name!r}; the one from {entry.value} must be renamed.")
+        found[method.name] = method
     return found
 
 
@@ -59,6 +128,35 @@ def get_method(name: str) -> Method:
     if name not in methods():
         raise DiffgraftError(f"There is no method {name!r}: {nearest(name, methods())}")
     return methods()[name]
+
+
+def parts_of(target: Any) -> dict[str, nn.Module]:
+    """The networks of a base, a pipeline, or anything with `.unet`, `.text_encoder` or `.text_encoder_2`."""
+    found = {name: getattr(target, name, None) for name in PARTS}
+    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+_ATTENTION = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+_FEEDFORWARD = {"unet": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"), "text_encoder": ("fc1", "fc2")}
+_CONVOLUTIONS = {
+    "unet": ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+    "text_encoder": (),
+}
+LAYERS = {
+    "attention": (_ATTENTION,),
+    "attention+feedforward": (_ATTENTION, _FEEDFORWARD),
+    "all": (_ATTENTION, _FEEDFORWARD, _CONVOLUTIONS),
+}
+"""Name of a choice of layers → what the paths of those layers end in, for each kind of part."""
+
+
+def choose_layers(part: str, module: nn.Module, layers: str) -> list[str]:
+    """Paths inside the part `module` of the layers that a key of `LAYERS` stands for."""
+    kind = "unet" if part == "unet" else "text_encoder"
+    return find_modules(module, tuple(ending for group in LAYERS[layers] for ending in group[kind]))
 
 
 def find_modules(root: nn.Module, endings: tuple[str, ...]) -> list[str]:

@@ -11,10 +11,13 @@ from diffgraft.bases import Base, Conditioning
 class Denoiser(nn.Module):
     """A base's UNet, asked with prompts. Text states are computed once where the text encoder is frozen."""
 
-    def __init__(self, base: Base, size: tuple[int, int], text_is_trained: bool) -> None:
+    def __init__(
+        self, base: Base, size: tuple[int, int], adapter: nn.Module | None = None, text_is_trained: bool = False
+    ) -> None:
         super().__init__()
         self.unet = base.unet
         self.text = nn.ModuleList(part for name, part in base.parts() if name.startswith("text_encoder"))
+        self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
         self._base = base
         self._size = size
         self._cache: dict[str, Conditioning] | None = None if text_is_trained else {}

@@ -33,7 +33,7 @@ class Probe:
     def predict(self, base: Base, prompt: str, batch: int = 32) -> Tensor:
         """What the base says of all pairs under `prompt`, [pairs, c, h, w]."""
         height, width = (side * base.factor for side in self.noisy.shape[-2:])
-        denoiser = Denoiser(base, (height, width), text_is_trained=False)
+        denoiser = Denoiser(base, (height, width))
         out = []
         for start in tqdm(range(0, len(self.times), batch), "held-out loss", leave=False):
             rows = slice(start, start + batch)

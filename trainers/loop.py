@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
 from diffgraft.trainers.captioned import Predict
@@ -53,15 +54,22 @@ def rate(recipe: Recipe, step: int) -> float:
     return recipe.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def new_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser a recipe names."""
+def new_optimizer(
+    recipe: Recipe, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """The optimiser a recipe names; each group of parameters has its factor on the learning rate, `rate`."""
+    kinds = sorted({rates.get(name, 1.0) for name in parameters})
+    groups = [
+        {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
+        for kind in kinds
+    ]
     kwargs: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw8bit":
         import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **kwargs)
+        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **kwargs)
         return optimizer
-    return torch.optim.AdamW(parameters, **kwargs)
+    return torch.optim.AdamW(groups, **kwargs)
 
 
 def fit(
@@ -70,11 +78,11 @@ def fit(
     identity: str,
     accelerator: Any,
     denoiser: Denoiser,
-    parameters: Mapping[str, nn.Parameter],
+    adapter: Attached,
     objective: Objective,
     sample: Callable[[int], None],
 ) -> list[dict[str, float]]:
-    """Train `parameters` for the recipe's steps, going on from the newest checkpoint in `folder` if there is one.
+    """Train `adapter` for the recipe's steps, going on from the newest checkpoint in `folder` if there is one.
 
     `identity` stands for base, pictures and recipe: a checkpoint of another identity is refused.
 
@@ -85,7 +93,8 @@ def fit(
         DiffgraftError: the loss is no number any more, or the checkpoints belong to something else.
         KeyboardInterrupt: passed on, after a checkpoint was written (unless it came in the middle of an update).
     """
-    optimizer = new_optimizer(recipe, list(parameters.values()))
+    parameters = adapter.trainable()
+    optimizer = new_optimizer(recipe, parameters, adapter.rates())
     done = restore(folder, identity, parameters, optimizer)
     if done > recipe.steps:
         raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
@@ -99,7 +108,7 @@ def fit(
     try:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = rate(recipe, step)
+                group["lr"] = group["rate"] * rate(recipe, step)
             terms = _accumulate(recipe, accelerator, predict, objective, step)
             if not math.isfinite(terms["loss"]):
                 raise DiffgraftError(

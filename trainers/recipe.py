@@ -41,8 +41,11 @@ class Recipe(_Strict):
     """Inner dimension of the low-rank factors"""
     alpha: float | None = Field(None, gt=0)
     """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
-    layers: Literal["attention", "attention+feedforward"] = "attention"
-    """Layers of the UNet that are adapted: the projections of its attention, or those and the feed-forward layers"""
+    layers: Literal["attention", "attention+feedforward", "all", None] = None
+    """Layers that are adapted: the projections of the attention, with the feed-forward layers too, or also the
+    convolutions; unset: what the method is made for"""
+    options: dict[str, Any] = {}
+    """Settings that only the method has: options.dora=true; `diffgraft methods NAME` lists them"""
     text_encoder: bool = False
     """Whether the text encoder's attention is adapted too"""
     images: str = ""
@@ -219,6 +222,9 @@ def _read(name: str | Path) -> dict[str, Any]:
 def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
     model: type[BaseModel] = kind
     *outer, last = key.split(".")
+    if outer[:1] == ["options"]:  # the method says what these are, not the recipe
+        values["options"] = {**(values.get("options") or {}), key.removeprefix("options."): value}
+        return
     for level in outer:
         inner = model.model_fields[level].annotation if level in model.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
@@ -230,7 +236,7 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
         raise DiffgraftError(_unknown(key, kind))
     if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
         value = [part.strip() for part in value.split("|")]
-    values[last] = None if value == "" and last in ("alpha", "resolution") else value
+    values[last] = None if value == "" and last in ("alpha", "resolution", "layers") else value
 
 
 def _check_templates(recipe: Recipe) -> None:

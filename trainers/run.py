@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, find_modules, get_method
+from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.sd1 import lost_words
 from diffgraft.data.class_images import class_images
@@ -32,11 +32,6 @@ from diffgraft.trainers.examples import Examples, data_digest
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
 from diffgraft.trainers.recipe import Recipe, StyleRecipe, SubjectRecipe, load_recipe, save_recipe
 
-_ATTENTION = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
-}
-_FEEDFORWARD = ("ff.net.0.proj", "ff.net.2")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_SEEDS = 50_000
 """Samples count their seeds from here, so that none is a class image that training has seen."""
@@ -96,7 +91,7 @@ def train(
     else:
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)
-    get_method(plan.method)
+    get_method(plan.method).read_options(plan.options)
     pictures = read_folder(plan.images)
     accelerator = new_accelerator(plan)
     held = base if isinstance(base, Base) else load_base(plan.base, _DTYPES[plan.precision])
@@ -170,7 +165,8 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
         objective = _objective(plan, base, pictures, prompts)
     digest = data_digest(pictures, prompts)
     side = plan.resolution or base.resolution
-    attached: dict[str, Attached] = {}
+    method = get_method(plan.method)
+    live: Attached | None = None
 
     def sample(step: int) -> None:
         base.unet.eval()
@@ -179,26 +175,20 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
         base.unet.train(plan.gradient_checkpointing)
 
     try:
-        for part, module, paths in _targets(plan, base):
-            attach = get_method(plan.method).attach
-            attached[part] = attach(module, paths, rank=plan.rank, alpha=plan.scale_alpha(), seed=plan.seed)
+        options = method.read_options(plan.options)
+        live = method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options))
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
-        denoiser = Denoiser(base, (side, side), plan.text_encoder)
-        parameters = {f"{part}.{name}": p for part, live in attached.items() for name, p in live.parameters().items()}
+        denoiser = Denoiser(base, (side, side), live, plan.text_encoder)
         identity = hashlib.sha256(f"{base.hash} {digest} {plan.essence()}".encode()).hexdigest()
-        metrics = fit(plan, folder, identity, accelerator, denoiser, parameters, objective, sample)
-        deltas = {
-            f"{part}.{path.removeprefix('text_model.')}": (delta,)
-            for part, live in attached.items()
-            for path, delta in live.deltas().items()
-        }
+        metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample)
+        deltas = {path.replace(".text_model.", "."): (delta,) for path, delta in live.deltas().items()}
     finally:
-        for live in attached.values():
+        if live is not None:
             live.detach()
         base.unet.disable_gradient_checkpointing()
-        base.unet.eval().requires_grad_(False)
+        base.unet.eval()
     run = Run(folder, plan, metrics)
     if accelerator.is_main_process:
         Adapter(deltas, _header(plan, base, digest)).save(run.adapter_file)
@@ -240,14 +230,14 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
     return DreamBooth(ours, kept, plan.prior.weight, noising, plan.seed)
 
 
-def _targets(plan: Recipe, base: Base) -> list[tuple[str, Any, list[str]]]:
-    """Part, its module, and the paths inside it that are adapted."""
-    endings = _ATTENTION["unet"] + (_FEEDFORWARD if "feedforward" in plan.layers else ())
-    found = [("unet", base.unet, find_modules(base.unet, endings))]
+def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
+    """Part of the base → paths inside it of the layers that are adapted."""
+    layers = plan.layers or get_method(plan.method).layers
+    found = {"unet": choose_layers("unet", base.unet, layers)}
     for name, part in base.parts():
         if plan.text_encoder and name.startswith("text_encoder"):
-            paths = find_modules(part, _ATTENTION["text_encoder"])
-            found.append((name, part, [path for path in paths if base.family.reaches(base, name, path)]))
+            paths = choose_layers(name, part, layers)
+            found[name] = [path for path in paths if base.family.reaches(base, name, path)]
     return found
 
 
@@ -258,6 +248,7 @@ def _header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
         "method": plan.method,
         "rank": plan.rank,
         "alpha": plan.scale_alpha(),
+        **({"options": plan.options} if plan.options else {}),
         "trigger": plan.trigger,
         "class": getattr(plan, "subject", None),
         "base": {"name": Path(plan.base).name, "family": base.family.name, "hash": base.hash},

@@ -7,12 +7,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import diffusers_lora
+from diffgraft.adapters.formats import diffusers_lora, lycoris, native
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_safetensors
 
-DIALECTS: dict[str, ModuleType] = {"diffusers": diffusers_lora}
-"""Name of a dialect → the module that reads and writes it."""
+DIALECTS: dict[str, ModuleType] = {"diffusers": diffusers_lora, "lycoris": lycoris, "diffgraft": native}
+"""Name of a dialect → the module that reads and writes it, those that more tools open first."""
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -37,7 +37,7 @@ def load_adapter(path: str | Path) -> Adapter:
         ) from error
     _refuse_broken_values(path, tensors)
     for dialect in DIALECTS.values():
-        if dialect.recognises(tensors):
+        if dialect.recognises(tensors, header):
             try:
                 adapter: Adapter = dialect.read(tensors, header)
                 return adapter
@@ -50,19 +50,22 @@ def load_adapter(path: str | Path) -> Adapter:
     )
 
 
-def save_adapter(adapter: Adapter, path: Path, dialect: str = "diffusers") -> Path:
-    """Write `adapter` to `path` in `dialect`.
+def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
+    """Write `adapter` to `path` in `dialect`; `auto` is the first one that can hold it.
 
     Raises:
-        DiffgraftError: there is no such dialect, or it cannot say what the adapter holds; nothing is written then.
+        DiffgraftError: there is no such dialect, or it cannot hold the adapter; nothing is written then.
     """
-    if dialect not in DIALECTS:
+    if dialect not in (*DIALECTS, "auto"):
         raise DiffgraftError(f"There is no adapter format {dialect!r}: {nearest(dialect, DIALECTS)}")
-    try:
-        tensors, header = DIALECTS[dialect].write(adapter)
-    except ValueError as error:
-        raise DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {error}.") from error
-    return write_safetensors(path, tensors, header)
+    for name in DIALECTS if dialect == "auto" else (dialect,):
+        try:
+            tensors, header = DIALECTS[name].write(adapter)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        return write_safetensors(path, tensors, header)
+    raise DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {reason}.")
 
 
 def _refuse_broken_values(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import LoraDelta
+from diffgraft.adapters.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -31,7 +31,7 @@ def made_up(base: Base, text: bool = True) -> Adapter:
             out_width, in_width = module.get_submodule(path).weight.shape
             rank, alpha = (3, 2.0) if number % 3 else (5, 7.5)
             down, up = torch.randn(rank, in_width) * 0.2, torch.randn(out_width, rank) * 0.2
-            deltas[f"{part}.{path}"] = (LoraDelta(down, up, alpha),)
+            deltas[f"{part}.{path}"] = (low_rank(down, up, alpha),)
     return Adapter(deltas, {"method": "lora", "trigger": "sks"})
 
 
@@ -42,10 +42,8 @@ def test_saved_and_loaded_are_the_same_bits(base: Base, tmp_path: Path) -> None:
     assert set(again.modules) == set(adapter.modules)
     for path, (lora,) in adapter.deltas.items():
         (other,) = again.deltas[path]
-        assert isinstance(lora, LoraDelta)
-        assert isinstance(other, LoraDelta)
-        assert torch.equal(lora.down, other.down)
-        assert torch.equal(lora.up, other.up)
+        assert set(lora.leaves) == set(other.leaves)
+        assert all(torch.equal(leaf, other.leaves[name]) for name, leaf in lora.leaves.items())
         assert lora.alpha == other.alpha
     assert [file.name for file in (tmp_path / "new folder").iterdir()] == ["a.safetensors"]
 
@@ -124,16 +122,17 @@ def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:
     """As diffusers has it: no alpha in the file means scale 1."""
     save_file(load_file(made_up(base).save(tmp_path / "a.safetensors")), tmp_path / "bare.safetensors")
     for (lora,) in load_adapter(tmp_path / "bare.safetensors").deltas.values():
-        assert isinstance(lora, LoraDelta)
-        assert lora.alpha == lora.rank
+        assert lora.alpha == lora.leaves["lora_down"].shape[0]
 
 
 def test_what_the_layout_cannot_say_is_refused_and_not_dropped(tmp_path: Path) -> None:
-    delta = LoraDelta(torch.zeros(2, 5), torch.zeros(7, 2), 2.0)
+    delta = low_rank(torch.zeros(2, 5), torch.zeros(7, 2), 2.0)
     with pytest.raises(DiffgraftError, match=r"vae\.decoder\.proj is in none of unet, text_encoder"):
-        Adapter({"unet.proj": (delta,), "vae.decoder.proj": (delta,)}).save(tmp_path / "x.safetensors")
+        Adapter({"unet.proj": (delta,), "vae.decoder.proj": (delta,)}).save(tmp_path / "x.safetensors", "diffusers")
     with pytest.raises(DiffgraftError, match="holds no single LoRA"):
-        Adapter({"unet.proj": (delta, delta)}).save(tmp_path / "x.safetensors")
+        Adapter({"unet.proj": (delta, delta)}).save(tmp_path / "x.safetensors", "diffusers")
+    with pytest.raises(DiffgraftError, match="cannot be told apart in names with underscores"):
+        Adapter({"unet.my_own.layer": (delta,)}).save(tmp_path / "x.safetensors", "lycoris")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.tiny_base import verdicts
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import LoraDelta
+from diffgraft.adapters.lora import LOW_RANK, low_rank
 from diffgraft.bases import Base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import load_judge
@@ -37,7 +38,7 @@ def bits(base: Base) -> str:
 def lora(seed: int, shape: tuple[int, int] = (128, 64), path: str = PATH, **metadata: Any) -> Adapter:
     rng = torch.Generator().manual_seed(seed)
     down, up = torch.randn(2, shape[1], generator=rng), torch.randn(shape[0], 2, generator=rng)
-    return Adapter({path: (LoraDelta(down, up, 3.0),)}, metadata)
+    return Adapter({path: (low_rank(down, up, 3.0),)}, metadata)
 
 
 def weight(base: Base) -> torch.Tensor:
@@ -65,8 +66,7 @@ def test_the_merged_weight_is_the_sum_in_float64(base: Base) -> None:
 
     def delta(adapter: Adapter) -> np.ndarray:
         (one,) = adapter.deltas[PATH]
-        assert isinstance(one, LoraDelta)
-        return 1.5 * one.up.double().numpy() @ one.down.double().numpy()
+        return 1.5 * one.leaves["lora_up"].double().numpy() @ one.leaves["lora_down"].double().numpy()
 
     with graft(base, {first: 0.5, second: -1.25}):
         found = weight(base).double().numpy()
@@ -186,9 +186,7 @@ def test_a_loaded_adapter_does_not_need_its_file_any_more(short_run: Run, tmp_pa
     copy.write_bytes(b"\0" * copy.stat().st_size)
     for path, (delta,) in short_run.adapter.deltas.items():
         (found,) = adapter.deltas[path]
-        assert isinstance(delta, LoraDelta)
-        assert isinstance(found, LoraDelta)
-        assert torch.equal(found.down, delta.down)
+        assert torch.equal(found.leaves["lora_down"], delta.leaves["lora_down"])
 
 
 def test_an_adapter_of_another_base_that_fits_is_warned_of(base: Base) -> None:
@@ -200,13 +198,18 @@ def test_an_adapter_of_another_base_that_fits_is_warned_of(base: Base) -> None:
 
 
 def test_an_error_while_merging_leaves_the_target_as_it_was(base: Base) -> None:
-    class Breaks(LoraDelta):
-        def delta(self) -> torch.Tensor:
-            raise RuntimeError("no memory")
+    class Breaks(FactorDelta):
+        def delta(self, weight_shape: tuple[int, ...]) -> torch.Tensor:
+            raise RuntimeError(f"no memory for {weight_shape}")
 
     before = bits(base)
     other = PATH.replace("to_k", "to_v")
-    bad = Adapter({**lora(1).deltas, other: (Breaks(torch.zeros(2, 64), torch.zeros(128, 2), 1.0),)})
+    bad = Adapter(
+        {
+            **lora(1).deltas,
+            other: (Breaks(LOW_RANK, {"lora_down": torch.zeros(2, 64), "lora_up": torch.zeros(128, 2)}, 1.0),),
+        }
+    )
     with pytest.raises(RuntimeError, match="no memory"):
         graft(base, {bad: 1.0})
     assert bits(base) == before

@@ -1,0 +1,124 @@
+"""Methods that add a matrix: ΔW = (alpha / r) · f(leaves), for linear layers and convolutions.
+
+A `Factors` is the maths of one such method: stateless, its leaves under the names that files give them. Everything
+else, the live layer and the delta in memory, is the same for all of them and stands here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import LinearDelta
+from diffgraft.adapters.patch import Patch, as_input, copied, run_layer, weight_shape
+
+Leaves = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+"""[out, in], or [out, in / groups, height, width]"""
+
+
+class Factors(ABC):
+    """One way to write a matrix by smaller tensors."""
+
+    kind: str
+    """Name of the method that reads such leaves."""
+
+    @abstractmethod
+    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Leaves for a weight of `shape`, such that ΔW is zero."""
+
+    @abstractmethod
+    def rank(self, leaves: Leaves) -> int:
+        """The inner dimension."""
+
+    def scale(self, leaves: Leaves, alpha: float) -> float:
+        """What f(leaves) is multiplied with."""
+        return alpha / self.rank(leaves)
+
+    @abstractmethod
+    def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
+        """ΔW without its scale, in `shape`. Raises ValueError (or RuntimeError) where leaves and shape do not fit."""
+
+    def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        """What ΔW, without its scale, makes of the layer's input; methods with a shorter way override this."""
+        return run_layer(layer, x, self.weight(leaves, weight_shape(layer)))
+
+
+@dataclass(frozen=True)
+class FactorDelta(LinearDelta):
+    """Leaves, and how they are read."""
+
+    factors: Factors
+    leaves: Leaves
+    alpha: float
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.factors.kind
+
+    @property
+    def rank(self) -> int:
+        return self.factors.rank(self.leaves)
+
+    @property
+    def scale(self) -> float:
+        return self.factors.scale(self.leaves, self.alpha)
+
+    def delta(self, shape: Shape) -> Tensor:
+        return self.scale * self.factors.weight({name: leaf.float() for name, leaf in self.leaves.items()}, shape)
+
+    def fits(self, weight_shape: Shape) -> bool:
+        shadows = {name: leaf.to("meta") for name, leaf in self.leaves.items()}  # shapes only: nothing is computed
+        try:
+            return tuple(self.factors.weight(shadows, weight_shape).shape) == tuple(weight_shape)
+        except (ValueError, RuntimeError, IndexError):
+            return False
+
+
+class FactorPatch(Patch):
+    """Factors on a live layer."""
+
+    def __init__(
+        self,
+        factors: Factors,
+        layer: nn.Module,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        rates: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        leaves = factors.start(weight_shape(layer), rank, generator)
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf.float()) for name, leaf in leaves.items()})
+        self._factors, self._alpha = factors, alpha
+        self._scale = factors.scale(leaves, alpha)
+        self._rates = {name: rate for name, rate in (rates or {}).items() if rate != 1}
+
+    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        return torch.add(out, self._forward(layer, x).to(out.dtype), alpha=self._scale)
+
+    def added(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What it adds to what the layer gives for `x`."""
+        return self._scale * self._forward(layer, x)
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        """ΔW for this layer, scale included."""
+        return self._scale * self._factors.weight(dict(self.leaves.items()), weight_shape(layer))
+
+    def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        leaves = dict(self.leaves.items())
+        return self._factors.forward(leaves, layer, as_input(x, next(iter(leaves.values()))))
+
+    def delta(self) -> FactorDelta:
+        return FactorDelta(self._factors, copied(dict(self.leaves.items())), self._alpha)
+
+    def rates(self) -> dict[str, float]:
+        return {name: rate for name, rate in self._rates.items() if name in self.leaves}
+
+
+def kaiming(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Uniform in ±1/√fan_in, the fan-in being the product of all sides but the first: what PyTorch's own layers do."""
+    bound = torch.tensor(shape[1:]).prod().item() ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

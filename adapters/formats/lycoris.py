@@ -1,0 +1,102 @@
+"""The names of LyCORIS and of kohya's tools: ``<prefix>_<path, dots as underscores>.<leaf>``.
+
+Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and ``lora_te2`` (two); each module also has
+a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own; text encoders' have the level ``text_model``.
+Sources: LyCORIS 4.1.3, ``lycoris/modules``; sd-scripts, ``networks/lora.py``.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
+from diffgraft.adapters.method import get_method
+
+PREFIXES = {
+    "lora_unet": "unet",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te": "text_encoder",
+}
+_KINDS = {
+    "lora": ("lora_down", "lora_up", "lora_mid", "dora_scale"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "full": ("diff", "diff_b"),
+}
+"""Kind of delta → its leaves. LoRA's stand for layers and end in ``.weight``; the others are bare."""
+
+_SEGMENTS = """
+down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out time_emb_proj
+conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj
+k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
+"""
+_SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, reverse=True)) + r"|[a-z0-9]+)(?:_|$)")
+"""One level of a path: names that hold underscores themselves first."""
+
+
+def flat(path: str) -> str:
+    """A module's path as these names have it."""
+    return path.replace(".", "_")
+
+
+def dotted(name: str) -> str:
+    """The path again: ``mid_block_attentions_0_proj_in`` → ``mid_block.attentions.0.proj_in``."""
+    return ".".join(found.removesuffix("_") for found in _SEGMENT.findall(name))
+
+
+def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
+    """Whether the keys look like this dialect."""
+    return any(key.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) and "." in key for key in tensors)
+
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """Every key is used, or named in a ValueError."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, leaf = key.partition(".")
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
+        leaf = leaf.removesuffix(".weight")
+        if prefix is None or leaf not in {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}:
+            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of LoRA, LoHa, LoKr or full")
+        inside = dotted(name.removeprefix(f"{prefix}_")).removeprefix("text_model.")
+        modules.setdefault(f"{PREFIXES[prefix]}.{inside}", {})[leaf] = value
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    for path, leaves in modules.items():
+        alpha = leaves.pop("alpha", None)
+        kind = next((kind for kind, names in _KINDS.items() if leaves and set(leaves) <= set(names)), None)
+        if kind is None:
+            raise ValueError(f"{path} has the leaves {', '.join(sorted(leaves)) or 'alpha alone'}: of no one method")
+        try:
+            build = get_method(kind).read
+            assert build is not None
+            deltas[path] = (build(leaves, None if alpha is None else number(alpha.float().item())),)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"the factors of {path} do not fit together: {error}") from error
+    return Adapter(deltas, read_json(header, OURS) or {"method": next(iter(deltas.values()))[0].kind})
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}
+    prefixes["text_encoder_2"] = "lora_te2"
+    tensors: dict[str, Tensor] = {}
+    for path, found in adapter.deltas.items():
+        part, _, inside = path.partition(".")
+        if part not in prefixes or dotted(flat(inside)) != inside:
+            raise ValueError(f"the path {path} cannot be told apart in names with underscores")
+        if len(found) != 1 or found[0].kind not in _KINDS:
+            raise ValueError(f"{path} holds no single LoRA, LoHa, LoKr or full difference")
+        delta, level = found[0], "" if part == "unet" else "text_model_"
+        ending = ".weight" if delta.kind == "lora" else ""
+        for name, leaf in delta.leaves.items():
+            column = leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if name == "dora_scale" else leaf
+            key = f"{prefixes[part]}_{level}{flat(inside)}.{name}"
+            tensors[key + ("" if name == "dora_scale" else ending)] = column.contiguous()
+        if delta.alpha is not None:
+            tensors[f"{prefixes[part]}_{level}{flat(inside)}.alpha"] = torch.tensor(float(delta.alpha))
+    return tensors, {"format": "pt", **write_ours(adapter)}

@@ -1,0 +1,135 @@
+"""LoHa: the elementwise product of two low-rank matrices.
+
+W' = W + (alpha / r) · (w1_a · w1_b) ∘ (w2_a · w2_b), of rank up to r² (FedPara, Hyeon-Woo et al. 2021,
+arXiv:2108.06098, proposition 1; LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.2). For convolutions the input's
+channels and the kernel are one axis, or, in the Tucker variant (FedPara, proposition 3), each of the two products is a
+small k × k kernel between 1 × 1 factors.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape
+from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
+
+
+def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
+    """U [out, r²] and D [r², in · k · k] with U · D = (w1_a · w1_b) ∘ (w2_a · w2_b).
+
+    U[o, (i, j)] = w1_a[o, i] · w2_a[o, j] and D[(i, j), n] = w1_b[i, n] · w2_b[j, n]: the product of sums is the sum
+    over all pairs of products. So LoHa of rank r is LoRA of rank r², with factors that cost next to nothing.
+    """
+    up = (leaves["hada_w1_a"].unsqueeze(2) * leaves["hada_w2_a"].unsqueeze(1)).flatten(1)
+    down = (leaves["hada_w1_b"].unsqueeze(1) * leaves["hada_w2_b"].unsqueeze(0)).flatten(0, 1)
+    return up, down
+
+
+class HadamardProduct(Factors):
+    """The two products and their Hadamard product.
+
+    Leaves: hada_w1_a, hada_w2_a [out, r] and hada_w1_b, hada_w2_b [r, in · k · k]; in the Tucker variant hada_t1,
+    hada_t2 [r, r, k, k], with _a [r, out] and _b [r, in].
+    """
+
+    kind = "loha"
+
+    def __init__(self, tucker: bool = False) -> None:
+        self._tucker = tucker
+
+    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """As LyCORIS does: w1_b of spread 1, w1_a of 0.1, w2_b of 1, t of 0.1, and w2_a zero."""
+
+        def normal(spread: float, *sides: int) -> Tensor:
+            return torch.randn(*sides, generator=generator) * spread
+
+        out, width, kernel = shape[0], shape[1], shape[2:]
+        if self._tucker and kernel != () and kernel != (1, 1):
+            return {
+                "hada_t1": normal(0.1, rank, rank, *kernel),
+                "hada_w1_a": normal(0.1, rank, out),
+                "hada_w1_b": normal(1, rank, width),
+                "hada_t2": normal(0.1, rank, rank, *kernel),
+                "hada_w2_a": torch.zeros(rank, out),
+                "hada_w2_b": normal(1, rank, width),
+            }
+        inner = torch.Size(shape[1:]).numel()
+        return {
+            "hada_w1_a": normal(0.1, out, rank),
+            "hada_w1_b": normal(1, rank, inner),
+            "hada_w2_a": torch.zeros(out, rank),
+            "hada_w2_b": normal(1, rank, inner),
+        }
+
+    def rank(self, leaves: Leaves) -> int:
+        return leaves["hada_w1_b"].shape[0]
+
+    def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
+        if "hada_t1" in leaves:
+            one, two = (
+                torch.einsum("ij...,ip,jq->pq...", leaves[f"hada_t{n}"], leaves[f"hada_w{n}_a"], leaves[f"hada_w{n}_b"])
+                for n in (1, 2)
+            )
+            return one * two
+        one, two = (leaves[f"hada_w{n}_a"] @ leaves[f"hada_w{n}_b"] for n in (1, 2))
+        return (one * two).view(shape)
+
+    def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        """By the thin pair of Khatri–Rao factors where that is less to compute than the layer with a weight of ΔW."""
+        shape, rank = weight_shape(layer), self.rank(leaves)
+        out, inner = shape[0], torch.Size(shape[1:]).numel()
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        if "hada_t1" in leaves or grouped or rank**2 * (out + inner) >= out * inner:
+            return super().forward(leaves, layer, x)
+        up, down = khatri_rao(leaves)
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(run_layer(layer, x, down.view(-1, *shape[1:])), up[..., None, None])
+        return F.linear(F.linear(x, down), up)
+
+
+HADAMARD = HadamardProduct()
+
+
+class LohaOptions(Options):
+    """What there is to set on LoHa."""
+
+    conv_rank: int | None = Field(None, ge=1)
+    """Rank of convolutions whose kernel is larger than 1 × 1; unset: as everywhere"""
+    tucker: bool = False
+    """Small k × k kernels between 1 × 1 factors"""
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    options: LohaOptions = spec.options
+
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:  # noqa: ARG001
+        conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+        rank = (options.conv_rank or spec.rank) if conv else spec.rank
+        return FactorPatch(HadamardProduct(options.tucker), layer, rank, spec.alpha / spec.rank * rank, generator)
+
+    return AttachedPatches(target, spec, make)
+
+
+def read(leaves: Leaves, alpha: float | None) -> Delta:
+    """LoHa from its leaves; without an alpha the scale is 1."""
+    plain = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}
+    if set(leaves) not in (plain, plain | {"hada_t1", "hada_t2"}):
+        raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoHa")
+    if any(leaf.ndim != 2 for name, leaf in leaves.items() if name in plain):
+        raise ValueError("the factors of a LoHa are matrices, and these are not")
+    return FactorDelta(HADAMARD, leaves, HADAMARD.rank(leaves) if alpha is None else alpha)
+
+
+METHOD = Method(
+    name="loha",
+    summary="the elementwise product of two low-rank matrices: high rank in a small file",
+    attach=attach,
+    options=LohaOptions,
+    layers="all",
+    read=read,
+)

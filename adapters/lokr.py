@@ -1,0 +1,142 @@
+"""LoKr: a Kronecker product of a small matrix and a larger one that is itself low-rank.
+
+W' = W + (alpha / r) · w1 ⊗ w2, with w1 [out_1, in_1], w2 [out_2, in_2, …kernel], out = out_1 · out_2 and
+in = in_1 · in_2; w2 = w2_a · w2_b, or with a k × k kernel between them (Tucker). Where neither w1 nor w2 is split, the
+scale is 1 (LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.3).
+"""
+
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
+from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
+
+
+class LokrOptions(Options):
+    """What there is to set on LoKr."""
+
+    factor: int = Field(-1, ge=-1)
+    """Largest side of w1; -1: as near to the root of the weight's side as it divides"""
+    split_both: bool = False
+    """w1 low-rank as well (`decompose_both` in LyCORIS)"""
+    full_matrix: bool = False
+    """w2 whole, whatever the rank"""
+    tucker: bool = False
+    """A small k × k kernel between 1 × 1 factors of w2"""
+
+
+def divided(side: int, factor: int) -> tuple[int, int]:
+    """`side` as a product of two numbers, the smaller first: the largest divisor up to its root and up to `factor`."""
+    top = math.isqrt(side) if factor < 1 else min(math.isqrt(side), factor)
+    small = next(number for number in range(top, 0, -1) if side % number == 0)
+    return small, side // small
+
+
+class Kronecker(Factors):
+    """The Kronecker product of w1 and w2.
+
+    Leaves: lokr_w1 [out_1, in_1], or lokr_w1_a [out_1, r] and lokr_w1_b [r, in_1]; lokr_w2 [out_2, in_2, …kernel], or
+    lokr_w2_a [out_2, r] and lokr_w2_b [r, in_2 · kernel], or (Tucker) lokr_t2 [r, r, …kernel], lokr_w2_a [r, out_2] and
+    lokr_w2_b [r, in_2].
+    """
+
+    kind = "lokr"
+
+    def __init__(self, options: LokrOptions | None = None) -> None:
+        self._options = options or LokrOptions.model_validate({})
+
+    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """As LyCORIS does: the last factor of w2 is zero, all others start as PyTorch starts its layers."""
+        options, kernel = self._options, shape[2:]
+        (out_1, out_2), (in_1, in_2) = divided(shape[0], options.factor), divided(shape[1], options.factor)
+        leaves: dict[str, Tensor] = {}
+        if options.split_both and rank < max(out_1, in_1) / 2 and not options.full_matrix:
+            leaves["lokr_w1_a"] = kaiming((out_1, rank), generator)
+            leaves["lokr_w1_b"] = kaiming((rank, in_1), generator)
+        else:
+            leaves["lokr_w1"] = kaiming((out_1, in_1), generator)
+        if rank >= max(out_2, in_2) / 2 or options.full_matrix:
+            leaves["lokr_w2"] = torch.zeros(out_2, in_2, *kernel)
+        elif options.tucker and any(side != 1 for side in kernel):
+            leaves["lokr_t2"] = kaiming((rank, rank, *kernel), generator)
+            leaves["lokr_w2_a"] = kaiming((rank, out_2), generator)
+            leaves["lokr_w2_b"] = torch.zeros(rank, in_2)
+        else:
+            leaves["lokr_w2_a"] = kaiming((out_2, rank), generator)
+            leaves["lokr_w2_b"] = torch.zeros(rank, in_2 * math.prod(kernel))
+        return leaves
+
+    def rank(self, leaves: Leaves) -> int:
+        split = leaves.get("lokr_w2_b", leaves.get("lokr_w1_b"))
+        return 1 if split is None else split.shape[0]
+
+    def scale(self, leaves: Leaves, alpha: float) -> float:
+        whole = "lokr_w1" in leaves and "lokr_w2" in leaves
+        return 1.0 if whole else super().scale(leaves, alpha)
+
+    def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
+        one, two = self._both(leaves, shape[2:])
+        return torch.kron(one.view(*one.shape, *[1] * len(shape[2:])), two)
+
+    def _both(self, leaves: Leaves, kernel: Shape) -> tuple[Tensor, Tensor]:
+        """w1 [out_1, in_1] and w2 [out_2, in_2, …kernel]."""
+        one = leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
+        if "lokr_w2" in leaves:
+            return one, leaves["lokr_w2"]
+        a, b = leaves["lokr_w2_a"], leaves["lokr_w2_b"]
+        if "lokr_t2" in leaves:
+            return one, torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
+        return one, (a @ b).view(a.shape[0], -1, *kernel)
+
+    def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        """(w1 ⊗ w2) x, with x as [in_1, in_2]: w2 along the second axis, w1 along the first; ⊗ is never formed."""
+        shape = weight_shape(layer)
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+            return super().forward(leaves, layer, x)
+        one, two = self._both(leaves, shape[2:])
+        in_1, in_2 = one.shape[1], two.shape[1]
+        if isinstance(layer, nn.Conv2d):
+            inner = run_layer(layer, x.reshape(-1, in_2, *x.shape[2:]), two)
+            inner = inner.view(x.shape[0], in_1, *inner.shape[1:])
+            return torch.einsum("oi,bichw->bochw", one.to(inner.dtype), inner).flatten(1, 2)
+        inner = F.linear(x.reshape(*x.shape[:-1], in_1, in_2), two)
+        return torch.einsum("oi,...ic->...oc", one.to(inner.dtype), inner).flatten(-2)
+
+
+KRONECKER = Kronecker()
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    factors = Kronecker(spec.options)
+
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:  # noqa: ARG001
+        return FactorPatch(factors, layer, spec.rank, spec.alpha, generator)
+
+    return AttachedPatches(target, spec, make)
+
+
+def read(leaves: Leaves, alpha: float | None) -> Delta:
+    """LoKr from its leaves; without an alpha the scale is 1."""
+    ones, twos = {"lokr_w1"}, {"lokr_w2"}
+    split_one, split_two = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}
+    tucker = split_two | {"lokr_t2"}
+    if set(leaves) not in [one | two for one in (ones, split_one) for two in (twos, split_two, tucker)]:
+        raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoKr")
+    return FactorDelta(KRONECKER, leaves, KRONECKER.rank(leaves) if alpha is None else alpha)
+
+
+METHOD = Method(
+    name="lokr",
+    summary="a Kronecker product of a small and a larger matrix: the smallest files",
+    attach=attach,
+    options=LokrOptions,
+    layers="all",
+    read=read,
+)

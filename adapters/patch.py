@@ -1,0 +1,119 @@
+"""A method on live layers: what a layer gives is changed by a hook, so its module, names and weights stay as they are.
+
+Patches of any methods lie over one another on the same layer, in the order in which they were attached; each is taken
+off by itself. They work beside frozen layers of any precision, quantised ones included, as long as the method does not
+ask for the weight.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.method import Attached, Spec, parts_of
+
+Make = Callable[[str, nn.Module, torch.Generator], "Patch"]
+"""Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""
+
+
+class Patch(nn.Module):
+    """One method on one linear layer or convolution; its parameters are the ones that train."""
+
+    @abstractmethod
+    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        """What the layer gives under this patch, where it got `x` and gave `out`."""
+
+    @abstractmethod
+    def delta(self) -> Delta:
+        """A copy of what it is now, in float32 on the CPU."""
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by the name of the parameter."""
+        return {}
+
+
+class AttachedPatches(Attached):
+    """Patches on the layers that a `Spec` names."""
+
+    def __init__(self, target: Any, spec: Spec, make: Make) -> None:
+        super().__init__()
+        parts = parts_of(target)
+        generator = torch.Generator().manual_seed(spec.seed)
+        self._patches = nn.ModuleList()
+        self._paths: list[str] = []
+        self._hooks = []
+        for part, paths in spec.paths.items():
+            for path in paths:
+                layer = parts[part].get_submodule(path)
+                patch = make(f"{part}.{path}", layer, generator).to(_device(layer))
+                self._patches.append(patch)
+                self._paths.append(f"{part}.{path}")
+                self._hooks.append(layer.register_forward_hook(_hook(patch)))
+
+    def patches(self) -> dict[str, Patch]:
+        """Path → patch."""
+        return dict(zip(self._paths, self._patches, strict=True))  # type: ignore[arg-type]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{path}.{name.replace('leaves.', '')}": value
+            for path, patch in self.patches().items()
+            for name, value in patch.named_parameters()
+        }
+
+    def rates(self) -> dict[str, float]:
+        return {
+            f"{path}.{name}": rate for path, patch in self.patches().items() for name, rate in patch.rates().items()
+        }
+
+    def deltas(self) -> dict[str, Delta]:
+        return {path: patch.delta() for path, patch in self.patches().items()}
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def _hook(patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        return patch.change(layer, args[0], out)
+
+    return change
+
+
+def _device(layer: nn.Module) -> torch.device:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape of a layer's weight: [out, in], or [out, in / groups, height, width]; of a quantised layer, too."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    assert isinstance(layer, nn.Linear)
+    return (layer.out_features, layer.in_features)
+
+
+def run_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What the layer would give for `x` with `weight` in the place of its own, and without a bias."""
+    if isinstance(layer, nn.Conv2d):
+        # its stride, padding and mode of padding, dilation and groups
+        out: Tensor = layer._conv_forward(x, weight, None)
+        return out
+    return F.linear(x, weight)
+
+
+def as_input(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the precision of `like`; under autocast, which sees to that itself, as it is."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(like.dtype)
+
+
+def copied(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in float32 on the CPU."""
+    return {name: value.detach().float().cpu().clone() for name, value in leaves.items()}

@@ -1,0 +1,274 @@
+"""Every method there is, through the registry: attached, merged, saved, stacked, taken off."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffgraft.adapters.adapter import Adapter, LinearDelta
+from diffgraft.adapters.formats import DIALECTS, load_adapter
+from diffgraft.adapters.method import methods
+from diffgraft.adapters.patch import weight_shape
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+from tests.adapters.toys import PATHS, VARIANTS, Net, attach, input_of, name_of, shake
+
+every = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=[name_of(variant) for variant in VARIANTS])
+
+
+def test_every_method_is_in_the_matrix() -> None:
+    assert {name for name, _ in VARIANTS} == set(methods())
+
+
+@every
+def test_attached_is_merged_is_the_delta_in_float64(method: str, options: dict[str, Any]) -> None:
+    net = Net()
+    live = attach(net, method, options)
+    shake(live)
+    x = input_of(net)
+    with torch.no_grad():
+        wanted = net(x)
+        adapter = Adapter({path: (delta,) for path, delta in live.deltas().items()})
+        live.detach()
+        bare = net(x)
+        with graft(net, {adapter: 1.0}):
+            merged = net(x)
+        exact = copy.deepcopy(net).double()
+        for path, (delta,) in adapter.deltas.items():
+            layer = exact.get_submodule(path.removeprefix("unet."))
+            weight, _ = delta.apply(layer.weight, layer.bias, 1.0)  # type: ignore[arg-type]
+            layer.weight.copy_(weight)  # type: ignore[operator]
+        exactly = exact(x.double())
+    assert (bare - wanted).abs().max() > 0.1
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(exactly.float(), wanted, rtol=1e-4, atol=2e-5)
+
+
+@every
+def test_a_fresh_adapter_is_the_base_and_taking_it_off_leaves_every_bit(method: str, options: dict[str, Any]) -> None:
+    net = Net()
+    before = {name: (value, value.clone()) for name, value in net.state_dict(keep_vars=True).items()}
+    x = input_of(net)
+    bare = net(x)
+    live = attach(net, method, options)
+    torch.testing.assert_close(net(x), bare, rtol=1e-5, atol=1e-6 if options.get("dora") else 0)
+    assert list(net.state_dict()) == list(before)
+    shake(live)
+    assert not torch.equal(net(x), bare)
+    live.detach()
+    assert torch.equal(net(x), bare)
+    for name, value in net.state_dict(keep_vars=True).items():
+        kept, bits = before[name]
+        assert value is kept
+        assert torch.equal(kept, bits)
+
+
+@every
+def test_strength_zero_is_the_base_and_strengths_scale_what_is_linear(method: str, options: dict[str, Any]) -> None:
+    net = Net()
+    live = attach(net, method, options)
+    shake(live)
+    deltas = live.deltas()
+    live.detach()
+    adapter = Adapter({path: (delta,) for path, delta in deltas.items()})
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with graft(net, {adapter: 0}):
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for path, delta in deltas.items():
+        if isinstance(delta, LinearDelta):
+            weight = net.get_submodule(path.removeprefix("unet.")).weight
+            assert isinstance(weight, torch.Tensor)
+            half, _ = delta.apply(weight, None, -0.5)
+            shape = tuple(weight.shape)
+            torch.testing.assert_close(half, weight - 0.5 * delta.delta(shape))
+
+
+@every
+def test_only_the_adapter_gets_gradients_and_they_are_those_of_the_plain_formula(
+    method: str, options: dict[str, Any]
+) -> None:
+    """The fast forward against the layer run with the whole matrix, in float64."""
+    net = Net().requires_grad_(False)
+    live = attach(net, method, options)
+    shake(live)
+    x = input_of(net)
+    net(x).square().mean().backward()
+    found = {name: value.grad for name, value in live.trainable().items()}
+    assert all(grad is not None and grad.abs().max() > 0 for grad in found.values())
+    assert all(value.grad is None for value in net.parameters())
+    if options.get("dora"):
+        return  # no gradient flows through its norm, by design
+    leaves = {path: {n: v.double().requires_grad_() for n, v in d.leaves.items()} for path, d in live.deltas().items()}
+    deltas = live.deltas()
+    live.detach()
+    exact = copy.deepcopy(net).double()
+    weights = {}
+    for path, delta in deltas.items():
+        layer = exact.get_submodule(path.removeprefix("unet."))
+        factors, scale = delta.factors, delta.scale  # type: ignore[attr-defined]
+        shape = weight_shape(layer)
+        weights[f"{path.removeprefix('unet.')}.weight"] = layer.weight + scale * factors.weight(leaves[path], shape)
+    torch.func.functional_call(exact, weights, (x.double(),)).square().mean().backward()
+    for path, named in leaves.items():
+        for name, leaf in named.items():
+            assert leaf.grad is not None
+            gradient = found[f"{path}.{name}"]
+            assert gradient is not None
+            assert (gradient - leaf.grad).norm() < 1e-4 * leaf.grad.norm()
+
+
+@every
+def test_saved_and_loaded_are_the_same_bits(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    live = attach(Net(), method, options)
+    shake(live)
+    adapter = Adapter({path: (delta,) for path, delta in live.deltas().items()}, {"method": method})
+    held = 0
+    for dialect in ("auto", *DIALECTS):
+        try:
+            file = adapter.save(tmp_path / f"{dialect}.safetensors", dialect)
+        except DiffgraftError:
+            continue
+        held += 1
+        again = load_adapter(file)
+        assert again.method == method
+        assert set(again.modules) == set(adapter.modules)
+        for path, (delta,) in adapter.deltas.items():
+            (other,) = again.deltas[path]
+            assert set(other.leaves) == set(delta.leaves)
+            assert all(torch.equal(leaf, other.leaves[name]) for name, leaf in delta.leaves.items())
+            weight = torch.randn(weight_shape(Net().get_submodule(path.removeprefix("unet."))))
+            torch.testing.assert_close(other.apply(weight, None, 0.7)[0], delta.apply(weight, None, 0.7)[0])
+    assert held >= 3
+
+
+@every
+def test_what_does_not_fit_is_told(method: str, options: dict[str, Any]) -> None:
+    net = Net()
+    deltas = attach(net, method, options).deltas()
+    for path, delta in deltas.items():
+        shape = weight_shape(net.get_submodule(path.removeprefix("unet.")))
+        assert delta.fits(shape)
+        assert not delta.fits((shape[0] + 1, *shape[1:]))
+        assert not delta.fits((shape[0], shape[1] * 2 + 1, *shape[2:]))
+        assert not delta.fits((*shape, 2))
+
+
+@every
+def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(method: str, options: dict[str, Any]) -> None:
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        return {name: value.detach() for name, value in attach(Net(), method, options, seed=seed).trainable().items()}
+
+    first, again, other = start(5), start(5), start(6)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+    net = Net()
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    attach(net, method, options)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_trains_in_float32_beside_a_base_of_half_precision(
+    method: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    exact, half = Net(), Net().to(dtype)
+    lives = [attach(net, method, options) for net in (exact, half)]
+    for live in lives:
+        shake(live, size=0.1)
+        assert {value.dtype for value in live.trainable().values()} == {torch.float32}
+    wanted, found = exact(input_of(exact)), half(input_of(half))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=0.1, atol=0.05)
+    found.float().square().mean().backward()
+    assert all(value.grad is not None for value in lives[1].trainable().values())
+
+
+@pytest.mark.parametrize("first", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("second", VARIANTS[::3], ids=name_of)
+def test_any_two_lie_over_one_another(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
+    """Attached they do what the two deltas do one after the other; taken off in either order, the base is back."""
+    net = Net()
+    x = input_of(net)
+    bare = net(x)
+    lives = [attach(net, *first), attach(net, *second, seed=8)]
+    for seed, live in enumerate(lives):
+        shake(live, seed=seed, size=0.2)
+    alone = [live.deltas() for live in lives]
+    together = net(x)
+    linear = all(isinstance(delta, LinearDelta) for deltas in alone for delta in deltas.values())
+    if linear:
+        adapters = {Adapter({path: (delta,) for path, delta in deltas.items()}): 1.0 for deltas in alone}
+        lives[0].detach()
+        lives[1].detach()
+        with graft(net, adapters):
+            torch.testing.assert_close(net(x), together, rtol=1e-3, atol=1e-4)
+    else:
+        lives[0].detach()
+        only = net(x)
+        lives[1].detach()
+        live = attach(net, *second, seed=8)
+        shake(live, seed=1, size=0.2)
+        torch.testing.assert_close(net(x), only, rtol=0, atol=0)
+        live.detach()
+    assert torch.equal(net(x), bare)
+
+
+@every
+def test_gradient_checkpointing_gives_the_same_gradients(method: str, options: dict[str, Any]) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        net = Net().requires_grad_(False)
+        live = attach(net, method, options)
+        shake(live)
+        x = input_of(net)
+        out = checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+        assert isinstance(out, torch.Tensor)
+        out.square().mean().backward()
+        return [value.grad for value in live.trainable().values() if value.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 0
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_options_are_checked() -> None:
+    method = methods()["loha"]
+    with pytest.raises(DiffgraftError, match=r"no option 'tuker': did you mean 'options.tucker'"):
+        method.read_options({"tuker": True})
+    with pytest.raises(DiffgraftError, match=r"options.conv_rank=0 will not do"):
+        method.read_options({"conv_rank": 0})
+    assert method.read_options({"conv_rank": "4", "tucker": "true"}).model_dump() == {"conv_rank": 4, "tucker": True}
+
+
+def test_patterns_choose_rank_and_alpha_and_rates() -> None:
+    live = attach(Net(), "lora", {"ranks": {"*.out": 5}, "alphas": {"unet.w*": 7.0}, "up_rate": 16})
+    deltas = live.deltas()
+    sides = {path: (delta.leaves["lora_down"].shape[0], delta.alpha) for path, delta in deltas.items()}
+    assert sides["unet.out"] == (5, 7.5)  # of the same scale as all others
+    assert sides["unet.wide"] == (3, 7.0)
+    assert sides["unet.narrow"] == (3, 4.5)
+    assert live.rates() == {f"unet.{path}.lora_up": 16 for path in PATHS}
+    assert set(live.rates()) < set(live.trainable())
+
+
+@pytest.mark.parametrize(("method", "bound"), [("lora", 3), ("loha", 3 * 3), ("lokr", 4 * 6)])
+def test_the_rank_of_the_matrix_is_its_bound(method: str, bound: int) -> None:
+    """A Kronecker product has the product of the ranks: of w1, which is 5 × 4 here, and of w2, which is 6 × 6."""
+    net = nn.ModuleDict({"layer": nn.Linear(24, 30)})
+    chosen = methods()[method]
+    from diffgraft.adapters.method import Spec
+
+    live = chosen.attach(SimpleNamespace(unet=net), Spec({"unet": ["layer"]}, 3, 3.0, 0, chosen.read_options({})))
+    shake(live)
+    (delta,) = live.deltas().values()
+    assert isinstance(delta, LinearDelta)
+    assert int(torch.linalg.matrix_rank(delta.delta((30, 24)).double(), rtol=1e-5)) == bound

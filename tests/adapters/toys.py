@@ -1,0 +1,78 @@
+"""What the tests of methods share: a net of every kind of layer, and every method with its options."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.adapters.method import Attached, Spec, get_method
+
+
+class Net(nn.Module):
+    """A linear layer, and convolutions of 1 × 1, of 3 × 3, strided and grouped; no two widths are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.wide = nn.Conv2d(6, 10, 3, padding=1)
+        self.narrow = nn.Conv2d(10, 14, 1, bias=False)
+        self.strided = nn.Conv2d(14, 12, 3, stride=2, padding=1, padding_mode="circular")
+        self.grouped = nn.Conv2d(12, 18, (3, 1), groups=3, dilation=(1, 2))
+        self.out = nn.Linear(18, 22)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self.grouped(self.strided(self.narrow(self.wide(x)))).mean((2, 3)))
+        return y
+
+
+PATHS = ["wide", "narrow", "strided", "grouped", "out"]
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("lora", {}),
+    ("lora", {"rslora": True, "ranks": {"*.out": 5}, "alphas": {"unet.w*": 7}}),
+    ("lora", {"dora": True}),
+    ("locon", {"conv_rank": 2, "conv_alpha": 1}),
+    ("locon", {"tucker": True}),
+    ("locon", {"tucker": True, "dora": True}),
+    ("loha", {}),
+    ("loha", {"conv_rank": 2}),
+    ("loha", {"tucker": True}),
+    ("lokr", {}),
+    ("lokr", {"factor": 3, "split_both": True}),
+    ("lokr", {"full_matrix": True}),
+    ("lokr", {"factor": 2, "tucker": True}),
+]
+"""Method, options: each way of writing a delta at least once."""
+
+
+def name_of(variant: tuple[str, dict[str, Any]]) -> str:
+    return "-".join([variant[0], *variant[1]])
+
+
+def input_of(net: nn.Module) -> Tensor:
+    first = next(net.parameters())
+    return torch.randn(4, 6, 9, 8, generator=torch.Generator().manual_seed(3)).to(first.dtype)
+
+
+def attach(
+    net: nn.Module,
+    method: str,
+    options: dict[str, Any],
+    paths: list[str] | None = None,
+    *,
+    seed: int = 7,
+    alpha: float = 4.5,
+) -> Attached:
+    """Of rank 3."""
+    chosen = get_method(method)
+    spec = Spec({"unet": paths or PATHS}, 3, alpha, seed, chosen.read_options(options))
+    return chosen.attach(SimpleNamespace(unet=net), spec)
+
+
+@torch.no_grad()
+def shake(live: Attached, seed: int = 5, size: float = 0.3) -> None:
+    """Move every parameter off its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in live.trainable().values():
+        value.add_(torch.randn(value.shape, generator=generator) * size)
