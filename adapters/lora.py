@@ -124,7 +124,8 @@ def rescaled(v: Tensor, magnitude: Tensor) -> Tensor:
 
 def norms(weight: Tensor) -> Tensor:
     """Norm of each output of a weight [out, …], [out]."""
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    found: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return found
 
 
 class DoraPatch(Patch):

@@ -125,12 +125,22 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")]) -> N
 
 
 @app.command()
-def methods() -> None:
-    """List the adapter methods."""
+def methods(
+    name: Annotated[str, typer.Argument(help="Tell of this one: the layers it adapts, and its own options.")] = "",
+) -> None:
+    """List the adapter methods, or the options of one."""
+    from diffgraft.adapters.method import get_method
     from diffgraft.adapters.method import methods as known
 
-    for method in known().values():
-        typer.echo(f"{method.name:20} {method.summary}")
+    if not name:
+        for method in known().values():
+            typer.echo(f"{method.name:20} {method.summary}")
+        return
+    method = get_method(name)
+    typer.echo(f"{method.name}: {method.summary}\nlayers={method.layers}")
+    for key, field in method.options.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        typer.echo(f"options.{key}={'' if default is None else default}\n    {field.description}")
 
 
 @app.command()

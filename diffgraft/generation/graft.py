@@ -118,6 +118,11 @@ class Graft:
             weight = getattr(module, "weight", None)
             if module is None or not isinstance(weight, Tensor):
                 absent.append(path)
+            elif not weight.is_floating_point() or is_quantised(weight):
+                raise DiffgraftError(
+                    f"{name} cannot be merged: {path} of this base is quantised, and rounding to its few values would "
+                    "lose the adapter. Load the base in float16 or bfloat16."
+                )
             elif all(delta.fits(tuple(weight.shape)) for delta in deltas):
                 found[path] = module
             else:
@@ -161,6 +166,11 @@ class Graft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether it is one of bitsandbytes' packed weights."""
+    return hasattr(weight, "quant_state") or hasattr(weight, "CB")
 
 
 def _strength(name: str, value: object) -> float:

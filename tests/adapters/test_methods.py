@@ -5,11 +5,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffgraft.adapters.adapter import Adapter, LinearDelta
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import DIALECTS, load_adapter
 from diffgraft.adapters.method import methods
 from diffgraft.adapters.patch import weight_shape
@@ -17,6 +19,9 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import PATHS, VARIANTS, Net, attach, input_of, name_of, shake
 
+# full fine-tuning is no layer beside the frozen one, and starts from it without chance
+BESIDE = [variant for variant in VARIANTS if variant[0] != "full"]
+every_beside = pytest.mark.parametrize(("method", "options"), BESIDE, ids=[name_of(variant) for variant in BESIDE])
 every = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=[name_of(variant) for variant in VARIANTS])
 
 
@@ -40,8 +45,10 @@ def test_attached_is_merged_is_the_delta_in_float64(method: str, options: dict[s
         exact = copy.deepcopy(net).double()
         for path, (delta,) in adapter.deltas.items():
             layer = exact.get_submodule(path.removeprefix("unet."))
-            weight, _ = delta.apply(layer.weight, layer.bias, 1.0)  # type: ignore[arg-type]
+            weight, bias = delta.apply(layer.weight, layer.bias, 1.0)  # type: ignore[arg-type]
             layer.weight.copy_(weight)  # type: ignore[operator]
+            if bias is not None:
+                layer.bias.copy_(bias)  # type: ignore[operator]
         exactly = exact(x.double())
     assert (bare - wanted).abs().max() > 0.1
     torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=2e-5)
@@ -87,7 +94,7 @@ def test_strength_zero_is_the_base_and_strengths_scale_what_is_linear(method: st
             torch.testing.assert_close(half, weight - 0.5 * delta.delta(shape))
 
 
-@every
+@every_beside
 def test_only_the_adapter_gets_gradients_and_they_are_those_of_the_plain_formula(
     method: str, options: dict[str, Any]
 ) -> None:
@@ -157,7 +164,7 @@ def test_what_does_not_fit_is_told(method: str, options: dict[str, Any]) -> None
         assert not delta.fits((*shape, 2))
 
 
-@every
+@every_beside
 def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(method: str, options: dict[str, Any]) -> None:
     def start(seed: int) -> dict[str, torch.Tensor]:
         return {name: value.detach() for name, value in attach(Net(), method, options, seed=seed).trainable().items()}
@@ -173,7 +180,7 @@ def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(method
     assert torch.equal(torch.rand(3), wanted)
 
 
-@every
+@every_beside
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_trains_in_float32_beside_a_base_of_half_precision(
     method: str, options: dict[str, Any], dtype: torch.dtype
@@ -272,3 +279,91 @@ def test_the_rank_of_the_matrix_is_its_bound(method: str, bound: int) -> None:
     (delta,) = live.deltas().values()
     assert isinstance(delta, LinearDelta)
     assert int(torch.linalg.matrix_rank(delta.delta((30, 24)).double(), rtol=1e-5)) == bound
+
+
+def test_full_trains_a_copy_in_float32_and_nothing_of_the_base() -> None:
+    net = Net().half().requires_grad_(False)
+    kept = dict(net.named_parameters())
+    bits = {name: value.clone() for name, value in kept.items()}
+    live = attach(net, "full", {})
+    assert set(live.trainable()) == {f"unet.{name}" for name in kept}
+    assert {value.dtype for value in live.trainable().values()} == {torch.float32}
+    net(input_of(Net())).square().mean().backward()
+    assert all(value.grad is not None for value in live.trainable().values())
+    live.detach()
+    for name, value in net.named_parameters():
+        assert value is kept[name]
+        assert torch.equal(value, bits[name])
+        assert value.grad is None
+        assert not value.requires_grad
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"energy": 0.8}])
+def test_full_is_reduced_to_the_nearest_lora(options: dict[str, Any]) -> None:
+    """Against NumPy's decomposition in float64: what is left out are the smallest singular values."""
+    net = Net()
+    live = attach(net, "full", options)
+    shake(live)
+    kept = {name: value.detach().clone() for name, value in live.trainable().items()}
+    small = live.deltas()
+    live.detach()
+    assert set(small) == {f"unet.{path}" for path in PATHS}
+    for path, delta in small.items():
+        layer = net.get_submodule(path.removeprefix("unet."))
+        diff = (kept[f"{path}.weight"] - layer.weight).detach().double().flatten(1).numpy()
+        s = np.linalg.svd(diff, compute_uv=False)
+        share = np.cumsum(s**2) / np.sum(s**2)
+        rank = options.get("rank") or int(np.argmax(share >= options["energy"])) + 1
+        assert isinstance(delta, FactorDelta)
+        assert (delta.kind, delta.rank) == ("lora", rank)
+        left = np.linalg.norm(delta.delta(weight_shape(layer)).flatten(1).numpy() - diff)
+        assert abs(left - np.sqrt(np.sum(s[rank:] ** 2))) < 1e-5 * np.linalg.norm(diff)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@every_beside
+def test_it_trains_beside_quantised_layers(method: str, options: dict[str, Any], bits: int) -> None:
+    """Close to what it does beside the whole ones, and into quantised weights nothing is merged."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(4)
+    whole = nn.ModuleDict({"layer": nn.Linear(64, 96)})
+    kind = bnb.nn.Linear8bitLt(64, 96, has_fp16_weights=False) if bits == 8 else bnb.nn.Linear4bit(64, 96)
+    kind.load_state_dict(whole["layer"].state_dict())
+    packed = nn.ModuleDict({"layer": kind.to("cpu")})
+    if options.get("dora"):
+        with pytest.raises(DiffgraftError, match=r"quantised here: set options\.dora=false"):
+            attach(packed, method, options, ["layer"])
+        return
+    lives = [attach(net, method, options, ["layer"]) for net in (whole, packed)]
+    for live in lives:
+        shake(live)
+    x = torch.randn(5, 64)
+    wanted, found = whole["layer"](x), packed["layer"](x)
+    assert (found - wanted).norm() < 0.2 * wanted.norm()
+    for out in (wanted, found):
+        out.float().square().mean().backward()
+    for one, other in zip(*(live.trainable().values() for live in lives), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert (one.grad - other.grad).norm() < 0.3 * one.grad.norm()
+    adapter = Adapter({path: (delta,) for path, delta in lives[1].deltas().items()})
+    with pytest.raises(DiffgraftError, match="quantised"):
+        graft(packed, {adapter: 1.0})
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "full"])
+def test_it_trains_in_a_compiled_model(method: str) -> None:
+    net = Net().requires_grad_(False)
+    live = attach(net, method, {})
+    shake(live)
+    x = input_of(net)
+    net(x).square().mean().backward()
+    wanted = [value.grad.clone() for value in live.trainable().values() if value.grad is not None]
+    for value in live.trainable().values():
+        value.grad = None
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(x).square().mean().backward()
+    for value, gradient in zip(live.trainable().values(), wanted, strict=True):
+        assert value.grad is not None
+        torch.testing.assert_close(value.grad, gradient)

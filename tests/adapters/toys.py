@@ -42,6 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lokr", {"factor": 3, "split_both": True}),
     ("lokr", {"full_matrix": True}),
     ("lokr", {"factor": 2, "tucker": True}),
+    ("full", {}),
 ]
 """Method, options: each way of writing a delta at least once."""
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import methods as known_methods
 from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
@@ -107,7 +108,13 @@ def test_inspect_reads_headers_of_any_kind(
 
 def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "methods") == 0
-    assert capsys.readouterr().out.startswith("lora ")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == sorted(known_methods())
+    assert call(monkeypatch, "methods", "lora") == 0
+    said = capsys.readouterr().out
+    assert "layers=attention" in said
+    assert "options.dora=False\n    Learn the length" in said
+    assert call(monkeypatch, "methods", "lorra") == 1
+    assert "did you mean 'lora'" in capsys.readouterr().err
     assert call(monkeypatch, "recipes") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert names == ["sd15-subject", "sdxl-subject", "style", "subject"]

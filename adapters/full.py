@@ -1,0 +1,123 @@
+"""Full fine-tuning, as DreamBooth was published (Ruiz et al. 2022, arXiv:2208.12242): every weight of a part trains.
+
+What trains is a copy: the base's own tensors are laid aside and come back on detaching. What is kept is the difference,
+whole, or reduced to LoRA by a truncated singular value decomposition (Eckart and Young 1936), of a rank or of as many
+ranks as hold a share of each difference's energy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import Delta, LinearDelta
+from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.method import Attached, Method, Options, Spec, parts_of
+
+NAMES = {"weight": "diff", "bias": "diff_b"}
+"""Name of a module's parameter → that of its difference in files (LyCORIS, ``lycoris/modules/full.py``)."""
+
+
+@dataclass(frozen=True)
+class FullDelta(LinearDelta):
+    """The difference of a weight and, where there is one, of a bias."""
+
+    leaves: Mapping[str, Tensor]
+    """``diff`` in the shape of the weight, ``diff_b`` in that of the bias"""
+
+    kind = "full"
+    alpha = None
+
+    def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
+        return self.leaves["diff"].float().view(weight_shape)
+
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        weight, _ = super().apply(weight, None, strength)
+        if bias is not None and "diff_b" in self.leaves:
+            bias = bias.float() + strength * self.leaves["diff_b"].float().to(bias.device)
+        return weight, bias
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        bias_fits = "diff_b" not in self.leaves or self.leaves["diff_b"].shape == weight_shape[:1]
+        return tuple(self.leaves["diff"].shape) == tuple(weight_shape) and bias_fits
+
+
+def reduced(diff: Tensor, rank: int | None, energy: float | None) -> Delta | None:
+    """The LoRA nearest to `diff` [out, in, …kernel] of a rank, or of the least rank that holds a share of ‖diff‖²."""
+    u, s, v = torch.linalg.svd(diff.flatten(1), full_matrices=False)
+    if energy is not None:
+        share = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
+        rank = int((share < energy).sum()) + 1
+    rank = min(rank or len(s), int((s > 0).sum()))
+    if rank == 0:
+        return None
+    root = s[:rank].sqrt()
+    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
+    return low_rank(down.view(rank, *diff.shape[1:]), up.view(*up.shape, *[1] * (diff.ndim - 2)), float(rank))
+
+
+class FullOptions(Options):
+    """How the difference is kept."""
+
+    rank: int | None = Field(None, ge=1)
+    """Reduce the difference of each matrix to a LoRA of this rank; changes of biases and norms are dropped then"""
+    energy: float | None = Field(None, gt=0, lt=1)
+    """Reduce it to the least rank that holds this share of its squared norm"""
+
+
+class AttachedFull(Attached):
+    """Trainable copies in the places of a part's parameters."""
+
+    def __init__(self, target: Any, spec: Spec) -> None:
+        super().__init__()
+        self._options: FullOptions = spec.options
+        self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+        self._copies: dict[str, nn.Parameter] = {}
+        parts = parts_of(target)
+        for part in spec.paths:
+            for path, module in parts[part].named_modules():
+                for name, kept in list(module.named_parameters(recurse=False)):
+                    full = ".".join(word for word in (part, path, name) if word)
+                    copy = nn.Parameter(kept.detach().float().clone())
+                    self._places[full], self._copies[full] = (module, name, kept), copy
+                    setattr(module, name, copy)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self._copies)
+
+    def deltas(self) -> dict[str, Delta]:
+        differences: dict[str, dict[str, Tensor]] = {}
+        for full, (_, name, kept) in self._places.items():
+            path = full.rpartition(".")[0]
+            difference = self._copies[full].detach().float() - kept.detach().float()
+            differences.setdefault(path, {})[NAMES[name]] = difference.cpu()
+        options = self._options
+        if options.rank is None and options.energy is None:
+            return {path: FullDelta(leaves) for path, leaves in differences.items()}
+        matrices = {path: leaves["diff"] for path, leaves in differences.items() if leaves["diff"].ndim > 1}
+        small = {path: reduced(diff, options.rank, options.energy) for path, diff in matrices.items()}
+        return {path: delta for path, delta in small.items() if delta is not None}
+
+    def detach(self) -> None:
+        for module, name, kept in self._places.values():
+            setattr(module, name, kept)
+
+
+def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
+    """A difference from its leaves."""
+    if "diff" not in leaves or not set(leaves) <= set(NAMES.values()):
+        raise ValueError(f"{', '.join(sorted(leaves))} are not the leaves of a full difference")
+    return FullDelta(dict(leaves))
+
+
+METHOD = Method(
+    name="full",
+    summary="every weight trains, as in the DreamBooth paper: the strongest, and the largest file unless reduced",
+    attach=AttachedFull,
+    options=FullOptions,
+    layers="all",
+    read=read,
+)

@@ -1,0 +1,158 @@
+"""Every method trains through the one loop, leaves a file that does what was trained, and leaves the base alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import methods
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.run import train
+from tests.conftest import SHORT
+
+FAST: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_a_method_trains_and_what_it_leaves_is_what_was_trained(
+    method: str, base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for _, part in base.parts() for name, value in part.state_dict().items()}
+    lr = 1e-4 if method == "full" else 1e-2
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
+    for _, part in base.parts():
+        assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+    assert run.adapter.metadata["method"] == method
+    again = load_adapter(run.adapter_file)
+
+    def draw() -> np.ndarray:
+        (image,) = generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])
+        return np.asarray(image).astype(int)
+
+    bare = draw()
+    with graft(base, {again: 1.0}):
+        assert np.abs(draw() - bare).max() > 0
+    assert np.array_equal(draw(), bare)
+
+
+def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """All of them start at the base, and see the same noise."""
+    first = {}
+    for method in methods():
+        settings = {**FAST, "steps": 1, "method": method}
+        run = train("subject", base=base, images=pictures, output=tmp_path / method, **settings)
+        first[method] = run.metrics[0]["loss"]
+    assert list(first.values()) == pytest.approx([first["lora"]] * len(first), rel=1e-5)
+
+
+def test_up_rate_moves_up_faster(base: Base, pictures: Path, tmp_path: Path) -> None:
+    def moved(rate: float) -> float:
+        settings = {**FAST, "steps": 1, "options": {"up_rate": rate}}
+        run = train("subject", base=base, images=pictures, output=tmp_path / str(rate), **settings)
+        return max(float(delta.leaves["lora_up"].abs().max()) for (delta,) in run.adapter.deltas.values())
+
+    assert moved(16) == pytest.approx(16 * moved(1), rel=1e-3)
+
+
+def test_options_that_are_none_are_refused_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(DiffgraftError, match=r"method 'lora' has no option 'tucker'"):
+        train("subject", images=pictures, output=output, subject="dog", options={"tucker": "true"})
+    assert not output.exists()
+
+
+TOY = '''
+import torch
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors
+from diffgraft.adapters.method import Method
+from diffgraft.adapters.patch import AttachedPatches
+
+
+class Rows(Factors):
+    """The same number added to all weights of an output."""
+
+    kind = "rows"
+
+    def start(self, shape, rank, generator):
+        return {"rows": torch.zeros(shape[0])}
+
+    def rank(self, leaves):
+        return 1
+
+    def weight(self, leaves, shape):
+        return leaves["rows"].view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+
+def attach(target, spec):
+    return AttachedPatches(target, spec, lambda path, layer, rng: FactorPatch(Rows(), layer, 1, 1.0, rng))
+
+
+def read(leaves, alpha):
+    return FactorDelta(Rows(), leaves, alpha)
+
+
+METHOD = Method("rows", "one number for each output", attach, read=read)
+'''
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "outside-method"
+version = "1"
+[project.entry-points."diffgraft.methods"]
+rows = "outside_method:METHOD"
+[tool.setuptools]
+py-modules = ["outside_method"]
+"""
+USE = """
+import sys
+from pathlib import Path
+import torch
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import load_base
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.run import train
+
+pictures, folder = sys.argv[1:]
+base = load_base("tiny")
+settings = {"subject": "dog", "steps": 2, "prior": {"weight": 0}, "sample_prompts": "a dog", "sample_every": 0}
+rows, lora = (
+    train("subject", base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
+    for method in ("rows", "lora")
+)
+copy = load_adapter(rows.adapter_file).save(Path(folder) / "copy.safetensors", "diffgraft")
+weight = base.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight
+start = weight.detach().clone()
+with graft(base, {copy: 2.0, lora.adapter_file: 1.0}):
+    moved = weight.detach() - start
+path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+(row,), (low,) = (run.adapter.deltas[path] for run in (rows, lora))
+wanted = 2 * row.delta(start.shape) + low.delta(start.shape)
+assert wanted.abs().max() > 0
+torch.testing.assert_close(moved, wanted, rtol=1e-3, atol=1e-6)
+assert torch.equal(weight, start)
+"""
+
+
+def test_a_method_of_an_outside_package(pictures: Path, tmp_path: Path) -> None:
+    """Installed, it trains, exports, converts, loads and stacks: through the entry point alone."""
+    assert len(TOY.splitlines()) < 60
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(PROJECT, "utf-8")
+    (source / "outside_method.py").write_text(TOY, "utf-8")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*install, str(site), str(source)], check=True)
+    command = [sys.executable, "-W", "ignore", "-c", USE, str(pictures), str(tmp_path / "runs")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        subprocess.run(command, check=True)
