@@ -87,7 +87,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             if isinstance(delta, DoraDelta):
                 linear = lora.leaves["lora_down"].ndim == 2
                 magnitude = delta.magnitude if linear else delta.magnitude.view(1, -1, 1, 1)
-                tensors[f"{start}.lora_magnitude_vector"] = magnitude.contiguous()
+                # transformers, which loads the text encoders' part, finds it by the longer name only
+                name = "lora_magnitude_vector" if part == "unet" else "lora_magnitude_vector.weight"
+                tensors[f"{start}.{name}"] = magnitude.contiguous()
         config |= {f"{part}.{key}": value for key, value in _lora_config(single).items()}
         config[f"{part}.use_dora"] = any("dora_scale" in found[0].leaves for found in loras.values())
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True)}

@@ -29,6 +29,9 @@ _KINDS = {
 }
 """Kind of delta → its leaves. LoRA's stand for layers and end in ``.weight``; the others are bare."""
 
+_OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
+"""What the differences of a normalisation's weight [c] and bias are called."""
+
 _SEGMENTS = """
 down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out time_emb_proj
 conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj
@@ -60,6 +63,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         name, _, leaf = key.partition(".")
         prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
         leaf = leaf.removesuffix(".weight")
+        leaf = next((ours for ours, theirs in _OF_NORMS.items() if leaf == theirs), leaf)
         if prefix is None or leaf not in {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}:
             raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of LoRA, LoHa, LoKr or full")
         inside = dotted(name.removeprefix(f"{prefix}_")).removeprefix("text_model.")
@@ -93,9 +97,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"{path} holds no single LoRA, LoHa, LoKr or full difference")
         delta, level = found[0], "" if part == "unet" else "text_model_"
         ending = ".weight" if delta.kind == "lora" else ""
+        of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
         for name, leaf in delta.leaves.items():
             column = leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if name == "dora_scale" else leaf
-            key = f"{prefixes[part]}_{level}{flat(inside)}.{name}"
+            key = f"{prefixes[part]}_{level}{flat(inside)}.{_OF_NORMS[name] if of_norm else name}"
             tensors[key + ("" if name == "dora_scale" else ending)] = column.contiguous()
         if delta.alpha is not None:
             tensors[f"{prefixes[part]}_{level}{flat(inside)}.alpha"] = torch.tensor(float(delta.alpha))

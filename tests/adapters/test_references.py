@@ -1,12 +1,16 @@
 """Held to independent implementations: the same leaves in peft's and lycoris-lora's layers do the same."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.method import Attached
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.bases import Base, load_base
+from diffgraft.generation.graft import graft
 from tests.adapters.toys import attach, input_of, name_of, shake
 
 
@@ -171,3 +175,92 @@ def test_what_starts_at_random_starts_as_lycoris_has_it() -> None:
     for name, value in found.items():
         reference = getattr(theirs, name.rpartition(".")[2])
         assert abs(float((value.std() - reference.std()).detach())) <= 0.03 * float(reference.detach().std()), name
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("lora", {}),
+        ("locon", {"tucker": True, "dora": True}),
+        ("loha", {}),
+        ("loha", {"tucker": True}),
+        ("lokr", {"factor": 4}),
+        ("lokr", {"full_matrix": True}),
+        ("full", {}),
+    ],
+    ids=name_of,
+)
+def test_lycoris_opens_our_files(
+    variant: tuple[str, dict[str, Any]], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LyCORIS, alone, makes the embedded base say what it says with our adapter in it."""
+    from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
+
+    method, options = variant
+    chosen = get_method(method)
+    paths = {"unet": choose_layers("unet", base.unet, "all")}
+    live = chosen.attach(base, Spec(paths, 3, 4.5, 0, chosen.read_options(options)))
+    shake(live, size=0.02)
+    file = Adapter({path: (delta,) for path, delta in live.deltas().items()}).save(
+        tmp_path / "a.safetensors", "lycoris"
+    )
+    live.detach()
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    told = base.condition(["a dog", "a cat"]).kwargs()
+
+    @torch.no_grad()
+    def said() -> Tensor:
+        found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
+        return found
+
+    bare = said()
+    with graft(base, {file: 1.0}):
+        wanted = said()
+    monkeypatch.setattr(LycorisNetwork, "LORA_PREFIX", "lora_unet")
+    network, _ = create_lycoris_from_weights(1.0, str(file), base.unet)
+    network.apply_to()
+    try:
+        found = said()
+    finally:
+        network.restore()
+    assert (wanted - bare).abs().max() > 0.02
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(said(), bare)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize(
+    "variant",
+    [("lora", {"dora": True}), ("lora", {"rslora": True}), ("locon", {}), ("locon", {"dora": True})],
+    ids=name_of,
+)
+def test_diffusers_opens_our_files(
+    variant: tuple[str, dict[str, Any]], strength: float, base: Base, tmp_path: Path
+) -> None:
+    """Diffusers and peft, alone, make the embedded base say what it says with our adapter in it."""
+    method, options = variant
+    chosen = get_method(method)
+    parts = {"unet": base.unet, "text_encoder": base.text_encoder}
+    paths = {name: choose_layers(name, part, chosen.layers) for name, part in parts.items()}
+    live = chosen.attach(base, Spec(paths, 3, 4.5, 0, chosen.read_options(options)))
+    shake(live, size=0.02)
+    deltas = {path.replace(".text_model.", "."): (delta,) for path, delta in live.deltas().items()}
+    live.detach()
+    file = Adapter(deltas).save(tmp_path / "a.safetensors", "diffusers")
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    @torch.no_grad()
+    def said(held: Base) -> Tensor:
+        told = held.condition(["a dog", "a cat"]).kwargs()
+        found: Tensor = held.unet(x, torch.tensor([300, 700]), **told).sample
+        return found
+
+    bare = said(base)
+    with graft(base, {file: strength}):
+        wanted = said(base)
+    other = load_base("tiny")
+    pipe = other.pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+    pipe.set_adapters(["a"], [strength])
+    assert (wanted - bare).abs().max() > 0.02
+    torch.testing.assert_close(said(other), wanted, rtol=1e-4, atol=2e-5)
