@@ -1,12 +1,12 @@
 """The adapter in memory: what it does to each module of a base, and what is known about it. No base is needed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Delta(ABC):
@@ -43,18 +43,39 @@ class LinearDelta(Delta):
         return weight.float() + strength * self.delta(tuple(weight.shape)).to(weight.device), bias
 
 
+class Network(ABC):
+    """What a method does to what layers are given, where no weight could say it: a network beside the base."""
+
+    kind: str
+    """Which kind of network it is: the name of the `Method` that reads it again."""
+    tensors: Mapping[str, Tensor]
+    """Its weights, by name."""
+    settings: Mapping[str, Any]
+    """What else it takes to build it, in JSON's types."""
+
+    @abstractmethod
+    def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
+        """Lay it over live parts of a base; what is returned takes it off again.
+
+        Raises:
+            ValueError: it was made for a base of other widths.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Deltas by module path, and metadata.
+    """Deltas by module path, networks, and metadata.
 
     A path is the part of the pipeline and the module inside it in diffusers' naming, without the level
     ``text_model`` that transformers has dropped: ``unet.mid_block.attentions.0.proj_in``,
     ``text_encoder.encoder.layers.0.self_attn.q_proj``. A module may have several deltas; they apply in order.
     """
 
-    deltas: Mapping[str, tuple[Delta, ...]]
+    deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the header says: method, rank, alpha, trigger, class, base (family, hash), recipe, seed, …"""
+    networks: tuple[Network, ...] = ()
+    """Networks that lie over the base, each seeing what the one before it made."""
 
     @property
     def method(self) -> str:

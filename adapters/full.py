@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Delta, LinearDelta
+from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Attached, Method, Options, Spec, parts_of
+from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
 """Name of a module's parameter → that of its difference in files (LyCORIS, ``lycoris/modules/full.py``)."""
@@ -88,7 +88,10 @@ class AttachedFull(Attached):
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self._copies)
 
-    def deltas(self) -> dict[str, Delta]:
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        return Adapter({canonical(path): (delta,) for path, delta in self._deltas().items()}, metadata)
+
+    def _deltas(self) -> dict[str, Delta]:
         differences: dict[str, dict[str, Tensor]] = {}
         for full, (_, name, kept) in self._places.items():
             path = full.rpartition(".")[0]

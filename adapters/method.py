@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.errors import DiffgraftError, nearest
 
 GROUP = "diffgraft.methods"
@@ -37,8 +37,8 @@ class Attached(nn.Module):
         """The trainable parameters by name, always in the same order."""
 
     @abstractmethod
-    def deltas(self) -> dict[str, Delta]:
-        """A copy, in float32 on the CPU, of what is attached: part and path inside it → delta."""
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        """A copy, in float32 on the CPU, of what is attached."""
 
     @abstractmethod
     def detach(self) -> None:
@@ -80,6 +80,8 @@ class Method:
     """The layers it adapts where the recipe does not say: a key of `LAYERS`."""
     read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
+    read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None
+    """Tensors and settings → the network, for methods that are one; ValueError where they do not fit together."""
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
         """`given`, checked.
@@ -134,6 +136,11 @@ def parts_of(target: Any) -> dict[str, nn.Module]:
     """The networks of a base, a pipeline, or anything with `.unet`, `.text_encoder` or `.text_encoder_2`."""
     found = {name: getattr(target, name, None) for name in PARTS}
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+def canonical(path: str) -> str:
+    """A path without the level ``text_model``, which only some text encoders have."""
+    return path.replace(".text_model.", ".", 1)
 
 
 _ATTENTION = {

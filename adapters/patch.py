@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.method import Attached, Spec, parts_of
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.method import Attached, Spec, canonical, parts_of
 
 Make = Callable[[str, nn.Module, torch.Generator], "Patch"]
 """Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""
@@ -70,8 +70,8 @@ class AttachedPatches(Attached):
             f"{path}.{name}": rate for path, patch in self.patches().items() for name, rate in patch.rates().items()
         }
 
-    def deltas(self) -> dict[str, Delta]:
-        return {path: patch.delta() for path, patch in self.patches().items()}
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        return Adapter({canonical(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
 
     def detach(self) -> None:
         for hook in self._hooks:

@@ -183,7 +183,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
         denoiser = Denoiser(base, (side, side), live, plan.text_encoder)
         identity = hashlib.sha256(f"{base.hash} {digest} {plan.essence()}".encode()).hexdigest()
         metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample)
-        deltas = {path.replace(".text_model.", "."): (delta,) for path, delta in live.deltas().items()}
+        adapter = live.adapter(_header(plan, base, digest))
     finally:
         if live is not None:
             live.detach()
@@ -191,7 +191,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
         base.unet.eval()
     run = Run(folder, plan, metrics)
     if accelerator.is_main_process:
-        Adapter(deltas, _header(plan, base, digest)).save(run.adapter_file)
+        adapter.save(run.adapter_file)
     return run
 
 

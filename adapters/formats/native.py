@@ -1,7 +1,9 @@
-"""This project's own layout, which holds any method: ``<path>.<n>.<leaf>``, one n for each delta of a module, in order.
+"""This project's own layout, which holds any method.
 
-The header key ``diffgraft_deltas`` holds JSON: path → a list of {"kind", "alpha"}, one for each n. ``kind`` is the name
-of the method that reads the leaves, ours or one from an outside package. The header key ``diffgraft`` is as everywhere.
+Deltas are ``<path>.<n>.<leaf>``, one n for each delta of a module, in order; networks are ``network.<n>.<name>``. The
+header keys ``diffgraft_deltas`` and ``diffgraft_networks`` hold JSON: path → a list of {"kind", "alpha"}, and a list of
+{"kind", "settings"}. ``kind`` is the name of the method that reads it again, ours or one from an outside package. The
+header key ``diffgraft`` is as everywhere.
 """
 
 import json
@@ -14,12 +16,12 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
 from diffgraft.adapters.method import get_method
 
-_DELTAS = "diffgraft_deltas"
+_DELTAS, _NETWORKS = "diffgraft_deltas", "diffgraft_networks"
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
-    """Whether the header has this dialect's key."""
-    return _DELTAS in header
+    """Whether the header has this dialect's keys."""
+    return _DELTAS in header or _NETWORKS in header
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
@@ -31,8 +33,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             raise ValueError(f"its header says {listed!r} of {path}, which is no list of deltas")
         built = []
         for place, said in enumerate(listed):
-            start = f"{path}.{place}."
-            leaves = {key.removeprefix(start): left.pop(key) for key in list(left) if key.startswith(start)}
+            leaves = _take(left, f"{path}.{place}.")
             method = get_method(str(said.get("kind")))
             if method.read is None:
                 raise ValueError(f"the method {method.name} of {path} has no deltas")
@@ -42,9 +43,30 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             except (ValueError, LookupError) as error:
                 raise ValueError(f"the leaves of {path} do not fit together: {error}") from error
         deltas[path] = tuple(built)
+    networks = []
+    for place, said in enumerate(_listed(header)):
+        read_network = get_method(str(said.get("kind"))).read_network
+        if read_network is None:
+            raise ValueError(f"the method {said.get('kind')} has no networks")
+        try:
+            networks.append(read_network(_take(left, f"network.{place}."), said.get("settings") or {}))
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"its network {place} cannot be built: {error}") from error
     if left:
         raise ValueError(f"its key {next(iter(left))} belongs to nothing that the header lists")
-    return Adapter(deltas, read_json(header, OURS))
+    return Adapter(deltas, read_json(header, OURS), tuple(networks))
+
+
+def _take(left: dict[str, Tensor], start: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with `start`, taken out of `left`, by the rest of their keys."""
+    return {key.removeprefix(start): left.pop(key) for key in list(left) if key.startswith(start)}
+
+
+def _listed(header: Mapping[str, str]) -> list[dict[str, Any]]:
+    listed = json.loads(header.get(_NETWORKS, "[]"))
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise ValueError(f"its header entry {_NETWORKS!r} is no list of networks")
+    return listed
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -55,4 +77,12 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         said[path] = [{"kind": delta.kind, "alpha": delta.alpha} for delta in deltas]
         for place, delta in enumerate(deltas):
             tensors |= {f"{path}.{place}.{name}": leaf.contiguous() for name, leaf in delta.leaves.items()}
-    return tensors, {"format": "pt", _DELTAS: json.dumps(said, sort_keys=True), **write_ours(adapter)}
+    header = {"format": "pt", **write_ours(adapter)}
+    if adapter.deltas:
+        header[_DELTAS] = json.dumps(said, sort_keys=True)
+    if adapter.networks:
+        listed = [{"kind": network.kind, "settings": dict(network.settings)} for network in adapter.networks]
+        header[_NETWORKS] = json.dumps(listed, sort_keys=True)
+        for place, network in enumerate(adapter.networks):
+            tensors |= {f"network.{place}.{name}": value.contiguous() for name, value in network.tensors.items()}
+    return tensors, header

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
 from weakref import WeakKeyDictionary
@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, nearest
@@ -49,10 +49,12 @@ class Graft:
         self._parts = _parts(target)
         self._hash = target.hash if isinstance(target, Base) else None
         self._kept: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
+        self._over: list[Callable[[], None]] = []
 
     def set(self, adapters: Strengths) -> None:
         """Replace what is grafted by `adapters`."""
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
+        networks: list[tuple[str, Network, float]] = []
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
@@ -62,10 +64,16 @@ class Graft:
             for path, deltas in adapter.deltas.items():
                 if strength:
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
+            networks += [(name, network, strength) for network in adapter.networks if strength]
         self.remove()
         try:
             for path, (module, steps) in merged.items():
                 self._merge(path, module, steps)
+            for name, network, strength in networks:
+                try:
+                    self._over.append(network.hook(self._parts, strength))
+                except (ValueError, KeyError) as error:
+                    raise DiffgraftError(f"{name} does not fit this base: {error}.") from error
         except BaseException:
             self.remove()
             raise
@@ -93,6 +101,9 @@ class Graft:
         """
         if any(_LAYERS[module][-1] is not self for module, _, _ in self._kept.values()):
             raise DiffgraftError("Another graft lies over this one: remove that one first.")
+        for undo in self._over:
+            undo()
+        self._over.clear()
         for module, weight, bias in self._kept.values():
             _LAYERS[module].pop()
             module.get_parameter("weight").copy_(weight)

@@ -1,4 +1,4 @@
-"""Every method there is, through the registry: attached, merged, saved, stacked, taken off."""
+"""Every method that changes weights, through the registry: attached, merged, saved, stacked, taken off."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ from diffgraft.adapters.method import methods
 from diffgraft.adapters.patch import weight_shape
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from tests.adapters.toys import PATHS, VARIANTS, Net, attach, input_of, name_of, shake
+from tests.adapters.toys import PATHS, VARIANTS, Net, attach, deltas_of, input_of, name_of, shake
 
 # full fine-tuning is no layer beside the frozen one, and starts from it without chance
 BESIDE = [variant for variant in VARIANTS if variant[0] != "full"]
@@ -26,7 +26,7 @@ every = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=[name_of(va
 
 
 def test_every_method_is_in_the_matrix() -> None:
-    assert {name for name, _ in VARIANTS} == set(methods())
+    assert {name for name, _ in VARIANTS} | {"hypernetwork"} == set(methods())
 
 
 @every
@@ -37,7 +37,7 @@ def test_attached_is_merged_is_the_delta_in_float64(method: str, options: dict[s
     x = input_of(net)
     with torch.no_grad():
         wanted = net(x)
-        adapter = Adapter({path: (delta,) for path, delta in live.deltas().items()})
+        adapter = Adapter({path: (delta,) for path, delta in deltas_of(live).items()})
         live.detach()
         bare = net(x)
         with graft(net, {adapter: 1.0}):
@@ -79,7 +79,7 @@ def test_strength_zero_is_the_base_and_strengths_scale_what_is_linear(method: st
     net = Net()
     live = attach(net, method, options)
     shake(live)
-    deltas = live.deltas()
+    deltas = deltas_of(live)
     live.detach()
     adapter = Adapter({path: (delta,) for path, delta in deltas.items()})
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -109,8 +109,10 @@ def test_only_the_adapter_gets_gradients_and_they_are_those_of_the_plain_formula
     assert all(value.grad is None for value in net.parameters())
     if options.get("dora"):
         return  # no gradient flows through its norm, by design
-    leaves = {path: {n: v.double().requires_grad_() for n, v in d.leaves.items()} for path, d in live.deltas().items()}
-    deltas = live.deltas()
+    leaves = {
+        path: {n: v.double().requires_grad_() for n, v in d.leaves.items()} for path, d in deltas_of(live).items()
+    }
+    deltas = deltas_of(live)
     live.detach()
     exact = copy.deepcopy(net).double()
     weights = {}
@@ -132,7 +134,7 @@ def test_only_the_adapter_gets_gradients_and_they_are_those_of_the_plain_formula
 def test_saved_and_loaded_are_the_same_bits(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     live = attach(Net(), method, options)
     shake(live)
-    adapter = Adapter({path: (delta,) for path, delta in live.deltas().items()}, {"method": method})
+    adapter = Adapter({path: (delta,) for path, delta in deltas_of(live).items()}, {"method": method})
     held = 0
     for dialect in ("auto", *DIALECTS):
         try:
@@ -155,7 +157,7 @@ def test_saved_and_loaded_are_the_same_bits(method: str, options: dict[str, Any]
 @every
 def test_what_does_not_fit_is_told(method: str, options: dict[str, Any]) -> None:
     net = Net()
-    deltas = attach(net, method, options).deltas()
+    deltas = deltas_of(attach(net, method, options))
     for path, delta in deltas.items():
         shape = weight_shape(net.get_submodule(path.removeprefix("unet.")))
         assert delta.fits(shape)
@@ -207,7 +209,7 @@ def test_any_two_lie_over_one_another(first: tuple[str, dict[str, Any]], second:
     lives = [attach(net, *first), attach(net, *second, seed=8)]
     for seed, live in enumerate(lives):
         shake(live, seed=seed, size=0.2)
-    alone = [live.deltas() for live in lives]
+    alone = [deltas_of(live) for live in lives]
     together = net(x)
     linear = all(isinstance(delta, LinearDelta) for deltas in alone for delta in deltas.values())
     if linear:
@@ -258,7 +260,7 @@ def test_options_are_checked() -> None:
 
 def test_patterns_choose_rank_and_alpha_and_rates() -> None:
     live = attach(Net(), "lora", {"ranks": {"*.out": 5}, "alphas": {"unet.w*": 7.0}, "up_rate": 16})
-    deltas = live.deltas()
+    deltas = deltas_of(live)
     sides = {path: (delta.leaves["lora_down"].shape[0], delta.alpha) for path, delta in deltas.items()}
     assert sides["unet.out"] == (5, 7.5)  # of the same scale as all others
     assert sides["unet.wide"] == (3, 7.0)
@@ -276,7 +278,7 @@ def test_the_rank_of_the_matrix_is_its_bound(method: str, bound: int) -> None:
 
     live = chosen.attach(SimpleNamespace(unet=net), Spec({"unet": ["layer"]}, 3, 3.0, 0, chosen.read_options({})))
     shake(live)
-    (delta,) = live.deltas().values()
+    (delta,) = deltas_of(live).values()
     assert isinstance(delta, LinearDelta)
     assert int(torch.linalg.matrix_rank(delta.delta((30, 24)).double(), rtol=1e-5)) == bound
 
@@ -305,7 +307,7 @@ def test_full_is_reduced_to_the_nearest_lora(options: dict[str, Any]) -> None:
     live = attach(net, "full", options)
     shake(live)
     kept = {name: value.detach().clone() for name, value in live.trainable().items()}
-    small = live.deltas()
+    small = deltas_of(live)
     live.detach()
     assert set(small) == {f"unet.{path}" for path in PATHS}
     for path, delta in small.items():
@@ -347,7 +349,7 @@ def test_it_trains_beside_quantised_layers(method: str, options: dict[str, Any],
         assert one.grad is not None
         assert other.grad is not None
         assert (one.grad - other.grad).norm() < 0.3 * one.grad.norm()
-    adapter = Adapter({path: (delta,) for path, delta in lives[1].deltas().items()})
+    adapter = Adapter({path: (delta,) for path, delta in deltas_of(lives[1]).items()})
     with pytest.raises(DiffgraftError, match="quantised"):
         graft(packed, {adapter: 1.0})
 

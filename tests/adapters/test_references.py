@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.generation.graft import graft
@@ -201,9 +200,7 @@ def test_lycoris_opens_our_files(
     paths = {"unet": choose_layers("unet", base.unet, "all")}
     live = chosen.attach(base, Spec(paths, 3, 4.5, 0, chosen.read_options(options)))
     shake(live, size=0.02)
-    file = Adapter({path: (delta,) for path, delta in live.deltas().items()}).save(
-        tmp_path / "a.safetensors", "lycoris"
-    )
+    file = live.adapter({}).save(tmp_path / "a.safetensors", "lycoris")
     live.detach()
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     told = base.condition(["a dog", "a cat"]).kwargs()
@@ -244,9 +241,8 @@ def test_diffusers_opens_our_files(
     paths = {name: choose_layers(name, part, chosen.layers) for name, part in parts.items()}
     live = chosen.attach(base, Spec(paths, 3, 4.5, 0, chosen.read_options(options)))
     shake(live, size=0.02)
-    deltas = {path.replace(".text_model.", "."): (delta,) for path, delta in live.deltas().items()}
+    file = live.adapter({}).save(tmp_path / "a.safetensors", "diffusers")
     live.detach()
-    file = Adapter(deltas).save(tmp_path / "a.safetensors", "diffusers")
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     @torch.no_grad()

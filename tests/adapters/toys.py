@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.method import Attached, Spec, get_method
 
 
@@ -77,3 +78,8 @@ def shake(live: Attached, seed: int = 5, size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     for value in live.trainable().values():
         value.add_(torch.randn(value.shape, generator=generator) * size)
+
+
+def deltas_of(live: Attached) -> dict[str, Delta]:
+    """Path → its one delta."""
+    return {path: delta for path, (delta,) in live.adapter({}).deltas.items()}

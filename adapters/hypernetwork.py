@@ -1,0 +1,215 @@
+"""Hypernetworks, as stable-diffusion-webui has them: small networks on the context of keys and values.
+
+In every attention, k = to_k(c + m · f_k(c)) and v = to_v(c + m · f_v(c)), with c the context, m the strength, and one
+pair of networks f for each width of context there is (stable-diffusion-webui 1.10.1, ``modules/hypernetworks``).
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import Adapter, Network
+from diffgraft.adapters.method import Attached, Method, Options, Spec, parts_of
+from diffgraft.adapters.patch import as_input, copied
+
+ACTIVATIONS: dict[str, type[nn.Module] | None] = {
+    "linear": None,
+    "relu": nn.ReLU,
+    "leakyrelu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "swish": nn.Hardswish,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
+}
+"""Name in the webui → module; its "swish" is Hardswish."""
+
+_STARTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "Normal": lambda w, g: nn.init.normal_(w, 0, 0.01, generator=g),
+    "XavierUniform": lambda w, g: nn.init.xavier_uniform_(w, generator=g),
+    "XavierNormal": lambda w, g: nn.init.xavier_normal_(w, generator=g),
+    "KaimingUniform": lambda w, g: nn.init.kaiming_uniform_(w, generator=g),
+    "KaimingNormal": lambda w, g: nn.init.kaiming_normal_(w, generator=g),
+}
+"""Name in the webui → how the weights of the linear layers start; their biases are zero."""
+
+Keys = Literal["k", "v"]
+
+
+class HypernetworkOptions(Options):
+    """How the networks are built."""
+
+    structure: list[float] = Field(default_factory=lambda: [1.0, 2.0, 1.0])
+    """Widths of the layers, as multiples of the context's; the first and the last are 1"""
+    activation: Literal[
+        "linear", "relu", "leakyrelu", "elu", "swish", "tanh", "sigmoid", "gelu", "softplus", "mish"
+    ] = "linear"
+    """What stands between the layers"""
+    activate_output: bool = False
+    """Whether it stands behind the last one, too"""
+    layer_norm: bool = False
+    """Layer normalisation behind each layer"""
+    dropout: list[float] = Field(default_factory=list)
+    """Share dropped behind each layer in training, a number for each entry of `structure`; empty: nothing is dropped"""
+    start: Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"] = "Normal"
+    """How the weights start; `Normal`, with a spread of 0.01, starts near the base"""
+
+    @field_validator("structure")
+    @classmethod
+    def _whole(cls, value: list[float]) -> list[float]:
+        if len(value) < 2 or value[0] != 1 or value[-1] != 1 or min(value) <= 0:
+            raise ValueError("it needs at least two numbers above 0, the first and the last of them 1")
+        return value
+
+
+class ContextNetwork(nn.Module):
+    """f: contexts [n, tokens, width] → [n, tokens, width], to be added to them."""
+
+    def __init__(self, width: int, options: HypernetworkOptions) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        sides = [int(width * share) for share in options.structure]
+        activation = ACTIVATIONS[options.activation]
+        for place, (before, after) in enumerate(itertools.pairwise(sides)):
+            layers.append(nn.Linear(before, after))
+            if activation is not None and (place < len(sides) - 2 or options.activate_output):
+                layers.append(activation())
+            if options.layer_norm:
+                layers.append(nn.LayerNorm(after))
+            if options.dropout and options.dropout[place + 1] > 0:
+                layers.append(nn.Dropout(options.dropout[place + 1]))
+        self.linear = nn.Sequential(*layers)
+
+    def start(self, options: HypernetworkOptions, generator: torch.Generator) -> None:
+        """Fill in the initial weights."""
+        for layer in self.linear:
+            if isinstance(layer, nn.Linear):
+                _STARTS[options.start](layer.weight, generator)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, context: Tensor) -> Tensor:
+        found: Tensor = self.linear(as_input(context, next(self.parameters())))
+        return found
+
+
+def contexts(unet: nn.Module) -> dict[int, list[tuple[Keys, nn.Module]]]:
+    """Width of a context → the projections to keys and values that take it, in all attentions of a UNet."""
+    found: dict[int, list[tuple[Keys, nn.Module]]] = {}
+    for module in unet.modules():
+        to_k, to_v = getattr(module, "to_k", None), getattr(module, "to_v", None)
+        if isinstance(to_k, nn.Linear) and isinstance(to_v, nn.Linear):
+            found.setdefault(to_k.in_features, []).extend((("k", to_k), ("v", to_v)))
+    return found
+
+
+def lay_over(unet: nn.Module, networks: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
+    """Hook networks (``<width>-k`` and ``<width>-v`` → network) before the projections; what is returned undoes it."""
+    hooks = []
+    for width, projections in contexts(unet).items():
+        for keys, projection in projections:
+            if f"{width}-{keys}" in networks:
+                hook = _before(networks[f"{width}-{keys}"], strength)
+                hooks.append(projection.register_forward_pre_hook(hook))
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
+
+
+def _before(network: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        context, *rest = args
+        return (context + strength * network(context).to(context.dtype), *rest)
+
+    return hook
+
+
+@dataclass(frozen=True, eq=False)
+class Hypernetwork(Network):
+    """A trained set of context networks."""
+
+    tensors: Mapping[str, Tensor]
+    """``<width>-<k or v>.linear.<i>.weight`` and ``.bias``"""
+    settings: Mapping[str, Any]
+    """The fields of `HypernetworkOptions`"""
+
+    kind = "hypernetwork"
+
+    def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
+        unet = parts["unet"]
+        here, wanted = set(contexts(unet)), {int(name.partition("-")[0]) for name in self.tensors}
+        if not wanted <= here:
+            raise ValueError(
+                f"it is for contexts as wide as {sorted(wanted)}, and this base has {sorted(here)}: "
+                "it was made for another family of bases"
+            )
+        device = next(unet.parameters()).device
+        networks = {name: network.to(device) for name, network in self.build().items()}
+        return lay_over(unet, networks, strength)
+
+    def build(self) -> dict[str, ContextNetwork]:
+        """The networks by name, frozen. Raises ValueError where tensors and settings do not fit together."""
+        options = HypernetworkOptions.model_validate(dict(self.settings))
+        networks: dict[str, ContextNetwork] = {}
+        for name in dict.fromkeys(key.partition(".")[0] for key in self.tensors):
+            network = ContextNetwork(int(name.partition("-")[0]), options)
+            start = f"{name}."
+            state = {key.removeprefix(start): v for key, v in self.tensors.items() if key.startswith(start)}
+            try:
+                network.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(f"the weights of {name} do not fit a structure of {options.structure}") from error
+            networks[name] = network.eval().requires_grad_(False)
+        return networks
+
+
+class AttachedHypernetwork(Attached):
+    """Context networks on a live UNet."""
+
+    def __init__(self, target: Any, spec: Spec) -> None:
+        super().__init__()
+        self._options: HypernetworkOptions = spec.options
+        generator = torch.Generator().manual_seed(spec.seed)
+        unet = parts_of(target)["unet"]
+        networks = {}
+        for width in sorted(contexts(unet)):
+            for keys in ("k", "v"):
+                networks[f"{width}-{keys}"] = network = ContextNetwork(width, self._options)
+                network.start(self._options, generator)
+        self.networks = nn.ModuleDict(networks).to(next(unet.parameters()).device)
+        self._undo = lay_over(unet, dict(self.networks.items()), 1.0)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {f"unet.{name}": value for name, value in self.networks.named_parameters()}
+
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        network = Hypernetwork(copied(dict(self.networks.state_dict())), self._options.model_dump())
+        return Adapter({}, metadata, (network,))
+
+    def detach(self) -> None:
+        self._undo()
+
+
+def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
+    """From tensors and settings, tried once."""
+    network = Hypernetwork(dict(tensors), dict(settings))
+    network.build()
+    return network
+
+
+METHOD = Method(
+    name="hypernetwork",
+    summary="small networks on what keys and values are made from; styles; strength at will",
+    attach=AttachedHypernetwork,
+    options=HypernetworkOptions,
+    read_network=read_network,
+)

@@ -1,0 +1,171 @@
+"""Hypernetworks: the webui's formula, chains of them, beside weights, and in files."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.hypernetwork import AttachedHypernetwork, contexts
+from diffgraft.adapters.method import Spec, get_method
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+from tests.adapters.toys import shake
+
+
+class Attention(nn.Module):
+    """What there is of an attention for a hypernetwork: the projections to keys and values."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.to_k, self.to_v = nn.Linear(width, out, bias=False), nn.Linear(width, out, bias=False)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return torch.cat([self.to_k(context), self.to_v(context)], -1)
+
+
+def unet() -> nn.ModuleDict:
+    torch.manual_seed(3)
+    return nn.ModuleDict({"self": Attention(12, 8), "cross": Attention(10, 14), "other": Attention(12, 6)})
+
+
+def attach(target: Any, seed: int = 0, **options: Any) -> AttachedHypernetwork:
+    method = get_method("hypernetwork")
+    live = method.attach(target, Spec({}, 1, 1.0, seed, method.read_options(options)))
+    assert isinstance(live, AttachedHypernetwork)
+    return live
+
+
+ACTIVATION = {
+    "linear": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "swish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "relu", "structure": [1, 1.5, 2, 1]},
+        {"activation": "swish", "activate_output": True},
+        {"activation": "tanh", "layer_norm": True},
+    ],
+)
+def test_the_formula_in_float64(options: dict[str, Any], strength: float) -> None:
+    net = unet()
+    live = attach(SimpleNamespace(unet=net), **options)
+    shake(live, size=0.2)
+    tensors = {name: value.double().numpy() for name, value in live.adapter({}).networks[0].tensors.items()}
+    adapter = live.adapter({})
+    live.detach()
+    structure = options.get("structure", [1, 2, 1])
+    act = ACTIVATION[options.get("activation", "linear")]
+
+    def f(name: str, x: np.ndarray) -> np.ndarray:
+        place = 0
+        for layer in range(len(structure) - 1):
+            x = x @ tensors[f"{name}.linear.{place}.weight"].T + tensors[f"{name}.linear.{place}.bias"]
+            place += 1
+            if options.get("activation") and (layer < len(structure) - 2 or options.get("activate_output")):
+                x, place = act(x), place + 1
+            if options.get("layer_norm"):
+                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+                x = x * tensors[f"{name}.linear.{place}.weight"] + tensors[f"{name}.linear.{place}.bias"]
+                place += 1
+        return x
+
+    for key, width in (("self", 12), ("cross", 10), ("other", 12)):
+        layer = net[key]
+        assert isinstance(layer, Attention)
+        context = torch.randn(2, 5, width)
+        c = context.double().numpy()
+        wanted = [
+            (c + strength * f(f"{width}-{keys}", c)) @ projection.weight.detach().double().numpy().T
+            for keys, projection in (("k", layer.to_k), ("v", layer.to_v))
+        ]
+        with graft(SimpleNamespace(unet=net), {adapter: strength}):
+            found = layer(context).detach().numpy()
+        np.testing.assert_allclose(found, np.concatenate(wanted, -1), rtol=1e-4, atol=1e-5)
+
+
+def test_attached_is_grafted_and_a_fresh_one_is_near_the_base(base: Base) -> None:
+    x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
+    told = base.condition(["a dog", "a cat"]).kwargs()
+
+    @torch.no_grad()
+    def said() -> Tensor:
+        found: Tensor = base.unet(x, t, **told).sample
+        return found
+
+    bare = said()
+    live = attach(base)
+    assert set(contexts(base.unet)) == {64, 128}
+    assert len(live.trainable()) == 2 * 2 * 4
+    assert 0 < (said() - bare).norm() < 0.02 * bare.norm()
+    shake(live, size=0.05)
+    wanted, adapter = said(), live.adapter({})
+    live.detach()
+    assert torch.equal(said(), bare)
+    assert (wanted - bare).norm() > 0.02 * bare.norm()
+    with graft(base, {adapter: 1.0}):
+        torch.testing.assert_close(said(), wanted)
+    with graft(base, {adapter: 0}):
+        assert torch.equal(said(), bare)
+    assert torch.equal(said(), bare)
+
+
+def test_a_second_sees_what_the_first_made_and_both_stack_with_lora(base: Base) -> None:
+    net = unet()
+    target = SimpleNamespace(unet=net)
+    adapters = []
+    for seed in (1, 2):
+        live = attach(target, seed)
+        shake(live, seed, size=0.2)
+        adapters.append(live.adapter({}))
+        live.detach()
+    method = get_method("lora")
+    live_lora = method.attach(target, Spec({"unet": ["cross.to_k"]}, 2, 3.0, 0, method.read_options({})))
+    shake(live_lora)
+    lora = live_lora.adapter({})
+    live_lora.detach()
+    layer = net["cross"]
+    assert isinstance(layer, Attention)
+    c = torch.randn(2, 5, 10)
+    first, second = (adapter.networks[0].build() for adapter in adapters)  # type: ignore[attr-defined]
+    inner = c + 0.5 * first["10-k"](c)
+    inner = inner + 2 * second["10-k"](inner)
+    (delta,) = lora.deltas["unet.cross.to_k"]
+    wanted = inner @ (layer.to_k.weight + delta.delta((14, 10))).T  # type: ignore[attr-defined]
+    with graft(target, {adapters[0]: 0.5, lora: 1.0, adapters[1]: 2.0}):
+        torch.testing.assert_close(layer.to_k(c), wanted)
+    assert base.name == "tiny"
+
+
+def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> None:
+    live = attach(SimpleNamespace(unet=unet()), structure=[1, 1.5, 1], activation="mish", dropout=[0, 0.3, 0])
+    shake(live)
+    adapter = live.adapter({"method": "hypernetwork"})
+    again = load_adapter(adapter.save(tmp_path / "a.safetensors"))
+    assert again.networks[0].settings == adapter.networks[0].settings
+    for name, value in adapter.networks[0].tensors.items():
+        assert torch.equal(again.networks[0].tensors[name], value)
+    with pytest.raises(DiffgraftError, match=r"contexts as wide as \[10, 12\], and this base has \[64, 128\]"):
+        graft(base, {again: 1.0})
+    with pytest.raises(DiffgraftError, match="these files hold weights alone"):
+        adapter.save(tmp_path / "b.safetensors", "diffusers")
+    (network,) = adapter.networks
+    broken = type(network)(network.tensors, {**network.settings, "structure": [1, 3, 1]})  # type: ignore[call-arg]
+    Adapter({}, {}, (broken,)).save(tmp_path / "c.safetensors")
+    with pytest.raises(DiffgraftError, match=r"do not fit a structure of \[1.0, 3.0, 1.0\]"):
+        load_adapter(tmp_path / "c.safetensors")
+    with pytest.raises(DiffgraftError, match="the first and the last of them 1"):
+        attach(base, structure=[1, 2])
