@@ -64,7 +64,7 @@ class Network(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Deltas by module path, networks, and metadata.
+    """Deltas by module path, networks, new words, and metadata.
 
     A path is the part of the pipeline and the module inside it in diffusers' naming, without the level
     ``text_model`` that transformers has dropped: ``unet.mid_block.attentions.0.proj_in``,
@@ -76,6 +76,8 @@ class Adapter:
     """What the header says: method, rank, alpha, trigger, class, base (family, hash), recipe, seed, …"""
     networks: tuple[Network, ...] = ()
     """Networks that lie over the base, each seeing what the one before it made."""
+    tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Words it adds to the tokenizers: word → part (`text_encoder`, `text_encoder_2`) → vectors [n, width]."""
 
     @property
     def method(self) -> str:
@@ -86,11 +88,6 @@ class Adapter:
     def modules(self) -> list[str]:
         """Paths of the modules it changes."""
         return list(self.deltas)
-
-    @property
-    def tokens(self) -> dict[str, Tensor]:
-        """Words it adds to the tokenizer: none, in the methods there are so far."""
-        return {}
 
     def save(self, path: str | Path, format: str = "auto") -> Path:  # noqa: A002  (the public face says `format`)
         """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name.

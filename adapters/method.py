@@ -48,6 +48,14 @@ class Attached(nn.Module):
         """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
         return {}
 
+    def after_step(self) -> None:
+        """What is to be done when the parameters have moved."""
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether what the text encoders say changes while it trains, though none of their own layers is adapted."""
+        return False
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -63,6 +71,10 @@ class Spec:
     """Seed of the initial values"""
     options: Any = None
     """The method's own settings, an instance of its `Method.options`"""
+    trigger: str = ""
+    """The word that calls what is learnt"""
+    noun: str = ""
+    """The class noun of what is learnt, where there is one"""
 
 
 @dataclass(frozen=True)

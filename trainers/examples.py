@@ -42,10 +42,10 @@ def normal(shape: Sequence[int], seed: int, *what: int) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(seed, *what))
 
 
-def data_digest(pictures: Sequence[Picture], prompts: Sequence[str]) -> str:
+def data_digest(pictures: Sequence[Picture], prompts: Sequence[Sequence[str]]) -> str:
     """SHA-256 over the pixels and prompts of a data set, in order."""
     digest = hashlib.sha256()
-    for picture, prompt in zip(pictures, prompts, strict=True):
-        digest.update(f"{picture.image.size} {prompt}\n".encode())
+    for picture, shown in zip(pictures, prompts, strict=True):
+        digest.update(f"{picture.image.size} {' | '.join(shown)}\n".encode())
         digest.update(picture.image.tobytes())
     return digest.hexdigest()

@@ -118,6 +118,7 @@ def fit(
             accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
             stepping = True
             optimizer.step()
+            adapter.after_step()
             done, stepping = step + 1, False
             optimizer.zero_grad()
             record.append({"step": done, "lr": rate(recipe, step), **terms})

@@ -92,6 +92,8 @@ class Recipe(_Strict):
     """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
     captions: bool = True
     """Whether the `.txt` file beside a picture, where there is one, replaces the prompt"""
+    templates: Literal["none", "object", "style"] = "none"
+    """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
 
     default_samples: ClassVar[tuple[str, ...]] = ()
 
@@ -160,7 +162,33 @@ class StyleRecipe(Recipe):
     )
 
 
-TASKS: dict[str, type[Recipe]] = {"subject": SubjectRecipe, "style": StyleRecipe}
+class ConceptRecipe(Recipe):
+    """A new word for an object or a style, by textual inversion or pivotal tuning."""
+
+    task: Literal["concept"] = "concept"
+    """What kind of training this is; fixed by the recipe's file"""
+    method: str = "textual-inversion"
+    """How the adapter is parametrised; `textual-inversion`, or `pivotal` where weights learn as well"""
+    trigger: str = "<concept>"
+    """The new word; one that the base does not know"""
+    subject: str = ""
+    """The noun that comes near; the word starts with its vectors"""
+    prompt: str = "a {trigger}"
+    """Prompt of a picture without a caption, where templates=none"""
+    templates: Literal["none", "object", "style"] = "object"
+    """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
+    lr: float = Field(5e-3, gt=0)
+    """Peak learning rate"""
+
+    default_samples: ClassVar[tuple[str, ...]] = (
+        "a {trigger}",
+        "a {trigger} in the snow",
+        "a {trigger} on the beach",
+        "a {subject}",
+    )
+
+
+TASKS: dict[str, type[Recipe]] = {"subject": SubjectRecipe, "style": StyleRecipe, "concept": ConceptRecipe}
 
 
 def recipe_names() -> dict[str, str]:
@@ -241,7 +269,7 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
 
 def _check_templates(recipe: Recipe) -> None:
     """Refuse a {word} that nothing fills: it would be trained as it stands."""
-    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe) else {"{trigger}"}
+    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
     for key in ("prompt", "class_prompt", "caption", "sample_prompts"):
         value = getattr(recipe, key, "")
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):

@@ -31,6 +31,7 @@ from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
 from diffgraft.trainers.recipe import Recipe, StyleRecipe, SubjectRecipe, load_recipe, save_recipe
+from diffgraft.trainers.templates import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_SEEDS = 50_000
@@ -176,11 +177,14 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
 
     try:
         options = method.read_options(plan.options)
-        live = method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options))
+        words = (plan.trigger, getattr(plan, "subject", ""))
+        live = method.attach(
+            base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words)
+        )
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
-        denoiser = Denoiser(base, (side, side), live, plan.text_encoder)
+        denoiser = Denoiser(base, (side, side), live, plan.text_encoder or live.changes_text)
         identity = hashlib.sha256(f"{base.hash} {digest} {plan.essence()}".encode()).hexdigest()
         metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample)
         adapter = live.adapter(_header(plan, base, digest))
@@ -195,30 +199,37 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
     return run
 
 
-def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[str]:
-    """The prompt of each picture; what a person may not have meant is said in a warning."""
-    prompts = []
+def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[list[str]]:
+    """The prompts that each picture is shown under; what a person may not have meant is said in a warning."""
+    listed = []
     for picture in pictures:
         caption = picture.caption if plan.captions else None
         if isinstance(plan, StyleRecipe) and caption:
-            prompts.append(plan.fill(plan.caption).replace("{caption}", caption))
+            prompts = [plan.fill(plan.caption).replace("{caption}", caption)]
+        elif caption is None and plan.templates != "none":
+            prompts = [plan.fill(template) for template in TEMPLATES[plan.templates]]
         else:
-            prompts.append(caption or plan.fill(plan.prompt))
-        if lost := lost_words(base.tokenizer, prompts[-1]):
-            warnings.warn(f"The prompt of {picture.path.name} is too long; the base never sees: {lost}", stacklevel=4)
-        if plan.trigger not in prompts[-1]:
-            warnings.warn(f"The caption of {picture.path.name} lacks the trigger {plan.trigger!r}.", stacklevel=4)
-    return prompts
+            prompts = [caption or plan.fill(plan.prompt)]
+        for prompt in prompts:
+            if lost := lost_words(base.tokenizer, prompt):
+                what = f"The prompt of {picture.path.name} is too long; the base never sees: {lost}"
+                warnings.warn(what, stacklevel=4)
+            if plan.trigger not in prompt:
+                warnings.warn(f"The caption of {picture.path.name} lacks the trigger {plan.trigger!r}.", stacklevel=4)
+        listed.append(prompts)
+    return listed
 
 
-def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: list[str]) -> Objective:
+def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: list[list[str]]) -> Objective:
     side = plan.resolution or base.resolution
 
-    def examples(images: Sequence[Image.Image], texts: list[str], title: str) -> Examples:
+    def examples(images: Sequence[Image.Image], texts: list[list[str]], title: str) -> Examples:
+        """Each picture under each of its prompts."""
         if plan.flip:
             images = [*images, *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images)]
             texts = texts + texts
-        return Examples(encode(base, images, side, title), texts)
+        shown = [row for row, listed in enumerate(texts) for _ in listed]
+        return Examples(encode(base, images, side, title).take(shown), [text for listed in texts for text in listed])
 
     noising = Noising(base)
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
@@ -226,7 +237,7 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
         return Captioned(ours, noising, plan.seed)
     text = plan.fill(plan.class_prompt)
     drawn = class_images(base, text, plan.prior.images, Settings(size=(side, side)), plan.seed)
-    kept = examples(drawn, [text] * len(drawn), "encoding class images")
+    kept = examples(drawn, [[text]] * len(drawn), "encoding class images")
     return DreamBooth(ours, kept, plan.prior.weight, noising, plan.seed)
 
 

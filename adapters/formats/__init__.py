@@ -7,14 +7,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import diffusers_lora, lycoris, native
+from diffgraft.adapters.formats import diffusers_lora, embedding, lycoris, native
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_safetensors
 
-_NETWORKS_TOO = ("diffgraft",)
-"""Dialects that hold networks beside or instead of deltas."""
-
-DIALECTS: dict[str, ModuleType] = {"diffusers": diffusers_lora, "lycoris": lycoris, "diffgraft": native}
+DIALECTS: dict[str, ModuleType] = {
+    "diffusers": diffusers_lora,
+    "lycoris": lycoris,
+    "embedding": embedding,
+    "diffgraft": native,
+}
 """Name of a dialect → the module that reads and writes it, those that more tools open first."""
 
 
@@ -63,8 +65,8 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
         raise DiffgraftError(f"There is no adapter format {dialect!r}: {nearest(dialect, DIALECTS)}")
     for name in DIALECTS if dialect == "auto" else (dialect,):
         try:
-            if adapter.networks and name not in _NETWORKS_TOO:
-                raise ValueError(f"it holds a {adapter.networks[0].kind}, and these files hold weights alone")
+            if adapter.networks and name != "diffgraft":
+                raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")
             tensors, header = DIALECTS[name].write(adapter)
         except ValueError as error:
             reason = str(error)

@@ -62,6 +62,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something other than one LoRA."""
     if strange := [path for path in adapter.deltas if path.partition(".")[0] not in PARTS]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}, which are all the diffusers layout knows")
+    if adapter.tokens or not adapter.deltas:
+        raise ValueError("it holds words, or no weights, and the diffusers layout is for weights alone")
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part in PARTS:

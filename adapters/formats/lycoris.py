@@ -1,7 +1,9 @@
 """The names of LyCORIS and of kohya's tools: ``<prefix>_<path, dots as underscores>.<leaf>``.
 
 Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and ``lora_te2`` (two); each module also has
-a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own; text encoders' have the level ``text_model``.
+a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own; text encoders' have the level ``text_model``. New
+words, where a file brings them along, are ``bundle_emb.<word>.string_to_param.*`` (one text encoder), or
+``bundle_emb.<word>.clip_l`` and ``.clip_g`` (two).
 Sources: LyCORIS 4.1.3, ``lycoris/modules``; sd-scripts, ``networks/lora.py``.
 """
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
 from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
 from diffgraft.adapters.method import get_method
 
@@ -28,6 +31,8 @@ _KINDS = {
     "full": ("diff", "diff_b"),
 }
 """Kind of delta → its leaves. LoRA's stand for layers and end in ``.weight``; the others are bare."""
+
+_BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<kind>string_to_param\.\*|clip_l|clip_g)")
 
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 """What the differences of a normalisation's weight [c] and bias are called."""
@@ -59,7 +64,12 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     """Every key is used, or named in a ValueError."""
     modules: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
+        if bundled := _BUNDLED.fullmatch(key):
+            part = EMBEDDING_PARTS.get(bundled["kind"], "text_encoder")
+            tokens.setdefault(bundled["word"], {})[part] = value if value.ndim == 2 else value.unsqueeze(0)
+            continue
         name, _, leaf = key.partition(".")
         prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
         leaf = leaf.removesuffix(".weight")
@@ -80,11 +90,14 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             deltas[path] = (build(leaves, None if alpha is None else number(alpha.float().item())),)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
-    return Adapter(deltas, read_json(header, OURS) or {"method": next(iter(deltas.values()))[0].kind})
+    said = read_json(header, OURS) or {"method": next(iter(deltas.values()))[0].kind}
+    return Adapter(deltas, said, tokens=tokens)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    if not adapter.deltas:
+        raise ValueError("it holds no weights, and these files are for weights, with or without words")
     two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}
     prefixes["text_encoder_2"] = "lora_te2"
@@ -104,4 +117,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[key + ("" if name == "dora_scale" else ending)] = column.contiguous()
         if delta.alpha is not None:
             tensors[f"{prefixes[part]}_{level}{flat(inside)}.alpha"] = torch.tensor(float(delta.alpha))
+    for word, vectors in adapter.tokens.items():
+        if set(vectors) == {"text_encoder"}:
+            tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors["text_encoder"].contiguous()
+        else:
+            keys = {part: key for key, part in EMBEDDING_PARTS.items()}
+            tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
     return tensors, {"format": "pt", **write_ours(adapter)}

@@ -1,9 +1,9 @@
 """This project's own layout, which holds any method.
 
-Deltas are ``<path>.<n>.<leaf>``, one n for each delta of a module, in order; networks are ``network.<n>.<name>``. The
-header keys ``diffgraft_deltas`` and ``diffgraft_networks`` hold JSON: path → a list of {"kind", "alpha"}, and a list of
-{"kind", "settings"}. ``kind`` is the name of the method that reads it again, ours or one from an outside package. The
-header key ``diffgraft`` is as everywhere.
+Deltas are ``<path>.<n>.<leaf>``, one n for each delta of a module, in order; networks are ``network.<n>.<name>``, and
+words ``token.<n>.<text encoder>``. Three header keys hold JSON: ``diffgraft_deltas`` path → list of {"kind", "alpha"},
+``diffgraft_networks`` a list of {"kind", "settings"}, ``diffgraft_tokens`` a list of words. ``kind`` is the name of the
+method that reads it again, ours or one from an outside package. The header key ``diffgraft`` is as everywhere.
 """
 
 import json
@@ -16,12 +16,12 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
 from diffgraft.adapters.method import get_method
 
-_DELTAS, _NETWORKS = "diffgraft_deltas", "diffgraft_networks"
+_DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether the header has this dialect's keys."""
-    return _DELTAS in header or _NETWORKS in header
+    return any(key in header for key in (_DELTAS, _NETWORKS, _TOKENS))
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
@@ -44,7 +44,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
                 raise ValueError(f"the leaves of {path} do not fit together: {error}") from error
         deltas[path] = tuple(built)
     networks = []
-    for place, said in enumerate(_listed(header)):
+    for place, said in enumerate(_listed(header, _NETWORKS, dict)):
         read_network = get_method(str(said.get("kind"))).read_network
         if read_network is None:
             raise ValueError(f"the method {said.get('kind')} has no networks")
@@ -52,9 +52,10 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             networks.append(read_network(_take(left, f"network.{place}."), said.get("settings") or {}))
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"its network {place} cannot be built: {error}") from error
+    tokens = {word: _take(left, f"token.{place}.") for place, word in enumerate(_listed(header, _TOKENS, str))}
     if left:
         raise ValueError(f"its key {next(iter(left))} belongs to nothing that the header lists")
-    return Adapter(deltas, read_json(header, OURS), tuple(networks))
+    return Adapter(deltas, read_json(header, OURS), tuple(networks), tokens)
 
 
 def _take(left: dict[str, Tensor], start: str) -> dict[str, Tensor]:
@@ -62,10 +63,10 @@ def _take(left: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return {key.removeprefix(start): left.pop(key) for key in list(left) if key.startswith(start)}
 
 
-def _listed(header: Mapping[str, str]) -> list[dict[str, Any]]:
-    listed = json.loads(header.get(_NETWORKS, "[]"))
-    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise ValueError(f"its header entry {_NETWORKS!r} is no list of networks")
+def _listed(header: Mapping[str, str], key: str, kind: type) -> list[Any]:
+    listed = json.loads(header.get(key, "[]"))
+    if not isinstance(listed, list) or not all(isinstance(one, kind) for one in listed):
+        raise ValueError(f"its header entry {key!r} is no such list as belongs there")
     return listed
 
 
@@ -85,4 +86,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         header[_NETWORKS] = json.dumps(listed, sort_keys=True)
         for place, network in enumerate(adapter.networks):
             tensors |= {f"network.{place}.{name}": value.contiguous() for name, value in network.tensors.items()}
+    if adapter.tokens:
+        header[_TOKENS] = json.dumps(list(adapter.tokens))
+        for place, vectors in enumerate(adapter.tokens.values()):
+            tensors |= {f"token.{place}.{part}": value.contiguous() for part, value in vectors.items()}
     return tensors, header

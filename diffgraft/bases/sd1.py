@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x: one CLIP text encoder, its last hidden state for the cross-attention."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,24 @@ def lost_words(tokenizer: Any, prompt: str) -> str:
     return lost
 
 
+def all_vectors(tokenizer: Any, prompt: str) -> str:
+    """`prompt` with every word of several vectors written out, as diffusers does: ``<dog>`` → ``<dog> <dog>_1``."""
+    added = tokenizer.added_tokens_encoder
+    for word in set(tokenizer.tokenize(prompt)) & set(added):
+        more = itertools.takewhile(lambda name: name in added, (f"{word}_{n}" for n in itertools.count(1)))
+        prompt = prompt.replace(word, " ".join([word, *more]))
+    return prompt
+
+
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """Token ids [n, tokenizer.model_max_length], cut and padded as diffusers' pipelines do."""
     length = tokenizer.model_max_length
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    batch = tokenizer(
+        [all_vectors(tokenizer, prompt) for prompt in prompts],
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    )
     ids: torch.Tensor = batch.input_ids
     return ids

@@ -121,7 +121,13 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")]) -> N
         f"base     {base.get('name', '–')} ({base.get('family', 'family unknown')}, {str(base.get('hash', ''))[:12]})"
     )
     parts = sorted({path.partition(".")[0] for path in adapter.modules})
-    typer.echo(f"modules  {len(adapter.modules)} in {', '.join(parts)}")
+    if adapter.modules:
+        typer.echo(f"modules  {len(adapter.modules)} in {', '.join(parts)}")
+    for network in adapter.networks:
+        typer.echo(f"network  {network.kind}: {', '.join(dict.fromkeys(key.split('.')[0] for key in network.tensors))}")
+    for word, vectors in adapter.tokens.items():
+        shapes = ", ".join(f"{len(rows)} × {rows.shape[1]} in {part}" for part, rows in vectors.items())
+        typer.echo(f"word     {word}: {shapes}")
 
 
 @app.command()

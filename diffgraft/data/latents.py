@@ -27,6 +27,11 @@ class Latents:
         index = torch.as_tensor(rows, device=self.mean.device)
         return self.mean[index] + self.std[index] * noise
 
+    def take(self, rows: Sequence[int]) -> "Latents":
+        """Those of the pictures in `rows`, which may come more than once."""
+        index = torch.as_tensor(rows, device=self.mean.device)
+        return Latents(self.mean[index], self.std[index])
+
     def __len__(self) -> int:
         return len(self.mean)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, nearest
 
@@ -29,7 +30,8 @@ def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
     Args:
         target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
             UNet. A part that no adapter touches may be absent or None.
-        adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract.
+        adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. Words are there
+            or not: at any strength but 0 they have the vectors that were trained.
 
     Returns:
         A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
@@ -46,6 +48,7 @@ class Graft:
     """What is merged into a target now, and the weights that it had before."""
 
     def __init__(self, target: Any) -> None:
+        self._target = target
         self._parts = _parts(target)
         self._hash = target.hash if isinstance(target, Base) else None
         self._kept: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
@@ -55,6 +58,7 @@ class Graft:
         """Replace what is grafted by `adapters`."""
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
         networks: list[tuple[str, Network, float]] = []
+        words: list[tuple[str, Mapping[str, Mapping[str, Tensor]]]] = []
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
@@ -65,10 +69,17 @@ class Graft:
                 if strength:
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
             networks += [(name, network, strength) for network in adapter.networks if strength]
+            if adapter.tokens and strength:
+                words.append((name, adapter.tokens))
         self.remove()
         try:
             for path, (module, steps) in merged.items():
                 self._merge(path, module, steps)
+            for name, tokens in words:
+                try:
+                    self._over.append(TaughtWords(self._target, tokens).remove)
+                except DiffgraftError as error:
+                    raise DiffgraftError(f"{name} cannot be used here. {error}") from error
             for name, network, strength in networks:
                 try:
                     self._over.append(network.hook(self._parts, strength))
@@ -101,9 +112,9 @@ class Graft:
         """
         if any(_LAYERS[module][-1] is not self for module, _, _ in self._kept.values()):
             raise DiffgraftError("Another graft lies over this one: remove that one first.")
-        for undo in self._over:
-            undo()
-        self._over.clear()
+        while self._over:
+            self._over[-1]()
+            self._over.pop()
         for module, weight, bias in self._kept.values():
             _LAYERS[module].pop()
             module.get_parameter("weight").copy_(weight)

@@ -160,7 +160,7 @@ def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> 
         assert torch.equal(again.networks[0].tensors[name], value)
     with pytest.raises(DiffgraftError, match=r"contexts as wide as \[10, 12\], and this base has \[64, 128\]"):
         graft(base, {again: 1.0})
-    with pytest.raises(DiffgraftError, match="these files hold weights alone"):
+    with pytest.raises(DiffgraftError, match="for which these files have no place"):
         adapter.save(tmp_path / "b.safetensors", "diffusers")
     (network,) = adapter.networks
     broken = type(network)(network.tensors, {**network.settings, "structure": [1, 3, 1]})  # type: ignore[call-arg]

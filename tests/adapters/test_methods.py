@@ -26,7 +26,7 @@ every = pytest.mark.parametrize(("method", "options"), VARIANTS, ids=[name_of(va
 
 
 def test_every_method_is_in_the_matrix() -> None:
-    assert {name for name, _ in VARIANTS} | {"hypernetwork"} == set(methods())
+    assert {name for name, _ in VARIANTS} | {"hypernetwork", "textual-inversion", "pivotal"} == set(methods())
 
 
 @every

@@ -104,6 +104,10 @@ def test_inspect_reads_headers_of_any_kind(
     adapter.save(tmp_path / "odd.safetensors")
     assert call(monkeypatch, "inspect", tmp_path / "odd.safetensors") == 0
     assert "base     –" in capsys.readouterr().out
+    word = Adapter({}, {}, tokens={"<zorp>": {"text_encoder": torch.ones(2, 64)}})
+    word.save(tmp_path / "word.safetensors")
+    assert call(monkeypatch, "inspect", tmp_path / "word.safetensors") == 0
+    assert "word     <zorp>: 2 × 64 in text_encoder" in capsys.readouterr().out
 
 
 def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +121,7 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "did you mean 'lora'" in capsys.readouterr().err
     assert call(monkeypatch, "recipes") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["sd15-subject", "sdxl-subject", "style", "subject"]
+    assert names == ["concept", "sd15-subject", "sdxl-subject", "style", "subject"]
 
 
 def test_as_a_module(short_run: Run) -> None:

@@ -174,16 +174,38 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
 
     found = read_folder(data)
     style = _prompts(load_recipe("style", {}), base, found)
-    assert style[:2] == ["a dog on the grass, sks style", "a picture, sks style"]
+    assert style[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
     with pytest.warns(UserWarning, match=r"caption of 01.png lacks the trigger 'sks'"):
         subject = _prompts(load_recipe("subject", {"subject": "dog"}), base, found)
-    assert subject[:2] == ["a dog on the grass", "a sks dog"]
-    assert _prompts(load_recipe("subject", {"subject": "dog", "captions": False}), base, found) == ["a sks dog"] * 5
+    assert subject[:2] == [["a dog on the grass"], ["a sks dog"]]
+    assert _prompts(load_recipe("subject", {"subject": "dog", "captions": False}), base, found) == [["a sks dog"]] * 5
     (data / "02.txt").write_text("a " + "very " * 90 + "good dog", "utf-8")
     with pytest.warns(UserWarning, match=r"02.png is too long.*good dog , sks style"):
         run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True)
     assert set(run.metrics[0]) == {"step", "lr", "loss"}
     assert run.adapter.metadata["class"] is None
+
+
+def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
+    from diffgraft.data.pictures import read_folder
+    from diffgraft.trainers.recipe import load_recipe
+    from diffgraft.trainers.run import _objective, _prompts
+    from diffgraft.trainers.templates import OBJECT, STYLE
+
+    plan = load_recipe("concept", {"subject": "dog", "trigger": "<zorp>"})
+    found = read_folder(pictures)
+    prompts = _prompts(plan, base, found)
+    assert prompts == [[template.replace("{trigger}", "<zorp>") for template in OBJECT]] * 5
+    examples = _objective(plan, base, found, prompts).examples  # type: ignore[attr-defined]
+    assert len(examples.latents) == len(examples.prompts) == 5 * len(OBJECT)
+    assert torch.equal(examples.latents.mean[0], examples.latents.mean[len(OBJECT) - 1])
+    assert not torch.equal(examples.latents.mean[0], examples.latents.mean[len(OBJECT)])
+    style = _prompts(load_recipe("concept", {"templates": "style"}), base, found)
+    assert [len(listed) for listed in style] == [len(STYLE)] * 5
+    settings: dict[str, Any] = {"steps": 3, "subject": "dog", "sample_every": 0, "sample_prompts": "a {trigger}"}
+    run = train("concept", base=base, images=pictures, output=tmp_path / "run", options={"vectors": "2"}, **settings)
+    assert run.adapter.tokens["<concept>"]["text_encoder"].shape == (2, 64)
+    assert run.adapter_file.stat().st_size < 4000
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,77 @@
+"""Pivotal tuning: a new word and weights learn together, and go into one file.
+
+The word takes what is a matter of naming, the weights what no word can say (Roich et al. 2021, arXiv:2106.05744, is
+where the name comes from; cloneofsimo's ``lora`` brought it to diffusion models).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import Attached, Method, Spec, get_method
+from diffgraft.adapters.textual_inversion import AttachedWord, WordOptions
+from diffgraft.errors import DiffgraftError
+
+
+class PivotalOptions(WordOptions):
+    """What there is to set on the word, and which method takes the weights."""
+
+    weights: str = "lora"
+    """Method for the weights"""
+    of_weights: dict[str, Any] = Field(default_factory=dict)
+    """Options of that method: {"dora": true}"""
+    word_rate: float = Field(1.0, gt=0)
+    """Factor on the learning rate of the word's vectors"""
+
+
+class AttachedPivotal(Attached):
+    """A word and a method of weights, on one live base."""
+
+    def __init__(self, target: Any, spec: Spec) -> None:
+        super().__init__()
+        options: PivotalOptions = spec.options
+        if options.weights in ("pivotal", "textual-inversion"):
+            raise DiffgraftError(
+                f"options.weights={options.weights!r} has no weights: name a method that has, like lora."
+            )
+        method = get_method(options.weights)
+        self.weights = method.attach(target, replace(spec, options=method.read_options(options.of_weights)))
+        try:
+            self.word = AttachedWord(target, spec)
+        except BaseException:
+            self.weights.detach()
+            raise
+        self._rate = options.word_rate
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {**self.weights.trainable(), **{f"word.{name}": p for name, p in self.word.trainable().items()}}
+
+    def rates(self) -> dict[str, float]:
+        return {**self.weights.rates(), **{f"word.{name}": self._rate for name in self.word.trainable()}}
+
+    def after_step(self) -> None:
+        self.weights.after_step()
+        self.word.after_step()
+
+    @property
+    def changes_text(self) -> bool:
+        return True
+
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        return replace(self.weights.adapter(metadata), tokens=self.word.adapter({}).tokens)
+
+    def detach(self) -> None:
+        self.word.detach()
+        self.weights.detach()
+
+
+METHOD = Method(
+    name="pivotal",
+    summary="a new word and weights together, in one file",
+    attach=AttachedPivotal,
+    options=PivotalOptions,
+)

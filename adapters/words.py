@@ -1,0 +1,98 @@
+"""New words in live tokenizers and text encoders, every other row of their tables untouched.
+
+The table of a text encoder is not resized: a module is put before it that answers for the new ids and asks the table
+for all others. The tokenizer is a copy of the old one, which comes back.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.errors import DiffgraftError
+
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""Text encoder → its tokenizer, as attributes of a base or a pipeline."""
+
+
+def names(word: str, count: int) -> list[str]:
+    """The tokens of a word of several vectors, as diffusers names them: ``<dog>``, ``<dog>_1`` and so on."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
+class GrownTable(nn.Module):
+    """A table of embeddings, and rows of its own behind it."""
+
+    def __init__(self, table: nn.Module, first: int, rows: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.rows, self._first = table, rows, first
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [n, tokens] → embeddings [n, tokens, width]."""
+        old: Tensor = self.table(ids.clamp(max=self._first - 1))
+        new = self.rows.to(old.dtype)[(ids - self._first).clamp(min=0, max=len(self.rows) - 1)]
+        return torch.where((ids >= self._first).unsqueeze(-1), new, old)
+
+
+class TaughtWords:
+    """Words that a base or a pipeline knows until `remove`."""
+
+    def __init__(self, target: Any, words: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Teach `words`: word → text encoder → vectors [n, width].
+
+        Raises:
+            DiffgraftError: a word is known already, the target has no such text encoder, or its width is another.
+        """
+        self._target = target
+        self._encoders: list[tuple[nn.Module, nn.Module, GrownTable]] = []
+        self._tokenizers: list[tuple[str, Any]] = []
+        self.rows: dict[str, nn.Parameter] = {}
+        """Text encoder → its new rows [vectors, width], in the order of the words."""
+        parts = dict.fromkeys(part for vectors in words.values() for part in vectors)
+        plans = [(part, *self._plan(part, words)) for part in parts]
+        for part, encoder, tokenizer, rows in plans:
+            tokens = [name for word, found in words.items() for name in names(word, len(found[part]))]
+            grown_tokenizer = copy.deepcopy(tokenizer)
+            grown_tokenizer.add_tokens(tokens)
+            table = encoder.get_input_embeddings()
+            grown = GrownTable(table, grown_tokenizer.convert_tokens_to_ids(tokens[0]), nn.Parameter(rows))
+            grown.to(next(encoder.parameters()).device)
+            encoder.set_input_embeddings(grown)
+            setattr(target, TOKENIZERS[part], grown_tokenizer)
+            self._encoders.append((encoder, table, grown))
+            self._tokenizers.append((TOKENIZERS[part], tokenizer))
+            self.rows[part] = grown.rows
+
+    def _plan(self, part: str, words: Mapping[str, Mapping[str, Tensor]]) -> tuple[Any, Any, Tensor]:
+        encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, TOKENIZERS[part], None)
+        if encoder is None or tokenizer is None:
+            raise DiffgraftError(f"It has words for {part}, which this base does not have, or not with its tokenizer.")
+        width = encoder.config.hidden_size
+        for word, vectors in words.items():
+            if part not in vectors:
+                raise DiffgraftError(f"The word {word!r} has no vectors for {part}, and others of the file have.")
+            if known := [name for name in names(word, len(vectors[part])) if name in tokenizer.get_vocab()]:
+                raise DiffgraftError(f"The word {known[0]!r} is known to the base already. Choose one like '<{word}>'.")
+            if vectors[part].shape[1:] != (width,):
+                raise DiffgraftError(
+                    f"The word {word!r} has vectors of width {vectors[part].shape[1]}, and {part} of this base has "
+                    f"{width}: it was made for another family of bases."
+                )
+        return encoder, tokenizer, torch.cat([vectors[part].float() for vectors in words.values()])
+
+    def remove(self) -> None:
+        """Put back tables and tokenizers; doing it twice is no harm.
+
+        Raises:
+            DiffgraftError: words were taught after these, and are still there; nothing has changed then.
+        """
+        if any(encoder.get_input_embeddings() is not grown for encoder, _, grown in self._encoders):  # type: ignore[operator]
+            raise DiffgraftError("Other words were added after these: remove those first.")
+        for encoder, table, _ in self._encoders:
+            encoder.set_input_embeddings(table)  # type: ignore[operator]
+        for name, tokenizer in self._tokenizers:
+            setattr(self._target, name, tokenizer)
+        self._encoders.clear()
+        self._tokenizers.clear()
