@@ -11,7 +11,7 @@ from diffgraft.bases.tiny.world import draw
 from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.generate import Settings, generate
 
-FROZEN = "89e6900014fd14c23ee28dc6494f0bc31ce0030d55f7a5ea25c8b950d940f483"
+FROZEN = "cc0e813e20d61e8a761835d213157e267e30eb14f4eb647d035b05dbf7f3755f"
 """`Base.hash` of the weights that ship. Numbers elsewhere depend on it: it changes with a release, not by accident."""
 
 
@@ -45,9 +45,9 @@ def test_pictures_show_what_the_words_say(base: Base) -> None:
     images = generate(base.pipeline(), prompts, Settings(steps=25, batch=32), range(64))
     right = verdicts(load_judge(TINY / "judge"), to_tensor(images), scenes)
     share = {kind: float(right[kind].float().mean()) for kind in LABELS}
-    assert share["thing"] > 0.4
+    assert share["thing"] > 0.85
     assert share["setting"] > 0.9
-    assert share["style"] > 0.65
+    assert share["style"] > 0.7
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
