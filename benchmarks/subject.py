@@ -37,8 +37,11 @@ def measure(
     before = {prompt: probe.loss(base, prompt) for prompt in (with_trigger, without)}
     class_before = class_probe.predict(base, without)
     with tempfile.TemporaryDirectory() as folder:
+        settings = {"sample_every": 0, "sample_prompts": f"a sks {subject}", **more}
         start = time.perf_counter()
-        run = train("subject", base=base, images=learn, subject=subject, seed=seed, output=Path(folder) / "run", **more)
+        run = train(
+            "subject", base=base, images=learn, subject=subject, seed=seed, output=Path(folder) / "run", **settings
+        )
         seconds = time.perf_counter() - start
         with graft(base, {run.adapter: 1.0}):
             after = {prompt: probe.loss(base, prompt) for prompt in (with_trigger, without)}
@@ -94,8 +97,8 @@ def main() -> None:
     masks = [Image.open(path) for path in sorted((FOLDER / "held-out-masks").glob("*.png"))]
     probe = make_probe(base, [picture.image for picture in read_folder(FOLDER / "held-out")], masks)
     dog = class_probe(CLASS)
-    for title, prior in (("made-up dog, with prior preservation", "1"), ("made-up dog, without", "0")):
-        settings = {**more, "prior.weight": prior}
+    for title, prior in (("made-up dog, with prior preservation", {}), ("made-up dog, without", {"prior.weight": "0"})):
+        settings = {**more, **prior}
         kept[title] = [
             measure(base, FOLDER / "learn", CLASS, probe, dog, seed, **settings) for seed in range(options.seeds)
         ]
