@@ -107,7 +107,8 @@ def test_the_header_holds_neither_paths_nor_defaults() -> None:
     header = load_recipe(
         "subject", {"subject": "dog", "images": "/home/me/dog", "output": "/tmp/x", "rank": 4}
     ).header()
-    assert header == {"task": "subject", "subject": "dog", "rank": 4}
+    tuned = {"lr": 1.5e-3, "steps": 400, "prior": {"weight": 2.0}}  # what the recipe's file has
+    assert header == {"task": "subject", "subject": "dog", "rank": 4, **tuned}
 
 
 def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> None:

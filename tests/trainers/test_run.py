@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_promises(base: Base, short_run: Run) -> None:
     lines = [json.loads(line) for line in (short_run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
-        assert line["loss"] == pytest.approx(line["instance"] + line["prior"], rel=1e-5)
+        assert line["loss"] == pytest.approx(line["instance"] + 2 * line["prior"], rel=1e-5)
     for name in ("loss.png", "before-after.png"):
         with Image.open(short_run.folder / name) as image:
             assert np.asarray(image).std() > 10
@@ -289,7 +289,8 @@ def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path
     assert two.metrics[0]["loss"] == pytest.approx(one.metrics[0]["loss"], rel=1e-5)
     wanted, found = load_file(one.adapter_file), load_file(two.adapter_file)
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+        # Adam makes the rounding of a tiny gradient as large as a step: single numbers may differ, the whole may not
+        assert (found[name] - value).norm() < 1e-3 * value.norm(), name
 
 
 def test_a_checkpoint_of_something_else_is_refused(base: Base, tmp_path: Path, short_run: Run) -> None:
