@@ -41,7 +41,8 @@ def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "e
     """Latents of `images`, each cut to a square of `side` pixels first."""
     means, stds = [], []
     stored = base.vae.dtype
-    base.vae.to(torch.float32)  # some overflow in float16; casting there and back changes no bit
+    with hushed():
+        base.vae.to(torch.float32)  # some overflow in float16; casting there and back changes no bit
     scale = base.vae.config.scaling_factor
     try:
         for image in tqdm(images, title, leave=False, disable=len(images) < 2):
