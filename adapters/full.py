@@ -122,5 +122,9 @@ METHOD = Method(
     attach=AttachedFull,
     options=FullOptions,
     layers="all",
+    without={
+        **dict.fromkeys(("rank", "alpha"), "every weight trains; to reduce what was learnt, set options.rank"),
+        "layers": "every weight trains",
+    },
     read=read,
 )

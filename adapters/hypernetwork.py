@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import Attached, Method, Options, Spec, parts_of
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of
 from diffgraft.adapters.patch import as_input, copied
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
@@ -98,6 +99,29 @@ class ContextNetwork(nn.Module):
         found: Tensor = self.linear(as_input(context, next(self.parameters())))
         return found
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it drops something, so that asking it twice gives two answers."""
+        return self.training and any(isinstance(layer, nn.Dropout) for layer in self.linear)
+
+    def shorter_for(self, tokens: int) -> bool:
+        """Whether it is one matrix in disguise, and to work that out and use it on `tokens` is less than to use f."""
+        if not all(isinstance(layer, nn.Linear | nn.Dropout) for layer in self.linear) or self.is_random:
+            return False
+        layers = [layer for layer in self.linear if isinstance(layer, nn.Linear)]
+        width = layers[0].in_features
+        later = sum(layer.weight.numel() for layer in layers[1:]) * width
+        return later + tokens * width**2 < tokens * sum(layer.weight.numel() for layer in layers)
+
+    def as_one(self) -> tuple[Tensor, Tensor]:
+        """Matrix and bias of all layers in one, where nothing stands between them."""
+        layers = [layer for layer in self.linear if isinstance(layer, nn.Linear)]
+        weight: Tensor = layers[0].weight
+        bias: Tensor = layers[0].bias
+        for layer in layers[1:]:
+            weight, bias = layer.weight @ weight, layer.weight @ bias + layer.bias
+        return weight, bias
+
 
 def contexts(unet: nn.Module) -> dict[int, list[tuple[Keys, nn.Module]]]:
     """Width of a context → the projections to keys and values that take it, in all attentions of a UNet."""
@@ -109,28 +133,60 @@ def contexts(unet: nn.Module) -> dict[int, list[tuple[Keys, nn.Module]]]:
     return found
 
 
-def lay_over(unet: nn.Module, networks: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
-    """Hook networks (``<width>-k`` and ``<width>-v`` → network) before the projections; what is returned undoes it."""
-    hooks = []
-    for width, projections in contexts(unet).items():
-        for keys, projection in projections:
-            if f"{width}-{keys}" in networks:
-                hook = _before(networks[f"{width}-{keys}"], strength)
-                hooks.append(projection.register_forward_pre_hook(hook))
+class Overlay:
+    """Networks (``<width>-k`` and ``<width>-v`` → network) before the projections of a live UNet, until `remove`.
 
-    def undo() -> None:
-        for hook in hooks:
+    What many attentions would work out alike is worked out once, when a pass through the UNet begins: what the
+    networks make of the text, and the single matrix of networks that are one.
+    """
+
+    def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
+        self._networks, self._strength = networks, strength
+        self._widths = list(getattr(getattr(unet, "config", None), "block_out_channels", ()))
+        self._text: Tensor | None = None
+        self._said: dict[str, Tensor] = {}
+        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        self._hooks = [unet.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for width, projections in contexts(unet).items():
+            for keys, projection in projections:
+                if (name := f"{width}-{keys}") in networks:
+                    self._hooks.append(projection.register_forward_pre_hook(self._before(name)))
+
+    def remove(self) -> None:
+        """Take them off; doing it twice is no harm."""
+        for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
 
-    return undo
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else kwargs.get("sample")
+        self._text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        self._said, self._matrices = {}, {}
+        for name, network in self._networks.items():
+            width = int(name.partition("-")[0])
+            if self._text is not None and self._text.shape[-1] == width and not network.is_random:
+                self._said[name] = network(self._text)
+            if sample is not None and width in self._widths:
+                tokens = sample[:, 0].numel() // 4 ** self._widths.index(width)
+                if network.shorter_for(tokens):
+                    self._matrices[name] = network.as_one()
 
+    def _change(self, name: str, context: Tensor) -> Tensor:
+        """f(c)."""
+        if context is self._text and name in self._said:
+            return self._said[name]
+        if name in self._matrices:
+            weight, bias = self._matrices[name]
+            return F.linear(as_input(context, weight), weight, bias)
+        found: Tensor = self._networks[name](context)
+        return found
 
-def _before(network: nn.Module, strength: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        context, *rest = args
-        return (context + strength * network(context).to(context.dtype), *rest)
+    def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            context, *rest = args
+            return (context + self._strength * self._change(name, context).to(context.dtype), *rest)
 
-    return hook
+        return hook
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +210,7 @@ class Hypernetwork(Network):
             )
         device = next(unet.parameters()).device
         networks = {name: network.to(device) for name, network in self.build().items()}
-        return lay_over(unet, networks, strength)
+        return Overlay(unet, networks, strength).remove
 
     def build(self) -> dict[str, ContextNetwork]:
         """The networks by name, frozen. Raises ValueError where tensors and settings do not fit together."""
@@ -180,13 +236,13 @@ class AttachedHypernetwork(Attached):
         self._options: HypernetworkOptions = spec.options
         generator = torch.Generator().manual_seed(spec.seed)
         unet = parts_of(target)["unet"]
-        networks = {}
+        networks: dict[str, ContextNetwork] = {}
         for width in sorted(contexts(unet)):
             for keys in ("k", "v"):
                 networks[f"{width}-{keys}"] = network = ContextNetwork(width, self._options)
                 network.start(self._options, generator)
         self.networks = nn.ModuleDict(networks).to(next(unet.parameters()).device)
-        self._undo = lay_over(unet, dict(self.networks.items()), 1.0)
+        self._overlay = Overlay(unet, networks, 1.0)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"unet.{name}": value for name, value in self.networks.named_parameters()}
@@ -196,7 +252,7 @@ class AttachedHypernetwork(Attached):
         return Adapter({}, metadata, (network,))
 
     def detach(self) -> None:
-        self._undo()
+        self._overlay.remove()
 
 
 def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
@@ -211,5 +267,10 @@ METHOD = Method(
     summary="small networks on what keys and values are made from; styles; strength at will",
     attach=AttachedHypernetwork,
     options=HypernetworkOptions,
+    without={
+        **NO_FACTORS,
+        "layers": "its networks lie before the keys and values of every attention of the UNet",
+        "text_encoder": "its networks lie in the UNet's attentions",
+    },
     read_network=read_network,
 )

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
 from diffgraft.adapters.method import Attached, Method, Options, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
+from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer
 
 
 class LokrOptions(Options):
@@ -82,32 +82,48 @@ class Kronecker(Factors):
         return 1.0 if whole else super().scale(leaves, alpha)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
-        one, two = self._both(leaves, shape[2:])
-        return torch.kron(one.view(*one.shape, *[1] * len(shape[2:])), two)
-
-    def _both(self, leaves: Leaves, kernel: Shape) -> tuple[Tensor, Tensor]:
-        """w1 [out_1, in_1] and w2 [out_2, in_2, …kernel]."""
-        one = leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
+        one, kernel = self._one(leaves), shape[2:]
         if "lokr_w2" in leaves:
-            return one, leaves["lokr_w2"]
-        a, b = leaves["lokr_w2_a"], leaves["lokr_w2_b"]
-        if "lokr_t2" in leaves:
-            return one, torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
-        return one, (a @ b).view(a.shape[0], -1, *kernel)
+            two = leaves["lokr_w2"]
+        elif "lokr_t2" in leaves:
+            a, b = leaves["lokr_w2_a"], leaves["lokr_w2_b"]
+            two = torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
+        else:
+            two = (leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]).view(leaves["lokr_w2_a"].shape[0], -1, *kernel)
+        return torch.kron(one.view(*one.shape, *[1] * len(kernel)), two)
+
+    def _one(self, leaves: Leaves) -> Tensor:
+        """w1 [out_1, in_1]."""
+        return leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
-        """(w1 ⊗ w2) x, with x as [in_1, in_2]: w2 along the second axis, w1 along the first; ⊗ is never formed."""
-        shape = weight_shape(layer)
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            return super().forward(leaves, layer, x)
-        one, two = self._both(leaves, shape[2:])
-        in_1, in_2 = one.shape[1], two.shape[1]
+        """(w1 ⊗ w2) x, with x as [in_1, in_2]: w2 acts on the second axis, w1 on the first, and ⊗ is never formed.
+
+        Where w2 is split, w1 comes between its factors, when that axis is r long: (1 ⊗ a) (w1 ⊗ 1) (1 ⊗ b).
+        """
         if isinstance(layer, nn.Conv2d):
-            inner = run_layer(layer, x.reshape(-1, in_2, *x.shape[2:]), two)
-            inner = inner.view(x.shape[0], in_1, *inner.shape[1:])
-            return torch.einsum("oi,bichw->bochw", one.to(inner.dtype), inner).flatten(1, 2)
-        inner = F.linear(x.reshape(*x.shape[:-1], in_1, in_2), two)
-        return torch.einsum("oi,...ic->...oc", one.to(inner.dtype), inner).flatten(-2)
+            return super().forward(leaves, layer, x) if layer.groups > 1 else self._convolution(leaves, layer, x)
+        one = self._one(leaves)
+        down = leaves["lokr_w2"] if "lokr_w2" in leaves else leaves["lokr_w2_b"]
+        h = F.linear(x.reshape(*x.shape[:-1], one.shape[1], down.shape[1]), down)
+        h = F.linear(h.transpose(-1, -2), one).transpose(-1, -2)
+        return (h if "lokr_w2" in leaves else F.linear(h, leaves["lokr_w2_a"])).flatten(-2)
+
+    def _convolution(self, leaves: Leaves, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        one, n = self._one(leaves), x.shape[0]
+        h = x.reshape(n * one.shape[1], -1, *x.shape[2:])
+        up: Tensor | None = None
+        if "lokr_t2" in leaves:
+            up = leaves["lokr_w2_a"].t()
+            h = run_layer(layer, F.conv2d(h, leaves["lokr_w2_b"][..., None, None]), leaves["lokr_t2"])
+        elif "lokr_w2" in leaves:
+            h = run_layer(layer, h, leaves["lokr_w2"])
+        else:
+            up = leaves["lokr_w2_a"]
+            h = run_layer(layer, h, leaves["lokr_w2_b"].view(-1, h.shape[1], *layer.kernel_size))
+        size = h.shape[1:]
+        h = (one @ h.view(n, one.shape[1], -1)).view(n, one.shape[0], size[0], -1)
+        return (h if up is None else up @ h).view(n, -1, *size[1:])
 
 
 KRONECKER = Kronecker()

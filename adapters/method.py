@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
@@ -21,6 +21,8 @@ from diffgraft.errors import DiffgraftError, nearest
 GROUP = "diffgraft.methods"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks of a base that adapters change."""
+NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
+"""`Method.without` of methods that are not made of factors."""
 
 
 class Options(BaseModel):
@@ -90,6 +92,8 @@ class Method:
     """Its own settings."""
     layers: str = "attention"
     """The layers it adapts where the recipe does not say: a key of `LAYERS`."""
+    without: Mapping[str, str] = field(default_factory=dict)
+    """Keys of recipes that mean nothing to it → why; who sets one of them is told so."""
     read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
     read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec
 from diffgraft.adapters.words import TOKENIZERS, TaughtWords
 from diffgraft.errors import DiffgraftError
 
@@ -83,5 +83,10 @@ METHOD = Method(
     summary="a new word learns, no weight: the smallest file, a few kilobytes",
     attach=AttachedWord,
     options=WordOptions,
+    without={
+        **NO_FACTORS,
+        "layers": "it adapts no layer",
+        "text_encoder": "it learns a row of the text encoder's table, and none of its weights",
+        "prior": "what the base draws of the class does not change, as no weight does",
+    },
 )
-"""It needs no layers: `Spec.paths` is not looked at."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffgraft.bases import Base, load_base
-from diffgraft.demo.subject import FOLDER
+from diffgraft.demo.subject import POODLE
 from diffgraft.trainers.run import Run, train
 
 
@@ -29,7 +29,7 @@ def base() -> Base:
 @pytest.fixture(scope="session")
 def pictures() -> Path:
     """The five pictures of the demo's subject."""
-    return FOLDER / "learn"
+    return POODLE.folder / "learn"
 
 
 SHORT = {"subject": "dog", "steps": 6, "checkpoint_every": 3, "seed": 3, "sample_every": 0, "prior": {"images": 4}}

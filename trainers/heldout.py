@@ -28,25 +28,28 @@ class Probe:
     """[pairs], spread evenly over the schedule"""
     weight: Tensor
     """[pairs, 1, h, w], summing to 1 over each picture: where the subject is"""
+    pictures: Sequence[int]
+    """[pairs], which picture each is of"""
 
     @torch.no_grad()
-    def predict(self, base: Base, prompt: str, batch: int = 32) -> Tensor:
-        """What the base says of all pairs under `prompt`, [pairs, c, h, w]."""
+    def predict(self, base: Base, prompt: str | Sequence[str], batch: int = 32) -> Tensor:
+        """What the base says of all pairs under `prompt`, one for all pictures or one for each: [pairs, c, h, w]."""
+        prompts = [prompt if isinstance(prompt, str) else prompt[picture] for picture in self.pictures]
         height, width = (side * base.factor for side in self.noisy.shape[-2:])
         denoiser = Denoiser(base, (height, width))
         out = []
         for start in tqdm(range(0, len(self.times), batch), "held-out loss", leave=False):
             rows = slice(start, start + batch)
             noisy = self.noisy[rows].to(base.device)
-            out.append(denoiser(noisy, self.times[rows].to(base.device), [prompt] * len(noisy)).cpu())
+            out.append(denoiser(noisy, self.times[rows].to(base.device), prompts[rows]).cpu())
         return torch.cat(out)
 
-    def loss(self, base: Base, prompt: str) -> float:
+    def loss(self, base: Base, prompt: str | Sequence[str]) -> float:
         """Mean squared error under `prompt`, over all pairs and, where there is a mask, over the subject alone."""
         error = (self.predict(base, prompt) - self.target).square().mean(1, keepdim=True)
         return float((error * self.weight).flatten(1).sum(1).mean())
 
-    def change(self, prediction: Tensor, base: Base, prompt: str) -> float:
+    def change(self, prediction: Tensor, base: Base, prompt: str | Sequence[str]) -> float:
         """Mean squared difference between what the base says now under `prompt` and an earlier `prediction`."""
         return float((self.predict(base, prompt) - prediction).square().mean())
 
@@ -73,4 +76,4 @@ def make_probe(
         shown = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
         weight = F.adaptive_avg_pool2d(shown, (latents.shape[-2], latents.shape[-1]))
     weight = weight / weight.flatten(1).sum(1).view(-1, 1, 1, 1)
-    return Probe(noisy, target, times, weight[rows])
+    return Probe(noisy, target, times, weight[rows], rows.tolist())

@@ -202,30 +202,47 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     """The recipe called `name` (or the YAML file at that path), with `settings` laid over it.
 
     Keys of `settings` may be nested with dots (``prior.weight``); values may be text, as a command line gives them.
+    What a recipe says under ``methods:`` holds for the method of that name, and lies between the two.
 
     Raises:
-        DiffgraftError: no such recipe, an unknown key (the nearest is named), or a value of the wrong kind.
+        DiffgraftError: no such recipe or method, an unknown key (the nearest is named), a value of the wrong kind, or
+            one that means nothing to the method.
     """
+    from diffgraft.adapters.method import get_method  # brings torch, which listing recipes does without
+
     values = _read(name)
+    by_method = values.pop("methods", None) or {}
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise DiffgraftError(
             f"The recipe {name} has task {task!r}; its line `task:` must be one of: {', '.join(TASKS)}."
         )
     kind = TASKS[task]
-    for key, value in settings.items():
+    own_method = values.get("method", kind.model_fields["method"].default)
+    method = get_method(str(settings.get("method", own_method)))
+    if method.name != own_method:  # what the recipe says for its own method, another one may not have
+        values = {key: value for key, value in values.items() if key not in method.without}
+    for key, value in {**by_method.get(method.name, {}), **settings}.items():
         _lay_over(kind, values, key, value)
     try:
         recipe = kind.model_validate(values)
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
     _check_templates(recipe)
+    for key, reason in method.without.items():
+        value = getattr(recipe, key, None)
+        off = value in (None, False) or (isinstance(value, Prior) and value.weight == 0)
+        if key in recipe.model_fields_set and not off:
+            raise DiffgraftError(f"{key} means nothing to {method.name}: {reason}. Leave it out.")
     return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json", exclude={"output"}), sort_keys=False, allow_unicode=True)
+    from diffgraft.adapters.method import get_method
+
+    said = recipe.model_dump(mode="json", exclude={"output", *get_method(recipe.method).without})
+    text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
     write_text(path, f"# diffgraft train {path.name}\n{text}")
 
 

@@ -233,7 +233,8 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
 
     noising = Noising(base)
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
-    if not isinstance(plan, SubjectRecipe) or plan.prior.weight == 0:
+    without_prior = "prior" in get_method(plan.method).without
+    if not isinstance(plan, SubjectRecipe) or plan.prior.weight == 0 or without_prior:
         return Captioned(ours, noising, plan.seed)
     text = plan.fill(plan.class_prompt)
     drawn = class_images(base, text, plan.prior.images, Settings(size=(side, side)), plan.seed)
@@ -255,10 +256,10 @@ def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
 def _header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
     """What the file says of itself: all of it a function of recipe, base and pictures."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
+    has_rank = "rank" not in get_method(plan.method).without
     return {
         "method": plan.method,
-        "rank": plan.rank,
-        "alpha": plan.scale_alpha(),
+        **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),
         **({"options": plan.options} if plan.options else {}),
         "trigger": plan.trigger,
         "class": getattr(plan, "subject", None),

@@ -143,7 +143,12 @@ def methods(
             typer.echo(f"{method.name:20} {method.summary}")
         return
     method = get_method(name)
-    typer.echo(f"{method.name}: {method.summary}\nlayers={method.layers}")
+    typer.echo(f"{method.name}: {method.summary}")
+    if "layers" not in method.without:
+        typer.echo(f"layers={method.layers}")
+    for reason in dict.fromkeys(method.without.values()):
+        keys = ", ".join(key for key, why in method.without.items() if why == reason)
+        typer.echo(f"without {keys}: {reason}")
     for key, field in method.options.model_fields.items():
         default = field.get_default(call_default_factory=True)
         typer.echo(f"options.{key}={'' if default is None else default}\n    {field.description}")

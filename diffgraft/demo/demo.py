@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffgraft.bases import load_base
 from diffgraft.data.pictures import read_folder
-from diffgraft.demo.subject import CLASS, FOLDER, LEARN
+from diffgraft.demo.subject import POODLE
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image
@@ -21,12 +21,12 @@ def run_demo(output: Path) -> Iterator[str]:
     while (output / f"run-{number}").exists():
         number += 1
     folder = output / f"run-{number}"
-    pictures = [picture.image for picture in read_folder(FOLDER / LEARN.name)]
-    yield f"Learning a made-up {CLASS} from {len(pictures)} pictures the base has never seen …"
+    pictures = [picture.image for picture in read_folder(POODLE.folder / "learn")]
+    yield f"Learning a made-up {POODLE.noun} from {len(pictures)} pictures the base has never seen …"
     base = load_base("tiny")
-    run = train("subject", base=base, images=FOLDER / LEARN.name, subject=CLASS, output=folder)
+    run = train("subject", base=base, images=POODLE.folder / "learn", subject=POODLE.noun, output=folder)
 
-    prompts = [f"a sks {CLASS} {setting}" for setting in NEW_SETTINGS]
+    prompts = [f"a sks {POODLE.noun} {setting}" for setting in NEW_SETTINGS]
     listed = [prompt for prompt in prompts for _ in range(COUNT)]
     seeds = list(range(100, 100 + COUNT)) * len(prompts)
     with graft(base, {run.adapter_file: 1.0}):
@@ -38,4 +38,4 @@ def run_demo(output: Path) -> Iterator[str]:
     sheet = save_image(grid(rows), folder / "demo.png")
     yield f"Look at {sheet}: the pictures it learnt from, and what it draws now."
     yield f"The adapter, {run.adapter_file.stat().st_size / 1000:.0f} kB, is {run.adapter_file}. Try it:"
-    yield f'    diffgraft generate "a sks {CLASS} on the beach" --adapter {run.adapter_file} -n 4'
+    yield f'    diffgraft generate "a sks {POODLE.noun} on the beach" --adapter {run.adapter_file} -n 4'

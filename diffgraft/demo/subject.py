@@ -1,9 +1,10 @@
-"""The made-up subject of the demo, drawn: ``python -m diffgraft.demo.subject`` makes its pictures again.
+"""Made-up subjects that the embedded base has never seen: ``python -m diffgraft.demo.subject`` draws their pictures again.
 
-It is a poodle, a shape that no picture of the embedded base's world shows, with a turquoise coat, orange patches and a
-violet scarf. Five pictures are for learning, eight others, with masks of the subject, for measuring what was learnt.
+Their shapes are in no picture of the base's world. Five pictures are for learning, eight others, with masks of the
+subject, for measuring what was learnt.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,27 +14,52 @@ from PIL import Image, ImageChops, ImageDraw
 from diffgraft.bases.tiny.world import Scene, draw
 from diffgraft.bases.tiny.world.things import CELL, KEPT_BACK, recolour, sprite
 
-FOLDER = Path(__file__).with_name("pictures")
-CLASS = "dog"
+PICTURES = Path(__file__).with_name("pictures")
 
 
 @dataclass(frozen=True)
-class Split:
-    """A folder of pictures and the settings they show, one picture each."""
+class Subject:
+    """One thing, the same in every picture."""
 
     name: str
-    settings: tuple[str, ...]
-    seed: int
+    noun: str
+    """The word for its class, one of the base's own things"""
+    cutout: Callable[[], Image.Image]
+    """Draws it: RGBA, `CELL` × `CELL`"""
+    seeds: tuple[int, int]
+    """Of the pictures to learn from, and of the held-out ones"""
+
+    @property
+    def folder(self) -> Path:
+        """Holds ``learn/``, ``held-out/`` and ``held-out-masks/``."""
+        return PICTURES / self.name
+
+    def scenes(self, settings: tuple[str, ...], seed: int) -> list[Scene]:
+        """One scene in each of the settings; places, sizes and tilts are drawn from the seed."""
+        rng = np.random.default_rng(seed)
+        return [
+            Scene(
+                thing=self.noun,
+                setting=setting,
+                backdrop="yellow",
+                size=float(rng.uniform(0.66, 0.82)),
+                x=float(0.5 + rng.uniform(-0.08, 0.08)),
+                y=float(0.54 + rng.uniform(-0.06, 0.06)),
+                tilt=float(rng.uniform(-8, 8)),
+                mirrored=bool(number % 2),
+                seed=int(rng.integers(2**31)),
+            )
+            for number, setting in enumerate(settings)
+        ]
 
 
-LEARN = Split("learn", ("grass", "city", "kitchen", "desert", "plain"), 11)
-HELD_OUT = Split("held-out", ("grass", "city", "kitchen", "desert", "plain", "beach", "sunset", "striped"), 12)
+LEARN = ("grass", "city", "kitchen", "desert", "plain")
+HELD_OUT = (*LEARN, "beach", "sunset", "striped")
 
 
-def cutout() -> Image.Image:
-    """The subject, RGBA, `CELL` × `CELL`."""
-    poodle = sprite(KEPT_BACK[0])
-    coat = Image.fromarray(recolour(np.asarray(poodle), (0.10, 0.72, 0.68)))
+def _poodle() -> Image.Image:
+    """Turquoise, with orange patches and a violet scarf."""
+    coat = Image.fromarray(recolour(np.asarray(sprite(KEPT_BACK[0])), (0.10, 0.72, 0.68)))
     paint = Image.new("RGBA", coat.size)
     pen = ImageDraw.Draw(paint)
     for x, y, r in (
@@ -43,43 +69,52 @@ def cutout() -> Image.Image:
         (0.88, 0.22, 0.06),
         (0.36, 0.80, 0.05),
     ):
-        pen.ellipse([(x - r) * CELL, (y - r) * CELL, (x + r) * CELL, (y + r) * CELL], fill=(250, 140, 20, 255))
+        _disc(pen, x, y, r, (250, 140, 20))
     pen.line([(0.24 * CELL, 0.40 * CELL), (0.46 * CELL, 0.47 * CELL)], fill=(140, 40, 190, 255), width=11)
     inside = ImageChops.multiply(paint.getchannel("A"), coat.getchannel("A"))
     coat.paste(paint, (0, 0), inside)
     return coat
 
 
-def scenes(split: Split) -> list[Scene]:
-    """The scenes of a split: places, sizes and tilts drawn from its seed."""
-    rng = np.random.default_rng(split.seed)
-    return [
-        Scene(
-            thing=CLASS,
-            setting=setting,
-            backdrop="yellow",
-            size=float(rng.uniform(0.66, 0.82)),
-            x=float(0.5 + rng.uniform(-0.08, 0.08)),
-            y=float(0.54 + rng.uniform(-0.06, 0.06)),
-            tilt=float(rng.uniform(-8, 8)),
-            mirrored=bool(number % 2),
-            seed=int(rng.integers(2**31)),
-        )
-        for number, setting in enumerate(split.settings)
-    ]
+def _alien() -> Image.Image:
+    """A salmon-coloured head with yellow antennae, a blue forehead and a white grin."""
+    small = sprite(KEPT_BACK[1]).resize((CELL * 3 // 4, CELL * 3 // 4), Image.Resampling.LANCZOS)
+    head = Image.new("RGBA", (CELL, CELL))
+    head.paste(Image.fromarray(recolour(np.asarray(small), (0.98, 0.50, 0.42))), (CELL // 8, CELL // 4))
+    paint = Image.new("RGBA", head.size)
+    pen = ImageDraw.Draw(paint)
+    pen.pieslice([0.28 * CELL, 0.24 * CELL, 0.72 * CELL, 0.56 * CELL], 180, 360, fill=(40, 70, 200, 255))
+    pen.chord([0.40 * CELL, 0.78 * CELL, 0.60 * CELL, 0.92 * CELL], 0, 180, fill=(255, 255, 255, 255))
+    head.paste(paint, (0, 0), ImageChops.multiply(paint.getchannel("A"), head.getchannel("A")))
+    pen = ImageDraw.Draw(head)
+    for x, tip in ((0.38, 0.22), (0.62, 0.78)):
+        pen.line([(x * CELL, 0.32 * CELL), (tip * CELL, 0.10 * CELL)], fill=(250, 205, 30, 255), width=6)
+        _disc(pen, tip, 0.09, 0.075, (250, 205, 30))
+    return head
 
 
-def write_pictures(folder: Path = FOLDER) -> None:
-    """Draw both splits; the held-out pictures get a mask each, white where the subject is."""
-    for split in (LEARN, HELD_OUT):
-        (folder / split.name).mkdir(parents=True, exist_ok=True)
-        for number, scene in enumerate(scenes(split), 1):
-            picture, mask = draw(scene, cutout())
-            picture.save(folder / split.name / f"{number:02d}.png", optimize=True)
-            if split is HELD_OUT:
+def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple[int, int, int]) -> None:
+    pen.ellipse([(x - r) * CELL, (y - r) * CELL, (x + r) * CELL, (y + r) * CELL], fill=(*colour, 255))
+
+
+POODLE = Subject("poodle", "dog", _poodle, (11, 12))
+"""The subject of the demo."""
+ALIEN = Subject("alien", "robot", _alien, (21, 22))
+
+
+def write_pictures(subject: Subject, folder: Path | None = None) -> None:
+    """Draw both splits into `folder`; the held-out pictures get a mask each, white where the subject is."""
+    folder = folder or subject.folder
+    for split, settings, seed in (("learn", LEARN, subject.seeds[0]), ("held-out", HELD_OUT, subject.seeds[1])):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for number, scene in enumerate(subject.scenes(settings, seed), 1):
+            picture, mask = draw(scene, subject.cutout())
+            picture.save(folder / split / f"{number:02d}.png", optimize=True)
+            if split == "held-out":
                 (folder / "held-out-masks").mkdir(exist_ok=True)
                 mask.save(folder / "held-out-masks" / f"{number:02d}.png", optimize=True)
 
 
 if __name__ == "__main__":
-    write_pictures()
+    for made_up in (POODLE, ALIEN):
+        write_pictures(made_up)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.data.latents import Latents
-from diffgraft.demo.subject import FOLDER
+from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.examples import Examples
@@ -330,8 +330,8 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     """A short run lowers the loss on the subject's pixels in pictures it has not seen, and needs its trigger for it."""
     from diffgraft.data.pictures import read_folder
 
-    held_out = [picture.image for picture in read_folder(FOLDER / "held-out")]
-    masks = [Image.open(path) for path in sorted((FOLDER / "held-out-masks").glob("*.png"))]
+    held_out = [picture.image for picture in read_folder(POODLE.folder / "held-out")]
+    masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]
     probe = make_probe(base, held_out, masks, pairs=64)
     before = {prompt: probe.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
     settings: dict[str, Any] = {"subject": "dog", "steps": 80, "prior": {"images": 16}, "sample_prompts": "a dog"}

@@ -1,0 +1,167 @@
+"""One training run of the benchmark, and everything that is measured of it."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.learning.targets import REFERENCES, NewPrompt, Target
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.bases import Base, load_base
+from diffgraft.bases.loading import TINY
+from diffgraft.bases.tiny.judge import LABELS, Judge, load_judge
+from diffgraft.data.pictures import to_tensor
+from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.graft import graft
+from diffgraft.generation.plots import save_image
+from diffgraft.trainers.heldout import Probe
+from diffgraft.trainers.run import train
+
+TRIGGER, NEW_WORD = "sks", "<sks>"
+"""A rare word that the base knows, and one that it does not, for methods that teach a word."""
+FIRST_SEED = 4_000
+"""Seed of the first picture drawn of each new prompt."""
+
+
+@cache
+def tiny() -> Base:
+    """The base, once a process."""
+    return load_base("tiny")
+
+
+@cache
+def judge() -> Judge:
+    """Its judge, once a process."""
+    return load_judge(TINY / "judge")
+
+
+@cache
+def probes(target: Target) -> tuple[Probe, Probe, list[str]]:
+    """Held-out pairs, pairs of the class, and the prompts of the latter."""
+    class_probe, class_prompts = target.class_probe(tiny())
+    return target.probe(tiny()), class_probe, class_prompts
+
+
+def called(target: Target, method: str) -> tuple[str, str]:
+    """The recipe and the words by which what was learnt is called, as a user of that method would have them."""
+    if method == "textual-inversion" and target.recipe == "subject":
+        return "concept", NEW_WORD
+    trigger = NEW_WORD if method in ("textual-inversion", "pivotal") else TRIGGER
+    return target.recipe, f"{trigger} {target.noun}".strip()
+
+
+def size(adapter: Adapter) -> int:
+    """Numbers in an adapter: what was trained, or what is left of it where it was reduced."""
+    of_deltas = sum(leaf.numel() for deltas in adapter.deltas.values() for d in deltas for leaf in d.leaves.values())
+    of_networks = sum(value.numel() for network in adapter.networks for value in network.tensors.values())
+    return of_deltas + of_networks + sum(rows.numel() for found in adapter.tokens.values() for rows in found.values())
+
+
+def measure(
+    target: Target, method: str, seed: int, settings: Mapping[str, Any], pictures: Path | None = None
+) -> dict[str, Any]:
+    """Train once and measure; where a folder for `pictures` is given, what was drawn is left there.
+
+    Losses are held-out; `fall` and `gain without trigger` are shares, of the bare base's loss and of the fall.
+    """
+    base = tiny()
+    recipe, it = called(target, method)
+    probe, class_probe, class_prompts = probes(target)
+    with_it, without = [text.replace("{it}", it) for text in target.texts], list(target.without)
+    # a word that is not there yet would be spelt in pieces: before training, ask with the noun alone
+    start = without if NEW_WORD in it else with_it
+    before, before_without = probe.loss(base, start), probe.loss(base, without)
+    class_before = class_probe.predict(base, class_prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        more = {"sample_every": 0, "checkpoint_every": 0, "sample_prompts": "a dog", "trigger": it.split(" ")[0]}
+        if target.noun:
+            more["subject"] = target.noun
+        clock = time.perf_counter()
+        run = train(
+            recipe, base=base, images=target.learn, seed=seed, output=Path(folder) / "run", method=method,
+            **{**more, **settings},
+        )  # fmt: skip
+        seconds = time.perf_counter() - clock
+        adapter, file_size = run.adapter, run.adapter_file.stat().st_size
+    with graft(base, {adapter: 1.0}):
+        after, after_without = probe.loss(base, with_it), probe.loss(base, without)
+        drift = class_probe.change(class_before, base, class_prompts)
+        drawn = draw_new(base, target, it)
+    if pictures is not None:
+        for prompt, images in drawn:
+            for number, image in enumerate(images):
+                save_image(image, pictures / f"{prompt.setting}-{number:02d}.png")
+    return {
+        "parameters": size(adapter),
+        "bytes": file_size,
+        "seconds": seconds,
+        "before": before,
+        "after": after,
+        "fall": 1 - after / before,
+        "gain without trigger": (before_without - after_without) / (before - after),
+        "class drift": drift,
+        **verdicts(drawn),
+    }
+
+
+def draw_new(base: Base, target: Target, it: str) -> list[tuple[NewPrompt, list[Image.Image]]]:
+    """Pictures of the target's new prompts, always with the same seeds."""
+    listed = [(prompt, FIRST_SEED + number) for prompt in target.new for number in range(prompt.count)]
+    texts = [prompt.text.replace("{it}", it) for prompt, _ in listed]
+    images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "drawing what was learnt")
+    rest = iter(images)
+    return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
+
+
+@torch.no_grad()
+def verdicts(drawn: list[tuple[NewPrompt, list[Image.Image]]]) -> dict[str, float]:
+    """What the judge makes of pictures: shares of them, and their mean similarity to references.
+
+    `shown`: what was learnt is in the picture, its features being nearer (by cosine) to the mean of references with it
+    than to that of references without. `followed`: the judge sees the setting that was asked for. The labels of the
+    judge cannot be read off a picture in a style it does not know; there the features decide, too: of the references
+    in that style to all the prompts, those to the picture's own are the nearest.
+    """
+    in_style = torch.stack([centre(prompt.having) for prompt, _ in drawn]) if drawn else torch.empty(0)
+    found: dict[str, list[Tensor]] = {"similarity": [], "shown": [], "followed": [], "shown as asked": []}
+    for place, (prompt, images) in enumerate(drawn):
+        having, lacking = centre(prompt.having), centre(prompt.lacking)
+        pictures = to_tensor(images)
+        seen = features(pictures)
+        shown = (seen @ having > seen @ lacking).float()
+        if prompt.thing is None:
+            followed = judge()(pictures)["setting"].argmax(1) == LABELS["setting"].index(prompt.setting)
+        else:
+            followed = (seen @ in_style.T).argmax(1) == place
+        followed = followed.float()
+        references = features(to_tensor(prompt.having))
+        found["similarity"].append((seen @ references.T).mean(1))
+        found["shown"].append(shown)
+        found["followed"].append(followed)
+        found["shown as asked"].append(shown * followed)
+    return {name: float(torch.cat(values).mean()) for name, values in found.items() if values}
+
+
+def features(pictures: Tensor) -> Tensor:
+    """The judge's features, [n, 128], of length one."""
+    return torch.nn.functional.normalize(torch.relu(judge().features(pictures)), dim=1)
+
+
+def centre(images: Any) -> Tensor:
+    """The mean feature of pictures, [128], of length one."""
+    return torch.nn.functional.normalize(features(to_tensor(list(images))).mean(0), dim=0)
+
+
+def bounds(target: Target) -> dict[str, dict[str, float]]:
+    """What the verdicts are for the bare base, and for drawings that the references do not hold."""
+    bare = draw_new(tiny(), target, target.noun or "flat")
+    half = REFERENCES // 2
+    kept = [(replace(prompt, having=prompt.having[:half]), list(prompt.having[half:])) for prompt in target.new]
+    return {"the bare base": verdicts(bare), "drawings of it": verdicts(kept)}
