@@ -27,7 +27,15 @@ class GrownTable(nn.Module):
 
     def __init__(self, table: nn.Module, first: int, rows: nn.Parameter) -> None:
         super().__init__()
-        self.table, self.rows, self._first = table, rows, first
+        self.table, self._first = table, first
+        # one level down, so that the first parameter of the encoder, by which its precision is told, stays the table's
+        self.grown = nn.ParameterList([rows])
+
+    @property
+    def rows(self) -> Tensor:
+        """[new words, width]"""
+        rows: Tensor = self.grown[0]
+        return rows
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [n, tokens] → embeddings [n, tokens, width]."""
@@ -57,13 +65,13 @@ class TaughtWords:
             grown_tokenizer = copy.deepcopy(tokenizer)
             grown_tokenizer.add_tokens(tokens)
             table = encoder.get_input_embeddings()
-            grown = GrownTable(table, grown_tokenizer.convert_tokens_to_ids(tokens[0]), nn.Parameter(rows))
-            grown.to(next(encoder.parameters()).device)
+            own = nn.Parameter(rows.to(next(encoder.parameters()).device))
+            grown = GrownTable(table, grown_tokenizer.convert_tokens_to_ids(tokens[0]), own)
             encoder.set_input_embeddings(grown)
             setattr(target, TOKENIZERS[part], grown_tokenizer)
             self._encoders.append((encoder, table, grown))
             self._tokenizers.append((TOKENIZERS[part], tokenizer))
-            self.rows[part] = grown.rows
+            self.rows[part] = own
 
     def _plan(self, part: str, words: Mapping[str, Mapping[str, Tensor]]) -> tuple[Any, Any, Tensor]:
         encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, TOKENIZERS[part], None)

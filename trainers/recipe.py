@@ -211,7 +211,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     from diffgraft.adapters.method import get_method  # brings torch, which listing recipes does without
 
     values = _read(name)
-    by_method = values.pop("methods", None) or {}
+    by_method = _by_method(name, values.pop("methods", None) or {})
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise DiffgraftError(
@@ -262,6 +262,17 @@ def _read(name: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
     return values
+
+
+def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
+    """What a recipe says under ``methods:``, with the names checked."""
+    from diffgraft.adapters.method import get_method
+
+    if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
+        raise DiffgraftError(
+            f"Under methods: the recipe {name} should say `method: {{key: value}}`, and says {said!r}."
+        )
+    return {get_method(str(method)).name: own for method, own in said.items()}
 
 
 def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:

@@ -16,23 +16,37 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def strengths(words: Sequence[str]) -> dict[str, float]:
-    """``FILE`` or ``FILE:STRENGTH`` words as file → strength; without one it is 1."""
-    out: dict[str, float] = {}
+def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float]]:
+    """``FILE``, ``FILE:STRENGTH`` or ``FILE:PART=STRENGTH,…`` words as file → strength; without one it is 1."""
+    out: dict[str, float | dict[str, float]] = {}
     for word in words:
         file, colon, tail = word.rpartition(":")
         if not colon or tail.endswith(".safetensors") or "/" in tail or "\\" in tail:
             file, tail = word, "1"
-        try:
-            strength = float(tail)
-        except ValueError:
-            strength = float("nan")
-        if strength != strength or abs(strength) == float("inf"):
-            raise DiffgraftError(
-                f"The strength in {word!r} is no number: write FILE:0.8, or FILE alone for strength 1."
-            )
-        out[file] = out.get(file, 0.0) + strength
+        strength: float | dict[str, float]
+        if "=" in tail:
+            parts = (part.partition("=") for part in tail.split(","))
+            strength = {name.strip(): _number(value, word) for name, _, value in parts}
+        else:
+            strength = _number(tail, word)
+        earlier = out.get(file, 0.0)
+        if isinstance(earlier, dict) or (file in out and isinstance(strength, dict)):
+            raise DiffgraftError(f"{file} is given twice, once with strengths for its parts: give it once.")
+        out[file] = strength if isinstance(strength, dict) else earlier + strength
     return out
+
+
+def _number(text: str, word: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if number != number or abs(number) == float("inf"):
+        raise DiffgraftError(
+            f"The strength in {word!r} is no number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, "
+            "or FILE alone for strength 1."
+        )
+    return number
 
 
 def width_height(word: str) -> tuple[int, int] | None:

@@ -57,7 +57,10 @@ def train(
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", "-a", help="FILE or FILE:STRENGTH; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            "--adapter", "-a", help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.5; may be given several times."
+        ),
     ] = None,
     base: Annotated[
         str, typer.Option(help="`tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
@@ -71,27 +74,39 @@ def generate(
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm++, unipc, …; the base's own if not given.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    denoise: Annotated[
+        float, typer.Option(help="With --image: how far it is taken back to noise; near 0 it stays, at 1 it is gone.")
+    ] = 0.7,
+    mask: Annotated[
+        Path | None, typer.Option(help="With --image: a picture as large, white where it is drawn anew.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
-    """Draw pictures, with adapters or without.
+    """Draw pictures, with adapters or without; from noise, from a picture, or into one.
 
     For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
     """
     from diffgraft.cli.console import strengths, width_height
+    from diffgraft.errors import DiffgraftError
 
+    if mask is not None and image is None:
+        raise DiffgraftError("--mask says where to draw into a picture, and there is none: add --image FILE.")
     adapters = strengths(adapter or [])
     width_and_height = width_height(size)
 
     from accelerate import PartialState
 
     from diffgraft.bases import load_base
+    from diffgraft.data.pictures import read_picture
     from diffgraft.files import unused
-    from diffgraft.generation.generate import Settings
+    from diffgraft.generation.generate import Settings, Source
     from diffgraft.generation.generate import generate as draw
     from diffgraft.generation.graft import graft
     from diffgraft.generation.plots import grid, save_image
 
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
+    source = Source(read_picture(image), denoise, read_picture(mask) if mask else None) if image else None
     held = load_base(base).to(PartialState().device)
     seeds = [seed + number for number in range(count)]
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
@@ -101,9 +116,31 @@ def generate(
 
     with graft(held, adapters):
         output.mkdir(parents=True, exist_ok=True)
-        images = draw(held.pipeline(), [prompt] * count, settings, seeds, keep=keep)
+        images = draw(held.pipeline(), [prompt] * count, settings, seeds, keep=keep, source=source)
     if count > 1:
         typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
+
+
+@app.command()
+def merge(
+    adapter: Annotated[list[str], typer.Argument(help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.5.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    into: Annotated[
+        str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
+    ] = "tiny",
+) -> None:
+    """Write a checkpoint of its own: a base with adapters merged into its weights, as a diffusers folder.
+
+    For example: diffgraft merge runs/dog/adapter.safetensors:0.8 --into path/to/base -o dog-checkpoint
+    """
+    from diffgraft.cli.console import strengths
+
+    adapters = strengths(adapter)
+
+    from diffgraft.bases import load_base
+    from diffgraft.generation.bake import bake
+
+    typer.echo(bake(load_base(into), adapters, output))
 
 
 @app.command()

@@ -66,6 +66,21 @@ def _caption(path: Path) -> str | None:
         ) from error
 
 
+def read_picture(path: str | Path) -> Image.Image:
+    """One picture file as an upright RGB image.
+
+    Raises:
+        DiffgraftError: there is no such file, or it is no picture that can be read.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DiffgraftError(f"There is no picture {path}.")
+    try:
+        return upright_rgb(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DiffgraftError(f"{path} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP file.") from error
+
+
 def upright_rgb(path: Path) -> Image.Image:
     """One picture file as an upright RGB image."""
     # Pillow's remarks on damaged notes beside the pixels are left out

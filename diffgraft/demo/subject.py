@@ -1,7 +1,7 @@
-"""Made-up subjects that the embedded base has never seen: ``python -m diffgraft.demo.subject`` draws their pictures again.
+"""Made-up subjects that the embedded base has never seen; their shapes are in no picture of its world.
 
-Their shapes are in no picture of the base's world. Five pictures are for learning, eight others, with masks of the
-subject, for measuring what was learnt.
+Five pictures are for learning, eight others, with masks of the subject, for measuring what was learnt.
+``python -m diffgraft.demo.subject`` draws them again.
 """
 
 from collections.abc import Callable

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import PARTS
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, nearest
 
-Strengths = Mapping[Any, float]
-"""A file's path or an `Adapter` → strength. (`Mapping` is invariant in its key, hence `Any`.)"""
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+Strengths = Mapping[Any, float | Mapping[str, float]]
+"""A file's path or an `Adapter` → strength, of all or by part. (`Mapping` is invariant in its key, hence `Any`.)"""
 
 _LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
 """The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
@@ -30,8 +30,9 @@ def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
     Args:
         target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
             UNet. A part that no adapter touches may be absent or None.
-        adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. Words are there
-            or not: at any strength but 0 they have the vectors that were trained.
+        adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. It may be given
+            for each part, ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1. Words are
+            there or not: unless their text encoders have 0, they have the vectors that were trained.
 
     Returns:
         A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
@@ -62,14 +63,14 @@ class Graft:
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
-            strength = _strength(name, value)
+            strengths = _strengths(name, value)
             modules = self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():
-                if strength:
+                if strength := strengths[path.partition(".")[0]]:
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
-            networks += [(name, network, strength) for network in adapter.networks if strength]
-            if adapter.tokens and strength:
+            networks += [(name, network, strengths["unet"]) for network in adapter.networks if strengths["unet"]]
+            if any(strengths[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
         self.remove()
         try:
@@ -193,6 +194,14 @@ class Graft:
 def is_quantised(weight: Tensor) -> bool:
     """Whether it is one of bitsandbytes' packed weights."""
     return hasattr(weight, "quant_state") or hasattr(weight, "CB")
+
+
+def _strengths(name: str, value: object) -> dict[str, float]:
+    """The strength of each part, from one for all of them or from a mapping."""
+    given = value if isinstance(value, Mapping) else dict.fromkeys(PARTS, value)
+    if unknown := [part for part in given if part not in PARTS]:
+        raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {nearest(str(unknown[0]), PARTS)}")
+    return {part: _strength(name, given.get(part, 1.0)) for part in PARTS}
 
 
 def _strength(name: str, value: object) -> float:

@@ -130,6 +130,25 @@ def test_an_adapter_for_another_base_is_refused_whole(base: Base) -> None:
     assert bits(base) == before
 
 
+TEXT = "text_encoder.encoder.layers.0.self_attn.q_proj"
+
+
+def test_each_part_has_its_own_strength(base: Base) -> None:
+    text = base.text_encoder.get_parameter(f"{TEXT.removeprefix('text_encoder.')}.weight")
+    both = Adapter({**lora(1).deltas, **lora(2, tuple(text.shape), TEXT).deltas})
+    bare, bare_text = weight(base), text.detach().clone()
+    with graft(base, {lora(1): 0.4}):
+        wanted = weight(base)
+    with graft(base, {both: {"unet": 0.4, "text_encoder": 0.0}}) as live:
+        assert torch.equal(weight(base), wanted)
+        assert torch.equal(text, bare_text)
+        live.set({both: {"unet": 0.0}})  # a part that is not named has 1
+        assert torch.equal(weight(base), bare)
+        assert not torch.equal(text, bare_text)
+    with pytest.raises(DiffgraftError, match="is for 'vae': known are"):
+        graft(base, {both: {"vae": 1.0}})
+
+
 @pytest.mark.parametrize("strength", ["much", None, float("nan"), True])
 def test_a_strength_that_is_no_number_is_refused(base: Base, strength: Any) -> None:
     with pytest.raises(DiffgraftError, match="no number"):

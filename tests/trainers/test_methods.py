@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.method import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
@@ -72,6 +72,35 @@ def test_options_that_are_none_are_refused_before_anything_is_written(pictures: 
     with pytest.raises(DiffgraftError, match=r"method 'lora' has no option 'tucker'"):
         train("subject", images=pictures, output=output, subject="dog", options={"tucker": "true"})
     assert not output.exists()
+
+
+ONE: dict[str, Any] = {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 1, "optimizer": "adamw8bit"}
+OTHER: dict[str, Any] = {
+    "gradient_checkpointing": True,
+    "precision": "bfloat16",
+    "prior": {"weight": 1, "images": 4},
+    "text_encoder": True,
+    "layers": "attention+feedforward",
+    "alpha": 2.0,
+}
+
+
+@pytest.mark.parametrize("options", [ONE, OTHER], ids=["one", "other"])
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_option_of_the_loop_goes_with_every_method(
+    method: str, options: dict[str, Any], pictures: Path, tmp_path: Path
+) -> None:
+    """Those that a method is without are left out: with them the recipe is refused."""
+    made = get_method(method)
+    settings = {key: value for key, value in {**FAST, **options}.items() if key not in made.without}
+    settings |= {"steps": 3, "batch": 2, "lr": 1e-4 if method == "full" else 1e-2, "method": method}
+    run = train("subject", base="tiny", images=pictures, output=tmp_path / "run", **settings)
+    assert [entry["step"] for entry in run.metrics] == [1, 2, 3]
+    assert all(np.isfinite(entry["loss"]) for entry in run.metrics)
+    assert len({entry["loss"] for entry in run.metrics}) == 3
+    assert ("prior" in run.metrics[0]) == ("prior" in options and "prior" not in made.without)
+    if options.get("text_encoder") and "text_encoder" not in made.without:
+        assert any(path.startswith("text_encoder.") for path in run.adapter.modules)
 
 
 TOY = '''

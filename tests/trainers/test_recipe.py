@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from diffgraft.adapters.method import get_method, methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe import TASKS, SubjectRecipe, load_recipe, recipe_names, save_recipe
 
@@ -59,6 +60,52 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml", {"output": "there"}) == recipe
     assert load_recipe(tmp_path / "recipe.yaml", {}).output == ""
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_recipe_goes_with_every_method(name: str, method: str, tmp_path: Path) -> None:
+    """What a recipe says for its own method does not trouble another, and what is saved can be loaded again."""
+    subject = {} if "style" in name else {"subject": "dog"}
+    recipe = load_recipe(name, {**subject, "method": method})
+    get_method(method).read_options(recipe.options)
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml", {}) == recipe
+
+
+def test_a_recipe_has_settings_of_its_own_for_a_method(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "task: style\nlr: 1e-3\nsteps: 9\nmethods:\n  full: {lr: 1e-5}\n  loha: {options: {tucker: true}}\n", "utf-8"
+    )
+    assert load_recipe(path, {}).lr == 1e-3
+    assert (load_recipe(path, {"method": "full"}).lr, load_recipe(path, {"method": "full"}).steps) == (1e-5, 9)
+    assert load_recipe(path, {"method": "full", "lr": 2e-5}).lr == 2e-5
+    assert load_recipe(path, {"method": "loha", "options.conv_rank": "2"}).options == {"tucker": True, "conv_rank": "2"}
+    for text, answer in (
+        ("  ful: {lr: 1e-5}", "There is no method 'ful': did you mean 'full'"),
+        ("  full: {ler: 1e-5}", "There is no setting 'ler'"),
+        ("  full: 3", "Under methods:"),
+    ):
+        path.write_text(f"task: style\nmethods:\n{text}\n", "utf-8")
+        with pytest.raises(DiffgraftError, match=answer):
+            load_recipe(path, {"method": "full"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"method": "textual-inversion", "rank": 4}, "rank means nothing to textual-inversion: it has no low-rank"),
+        ({"method": "textual-inversion", "prior.weight": 1}, "prior means nothing to textual-inversion"),
+        ({"method": "hypernetwork", "text_encoder": "true"}, "text_encoder means nothing to hypernetwork"),
+        ({"method": "full", "alpha": 4}, "alpha means nothing to full: .*options.rank"),
+        ({"method": "lorra"}, "did you mean 'lora'"),
+    ],
+)
+def test_a_setting_that_means_nothing_to_the_method_is_refused(settings: dict[str, Any], answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        load_recipe("subject", {"subject": "dog", **settings})
+    load_recipe("subject", {"subject": "dog", "method": "textual-inversion", "prior.weight": 0, "text_encoder": "no"})
 
 
 @pytest.mark.parametrize(

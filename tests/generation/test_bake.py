@@ -1,0 +1,51 @@
+"""Checkpoints with adapters merged in: they draw what the graft draws, and the base stays as it was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.bases import Base, load_base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.bake import bake
+from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.run import Run
+from tests.generation.test_graft import bits, lora
+
+
+def draw(base: Base) -> Image.Image:
+    return generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])[0]
+
+
+def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp_path: Path) -> None:
+    before = bits(base)
+    adapters = {short_run.adapter_file: 0.8, lora(1): 0.5}
+    folder = bake(base, adapters, tmp_path / "dog")
+    assert bits(base) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["dog"]
+    with graft(base, adapters):
+        wanted = draw(base)
+    assert np.array_equal(np.asarray(draw(load_base(folder))), np.asarray(wanted))
+
+
+def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
+    folder = bake(load_base("tiny", torch.bfloat16), {lora(1): 1.0}, tmp_path / "half")
+    from safetensors import safe_open
+
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
+    word = Adapter({}, {"method": "textual-inversion"}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 64)}})
+    with pytest.raises(DiffgraftError, match="holds words, which cannot be merged into weights"):
+        bake(base, {word: 1.0}, tmp_path / "x")
+    with pytest.raises(DiffgraftError, match="is there already"):
+        bake(base, {lora(1): 1.0}, tmp_path)
+    with pytest.raises(DiffgraftError, match="does not fit this base"):
+        bake(base, {lora(1, path="unet.nowhere.to_k"): 1.0}, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,86 @@
+"""Image to image and inpainting: the source's picture goes in, and what should stay stays."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffgraft.bases import Base, load_base
+from diffgraft.data.pictures import read_folder
+from diffgraft.demo.subject import POODLE
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.generate import Settings, Source, generate
+from diffgraft.generation.graft import graft
+from tests.generation.test_graft import lora
+
+PROMPT = "a dog in the snow"
+
+
+def photo() -> Image.Image:
+    return read_folder(POODLE.folder / "learn")[0].image
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def draw(base: Base, source: Source | None, steps: int = 8, **settings: object) -> list[Image.Image]:
+    return generate(base.pipeline(), [PROMPT] * 2, Settings(steps=steps, **settings), [1, 2], source=source)  # type: ignore[arg-type]
+
+
+def test_the_less_noise_the_nearer_to_the_source(base: Base) -> None:
+    source = photo()
+    far = [np.abs(pixels(draw(base, Source(source, denoise))[0]) - pixels(source)).mean() for denoise in (0.2, 0.6, 1)]
+    assert far[0] < far[1] < far[2]
+    assert far[0] < 20
+
+
+def test_it_is_what_the_pipeline_of_diffusers_gives(base: Base) -> None:
+    import torch
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline(**base.pipeline().components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(1)
+    wanted = pipe(PROMPT, photo(), strength=0.5, num_inference_steps=8, guidance_scale=3.0, generator=generator).images[
+        0
+    ]
+    assert np.abs(pixels(draw(base, Source(photo(), 0.5))[0]) - pixels(wanted)).max() <= 1
+
+
+def test_inpainting_leaves_the_rest_as_it_was_to_the_pixel(base: Base) -> None:
+    source = photo()
+    mask = np.zeros((source.height, source.width), np.uint8)
+    mask[8:40, 20:60] = 255
+    for image in draw(base, Source(source, 0.9, Image.fromarray(mask))):
+        changed = np.abs(pixels(image) - pixels(source)).max(-1)
+        assert changed[mask == 0].max() == 0
+        assert changed[mask == 255].mean() > 5
+
+
+def test_a_source_keeps_its_shape_and_an_adapter_works_on_it(base: Base) -> None:
+    wide = Source(photo().resize((150, 90)), 0.6)
+    bare = draw(base, wide)[0]
+    assert bare.size == (80, 48)
+    with graft(base, {lora(1): 2.0}):
+        assert np.abs(pixels(draw(base, wide)[0]) - pixels(bare)).max() > 0
+    assert draw(base, wide, size=(64, 48))[0].size == (64, 48)
+
+
+def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
+    small = load_base(str(sdxl_folder))
+    mask = Image.new("L", (64, 64), 255)
+    for source in (Source(photo(), 0.5), Source(photo(), 0.5, mask)):
+        assert generate(small.pipeline(), [PROMPT], Settings(steps=4), [1], source=source)[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (Source(Image.new("RGB", (64, 64)), 0.0), "above 0 and at most 1"),
+        (Source(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
+        (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
+    ],
+)
+def test_sources_that_will_not_do_are_refused(base: Base, source: Source, said: str) -> None:
+    with pytest.raises(DiffgraftError, match=said):
+        draw(base, source)
