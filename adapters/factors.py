@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import LinearDelta
 from diffgraft.adapters.patch import Patch, as_input, copied, run_layer, weight_shape
@@ -44,6 +45,10 @@ class Factors(ABC):
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
         """What ΔW, without its scale, makes of the layer's input; methods with a shorter way override this."""
         return run_layer(layer, x, self.weight(leaves, weight_shape(layer)))
+
+    def add(self, out: Tensor, scale: float, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        """`out`, what the layer gave for `x`, and `scale` times what `forward` makes of it."""
+        return torch.add(out, self.forward(leaves, layer, x).to(out.dtype), alpha=scale)
 
 
 @dataclass(frozen=True)
@@ -97,25 +102,34 @@ class FactorPatch(Patch):
         self._rates = {name: rate for name, rate in (rates or {}).items() if rate != 1}
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        return torch.add(out, self._forward(layer, x).to(out.dtype), alpha=self._scale)
+        leaves = dict(self.leaves.items())
+        return self._factors.add(out, self._scale, leaves, layer, as_input(x, next(iter(leaves.values()))))
 
     def added(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What it adds to what the layer gives for `x`."""
-        return self._scale * self._forward(layer, x)
+        leaves = dict(self.leaves.items())
+        return self._scale * self._factors.forward(leaves, layer, as_input(x, next(iter(leaves.values()))))
 
     def weight(self, layer: nn.Module) -> Tensor:
         """ΔW for this layer, scale included."""
         return self._scale * self._factors.weight(dict(self.leaves.items()), weight_shape(layer))
-
-    def _forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        leaves = dict(self.leaves.items())
-        return self._factors.forward(leaves, layer, as_input(x, next(iter(leaves.values()))))
 
     def delta(self) -> FactorDelta:
         return FactorDelta(self._factors, copied(dict(self.leaves.items())), self._alpha)
 
     def rates(self) -> dict[str, float]:
         return {name: rate for name, rate in self._rates.items() if name in self.leaves}
+
+
+def plus_product(out: Tensor, scale: float, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """`out` + `scale` · up · down · x for a linear layer, the last product added as it is made where precisions allow.
+
+    Shapes: `out` [..., out], `x` [..., in], `down` [r, in], `up` [out, r].
+    """
+    inner = F.linear(x, down)
+    if not out.dtype == inner.dtype == up.dtype:
+        return torch.add(out, F.linear(inner, up).to(out.dtype), alpha=scale)
+    return torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scale).view(out.shape)
 
 
 def kaiming(shape: Shape, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ channels and the kernel are one axis, or, in the Tucker variant (FedPara, propos
 small k × k kernel between 1 × 1 factors.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, plus_product
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
 
@@ -81,15 +82,24 @@ class HadamardProduct(Factors):
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
         """By the thin pair of Khatri–Rao factors where that is less to compute than the layer with a weight of ΔW."""
-        shape, rank = weight_shape(layer), self.rank(leaves)
-        out, inner = shape[0], torch.Size(shape[1:]).numel()
-        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        if "hada_t1" in leaves or grouped or rank**2 * (out + inner) >= out * inner:
+        if not self._is_thin(leaves, layer):
             return super().forward(leaves, layer, x)
         up, down = khatri_rao(leaves)
         if isinstance(layer, nn.Conv2d):
-            return F.conv2d(run_layer(layer, x, down.view(-1, *shape[1:])), up[..., None, None])
+            return F.conv2d(run_layer(layer, x, down.view(-1, *weight_shape(layer)[1:])), up[..., None, None])
         return F.linear(F.linear(x, down), up)
+
+    def add(self, out: Tensor, scale: float, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(layer, nn.Conv2d) or not self._is_thin(leaves, layer):
+            return super().add(out, scale, leaves, layer, x)
+        up, down = khatri_rao(leaves)
+        return plus_product(out, scale, x, down, up)
+
+    def _is_thin(self, leaves: Leaves, layer: nn.Module) -> bool:
+        out, *rest = weight_shape(layer)
+        inner, rank = math.prod(rest), self.rank(leaves)
+        grouped = isinstance(layer, nn.Conv2d) and layer.groups > 1
+        return not grouped and "hada_t1" not in leaves and rank**2 * (out + inner) < out * inner
 
 
 HADAMARD = HadamardProduct()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
+from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming, plus_product
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
 from diffgraft.errors import DiffgraftError
@@ -67,6 +67,11 @@ class LowRank(Factors):
         else:
             inner = run_layer(layer, x, leaves["lora_down"])
         return F.conv2d(inner, leaves["lora_up"])
+
+    def add(self, out: Tensor, scale: float, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(layer, nn.Conv2d):
+            return super().add(out, scale, leaves, layer, x)
+        return plus_product(out, scale, x, leaves["lora_down"], leaves["lora_up"])
 
 
 LOW_RANK = LowRank()

@@ -33,7 +33,7 @@ class GrownTable(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """[new words, width]"""
+        """What stands in the new rows, [new words, width]."""
         rows: Tensor = self.grown[0]
         return rows
 

@@ -53,7 +53,7 @@ def cases(seeds: int, photos: Path | None) -> Iterator[Case]:
 
 def work(case: Case, photos: Path | None, pictures: Path) -> dict[str, Any]:
     """Measure one case, in a process of its own."""
-    from benchmarks.learning.measure import measure
+    from benchmarks.learning.measure import measure, save_new
     from benchmarks.learning.targets import made_up, of_photographs
 
     method, settings = VARIANTS[case.variant]
@@ -63,7 +63,9 @@ def work(case: Case, photos: Path | None, pictures: Path) -> dict[str, Any]:
     else:
         assert photos is not None
         target = of_photographs(photos / case.target, CLASSES.get(case.target, case.target))
-    keep = pictures / case.target / case.variant if case.seed == 0 else None
+    keep = pictures / case.target / case.variant if case.seed == 0 and target.new else None
+    if keep is not None and not (before := keep.with_name("before")).exists():
+        save_new(target, target.noun or "flat", before)
     return {**asdict(case), **measure(target, method, case.seed, settings, keep)}
 
 

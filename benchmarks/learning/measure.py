@@ -83,25 +83,23 @@ def measure(
         more = {"sample_every": 0, "checkpoint_every": 0, "sample_prompts": "a dog", "trigger": it.split(" ")[0]}
         if target.noun:
             more["subject"] = target.noun
-        clock = time.perf_counter()
+        clock = time.process_time()
         run = train(
             recipe, base=base, images=target.learn, seed=seed, output=Path(folder) / "run", method=method,
             **{**more, **settings},
         )  # fmt: skip
-        seconds = time.perf_counter() - clock
+        seconds = time.process_time() - clock
         adapter, file_size = run.adapter, run.adapter_file.stat().st_size
     with graft(base, {adapter: 1.0}):
         after, after_without = probe.loss(base, with_it), probe.loss(base, without)
         drift = class_probe.change(class_before, base, class_prompts)
         drawn = draw_new(base, target, it)
     if pictures is not None:
-        for prompt, images in drawn:
-            for number, image in enumerate(images):
-                save_image(image, pictures / f"{prompt.setting}-{number:02d}.png")
+        save_drawn(drawn, pictures)
     return {
         "parameters": size(adapter),
         "bytes": file_size,
-        "seconds": seconds,
+        "processor seconds": seconds,
         "before": before,
         "after": after,
         "fall": 1 - after / before,
@@ -118,6 +116,18 @@ def draw_new(base: Base, target: Target, it: str) -> list[tuple[NewPrompt, list[
     images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "drawing what was learnt")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
+
+
+def save_drawn(drawn: list[tuple[NewPrompt, list[Image.Image]]], folder: Path) -> None:
+    """Leave pictures in a folder, those of one prompt side by side."""
+    for place, (prompt, images) in enumerate(drawn):
+        for number, image in enumerate(images):
+            save_image(image, folder / f"{place}-{prompt.setting}-{number:02d}.png")
+
+
+def save_new(target: Target, it: str, folder: Path) -> None:
+    """Leave what the bare base draws of the new prompts."""
+    save_drawn(draw_new(tiny(), target, it), folder)
 
 
 @torch.no_grad()
