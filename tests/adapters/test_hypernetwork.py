@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.hypernetwork import AttachedHypernetwork, contexts
+from diffgraft.adapters.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
 from diffgraft.adapters.method import Spec, get_method
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import shake
@@ -169,3 +169,74 @@ def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> 
         load_adapter(tmp_path / "c.safetensors")
     with pytest.raises(DiffgraftError, match="the first and the last of them 1"):
         attach(base, structure=[1, 2])
+
+
+@pytest.mark.parametrize("options", [{}, {"structure": [1, 1.5, 2, 1]}, {"structure": [1, 1]}])
+def test_layers_with_nothing_between_are_one_matrix(options: dict[str, Any]) -> None:
+    live = attach(SimpleNamespace(unet=unet()), **options)
+    shake(live, size=0.2)
+    for network in live.networks.values():
+        weight, bias = network.double().as_one()  # type: ignore[operator, union-attr]
+        x = torch.randn(5, weight.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(nn.functional.linear(x, weight, bias), network(x))
+
+
+def test_the_one_matrix_is_taken_where_it_is_less_to_compute() -> None:
+    def network(**options: Any) -> ContextNetwork:
+        return ContextNetwork(12, HypernetworkOptions.model_validate(options))
+
+    # 2 · 12² · 12 to make and 12² a token to use, against 4 · 12² a token
+    assert network().shorter_for(9)
+    assert not network().shorter_for(8)
+    assert not network(structure=[1, 1]).shorter_for(1000)
+    assert not network(activation="relu").shorter_for(1000)
+    assert not network(layer_norm=True).shorter_for(1000)
+    dropping = network(dropout=[0, 0.3, 0])
+    assert not dropping.shorter_for(1000)
+    assert dropping.eval().shorter_for(1000)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}])
+def test_what_is_worked_out_once_is_what_each_attention_would_work_out(
+    options: dict[str, Any], checkpointed: bool
+) -> None:
+    """On a real UNet, forward and gradients, against the formula hooked before each projection by itself."""
+    base = load_base("tiny")
+    x, text = torch.randn(2, 4, 16, 12), torch.randn(2, 7, 64)
+
+    def run(live: AttachedHypernetwork) -> tuple[Tensor, list[Tensor]]:
+        out = base.unet(x, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+        return out.detach(), list(torch.autograd.grad(out.square().sum(), list(live.networks.parameters())))
+
+    live = attach(base, **options)
+    shake(live, size=0.05)
+    if checkpointed:
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
+    fast, fast_gradients = run(live)
+    live.detach()
+
+    def before(network: nn.Module) -> Any:
+        return lambda _, args: (args[0] + network(args[0]), *args[1:])
+
+    for width, projections in contexts(base.unet).items():
+        for keys, projection in projections:
+            projection.register_forward_pre_hook(before(live.networks[f"{width}-{keys}"]))
+    slow, slow_gradients = run(live)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    one, other = (torch.cat([value.flatten() for value in found]) for found in (fast_gradients, slow_gradients))
+    assert float((one - other).norm() / other.norm()) < 1e-5
+
+
+def test_the_text_is_asked_once_a_pass_however_many_attentions_there_are() -> None:
+    base = load_base("tiny")
+    live = attach(base, activation="relu")
+    calls: list[int] = []
+    for name, network in live.networks.items():
+        network.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
+        assert name
+    base.unet(torch.randn(1, 4, 16, 12), torch.tensor(3), encoder_hidden_states=torch.randn(1, 7, 64))
+    attentions = sum(1 for width, found in contexts(base.unet).items() if width == 64 for _ in found) // 2
+    assert attentions > 2
+    assert calls.count(7) == 2

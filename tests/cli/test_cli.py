@@ -43,6 +43,14 @@ def test_train_then_generate(
     assert call(monkeypatch, "inspect", run / "adapter.safetensors") == 0
     assert "trigger  sks" in capsys.readouterr().out
 
+    words = ["generate", "a sks dog", "-a", f"{run / 'adapter.safetensors'}:unet=0.8,text_encoder=0.5", "--steps", 4]
+    more = ["--image", drawn / names[0], "--denoise", 0.5, "-o", tmp_path / "changed"]
+    assert call(monkeypatch, *words, *more) == 0
+    with Image.open(tmp_path / "changed" / "a-sks-dog-0.png") as image:
+        assert image.size == (56, 72)  # its shape, at the base's number of pixels
+    assert call(monkeypatch, "merge", adapter, "-o", tmp_path / "checkpoint") == 0
+    assert (tmp_path / "checkpoint" / "model_index.json").is_file()
+
 
 @pytest.mark.parametrize(
     ("words", "answer"),
@@ -55,6 +63,9 @@ def test_train_then_generate(
         (["train", "--resume", "/none"], "no run to resume"),
         (["train", "subject", "resume=x"], "--resume x"),
         (["generate", "x", "--size", "60x64"], "Take 64x64"),
+        (["generate", "x", "--mask", "m.png"], "add --image FILE"),
+        (["generate", "x", "--image", "/none.png"], "There is no picture /none.png"),
+        (["generate", "x", "-a", "/none.safetensors:text=0.5"], "/none.safetensors"),
         (["generate", "x", "--size", "²x64"], "write WIDTHxHEIGHT"),
         (["generate", "x", "--steps", "5000"], "1 to 1000 steps"),
         (["generate", "x", "-o", "/dev/null/x"], "A file or folder cannot be used"),
@@ -121,7 +132,11 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "did you mean 'lora'" in capsys.readouterr().err
     assert call(monkeypatch, "recipes") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["concept", "sd15-subject", "sdxl-subject", "style", "subject"]
+    assert {"concept", "style", "subject", "sd15-subject", "sdxl-concept"} <= set(names)
+    assert call(monkeypatch, "methods", "full") == 0
+    said = capsys.readouterr().out
+    assert "without rank, alpha: every weight trains" in said
+    assert "layers=" not in said
 
 
 def test_as_a_module(short_run: Run) -> None:
@@ -137,6 +152,12 @@ def test_words_are_taken_apart() -> None:
         "c:d/e.safetensors": 1.0,
         "f": -1.0,
     }
+    assert strengths(["a.safetensors:unet=0.5,text_encoder=-1"]) == {
+        "a.safetensors": {"unet": 0.5, "text_encoder": -1.0}
+    }
+    assert strengths(["a.safetensors:0.5", "a.safetensors"]) == {"a.safetensors": 1.5}
+    with pytest.raises(DiffgraftError, match="is given twice"):
+        strengths(["a.safetensors:unet=0.5", "a.safetensors"])
     assert width_height("96x64") == (96, 64)
     assert width_height("96") == (96, 96)
     assert width_height("") is None
