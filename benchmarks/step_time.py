@@ -3,7 +3,7 @@
 The real configuration with random weights, in float32. A step is a forward and a backward pass; the floor is the
 frozen UNet alone, back to its input. Peers run at the same layers, rank and alpha: peft's layers, and lycoris-lora's in
 both of its modes. All cases take turns in one process, and each round's times are divided by the floor's of that round;
-peak memory is of a process of its own for each case (``--memory``).
+peak memory is of a process of its own for each case. It takes most of an hour on two cores.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +27,40 @@ from tqdm import tqdm
 
 from diffgraft.adapters.method import Spec, choose_layers, get_method
 from diffgraft.bases.loading import CONFIGS
-from diffgraft.files import write_text
+from diffgraft.files import replacing, write_text
 
 RANK = 8
+RESULTS = Path(__file__).parent / "results"
+HEAD = """# What a training step costs
+
+`python -m benchmarks.step_time` wrote this page: one step (forward and backward) of Stable Diffusion 1.5's UNet, the
+real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is the frozen UNet
+alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
+where *bypass* is its mode that never builds the matrix. Cases take turns; the ratio is the median over the rounds of a
+case's time to the floor's in the same round. Peak memory is of a process of its own.
+
+![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Size of a step, and how often it is measured."""
+
+    side: int
+    """Of the latents; pictures are eight times as wide"""
+    batch: int
+    rounds: int
+    steps: int
+    """Timed in each round, after one that is not; the fastest counts"""
+    memory: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.side} x {self.side}, batch {self.batch}"
+
+
+SETTINGS = {setting.name: setting for setting in (Setting(32, 1, 5, 2, True), Setting(64, 2, 2, 1, False))}
 CASES = {
     "floor": ("", "", {}),
     "lora": ("ours", "lora", {}),
@@ -129,18 +161,17 @@ def new_step(unet: Any, side: int, batch: int) -> Callable[[list[nn.Parameter]],
     return step
 
 
-def measure(names: list[str], side: int, batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(unet: Any, names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
     """Median seconds of a step, and the median of its ratio to the floor of the same round, for each case."""
-    unet = new_unet()
-    step = new_step(unet, side, batch)
+    step = new_step(unet, setting.side, setting.batch)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     ratios: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=rounds * len(names), desc="steps", leave=False) as bar:
-        for _ in range(rounds):
+    with tqdm(total=setting.rounds * len(names), desc=setting.name, leave=False) as bar:
+        for _ in range(setting.rounds):
             for name in names:
                 with attached(unet, *CASES[name]) as trainable:
                     step(trainable)
-                    seconds[name].append(min(step(trainable), step(trainable)))
+                    seconds[name].append(min(step(trainable) for _ in range(setting.steps)))
                 gc.collect()
                 bar.update()
             for name in names:
@@ -150,44 +181,85 @@ def measure(names: list[str], side: int, batch: int, rounds: int) -> dict[str, d
     }
 
 
-def peak_memory(name: str, side: int, batch: int) -> float:
+def peak_memory(name: str, setting: Setting) -> float:
     """Gigabytes at the peak of a process that runs two steps of one case."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--one", name, "--side", str(side), "--batch", str(batch)]
+    command = [sys.executable, "-m", "benchmarks.step_time", "--one", name, setting.name]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(said.strip().splitlines()[-1])
 
 
-def main() -> None:
-    """Print the table; ``--json FILE`` keeps the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", type=int, default=32, help="side of the latents; pictures are eight times as wide")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--memory", action="store_true", help="measure peak memory as well, in processes of their own")
-    parser.add_argument("--one", choices=list(CASES), help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.one:
-        unet = new_unet()
-        step = new_step(unet, options.side, options.batch)
-        with attached(unet, *CASES[options.one]) as trainable:
-            step(trainable)
-            step(trainable)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
-        return
-    names = ["floor", *(name for name in options.only if name != "floor")]
-    found = measure(names, options.side, options.batch, options.rounds)
-    if options.memory:
-        for name in tqdm(names, "memory", leave=False):
-            found[name]["GB"] = peak_memory(name, options.side, options.batch)
-    print("| case | seconds | of the floor | peak memory |\n|-|-|-|-|")
+def run_one(name: str, setting: Setting) -> None:
+    """Two steps of one case, and the peak of this process's memory in gigabytes on the last line."""
+    unet = new_unet()
+    step = new_step(unet, setting.side, setting.batch)
+    with attached(unet, *CASES[name]) as trainable:
+        step(trainable)
+        step(trainable)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """Markdown: a line for each case."""
+    lines = ["| | seconds | of the floor | peak memory |", "|-|-|-|-|"]
     for name, row in found.items():
         memory = f"{row['GB']:.1f} GB" if "GB" in row else "–"
-        print(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {memory} |")
-    if options.json:
-        setting = {"side": options.side, "batch": options.batch, "rank": RANK, "threads": torch.get_num_threads()}
-        write_text(options.json, json.dumps({"setting": setting, "cases": found}, indent=1) + "\n")
+        lines.append(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {memory} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """Bars of the ratio to the floor, a panel for each setting; a logarithmic axis from 1, as it spans a decade."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(found), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (setting, cases) in zip(panels, found.items(), strict=True):
+        names = [name for name in cases if name != "floor"]
+        ratios = [cases[name]["ratio"] for name in names]
+        colours = ["tab:blue" if CASES[name][0] == "ours" else "tab:gray" for name in names]
+        bars = axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
+        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+        axes.set(xscale="log", xlim=(1, 1.6 * max(ratios)), xlabel="time of the frozen UNet alone", title=setting)
+        axes.set_xticks([1, 2, 4, 8], ["1 ×", "2 ×", "4 ×", "8 ×"], minor=False)
+        axes.minorticks_off()
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def write_page(found: dict[str, Any], folder: Path) -> None:
+    """``step-time.json``, ``step-time.md`` and the plot."""
+    write_text(folder / "step-time.json", json.dumps(found, indent=1) + "\n")
+    plot(found["settings"], folder.parent / "pictures" / "step-time.png")
+    parts = [HEAD.format(threads=found["threads"], rank=found["rank"])]
+    parts += [f"## {name}\n\n{table(cases)}" for name, cases in found["settings"].items()]
+    write_text(folder / "step-time.md", "\n".join(parts))
+
+
+def main() -> None:
+    """Measure every setting and write the page; with ``--only``, print a table of some cases instead."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="these cases; no page is written then")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        run_one(options.one[0], SETTINGS[options.one[1]])
+        return
+    names = ["floor", *(name for name in options.only or CASES if name != "floor")]
+    found: dict[str, Any] = {"rank": RANK, "threads": torch.get_num_threads(), "settings": {}}
+    for key in options.settings:
+        setting = SETTINGS[key]
+        cases = found["settings"][key] = measure(new_unet(), names, setting)
+        if setting.memory and not options.only:
+            for name in tqdm(names, "memory", leave=False):
+                cases[name]["GB"] = peak_memory(name, setting)
+        print(f"{key}\n\n{table(cases)}", flush=True)
+    if not options.only and options.settings == list(SETTINGS):
+        write_page(found, RESULTS)
 
 
 if __name__ == "__main__":

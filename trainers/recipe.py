@@ -1,7 +1,7 @@
 """Recipes: what to train and how, as data. A YAML states only what differs from the defaults here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -109,6 +109,10 @@ class Recipe(_Strict):
         """A template with the recipe's trigger and subject."""
         return template.replace("{trigger}", self.trigger).replace("{subject}", getattr(self, "subject", ""))
 
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002  (others need them)
+        """What class images show, given the pictures' captions; none where the task has no prior preservation."""
+        return []
+
     def essence(self) -> str:
         """Everything in the recipe that decides what a step does; a run may be resumed only under the same."""
         free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts"}
@@ -143,9 +147,12 @@ class SubjectRecipe(Recipe):
         "a {subject}",
     )
 
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002
+        return [self.fill(self.class_prompt)]
+
 
 class StyleRecipe(Recipe):
-    """A style from captioned pictures, without a class."""
+    """A style from captioned pictures."""
 
     task: Literal["style"] = "style"
     """What kind of training this is; fixed by the recipe's file"""
@@ -153,6 +160,8 @@ class StyleRecipe(Recipe):
     """Prompt of a picture that has no caption"""
     caption: str = "{caption}, {trigger} style"
     """How a picture's caption becomes its prompt"""
+    prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
+    """Prior preservation, its pictures drawn from the captions alone: without the trigger, the style stays away"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a dog on the grass, {trigger} style",
@@ -160,6 +169,9 @@ class StyleRecipe(Recipe):
         "a teapot in the kitchen, {trigger} style",
         "a teapot in the kitchen",
     )
+
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
+        return list(dict.fromkeys(caption or "a picture" for caption in captions))
 
 
 class ConceptRecipe(Recipe):

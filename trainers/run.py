@@ -1,6 +1,7 @@
 """A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
 
 import hashlib
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
-from diffgraft.trainers.recipe import Recipe, StyleRecipe, SubjectRecipe, load_recipe, save_recipe
+from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe, load_recipe, save_recipe
 from diffgraft.trainers.templates import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -233,13 +234,15 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
 
     noising = Noising(base)
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
-    without_prior = "prior" in get_method(plan.method).without
-    if not isinstance(plan, SubjectRecipe) or plan.prior.weight == 0 or without_prior:
+    texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
+    prior: Prior | None = getattr(plan, "prior", None)
+    if not texts or prior is None or prior.weight == 0 or "prior" in get_method(plan.method).without:
         return Captioned(ours, noising, plan.seed)
-    text = plan.fill(plan.class_prompt)
-    drawn = class_images(base, text, plan.prior.images, Settings(size=(side, side)), plan.seed)
-    kept = examples(drawn, [[text]] * len(drawn), "encoding class images")
-    return DreamBooth(ours, kept, plan.prior.weight, noising, plan.seed)
+    each, drawing = math.ceil(prior.images / len(texts)), Settings(size=(side, side))
+    drawn = {text: class_images(base, text, each, drawing, plan.seed) for text in texts}
+    images = [image for found in drawn.values() for image in found]
+    kept = examples(images, [[text] for text in texts for _ in range(each)], "encoding class images")
+    return DreamBooth(ours, kept, prior.weight, noising, plan.seed)
 
 
 def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import torch
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import get_method, methods
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
@@ -72,6 +72,27 @@ def test_options_that_are_none_are_refused_before_anything_is_written(pictures: 
     with pytest.raises(DiffgraftError, match=r"method 'lora' has no option 'tucker'"):
         train("subject", images=pictures, output=output, subject="dog", options={"tucker": "true"})
     assert not output.exists()
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_method_on_stable_diffusion_xl(method: str, sdxl_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Two text encoders and what the UNet is told besides; the file does on a fresh base what was trained."""
+    base, fresh = load_base(sdxl_folder), load_base(sdxl_folder)
+    lr = 1e-3 if method == "full" else 1e-1
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
+    latents, times = torch.randn(2, 4, 16, 16), torch.tensor([20, 700])
+
+    def predict(held: Base) -> torch.Tensor:
+        with torch.no_grad():
+            told = held.condition(["a <zorp> dog"] * 2)
+            prediction: torch.Tensor = held.unet(latents, times, **told.kwargs()).sample
+            return prediction
+
+    bare = predict(fresh)
+    with graft(base, {run.adapter: 1.0}), graft(fresh, {run.adapter_file: 1.0}):
+        assert (predict(base) - bare).abs().max() > 1e-4
+        assert torch.equal(predict(base), predict(fresh))
+    assert torch.equal(predict(fresh), bare)
 
 
 ONE: dict[str, Any] = {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 1, "optimizer": "adamw8bit"}
