@@ -238,10 +238,9 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
     prior: Prior | None = getattr(plan, "prior", None)
     if not texts or prior is None or prior.weight == 0 or "prior" in get_method(plan.method).without:
         return Captioned(ours, noising, plan.seed)
-    each, drawing = math.ceil(prior.images / len(texts)), Settings(size=(side, side))
-    drawn = {text: class_images(base, text, each, drawing, plan.seed) for text in texts}
-    images = [image for found in drawn.values() for image in found]
-    kept = examples(images, [[text] for text in texts for _ in range(each)], "encoding class images")
+    each = math.ceil(prior.images / len(texts))
+    drawn = class_images(base, texts, each, Settings(size=(side, side)), plan.seed)
+    kept = examples([image for _, image in drawn], [[text] for text, _ in drawn], "encoding class images")
     return DreamBooth(ours, kept, prior.weight, noising, plan.seed)
 
 

@@ -74,11 +74,8 @@ class Target:
         """Pictures that the bare base draws under the prompts without what is learnt, and the prompt of each."""
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
-        drawn = [
-            class_images(base, text, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED) for text in prompts
-        ]
-        listed = [text for text, images in zip(prompts, drawn, strict=True) for _ in images]
-        return make_probe(base, [image for images in drawn for image in images]), listed
+        drawn = class_images(base, prompts, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED)
+        return make_probe(base, [image for _, image in drawn]), [text for text, _ in drawn]
 
 
 def of_subject(subject: Subject) -> Target:

@@ -132,14 +132,16 @@ def test_latents_are_those_of_the_vae(base: Base) -> None:
 def test_class_images_are_drawn_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path))
     settings = Settings(steps=2, size=(32, 32))
-    first = class_images(base, "a cat", 2, settings, 4)
+    first = class_images(base, ["a cat"], 2, settings, 4)
     files = sorted(tmp_path.rglob("*.png"))
     stamps = [file.stat().st_mtime_ns for file in files]
     assert len(files) == 2
-    again = class_images(base, "a cat", 3, settings, 4)
+    again = class_images(base, ["a cat"], 3, settings, 4)
     assert [file.stat().st_mtime_ns for file in files] == stamps
     assert len(sorted(tmp_path.rglob("*.png"))) == 3
-    for before, after in zip(first, again, strict=False):
-        assert np.array_equal(np.asarray(before), np.asarray(after))
-    class_images(base, "a dog", 1, settings, 4)
-    assert len(sorted(tmp_path.rglob("*.png"))) == 4
+    more = class_images(base, ["a dog", "a cat"], 2, settings, 4)
+    assert [prompt for prompt, _ in more] == ["a dog", "a dog", "a cat", "a cat"]
+    for found in (again[:2], more[2:]):
+        for (_, before), (_, after) in zip(first, found, strict=True):
+            assert np.array_equal(np.asarray(before), np.asarray(after))
+    assert len(sorted(tmp_path.rglob("*.png"))) == 5
