@@ -34,7 +34,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from diffgraft.bases import Base, load_base
 from diffgraft.data.latents import Latents
 from diffgraft.data.pictures import read_folder
-from diffgraft.demo.subject import FOLDER
+from diffgraft.demo.subject import POODLE
 from diffgraft.files import write_text
 from diffgraft.trainers import loop
 from diffgraft.trainers.denoising import Noising
@@ -42,7 +42,7 @@ from diffgraft.trainers.run import Run, train
 from diffgraft.trainers.templates import TEMPLATES
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
-INSTANCE, CLASS = FOLDER / "learn", FOLDER / "held-out"
+INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"
 """Five pictures to learn from, and eight that stand in for the class; of 64 × 64 pixels: resizing changes nothing."""
 
 _SHARED = {"steps": 20, "batch": 4, "seed": 10, "checkpoint_every": 0, "sample_every": 0}
@@ -88,8 +88,8 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
         optimizer.register_step_pre_hook(look)
         return optimizer
 
-    def given_class(*_: Any) -> list[Any]:
-        return [picture.image for picture in read_folder(CLASS)]
+    def given_class(_: Base, prompts: Sequence[str], *__: Any) -> list[tuple[str, Any]]:
+        return [(prompts[0], picture.image) for picture in read_folder(CLASS)]
 
     folder.mkdir(parents=True)
     (folder / "before-after.png").touch()  # what is there is not drawn

@@ -20,6 +20,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.heldout import make_probe
+from diffgraft.trainers.recipe import load_recipe
 from diffgraft.trainers.run import Run, train
 from tests.conftest import SHORT, small_sd1
 
@@ -169,7 +170,6 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
     shutil.copytree(pictures, data)
     (data / "01.txt").write_text("a dog on the grass", "utf-8")
     from diffgraft.data.pictures import read_folder
-    from diffgraft.trainers.recipe import load_recipe
     from diffgraft.trainers.run import _prompts
 
     found = read_folder(data)
@@ -181,9 +181,16 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
     assert _prompts(load_recipe("subject", {"subject": "dog", "captions": False}), base, found) == [["a sks dog"]] * 5
     (data / "02.txt").write_text("a " + "very " * 90 + "good dog", "utf-8")
     with pytest.warns(UserWarning, match=r"02.png is too long.*good dog , sks style"):
-        run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True)
-    assert set(run.metrics[0]) == {"step", "lr", "loss"}
+        run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True, prior={"images": 3})
+    assert set(run.metrics[0]) == {"step", "lr", "loss", "instance", "prior"}
     assert run.adapter.metadata["class"] is None
+
+
+def test_what_class_images_show() -> None:
+    captions = ["a cat", None, "a cat", "a tree"]
+    assert load_recipe("subject", {"subject": "dog"}).class_prompts(captions) == ["a dog"]
+    assert load_recipe("style", {}).class_prompts(captions) == ["a cat", "a picture", "a tree"]
+    assert load_recipe("concept", {}).class_prompts(captions) == []
 
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
