@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of
 from diffgraft.adapters.patch import as_input, copied
+from diffgraft.adapters.shared import SharedLinear
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
     "linear": None,
@@ -79,7 +80,7 @@ class ContextNetwork(nn.Module):
         sides = [int(width * share) for share in options.structure]
         activation = ACTIVATIONS[options.activation]
         for place, (before, after) in enumerate(itertools.pairwise(sides)):
-            layers.append(nn.Linear(before, after))
+            layers.append(SharedLinear(before, after))
             if activation is not None and (place < len(sides) - 2 or options.activate_output):
                 layers.append(activation())
             if options.layer_norm:
@@ -98,6 +99,12 @@ class ContextNetwork(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         found: Tensor = self.linear(as_input(context, next(self.parameters())))
         return found
+
+    def begin(self) -> None:
+        """A pass begins, in which it will be asked several times."""
+        for layer in self.linear:
+            if isinstance(layer, SharedLinear):
+                layer.begin()
 
     @property
     def is_random(self) -> bool:
@@ -137,7 +144,7 @@ class Overlay:
     """Networks (``<width>-k`` and ``<width>-v`` → network) before the projections of a live UNet, until `remove`.
 
     What many attentions would work out alike is worked out once, when a pass through the UNet begins: what the
-    networks make of the text, and the single matrix of networks that are one.
+    networks make of the text, and the single matrix of networks that are one; so are the gradients of their weights.
     """
 
     def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
@@ -163,6 +170,7 @@ class Overlay:
         self._text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         self._said, self._matrices = {}, {}
         for name, network in self._networks.items():
+            network.begin()
             width = int(name.partition("-")[0])
             if self._text is not None and self._text.shape[-1] == width and not network.is_random:
                 self._said[name] = network(self._text)

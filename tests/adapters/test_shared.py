@@ -1,0 +1,73 @@
+"""A layer used many times in a pass has the gradients that autograd's own sum has."""
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.adapters.shared import SharedLinear
+
+
+def layers() -> tuple[SharedLinear, nn.Linear]:
+    torch.manual_seed(2)
+    shared, plain = SharedLinear(6, 10).double(), nn.Linear(6, 10).double()
+    plain.load_state_dict(shared.state_dict())
+    return shared, plain
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(*shape, 6, dtype=torch.float64, requires_grad=True) for shape in ((4,), (2, 3), (5,))]
+
+
+def loss(layer: nn.Linear, given: list[Tensor]) -> Tensor:
+    """Each use leans on the one before."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x in given:
+        total = total + layer(x + 0.1 * total).tanh().square().sum()
+    return total
+
+
+def test_gradients_are_those_of_a_plain_layer() -> None:
+    shared, plain = layers()
+    given = inputs()
+    for _ in range(2):  # gradients of two passes add up
+        shared.begin()
+        found = torch.autograd.grad(loss(shared, given), [shared.weight, shared.bias, *given])
+        wanted = torch.autograd.grad(loss(plain, given), [plain.weight, plain.bias, *given])
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_two_passes_before_one_step_back() -> None:
+    shared, plain = layers()
+    given = inputs()
+    shared.begin()
+    first = loss(shared, given)
+    shared.begin()
+    (first + 2 * loss(shared, given[:1])).backward()  # type: ignore[no-untyped-call]
+    (loss(plain, given) + 2 * loss(plain, given[:1])).backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(shared.weight.grad, plain.weight.grad)
+    torch.testing.assert_close(shared.bias.grad, plain.bias.grad)
+
+
+def test_a_pass_without_uses_and_a_use_without_a_pass() -> None:
+    shared, plain = layers()
+    given = inputs()
+    torch.testing.assert_close(
+        torch.autograd.grad(loss(shared, given), shared.weight), torch.autograd.grad(loss(plain, given), plain.weight)
+    )
+    shared.begin()
+    assert torch.autograd.grad(shared.bias.sum(), shared.weight, allow_unused=True) == (None,)
+    with torch.no_grad():
+        torch.testing.assert_close(shared(given[0]), plain(given[0]))
+    shared.requires_grad_(False)
+    shared.begin()
+    torch.testing.assert_close(shared(given[0]), plain(given[0]))
+
+
+def test_in_half_precision_under_autocast() -> None:
+    shared, plain = (layer.float() for layer in layers())
+    x = torch.randn(4, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        shared.begin()
+        found, wanted = shared(x), plain(x)
+    assert found.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted)
