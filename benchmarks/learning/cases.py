@@ -1,0 +1,55 @@
+"""The runs of the benchmark: what is learnt, by which method, with which seed."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.measure import measure, save_new
+from benchmarks.learning.targets import made_up, of_photographs
+
+METHODS = ("lora", "locon", "loha", "lokr", "full", "textual-inversion", "pivotal", "hypernetwork")
+NO_PRIOR = "lora, without prior preservation"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in METHODS},
+    NO_PRIOR: ("lora", {"prior.weight": "0"}),
+}
+"""Name in the table → method, and settings that differ from the recipe's."""
+CLASSES = {"red_cartoon": "cartoon"}
+"""Folder of photographs → class noun, where the folder's name is not the noun"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: what is learnt, how, and with which seed."""
+
+    target: str
+    variant: str
+    seed: int
+
+
+def cases(seeds: int, photos: Path | None) -> Iterator[Case]:
+    """All there are, those of the first seed first."""
+    for seed in range(seeds):
+        for target in ("poodle", "alien", "screen-print"):
+            for variant in VARIANTS:
+                if variant != NO_PRIOR or target != "screen-print":
+                    yield Case(target, variant, seed)
+        for folder in sorted(photos.iterdir()) if photos else ():
+            if folder.is_dir():
+                yield Case(folder.name, "lora", seed)
+
+
+def work(case: Case, photos: Path | None, pictures: Path) -> dict[str, Any]:
+    """Measure one case, in a process of its own."""
+    method, settings = VARIANTS[case.variant]
+    known = made_up()
+    if case.target in known:
+        target = known[case.target]
+    else:
+        assert photos is not None
+        target = of_photographs(photos / case.target, CLASSES.get(case.target, case.target))
+    keep = pictures / case.target / case.variant if case.seed == 0 and target.new else None
+    if keep is not None and not (before := keep.with_name("before")).exists():
+        save_new(target, target.noun or "flat", before)
+    return {**asdict(case), **measure(target, method, case.seed, settings, keep)}
