@@ -7,12 +7,13 @@ pair of networks f for each width of context there is (stable-diffusion-webui 1.
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of
@@ -62,6 +63,12 @@ class HypernetworkOptions(Options):
     """Share dropped behind each layer in training, a number for each entry of `structure`; empty: nothing is dropped"""
     start: Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"] = "Normal"
     """How the weights start; `Normal`, with a spread of 0.01, starts near the base"""
+
+    @model_validator(mode="after")
+    def _one_share_for_each(self) -> Self:
+        if self.dropout and (len(self.dropout) != len(self.structure) or not all(0 <= p < 1 for p in self.dropout)):
+            raise ValueError(f"dropout needs a share from 0 to below 1 for each of the {len(self.structure)} widths")
+        return self
 
     @field_validator("structure")
     @classmethod
@@ -150,9 +157,10 @@ class Overlay:
     def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
         self._networks, self._strength = networks, strength
         self._widths = list(getattr(getattr(unet, "config", None), "block_out_channels", ()))
-        self._text: Tensor | None = None
-        self._said: dict[str, Tensor] = {}
-        self._matrices: dict[str, tuple[Tensor, Tensor]] = {}
+        # by whether gradients are made: a pass without them may come between one with them and its way back, when
+        # checkpointing works out again what it did
+        self._said: dict[bool, Any] = {True: WeakTensorKeyDictionary(), False: WeakTensorKeyDictionary()}
+        self._matrices: dict[bool, dict[str, tuple[Tensor, Tensor]]] = {True: {}, False: {}}
         self._hooks = [unet.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for width, projections in contexts(unet).items():
             for keys, projection in projections:
@@ -167,26 +175,31 @@ class Overlay:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs.get("sample")
-        self._text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
-        self._said, self._matrices = {}, {}
+        text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
+        said: dict[str, Tensor] = {}
+        matrices = self._matrices[torch.is_grad_enabled()] = {}
         for name, network in self._networks.items():
             network.begin()
             width = int(name.partition("-")[0])
-            if self._text is not None and self._text.shape[-1] == width and not network.is_random:
-                self._said[name] = network(self._text)
+            if text is not None and text.shape[-1] == width and not network.is_random:
+                said[name] = network(text)
             if sample is not None and width in self._widths:
                 tokens = sample[:, 0].numel() // 4 ** self._widths.index(width)
                 if network.shorter_for(tokens):
-                    self._matrices[name] = network.as_one()
+                    matrices[name] = network.as_one()
+        if said:
+            self._said[torch.is_grad_enabled()][text] = said
 
     def _change(self, name: str, context: Tensor) -> Tensor:
         """f(c)."""
-        if context is self._text and name in self._said:
-            return self._said[name]
-        if name in self._matrices:
-            weight, bias = self._matrices[name]
-            return F.linear(as_input(context, weight), weight, bias)
-        found: Tensor = self._networks[name](context)
+        graded = torch.is_grad_enabled()
+        if (said := self._said[graded].get(context)) is not None and name in said:
+            found: Tensor = said[name]
+        elif name in self._matrices[graded]:
+            weight, bias = self._matrices[graded][name]
+            found = F.linear(as_input(context, weight), weight, bias)
+        else:
+            found = self._networks[name](context)
         return found
 
     def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

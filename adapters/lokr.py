@@ -23,7 +23,8 @@ class LokrOptions(Options):
     """What there is to set on LoKr."""
 
     factor: int = Field(-1, ge=-1)
-    """Largest side of w1; -1: as near to the root of the weight's side as it divides"""
+    """Side of w1 (or of w2) where it divides the weight's, else the largest that w1 may have; -1: as near to the root
+    of the weight's side as it divides"""
     split_both: bool = False
     """w1 low-rank as well (`decompose_both` in LyCORIS)"""
     full_matrix: bool = False
@@ -33,7 +34,12 @@ class LokrOptions(Options):
 
 
 def divided(side: int, factor: int) -> tuple[int, int]:
-    """`side` as a product of two numbers, the smaller first: the largest divisor up to its root and up to `factor`."""
+    """`side` as a product of two numbers, the smaller first, as LyCORIS divides it.
+
+    One of them is `factor` where that divides; else the smaller is the largest divisor up to `factor` and to the root.
+    """
+    if factor > 0 and side % factor == 0:
+        return min(factor, side // factor), max(factor, side // factor)
     top = math.isqrt(side) if factor < 1 else min(math.isqrt(side), factor)
     small = next(number for number in range(top, 0, -1) if side % number == 0)
     return small, side // small
@@ -122,7 +128,7 @@ class Kronecker(Factors):
             up = leaves["lokr_w2_a"]
             h = run_layer(layer, h, leaves["lokr_w2_b"].view(-1, h.shape[1], *layer.kernel_size))
         size = h.shape[1:]
-        h = (one @ h.view(n, one.shape[1], -1)).view(n, one.shape[0], size[0], -1)
+        h = (one @ h.reshape(n, one.shape[1], -1)).view(n, one.shape[0], size[0], -1)
         return (h if up is None else up @ h).view(n, -1, *size[1:])
 
 

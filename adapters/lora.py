@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,9 +181,9 @@ class LoraOptions(Options):
     """Scale by alpha / √rank instead of alpha / rank"""
     up_rate: float = Field(1.0, gt=0)
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
-    ranks: dict[str, int] = Field(default_factory=dict)
+    ranks: dict[str, PositiveInt] = Field(default_factory=dict)
     """Pattern of a layer's path (`*` stands for anything) → its own rank: {"*.attn2.*": 16}"""
-    alphas: dict[str, float] = Field(default_factory=dict)
+    alphas: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Pattern of a layer's path → its own alpha"""
 
 

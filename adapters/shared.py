@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Noted = list[tuple[Tensor, Tensor]]
-"""Input [tokens, in] and gradient of the output [tokens, out], of each use"""
+Noted = list[tuple[int, Tensor, Tensor]]
+"""Of each use: the backward pass it was noted in, input [tokens, in], and gradient of the output [tokens, out]"""
 
 
 class SharedLinear(nn.Linear):
@@ -21,22 +21,30 @@ class SharedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self._noted: Noted = []
         self._tap: Tensor | None = None
+        self._noted: Noted = []
 
     def begin(self) -> None:
-        """From now on, uses belong to a new pass."""
+        """From now on, uses belong to a new pass. Passes without gradients need none, and leave one under way alone."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
         self._tap = None
-        if torch.is_grad_enabled() and self.weight.requires_grad and not torch.compiler.is_compiling():
+        if self.weight.requires_grad:
             self._noted = []
-            self._tap = _Gather.apply(self.weight, self._noted)  # type: ignore[no-untyped-call]
+            tap: Tensor = _Gather.apply(self.weight, self._noted)  # type: ignore[no-untyped-call]
+            kind = self.weight.device.type
+            # autocast would do this at every use, as it remembers the halves of parameters only
+            self._tap = tap.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tap
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-        if self._tap is None or plain:
+        if self._tap is None or not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        used: Tensor = _Use.apply(x, self._tap, self._noted)  # type: ignore[no-untyped-call]
-        return used + self.bias
+        used: Tensor = _Use.apply(x.to(self._tap.dtype), self._tap, self._noted)  # type: ignore[no-untyped-call]
+        return used + self.bias.to(used.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: they begin passes of their own."""
+        return {**self.__dict__, "_tap": None, "_noted": []}
 
 
 class _Use(torch.autograd.Function):
@@ -52,7 +60,7 @@ class _Use(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        ctx.noted.append((x.flatten(0, -2), grad.flatten(0, -2)))
+        ctx.noted.append((_this_backward(), x.flatten(0, -2), grad.flatten(0, -2)))
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None
 
 
@@ -62,14 +70,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, noted: Noted) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.noted = noted
+        ctx.noted, ctx.dtype = noted, weight.dtype
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        if not ctx.noted:
-            return None, None
-        inputs, gradients = (torch.cat(side) for side in zip(*ctx.noted, strict=True))
+        # an earlier way back that did not ask for this gradient may have left notes of its own
+        now = _this_backward()
+        noted = [(x, grad) for backward, x, grad in ctx.noted if backward == now]
         ctx.noted.clear()
-        return gradients.t() @ inputs, None
+        if not noted:
+            return None, None
+        inputs, gradients = (torch.cat(side) for side in zip(*noted, strict=True))
+        return (gradients.t() @ inputs).to(ctx.dtype), None
+
+
+def _this_backward() -> int:
+    """A number for the backward pass under way; PyTorch's own checkpointing goes by it, too."""
+    return int(torch._C._current_graph_task_id())

@@ -240,3 +240,37 @@ def test_the_text_is_asked_once_a_pass_however_many_attentions_there_are() -> No
     attentions = sum(1 for width, found in contexts(base.unet).items() if width == 64 for _ in found) // 2
     assert attentions > 2
     assert calls.count(7) == 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"activation": "relu"}])
+def test_several_passes_before_one_way_back(options: dict[str, Any], checkpointed: bool) -> None:
+    """With one in between that makes no gradients; against the same passes, each with a way back of its own."""
+    base = load_base("tiny")
+    live = attach(base, **options)
+    shake(live, size=0.05)
+    if checkpointed:
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
+    told = [(torch.randn(1, 4, 16, 12), torch.randn(1, 7, 64)) for _ in range(2)]
+
+    def loss(place: int) -> Tensor:
+        x, text = told[place]
+        out: Tensor = base.unet(x, torch.tensor(500), encoder_hidden_states=text).sample
+        return out.square().sum()
+
+    parameters = list(live.networks.parameters())
+    apart = [torch.autograd.grad(loss(place), parameters) for place in (0, 1)]
+    total = loss(0)
+    with torch.no_grad():
+        loss(1)
+    total = total + loss(1)
+    together = torch.autograd.grad(total, parameters)
+    found, first, second = (torch.cat([value.flatten() for value in each]) for each in (together, *apart))
+    assert float((found - first - second).norm() / found.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"dropout": [0.3]}, {"dropout": [0, 1.5, 0]}, {"structure": [1, 2]}])
+def test_options_that_make_no_network_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(DiffgraftError, match="will not do"):
+        get_method("hypernetwork").read_options(options)

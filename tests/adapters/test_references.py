@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffgraft.adapters.lokr import divided
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.generation.graft import graft
@@ -261,3 +262,11 @@ def test_diffusers_opens_our_files(
     pipe.set_adapters(["a"], [strength])
     assert (wanted - bare).abs().max() > 0.02
     torch.testing.assert_close(said(other), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 2, 3, 4, 6, 8, 16, 64, 1000])
+def test_lokr_divides_sides_as_lycoris_does(factor: int) -> None:
+    from lycoris.functional.general import factorization
+
+    for side in (1, 7, 12, 40, 127, 128, 250, 320, 360, 640, 768, 1280):
+        assert divided(side, factor) == factorization(side, factor), side

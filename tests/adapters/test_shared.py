@@ -1,5 +1,7 @@
 """A layer used many times in a pass has the gradients that autograd's own sum has."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -63,11 +65,38 @@ def test_a_pass_without_uses_and_a_use_without_a_pass() -> None:
     torch.testing.assert_close(shared(given[0]), plain(given[0]))
 
 
+def test_a_way_back_that_asks_for_something_else_leaves_nothing_behind() -> None:
+    shared, plain = layers()
+    given = inputs()
+    shared.begin()
+    total = loss(shared, given)
+    torch.autograd.grad(total, given[0], retain_graph=True)
+    (found,) = torch.autograd.grad(total, shared.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(plain, given), plain.weight)[0])
+
+
+def test_a_copy_can_be_made_within_a_pass() -> None:
+    shared, plain = layers()
+    given = inputs()
+    shared.begin()
+    loss(shared, given)
+    copied = copy.deepcopy(shared)
+    copied.begin()
+    (found,) = torch.autograd.grad(loss(copied, given), copied.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(plain, given), plain.weight)[0])
+
+
 def test_in_half_precision_under_autocast() -> None:
     shared, plain = (layer.float() for layer in layers())
-    x = torch.randn(4, 6)
+    xs = [torch.randn(4, 6), torch.randn(7, 6)]
     with torch.autocast("cpu", torch.bfloat16):
         shared.begin()
-        found, wanted = shared(x), plain(x)
-    assert found.dtype == wanted.dtype == torch.bfloat16
-    torch.testing.assert_close(found, wanted)
+        found, wanted = ([layer(x) for x in xs] for layer in (shared, plain))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == other.dtype == torch.bfloat16
+        torch.testing.assert_close(one, other)
+    for outs, layer in ((found, shared), (wanted, plain)):
+        sum((out.float().square().sum() for out in outs), torch.zeros(())).backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(shared.weight.grad, plain.weight.grad, rtol=2e-2, atol=2e-2)
