@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
@@ -90,14 +90,18 @@ class Method:
     """``attach(target, spec)``; the target is a base, a pipeline, or anything with `.unet` and so on."""
     options: type[Options] = Options
     """Its own settings."""
-    layers: str = "attention"
-    """The layers it adapts where the recipe does not say: a key of `LAYERS`."""
+    layers: str | Callable[[Any], str] = "attention"
+    """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Keys of recipes that mean nothing to it → why; who sets one of them is told so."""
     read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
     read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None
     """Tensors and settings → the network, for methods that are one; ValueError where they do not fit together."""
+
+    def layers_under(self, options: Options) -> str:
+        """The layers it adapts under `options`, where the recipe does not say."""
+        return self.layers if isinstance(self.layers, str) else self.layers(options)
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
         """`given`, checked.
@@ -111,11 +115,17 @@ class Method:
             hint = nearest(f"options.{unknown[0]}", known) if known else "it has none."
             raise DiffgraftError(f"The method {self.name!r} has no option {unknown[0]!r}: {hint}")
         try:
-            return self.options.model_validate(dict(given))
+            return self.options.model_validate({key: self._parsed(key, value) for key, value in given.items()})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise DiffgraftError(f"options.{key}={first['input']!r} will not do: {first['msg'].lower()}.") from error
+
+    def _parsed(self, key: str, value: Any) -> Any:
+        """Text for a list, as a command line gives it (1,2,1), as a list; other values as they are."""
+        if get_origin(self.options.model_fields[key].annotation) is list and isinstance(value, str):
+            return [part.strip() for part in value.strip("[] ").split(",") if part.strip()]
+        return value
 
 
 @cache

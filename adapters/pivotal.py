@@ -74,4 +74,7 @@ METHOD = Method(
     summary="a new word and weights together, in one file",
     attach=AttachedPivotal,
     options=PivotalOptions,
+    layers=lambda options: get_method(options.weights).layers_under(
+        get_method(options.weights).read_options(options.of_weights)
+    ),
 )

@@ -22,6 +22,15 @@ def names(word: str, count: int) -> list[str]:
     return [word, *(f"{word}_{number}" for number in range(1, count))]
 
 
+def _is_known(tokenizer: Any, word: str) -> bool:
+    """Whether it is one token already, on its own or with a mark that a word ends (or begins) there."""
+    return word in tokenizer.get_vocab() or len(tokenizer.tokenize(word)) == 1
+
+
+def _is_plain(word: str) -> bool:
+    return word.replace("_", "").isalnum()
+
+
 class GrownTable(nn.Module):
     """A table of embeddings, and rows of its own behind it."""
 
@@ -53,6 +62,8 @@ class TaughtWords:
         Raises:
             DiffgraftError: a word is known already, the target has no such text encoder, or its width is another.
         """
+        from transformers import AddedToken
+
         self._target = target
         self._encoders: list[tuple[nn.Module, nn.Module, GrownTable]] = []
         self._tokenizers: list[tuple[str, Any]] = []
@@ -63,7 +74,8 @@ class TaughtWords:
         for part, encoder, tokenizer, rows in plans:
             tokens = [name for word, found in words.items() for name in names(word, len(found[part]))]
             grown_tokenizer = copy.deepcopy(tokenizer)
-            grown_tokenizer.add_tokens(tokens)
+            # a plain word must not be found inside others
+            grown_tokenizer.add_tokens([AddedToken(name, single_word=_is_plain(name)) for name in tokens])
             table = encoder.get_input_embeddings()
             own = nn.Parameter(rows.to(next(encoder.parameters()).device))
             grown = GrownTable(table, grown_tokenizer.convert_tokens_to_ids(tokens[0]), own)
@@ -81,7 +93,7 @@ class TaughtWords:
         for word, vectors in words.items():
             if part not in vectors:
                 raise DiffgraftError(f"The word {word!r} has no vectors for {part}, and others of the file have.")
-            if known := [name for name in names(word, len(vectors[part])) if name in tokenizer.get_vocab()]:
+            if known := [name for name in names(word, len(vectors[part])) if _is_known(tokenizer, name)]:
                 raise DiffgraftError(f"The word {known[0]!r} is known to the base already. Choose one like '<{word}>'.")
             if vectors[part].shape[1:] != (width,):
                 raise DiffgraftError(

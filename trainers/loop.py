@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from diffgraft.files import write_text
 from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
+from diffgraft.trainers.examples import generator
 from diffgraft.trainers.recipe import Recipe
 
 
@@ -109,7 +110,8 @@ def fit(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * rate(recipe, step)
-            terms = _accumulate(recipe, accelerator, predict, objective, step)
+            with _random_numbers_of(recipe.seed, step, accelerator):
+                terms = _accumulate(recipe, accelerator, predict, objective, step)
             if not math.isfinite(terms["loss"]):
                 raise DiffgraftError(
                     f"The loss is {terms['loss']} at step {step + 1}: it has diverged. Lower lr (now {recipe.lr}), "
@@ -136,6 +138,15 @@ def fit(
         raise
     accelerator.free_memory()
     return record
+
+
+@contextmanager
+def _random_numbers_of(seed: int, step: int, accelerator: Any) -> Iterator[None]:
+    """What is left to PyTorch's own generators, such as dropout, is a function of seed, step and process, too."""
+    device = accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(seed, step, accelerator.process_index, 4).initial_seed())
+        yield
 
 
 def _accumulate(

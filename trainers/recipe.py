@@ -171,7 +171,12 @@ class StyleRecipe(Recipe):
     )
 
     def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
-        return list(dict.fromkeys(caption or "a picture" for caption in captions))
+        return list(dict.fromkeys(self._bare(caption or "") or "a picture" for caption in captions))
+
+    def _bare(self, caption: str) -> str:
+        """A caption without the trigger, which class images must not know, and without the commas it leaves behind."""
+        without = re.sub(rf"{re.escape(self.trigger)}( style)?", "", caption)
+        return ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
 
 
 class ConceptRecipe(Recipe):
@@ -291,7 +296,9 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
     model: type[BaseModel] = kind
     *outer, last = key.split(".")
     if outer[:1] == ["options"]:  # the method says what these are, not the recipe
-        values["options"] = {**(values.get("options") or {}), key.removeprefix("options."): value}
+        held = values["options"] = dict(values.get("options") or {})
+        name, dot, rest = key.removeprefix("options.").partition(".")
+        held[name] = {**(held.get(name) or {}), rest: value} if dot else value
         return
     for level in outer:
         inner = model.model_fields[level].annotation if level in model.model_fields else None

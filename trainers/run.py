@@ -29,7 +29,7 @@ from diffgraft.generation.plots import grid, save_image, save_loss_plot
 from diffgraft.trainers.captioned import Captioned
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.examples import Examples, data_digest
+from diffgraft.trainers.examples import Examples, data_digest, generator
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
 from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe, load_recipe, save_recipe
 from diffgraft.trainers.templates import TEMPLATES
@@ -101,6 +101,7 @@ def train(
     was_on = held.device
     held.to(accelerator.device)
     try:
+        _attach(plan, held).detach()  # what cannot be attached is refused before anything is drawn or written
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(plan, folder / "recipe.yaml")
@@ -167,21 +168,19 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
         objective = _objective(plan, base, pictures, prompts)
     digest = data_digest(pictures, prompts)
     side = plan.resolution or base.resolution
-    method = get_method(plan.method)
     live: Attached | None = None
 
     def sample(step: int) -> None:
         base.unet.eval()
+        assert live is not None
+        live.eval()
         sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
         save_image(sheet, folder / "samples" / f"step-{step:06d}.png")
         base.unet.train(plan.gradient_checkpointing)
+        live.train()
 
     try:
-        options = method.read_options(plan.options)
-        words = (plan.trigger, getattr(plan, "subject", ""))
-        live = method.attach(
-            base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words)
-        )
+        live = _attach(plan, base)
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
@@ -200,13 +199,20 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
     return run
 
 
+def _attach(plan: Recipe, base: Base) -> Attached:
+    method = get_method(plan.method)
+    options, words = method.read_options(plan.options), (plan.trigger, getattr(plan, "subject", ""))
+    return method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))
+
+
 def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[list[str]]:
     """The prompts that each picture is shown under; what a person may not have meant is said in a warning."""
     listed = []
     for picture in pictures:
         caption = picture.caption if plan.captions else None
         if isinstance(plan, StyleRecipe) and caption:
-            prompts = [plan.fill(plan.caption).replace("{caption}", caption)]
+            said = plan.trigger in caption
+            prompts = [caption if said else plan.fill(plan.caption).replace("{caption}", caption)]
         elif caption is None and plan.templates != "none":
             prompts = [plan.fill(template) for template in TEMPLATES[plan.templates]]
         else:
@@ -238,6 +244,10 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
     prior: Prior | None = getattr(plan, "prior", None)
     if not texts or prior is None or prior.weight == 0 or "prior" in get_method(plan.method).without:
         return Captioned(ours, noising, plan.seed)
+    if len(texts) > prior.images:  # each is drawn at least once
+        texts = [
+            texts[row] for row in sorted(torch.randperm(len(texts), generator=generator(plan.seed))[: prior.images])
+        ]
     each = math.ceil(prior.images / len(texts))
     drawn = class_images(base, texts, each, Settings(size=(side, side)), plan.seed)
     kept = examples([image for _, image in drawn], [[text] for text, _ in drawn], "encoding class images")
@@ -246,7 +256,8 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
 
 def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
     """Part of the base → paths inside it of the layers that are adapted."""
-    layers = plan.layers or get_method(plan.method).layers
+    method = get_method(plan.method)
+    layers = plan.layers or method.layers_under(method.read_options(plan.options))
     found = {"unet": choose_layers("unet", base.unet, layers)}
     for name, part in base.parts():
         if plan.text_encoder and name.startswith("text_encoder"):

@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -33,12 +34,22 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
     options.record.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
+    failed: list[str] = []
     with ProcessPoolExecutor(options.jobs, context) as pool, tqdm(total=len(todo), desc="runs") as bar:
-        running = [pool.submit(work, case, options.photos, options.pictures) for case in todo]
-        for ended in as_completed(running):
-            with options.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(ended.result()) + "\n")
-            bar.update()
+        running = {pool.submit(work, case, options.photos, options.pictures): case for case in todo}
+        try:
+            for ended in as_completed(running):
+                if error := ended.exception():
+                    failed.append(f"{running[ended]}: {error!r}")
+                else:
+                    with options.record.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(ended.result()) + "\n")
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failed:
+        sys.exit("These runs failed, and no page was written:\n" + "\n".join(failed))
     write_page(options.record, options.pictures)
 
 

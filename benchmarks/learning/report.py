@@ -25,7 +25,7 @@ HEAD = """# How well each method learns
 trains with the settings that its recipe has for it, on the embedded base at 64 × 64 pixels; figures are means over
 {seeds} seeds, with the standard deviation over the seeds behind ±.
 
-- *processor time*: of training, everything from encoding to the file included, summed over the cores in use.
+- *processor time*: of the training loop, summed over the cores in use.
 - *held-out loss*: of pictures that training never saw, over 256 fixed pairs of timestep and noise; of the poodle and
   the alien on their own pixels only. *fall* is its change as a share of what it was.
 - *without the trigger*: what the prompt without the trigger gained, as a share of the fall; below 0, it got worse.

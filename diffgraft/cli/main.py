@@ -106,7 +106,7 @@ def generate(
     from diffgraft.generation.plots import grid, save_image
 
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
-    source = Source(read_picture(image), denoise, read_picture(mask) if mask else None) if image else None
+    source = Source(read_picture(image), denoise, read_picture(mask, "black") if mask else None) if image else None
     held = load_base(base).to(PartialState().device)
     seeds = [seed + number for number in range(count)]
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
@@ -128,6 +128,7 @@ def merge(
     into: Annotated[
         str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
+    precision: Annotated[str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16.")] = "float32",
 ) -> None:
     """Write a checkpoint of its own: a base with adapters merged into its weights, as a diffusers folder.
 
@@ -137,10 +138,16 @@ def merge(
 
     adapters = strengths(adapter)
 
+    import torch
+
     from diffgraft.bases import load_base
+    from diffgraft.errors import DiffgraftError, nearest
     from diffgraft.generation.bake import bake
 
-    typer.echo(bake(load_base(into), adapters, output))
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if precision not in dtypes:
+        raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, dtypes)}")
+    typer.echo(bake(load_base(into, dtypes[precision]), adapters, output))
 
 
 @app.command()

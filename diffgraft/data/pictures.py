@@ -66,8 +66,8 @@ def _caption(path: Path) -> str | None:
         ) from error
 
 
-def read_picture(path: str | Path) -> Image.Image:
-    """One picture file as an upright RGB image.
+def read_picture(path: str | Path, ground: str = "white") -> Image.Image:
+    """One picture file as an upright RGB image, what is transparent in it laid on `ground`.
 
     Raises:
         DiffgraftError: there is no such file, or it is no picture that can be read.
@@ -76,13 +76,13 @@ def read_picture(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise DiffgraftError(f"There is no picture {path}.")
     try:
-        return upright_rgb(path)
+        return upright_rgb(path, ground)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DiffgraftError(f"{path} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP file.") from error
 
 
-def upright_rgb(path: Path) -> Image.Image:
-    """One picture file as an upright RGB image."""
+def upright_rgb(path: Path, ground: str = "white") -> Image.Image:
+    """One picture file as an upright RGB image, what is transparent in it laid on `ground`."""
     # Pillow's remarks on damaged notes beside the pixels are left out
     with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as file:
         image = _upright(file)
@@ -92,7 +92,7 @@ def upright_rgb(path: Path) -> Image.Image:
             return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
         return image.convert("RGB")
 
 

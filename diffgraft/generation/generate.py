@@ -110,12 +110,7 @@ def generate(
     count = settings.steps if source is None else _steps_from(source, settings.steps)
     pixels = more["width"] * more["height"]
     batch = settings.batch or max(1, min(32, 8 * 256 * 256 // pixels))
-    own_scheduler = pipe.scheduler
-    if settings.scheduler is not None:
-        use_scheduler(pipe, settings.scheduler)
-    drawing, fitted = (pipe, None) if source is None else _from_source(pipe, source, more)
-    pipe.vae.enable_slicing()
-    images: list[Image.Image] = []
+    own_scheduler, images = pipe.scheduler, list[Image.Image]()
     rounds = range(0, len(prompts), batch)
     with tqdm(total=len(rounds) * count, desc=title, leave=False, unit="step") as bar:
 
@@ -124,6 +119,10 @@ def generate(
             return kept
 
         try:
+            if settings.scheduler is not None:
+                use_scheduler(pipe, settings.scheduler)
+            drawing, fitted = (pipe, None) if source is None else _from_source(pipe, source, more)
+            pipe.vae.enable_slicing()
             for start in rounds:
                 rows = range(start, min(start + batch, len(prompts)))
                 drawn = drawing(
@@ -177,13 +176,23 @@ def _from_source(pipe: Any, source: Source, more: dict[str, Any]) -> tuple[Any, 
         if source.mask.size != source.image.size:
             sizes = ["x".join(map(str, image.size)) for image in (source.mask, source.image)]
             raise DiffgraftError(f"The mask is {sizes[0]} and the picture {sizes[1]}: they must be of one size.")
-        mask = ImageOps.fit(source.mask.convert("L"), size, Image.Resampling.BILINEAR)
+        mask = ImageOps.fit(_on_black(source.mask), size, Image.Resampling.BILINEAR)
+        if mask.getextrema() == (0, 0):
+            raise DiffgraftError("The mask is black everywhere, so nothing would be drawn: paint white what should be.")
     kind = AutoPipelineForImage2Image if mask is None else AutoPipelineForInpainting
     drawing = kind.from_pipe(pipe)
     drawing.set_progress_bar_config(disable=True)
     if mask is None:  # it takes the size from the picture
         del more["width"], more["height"]
     return drawing, _Fitted(image, mask, source.denoise)
+
+
+def _on_black(mask: Image.Image) -> Image.Image:
+    """A mask as "L"; what is transparent in it counts as black."""
+    if not mask.has_transparency_data:
+        return mask.convert("L")
+    painted = mask.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", mask.size, "black"), painted).convert("L")
 
 
 def _own_shape(pipe: Any, image: Image.Image) -> tuple[int, int]:

@@ -31,8 +31,9 @@ def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
         target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
             UNet. A part that no adapter touches may be absent or None.
         adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. It may be given
-            for each part, ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1. Words are
-            there or not: unless their text encoders have 0, they have the vectors that were trained.
+            for each part, ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second
+            text encoder what the first one has. Words are there or not: unless their text encoders have 0, they have
+            the vectors that were trained.
 
     Returns:
         A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
@@ -201,6 +202,8 @@ def _strengths(name: str, value: object) -> dict[str, float]:
     given = value if isinstance(value, Mapping) else dict.fromkeys(PARTS, value)
     if unknown := [part for part in given if part not in PARTS]:
         raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {nearest(str(unknown[0]), PARTS)}")
+    if "text_encoder" in given:  # of two, both are meant
+        given = {"text_encoder_2": given["text_encoder"], **given}
     return {part: _strength(name, given.get(part, 1.0)) for part in PARTS}
 
 
