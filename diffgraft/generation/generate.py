@@ -1,6 +1,7 @@
 """Pictures from prompts: a diffusers pipeline, run in small batches with one seed a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
@@ -110,41 +111,52 @@ def generate(
     count = settings.steps if source is None else _steps_from(source, settings.steps)
     pixels = more["width"] * more["height"]
     batch = settings.batch or max(1, min(32, 8 * 256 * 256 // pixels))
-    own_scheduler, images = pipe.scheduler, list[Image.Image]()
+    images: list[Image.Image] = []
     rounds = range(0, len(prompts), batch)
-    with tqdm(total=len(rounds) * count, desc=title, leave=False, unit="step") as bar:
+    with (
+        _set_up(pipe, settings, source, more) as (drawing, fitted),
+        tqdm(total=len(rounds) * count, desc=title, leave=False, unit="step") as bar,
+    ):
 
         def tick(_pipe: Any, _step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
             bar.update()
             return kept
 
-        try:
-            if settings.scheduler is not None:
-                use_scheduler(pipe, settings.scheduler)
-            drawing, fitted = (pipe, None) if source is None else _from_source(pipe, source, more)
-            pipe.vae.enable_slicing()
-            for start in rounds:
-                rows = range(start, min(start + batch, len(prompts)))
-                drawn = drawing(
-                    [prompts[row] for row in rows],
-                    # none at all where nothing is said: XL zeroes what it is told then
-                    negative_prompt=[settings.negative] * len(rows) if settings.negative else None,
-                    num_inference_steps=settings.steps,
-                    generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
-                    callback_on_step_end=tick,
-                    **more,
-                    **({} if fitted is None else fitted.arguments(len(rows))),
-                ).images
-                if fitted is not None:
-                    drawn = [fitted.finished(image) for image in drawn]
-                for row, image in zip(rows, drawn, strict=True):
-                    if keep is not None:
-                        keep(row, image)
-                images += drawn
-        finally:
-            pipe.scheduler = own_scheduler
-            pipe.vae.disable_slicing()
+        for start in rounds:
+            rows = range(start, min(start + batch, len(prompts)))
+            drawn = drawing(
+                [prompts[row] for row in rows],
+                # none at all where nothing is said: XL zeroes what it is told then
+                negative_prompt=[settings.negative] * len(rows) if settings.negative else None,
+                num_inference_steps=settings.steps,
+                generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
+                callback_on_step_end=tick,
+                **more,
+                **({} if fitted is None else fitted.arguments(len(rows))),
+            ).images
+            if fitted is not None:
+                drawn = [fitted.finished(image) for image in drawn]
+            for row, image in zip(rows, drawn, strict=True):
+                if keep is not None:
+                    keep(row, image)
+            images += drawn
     return images
+
+
+@contextmanager
+def _set_up(
+    pipe: Any, settings: Settings, source: Source | None, more: dict[str, Any]
+) -> Iterator[tuple[Any, "_Fitted | None"]]:
+    """The pipeline that draws, with the scheduler wanted, and the source as it takes it; `pipe` is put back after."""
+    own_scheduler = pipe.scheduler
+    try:
+        if settings.scheduler is not None:
+            use_scheduler(pipe, settings.scheduler)
+        pipe.vae.enable_slicing()
+        yield (pipe, None) if source is None else _from_source(pipe, source, more)
+    finally:
+        pipe.scheduler = own_scheduler
+        pipe.vae.disable_slicing()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -170,3 +171,17 @@ def test_what_will_not_do_is_told_and_changes_nothing(base: Base) -> None:
     live.detach()
     assert base.text_encoder.get_input_embeddings() is table
     assert base.tokenizer is tokenizer
+
+
+def test_a_plain_word_is_not_found_inside_others_and_known_ones_are_refused() -> None:
+    base = load_base("tiny")
+    before = base.tokenizer.tokenize("masks, blorpings and sks")
+    vectors = {"text_encoder": torch.ones(1, 64)}
+    taught = TaughtWords(base, {"blorp": vectors})
+    assert base.tokenizer.tokenize("masks, blorpings and sks") == before
+    assert "blorp" in base.tokenizer.tokenize("a blorp dog")
+    taught.remove()
+    for word in ("sks", "dog", "snow"):
+        with pytest.raises(DiffgraftError, match=f"The word '{word}' is known to the base already"):
+            TaughtWords(base, {word: vectors})
+    assert base.tokenizer.tokenize("masks, blorpings and sks") == before

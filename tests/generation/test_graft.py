@@ -21,7 +21,7 @@ from diffgraft.bases.tiny.world import Scene
 from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate, use_scheduler
-from diffgraft.generation.graft import graft
+from diffgraft.generation.graft import _strengths, graft
 from diffgraft.trainers.run import Run
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -145,6 +145,8 @@ def test_each_part_has_its_own_strength(base: Base) -> None:
         live.set({both: {"unet": 0.0}})  # a part that is not named has 1
         assert torch.equal(weight(base), bare)
         assert not torch.equal(text, bare_text)
+    assert _strengths("x", {"text_encoder": 0.5}) == {"unet": 1.0, "text_encoder": 0.5, "text_encoder_2": 0.5}
+    assert _strengths("x", {"text_encoder": 0.5, "text_encoder_2": 2})["text_encoder_2"] == 2.0
     with pytest.raises(DiffgraftError, match="is for 'vae': known are"):
         graft(base, {both: {"vae": 1.0}})
 

@@ -1,11 +1,13 @@
 """Image to image and inpainting: the source's picture goes in, and what should stay stays."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
-from diffgraft.data.pictures import read_folder
+from diffgraft.data.pictures import read_folder, read_picture
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, Source, generate
@@ -66,6 +68,26 @@ def test_a_source_keeps_its_shape_and_an_adapter_works_on_it(base: Base) -> None
     assert draw(base, wide, size=(64, 48))[0].size == (64, 48)
 
 
+def test_what_is_transparent_in_a_mask_stays(base: Base, tmp_path: Path) -> None:
+    source, painted = photo(), np.zeros((64, 64, 4), np.uint8)
+    painted[8:40, 20:60] = 255
+    mask = Image.fromarray(painted)
+    mask.save(tmp_path / "mask.png")
+    for given in (mask, read_picture(tmp_path / "mask.png", "black")):
+        changed = np.abs(pixels(draw(base, Source(source, 0.9, given))[0]) - pixels(source)).max(-1)
+        assert changed[painted[..., 0] == 0].max() == 0
+        assert changed[painted[..., 0] == 255].mean() > 5
+
+
+def test_a_refused_source_leaves_the_pipeline_as_it_was(base: Base) -> None:
+    pipe = base.pipeline()
+    own = pipe.scheduler
+    source = Source(photo(), 0.5, Image.new("L", (10, 10)))
+    with pytest.raises(DiffgraftError, match="mask is 10x10"):
+        generate(pipe, [PROMPT], Settings(steps=4, scheduler="euler"), [1], source=source)
+    assert pipe.scheduler is own
+
+
 def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
     small = load_base(str(sdxl_folder))
     mask = Image.new("L", (64, 64), 255)
@@ -78,6 +100,7 @@ def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
     [
         (Source(Image.new("RGB", (64, 64)), 0.0), "above 0 and at most 1"),
         (Source(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
+        (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
         (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
     ],
 )

@@ -15,6 +15,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.trainers.recipe import load_recipe
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT
 
@@ -93,6 +94,49 @@ def test_every_method_on_stable_diffusion_xl(method: str, sdxl_folder: Path, pic
         assert (predict(base) - bare).abs().max() > 1e-4
         assert torch.equal(predict(base), predict(fresh))
     assert torch.equal(predict(fresh), bare)
+
+
+def test_dropout_is_a_function_of_the_seed_and_the_step(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings = {**FAST, "method": "hypernetwork", "options": {"dropout": [0, 0.3, 0]}, "lr": 1e-2}
+    files = []
+    for place in range(2):
+        torch.manual_seed(place)
+        files.append(
+            train("subject", base=base, images=pictures, output=tmp_path / str(place), **settings).adapter_file
+        )
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_pivotal_tuning_adapts_the_layers_of_the_method_it_names(base: Base, pictures: Path, tmp_path: Path) -> None:
+    def modules(output: str, **settings: Any) -> list[str]:
+        given = {**FAST, "steps": 1, **settings}
+        return train("subject", base=base, images=pictures, output=tmp_path / output, **given).adapter.modules
+
+    found = modules("a", method="pivotal", **{"options.weights": "locon", "options.of_weights.conv_rank": "2"})
+    assert found == modules("b", method="locon")
+    assert any("conv" in path for path in found)
+
+
+def test_what_cannot_be_attached_leaves_no_folder(base: Base, pictures: Path, tmp_path: Path) -> None:
+    for settings, answer in (
+        ({"method": "pivotal", "trigger": "dog"}, "The word 'dog' is known"),
+        ({"method": "hypernetwork", "options": {"dropout": "0.3"}}, "dropout needs a share"),
+        ({"options": {"ranks": {"*": 0}}}, "ranks.*will not do"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            train("subject", base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
+        assert not (tmp_path / "run").exists()
+
+
+def test_options_as_a_command_line_gives_them() -> None:
+    def read(method: str, **settings: str) -> Any:
+        recipe = load_recipe("subject", {"subject": "dog", "method": method, **settings})
+        return get_method(method).read_options(recipe.options)
+
+    for text in ("1,2,1", "[1, 2, 1]"):
+        assert read("hypernetwork", **{"options.structure": text}).structure == [1, 2, 1]
+    assert read("lora", **{"options.ranks.*.attn2.*": "16"}).ranks == {"*.attn2.*": 16}
+    assert read("pivotal", **{"options.of_weights.dora": "true"}).of_weights == {"dora": "true"}
 
 
 ONE: dict[str, Any] = {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 1, "optimizer": "adamw8bit"}
@@ -175,6 +219,7 @@ import torch
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import load_base
 from diffgraft.generation.graft import graft
+from diffgraft.trainers.recipe import load_recipe
 from diffgraft.trainers.run import train
 
 pictures, folder = sys.argv[1:]
