@@ -21,7 +21,7 @@ class PivotalOptions(WordOptions):
     """What there is to set on the word, and which method takes the weights."""
 
     weights: str = "lora"
-    """Method for the weights"""
+    """Method for the weights, on the layers it is made for; what a recipe has under its name does not come along"""
     of_weights: dict[str, Any] = Field(default_factory=dict)
     """Options of that method: {"dora": true}"""
     word_rate: float = Field(1.0, gt=0)

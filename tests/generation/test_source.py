@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import Spec, choose_layers, get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.data.pictures import read_folder, read_picture
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, Source, generate
 from diffgraft.generation.graft import graft
+from tests.adapters.toys import shake
 from tests.generation.test_graft import lora
 
 PROMPT = "a dog in the snow"
@@ -66,6 +69,35 @@ def test_a_source_keeps_its_shape_and_an_adapter_works_on_it(base: Base) -> None
     with graft(base, {lora(1): 2.0}):
         assert np.abs(pixels(draw(base, wide)[0]) - pixels(bare)).max() > 0
     assert draw(base, wide, size=(64, 48))[0].size == (64, 48)
+
+
+def trained(base: Base, method: str) -> Adapter:
+    """An adapter of any method, its parameters shaken."""
+    made = get_method(method)
+    options = made.read_options({})
+    paths = {"unet": choose_layers("unet", base.unet, made.layers_under(options))}
+    live = made.attach(base, Spec(paths, 2, 2.0, 0, options, "<zorp>", "dog"))
+    shake(live, size=0.05)
+    adapter = live.adapter({"method": method})
+    live.detach()
+    return adapter
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_adapters_of_every_method_work_in_all_pipelines(method: str, base: Base) -> None:
+    adapter, mask = trained(base, method), Image.new("L", (64, 64), 255)
+    sources = (None, Source(photo(), 0.7), Source(photo(), 0.7, mask))
+
+    def draw_all() -> list[np.ndarray]:
+        pipe, prompt = base.pipeline(), "a <zorp> dog"
+        return [pixels(generate(pipe, [prompt], Settings(steps=4), [1], source=source)[0]) for source in sources]
+
+    bare = draw_all()
+    with graft(base, {adapter: 1.0}):
+        for before, after in zip(bare, draw_all(), strict=True):
+            assert np.abs(after - before).max() > 2
+    for before, after in zip(bare, draw_all(), strict=True):
+        assert np.array_equal(before, after)
 
 
 def test_what_is_transparent_in_a_mask_stays(base: Base, tmp_path: Path) -> None:
