@@ -118,7 +118,7 @@ def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: A
 
 METHOD = Method(
     name="full",
-    summary="every weight trains, as in the DreamBooth paper: the strongest, and the largest file unless reduced",
+    summary="every weight trains, as in the DreamBooth paper: the largest file, unless it is reduced",
     attach=AttachedFull,
     options=FullOptions,
     layers="all",

@@ -156,7 +156,7 @@ def read(leaves: Leaves, alpha: float | None) -> Delta:
 
 METHOD = Method(
     name="lokr",
-    summary="a Kronecker product of a small and a larger matrix: the smallest files",
+    summary="a Kronecker product of a small and a larger matrix: all layers in a file as small as LoRA's",
     attach=attach,
     options=LokrOptions,
     layers="all",

@@ -189,7 +189,7 @@ def methods(
     method = get_method(name)
     typer.echo(f"{method.name}: {method.summary}")
     if "layers" not in method.without:
-        typer.echo(f"layers={method.layers}")
+        typer.echo(f"layers={method.layers_under(method.read_options({}))}")
     for reason in dict.fromkeys(method.without.values()):
         keys = ", ".join(key for key, why in method.without.items() if why == reason)
         typer.echo(f"without {keys}: {reason}")

@@ -137,6 +137,8 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     assert "without rank, alpha: every weight trains" in said
     assert "layers=" not in said
+    assert call(monkeypatch, "methods", "pivotal") == 0
+    assert "layers=attention\n" in capsys.readouterr().out
 
 
 def test_as_a_module(short_run: Run) -> None:
