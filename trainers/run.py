@@ -31,7 +31,8 @@ from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest, generator
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
-from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe, load_recipe, save_recipe
+from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe
+from diffgraft.trainers.recipe_files import load_recipe, save_recipe
 from diffgraft.trainers.templates import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

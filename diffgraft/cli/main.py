@@ -100,10 +100,11 @@ def generate(
     from diffgraft.bases import load_base
     from diffgraft.data.pictures import read_picture
     from diffgraft.files import unused
-    from diffgraft.generation.generate import Settings, Source
+    from diffgraft.generation.generate import Settings
     from diffgraft.generation.generate import generate as draw
     from diffgraft.generation.graft import graft
     from diffgraft.generation.plots import grid, save_image
+    from diffgraft.generation.source import Source
 
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
     source = Source(read_picture(image), denoise, read_picture(mask, "black") if mask else None) if image else None
@@ -201,7 +202,7 @@ def methods(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from diffgraft.trainers.recipe import recipe_names
+    from diffgraft.trainers.recipe_files import recipe_names
 
     for name, summary in recipe_names().items():
         typer.echo(f"{name:16} {summary}")

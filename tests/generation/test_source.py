@@ -12,8 +12,9 @@ from diffgraft.bases import Base, load_base
 from diffgraft.data.pictures import read_folder, read_picture
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, Source, generate
+from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.source import Source
 from tests.adapters.toys import shake
 from tests.generation.test_graft import lora
 

@@ -15,7 +15,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.recipe import load_recipe
+from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT
 
@@ -219,7 +219,7 @@ import torch
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import load_base
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.recipe import load_recipe
+from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 
 pictures, folder = sys.argv[1:]

@@ -14,7 +14,7 @@ from diffgraft.trainers.denoising import Denoiser, Noising, per_sample_loss
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, normal
 from diffgraft.trainers.loop import rate
-from diffgraft.trainers.recipe import load_recipe
+from diffgraft.trainers.recipe_files import load_recipe
 
 
 def examples(count: int, seed: int = 0, std: float = 0.1) -> Examples:

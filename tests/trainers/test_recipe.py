@@ -7,7 +7,8 @@ import pytest
 
 from diffgraft.adapters.method import get_method, methods
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe import TASKS, SubjectRecipe, load_recipe, recipe_names, save_recipe
+from diffgraft.trainers.recipe import TASKS, SubjectRecipe
+from diffgraft.trainers.recipe_files import load_recipe, recipe_names, save_recipe
 
 SHIPPED = list(recipe_names())
 SOURCES = Path(__file__).parents[2] / "recipes"

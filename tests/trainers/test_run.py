@@ -20,7 +20,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.heldout import make_probe
-from diffgraft.trainers.recipe import load_recipe
+from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import Run, train
 from tests.conftest import SHORT, small_sd1
 
@@ -197,7 +197,7 @@ def test_what_class_images_show() -> None:
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
     from diffgraft.data.pictures import read_folder
-    from diffgraft.trainers.recipe import load_recipe
+    from diffgraft.trainers.recipe_files import load_recipe
     from diffgraft.trainers.run import _objective, _prompts
     from diffgraft.trainers.templates import OBJECT, STYLE
 

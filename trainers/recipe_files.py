@@ -1,0 +1,167 @@
+"""Recipes as files: those that ship and a person's own, with settings laid over them; mistakes are answered."""
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.files import write_text
+from diffgraft.trainers.recipe import TASKS, ConceptRecipe, Prior, Recipe, SubjectRecipe
+
+ALIASES = {"dreambooth-lora": "subject"}
+
+
+def recipe_names() -> dict[str, str]:
+    """Name of each recipe that ships → its one-line description, the second comment line of its file."""
+    folder = files("diffgraft.recipes")
+    shipped = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file.read_text("utf-8").splitlines()[1].lstrip("# ") for file in shipped}
+
+
+def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe called `name` (or the YAML file at that path), with `settings` laid over it.
+
+    Keys of `settings` may be nested with dots (``prior.weight``); values may be text, as a command line gives them.
+    What a recipe says under ``methods:`` holds for the method of that name, and lies between the two.
+
+    Raises:
+        DiffgraftError: no such recipe or method, an unknown key (the nearest is named), a value of the wrong kind, or
+            one that means nothing to the method.
+    """
+    from diffgraft.adapters.method import get_method  # brings torch, which listing recipes does without
+
+    values = _read(name)
+    by_method = _by_method(name, values.pop("methods", None) or {})
+    task = values.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        raise DiffgraftError(
+            f"The recipe {name} has task {task!r}; its line `task:` must be one of: {', '.join(TASKS)}."
+        )
+    kind = TASKS[task]
+    own_method = values.get("method", kind.model_fields["method"].default)
+    method = get_method(str(settings.get("method", own_method)))
+    if method.name != own_method:  # what the recipe says for its own method, another one may not have
+        values = {key: value for key, value in values.items() if key not in method.without}
+    for key, value in {**by_method.get(method.name, {}), **settings}.items():
+        _lay_over(kind, values, key, value)
+    try:
+        recipe = kind.model_validate(values)
+    except ValidationError as error:
+        raise DiffgraftError(_say(error, kind, name)) from error
+    _check_templates(recipe)
+    for key, reason in method.without.items():
+        value = getattr(recipe, key, None)
+        off = value in (None, False) or (isinstance(value, Prior) and value.weight == 0)
+        if key in recipe.model_fields_set and not off:
+            raise DiffgraftError(f"{key} means nothing to {method.name}: {reason}. Leave it out.")
+    return recipe
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
+    from diffgraft.adapters.method import get_method
+
+    said = recipe.model_dump(mode="json", exclude={"output", *get_method(recipe.method).without})
+    text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+    write_text(path, f"# diffgraft train {path.name}\n{text}")
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    shipped = recipe_names()
+    known = ALIASES.get(str(name), str(name))
+    if known in shipped:
+        text = (files("diffgraft.recipes") / f"{known}.yaml").read_text("utf-8")
+    elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
+        text = Path(name).read_text("utf-8-sig", errors="replace")
+    else:
+        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DiffgraftError(f"The recipe {name} is not readable YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
+    return values
+
+
+def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
+    """What a recipe says under ``methods:``, with the names checked."""
+    from diffgraft.adapters.method import get_method
+
+    if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
+        raise DiffgraftError(
+            f"Under methods: the recipe {name} should say `method: {{key: value}}`, and says {said!r}."
+        )
+    return {get_method(str(method)).name: own for method, own in said.items()}
+
+
+def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
+    model: type[BaseModel] = kind
+    *outer, last = key.split(".")
+    if outer[:1] == ["options"]:  # the method says what these are, not the recipe
+        held = values["options"] = dict(values.get("options") or {})
+        name, dot, rest = key.removeprefix("options.").partition(".")
+        held[name] = {**(held.get(name) or {}), rest: value} if dot else value
+        return
+    for level in outer:
+        inner = model.model_fields[level].annotation if level in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            raise DiffgraftError(_unknown(key, kind))
+        if not isinstance(values.get(level), dict):
+            values[level] = {}
+        values, model = values[level], inner
+    if last not in model.model_fields:
+        raise DiffgraftError(_unknown(key, kind))
+    if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
+        value = [part.strip() for part in value.split("|")]
+    values[last] = None if value == "" and last in ("alpha", "resolution", "layers") else value
+
+
+def _check_templates(recipe: Recipe) -> None:
+    """Refuse a {word} that nothing fills: it would be trained as it stands."""
+    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
+    for key in ("prompt", "class_prompt", "caption", "sample_prompts"):
+        value = getattr(recipe, key, "")
+        for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
+            if word not in known | ({"{caption}"} if key == "caption" else set()):
+                raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    keys = []
+    for name, info in kind.model_fields.items():
+        inner = info.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += [f"{name}.{key}" for key in _keys(inner)]
+        else:
+            keys.append(name)
+    return keys
+
+
+def _unknown(key: str, kind: type[Recipe]) -> str:
+    return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {nearest(key, _keys(kind))}"
+
+
+def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return _unknown(key, kind)
+    if first["type"] == "missing":
+        return f"The recipe {name} needs a value for {key!r}: add {key}=… ({_meaning(kind, key)})."
+    return f"The setting {key}={first['input']!r} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
+
+
+def _meaning(kind: type[BaseModel], key: str) -> str:
+    info = None
+    for level in key.split("."):
+        info = kind.model_fields.get(level)
+        inner = info.annotation if info else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            kind = inner
+    return (info.description if info else None) or "see the recipe's documentation"
