@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from benchmarks.learning.cases import VARIANTS
 from benchmarks.learning.measure import bounds
 from benchmarks.learning.targets import Target, made_up
 from diffgraft.data.pictures import read_folder
@@ -46,7 +47,7 @@ COLUMNS: dict[str, Callable[[Sequence[Row]], str]] = {
     "file": lambda rows: file_size(mean(rows, "bytes")),
     "processor time": lambda rows: f"{mean(rows, 'processor seconds'):.0f} s",
     "held-out loss": lambda rows: f"{mean(rows, 'before'):.3f} → {mean(rows, 'after'):.3f}",
-    "fall": lambda rows: f"{100 * mean(rows, 'fall'):.1f} % ± {100 * spread(rows, 'fall'):.1f}",
+    "fall": lambda rows: f"{100 * mean(rows, 'fall'):.1f} %{spread(rows, 'fall')}",
     "without the trigger": lambda rows: f"{100 * mean(rows, 'gain without trigger'):.0f} %",
     "class drift": lambda rows: f"{1000 * mean(rows, 'class drift'):.1f}",
 }
@@ -58,9 +59,9 @@ def mean(rows: Sequence[Row], key: str) -> float:
     return float(statistics.mean(row[key] for row in rows))
 
 
-def spread(rows: Sequence[Row], key: str) -> float:
-    """Standard deviation over the seeds, 0 where there is but one."""
-    return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
+def spread(rows: Sequence[Row], key: str) -> str:
+    """Standard deviation over the seeds in percent; nothing where there is but one."""
+    return f" ± {100 * statistics.stdev(row[key] for row in rows):.1f}" if len(rows) > 1 else ""
 
 
 def file_size(count: float) -> str:
@@ -95,23 +96,25 @@ def sheet(target: Target, pictures: Path, variants: Sequence[str]) -> Image.Imag
         if not folder.is_dir():
             return None
         drawn = [picture.image for picture in read_folder(folder)]
-        rows[variant] = drawn[:: max(1, len(drawn) // 12)][:12]
+        rows[variant] = [drawn[place * len(drawn) // 12] for place in range(12)]
     return grid(rows, smallest=64)
 
 
 def write_page(record: Path, pictures: Path) -> Path:
     """Write ``learning.md`` beside the record, and the sheets of the targets whose pictures are there."""
     rows = [json.loads(line) for line in record.read_text("utf-8").splitlines()]
+    places = list(VARIANTS)
+    rows.sort(key=lambda row: (places.index(row["variant"]), row["target"], row["seed"]))
     parts = [HEAD]
     targets = made_up()
-    for name in dict.fromkeys(row["target"] for row in rows if row["target"] in targets):
+    for name in targets:
         by_variant: dict[str, list[Row]] = {}
         for row in rows:
             if row["target"] == name:
                 by_variant.setdefault(row["variant"], []).append(row)
         made = sheet(targets[name], pictures, list(by_variant))
         if made is not None:
-            save_image(made, SHEETS / f"learning-{name}.png")
+            save_image(made.quantize(256, dither=Image.Dither.NONE), SHEETS / f"learning-{name}.png")
         parts.append(f"## {name}\n\n{table(by_variant, bounds(targets[name]))}")
         parts.append(f"![What each method draws of the {name}](../pictures/learning-{name}.png)\n")
     photos: dict[str, list[Row]] = {}
