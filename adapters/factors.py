@@ -102,13 +102,18 @@ class FactorPatch(Patch):
         self._rates = {name: rate for name, rate in (rates or {}).items() if rate != 1}
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        leaves = dict(self.leaves.items())
-        return self._factors.add(out, self._scale, leaves, layer, as_input(x, next(iter(leaves.values()))))
+        leaves, x = self._given(x)
+        return self._factors.add(out, self._scale, leaves, layer, x)
 
     def added(self, layer: nn.Module, x: Tensor) -> Tensor:
         """What it adds to what the layer gives for `x`."""
+        leaves, x = self._given(x)
+        return self._scale * self._factors.forward(leaves, layer, x)
+
+    def _given(self, x: Tensor) -> tuple[Leaves, Tensor]:
+        """The leaves, and `x` in their precision."""
         leaves = dict(self.leaves.items())
-        return self._scale * self._factors.forward(leaves, layer, as_input(x, next(iter(leaves.values()))))
+        return leaves, as_input(x, next(iter(leaves.values())))
 
     def weight(self, layer: nn.Module) -> Tensor:
         """ΔW for this layer, scale included."""

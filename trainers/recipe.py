@@ -167,7 +167,7 @@ class StyleRecipe(Recipe):
 
     def _bare(self, caption: str) -> str:
         """A caption without the trigger, which class images must not know, and without the commas it leaves behind."""
-        without = re.sub(rf"{re.escape(self.trigger)}( style)?", "", caption)
+        without = re.sub(rf"(?<!\w){re.escape(self.trigger)}( style)?(?!\w)", "", caption)
         return ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
 
 

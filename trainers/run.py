@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -212,7 +213,7 @@ def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[list
     for picture in pictures:
         caption = picture.caption if plan.captions else None
         if isinstance(plan, StyleRecipe) and caption:
-            said = plan.trigger in caption
+            said = re.search(rf"(?<!\w){re.escape(plan.trigger)}(?!\w)", caption)
             prompts = [caption if said else plan.fill(plan.caption).replace("{caption}", caption)]
         elif caption is None and plan.templates != "none":
             prompts = [plan.fill(template) for template in TEMPLATES[plan.templates]]

@@ -233,9 +233,8 @@ def test_the_text_is_asked_once_a_pass_however_many_attentions_there_are() -> No
     base = load_base("tiny")
     live = attach(base, activation="relu")
     calls: list[int] = []
-    for name, network in live.networks.items():
+    for network in live.networks.values():
         network.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
-        assert name
     base.unet(torch.randn(1, 4, 16, 12), torch.tensor(3), encoder_hidden_states=torch.randn(1, 7, 64))
     attentions = sum(1 for width, found in contexts(base.unet).items() if width == 64 for _ in found) // 2
     assert attentions > 2

@@ -191,8 +191,8 @@ def test_what_class_images_show() -> None:
     assert load_recipe("subject", {"subject": "dog"}).class_prompts(captions) == ["a dog"]
     assert load_recipe("style", {}).class_prompts(captions) == ["a cat", "a picture", "a tree"]
     assert load_recipe("concept", {}).class_prompts(captions) == []
-    kohya = ["sks style, a cat", "a tree, sks", "sks"]
-    assert load_recipe("style", {}).class_prompts(kohya) == ["a cat", "a tree", "a picture"]
+    kohya = ["sks style, a cat", "a tree, sks", "sks", "two masks"]
+    assert load_recipe("style", {}).class_prompts(kohya) == ["a cat", "a tree", "a picture", "two masks"]
 
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
