@@ -5,6 +5,7 @@ pair of networks f for each width of context there is (stable-diffusion-webui 1.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -119,7 +120,10 @@ class ContextNetwork(nn.Module):
         return self.training and any(isinstance(layer, nn.Dropout) for layer in self.linear)
 
     def shorter_for(self, tokens: int) -> bool:
-        """Whether it is one matrix in disguise, and to work that out and use it on `tokens` is less than to use f."""
+        """Whether it is one matrix in disguise, and to work that out and use it on `tokens` is less than to use f.
+
+        `tokens` are those of all the attentions that share it in a pass; the way back takes twice as much of either.
+        """
         if not all(isinstance(layer, nn.Linear | nn.Dropout) for layer in self.linear) or self.is_random:
             return False
         layers = [layer for layer in self.linear if isinstance(layer, nn.Linear)]
@@ -151,12 +155,13 @@ class Overlay:
     """Networks (``<width>-k`` and ``<width>-v`` → network) before the projections of a live UNet, until `remove`.
 
     What many attentions would work out alike is worked out once, when a pass through the UNet begins: what the
-    networks make of the text, and the single matrix of networks that are one; so are the gradients of their weights.
+    networks make of the text, and 1 + strength · f where f is but one matrix; so are the gradients of their weights.
     """
 
     def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
         self._networks, self._strength = networks, strength
         self._widths = list(getattr(getattr(unet, "config", None), "block_out_channels", ()))
+        self._uses: Counter[str] = Counter()
         # by whether gradients are made: a pass without them may come between one with them and its way back, when
         # checkpointing works out again what it did
         self._said: dict[bool, Any] = {True: WeakTensorKeyDictionary(), False: WeakTensorKeyDictionary()}
@@ -165,6 +170,7 @@ class Overlay:
         for width, projections in contexts(unet).items():
             for keys, projection in projections:
                 if (name := f"{width}-{keys}") in networks:
+                    self._uses[name] += 1
                     self._hooks.append(projection.register_forward_pre_hook(self._before(name)))
 
     def remove(self) -> None:
@@ -185,27 +191,29 @@ class Overlay:
                 said[name] = network(text)
             if sample is not None and width in self._widths:
                 tokens = sample[:, 0].numel() // 4 ** self._widths.index(width)
-                if network.shorter_for(tokens):
-                    matrices[name] = network.as_one()
+                if network.shorter_for(tokens * self._uses[name]):
+                    weight, bias = network.as_one()
+                    itself = torch.eye(width, dtype=weight.dtype, device=weight.device)
+                    matrices[name] = (itself + self._strength * weight, self._strength * bias)
         if said:
             self._said[torch.is_grad_enabled()][text] = said
 
-    def _change(self, name: str, context: Tensor) -> Tensor:
-        """f(c)."""
+    def _changed(self, name: str, context: Tensor) -> Tensor:
+        """c + strength · f(c)."""
         graded = torch.is_grad_enabled()
         if (said := self._said[graded].get(context)) is not None and name in said:
-            found: Tensor = said[name]
+            change: Tensor = said[name]
         elif name in self._matrices[graded]:
             weight, bias = self._matrices[graded][name]
-            found = F.linear(as_input(context, weight), weight, bias)
+            return F.linear(as_input(context, weight), weight, bias).to(context.dtype)
         else:
-            found = self._networks[name](context)
-        return found
+            change = self._networks[name](context)
+        return context + self._strength * change.to(context.dtype)
 
     def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             context, *rest = args
-            return (context + self._strength * self._change(name, context).to(context.dtype), *rest)
+            return (self._changed(name, context), *rest)
 
         return hook
 

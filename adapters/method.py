@@ -92,8 +92,8 @@ class Method:
     """Its own settings."""
     layers: str | Callable[[Any], str] = "attention"
     """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
-    without: Mapping[str, str] = field(default_factory=dict)
-    """Keys of recipes that mean nothing to it → why; who sets one of them is told so."""
+    without: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
+    """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
     read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
     read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None
@@ -102,6 +102,10 @@ class Method:
     def layers_under(self, options: Options) -> str:
         """The layers it adapts under `options`, where the recipe does not say."""
         return self.layers if isinstance(self.layers, str) else self.layers(options)
+
+    def without_under(self, options: Options) -> Mapping[str, str]:
+        """Keys of recipes that mean nothing to it under `options` → why."""
+        return self.without(options) if callable(self.without) else self.without
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
         """`given`, checked.

@@ -69,12 +69,23 @@ class AttachedPivotal(Attached):
         self.weights.detach()
 
 
+def _layers(options: PivotalOptions) -> str:
+    method = get_method(options.weights)
+    return method.layers_under(method.read_options(options.of_weights))
+
+
+def _without(options: PivotalOptions) -> Mapping[str, str]:
+    method = get_method(options.weights)
+    reasons = method.without_under(method.read_options(options.of_weights))
+    said = {key: reason.replace("options.", "options.of_weights.") for key, reason in reasons.items()}
+    return {key: f"with options.weights={method.name}, {reason}" for key, reason in said.items()}
+
+
 METHOD = Method(
     name="pivotal",
     summary="a new word and weights together, in one file",
     attach=AttachedPivotal,
     options=PivotalOptions,
-    layers=lambda options: get_method(options.weights).layers_under(
-        get_method(options.weights).read_options(options.of_weights)
-    ),
+    layers=_layers,
+    without=_without,
 )

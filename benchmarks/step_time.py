@@ -2,15 +2,16 @@
 
 The real configuration with random weights, in float32. A step is a forward and a backward pass; the floor is the
 frozen UNet alone, back to its input. Peers run at the same layers, rank and alpha: peft's layers, and lycoris-lora's in
-both of its modes. All cases take turns in one process, and each round's times are divided by the floor's of that round;
-peak memory is of a process of its own for each case. It takes most of an hour on two cores.
+both of its modes. All cases take turns in one process, in a new random order every round, and the fastest step of a
+case is divided by the fastest of the floor: what disturbs a step only ever adds to it. Peak memory is of a process of
+its own for each case. It takes half an hour on two cores, which should have nothing else to do.
 """
 
 import argparse
 import gc
 import json
-import resource
-import statistics
+import random
+import re
 import subprocess
 import sys
 import time
@@ -30,14 +31,17 @@ from diffgraft.bases.loading import CONFIGS
 from diffgraft.files import replacing, write_text
 
 RANK = 8
+SLOW = 2.5
+"""Ratio to the floor from which a case takes one turn only: the others are who it would be compared with."""
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# What a training step costs
 
 `python -m benchmarks.step_time` wrote this page: one step (forward and backward) of Stable Diffusion 1.5's UNet, the
 real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is the frozen UNet
 alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
-where *bypass* is its mode that never builds the matrix. Cases take turns; the ratio is the median over the rounds of a
-case's time to the floor's in the same round. Peak memory is of a process of its own.
+where *bypass* is its mode that never builds the matrix. Cases take turns, in a new random order
+every round; seconds are of the fastest step, and the ratio is to the floor's fastest. What takes over {slow} times as
+long as the floor has one turn. Peak memory is of a process of its own.
 
 ![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
 """
@@ -52,7 +56,7 @@ class Setting:
     batch: int
     rounds: int
     steps: int
-    """Timed in each round, after one that is not; the fastest counts"""
+    """In each round"""
     memory: bool
 
     @property
@@ -60,11 +64,12 @@ class Setting:
         return f"{self.side} x {self.side}, batch {self.batch}"
 
 
-SETTINGS = {setting.name: setting for setting in (Setting(32, 1, 5, 2, True), Setting(64, 2, 2, 1, False))}
+SETTINGS = {setting.name: setting for setting in (Setting(32, 1, 5, 2, True), Setting(64, 2, 3, 1, False))}
 CASES = {
     "floor": ("", "", {}),
     "lora": ("ours", "lora", {}),
     "lora, peft": ("peft", "lora", {}),
+    "lora, lycoris": ("lycoris", "lora", {"bypass_mode": True}),
     "locon": ("ours", "locon", {}),
     "locon, peft": ("peft", "locon", {}),
     "locon, lycoris": ("lycoris", "locon", {"bypass_mode": True}),
@@ -77,6 +82,7 @@ CASES = {
     "lokr, lycoris": ("lycoris", "lokr", {}),
     "lokr, lycoris bypass": ("lycoris", "lokr", {"bypass_mode": True}),
     "hypernetwork": ("ours", "hypernetwork", {}),
+    "full": ("ours", "full", {}),
 }
 """Name → whose code, method, and what is set on it."""
 
@@ -133,7 +139,7 @@ def _lycoris(unet: nn.Module, method: str, paths: list[str], options: dict[str, 
     from lycoris.modules.loha import LohaModule
     from lycoris.modules.lokr import LokrModule
 
-    kind = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}[method]
+    kind = {"lora": LoConModule, "locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}[method]
     modules = []
     for path in paths:
         module = kind(path.replace(".", "_"), unet.get_submodule(path), 1.0, RANK, RANK, **options)
@@ -162,23 +168,20 @@ def new_step(unet: Any, side: int, batch: int) -> Callable[[list[nn.Parameter]],
 
 
 def measure(unet: Any, names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
-    """Median seconds of a step, and the median of its ratio to the floor of the same round, for each case."""
+    """Seconds of the fastest step of each case, and their ratio to those of the floor."""
     step = new_step(unet, setting.side, setting.batch)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=setting.rounds * len(names), desc=setting.name, leave=False) as bar:
-        for _ in range(setting.rounds):
-            for name in names:
+    shuffle = random.Random(0).sample
+    fastest: dict[str, float] = {}
+    with tqdm(desc=setting.name, unit=" turns", leave=False) as bar:
+        for turn in range(setting.rounds):
+            due = [name for name in names if turn == 0 or fastest[name] < SLOW * fastest["floor"]]
+            for name in shuffle(due, len(due)):
                 with attached(unet, *CASES[name]) as trainable:
-                    step(trainable)
-                    seconds[name].append(min(step(trainable) for _ in range(setting.steps)))
+                    seconds = min(step(trainable) for _ in range(setting.steps))
+                fastest[name] = min(seconds, fastest.get(name, seconds))
                 gc.collect()
                 bar.update()
-            for name in names:
-                ratios[name].append(seconds[name][-1] / seconds["floor"][-1])
-    return {
-        name: {"seconds": statistics.median(seconds[name]), "ratio": statistics.median(ratios[name])} for name in names
-    }
+    return {name: {"seconds": fastest[name], "ratio": fastest[name] / fastest["floor"]} for name in names}
 
 
 def peak_memory(name: str, setting: Setting) -> float:
@@ -189,13 +192,18 @@ def peak_memory(name: str, setting: Setting) -> float:
 
 
 def run_one(name: str, setting: Setting) -> None:
-    """Two steps of one case, and the peak of this process's memory in gigabytes on the last line."""
+    """Two steps of one case, and the peak of this process's memory in gigabytes on the last line.
+
+    It is read where Linux keeps it: what `getrusage` says begins with the peak of the process that started this one.
+    """
     unet = new_unet()
     step = new_step(unet, setting.side, setting.batch)
     with attached(unet, *CASES[name]) as trainable:
         step(trainable)
         step(trainable)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
+    assert peak is not None
+    print(int(peak[1]) * 1024 / 1e9)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -234,7 +242,7 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
     """``step-time.json``, ``step-time.md`` and the plot."""
     write_text(folder / "step-time.json", json.dumps(found, indent=1) + "\n")
     plot(found["settings"], folder.parent / "pictures" / "step-time.png")
-    parts = [HEAD.format(threads=found["threads"], rank=found["rank"])]
+    parts = [HEAD.format(threads=found["threads"], rank=found["rank"], slow=SLOW)]
     parts += [f"## {name}\n\n{table(cases)}" for name, cases in found["settings"].items()]
     write_text(folder / "step-time.md", "\n".join(parts))
 

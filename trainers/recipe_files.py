@@ -45,16 +45,19 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     kind = TASKS[task]
     own_method = values.get("method", kind.model_fields["method"].default)
     method = get_method(str(settings.get("method", own_method)))
-    if method.name != own_method:  # what the recipe says for its own method, another one may not have
-        values = {key: value for key, value in values.items() if key not in method.without}
-    for key, value in {**by_method.get(method.name, {}), **settings}.items():
+    given = {**by_method.get(method.name, {}), **settings}
+    for key, value in given.items():
         _lay_over(kind, values, key, value)
+    lacking = method.without_under(method.read_options(values.get("options") or {}))
+    if method.name != own_method:  # what the recipe says for its own method, another one may not have
+        said = {key.partition(".")[0] for key in given}
+        values = {key: value for key, value in values.items() if key in said or key not in lacking}
     try:
         recipe = kind.model_validate(values)
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
     _check_templates(recipe)
-    for key, reason in method.without.items():
+    for key, reason in lacking.items():
         value = getattr(recipe, key, None)
         off = value in (None, False) or (isinstance(value, Prior) and value.weight == 0)
         if key in recipe.model_fields_set and not off:
@@ -62,11 +65,17 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
+def meaningless(recipe: Recipe) -> Mapping[str, str]:
+    """Keys of the recipe that mean nothing to its method → why."""
     from diffgraft.adapters.method import get_method
 
-    said = recipe.model_dump(mode="json", exclude={"output", *get_method(recipe.method).without})
+    method = get_method(recipe.method)
+    return method.without_under(method.read_options(recipe.options))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
+    said = recipe.model_dump(mode="json", exclude={"output", *meaningless(recipe)})
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
     write_text(path, f"# diffgraft train {path.name}\n{text}")
 

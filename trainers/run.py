@@ -33,7 +33,7 @@ from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest, generator
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
 from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe
-from diffgraft.trainers.recipe_files import load_recipe, save_recipe
+from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recipe
 from diffgraft.trainers.templates import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -244,7 +244,7 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
     texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
     prior: Prior | None = getattr(plan, "prior", None)
-    if not texts or prior is None or prior.weight == 0 or "prior" in get_method(plan.method).without:
+    if not texts or prior is None or prior.weight == 0 or "prior" in meaningless(plan):
         return Captioned(ours, noising, plan.seed)
     if len(texts) > prior.images:  # each is drawn at least once
         texts = [
@@ -271,7 +271,7 @@ def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
 def _header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
     """What the file says of itself: all of it a function of recipe, base and pictures."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
-    has_rank = "rank" not in get_method(plan.method).without
+    has_rank = "rank" not in meaningless(plan)
     return {
         "method": plan.method,
         **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),

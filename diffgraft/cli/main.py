@@ -189,10 +189,12 @@ def methods(
         return
     method = get_method(name)
     typer.echo(f"{method.name}: {method.summary}")
-    if "layers" not in method.without:
-        typer.echo(f"layers={method.layers_under(method.read_options({}))}")
-    for reason in dict.fromkeys(method.without.values()):
-        keys = ", ".join(key for key, why in method.without.items() if why == reason)
+    options = method.read_options({})
+    lacking = method.without_under(options)
+    if "layers" not in lacking:
+        typer.echo(f"layers={method.layers_under(options)}")
+    for reason in dict.fromkeys(lacking.values()):
+        keys = ", ".join(key for key, why in lacking.items() if why == reason)
         typer.echo(f"without {keys}: {reason}")
     for key, field in method.options.model_fields.items():
         default = field.get_default(call_default_factory=True)

@@ -100,6 +100,11 @@ def test_a_recipe_has_settings_of_its_own_for_a_method(tmp_path: Path) -> None:
         ({"method": "textual-inversion", "prior.weight": 1}, "prior means nothing to textual-inversion"),
         ({"method": "hypernetwork", "text_encoder": "true"}, "text_encoder means nothing to hypernetwork"),
         ({"method": "full", "alpha": 4}, "alpha means nothing to full: .*options.rank"),
+        (
+            {"method": "pivotal", "options.weights": "full", "rank": 4},
+            "rank means nothing to pivotal: with options.weights=full, .*options.of_weights.rank",
+        ),
+        ({"method": "pivotal", "options.weights": "hypernetwork", "layers": "all"}, "layers means nothing to pivotal"),
         ({"method": "lorra"}, "did you mean 'lora'"),
     ],
 )
