@@ -194,12 +194,12 @@ class Overlay:
                 if network.shorter_for(tokens * self._uses[name]):
                     weight, bias = network.as_one()
                     itself = torch.eye(width, dtype=weight.dtype, device=weight.device)
-                    matrices[name] = (itself + self._strength * weight, self._strength * bias)
+                    matrices[name] = (itself.add(weight, alpha=self._strength), self._strength * bias)
         if said:
             self._said[torch.is_grad_enabled()][text] = said
 
     def _changed(self, name: str, context: Tensor) -> Tensor:
-        """c + strength · f(c)."""
+        """The context c under f: c + strength · f(c)."""
         graded = torch.is_grad_enabled()
         if (said := self._said[graded].get(context)) is not None and name in said:
             change: Tensor = said[name]
@@ -208,7 +208,7 @@ class Overlay:
             return F.linear(as_input(context, weight), weight, bias).to(context.dtype)
         else:
             change = self._networks[name](context)
-        return context + self._strength * change.to(context.dtype)
+        return context.add(change.to(context.dtype), alpha=self._strength)
 
     def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""A linear layer that is used many times in one pass, its weight's gradient made but once.
+"""A linear layer that is used many times in one pass, its parameters' gradients made but once.
 
 Autograd makes a gradient of the weight's size for each use and adds them up: of a large matrix used on few tokens that
 is mostly moving memory. Here every use notes its input and its output's gradient, and one product over all of them
@@ -21,69 +21,74 @@ class SharedLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self._tap: Tensor | None = None
+        self._taps: tuple[Tensor, Tensor] | None = None
         self._noted: Noted = []
 
     def begin(self) -> None:
         """From now on, uses belong to a new pass. Passes without gradients need none, and leave one under way alone."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self._tap = None
+        self._taps = None
         if self.weight.requires_grad:
             self._noted = []
-            tap: Tensor = _Gather.apply(self.weight, self._noted)  # type: ignore[no-untyped-call]
+            weight, bias = _Gather.apply(self.weight, self.bias, self._noted)  # type: ignore[no-untyped-call]
             kind = self.weight.device.type
-            # autocast would do this at every use, as it remembers the halves of parameters only
-            self._tap = tap.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tap
+            if torch.is_autocast_enabled(kind):  # which remembers the halves of parameters only, and not of these
+                half = torch.get_autocast_dtype(kind)
+                weight, bias = weight.to(half), bias.to(half)
+            self._taps = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._tap is None or not torch.is_grad_enabled():
+        if self._taps is None or not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        used: Tensor = _Use.apply(x.to(self._tap.dtype), self._tap, self._noted)  # type: ignore[no-untyped-call]
-        return used + self.bias.to(used.dtype)
+        weight, bias = self._taps
+        used: Tensor = _Use.apply(x.to(weight.dtype), weight, bias, self._noted)  # type: ignore[no-untyped-call]
+        return used
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: they begin passes of their own."""
-        return {**self.__dict__, "_tap": None, "_noted": []}
+        return {**self.__dict__, "_taps": None, "_noted": []}
 
 
 class _Use(torch.autograd.Function):
-    """x [..., in], weight [out, in] → x · weightᵀ; the weight's gradient is left to `_Gather`."""
+    """x [..., in], weight [out, in], bias [out] → x · weightᵀ + bias; their gradients are left to `_Gather`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, noted: Noted) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, noted: Noted) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.noted = noted
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         ctx.noted.append((_this_backward(), x.flatten(0, -2), grad.flatten(0, -2)))
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class _Gather(torch.autograd.Function):
-    """The weight as it is; its gradient is made when all uses have noted theirs, which autograd's order ensures."""
+    """Weight and bias as they are; their gradients are made when all uses have noted, as autograd's order ensures."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, noted: Noted) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, noted: Noted) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.noted, ctx.dtype = noted, weight.dtype
-        return weight.view_as(weight)
+        return weight.view_as(weight), bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, None]:
-        # an earlier way back that did not ask for this gradient may have left notes of its own
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        # an earlier way back that did not ask for these gradients may have left notes of its own
         now = _this_backward()
         noted = [(x, grad) for backward, x, grad in ctx.noted if backward == now]
         ctx.noted.clear()
         if not noted:
-            return None, None
+            return None, None, None
         inputs, gradients = (torch.cat(side) for side in zip(*noted, strict=True))
-        return (gradients.t() @ inputs).to(ctx.dtype), None
+        of_weight = (gradients.t() @ inputs).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = gradients.sum(0).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return of_weight, of_bias, None
 
 
 def _this_backward() -> int:

@@ -41,7 +41,8 @@ real configuration with random weights in float32, on {threads} threads of a pro
 alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
 where *bypass* is its mode that never builds the matrix. Cases take turns, in a new random order
 every round; seconds are of the fastest step, and the ratio is to the floor's fastest. What takes over {slow} times as
-long as the floor has one turn. Peak memory is of a process of its own.
+long as the floor has one turn. Peak memory is of a process of its own. What `--only` measured again has its ratio from
+that run, beside the floor of the day.
 
 ![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
 """
@@ -248,26 +249,29 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
-    """Measure every setting and write the page; with ``--only``, print a table of some cases instead."""
+    """Measure every setting and write the page; with ``--only``, put some cases, measured again, in their places."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--only", nargs="*", choices=list(CASES), help="these cases; no page is written then")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="these again, beside the floor of the day")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         run_one(options.one[0], SETTINGS[options.one[1]])
         return
     names = ["floor", *(name for name in options.only or CASES if name != "floor")]
-    found: dict[str, Any] = {"rank": RANK, "threads": torch.get_num_threads(), "settings": {}}
-    for key in options.settings:
-        setting = SETTINGS[key]
-        cases = found["settings"][key] = measure(new_unet(), names, setting)
-        if setting.memory and not options.only:
+    record = RESULTS / "step-time.json"
+    if options.only and record.exists():
+        found = json.loads(record.read_text("utf-8"))
+    else:
+        found = {"rank": RANK, "threads": torch.get_num_threads(), "settings": {key: {} for key in SETTINGS}}
+    for key, setting in SETTINGS.items():
+        cases = measure(new_unet(), names, setting)
+        if setting.memory:
             for name in tqdm(names, "memory", leave=False):
                 cases[name]["GB"] = peak_memory(name, setting)
         print(f"{key}\n\n{table(cases)}", flush=True)
-    if not options.only and options.settings == list(SETTINGS):
-        write_page(found, RESULTS)
+        held = found["settings"][key]
+        held |= {name: row for name, row in cases.items() if name not in held or name in (options.only or CASES)}
+    write_page(found, RESULTS)
 
 
 if __name__ == "__main__":

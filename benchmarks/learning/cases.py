@@ -29,12 +29,13 @@ class Case:
 
 
 def cases(seeds: int, photos: Path | None) -> Iterator[Case]:
-    """All there are, those of the first seed first."""
+    """All there are, those of the first seed first, and photographs last."""
     for seed in range(seeds):
         for target in ("poodle", "alien", "screen-print"):
             for variant in VARIANTS:
                 if variant != NO_PRIOR or target != "screen-print":
                     yield Case(target, variant, seed)
+    for seed in range(seeds):
         for folder in sorted(photos.iterdir()) if photos else ():
             if folder.is_dir():
                 yield Case(folder.name, "lora", seed)
