@@ -2,16 +2,16 @@
 
 The real configuration with random weights, in float32. A step is a forward and a backward pass; the floor is the
 frozen UNet alone, back to its input. Peers run at the same layers, rank and alpha: peft's layers, and lycoris-lora's in
-both of its modes. All cases take turns in one process, in a new random order every round, and the fastest step of a
-case is divided by the fastest of the floor: what disturbs a step only ever adds to it. Peak memory is of a process of
-its own for each case. It takes half an hour on two cores, which should have nothing else to do.
+both of its modes. A machine is not equally fast from one minute to the next: so every case has steps of the floor
+between its own, and the fastest of its steps is divided by the fastest of those. Peak memory is of a process of its own
+for each case. It takes an hour on two cores, which should have nothing else to do.
 """
 
 import argparse
 import gc
 import json
-import random
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -32,17 +32,16 @@ from diffgraft.files import replacing, write_text
 
 RANK = 8
 SLOW = 2.5
-"""Ratio to the floor from which a case takes one turn only: the others are who it would be compared with."""
+"""Ratio to the floor from which one step is enough: nothing is compared with such a case."""
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# What a training step costs
 
 `python -m benchmarks.step_time` wrote this page: one step (forward and backward) of Stable Diffusion 1.5's UNet, the
 real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is the frozen UNet
 alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
-where *bypass* is its mode that never builds the matrix. Cases take turns, in a new random order
-every round; seconds are of the fastest step, and the ratio is to the floor's fastest. What takes over {slow} times as
-long as the floor has one turn. Peak memory is of a process of its own. What `--only` measured again has its ratio from
-that run, beside the floor of the day.
+where *bypass* is its mode that never builds the matrix. Steps of the floor come between the steps of a case, and the
+ratio is of the fastest of either; the row of the floor itself shows how far that can be trusted. Peak memory is of a
+process of its own.
 
 ![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
 """
@@ -56,8 +55,9 @@ class Setting:
     """Of the latents; pictures are eight times as wide"""
     batch: int
     rounds: int
+    """Over all cases; their median counts"""
     steps: int
-    """In each round"""
+    """Of the case and of the floor, in turns, in each round; the fastest count"""
     memory: bool
 
     @property
@@ -65,7 +65,7 @@ class Setting:
         return f"{self.side} x {self.side}, batch {self.batch}"
 
 
-SETTINGS = {setting.name: setting for setting in (Setting(32, 1, 5, 2, True), Setting(64, 2, 3, 1, False))}
+SETTINGS = {setting.name: setting for setting in (Setting(32, 1, 3, 4, True), Setting(64, 2, 1, 3, False))}
 CASES = {
     "floor": ("", "", {}),
     "lora": ("ours", "lora", {}),
@@ -149,14 +149,14 @@ def _lycoris(unet: nn.Module, method: str, paths: list[str], options: dict[str, 
     return modules
 
 
-def new_step(unet: Any, side: int, batch: int) -> Callable[[list[nn.Parameter]], float]:
-    """A function that runs one step and says how many seconds it took."""
+def new_step(side: int, batch: int) -> Callable[[Any, list[nn.Parameter]], float]:
+    """A function that runs one step of a UNet and says how many seconds it took."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, side, side, generator=generator)
     states = torch.randn(batch, 77, 768, generator=generator)
     times = torch.randint(0, 1000, (batch,), generator=generator)
 
-    def step(trainable: list[nn.Parameter]) -> float:
+    def step(unet: Any, trainable: list[nn.Parameter]) -> float:
         given = x.clone().requires_grad_(not trainable)
         start = time.perf_counter()
         unet(given, times, states).sample.square().mean().backward()
@@ -168,21 +168,34 @@ def new_step(unet: Any, side: int, batch: int) -> Callable[[list[nn.Parameter]],
     return step
 
 
-def measure(unet: Any, names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
-    """Seconds of the fastest step of each case, and their ratio to those of the floor."""
-    step = new_step(unet, setting.side, setting.batch)
-    shuffle = random.Random(0).sample
-    fastest: dict[str, float] = {}
-    with tqdm(desc=setting.name, unit=" turns", leave=False) as bar:
-        for turn in range(setting.rounds):
-            due = [name for name in names if turn == 0 or fastest[name] < SLOW * fastest["floor"]]
-            for name in shuffle(due, len(due)):
-                with attached(unet, *CASES[name]) as trainable:
-                    seconds = min(step(trainable) for _ in range(setting.steps))
-                fastest[name] = min(seconds, fastest.get(name, seconds))
-                gc.collect()
+def measure(names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
+    """Seconds of the fastest step of each case, and how many times the floor's beside it that is."""
+    bare, unet = new_unet(), new_unet()
+    step = new_step(setting.side, setting.batch)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=setting.rounds * len(names), desc=setting.name, leave=False) as bar:
+        for _ in range(setting.rounds):
+            for name in names:
+                if not ratios[name] or ratios[name][0] < SLOW:
+                    own, floor = one_turn(bare, unet, name, step, setting.steps)
+                    seconds[name].append(own)
+                    ratios[name].append(own / floor)
                 bar.update()
-    return {name: {"seconds": fastest[name], "ratio": fastest[name] / fastest["floor"]} for name in names}
+    return {name: {"seconds": min(seconds[name]), "ratio": statistics.median(ratios[name])} for name in names}
+
+
+def one_turn(bare: Any, unet: Any, name: str, step: Callable[..., float], steps: int) -> tuple[float, float]:
+    """Seconds of the fastest step of a case, and of the fastest of the floor's between them."""
+    gc.collect()
+    own, floor = [], []
+    with attached(unet, *CASES[name]) as trainable:
+        for _ in range(steps):
+            floor.append(step(bare, []))
+            own.append(step(unet, trainable))
+            if own[0] > SLOW * floor[0]:
+                break
+    return min(own), min(floor)
 
 
 def peak_memory(name: str, setting: Setting) -> float:
@@ -198,10 +211,10 @@ def run_one(name: str, setting: Setting) -> None:
     It is read where Linux keeps it: what `getrusage` says begins with the peak of the process that started this one.
     """
     unet = new_unet()
-    step = new_step(unet, setting.side, setting.batch)
+    step = new_step(setting.side, setting.batch)
     with attached(unet, *CASES[name]) as trainable:
-        step(trainable)
-        step(trainable)
+        step(unet, trainable)
+        step(unet, trainable)
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("utf-8"))
     assert peak is not None
     print(int(peak[1]) * 1024 / 1e9)
@@ -243,7 +256,7 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
     """``step-time.json``, ``step-time.md`` and the plot."""
     write_text(folder / "step-time.json", json.dumps(found, indent=1) + "\n")
     plot(found["settings"], folder.parent / "pictures" / "step-time.png")
-    parts = [HEAD.format(threads=found["threads"], rank=found["rank"], slow=SLOW)]
+    parts = [HEAD.format(threads=found["threads"], rank=found["rank"])]
     parts += [f"## {name}\n\n{table(cases)}" for name, cases in found["settings"].items()]
     write_text(folder / "step-time.md", "\n".join(parts))
 
@@ -264,7 +277,7 @@ def main() -> None:
     else:
         found = {"rank": RANK, "threads": torch.get_num_threads(), "settings": {key: {} for key in SETTINGS}}
     for key, setting in SETTINGS.items():
-        cases = measure(new_unet(), names, setting)
+        cases = measure(names, setting)
         if setting.memory:
             for name in tqdm(names, "memory", leave=False):
                 cases[name]["GB"] = peak_memory(name, setting)
