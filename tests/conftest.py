@@ -100,32 +100,71 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small_sd1(folder: Path) -> Path:
-    """A random model of Stable Diffusion 1.x's shape (four levels, two layers a block), small and unequal in width."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+UNETS: dict[str, dict[str, object]] = {
+    "sd1": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 20, "attention_head_dim": 4},
+    "sd2": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 20, "attention_head_dim": [1, 2, 3, 3]},
+    "taiyi": {"block_out_channels": [8, 16, 24, 24], "cross_attention_dim": 20, "attention_head_dim": 4},
+    "sdxl": {
+        "block_out_channels": [8, 16, 24],
+        "cross_attention_dim": 20 + 28,
+        "attention_head_dim": [1, 2, 3],
+        "transformer_layers_per_block": [1, 1, 2],
+        "addition_time_embed_dim": 6,
+        "projection_class_embeddings_input_dim": 6 * 6 + 12,
+    },
+}
+"""Family → what makes the UNet of its configuration small."""
 
-    from diffgraft.bases import loading
+
+def small(folder: Path, family: str) -> Path:
+    """A random model of a family's configuration, small and unequal in width, as a diffusers folder."""
+    import diffusers
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from diffgraft.bases import FAMILIES, loading
 
     torch.manual_seed(8)
+    source = loading.CONFIGS / (family if family != "taiyi" else "sd1")
 
     def configured(part: str, **small: object) -> dict[str, object]:
-        return {**json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8")), **small}
+        return {**json.loads((source / part / "config.json").read_text("utf-8")), **small}
 
-    unet = configured(
-        "unet", block_out_channels=[8, 16, 24, 24], cross_attention_dim=20, norm_num_groups=4, attention_head_dim=4
-    )
-    vae = configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4)
-    text = configured("text_encoder", hidden_size=20, intermediate_size=28, num_attention_heads=4, num_hidden_layers=2)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_config(vae),
-        unet=UNet2DConditionModel.from_config(unet),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        tokenizer=CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer"),
-        scheduler=PNDMScheduler.from_pretrained(loading.CONFIGS / "sd1" / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    def text(part: str, width: int) -> CLIPTextConfig:
+        sizes = {"hidden_size": width, "intermediate_size": width + 8, "num_attention_heads": 4, "projection_dim": 12}
+        return CLIPTextConfig(**configured(part, num_hidden_layers=2, **sizes))
+
+    vae = AutoencoderKL.from_config(configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4))
+    unet = UNet2DConditionModel.from_config(configured("unet", norm_num_groups=4, **UNETS[family]))
+    with (source / "scheduler" / "scheduler_config.json").open(encoding="utf-8") as file:
+        scheduler = getattr(diffusers, json.load(file)["_class_name"]).from_pretrained(source / "scheduler")
+    tokenizer = CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer")
+    padded_with_id_0 = CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer", pad_token="!")
+    parts: dict[str, object]
+    if family == "sdxl":
+        second = CLIPTextModelWithProjection(text("text_encoder_2", 28))
+        parts = {"tokenizer": tokenizer, "text_encoder_2": second, "tokenizer_2": padded_with_id_0}
+        parts["add_watermarker"] = False
+    else:
+        parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts["tokenizer"] = tokenizer if family == "sd1" else padded_with_id_0
+    if family == "taiyi":
+        parts |= chinese(folder.with_name(f"{folder.name}-vocabulary"))
+    else:
+        parts["text_encoder"] = CLIPTextModel(text("text_encoder", 20))
+    pipe = getattr(diffusers, FAMILIES[family].pipeline_class)(vae=vae, unet=unet, scheduler=scheduler, **parts)
     pipe.save_pretrained(folder)
     return folder
+
+
+def chinese(folder: Path) -> dict[str, object]:
+    """A small BERT and its tokenizer, with a vocabulary of a few characters."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder.mkdir(parents=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一只狗猫在雪地里的海边花瓶", "s", "##k", "##s", "dog"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"), model_max_length=24)
+    sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
+    encoder = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=24, **sizes))
+    return {"tokenizer": tokenizer, "text_encoder": encoder}

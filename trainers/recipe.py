@@ -26,7 +26,7 @@ class Recipe(_Strict):
     task: str
     """What kind of training this is; fixed by the recipe's file"""
     base: str = "tiny"
-    """`tiny`, a diffusers folder, a single .safetensors checkpoint of Stable Diffusion 1.x, or a hub id"""
+    """`tiny`, a diffusers folder, a single .safetensors checkpoint, or a hub id"""
     method: str = "lora"
     """How the adapter is parametrised; `diffgraft methods` lists them"""
     rank: int = Field(8, ge=1)

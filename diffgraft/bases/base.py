@@ -1,7 +1,7 @@
 """A frozen base: the parts of a text-to-image diffusion model, and what one needs to ask of them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,12 @@ class Family(Protocol):
     name: str
     """Short name, as it stands in the header of adapter files."""
     pipeline_class: str
-    """Name of the diffusers pipeline that draws with such a base; it is how a folder's family is known."""
+    """Name of the diffusers pipeline that draws with such a base."""
+    in_single_files: Mapping[str, str]
+    """Text encoder → what the names of its weights begin with in single-file checkpoints; empty where there are none"""
+
+    def holds(self, pipe: Any) -> bool:
+        """Whether a loaded diffusers pipeline is of this family."""
 
     def condition(self, base: "Base", prompts: Sequence[str], size: tuple[int, int]) -> "Conditioning":
         """What the UNet is told about `prompts`; `size` is the picture's (height, width) in pixels."""

@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import Base, Family
 from diffgraft.bases.sd1 import StableDiffusion1
+from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
+from diffgraft.bases.taiyi import Taiyi
 from diffgraft.errors import DiffgraftError
 from diffgraft.quiet import hushed
 
-FAMILIES: dict[str, Family] = {family.pipeline_class: family for family in (StableDiffusion1(), StableDiffusionXL())}
-"""Name of the diffusers pipeline → the family it draws with."""
-
-_WIDTH_OF_2 = 1024
-"""Width of the text states of Stable Diffusion 2.x, which shares its pipeline with 1.x (768)."""
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Taiyi(), StableDiffusion2(), StableDiffusion1(), StableDiffusionXL())
+}
+"""Name → family; the first that holds a pipeline is the one."""
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
@@ -26,8 +28,8 @@ def load_base(source: str | Path = "tiny", dtype: torch.dtype = torch.float32) -
     """Load a base and freeze it.
 
     Args:
-        source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint of Stable
-            Diffusion 1.x in its original layout, or a model's id on the Hugging Face hub.
+        source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
+            layout, or a model's id on the Hugging Face hub.
         dtype: precision the weights are held in.
 
     Raises:
@@ -41,17 +43,8 @@ def load_base(source: str | Path = "tiny", dtype: torch.dtype = torch.float32) -
             pipe = _from_folder(path)
         else:
             pipe = _from_hub(str(source))
-    family = _family(type(pipe).__name__, source)
-    if pipe.unet.config.cross_attention_dim == _WIDTH_OF_2:
-        raise DiffgraftError(f"{source} is a Stable Diffusion 2.x, which is not supported: give a 1.x or an XL.")
+    family = next(family for family in FAMILIES.values() if family.holds(pipe))
     return Base(name=str(source), family=family, **_parts(pipe)).to(dtype=dtype)
-
-
-def _family(pipeline_class: str, source: str | Path) -> Family:
-    if pipeline_class not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise DiffgraftError(f"{source} is a {pipeline_class}; the families known here are drawn with: {known}.")
-    return FAMILIES[pipeline_class]
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
@@ -74,37 +67,56 @@ def _from_folder(folder: Path) -> Any:
         raise DiffgraftError(f"{index} cannot be read as JSON: {error}. Copy the model's folder again.") from error
     if not isinstance(parts, dict):
         raise DiffgraftError(f"{index} holds no JSON object, so {folder} is no diffusers folder.")
-    family = _family(parts.get("_class_name", "model without a class"), folder)
+    kind = parts.get("_class_name", "model without a class")
+    known = sorted({family.pipeline_class for family in FAMILIES.values()})
+    if kind not in known:
+        raise DiffgraftError(f"{folder} is a {kind}; the families known here are drawn with: {', '.join(known)}.")
     more = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
     try:
-        pipeline = getattr(diffusers, family.pipeline_class)
-        return pipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
+        return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
     except Exception as error:  # the libraries raise whatever their parsing stumbles over
         raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
 def _from_file(path: Path) -> Any:
-    from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
+    import diffusers
 
     if path.suffix != ".safetensors":
         raise DiffgraftError(
             f"{path} is a {path.suffix or 'suffixless'} file; a single-file base must be .safetensors. Other files may "
             "hold code that runs on opening, so they are not opened. Convert it first, or give a diffusers folder."
         )
+    advice = "If it is an adapter, pass it with --adapter and keep the base it was made for."
     try:
-        return StableDiffusionPipeline.from_single_file(
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
+    starts = {name: family.in_single_files.values() for name, family in FAMILIES.items() if family.in_single_files}
+    fitting = [name for name, wanted in starts.items() if all(any(key.startswith(w) for key in keys) for w in wanted)]
+    if not fitting:
+        raise DiffgraftError(f"{path} is no checkpoint of {', '.join(starts)} in the original layout. {advice}")
+    name = fitting[0]
+    more = {"safety_checker": None} if name != "sdxl" else {"tokenizer_2": _clip_tokenizer("!")}
+    try:
+        return getattr(diffusers, FAMILIES[name].pipeline_class).from_single_file(
             path,
-            config=str(CONFIGS / "sd1"),
+            config=str(CONFIGS / name),
             local_files_only=True,
-            tokenizer=CLIPTokenizer.from_pretrained(TINY / "tokenizer"),  # CLIP's own vocabulary, which it is
-            safety_checker=None,
+            tokenizer=_clip_tokenizer("!" if name == "sd2" else "<|endoftext|>"),
+            **more,
         )
     except Exception as error:  # the loader raises whatever its parsing stumbles over
         raise DiffgraftError(
-            f"{path} cannot be loaded as a Stable Diffusion 1.x checkpoint: {_first_line(error)} "
-            "If it is an adapter, pass it with --adapter and keep the base it was made for."
+            f"{path} cannot be loaded as a checkpoint of {name}: {_first_line(error)} {advice}"
         ) from error
+
+
+def _clip_tokenizer(padding: str) -> Any:
+    """CLIP's own, which all of these families have; OpenCLIP's pads with id 0, which is that of ``!``."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=padding)
 
 
 def _from_hub(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.x: one CLIP text encoder, its last hidden state for the cross-attention."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ class StableDiffusion1:
 
     name = "sd1"
     pipeline_class = "StableDiffusionPipeline"
+    in_single_files: Mapping[str, str] = {"text_encoder": "cond_stage_model.transformer.text_model."}
+
+    def holds(self, pipe: Any) -> bool:
+        """Its pipeline is one of its own, which other families share."""
+        return type(pipe).__name__ == self.pipeline_class
 
     def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:  # noqa: ARG002
         """Last hidden state [n, 77, width]; the size is not told to this family."""

@@ -1,6 +1,7 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size and crop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,14 @@ class StableDiffusionXL:
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
+    in_single_files: Mapping[str, str] = {
+        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    }
+
+    def holds(self, pipe: Any) -> bool:
+        """Its pipeline is one of its own."""
+        return type(pipe).__name__ == self.pipeline_class
 
     def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
         """Penultimate hidden states of both encoders side by side; pooled embedding of the second; size, crop, size."""

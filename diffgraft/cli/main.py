@@ -125,13 +125,18 @@ def generate(
 @app.command()
 def merge(
     adapter: Annotated[list[str], typer.Argument(help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.5.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new checkpoint.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder of the new checkpoint, or a name that ends in .safetensors: one file."
+        ),
+    ],
     into: Annotated[
         str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
     precision: Annotated[str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16.")] = "float32",
 ) -> None:
-    """Write a checkpoint of its own: a base with adapters merged into its weights, as a diffusers folder.
+    """Write a checkpoint of its own: a base with adapters merged into its weights.
 
     For example: diffgraft merge runs/dog/adapter.safetensors:0.8 --into path/to/base -o dog-checkpoint
     """

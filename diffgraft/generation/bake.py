@@ -8,22 +8,26 @@ from tqdm import tqdm
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
+from diffgraft.bases.original import original_weights
 from diffgraft.errors import DiffgraftError
+from diffgraft.files import write_safetensors
 from diffgraft.generation.graft import Strengths, graft
 from diffgraft.quiet import hushed
 
 
-def bake(base: Base, adapters: Strengths, folder: str | Path) -> Path:
-    """Write `base` with `adapters` merged into it as a diffusers folder, its weights in their own precision.
+def bake(base: Base, adapters: Strengths, path: str | Path) -> Path:
+    """Write `base` with `adapters` merged into it, its weights in their own precision.
 
-    `base` is afterwards as it was, and nothing half-written has the folder's name.
+    A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
+    `base` is afterwards as it was, and nothing half-written has the name.
 
     Raises:
-        DiffgraftError: the folder is there already, or an adapter holds what no weight can: words or networks.
+        DiffgraftError: something is there already, an adapter holds what no weight can (words or networks), or the
+            base's family has no single-file layout.
     """
-    folder = Path(folder).expanduser()
-    if folder.exists():
-        raise DiffgraftError(f"{folder} is there already. Choose another folder, or remove it.")
+    path = Path(path).expanduser()
+    if path.exists():
+        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     loaded = {
         source if isinstance(source, Adapter) else load_adapter(source): value for source, value in adapters.items()
     }
@@ -34,10 +38,18 @@ def bake(base: Base, adapters: Strengths, folder: str | Path) -> Path:
                 f"A {adapter.method} adapter holds {what}, which cannot be merged into weights. Leave it beside the "
                 "base and give it when drawing."
             )
+    with graft(base, loaded):
+        if path.suffix == ".safetensors":
+            weights = {name: value.detach().contiguous() for name, value in original_weights(base).items()}
+            return write_safetensors(path, weights, {"format": "pt"})
+        return _write_folder(base, path)
+
+
+def _write_folder(base: Base, folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with graft(base, loaded), hushed():
+        with hushed():
             pipe = base.pipeline()
             pipe.save_config(partial)
             parts = {name: part for name, part in pipe.components.items() if part is not None}

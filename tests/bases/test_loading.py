@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from diffgraft.bases import Base, load_base, loading
+from diffgraft.bases.original import original_weights
+from diffgraft.bases.sd1 import token_ids
 from diffgraft.errors import DiffgraftError
-from tests.bases.original_layout import write_original
-from tests.conftest import small_sd1
+from diffgraft.files import write_safetensors
+from tests.conftest import UNETS, small
 
 
 def test_the_embedded_base_is_frozen_and_whole(base: Base) -> None:
@@ -60,17 +62,38 @@ def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Pat
             assert found.added["time_ids"].tolist() == [[48, 32, 0, 0, 48, 32]] * 2
 
 
-def test_a_single_file_gives_the_same_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = small_sd1(tmp_path / "configs" / "sd1")
-    wanted = load_base(folder)
-    write_original(wanted.pipeline(), tmp_path / "model.safetensors")
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_single_file_gives_the_same_base(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = load_base(small(tmp_path / "configs" / family, family))
+    write_safetensors(tmp_path / "model.safetensors", original_weights(wanted), {})
     monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
     found = load_base(tmp_path / "model.safetensors")
+    assert found.family.name == wanted.family.name == family
     assert found.hash == wanted.hash
     for name, value in wanted.vae.state_dict().items():
         assert torch.equal(found.vae.state_dict()[name], value), name
     assert found.scheduler.config.beta_end == 0.012
-    assert found.tokenizer("a dog").input_ids == wanted.tokenizer("a dog").input_ids
+    assert found.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
+    prompts = ["a dog in the snow", "a cat"]
+    for name in ("tokenizer", "tokenizer_2"):
+        if tokenizer := getattr(wanted, name):
+            assert torch.equal(token_ids(getattr(found, name), prompts), token_ids(tokenizer, prompts))
+
+
+@pytest.mark.parametrize("family", sorted(UNETS))
+def test_a_family_is_known_by_its_parts(family: str, tmp_path: Path) -> None:
+    held = load_base(small(tmp_path / "model", family))
+    assert held.family.name == family
+    told = held.condition(["一只狗在雪地里", "s狗"] if family == "taiyi" else ["a dog", "a cat"], (64, 48))
+    with torch.no_grad():
+        said = held.unet(torch.randn(2, 4, 8, 6), torch.tensor([3, 900]), **told.kwargs()).sample
+    assert said.shape == (2, 4, 8, 6)
+    assert not torch.equal(told.hidden_states[0], told.hidden_states[1])
+
+
+def test_a_single_file_of_a_family_without_that_layout(tmp_path: Path) -> None:
+    with pytest.raises(DiffgraftError, match="of the family taiyi have no single-file layout"):
+        original_weights(load_base(small(tmp_path / "model", "taiyi")))
 
 
 def answer(source: str | Path) -> str:
@@ -87,7 +110,7 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "lora.safetensors")
     assert "--adapter" in answer(tmp_path / "lora.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 7)
-    assert "cannot be loaded" in answer(tmp_path / "cut.safetensors")
+    assert "is not a readable .safetensors file" in answer(tmp_path / "cut.safetensors")
     (tmp_path / "model_index.json").write_text("{", "utf-8")
     assert "cannot be read as JSON" in answer(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', "utf-8")
@@ -96,13 +119,6 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "cannot be loaded" in answer(tmp_path / "torn")
     assert base.name == "tiny"
-
-
-def test_stable_diffusion_2_is_refused(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert base.unet.config.cross_attention_dim == 64
-    monkeypatch.setattr(loading, "_WIDTH_OF_2", 64)  # a model of that width would be large
-    assert "Stable Diffusion 2.x, which is not supported" in answer("tiny")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_hash_is_that_of_the_weights_as_they_came(base: Base) -> None:
@@ -159,5 +175,6 @@ def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) ->
     with graft(held, {adapter: 1.0}):
         pass
     assert torch.equal(held.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight, before)
-    write_original(pipe, tmp_path / "model.safetensors")
+    whole = original_weights(load_base(tmp_path / "folder", torch.float16))
+    write_safetensors(tmp_path / "model.safetensors", whole, {})
     assert load_base(tmp_path / "model.safetensors", torch.float16).hash == held.hash

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.bases import Base, load_base
+from diffgraft.bases import Base, load_base, loading
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.run import Run
+from tests.conftest import small
 from tests.generation.test_graft import bits, lora
 
 
@@ -30,6 +31,22 @@ def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp
     with graft(base, adapters):
         wanted = draw(base)
     assert np.array_equal(np.asarray(draw(load_base(folder))), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_single_file_holds_what_the_graft_makes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small(tmp_path / "configs" / family, family)
+    base = load_base(folder)
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, width = base.unet.get_submodule(path).weight.shape
+    adapter = lora(1, (out, width), f"unet.{path}")
+    whole = bake(base, {adapter: 0.5}, tmp_path / "whole.safetensors")
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    found = load_base(whole)
+    with graft(base, {adapter: 0.5}):
+        assert torch.equal(found.unet.get_submodule(path).weight, base.unet.get_submodule(path).weight)
+    assert found.hash != base.hash
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["configs", "whole.safetensors"]
 
 
 def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:

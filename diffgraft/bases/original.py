@@ -1,0 +1,215 @@
+"""The original layout of Stable Diffusion: the names that CompVis' ldm and Stability's sgm give to the same weights.
+
+Single-file checkpoints have them, and so do adapter files of kohya's tools for Stable Diffusion XL. All here is about
+names; the few tensors that also change their shape (the text encoder of OpenCLIP, the attention of the VAE) do so in
+`original_weights`.
+Sources: CompVis/latent-diffusion, ``ldm/modules/diffusionmodules/openaimodel.py`` and ``model.py``; Stability-AI/
+generative-models, ``sgm/modules/encoders/modules.py``; mlfoundations/open_clip, ``src/open_clip/transformer.py``.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffgraft.bases.base import Base
+from diffgraft.errors import DiffgraftError
+
+_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+"""Modules of the UNet outside its blocks: diffusers' name → the original's."""
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_OURS = re.compile(r"(?P<side>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>\w+)\.(?P<number>\d+)(?P<rest>\..+|$)")
+_MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<number>\d+)(?P<rest>\..+|$)")
+_THEIRS = re.compile(r"(?P<side>input|output)_blocks\.(?P<place>\d+)\.(?P<slot>\d+)(?P<rest>\..+|$)")
+_THEIR_MIDDLE = re.compile(r"middle_block\.(?P<slot>[012])(?P<rest>\..+|$)")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a UNet's blocks are counted; the original numbers through what diffusers keeps in levels."""
+
+    layers: int
+    """Pairs of a ResNet and an attention in a level on the way down; one more on the way up"""
+    attention: tuple[bool, ...]
+    """Whether a level has attentions, from the top of the way down"""
+
+    @classmethod
+    def of(cls, config: Any) -> "Blocks":
+        """Of the configuration of a ``UNet2DConditionModel``."""
+        return cls(config.layers_per_block, tuple("CrossAttn" in kind for kind in config.down_block_types))
+
+    def original(self, path: str) -> str:
+        """What the original calls the module or parameter that diffusers' UNet has at `path`.
+
+        Raises:
+            ValueError: no UNet has such a path.
+        """
+        if end := _moved(path, _ENDS):
+            return end
+        if found := _MIDDLE.fullmatch(path):
+            slot = 2 * int(found["number"]) if found["kind"] == "resnets" else 1
+            return f"middle_block.{slot}{_inner(found['kind'], found['rest'])}"
+        if found := _OURS.fullmatch(path):
+            side, kind, number = found["side"], found["kind"], int(found["number"])
+            first = int(found["level"]) * (self.layers + 1) + (1 if side == "down" else 0)
+            if kind == "downsamplers" and side == "down" and _under(found["rest"], ".conv"):
+                return f"input_blocks.{first + self.layers}.0.op{found['rest'].removeprefix('.conv')}"
+            if kind == "upsamplers" and side == "up":
+                attended = tuple(reversed(self.attention))[int(found["level"])]
+                return f"output_blocks.{first + self.layers}.{2 if attended else 1}{found['rest']}"
+            if kind in ("resnets", "attentions"):
+                slot = 0 if kind == "resnets" else 1
+                blocks = "input_blocks" if side == "down" else "output_blocks"
+                return f"{blocks}.{first + number}.{slot}{_inner(kind, found['rest'])}"
+        raise ValueError(f"{path} is no path in a UNet of diffusers")
+
+    def diffusers(self, path: str) -> str:
+        """What diffusers calls the module or parameter that the original UNet has at `path`: `original`, backwards.
+
+        Raises:
+            ValueError: no UNet of that layout has such a path.
+        """
+        if end := _moved(path, {theirs: ours for ours, theirs in _ENDS.items()}):
+            return end
+        if found := _THEIR_MIDDLE.fullmatch(path):
+            slot = int(found["slot"])
+            kind = "attentions" if slot == 1 else "resnets"
+            return f"mid_block.{kind}.{slot // 2 if slot != 1 else 0}{_outer(kind, found['rest'])}"
+        if found := _THEIRS.fullmatch(path):
+            place, slot, rest = int(found["place"]), int(found["slot"]), found["rest"]
+            if found["side"] == "input":
+                level, number = divmod(place - 1, self.layers + 1)
+                if number == self.layers and slot == 0 and _under(rest, ".op"):
+                    return f"down_blocks.{level}.downsamplers.0.conv{rest.removeprefix('.op')}"
+                side = "down"
+            else:
+                level, number = divmod(place, self.layers + 1)
+                if number == self.layers and slot > 0 and _under(rest, ".conv"):
+                    return f"up_blocks.{level}.upsamplers.0{rest}"
+                side = "up"
+            if slot < 2 and 0 <= level < len(self.attention) and number <= self.layers - (side == "down"):
+                kind = "attentions" if slot else "resnets"
+                return f"{side}_blocks.{level}.{kind}.{number}{_outer(kind, rest)}"
+        raise ValueError(f"{path} is no path in a UNet of the original layout")
+
+
+def _under(rest: str, start: str) -> bool:
+    return rest == start or rest.startswith(f"{start}.")
+
+
+def _moved(path: str, names: Mapping[str, str]) -> str | None:
+    """`path` with its beginning renamed; None where it begins with none of `names`."""
+    return next((new + path.removeprefix(old) for old, new in names.items() if _under(path, old)), None)
+
+
+def _inner(kind: str, rest: str) -> str:
+    """The rest of a path in a block, a leading dot included, in the original's names."""
+    return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], _RESNET)}"
+
+
+def _outer(kind: str, rest: str) -> str:
+    back = {theirs: ours for ours, theirs in _RESNET.items()}
+    return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], back)}"
+
+
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    moved = _moved(path, names)
+    if moved is None:
+        raise ValueError(f"{path} is no part of a ResNet")
+    return moved
+
+
+def original_vae(path: str, levels: int) -> str:
+    """What the original autoencoder calls what diffusers' has at `path`; it counts its way up from the end."""
+
+    def up(found: re.Match[str]) -> str:
+        return f"up.{levels - 1 - int(found[1])}."
+
+    for ours, theirs in (
+        (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
+        (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+        (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+        (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+        (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
+        (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
+        (r"conv_norm_out", "norm_out"),
+        (r"conv_shortcut", "nin_shortcut"),
+    ):
+        path = re.sub(ours, theirs, path)
+    return re.sub(r"up_blocks\.(\d+)\.", up, path).replace("upsamplers.0", "upsample").replace(".resnets.", ".block.")
+
+
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+
+
+def open_clip_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A CLIP text encoder's weights under OpenCLIP's names: query, key and value in one, the projection transposed."""
+    joined: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        if name == "text_projection.weight":
+            yield "text_projection", value.T.contiguous()
+        elif name in _OPEN_CLIP_ENDS:
+            yield _OPEN_CLIP_ENDS[name], value
+        elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            joined.setdefault(f"transformer.resblocks.{found[1]}.attn.in_proj_{found[3]}", {})[found[2]] = value
+        elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            yield f"transformer.resblocks.{found[1]}.{_OPEN_CLIP[found[2]]}.{found[3]}", value
+        else:
+            raise ValueError(f"{name} is no weight of a CLIP text encoder")
+    for name, thirds in joined.items():
+        yield name, torch.cat([thirds[letter] for letter in "qkv"])
+
+
+def original_weights(base: Base) -> dict[str, Tensor]:
+    """Every weight of a base under the names of its family's single-file checkpoints; what can be shared, is.
+
+    Raises:
+        DiffgraftError: its family has no such layout.
+    """
+    if not base.family.in_single_files:
+        raise DiffgraftError(f"Bases of the family {base.family.name} have no single-file layout: write a folder.")
+    blocks, levels = Blocks.of(base.unet.config), len(base.vae.config.block_out_channels)
+    weights = {
+        f"model.diffusion_model.{blocks.original(name)}": value for name, value in base.unet.state_dict().items()
+    }
+    for name, value in base.vae.state_dict().items():
+        theirs = original_vae(name, levels)
+        is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution there
+        weights[f"first_stage_model.{theirs}"] = value[:, :, None, None] if is_matrix else value
+    for part, start in base.family.in_single_files.items():
+        state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}
+        named = state.items() if start.endswith("text_model.") else open_clip_weights(state)
+        weights |= {f"{start}{name}": value for name, value in named}
+    return weights
