@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.errors import DiffgraftError, nearest
 
+ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 GROUP = "diffgraft.methods"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks of a base that adapters change."""
@@ -94,7 +96,7 @@ class Method:
     """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
     without: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
     """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
-    read: Callable[[Mapping[str, Tensor], float | None], Delta] | None = None
+    read: ReadDelta | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
     read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None
     """Tensors and settings → the network, for methods that are one; ValueError where they do not fit together."""
@@ -132,15 +134,18 @@ class Method:
         return value
 
 
+def _modules() -> list[ModuleType]:
+    package = importlib.import_module("diffgraft.adapters")
+    return [
+        importlib.import_module(f"diffgraft.adapters.{info.name}") for info in pkgutil.iter_modules(package.__path__)
+    ]
+
+
 @cache
 def methods() -> dict[str, Method]:
     """Every method there is, by name: of each module of this package that holds a `METHOD`, and of other packages."""
-    package = importlib.import_module("diffgraft.adapters")
-    found: dict[str, Method] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        method = getattr(importlib.import_module(f"diffgraft.adapters.{info.name}"), "METHOD", None)
-        if isinstance(method, Method):
-            found[method.name] = method
+    named = [getattr(module, "METHOD", None) for module in _modules()]
+    found = {method.name: method for method in named if isinstance(method, Method)}
     for entry in entry_points(group=GROUP):
         method = entry.load()
         if not isinstance(method, Method):
@@ -162,6 +167,29 @@ def get_method(name: str) -> Method:
     return methods()[name]
 
 
+@cache
+def kinds() -> dict[str, ReadDelta]:
+    """Every kind of delta that can be read: those of the methods, and those that modules name in `KINDS`, by name.
+
+    The latter come from files of other tools; they are merged and converted, and nothing here trains them.
+    """
+    found = {name: method.read for name, method in methods().items() if method.read is not None}
+    for module in _modules():
+        found |= getattr(module, "KINDS", {})
+    return found
+
+
+def read_delta(kind: str, leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
+    """The delta of a kind from its leaves by their canonical names, and alpha.
+
+    Raises:
+        ValueError: there is no such kind, or they do not fit together.
+    """
+    if kind not in kinds():
+        raise ValueError(f"there is no kind {kind!r} of delta: {nearest(kind, kinds())}")
+    return kinds()[kind](leaves, alpha)
+
+
 def parts_of(target: Any) -> dict[str, nn.Module]:
     """The networks of a base, a pipeline, or anything with `.unet`, `.text_encoder` or `.text_encoder_2`."""
     found = {name: getattr(target, name, None) for name in PARTS}
@@ -175,9 +203,15 @@ def canonical(path: str) -> str:
 
 _ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "text_encoder": (
+        *("q_proj", "k_proj", "v_proj", "out_proj"),  # of CLIP
+        *("self.query", "self.key", "self.value", "attention.output.dense"),  # of BERT
+    ),
 }
-_FEEDFORWARD = {"unet": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"), "text_encoder": ("fc1", "fc2")}
+_FEEDFORWARD = {
+    "unet": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    "text_encoder": ("fc1", "fc2", "intermediate.dense", "output.dense"),
+}
 _CONVOLUTIONS = {
     "unet": ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
     "text_encoder": (),

@@ -24,7 +24,8 @@ def names(word: str, count: int) -> list[str]:
 
 def _is_known(tokenizer: Any, word: str) -> bool:
     """Whether it is one token already, on its own or with a mark that a word ends (or begins) there."""
-    return word in tokenizer.get_vocab() or len(tokenizer.tokenize(word)) == 1
+    tokens = tokenizer.tokenize(word)
+    return word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
 
 
 def _is_plain(word: str) -> bool:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from types import ModuleType
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import diffusers_lora, embedding, lycoris, native
+from diffgraft.adapters.formats import cloneofsimo, diffusers_lora, embedding, lycoris, native, webui_hypernetwork
+from diffgraft.adapters.formats.opened import open_file
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_safetensors
 
@@ -16,6 +16,8 @@ DIALECTS: dict[str, ModuleType] = {
     "lycoris": lycoris,
     "embedding": embedding,
     "diffgraft": native,
+    "webui-hypernetwork": webui_hypernetwork,
+    "cloneofsimo": cloneofsimo,
 }
 """Name of a dialect → the module that reads and writes it, those that more tools open first."""
 
@@ -27,19 +29,7 @@ def load_adapter(path: str | Path) -> Adapter:
         DiffgraftError: the file is missing, damaged, or holds a key that no dialect can place.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        there = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
-        raise DiffgraftError(f"No adapter was loaded: {there}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            # copies: what safetensors hands out is a view of the file, and changes with it
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DiffgraftError(
-            f"{path} is not a readable .safetensors file ({error}). It may have been cut off or be of another kind; "
-            "download or export it again."
-        ) from error
+    tensors, header = open_file(path)
     _refuse_broken_values(path, tensors)
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):

@@ -1,8 +1,9 @@
 """Textual inversion files: one word, no weights.
 
 One text encoder: ``{word: [n, width]}``, as diffusers writes them (``learned_embeds.safetensors``) and webui and
-ComfyUI read them. Two: ``clip_l`` [n, 768] and ``clip_g`` [n, 1280], as the tools for Stable Diffusion XL have it; the
-word then stands in the header.
+ComfyUI read them; ``string_to_param.*`` in webui's own ``.pt`` files, and ``emb_params`` in those of kohya's tools,
+where the file's name is the word. Two: ``clip_l`` [n, 768] and ``clip_g`` [n, 1280], as the tools for Stable Diffusion
+XL have it; the word then stands in our header, or is the file's name.
 """
 
 from collections.abc import Mapping
@@ -11,29 +12,39 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import OURS, read_json, write_ours
+from diffgraft.adapters.formats.opened import STEM
 
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Key in files of two text encoders → the encoder."""
 
 
+_NAMELESS = ("string_to_param.*", "emb_params")
+"""Keys under which one word lies whose name is that of the file."""
+
+
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether it is one matrix under a name without levels, or the pair of the larger family."""
     alone = len(tensors) == 1 and all("." not in key and value.ndim in (1, 2) for key, value in tensors.items())
-    return alone or set(tensors) == set(PARTS)
+    return alone or set(tensors) == set(PARTS) or any(key in _NAMELESS for key in tensors)
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """Raises ValueError where something is no list of vectors."""
+    """Raises ValueError where something is no list of vectors, or there is more than one word."""
     for key, value in tensors.items():
         if value.ndim not in (1, 2) or 0 in value.shape:
             raise ValueError(f"its key {key} is {list(value.shape)}, which is no list of vectors")
     rows = {key: value if value.ndim == 2 else value.unsqueeze(0) for key, value in tensors.items()}
-    ours = read_json(header, OURS) or {"method": "textual-inversion"}
+    ours = read_json(header, OURS)
+    word = str(ours.get("trigger") or header.get(STEM, "<word>"))
     if set(rows) == set(PARTS):
-        word = str(ours.get("trigger") or "<word>")
-        return Adapter({}, ours, tokens={word: {PARTS[key]: value for key, value in rows.items()}})
-    ((word, value),) = rows.items()
-    return Adapter({}, ours, tokens={word: {"text_encoder": value}})
+        tokens = {word: {PARTS[key]: value for key, value in rows.items()}}
+    elif len(rows) > 1:
+        raise ValueError(f"it holds {', '.join(sorted(rows))}; one word was expected")
+    else:
+        ((key, value),) = rows.items()
+        word = word if key in _NAMELESS else key
+        tokens = {word: {"text_encoder": value}}
+    return Adapter({}, ours or {"method": "textual-inversion", "trigger": word}, tokens=tokens)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

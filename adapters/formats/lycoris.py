@@ -1,9 +1,10 @@
 """The names of LyCORIS and of kohya's tools: ``<prefix>_<path, dots as underscores>.<leaf>``.
 
 Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and ``lora_te2`` (two); each module also has
-a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own; text encoders' have the level ``text_model``. New
-words, where a file brings them along, are ``bundle_emb.<word>.string_to_param.*`` (one text encoder), or
-``bundle_emb.<word>.clip_l`` and ``.clip_g`` (two).
+a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own for Stable Diffusion 1 and 2, and the original
+layout's for XL; both are read for all. Text encoders' have the level ``text_model``. New words, where a file brings
+them along, are ``bundle_emb.<word>.string_to_param.*`` (one text encoder), or ``bundle_emb.<word>.clip_l`` and
+``.clip_g`` (two).
 Sources: LyCORIS 4.1.3, ``lycoris/modules``; sd-scripts, ``networks/lora.py``.
 """
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
 from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.method import read_delta
+from diffgraft.bases.original import Blocks
 
 PREFIXES = {
     "lora_unet": "unet",
@@ -29,8 +31,12 @@ _KINDS = {
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     "full": ("diff", "diff_b"),
+    "ia3": ("weight", "on_input"),
+    "glora": ("a1", "a2", "b1", "b2", "bm"),
+    "oft": ("oft_blocks", "rescale"),
+    "boft": ("oft_blocks", "rescale"),
 }
-"""Kind of delta → its leaves. LoRA's stand for layers and end in ``.weight``; the others are bare."""
+"""Kind of delta → its leaves. Those of LoRA and GLoRA stand for layers and end in ``.weight``; the others are bare."""
 
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<kind>string_to_param\.\*|clip_l|clip_g)")
 
@@ -41,9 +47,16 @@ _SEGMENTS = """
 down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out time_emb_proj
 conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj
 k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
+input_blocks output_blocks middle_block in_layers out_layers emb_layers skip_connection time_embed label_emb
 """
 _SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, reverse=True)) + r"|[a-z0-9]+)(?:_|$)")
 """One level of a path: names that hold underscores themselves first."""
+
+
+_XL = Blocks(2, (False, True, True))
+_ANY = Blocks(2, (True, True, True, True))
+"""For reading: how the original's numbers come back does not depend on where the attentions are."""
+_ORIGINAL = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
 
 
 def flat(path: str) -> str:
@@ -75,8 +88,10 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         leaf = leaf.removesuffix(".weight")
         leaf = next((ours for ours, theirs in _OF_NORMS.items() if leaf == theirs), leaf)
         if prefix is None or leaf not in {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}:
-            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of LoRA, LoHa, LoKr or full")
+            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of {', '.join(_KINDS)}")
         inside = dotted(name.removeprefix(f"{prefix}_")).removeprefix("text_model.")
+        if prefix == "lora_unet" and inside.startswith(_ORIGINAL):
+            inside = _ANY.diffusers(inside)
         modules.setdefault(f"{PREFIXES[prefix]}.{inside}", {})[leaf] = value
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
@@ -85,9 +100,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         if kind is None:
             raise ValueError(f"{path} has the leaves {', '.join(sorted(leaves)) or 'alpha alone'}: of no one method")
         try:
-            build = get_method(kind).read
-            assert build is not None
-            deltas[path] = (build(leaves, None if alpha is None else number(alpha.float().item())),)
+            deltas[path] = (read_delta(kind, leaves, None if alpha is None else number(alpha.float().item())),)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     said = read_json(header, OURS) or {"method": next(iter(deltas.values()))[0].kind}
@@ -101,15 +114,18 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}
     prefixes["text_encoder_2"] = "lora_te2"
+    is_xl = two_encoders or (adapter.metadata.get("base") or {}).get("family") == "sdxl"
     tensors: dict[str, Tensor] = {}
     for path, found in adapter.deltas.items():
         part, _, inside = path.partition(".")
+        if is_xl and part == "unet":
+            inside = _XL.original(inside)
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
         if len(found) != 1 or found[0].kind not in _KINDS:
             raise ValueError(f"{path} holds no single LoRA, LoHa, LoKr or full difference")
         delta, level = found[0], "" if part == "unet" else "text_model_"
-        ending = ".weight" if delta.kind == "lora" else ""
+        ending = ".weight" if delta.kind in ("lora", "glora") else ""
         of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
         for name, leaf in delta.leaves.items():
             column = leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if name == "dora_scale" else leaf

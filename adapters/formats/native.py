@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.method import get_method, read_delta
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
 
@@ -34,12 +34,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         built = []
         for place, said in enumerate(listed):
             leaves = _take(left, f"{path}.{place}.")
-            method = get_method(str(said.get("kind")))
-            if method.read is None:
-                raise ValueError(f"the method {method.name} of {path} has no deltas")
             alpha = said.get("alpha")
             try:
-                built.append(method.read(leaves, None if alpha is None else number(alpha)))
+                built.append(read_delta(str(said.get("kind")), leaves, None if alpha is None else number(alpha)))
             except (ValueError, LookupError) as error:
                 raise ValueError(f"the leaves of {path} do not fit together: {error}") from error
         deltas[path] = tuple(built)

@@ -1,0 +1,70 @@
+"""Hypernetworks of stable-diffusion-webui: ``<width>.<0 for keys, 1 for values>.linear.<i>.weight`` and ``.bias``.
+
+They are ``.pt`` files, `{width: (keys, values), "layer_structure": …}` before `opened` lays them flat; how the network
+is built stands beside it under the names below.
+Source: AUTOMATIC1111/stable-diffusion-webui v1.10.1, ``modules/hypernetworks/hypernetwork.py``.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import get_method
+
+_KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
+"""The oldest files say ``linear1`` and ``linear2`` for what later became ``linear.0`` and ``linear.1``."""
+
+
+def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
+    """Whether the keys look like this dialect."""
+    return any(_KEY.fullmatch(key) for key in tensors)
+
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """Every key is used, or named in a ValueError."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        found = _KEY.fullmatch(key)
+        if found is None:
+            raise ValueError(f"its key {key} is no <width>.<0 or 1>.linear.<i>.weight or .bias of a hypernetwork")
+        place = int(found["place"]) if found["place"] else int(found["old"]) - 1
+        renamed[f"{found['width']}-{'kv'[int(found['side'])]}.linear.{place}.{found['leaf']}"] = value
+    build = get_method("hypernetwork").read_network
+    assert build is not None
+    said = {"method": "hypernetwork"} | ({"name": _said(header, "name", "")} if "name" in header else {})
+    return Adapter({}, said, (build(renamed, _settings(header)),))
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """It is read only: webui opens pickles, and this project writes none. Raises ValueError, always."""
+    raise ValueError(f"webui's hypernetworks are pickles, which are not written here ({adapter.method})")
+
+
+def _settings(header: Mapping[str, str]) -> dict[str, Any]:
+    """How the network is built, in our words; what a file leaves out is as webui takes it then."""
+    structure = _listed(header, "layer_structure") or [1, 2, 1]
+    dropout = _listed(header, "dropout_structure")
+    if not dropout and _said(header, "use_dropout", False):
+        last = 0.3 if _said(header, "last_layer_dropout", True) else 0
+        dropout = [0, *[0.3] * (len(structure) - 3), last, 0]
+    return {
+        "structure": structure,
+        "activation": _said(header, "activation_func", "linear") or "linear",
+        "activate_output": _said(header, "activate_output", True),
+        "layer_norm": _said(header, "is_layer_norm", False),
+        "dropout": dropout,
+        "start": _said(header, "weight_initialization", "Normal") or "Normal",
+    }
+
+
+def _said(header: Mapping[str, str], key: str, default: Any) -> Any:
+    return json.loads(header[key]) if key in header else default
+
+
+def _listed(header: Mapping[str, str], key: str) -> list[Any]:
+    """A list that was laid flat into ``key.0``, ``key.1`` and so on."""
+    return [json.loads(header[f"{key}.{place}"]) for place in range(len(header)) if f"{key}.{place}" in header]

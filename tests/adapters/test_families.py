@@ -1,0 +1,173 @@
+"""Adapter files of every family, as other tools name and read them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.method import Spec, choose_layers, get_method, methods, parts_of
+from diffgraft.bases import Base, load_base
+from diffgraft.bases.loading import CONFIGS
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+from tests.conftest import UNETS, small
+
+
+def random_lora(base: Base, layers: str) -> Adapter:
+    """LoRA of rank 3 on layers of all parts of a base."""
+    generator = torch.Generator().manual_seed(2)
+    deltas = {}
+    for part, module in parts_of(base).items():
+        for path in choose_layers(part, module, layers):
+            out, width, *kernel = module.get_parameter(f"{path}.weight").shape
+            down = 0.3 * torch.randn(3, width, *kernel, generator=generator)
+            up = 0.3 * torch.randn(out, 3, *[1] * len(kernel), generator=generator)
+            deltas[f"{part}.{path.removeprefix('text_model.')}"] = (low_rank(down, up, 1.5),)
+    return Adapter(deltas, {"method": "lora", "base": {"family": base.family.name}})
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base of every family."""
+    folder = tmp_path_factory.mktemp("bases")
+    for family in UNETS:
+        small(folder / family, family)
+    return folder
+
+
+@torch.no_grad()
+def said(base: Base) -> Tensor:
+    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(1))
+    told = base.condition(["a dog", "a cat"], (64, 128)).kwargs()
+    found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
+    return found
+
+
+@pytest.mark.parametrize("layers", ["attention", "all"])
+@pytest.mark.parametrize("dialect", ["diffusers", "lycoris"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_diffusers_reads_what_we_write(family: str, dialect: str, layers: str, tmp_path: Path) -> None:
+    folder = small(tmp_path / "base", family)
+    base = load_base(folder)
+    adapter = random_lora(base, layers)
+    file = adapter.save(tmp_path / "a.safetensors", dialect)
+    if dialect == "lycoris":
+        ours = (
+            "lora_unet_input_blocks_4_1_proj_in" if family == "sdxl" else "lora_unet_down_blocks_1_attentions_0_proj_in"
+        )
+        assert (f"{ours}.lora_down.weight" in load_file(file)) == (layers == "all")
+        assert any(key.startswith("lora_te1_" if family == "sdxl" else "lora_te_") for key in load_file(file))
+    again = load_adapter(file)
+    assert set(again.modules) == set(adapter.modules)
+    for path, (delta,) in adapter.deltas.items():
+        assert all(torch.equal(leaf, again.deltas[path][0].leaves[name]) for name, leaf in delta.leaves.items()), path
+    bare = said(base)
+    with graft(base, {file: 0.7}):
+        wanted = said(base)
+    other = load_base(folder)
+    pipe = other.pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors", adapter_name="a")
+    pipe.set_adapters(["a"], [0.7])
+    assert (wanted - bare).abs().max() > 0.01
+    torch.testing.assert_close(said(other), wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("family", sorted(UNETS))
+def test_every_method_trains_and_grafts_on_every_family(
+    family: str, method: str, folders: Path, tmp_path: Path
+) -> None:
+    base = load_base(folders / family)
+    chosen = get_method(method)
+    options = chosen.read_options({})
+    paths = {part: choose_layers(part, module, chosen.layers_under(options)) for part, module in parts_of(base).items()}
+    assert all(paths.values())
+    bare = said(base)
+    live = chosen.attach(base, Spec(paths, 2, 2.0, 0, options, trigger="<zorp>", noun="dog"))
+    prompts = ["a <zorp>", "a <zorp> dog"]
+    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(1))
+    told = base.condition(prompts, (64, 128)).kwargs()
+    base.unet(x, torch.tensor([300, 700]), **told).sample.square().mean().backward()
+    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in live.trainable().values())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in live.trainable().values():
+            value.add_(0.05 * torch.randn(value.shape, generator=generator))
+        told = base.condition(prompts, (64, 128)).kwargs()
+        wanted = base.unet(x, torch.tensor([300, 700]), **told).sample
+    file = live.adapter({"method": method, "trigger": "<zorp>", "base": {"family": family}}).save(
+        tmp_path / "a.safetensors"
+    )
+    live.detach()
+    assert torch.equal(said(base), bare)
+    with graft(base, {file: 1.0}), torch.no_grad():
+        told = base.condition(prompts, (64, 128)).kwargs()
+        torch.testing.assert_close(base.unet(x, torch.tensor([300, 700]), **told).sample, wanted, rtol=1e-3, atol=1e-4)
+    assert torch.equal(said(base), bare)
+
+
+def test_files_that_count_layers(tmp_path: Path) -> None:
+    """All of the layers of the real configuration, in the order of 2022; the middle last."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            json.loads((CONFIGS / "sd1" / "unet" / "config.json").read_text("utf-8"))
+        )
+    blocks = [f"down_blocks.{level}.attentions.{number}" for level in (0, 1, 2) for number in (0, 1)]
+    blocks += [f"up_blocks.{level}.attentions.{number}" for level in (1, 2, 3) for number in (0, 1, 2)]
+    names = [f"attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")] + ["ff.net.0.proj"]
+    names += [name.replace("attn1", "attn2") for name in names[:4]]
+    paths = [f"{block}.transformer_blocks.0.{name}" for block in [*blocks, "mid_block.attentions.0"] for name in names]
+    tensors: dict[str, Tensor] = {"<zorp>": torch.randn(768)}
+    for place, path in enumerate(paths):
+        out, width = unet.get_submodule(path).weight.shape  # type: ignore[union-attr]
+        tensors |= {f"unet:{place}:up": torch.randn(out, 2), f"unet:{place}:down": torch.randn(2, width)}
+    for place in range(48):
+        tensors |= {
+            f"text_encoder:{place}:{leaf}": torch.randn(*side) for leaf, side in (("up", (9, 1)), ("down", (1, 9)))
+        }
+    header = {
+        "unet": '["CrossAttention", "Attention", "GEGLU"]',
+        "text_encoder": '["CLIPAttention"]',
+        "<zorp>": "<embed>",
+    }
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, header)
+    found = load_adapter(file)
+    assert len(found.modules) == 144 + 48
+    for place, path in enumerate(paths):
+        (delta,) = found.deltas[f"unet.{path}"]
+        wanted = tensors[f"unet:{place}:up"] @ tensors[f"unet:{place}:down"]
+        torch.testing.assert_close(delta.apply(torch.zeros_like(wanted), None, 1.0)[0], wanted)
+    assert torch.equal(
+        found.deltas["text_encoder.encoder.layers.1.self_attn.q_proj"][0].leaves["lora_up"],
+        tensors["text_encoder:6:up"],
+    )
+    assert list(found.tokens) == ["<zorp>"]
+    listed = [tensors[f"unet:{place}:{leaf}"] for place in range(144) for leaf in ("up", "down")]
+    torch.save(listed, tmp_path / "a.pt")
+    old = load_adapter(tmp_path / "a.pt")
+    assert all(
+        torch.equal(old.deltas[path][0].leaves["lora_up"], found.deltas[path][0].leaves["lora_up"])
+        for path in old.modules
+    )
+    for broken, answer in (
+        (
+            {**tensors, "unet:144:up": torch.ones(2, 1), "unet:144:down": torch.ones(1, 2)},
+            "145 pairs for unet, and 144",
+        ),
+        ({key: value for key, value in tensors.items() if key != "unet:7:up"}, "of unet:7 it has only down"),
+        ({**tensors, "more": torch.ones(1)}, "its key more is no"),
+    ):
+        save_file(broken, file, header)
+        with pytest.raises(DiffgraftError, match=answer):
+            load_adapter(file)
+    save_file(tensors, file, {**header, "unet": '["ResnetBlock2D"]'})
+    with pytest.raises(DiffgraftError, match="only those in CrossAttention"):
+        load_adapter(file)

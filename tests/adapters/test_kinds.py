@@ -1,0 +1,133 @@
+"""Kinds of deltas that are read and not trained here, held to the modules of LyCORIS that make them."""
+
+from typing import Any
+
+import pytest
+import torch
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.formats import DIALECTS, load_adapter
+from diffgraft.adapters.method import kinds, methods, read_delta
+
+LAYERS = {
+    "linear": lambda: nn.Linear(10, 32),
+    "1x1": lambda: nn.Conv2d(10, 32, 1),
+    "3x3": lambda: nn.Conv2d(10, 32, 3, padding=1, stride=2),
+}
+MADE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ia3": (IA3Module, {}),
+    "ia3, inputs": (IA3Module, {"train_on_input": True}),
+    "glora": (GLoRAModule, {"lora_dim": 3, "alpha": 2}),
+    "oft": (DiagOFTModule, {"lora_dim": 4}),
+    "oft, bound, rescaled": (DiagOFTModule, {"lora_dim": 4, "constraint": 0.02, "rescaled": True}),
+    "boft": (ButterflyOFTModule, {"lora_dim": 4}),
+    "boft, bound, rescaled": (ButterflyOFTModule, {"lora_dim": 4, "constraint": 0.02, "rescaled": True}),
+}
+
+
+def made(name: str, layer: nn.Module) -> Any:
+    """LyCORIS' module on a layer, with everything in it random."""
+    kind, options = MADE[name]
+    module = kind("lora_unet_mid_block_attentions_0_proj_in", layer, 1.0, **options)
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for value in module.parameters():
+            value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    return module
+
+
+def ours(name: str, module: Any) -> Delta:
+    """The same, as we read it."""
+    leaves = {key.removesuffix(".weight"): value.detach().clone() for key, value in module.state_dict().items()}
+    leaves = {key or "weight": value for key, value in leaves.items()}
+    alpha = leaves.pop("alpha", None)
+    leaves.pop("scalar", None)
+    return read_delta(name.partition(",")[0], leaves, None if alpha is None else float(alpha))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, -0.5])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", MADE)
+def test_what_they_make_of_a_weight_is_what_lycoris_makes(name: str, layer: str, strength: float) -> None:
+    torch.manual_seed(3)
+    held = LAYERS[layer]()
+    module = made(name, held)
+    delta = ours(name, module)
+    assert delta.kind == name.partition(",")[0]
+    weight: Tensor = held.weight.detach()  # type: ignore[assignment]
+    assert delta.fits(tuple(weight.shape))
+    assert not delta.fits((weight.shape[0] + 4, weight.shape[1] + 2, *weight.shape[2:]))
+    found, bias = delta.apply(weight, held.bias, strength)  # type: ignore[arg-type]
+    wanted = module.get_merged_weight(strength)[0].detach().view(weight.shape)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert (found - weight).abs().max() > 0.01 * abs(strength)
+    assert bias is held.bias
+    torch.testing.assert_close(delta.apply(weight, None, 0.0)[0] / weight, _at_zero(delta, weight))
+
+
+def _at_zero(delta: Delta, weight: Tensor) -> Tensor:
+    """At strength 0 only LyCORIS' rescaling is left, which it does not scale."""
+    one = torch.ones_like(weight)
+    return one * delta.leaves["rescale"] if "rescale" in delta.leaves else one
+
+
+def test_glora_from_before_may_2024() -> None:
+    """W · a2 · a1 + b2 · b1, with today's names the other way round."""
+    torch.manual_seed(3)
+    a1, a2, b1, b2 = torch.randn(3, 10), torch.randn(10, 3), torch.randn(3, 10), torch.randn(24, 3)
+    delta = read_delta("glora", {"a1": a1, "a2": a2, "b1": b1, "b2": b2}, 6.0)
+    weight = torch.randn(24, 10)
+    torch.testing.assert_close(delta.apply(weight, None, 0.5)[0], weight + 0.5 * 2 * (weight @ a2 @ a1 + b2 @ b1))
+    square = {"a1": a1, "a2": a2, "b1": b1, "b2": torch.randn(10, 3)}
+    weight = torch.randn(10, 10)
+    wanted = weight + weight @ a2 @ a1 + square["b2"] @ b1
+    torch.testing.assert_close(read_delta("glora", square, 3.0).apply(weight, None, 1.0)[0], wanted)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_files_of_lycoris_are_read_and_written_again(name: str, tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    torch.manual_seed(3)
+    module = made(name, nn.Linear(10, 32))
+    start = module.lora_name
+    tensors = {f"{start}.{key}": value.clone() for key, value in module.state_dict().items() if key != "scalar"}
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    adapter = load_adapter(tmp_path / "theirs.safetensors")
+    assert adapter.modules == ["unet.mid_block.attentions.0.proj_in"]
+    adapter.save(tmp_path / "ours.safetensors", format="lycoris")
+    again = load_file(tmp_path / "ours.safetensors")
+    assert set(again) == set(tensors)
+    assert all(torch.equal(again[key], value.to(again[key].dtype)) for key, value in tensors.items())
+    adapter.save(tmp_path / "native.safetensors", format="diffgraft")
+    assert load_adapter(tmp_path / "native.safetensors").deltas.keys() == adapter.deltas.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaves"),
+    [
+        ("ia3", {"weight": torch.ones(2, 3)}),
+        ("ia3", {"weight": torch.ones(3), "on_input": torch.ones(2)}),
+        ("glora", {"a1": torch.ones(4, 2), "a2": torch.ones(2, 4), "b1": torch.ones(5, 3)}),
+        ("glora", {"a1": torch.ones(4, 2), "a2": torch.ones(2, 4), "b1": torch.ones(5, 2), "b2": torch.ones(3, 4)}),
+        ("oft", {"oft_blocks": torch.ones(2, 3, 4)}),
+        ("boft", {"oft_blocks": torch.ones(2, 3, 5, 5)}),
+        ("oft", {"oft_blocks": torch.ones(2, 3, 3), "more": torch.ones(1)}),
+        ("ofd", {}),
+    ],
+)
+def test_what_does_not_fit_is_told(kind: str, leaves: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        read_delta(kind, leaves, 1.0)
+
+
+def test_they_are_kinds_and_no_methods() -> None:
+    assert {"ia3", "glora", "oft", "boft"} <= set(kinds())
+    assert not {"ia3", "glora", "oft", "boft"} & set(methods())
+    assert Adapter().modules == []
+    assert "lycoris" in DIALECTS
