@@ -52,6 +52,8 @@ class GloraDelta(Delta):
         return weight + strength * self.alpha / a2.shape[0] * (changed + beside), bias
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        if len(weight_shape) < 2:
+            return False
         out, width, *_ = weight_shape
         a1, a2, b1, b2 = self._factors()
         kernel = self.leaves["bm"].shape[2:] if "bm" in self.leaves else b2.shape[2:]

@@ -246,11 +246,12 @@ class Hypernetwork(Network):
         options = HypernetworkOptions.model_validate(dict(self.settings))
         networks: dict[str, ContextNetwork] = {}
         for name in dict.fromkeys(key.partition(".")[0] for key in self.tensors):
-            network = ContextNetwork(int(name.partition("-")[0]), options)
+            with torch.device("meta"):  # shapes alone: what a file claims takes no memory before it is checked
+                network = ContextNetwork(int(name.partition("-")[0]), options)
             start = f"{name}."
-            state = {key.removeprefix(start): v for key, v in self.tensors.items() if key.startswith(start)}
+            state = {key.removeprefix(start): v.float() for key, v in self.tensors.items() if key.startswith(start)}
             try:
-                network.load_state_dict(state)
+                network.load_state_dict(state, assign=True)
             except RuntimeError as error:
                 raise ValueError(f"the weights of {name} do not fit a structure of {options.structure}") from error
             networks[name] = network.eval().requires_grad_(False)

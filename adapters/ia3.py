@@ -34,7 +34,8 @@ class Ia3Delta(Delta):
         return weight.float() * factors.view(shape), bias
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        return self.leaves["weight"].numel() == weight_shape[1 if self.on_input else 0]
+        axis = 1 if self.on_input else 0
+        return len(weight_shape) > 1 and self.leaves["weight"].numel() == weight_shape[axis]
 
 
 def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)

@@ -56,7 +56,11 @@ class OftDelta(Delta):
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         *_, count, size, _ = self.leaves["oft_blocks"].shape
         scale = self.leaves.get("rescale")
-        return count * size == weight_shape[0] and (scale is None or scale.numel() == weight_shape[0])
+        return (
+            len(weight_shape) > 1
+            and count * size == weight_shape[0]
+            and (scale is None or scale.numel() == weight_shape[0])
+        )
 
 
 def _butterfly(turned: Tensor, weight: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ DIALECTS: dict[str, ModuleType] = {
     "webui-hypernetwork": webui_hypernetwork,
     "cloneofsimo": cloneofsimo,
 }
-"""Name of a dialect → the module that reads and writes it, those that more tools open first."""
+"""Name of a dialect → the module that reads it, and writes it where it has a `write`; what more tools open, first."""
+
+WRITTEN = [name for name, dialect in DIALECTS.items() if hasattr(dialect, "write")]
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -51,9 +53,9 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     Raises:
         DiffgraftError: there is no such dialect, or it cannot hold the adapter; nothing is written then.
     """
-    if dialect not in (*DIALECTS, "auto"):
-        raise DiffgraftError(f"There is no adapter format {dialect!r}: {nearest(dialect, DIALECTS)}")
-    for name in DIALECTS if dialect == "auto" else (dialect,):
+    if dialect not in (*WRITTEN, "auto"):
+        raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
+    for name in WRITTEN if dialect == "auto" else (dialect,):
         try:
             if adapter.networks and name != "diffgraft":
                 raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")

@@ -62,11 +62,6 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     return Adapter(deltas, said, tokens=tokens)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """It is read only, as no tool of today asks for it. Raises ValueError, always."""
-    raise ValueError(f"files that count layers instead of naming them are not written ({adapter.method})")
-
-
 def _named(listed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Up, down, up, down under the later names; which network they are of is told by how many there are."""
     part = "text_encoder" if len(listed) // 2 in _TEXT_ENCODERS else "unet"
@@ -78,7 +73,7 @@ def _named(listed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _classes(header: Mapping[str, str], part: str) -> list[str]:
     classes = json.loads(header.get(part, "null")) or _DEFAULT[part]
-    if not isinstance(classes, list) or not set(classes) <= set(_DEFAULT[part]):
+    if not isinstance(classes, list) or any(name not in _DEFAULT[part] for name in classes):
         raise ValueError(
             f"its {part} has layers in {classes}; only those in {', '.join(_DEFAULT[part])} are known here"
         )

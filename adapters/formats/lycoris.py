@@ -123,7 +123,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
         if len(found) != 1 or found[0].kind not in _KINDS:
-            raise ValueError(f"{path} holds no single LoRA, LoHa, LoKr or full difference")
+            raise ValueError(f"{path} holds no single delta of {', '.join(_KINDS)}")
         delta, level = found[0], "" if part == "unet" else "text_model_"
         ending = ".weight" if delta.kind in ("lora", "glora") else ""
         of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1

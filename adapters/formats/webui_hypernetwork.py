@@ -39,11 +39,6 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     return Adapter({}, said, (build(renamed, _settings(header)),))
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """It is read only: webui opens pickles, and this project writes none. Raises ValueError, always."""
-    raise ValueError(f"webui's hypernetworks are pickles, which are not written here ({adapter.method})")
-
-
 def _settings(header: Mapping[str, str]) -> dict[str, Any]:
     """How the network is built, in our words; what a file leaves out is as webui takes it then."""
     structure = _listed(header, "layer_structure") or [1, 2, 1]

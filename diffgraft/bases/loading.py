@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import Base, Family
+from diffgraft.bases.original import is_open_clip
 from diffgraft.bases.sd1 import StableDiffusion1
 from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
@@ -97,15 +98,15 @@ def _from_file(path: Path) -> Any:
     if not fitting:
         raise DiffgraftError(f"{path} is no checkpoint of {', '.join(starts)} in the original layout. {advice}")
     name = fitting[0]
-    more = {"safety_checker": None} if name != "sdxl" else {"tokenizer_2": _clip_tokenizer("!")}
+    pipeline = getattr(diffusers, FAMILIES[name].pipeline_class)
+    more: dict[str, Any] = {
+        part.replace("text_encoder", "tokenizer"): _clip_tokenizer("!" if is_open_clip(start) else "<|endoftext|>")
+        for part, start in FAMILIES[name].in_single_files.items()
+    }
+    if "safety_checker" in pipeline._optional_components:
+        more["safety_checker"] = None
     try:
-        return getattr(diffusers, FAMILIES[name].pipeline_class).from_single_file(
-            path,
-            config=str(CONFIGS / name),
-            local_files_only=True,
-            tokenizer=_clip_tokenizer("!" if name == "sd2" else "<|endoftext|>"),
-            **more,
-        )
+        return pipeline.from_single_file(path, config=str(CONFIGS / name), local_files_only=True, **more)
     except Exception as error:  # the loader raises whatever its parsing stumbles over
         raise DiffgraftError(
             f"{path} cannot be loaded as a checkpoint of {name}: {_first_line(error)} {advice}"

@@ -37,6 +37,8 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+_ENDS_BACK = {theirs: ours for ours, theirs in _ENDS.items()}
+_RESNET_BACK = {theirs: ours for ours, theirs in _RESNET.items()}
 _OURS = re.compile(r"(?P<side>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>\w+)\.(?P<number>\d+)(?P<rest>\..+|$)")
 _MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<number>\d+)(?P<rest>\..+|$)")
 _THEIRS = re.compile(r"(?P<side>input|output)_blocks\.(?P<place>\d+)\.(?P<slot>\d+)(?P<rest>\..+|$)")
@@ -73,8 +75,8 @@ class Blocks:
             first = int(found["level"]) * (self.layers + 1) + (1 if side == "down" else 0)
             if kind == "downsamplers" and side == "down" and _under(found["rest"], ".conv"):
                 return f"input_blocks.{first + self.layers}.0.op{found['rest'].removeprefix('.conv')}"
-            if kind == "upsamplers" and side == "up":
-                attended = tuple(reversed(self.attention))[int(found["level"])]
+            if kind == "upsamplers" and side == "up" and int(found["level"]) < len(self.attention):
+                attended = self.attention[-1 - int(found["level"])]
                 return f"output_blocks.{first + self.layers}.{2 if attended else 1}{found['rest']}"
             if kind in ("resnets", "attentions"):
                 slot = 0 if kind == "resnets" else 1
@@ -88,12 +90,12 @@ class Blocks:
         Raises:
             ValueError: no UNet of that layout has such a path.
         """
-        if end := _moved(path, {theirs: ours for ours, theirs in _ENDS.items()}):
+        if end := _moved(path, _ENDS_BACK):
             return end
         if found := _THEIR_MIDDLE.fullmatch(path):
             slot = int(found["slot"])
             kind = "attentions" if slot == 1 else "resnets"
-            return f"mid_block.{kind}.{slot // 2 if slot != 1 else 0}{_outer(kind, found['rest'])}"
+            return f"mid_block.{kind}.{slot // 2}{_outer(kind, found['rest'])}"
         if found := _THEIRS.fullmatch(path):
             place, slot, rest = int(found["place"]), int(found["slot"]), found["rest"]
             if found["side"] == "input":
@@ -127,8 +129,8 @@ def _inner(kind: str, rest: str) -> str:
 
 
 def _outer(kind: str, rest: str) -> str:
-    back = {theirs: ours for ours, theirs in _RESNET.items()}
-    return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], back)}"
+    """The same in diffusers' names."""
+    return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], _RESNET_BACK)}"
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:
@@ -174,6 +176,11 @@ _OPEN_CLIP_ENDS = {
 }
 
 
+def is_open_clip(start: str) -> bool:
+    """Whether text encoders under names that begin like this are OpenCLIP's; those of CLIP have transformers' names."""
+    return not start.endswith("text_model.")
+
+
 def open_clip_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A CLIP text encoder's weights under OpenCLIP's names: query, key and value in one, the projection transposed."""
     joined: dict[str, dict[str, Tensor]] = {}
@@ -210,6 +217,6 @@ def original_weights(base: Base) -> dict[str, Tensor]:
         weights[f"first_stage_model.{theirs}"] = value[:, :, None, None] if is_matrix else value
     for part, start in base.family.in_single_files.items():
         state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}
-        named = state.items() if start.endswith("text_model.") else open_clip_weights(state)
+        named = open_clip_weights(state) if is_open_clip(start) else state.items()
         weights |= {f"{start}{name}": value for name, value in named}
     return weights
