@@ -130,7 +130,7 @@ def test_files_that_count_layers(tmp_path: Path) -> None:
         tensors |= {f"unet:{place}:up": torch.randn(out, 2), f"unet:{place}:down": torch.randn(2, width)}
     for place in range(48):
         tensors |= {
-            f"text_encoder:{place}:{leaf}": torch.randn(*side) for leaf, side in (("up", (9, 1)), ("down", (1, 9)))
+            f"text_encoder:{place}:{leaf}": torch.randn(*side) for leaf, side in (("up", (9, 1)), ("down", (1, 7)))
         }
     header = {
         "unet": '["CrossAttention", "Attention", "GEGLU"]',
@@ -168,6 +168,9 @@ def test_files_that_count_layers(tmp_path: Path) -> None:
         save_file(broken, file, header)
         with pytest.raises(DiffgraftError, match=answer):
             load_adapter(file)
-    save_file(tensors, file, {**header, "unet": '["ResnetBlock2D"]'})
-    with pytest.raises(DiffgraftError, match="only those in CrossAttention"):
-        load_adapter(file)
+    for classes in ('["ResnetBlock2D"]', '[{"GEGLU": 1}]'):
+        save_file(tensors, file, {**header, "unet": classes})
+        with pytest.raises(DiffgraftError, match="only those in CrossAttention"):
+            load_adapter(file)
+    with pytest.raises(DiffgraftError, match="no adapter format 'cloneofsimo' to write"):
+        found.save(tmp_path / "b.safetensors", format="cloneofsimo")
