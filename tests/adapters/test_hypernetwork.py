@@ -273,3 +273,22 @@ def test_several_passes_before_one_way_back(options: dict[str, Any], checkpointe
 def test_options_that_make_no_network_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(DiffgraftError, match="will not do"):
         get_method("hypernetwork").read_options(options)
+
+
+def test_a_strength_means_the_same_where_the_network_is_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base("tiny")
+    live = attach(base)
+    shake(live, size=0.05)
+    adapter = live.adapter({})
+    live.detach()
+    x, text = torch.randn(2, 4, 16, 12), torch.randn(2, 7, 64)
+
+    @torch.no_grad()
+    def said() -> Tensor:
+        with graft(base, {adapter: 0.4}):
+            found: Tensor = base.unet(x, torch.tensor([3, 700]), encoder_hidden_states=text).sample
+        return found
+
+    as_one = said()
+    monkeypatch.setattr(ContextNetwork, "shorter_for", lambda *_: False)
+    torch.testing.assert_close(as_one, said(), rtol=1e-4, atol=1e-5)
