@@ -40,7 +40,8 @@ HEAD = """# What a training step costs
 real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is the frozen UNet
 alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
 where *bypass* is its mode that never builds the matrix. Steps of the floor come between the steps of a case, and the
-ratio is of the fastest of either; the row of the floor itself shows how far that can be trusted. Peak memory is of a
+ratio is of the fastest of either; the row of the floor itself shows how far that can be trusted. Seconds are of the
+minutes in which a case ran, and a machine is not equally fast in all of them: compare the ratios. Peak memory is of a
 process of its own.
 
 ![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
@@ -241,7 +242,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         names = [name for name in cases if name != "floor"]
         ratios = [cases[name]["ratio"] for name in names]
         colours = ["tab:blue" if CASES[name][0] == "ours" else "tab:gray" for name in names]
-        bars = axes.barh(names, [ratio - 1 for ratio in ratios], left=1, color=colours)
+        bars = axes.barh(names, [max(ratio - 1, 0) for ratio in ratios], left=1, color=colours)
         axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
         axes.set(xscale="log", xlim=(1, 1.6 * max(ratios)), xlabel="time of the frozen UNet alone", title=setting)
         axes.set_xticks([1, 2, 4, 8], ["1 ×", "2 ×", "4 ×", "8 ×"], minor=False)
