@@ -116,13 +116,17 @@ UNETS: dict[str, dict[str, object]] = {
 """Family → what makes the UNet of its configuration small."""
 
 
-def small(folder: Path, family: str) -> Path:
-    """A random model of a family's configuration, small and unequal in width, as a diffusers folder."""
+def small(folder: Path, family: str, channels: int = 4) -> Path:
+    """A random model of a family's configuration, small and unequal in width, as a diffusers folder.
+
+    With nine channels its UNet is one for inpainting.
+    """
     import diffusers
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from diffgraft.bases import FAMILIES, loading
+    from diffgraft.bases.base import inpainting
 
     torch.manual_seed(8)
     source = loading.CONFIGS / (family if family != "taiyi" else "sd1")
@@ -135,7 +139,9 @@ def small(folder: Path, family: str) -> Path:
         return CLIPTextConfig(**configured(part, num_hidden_layers=2, **sizes))
 
     vae = AutoencoderKL.from_config(configured("vae", block_out_channels=[4, 8, 12, 12], norm_num_groups=4))
-    unet = UNet2DConditionModel.from_config(configured("unet", norm_num_groups=4, **UNETS[family]))
+    unet = UNet2DConditionModel.from_config(
+        configured("unet", norm_num_groups=4, in_channels=channels, **UNETS[family])
+    )
     with (source / "scheduler" / "scheduler_config.json").open(encoding="utf-8") as file:
         scheduler = getattr(diffusers, json.load(file)["_class_name"]).from_pretrained(source / "scheduler")
     tokenizer = CLIPTokenizer.from_pretrained(loading.TINY / "tokenizer")
@@ -152,7 +158,10 @@ def small(folder: Path, family: str) -> Path:
         parts |= chinese(folder.with_name(f"{folder.name}-vocabulary"))
     else:
         parts["text_encoder"] = CLIPTextModel(text("text_encoder", 20))
-    pipe = getattr(diffusers, FAMILIES[family].pipeline_class)(vae=vae, unet=unet, scheduler=scheduler, **parts)
+    kind = FAMILIES[family].pipeline_class
+    pipe = getattr(diffusers, kind if channels == 4 else inpainting(kind))(
+        vae=vae, unet=unet, scheduler=scheduler, **parts
+    )
     pipe.save_pretrained(folder)
     return folder
 

@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, times: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noisy latents [n, c, h, w], timesteps [n], n prompts → the UNet's prediction [n, c, h, w], float32."""
         told = self.condition(prompts)
-        prediction: Tensor = self.unet(noisy.to(self.unet.dtype), times, **told.kwargs()).sample
+        prediction: Tensor = self.unet(self._base.unet_input(noisy), times, **told.kwargs()).sample
         return prediction.float()
 
 

@@ -27,6 +27,10 @@ class Recipe(_Strict):
     """What kind of training this is; fixed by the recipe's file"""
     base: str = "tiny"
     """`tiny`, a diffusers folder, a single .safetensors checkpoint, or a hub id"""
+    prediction_type: Literal["epsilon", "v_prediction", None] = None
+    """What the base's UNet predicts; unset: what its files say"""
+    zero_snr: bool | None = None
+    """Whether its noise schedule is rescaled to end in pure noise; unset: what its files say"""
     method: str = "lora"
     """How the adapter is parametrised; `diffgraft methods` lists them"""
     rank: int = Field(8, ge=1)

@@ -98,7 +98,7 @@ def train(
     get_method(plan.method).read_options(plan.options)
     pictures = read_folder(plan.images)
     accelerator = new_accelerator(plan)
-    held = base if isinstance(base, Base) else load_base(plan.base, _DTYPES[plan.precision])
+    held = _held(plan, base)
     _check_resolution(plan, held)
     was_on = held.device
     held.to(accelerator.device)
@@ -154,6 +154,19 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
             f"A resumed run keeps its recipe, so {', '.join(settings)} cannot be set. Start a new run for that."
         )
     return load_recipe(path, {"output": str(folder)}), folder
+
+
+def _held(plan: Recipe, base: str | Path | Base) -> Base:
+    """The base that was given, or the recipe's."""
+    if not isinstance(base, Base):
+        more = {"prediction_type": plan.prediction_type, "zero_snr": plan.zero_snr}
+        return load_base(plan.base, _DTYPES[plan.precision], **more)  # type: ignore[arg-type]
+    if plan.prediction_type not in (None, base.prediction_type) or plan.zero_snr not in (None, base.zero_snr):
+        raise DiffgraftError(
+            f"The base that was given is {base!r}; the recipe has prediction_type={plan.prediction_type} and "
+            f"zero_snr={plan.zero_snr}. Load the base with them: load_base(…, prediction_type=…, zero_snr=…)."
+        )
+    return base
 
 
 def _check_resolution(plan: Recipe, base: Base) -> None:
@@ -278,7 +291,12 @@ def _header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
         **({"options": plan.options} if plan.options else {}),
         "trigger": plan.trigger,
         "class": getattr(plan, "subject", None),
-        "base": {"name": Path(plan.base).name, "family": base.family.name, "hash": base.hash},
+        "base": {
+            "name": Path(plan.base).name,
+            "family": base.family.name,
+            "hash": base.hash,
+            "prediction_type": base.prediction_type,
+        },
         "recipe": plan.header(),
         "seed": plan.seed,
         "data": digest,

@@ -67,8 +67,13 @@ class Base:
     freely and no adapter touches, is left out. It is taken at once: later, weights may be cast, merged or attached to.
     """
 
+    _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
+    """Size of the latents → those of a grey picture"""
+
     def __repr__(self) -> str:
-        return f"Base({self.name!r}, family {self.family.name}, {self.unet.dtype} on {self.device})"
+        more = (", zero terminal SNR" if self.zero_snr else "") + (", inpainting" if self.is_inpainting else "")
+        told = f"family {self.family.name}, predicts {self.prediction_type}{more}"
+        return f"Base({self.name!r}, {told}, {self.unet.dtype} on {self.device})"
 
     def __post_init__(self) -> None:
         for _, part in self.parts():
@@ -88,16 +93,40 @@ class Base:
 
         shared: dict[str, Any] = dict(self.parts())
         shared |= {name: getattr(self, name) for name in ("tokenizer", "tokenizer_2") if getattr(self, name)}
-        if self.family.pipeline_class == "StableDiffusionPipeline":
+        if self.family.pipeline_class == "StableDiffusionPipeline":  # of inpainting, too
             shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        pipe = getattr(diffusers, self.family.pipeline_class)(scheduler=scheduler, **shared)
+        kind = self.family.pipeline_class
+        pipe = getattr(diffusers, inpainting(kind) if self.is_inpainting else kind)(scheduler=scheduler, **shared)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def condition(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """What the UNet is told about `prompts`; `size` is (height, width) in pixels, by default the base's own."""
         return self.family.condition(self, prompts, size or (self.resolution, self.resolution))
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet is told, beside the noisy latents, where to draw and what stays."""
+        return bool(self.unet.config.in_channels > self.vae.config.latent_channels)
+
+    def unet_input(self, noisy: Tensor) -> Tensor:
+        """What the UNet takes for noisy latents [n, c, h, w]: of an inpainting UNet [n, 2 · c + 1, h, w].
+
+        That is told to draw everything: a mask of ones, and the latents of a picture of which nothing is left, which
+        is grey, as in the training of Stable Diffusion's inpainting models.
+        """
+        noisy = noisy.to(self.unet.dtype)
+        if not self.is_inpainting:
+            return noisy
+        size = tuple(noisy.shape[-2:])
+        if size not in self._grey:
+            with torch.no_grad():
+                blank = torch.zeros(1, 3, *(side * self.factor for side in size))
+                latents = self.vae.encode(blank.to(self.device, self.vae.dtype)).latent_dist.mode()
+            self._grey[size] = latents * self.vae.config.scaling_factor
+        grey = self._grey[size].to(noisy).expand(len(noisy), -1, -1, -1)
+        return torch.cat([noisy, torch.ones_like(noisy[:, :1]), grey], 1)
 
     @property
     def factor(self) -> int:
@@ -113,6 +142,11 @@ class Base:
     def prediction_type(self) -> str:
         """What the UNet predicts: `epsilon` or `v_prediction`."""
         return str(self.scheduler.config.prediction_type)
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the noise schedule ends in pure noise."""
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr"))
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +167,11 @@ class Base:
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
         said = f"{self.hash} {_digest([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
         return hashlib.sha256(said.encode()).hexdigest()
+
+
+def inpainting(pipeline_class: str) -> str:
+    """Name of diffusers' pipeline for inpainting UNets of a family, from that of its own."""
+    return pipeline_class.replace("Pipeline", "InpaintPipeline")
 
 
 def _digest(parts: Iterable[tuple[str, nn.Module]]) -> str:

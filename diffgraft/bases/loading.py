@@ -1,19 +1,24 @@
 """From a name to a base: the embedded one, a diffusers folder, a hub id, or a single checkpoint file."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffgraft.bases.base import Base, Family
+from diffgraft.bases.base import Base, Family, inpainting
 from diffgraft.bases.original import is_open_clip
+from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.sd1 import StableDiffusion1
 from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
 from diffgraft.bases.taiyi import Taiyi
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.quiet import hushed
 
 FAMILIES: dict[str, Family] = {
@@ -23,29 +28,46 @@ FAMILIES: dict[str, Family] = {
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
+_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+_ADVICE = "If it is an adapter, pass it with --adapter and keep the base it was made for."
 
 
-def load_base(source: str | Path = "tiny", dtype: torch.dtype = torch.float32) -> Base:
+def load_base(
+    source: str | Path = "tiny",
+    dtype: torch.dtype = torch.float32,
+    *,
+    family: str | None = None,
+    prediction_type: str | None = None,
+    zero_snr: bool | None = None,
+) -> Base:
     """Load a base and freeze it.
 
     Args:
         source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
             layout, or a model's id on the Hugging Face hub.
         dtype: precision the weights are held in.
+        family: a key of `FAMILIES`, where what is found in the files is not to decide.
+        prediction_type: ``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong.
+        zero_snr: whether the noise schedule is rescaled to end in pure noise, alike.
 
     Raises:
         DiffgraftError: nothing by that name can be read, or it is no base of a known family.
     """
+    if family is not None and family not in FAMILIES:
+        raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, FAMILIES)}")
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     with hushed():
         if path.is_file():
-            pipe = _from_file(path)
+            pipe = _from_file(path, family)
         elif path.is_dir():
             pipe = _from_folder(path)
         else:
             pipe = _from_hub(str(source))
-    family = next(family for family in FAMILIES.values() if family.holds(pipe))
-    return Base(name=str(source), family=family, **_parts(pipe)).to(dtype=dtype)
+    pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
+    found = FAMILIES[family] if family else next(one for one in FAMILIES.values() if one.holds(pipe))
+    if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
+        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
+    return Base(name=str(source), family=found, **_parts(pipe)).to(dtype=dtype)
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
@@ -70,16 +92,22 @@ def _from_folder(folder: Path) -> Any:
         raise DiffgraftError(f"{index} holds no JSON object, so {folder} is no diffusers folder.")
     kind = parts.get("_class_name", "model without a class")
     known = sorted({family.pipeline_class for family in FAMILIES.values()})
-    if kind not in known:
+    if kind not in (*known, *map(inpainting, known)):
         raise DiffgraftError(f"{folder} is a {kind}; the families known here are drawn with: {', '.join(known)}.")
-    more = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
+    more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
+    if not _holds_plain_weights(folder) and any(folder.glob("unet/*.fp16.safetensors")):
+        more["variant"] = "fp16"
     try:
         return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
     except Exception as error:  # the libraries raise whatever their parsing stumbles over
         raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
-def _from_file(path: Path) -> Any:
+def _holds_plain_weights(folder: Path) -> bool:
+    return any(".fp16." not in path.name for path in folder.glob("unet/*.safetensors"))
+
+
+def _from_file(path: Path, family: str | None) -> Any:
     import diffusers
 
     if path.suffix != ".safetensors":
@@ -87,18 +115,16 @@ def _from_file(path: Path) -> Any:
             f"{path} is a {path.suffix or 'suffixless'} file; a single-file base must be .safetensors. Other files may "
             "hold code that runs on opening, so they are not opened. Convert it first, or give a diffusers folder."
         )
-    advice = "If it is an adapter, pass it with --adapter and keep the base it was made for."
     try:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
+            name = _family_of(path, keys, family)
+            told = told_by(name, file, keys)
+            channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
-    starts = {name: family.in_single_files.values() for name, family in FAMILIES.items() if family.in_single_files}
-    fitting = [name for name, wanted in starts.items() if all(any(key.startswith(w) for key in keys) for w in wanted)]
-    if not fitting:
-        raise DiffgraftError(f"{path} is no checkpoint of {', '.join(starts)} in the original layout. {advice}")
-    name = fitting[0]
-    pipeline = getattr(diffusers, FAMILIES[name].pipeline_class)
+    kind = FAMILIES[name].pipeline_class
+    pipeline = getattr(diffusers, kind if channels == 4 else inpainting(kind))
     more: dict[str, Any] = {
         part.replace("text_encoder", "tokenizer"): _clip_tokenizer("!" if is_open_clip(start) else "<|endoftext|>")
         for part, start in FAMILIES[name].in_single_files.items()
@@ -106,11 +132,39 @@ def _from_file(path: Path) -> Any:
     if "safety_checker" in pipeline._optional_components:
         more["safety_checker"] = None
     try:
-        return pipeline.from_single_file(path, config=str(CONFIGS / name), local_files_only=True, **more)
+        with _configuration(CONFIGS / name, channels) as config:
+            pipe = pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
     except Exception as error:  # the loader raises whatever its parsing stumbles over
         raise DiffgraftError(
-            f"{path} cannot be loaded as a checkpoint of {name}: {_first_line(error)} {advice}"
+            f"{path} cannot be loaded as a checkpoint of {name}: {_first_line(error)} {_ADVICE}"
         ) from error
+    pipe.scheduler = scheduled(pipe.scheduler, **told)
+    return pipe
+
+
+@contextmanager
+def _configuration(folder: Path, channels: int) -> Iterator[Path]:
+    """The family's configuration, of a UNet that takes so many channels."""
+    if channels == 4:
+        yield folder
+        return
+    with TemporaryDirectory() as name:
+        copy = Path(shutil.copytree(folder, Path(name) / folder.name))
+        config = json.loads((copy / "unet" / "config.json").read_text("utf-8"))
+        (copy / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": channels}), "utf-8")
+        yield copy
+
+
+def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
+    """The family whose text encoders a single file has, or the one that is wanted."""
+    starts = {name: family.in_single_files.values() for name, family in FAMILIES.items() if family.in_single_files}
+    fitting = [name for name, own in starts.items() if all(any(key.startswith(w) for key in keys) for w in own)]
+    if wanted is None and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return str(wanted)
+    named = wanted or ", ".join(starts)
+    raise DiffgraftError(f"{path} is no checkpoint of {named} in the original layout. {_ADVICE}")
 
 
 def _clip_tokenizer(padding: str) -> Any:
@@ -124,9 +178,11 @@ def _from_hub(name: str) -> Any:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*.fp16.*", "*/*non_ema*", "safety_checker/*"]
+    wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
     try:
-        folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
+        folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*unwanted, "*/*.fp16.*"])
+        if not _holds_plain_weights(Path(folder)):  # there are models in half precision alone
+            folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
     except (OSError, RuntimeError, HFValidationError) as error:
         raise DiffgraftError(
             f"There is no base {name!r}: no folder or file of that name exists here, and the hub gave no such model "

@@ -199,6 +199,26 @@ def open_clip_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor
         yield name, torch.cat([thirds[letter] for letter in "qkv"])
 
 
+def our_open_clip_names(name: str) -> list[tuple[str, int | None, bool]]:
+    """Transformers' names for a weight of OpenCLIP's text encoder: name, which third of the rows, whether transposed.
+
+    Empty where transformers has none, as for the scale of logits.
+    """
+    if name == "text_projection":
+        return [("text_projection.weight", None, True)]
+    ends = {theirs: ours for ours, theirs in _OPEN_CLIP_ENDS.items()}
+    if name in ends:
+        return [(ends[name], None, False)]
+    if found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)", name):
+        start = f"encoder.layers.{found[1]}.self_attn"
+        return [(f"{start}.{letter}_proj.{found[2]}", third, False) for third, letter in enumerate("qkv")]
+    if found := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", name):
+        inner = {theirs: ours for ours, theirs in _OPEN_CLIP.items()}
+        if found[2] in inner:
+            return [(f"encoder.layers.{found[1]}.{inner[found[2]]}.{found[3]}", None, False)]
+    return []
+
+
 def original_weights(base: Base) -> dict[str, Tensor]:
     """Every weight of a base under the names of its family's single-file checkpoints; what can be shared, is.
 

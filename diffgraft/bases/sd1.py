@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffgraft.bases.base import Base, Conditioning
+from diffgraft.bases.base import Base, Conditioning, inpainting
 
 
 class StableDiffusion1:
@@ -18,7 +18,7 @@ class StableDiffusion1:
 
     def holds(self, pipe: Any) -> bool:
         """Its pipeline is one of its own, which other families share."""
-        return type(pipe).__name__ == self.pipeline_class
+        return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
 
     def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:  # noqa: ARG002
         """Last hidden state [n, 77, width]; the size is not told to this family."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffgraft.bases.base import Base, Conditioning
+from diffgraft.bases.base import Base, Conditioning, inpainting
 from diffgraft.bases.sd1 import token_ids
 
 
@@ -21,7 +21,7 @@ class StableDiffusionXL:
 
     def holds(self, pipe: Any) -> bool:
         """Its pipeline is one of its own."""
-        return type(pipe).__name__ == self.pipeline_class
+        return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
 
     def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
         """Penultimate hidden states of both encoders side by side; pooled embedding of the second; size, crop, size."""

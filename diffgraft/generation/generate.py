@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffgraft.errors import DiffgraftError, nearest
-from diffgraft.generation.source import Fitted, Source, from_source, own_shape, steps_from
+from diffgraft.generation.source import Fitted, Source, for_inpainting, from_source, own_shape, steps_from
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -94,6 +94,8 @@ def generate(
     Raises:
         DiffgraftError: size, steps, scheduler or source are none that this base can draw with.
     """
+    if pipe.unet.config.in_channels > pipe.vae.config.latent_channels:
+        source = for_inpainting(pipe, source, settings.size)
     if source is not None:
         settings = replace(settings, size=settings.size or own_shape(pipe, source.image))
     more = _options(pipe, settings)

@@ -1,6 +1,6 @@
 """Pictures to start from instead of noise alone, and to draw into, in diffusers' pipelines for that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
@@ -37,6 +37,14 @@ class Fitted:
     def finished(self, drawn: Image.Image) -> Image.Image:
         """What was drawn, with the very pixels of the source where it stays: the VAE has changed them a little."""
         return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
+
+
+def for_inpainting(pipe: Any, source: Source | None, size: tuple[int, int] | None) -> Source:
+    """The source for a UNet made for inpainting, which always needs one: without it, grey that is drawn all over."""
+    if source is None:
+        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        source = Source(Image.new("RGB", size or (own, own), (128, 128, 128)), denoise=1.0)
+    return replace(source, mask=source.mask or Image.new("L", source.image.size, 255))
 
 
 def from_source(pipe: Any, source: Source, more: dict[str, Any]) -> tuple[Any, Fitted]:

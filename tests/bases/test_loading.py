@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffgraft.bases import Base, load_base, loading
+from diffgraft.bases import Base, load_base, loading, prediction
 from diffgraft.bases.original import original_weights
 from diffgraft.bases.sd1 import token_ids
+from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
+from diffgraft.generation.bake import bake
+from diffgraft.trainers.denoising import Noising
 from tests.conftest import UNETS, small
 
 
@@ -34,6 +37,16 @@ def test_a_folder_gives_the_same_base(base: Base, tmp_path: Path) -> None:
     again = load_base(tmp_path / "copy")
     assert again.hash == base.hash
     assert again.name == str(tmp_path / "copy")
+
+
+def test_a_folder_of_half_precision_alone(base: Base, tmp_path: Path) -> None:
+    load_base("tiny", torch.float16).pipeline().save_pretrained(tmp_path / "half", variant="fp16")
+    names = {path.name for path in (tmp_path / "half" / "unet").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.fp16.safetensors"}
+    assert load_base(tmp_path / "half").hash == base.hash
+    with open_weights(tmp_path / "half") as weights, open_weights("tiny") as whole:
+        assert set(weights) == set(whole)
+        assert weights["unet.conv_in.weight"].dtype == torch.float16
 
 
 def test_the_hash_is_of_content_and_not_of_precision(base: Base) -> None:
@@ -65,6 +78,11 @@ def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Pat
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_single_file_gives_the_same_base(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = load_base(small(tmp_path / "configs" / family, family))
+    spread = torch.zeros(8)
+    if family == "sd2":  # as those have it that predict v
+        spread = wanted.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
+        torch.nn.init.normal_(spread, std=0.2, generator=torch.Generator().manual_seed(0))
+        wanted = replace(wanted)
     write_safetensors(tmp_path / "model.safetensors", original_weights(wanted), {})
     monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
     found = load_base(tmp_path / "model.safetensors")
@@ -74,10 +92,50 @@ def test_a_single_file_gives_the_same_base(family: str, tmp_path: Path, monkeypa
         assert torch.equal(found.vae.state_dict()[name], value), name
     assert found.scheduler.config.beta_end == 0.012
     assert found.prediction_type == ("v_prediction" if family == "sd2" else "epsilon")
+    if family == "sd2":
+        write_safetensors(
+            tmp_path / "512.safetensors",
+            {**original_weights(wanted), prediction._BIAS: torch.zeros_like(spread)},
+            {},
+        )
+        assert load_base(tmp_path / "512.safetensors").prediction_type == "epsilon"
     prompts = ["a dog in the snow", "a cat"]
     for name in ("tokenizer", "tokenizer_2"):
         if tokenizer := getattr(wanted, name):
             assert torch.equal(token_ids(getattr(found, name), prompts), token_ids(tokenizer, prompts))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_what_is_predicted_is_stated_and_can_be_overridden(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that predicts v on a schedule that ends in pure noise, written as one file, and read again."""
+    small(tmp_path / "configs" / family, family)
+    held = load_base(tmp_path / "configs" / family, prediction_type="v_prediction", zero_snr=True)
+    assert "predicts v_prediction, zero terminal SNR" in repr(held)
+    assert (held.prediction_type, held.zero_snr) == ("v_prediction", True)
+    assert held.scheduler.config.timestep_spacing == "trailing"
+    noising = Noising(held)
+    x, noise = torch.ones(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
+    noisy, target = noising(x, noise, torch.tensor([999]))
+    torch.testing.assert_close(noisy, noise, atol=1e-4, rtol=0)
+    torch.testing.assert_close(target, -x, atol=1e-4, rtol=0)
+    file = bake(held, {}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    again = load_base(file)
+    assert again.prediction_type == "v_prediction"
+    assert again.zero_snr == (family == "sdxl")  # single files of other families have no word for it
+    assert again.hash == held.hash
+    assert load_base(file, prediction_type="epsilon", zero_snr=False).prediction_type == "epsilon"
+    assert load_base(file, family=family).family.name == family
+    for more, answer in (
+        ({"prediction_type": "velocity"}, "There is no prediction type 'velocity'"),
+        ({"prediction_type": "epsilon", "zero_snr": True}, "cannot go with a UNet that predicts ε"),
+        ({"family": "taiyi"}, "is no checkpoint of taiyi"),
+        ({"family": "sd3"}, "There is no family 'sd3'"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            load_base(file, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", sorted(UNETS))

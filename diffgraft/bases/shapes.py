@@ -1,0 +1,40 @@
+"""Shapes of the layers of the real bases, from their configurations: nothing of a base's size is allocated."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffgraft.bases.loading import CONFIGS, TINY
+from diffgraft.quiet import hushed
+
+Shape = tuple[int, ...]
+KNOWN: dict[str, Path] = {"tiny": TINY, **{name: CONFIGS / name for name in ("sd1", "sd2", "sdxl")}}
+"""Name of a base, or of the family whose usual configuration it is → where its configuration lies."""
+
+
+@cache
+def layer_shapes(name: str) -> dict[str, Shape]:
+    """Path, as adapters have it, of every module with a weight → the weight's shape; `name` is a key of `KNOWN`."""
+    return {
+        f"{part}.{path.removeprefix('text_model.')}": tuple(module.weight.shape)
+        for part, root in _parts(KNOWN[name]).items()
+        for path, module in root.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor)
+    }
+
+
+def _parts(folder: Path) -> dict[str, nn.Module]:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device("meta"), hushed():
+        config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
+        parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
+        for part, kind in classes.items():
+            if (folder / part / "config.json").is_file():
+                parts[part] = kind(CLIPTextConfig.from_pretrained(folder / part))
+    return parts
