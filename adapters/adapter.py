@@ -22,6 +22,8 @@ class Delta(ABC):
     """The tensors it consists of, by their canonical names."""
     alpha: float | None
     """What its scale is made of; None where it has no scale."""
+    follows: str | None = None
+    """Whose way of strengths other than 1 it follows, where tools differ in that."""
 
     @abstractmethod
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.lowrank import Size, nearest
 from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
@@ -43,20 +42,6 @@ class FullDelta(LinearDelta):
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         bias_fits = "diff_b" not in self.leaves or self.leaves["diff_b"].shape == weight_shape[:1]
         return tuple(self.leaves["diff"].shape) == tuple(weight_shape) and bias_fits
-
-
-def reduced(diff: Tensor, rank: int | None, energy: float | None) -> Delta | None:
-    """The LoRA nearest to `diff` [out, in, …kernel] of a rank, or of the least rank that holds a share of ‖diff‖²."""
-    u, s, v = torch.linalg.svd(diff.flatten(1), full_matrices=False)
-    if energy is not None:
-        share = s.square().cumsum(0) / s.square().sum().clamp_min(torch.finfo(s.dtype).tiny)
-        rank = int((share < energy).sum()) + 1
-    rank = min(rank or len(s), int((s > 0).sum()))
-    if rank == 0:
-        return None
-    root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * v[:rank]
-    return low_rank(down.view(rank, *diff.shape[1:]), up.view(*up.shape, *[1] * (diff.ndim - 2)), float(rank))
 
 
 class FullOptions(Options):
@@ -101,7 +86,8 @@ class AttachedFull(Attached):
         if options.rank is None and options.energy is None:
             return {path: FullDelta(leaves) for path, leaves in differences.items()}
         matrices = {path: leaves["diff"] for path, leaves in differences.items() if leaves["diff"].ndim > 1}
-        small = {path: reduced(diff, options.rank, options.energy) for path, diff in matrices.items()}
+        size = Size(options.rank, options.energy)
+        small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
 
     def detach(self) -> None:

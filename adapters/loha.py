@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.dora import may_be_decomposed
 from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, plus_product
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
@@ -125,7 +125,8 @@ def attach(target: Any, spec: Spec) -> Attached:
     return AttachedPatches(target, spec, make)
 
 
-def read(leaves: Leaves, alpha: float | None) -> Delta:
+@may_be_decomposed
+def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoHa from its leaves; without an alpha the scale is 1."""
     plain = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}
     if set(leaves) not in (plain, plain | {"hada_t1", "hada_t2"}):

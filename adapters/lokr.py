@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.dora import may_be_decomposed
 from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer
@@ -144,7 +144,8 @@ def attach(target: Any, spec: Spec) -> Attached:
     return AttachedPatches(target, spec, make)
 
 
-def read(leaves: Leaves, alpha: float | None) -> Delta:
+@may_be_decomposed
+def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoKr from its leaves; without an alpha the scale is 1."""
     ones, twos = {"lokr_w1"}, {"lokr_w2"}
     split_one, split_two = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}

@@ -1,14 +1,13 @@
 """LoRA: a low-rank matrix added to the weight (Hu et al. 2021, arXiv:2106.09685).
 
 W' = W + (alpha / r) · up · down, with down [r, in] and up [out, r]; equation (3) and section 4.1 of the paper.
-With `options.dora` the sum is brought to a learnt length per output (DoRA, Liu et al. 2024, arXiv:2402.09353,
-equation 5); with `options.rslora` the scale is alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
+With `options.dora` the sum is brought to a learnt length per output (see `dora.py`); with `options.rslora` the scale is
+alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
 import fnmatch
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.dora import DoraPatch, may_be_decomposed
 from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming, plus_product
 from diffgraft.adapters.method import Attached, Method, Options, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
-from diffgraft.errors import DiffgraftError
+from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer
 
 
 class LowRank(Factors):
@@ -93,83 +91,13 @@ def low_rank(down: Tensor, up: Tensor, alpha: float | None = None, mid: Tensor |
     return FactorDelta(LOW_RANK, leaves, float(down.shape[0]) if alpha is None else alpha)
 
 
-@dataclass(frozen=True)
-class DoraDelta(Delta):
-    """W' = m · (W + ΔW) / ‖W + ΔW‖, the norm taken for each output."""
-
-    direction: FactorDelta
-    magnitude: Tensor
-    """[out]"""
-
-    kind = "lora"
-
-    @property
-    def leaves(self) -> Leaves:  # type: ignore[override]
-        return {**self.direction.leaves, "dora_scale": self.magnitude}
-
-    @property
-    def alpha(self) -> float:  # type: ignore[override]
-        return self.direction.alpha
-
-    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
-        """A strength scales ΔW, and m stays, as in peft."""
-        weight = weight.float()
-        v = weight + strength * self.direction.delta(tuple(weight.shape)).to(weight.device)
-        return rescaled(v, self.magnitude.to(weight.device)), bias
-
-    def fits(self, weight_shape: Shape) -> bool:
-        return self.magnitude.shape == weight_shape[:1] and self.direction.fits(weight_shape)
-
-
-def rescaled(v: Tensor, magnitude: Tensor) -> Tensor:
-    """`v` [out, …] with the norm of each output brought to `magnitude` [out]."""
-    factor: Tensor = magnitude / norms(v)
-    return v * factor.view(-1, *[1] * (v.ndim - 1))
-
-
-def norms(weight: Tensor) -> Tensor:
-    """Norm of each output of a weight [out, …], [out]."""
-    found: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return found
-
-
-class DoraPatch(Patch):
-    """DoRA on a live layer. As in the paper (section 4.3) no gradient flows through the norm."""
-
-    def __init__(self, direction: FactorPatch, layer: nn.Module) -> None:
-        super().__init__()
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        if not weight.is_floating_point() or weight.shape != weight_shape(layer):
-            raise DiffgraftError(
-                "DoRA needs the weights of the base, which are quantised here: set options.dora=false."
-            )
-        self.direction = direction
-        self.magnitude = nn.Parameter(norms(weight.detach().float()))
-
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        weight: Tensor = layer.get_parameter("weight")
-        shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-        bias = layer.get_parameter("bias").view(shape) if layer.bias is not None else out.new_zeros(1)
-        with torch.no_grad():
-            norm = norms(weight.float() + self.direction.weight(layer))
-        factor = (self.magnitude / norm).view(shape)
-        return (factor * (out - bias + self.direction.added(layer, x).to(out.dtype)) + bias).to(out.dtype)
-
-    def delta(self) -> DoraDelta:
-        return DoraDelta(self.direction.delta(), self.magnitude.detach().float().cpu().clone())
-
-    def rates(self) -> dict[str, float]:
-        return {f"direction.{name}": rate for name, rate in self.direction.rates().items()}
-
-
-def read(leaves: Leaves, alpha: float | None) -> Delta:
-    """LoRA, or DoRA where there is a ``dora_scale`` [out]; without an alpha the scale is 1."""
-    strange = set(leaves) - {"lora_down", "lora_up", "lora_mid", "dora_scale"}
+@may_be_decomposed
+def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
+    """LoRA from its leaves, or DoRA; without an alpha the scale is 1."""
+    strange = set(leaves) - {"lora_down", "lora_up", "lora_mid"}
     if strange or not {"lora_down", "lora_up"} <= set(leaves):
         raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoRA")
-    delta = low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
-    return DoraDelta(delta, leaves["dora_scale"].flatten()) if "dora_scale" in leaves else delta
+    return low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
 
 
 class LoraOptions(Options):

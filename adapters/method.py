@@ -20,6 +20,7 @@ from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.errors import DiffgraftError, nearest
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
+ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
 GROUP = "diffgraft.methods"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """The networks of a base that adapters change."""
@@ -98,7 +99,7 @@ class Method:
     """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
     read: ReadDelta | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
-    read_network: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network] | None = None
+    read_network: ReadNetwork | None = None
     """Tensors and settings → the network, for methods that are one; ValueError where they do not fit together."""
 
     def layers_under(self, options: Options) -> str:
@@ -188,6 +189,20 @@ def read_delta(kind: str, leaves: Mapping[str, Tensor], alpha: float | None) -> 
     if kind not in kinds():
         raise ValueError(f"there is no kind {kind!r} of delta: {nearest(kind, kinds())}")
     return kinds()[kind](leaves, alpha)
+
+
+def read_network(kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
+    """The network of a kind, that of a method or one that a module names in `NETWORKS`, from tensors and settings.
+
+    Raises:
+        ValueError: there is no such kind, or they do not fit together.
+    """
+    found = {name: method.read_network for name, method in methods().items() if method.read_network is not None}
+    for module in _modules():
+        found |= getattr(module, "NETWORKS", {})
+    if kind not in found:
+        raise ValueError(f"there is no kind {kind!r} of network: {nearest(kind, found)}")
+    return found[kind](tensors, settings)
 
 
 def parts_of(target: Any) -> dict[str, nn.Module]:

@@ -1,27 +1,50 @@
 """Adapter files: found by looking at their keys, read whole or refused, written under a temporary name first."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import cloneofsimo, diffusers_lora, embedding, lycoris, native, webui_hypernetwork
+from diffgraft.adapters.dora import following
+from diffgraft.adapters.formats import (
+    aesthetic_embedding,
+    cloneofsimo,
+    custom_diffusion,
+    diffusers_lora,
+    diffusers_old,
+    embedding,
+    kohya,
+    lycoris,
+    native,
+    peft_folder,
+    webui,
+    webui_hypernetwork,
+)
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_safetensors
 
 DIALECTS: dict[str, ModuleType] = {
+    "peft": peft_folder,
     "diffusers": diffusers_lora,
     "lycoris": lycoris,
     "embedding": embedding,
     "diffgraft": native,
+    "diffusers-old": diffusers_old,
     "webui-hypernetwork": webui_hypernetwork,
     "cloneofsimo": cloneofsimo,
+    "custom-diffusion": custom_diffusion,
+    "aesthetic": aesthetic_embedding,
+    "kohya": kohya,
+    "webui": webui,
 }
-"""Name of a dialect → the module that reads it, and writes it where it has a `write`; what more tools open, first."""
+"""Name of a dialect → the module that reads it, and writes it where it is in `WRITTEN`."""
 
-WRITTEN = [name for name, dialect in DIALECTS.items() if hasattr(dialect, "write")]
+WRITTEN = ("diffusers", "lycoris", "embedding", "diffgraft", "kohya", "webui", "peft")
+AUTO = ("diffusers", "lycoris", "embedding", "diffgraft")
+"""What is tried where nothing is said: what more tools open, first; the last one holds anything."""
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -31,13 +54,12 @@ def load_adapter(path: str | Path) -> Adapter:
         DiffgraftError: the file is missing, damaged, or holds a key that no dialect can place.
     """
     path = Path(path).expanduser()
-    tensors, header = open_file(path)
+    tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):
             try:
-                adapter: Adapter = dialect.read(tensors, header)
-                return adapter
+                return _following(dialect.read(tensors, header))
             except ValueError as error:
                 raise DiffgraftError(f"{path} cannot be read: {error}.") from error
     sample = ", ".join(list(tensors)[:3]) or "none"
@@ -45,6 +67,24 @@ def load_adapter(path: str | Path) -> Adapter:
         f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
         f"Read are: {', '.join(DIALECTS)}."
     )
+
+
+def _following(adapter: Adapter) -> Adapter:
+    """The adapter, with strengths as the tool has them that wrote it, where tools differ in them."""
+    tool = adapter.metadata.get("dora")
+    if tool is None:
+        return adapter
+    deltas = {path: tuple(following(delta, str(tool)) for delta in own) for path, own in adapter.deltas.items()}
+    return replace(adapter, deltas=deltas)
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file, or of the files in a folder of peft's."""
+    parts = peft_folder.folders(path) if path.is_dir() else {}
+    if not parts:
+        return open_file(path)
+    found = {part: open_file(folder / peft_folder.WEIGHTS) for part, folder in parts.items()}
+    return peft_folder.gathered(path, found)
 
 
 def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
@@ -55,11 +95,15 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     """
     if dialect not in (*WRITTEN, "auto"):
         raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
-    for name in WRITTEN if dialect == "auto" else (dialect,):
+    for name in AUTO if dialect == "auto" else (dialect,):
+        module = DIALECTS[name]
         try:
-            if adapter.networks and name != "diffgraft":
+            if adapter.networks and name not in ("diffgraft", "webui"):
                 raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")
-            tensors, header = DIALECTS[name].write(adapter)
+            if hasattr(module, "save"):
+                saved: Path = module.save(adapter, path)
+                return saved
+            tensors, header = module.write(adapter)
         except ValueError as error:
             reason = str(error)
             continue

@@ -7,13 +7,13 @@ down, up, down, of one network.
 Source: cloneofsimo/lora d84074b, ``lora_diffusion/lora.py``.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.formats.header import parsed
 from diffgraft.adapters.lora import low_rank
 
 _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<place>\d+):(?P<leaf>up|down)")
@@ -72,7 +72,7 @@ def _named(listed: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _classes(header: Mapping[str, str], part: str) -> list[str]:
-    classes = json.loads(header.get(part, "null")) or _DEFAULT[part]
+    classes = parsed(header, part) or _DEFAULT[part]
     if not isinstance(classes, list) or any(name not in _DEFAULT[part] for name in classes):
         raise ValueError(
             f"its {part} has layers in {classes}; only those in {', '.join(_DEFAULT[part])} are known here"

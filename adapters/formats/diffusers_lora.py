@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
-from diffgraft.adapters.lora import DoraDelta
+from diffgraft.adapters.formats.header import number, read_json, told, write_ours
 from diffgraft.adapters.lora import read as build
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -45,7 +45,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
                 f"its key {key} is no <part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(PARTS)}"
             )
         path = f"{part}.{rest.removesuffix('.' + ending).removeprefix('text_model.')}"
-        modules.setdefault(path, {})[_LEAVES[ending]] = value
+        modules.setdefault(path, {})[_LEAVES[ending]] = value.flatten() if "magnitude" in ending else value
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
         if not {"lora_down", "lora_up"} <= set(leaves):
@@ -55,7 +55,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             deltas[path] = (build(leaves, alpha),)
         except ValueError as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
-    return Adapter(deltas, read_json(header, OURS) or {"method": "lora", **_common(deltas)})
+    return Adapter(deltas, told(header, method="lora", **_common(deltas)))
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -87,8 +87,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors[f"{start}.lora_A.weight"] = lora.leaves["lora_down"].contiguous()
             tensors[f"{start}.lora_B.weight"] = lora.leaves["lora_up"].contiguous()
             if isinstance(delta, DoraDelta):
+                if delta.of_inputs:
+                    raise ValueError(f"{part}.{path} is a DoRA by inputs, and diffusers' layout has them by outputs")
                 linear = lora.leaves["lora_down"].ndim == 2
-                magnitude = delta.magnitude if linear else delta.magnitude.view(1, -1, 1, 1)
+                magnitude = delta.magnitude.flatten() if linear else delta.magnitude.view(1, -1, 1, 1)
                 # transformers, which loads the text encoders' part, finds it by the longer name only
                 name = "lora_magnitude_vector" if part == "unet" else "lora_magnitude_vector.weight"
                 tensors[f"{start}.{name}"] = magnitude.contiguous()

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats.header import OURS, read_json, write_ours
+from diffgraft.adapters.formats.header import OURS, read_json, told, write_ours
 from diffgraft.adapters.formats.opened import STEM
 
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
@@ -24,7 +24,7 @@ _NAMELESS = ("string_to_param.*", "emb_params")
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether it is one matrix under a name without levels, or the pair of the larger family."""
-    alone = len(tensors) == 1 and all("." not in key and value.ndim in (1, 2) for key, value in tensors.items())
+    alone = len(tensors) == 1 and all(key and "." not in key and value.ndim in (1, 2) for key, value in tensors.items())
     return alone or set(tensors) == set(PARTS) or any(key in _NAMELESS for key in tensors)
 
 
@@ -44,7 +44,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         ((key, value),) = rows.items()
         word = word if key in _NAMELESS else key
         tokens = {word: {"text_encoder": value}}
-    return Adapter({}, ours or {"method": "textual-inversion", "trigger": word}, tokens=tokens)
+    return Adapter({}, told(header, method="textual-inversion", trigger=word), tokens=tokens)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -6,20 +6,38 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats.opened import STEM
+from diffgraft.adapters.formats.training_metadata import read_training
 
 OURS = "diffgraft"
 """The key under which every file of ours, in any dialect, tells about itself."""
+FOREIGN = "foreign"
+"""The key of an adapter's metadata under which stands what the headers of other tools say, word for word."""
+_KNOWN = (OURS, STEM, "format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def told(header: Mapping[str, str], **otherwise: Any) -> dict[str, Any]:
+    """What a header says of its adapter: our entry, or what is known `otherwise` and what other tools wrote there."""
+    if OURS in header:
+        return read_json(header, OURS)
+    foreign = {key: value for key, value in header.items() if key not in _KNOWN}
+    return {**otherwise, **read_training(header), **({FOREIGN: foreign} if foreign else {})}
 
 
 def read_json(header: Mapping[str, str], key: str) -> dict[str, Any]:
     """The JSON object under `key`; empty where there is none. Raises ValueError where it is something else."""
-    try:
-        value = json.loads(header.get(key, "{}"))
-    except ValueError as error:
-        raise ValueError(f"its header entry {key!r} is no JSON ({error})") from error
+    value = parsed(header, key, "{}")
     if not isinstance(value, dict):
         raise ValueError(f"its header entry {key!r} holds no JSON object")
     return value
+
+
+def parsed(header: Mapping[str, str], key: str, otherwise: str = "null") -> Any:
+    """The JSON under `key`, or what is there `otherwise`. Raises ValueError where it cannot be read."""
+    try:
+        return json.loads(header.get(key, otherwise))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its header entry {key!r} is no JSON ({error})") from error
 
 
 def write_ours(adapter: Adapter) -> dict[str, str]:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
-from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
+from diffgraft.adapters.formats.header import number, told, write_ours
 from diffgraft.adapters.method import read_delta
 from diffgraft.bases.original import Blocks
+from diffgraft.errors import nearest
 
 PREFIXES = {
     "lora_unet": "unet",
@@ -28,8 +30,8 @@ PREFIXES = {
 }
 _KINDS = {
     "lora": ("lora_down", "lora_up", "lora_mid", "dora_scale"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"),
     "full": ("diff", "diff_b"),
     "ia3": ("weight", "on_input"),
     "glora": ("a1", "a2", "b1", "b2", "bm"),
@@ -37,6 +39,8 @@ _KINDS = {
     "boft": ("oft_blocks", "rescale"),
 }
 """Kind of delta → its leaves. Those of LoRA and GLoRA stand for layers and end in ``.weight``; the others are bare."""
+
+_LEAVES = {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}
 
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<kind>string_to_param\.\*|clip_l|clip_g)")
 
@@ -87,8 +91,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
         leaf = leaf.removesuffix(".weight")
         leaf = next((ours for ours, theirs in _OF_NORMS.items() if leaf == theirs), leaf)
-        if prefix is None or leaf not in {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}:
-            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of {', '.join(_KINDS)}")
+        if prefix is None or leaf not in _LEAVES:
+            hint = nearest(leaf, _LEAVES) if prefix else nearest(name.partition("_")[0], PREFIXES)
+            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of {', '.join(_KINDS)}; {hint.rstrip('.')}")
         inside = dotted(name.removeprefix(f"{prefix}_")).removeprefix("text_model.")
         if prefix == "lora_unet" and inside.startswith(_ORIGINAL):
             inside = _ANY.diffusers(inside)
@@ -100,11 +105,32 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         if kind is None:
             raise ValueError(f"{path} has the leaves {', '.join(sorted(leaves)) or 'alpha alone'}: of no one method")
         try:
-            deltas[path] = (read_delta(kind, leaves, None if alpha is None else number(alpha.float().item())),)
+            delta = read_delta(kind, leaves, None if alpha is None else number(alpha.float().item()))
+            deltas[path] = (delta,)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
-    said = read_json(header, OURS) or {"method": next(iter(deltas.values()))[0].kind}
-    return Adapter(deltas, said, tokens=tokens)
+    if not deltas:
+        raise ValueError("it holds words alone, which these files only bring along with weights")
+    said = {"method": _method(deltas, bool(tokens))}
+    if any(LEAF in delta.leaves for found in deltas.values() for delta in found):
+        said["dora"] = LYCORIS
+    return Adapter(deltas, told(header, **said), tokens=tokens)
+
+
+def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
+    """What made a file that does not say: LoRA on convolutions is called LoCon."""
+    if with_words:
+        return "pivotal"
+    kinds = {delta.kind for found in deltas.values() for delta in found}
+    if kinds != {"lora"}:
+        return next(iter(kinds)) if len(kinds) == 1 else "mixed"
+    wide = (leaf for found in deltas.values() for name, leaf in found[0].leaves.items() if name != "dora_scale")
+    return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"
+
+
+def _lengths(leaf: Tensor, delta: Delta) -> Tensor:
+    """``dora_scale`` [out, 1, …], as files have it: those that were trained here are [out]."""
+    return leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if leaf.ndim == 1 else leaf
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -112,9 +138,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not adapter.deltas:
         raise ValueError("it holds no weights, and these files are for weights, with or without words")
     two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if two_encoders else "lora_te"}
-    prefixes["text_encoder_2"] = "lora_te2"
     is_xl = two_encoders or (adapter.metadata.get("base") or {}).get("family") == "sdxl"
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_xl else "lora_te", "text_encoder_2": "lora_te2"}
     tensors: dict[str, Tensor] = {}
     for path, found in adapter.deltas.items():
         part, _, inside = path.partition(".")
@@ -128,7 +153,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         ending = ".weight" if delta.kind in ("lora", "glora") else ""
         of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
         for name, leaf in delta.leaves.items():
-            column = leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if name == "dora_scale" else leaf
+            column = _lengths(leaf, delta) if name == "dora_scale" else leaf
             key = f"{prefixes[part]}_{level}{flat(inside)}.{_OF_NORMS[name] if of_norm else name}"
             tensors[key + ("" if name == "dora_scale" else ending)] = column.contiguous()
         if delta.alpha is not None:

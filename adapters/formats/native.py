@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.formats.header import OURS, number, read_json, write_ours
-from diffgraft.adapters.method import get_method, read_delta
+from diffgraft.adapters.formats.header import OURS, number, parsed, read_json, write_ours
+from diffgraft.adapters.method import read_delta, read_network
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
 
@@ -42,11 +42,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         deltas[path] = tuple(built)
     networks = []
     for place, said in enumerate(_listed(header, _NETWORKS, dict)):
-        read_network = get_method(str(said.get("kind"))).read_network
-        if read_network is None:
-            raise ValueError(f"the method {said.get('kind')} has no networks")
+        tensors_of, settings = _take(left, f"network.{place}."), said.get("settings") or {}
         try:
-            networks.append(read_network(_take(left, f"network.{place}."), said.get("settings") or {}))
+            networks.append(read_network(str(said.get("kind")), tensors_of, settings))
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"its network {place} cannot be built: {error}") from error
     tokens = {word: _take(left, f"token.{place}.") for place, word in enumerate(_listed(header, _TOKENS, str))}
@@ -61,7 +59,7 @@ def _take(left: dict[str, Tensor], start: str) -> dict[str, Tensor]:
 
 
 def _listed(header: Mapping[str, str], key: str, kind: type) -> list[Any]:
-    listed = json.loads(header.get(key, "[]"))
+    listed = parsed(header, key, "[]")
     if not isinstance(listed, list) or not all(isinstance(one, kind) for one in listed):
         raise ValueError(f"its header entry {key!r} is no such list as belongs there")
     return listed

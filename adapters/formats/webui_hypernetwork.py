@@ -5,7 +5,6 @@ is built stands beside it under the names below.
 Source: AUTOMATIC1111/stable-diffusion-webui v1.10.1, ``modules/hypernetworks/hypernetwork.py``.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.formats.header import parsed
+from diffgraft.adapters.method import read_network
 
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
 """The oldest files say ``linear1`` and ``linear2`` for what later became ``linear.0`` and ``linear.1``."""
@@ -33,10 +33,42 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             raise ValueError(f"its key {key} is no <width>.<0 or 1>.linear.<i>.weight or .bias of a hypernetwork")
         place = int(found["place"]) if found["place"] else int(found["old"]) - 1
         renamed[f"{found['width']}-{'kv'[int(found['side'])]}.linear.{place}.{found['leaf']}"] = value
-    build = get_method("hypernetwork").read_network
-    assert build is not None
     said = {"method": "hypernetwork"} | ({"name": _said(header, "name", "")} if "name" in header else {})
-    return Adapter({}, said, (build(renamed, _settings(header)),))
+    return Adapter({}, said, (read_network("hypernetwork", renamed, _settings(header)),))
+
+
+def write(adapter: Adapter) -> dict[Any, Any]:
+    """What `torch.save` makes webui's file of.
+
+    Raises:
+        ValueError: there is more than one network, or something else with it.
+    """
+    if adapter.deltas or adapter.tokens or len(adapter.networks) != 1 or adapter.networks[0].kind != "hypernetwork":
+        raise ValueError("it is no single hypernetwork")
+    network = adapter.networks[0]
+    held: dict[Any, Any] = {}
+    for key, value in network.tensors.items():
+        start, _, rest = key.partition(".")
+        width, _, side = start.partition("-")
+        pair = held.setdefault(int(width), ({}, {}))
+        pair["kv".index(side)][rest] = value.contiguous()
+    said = network.settings
+    dropout = list(said.get("dropout") or [])
+    return held | {
+        "step": int(adapter.metadata.get("steps") or 0),
+        "name": str(adapter.metadata.get("name") or adapter.metadata.get("trigger") or "diffgraft"),
+        "layer_structure": list(said["structure"]),
+        "activation_func": said["activation"],
+        "is_layer_norm": said["layer_norm"],
+        "weight_initialization": said["start"],
+        "activate_output": said["activate_output"],
+        "use_dropout": any(dropout),
+        "dropout_structure": dropout or None,
+        "last_layer_dropout": bool(dropout and dropout[-2]),
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "optional_info": None,
+    }
 
 
 def _settings(header: Mapping[str, str]) -> dict[str, Any]:
@@ -57,9 +89,9 @@ def _settings(header: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _said(header: Mapping[str, str], key: str, default: Any) -> Any:
-    return json.loads(header[key]) if key in header else default
+    return parsed(header, key) if key in header else default
 
 
 def _listed(header: Mapping[str, str], key: str) -> list[Any]:
     """A list that was laid flat into ``key.0``, ``key.1`` and so on."""
-    return [json.loads(header[f"{key}.{place}"]) for place in range(len(header)) if f"{key}.{place}" in header]
+    return [parsed(header, f"{key}.{place}") for place in range(len(header)) if f"{key}.{place}" in header]

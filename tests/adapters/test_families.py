@@ -15,6 +15,7 @@ from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import Spec, choose_layers, get_method, methods, parts_of
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import CONFIGS
+from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.conftest import UNETS, small
@@ -111,6 +112,32 @@ def test_every_method_trains_and_grafts_on_every_family(
         told = base.condition(prompts, (64, 128)).kwargs()
         torch.testing.assert_close(base.unet(x, torch.tensor([300, 700]), **told).sample, wanted, rtol=1e-3, atol=1e-4)
     assert torch.equal(said(base), bare)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "lycoris", "webui", "peft", "diffgraft"])
+@pytest.mark.parametrize(("family", "modules"), [("sd1", 192 + 72), ("sd2", 192 + 23 * 6), ("sdxl", 722 + 72 + 192)])
+def test_names_of_the_real_sizes_map_one_to_one(family: str, modules: int, dialect: str, tmp_path: Path) -> None:
+    """All linear layers and convolutions of the real configurations, those that kohya's LoRA trains among them."""
+    one = (low_rank(torch.ones(1, 1), torch.ones(1, 1)),)
+    paths = [
+        path for path, shape in layer_shapes(family).items() if len(shape) in (2, 4) and not path.endswith("_embedding")
+    ]
+    trained = [path for path in paths if _is_trained_by_kohya(path)]
+    assert len(trained) == modules
+    said = {"method": "lora", "base": {"family": family}}
+    adapter = Adapter(dict.fromkeys(paths, one), said)
+    file = adapter.save(tmp_path / ("a" if dialect == "peft" else "a.safetensors"), dialect)
+    assert load_adapter(file).modules == paths or set(load_adapter(file).modules) == set(paths)
+    again = load_adapter(file).save(tmp_path / ("b" if dialect == "peft" else "b.safetensors"), dialect)
+    if dialect != "peft":
+        assert load_file(again).keys() == load_file(file).keys()
+        assert len(load_file(file)) == len(paths) * (2 if dialect in ("diffusers", "diffgraft") else 3)
+
+
+def _is_trained_by_kohya(path: str) -> bool:
+    if path.startswith("unet."):
+        return ".attentions." in path and not path.endswith("norm")
+    return ".encoder.layers." in path
 
 
 def test_files_that_count_layers(tmp_path: Path) -> None:

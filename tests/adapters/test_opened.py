@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.hypernetwork import Hypernetwork
+from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
 
 
 def answer(path: Path) -> str:
@@ -101,6 +103,18 @@ def test_the_oldest_hypernetworks_of_webui(tmp_path: Path) -> None:
     assert isinstance(found, Hypernetwork)
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(found.build()["6-v"](x), two(one(x)))
+
+
+def test_aesthetic_embeddings_are_kept_and_not_drawn_with(base: Base, tmp_path: Path) -> None:
+    torch.save(torch.randn(1, 768).half(), tmp_path / "fantasy.pt")
+    found = load_adapter(tmp_path / "fantasy.pt")
+    assert found.method == "aesthetic"
+    again = load_adapter(found.save(tmp_path / "a.safetensors"))
+    assert torch.equal(again.networks[0].tensors["embedding"], found.networks[0].tensors["embedding"])
+    with pytest.raises(DiffgraftError, match="takes the projection of CLIP's text encoder"):
+        graft(base, {found: 1.0})
+    torch.save(torch.randn(3, 768), tmp_path / "rows.pt")
+    assert "is one row of numbers" in answer(tmp_path / "rows.pt")
 
 
 class _Hostile:

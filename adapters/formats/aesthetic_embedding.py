@@ -1,0 +1,23 @@
+"""Aesthetic embeddings: a bare tensor [1, 768] in a ``.pt`` file. Read only.
+
+Source: AUTOMATIC1111/stable-diffusion-webui-aesthetic-gradients, ``aesthetic_clip.py``.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats.header import told
+from diffgraft.adapters.method import read_network
+
+
+def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
+    """Whether it is one tensor without a name."""
+    return set(tensors) == {""}
+
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """Raises ValueError where it is no row of numbers."""
+    network = read_network("aesthetic", {"embedding": tensors[""]}, {})
+    return Adapter({}, told(header, method="aesthetic"), (network,))

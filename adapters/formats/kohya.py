@@ -1,0 +1,18 @@
+"""kohya's own files: the names of `lycoris`, with the header that sd-scripts writes and webui reads."""
+
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import lycoris
+from diffgraft.adapters.formats.training_metadata import write_training
+
+
+def recognises(*_: object) -> bool:
+    """Its keys are those of `lycoris`, which reads them; what its header tells, every dialect reads."""
+    return False
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    tensors, header = lycoris.write(adapter)
+    return tensors, {**header, **write_training(adapter, tensors)}

@@ -1,0 +1,203 @@
+"""peft's folders: ``adapter_config.json`` and ``adapter_model.safetensors``, one folder for each part of a base.
+
+Keys are ``base_model.model.<module path>.<leaf>``; rank and alpha stand in the configuration, which is that of LoRA,
+LoHa or LoKr. Several parts lie in folders ``unet``, ``text_encoder`` and ``text_encoder_2`` of one folder. Text
+encoders are named as transformers 5 has them: the first without the level ``text_model``, the second with it. A folder
+that does not say its part is of the UNet where its layers are the UNet's, and else of the (first) text encoder.
+Source: peft 0.21.2, ``utils/save_and_load.py`` and ``tuners``.
+"""
+
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dora import DoraDelta
+from diffgraft.adapters.factors import FactorDelta
+from diffgraft.adapters.formats.header import number, read_json, told, write_ours
+from diffgraft.adapters.method import PARTS, read_delta
+from diffgraft.files import write_safetensors, write_text
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_START = "base_model.model."
+_KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
+_LEAVES = {
+    "lora_A.weight": "lora_down",
+    "lora_B.weight": "lora_up",
+    "lora_magnitude_vector": LENGTHS,
+    "lora_magnitude_vector.weight": LENGTHS,
+    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}
+_OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+_PLAIN = re.compile(r"[\w.\\]*")
+"""Patterns that are paths. Others would be run as regular expressions, and a file could make those take for ever."""
+
+
+def folders(path: Path) -> dict[str, Path]:
+    """Part (empty where the folder does not say) → folder of it; empty where `path` holds nothing of peft's."""
+    if (path / CONFIG).is_file():
+        return {"": path}
+    return {part: path / part for part in PARTS if (path / part / CONFIG).is_file()}
+
+
+def gathered(path: Path, found: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> tuple[Any, dict[str, str]]:
+    """One set of tensors and one header for the files of `folders`; keys begin with their part, where there is one.
+
+    Raises:
+        ValueError: a configuration cannot be read.
+    """
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for part, (held, said) in found.items():
+        config = (path / part / CONFIG).read_text("utf-8", errors="replace")
+        start = f"{part}." if part else ""
+        tensors |= {f"{start}{key}": value for key, value in held.items()}
+        header |= {**said, f"{start}{CONFIG}": config}
+    return tensors, header
+
+
+def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
+    """Whether the keys look like this dialect."""
+    return any(_START in key for key in tensors)
+
+
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+    """Every key is used, or named in a ValueError."""
+    modules: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, found, rest = key.partition(_START)
+        ending = next((end for end in sorted(_LEAVES, key=len, reverse=True) if rest.endswith("." + end)), None)
+        if not found or ending is None:
+            raise ValueError(f"its key {key} is no {_START}<module>.<leaf> of peft's LoRA, LoHa or LoKr")
+        modules.setdefault((part, rest.removesuffix("." + ending)), {})[_LEAVES[ending]] = value
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    configs = {part: _config(header, part) for part, _ in modules}
+    for (part, inside), leaves in modules.items():
+        path = f"{part or ('unet.' if inside.startswith(_OF_UNET) else 'text_encoder.')}{inside}"
+        path = path.replace(".text_model.", ".", 1)
+        try:
+            deltas[path] = (_read_one(inside, leaves, configs[part]),)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"the factors of {path} do not fit together: {error}") from error
+    left = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
+    kinds = {delta.kind for found in deltas.values() for delta in found}
+    return Adapter(deltas, told(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
+
+
+def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
+    if f"{part}{CONFIG}" not in header:
+        raise ValueError(f"there is no {CONFIG} beside it, in which peft keeps the alpha: give the folder")
+    config = read_json(header, f"{part}{CONFIG}")
+    if str(config.get("peft_type")) not in _KINDS:
+        raise ValueError(f"it is peft's {config.get('peft_type')}; read are {', '.join(_KINDS)}")
+    return config
+
+
+def _read_one(inside: str, leaves: dict[str, Tensor], config: Mapping[str, Any]) -> Delta:
+    kind = _KINDS[config["peft_type"]]
+    alpha = number(_of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha", config.get("alpha"))))
+    if LENGTHS in leaves:
+        leaves[LENGTHS] = leaves[LENGTHS].flatten()
+    delta = read_delta(kind, leaves, alpha)
+    if config.get("use_rslora"):
+        alpha *= _factors(delta).rank ** 0.5
+    if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves):
+        rank = number(_of_pattern(config.get("rank_pattern"), inside, config.get("r")))
+        if rank <= 0:
+            raise ValueError(f"its configuration has the rank {rank:g}")
+        return read_delta(kind, {**leaves, "lokr_w1": leaves["lokr_w1"] * (alpha / rank)}, None)  # no scale of its own
+    return read_delta(kind, leaves, alpha)
+
+
+def _factors(delta: Delta) -> FactorDelta:
+    factors = delta.direction if isinstance(delta, DoraDelta) else delta
+    assert isinstance(factors, FactorDelta)
+    return factors
+
+
+def _of_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
+    """The value whose pattern the path ends in."""
+    if not isinstance(patterns or {}, dict):
+        raise ValueError(f"its configuration has {patterns!r} where a rank or an alpha for each layer belongs")
+    for pattern, value in (patterns or {}).items():
+        if not _PLAIN.fullmatch(pattern):
+            raise ValueError(f"its configuration has the pattern {pattern!r}; only paths are read")
+        plain = pattern.replace("\\.", ".")
+        if path == plain or path.endswith(f".{plain}"):
+            return value
+    return otherwise
+
+
+def save(adapter: Adapter, path: Path) -> Path:
+    """Write a folder; nothing half-written has its name. Raises ValueError where peft has no place for something."""
+    if adapter.tokens or not adapter.deltas:
+        raise ValueError("it holds words, or no weights, and peft's folders are for weights alone")
+    if path.suffix == ".safetensors" or path.exists():
+        raise ValueError(f"peft writes folders: {path} must be the name of a new one")
+    parts = {part: _write(adapter, part) for part in PARTS if any(p.startswith(f"{part}.") for p in adapter.deltas)}
+    if strange := [found for found in adapter.deltas if found.partition(".")[0] not in PARTS]:
+        raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}")
+    partial = path.with_name(f".{path.name}-partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for part, (tensors, config) in parts.items():
+            folder = partial if set(parts) == {"unet"} else partial / part
+            write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **write_ours(adapter)})
+            write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and configuration of one part."""
+    found: dict[str, Delta] = {}
+    for path, deltas in adapter.deltas.items():
+        if path.startswith(f"{part}."):
+            if len(deltas) != 1:
+                raise ValueError(f"{path} holds {len(deltas)} deltas, and peft has one for each layer")
+            found[("text_model." if part == "text_encoder_2" else "") + path.removeprefix(f"{part}.")] = deltas[0]
+    kinds = {delta.kind for delta in found.values()}
+    if len(kinds) != 1 or not kinds <= {"lora", "loha"}:  # peft's LoKr has the shapes that one setting gives for all
+        raise ValueError(f"{part} holds {', '.join(sorted(kinds))}; peft's folders are written for LoRA or for LoHa")
+    kind = next(iter(kinds))
+    factors = {path: _factors(delta) for path, delta in found.items()}
+    if any("lora_mid" in delta.leaves for delta in found.values()):
+        raise ValueError("peft's LoRA has no Tucker variant")
+    if kind != "lora" and any(isinstance(delta, DoraDelta) for delta in found.values()):
+        raise ValueError("peft has DoRA for LoRA alone")
+    ranks = {path: delta.rank for path, delta in factors.items()}
+    alphas = {path: delta.alpha for path, delta in factors.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config: dict[str, Any] = {
+        "peft_type": kind.upper(),
+        "r": rank,
+        "lora_alpha" if kind == "lora" else "alpha": alpha,
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "target_modules": list(found),
+        "inference_mode": True,
+    }
+    if kind == "lora":
+        config |= {"use_dora": any(isinstance(delta, DoraDelta) for delta in found.values()), "bias": "none"}
+    else:
+        config["use_effective_conv2d"] = any("hada_t1" in delta.leaves for delta in found.values())
+    names = {ours: theirs for theirs, ours in reversed(_LEAVES.items())}
+    tensors: dict[str, Tensor] = {}
+    for path, delta in found.items():
+        for name, leaf in delta.leaves.items():
+            if name == LENGTHS:
+                if isinstance(delta, DoraDelta) and delta.of_inputs:
+                    raise ValueError(f"{path} is a DoRA by inputs, and peft has them by outputs")
+                leaf = leaf.flatten() if delta.leaves["lora_down"].ndim == 2 else leaf.view(1, -1, 1, 1)
+            tensors[f"{_START}{path}.{names[name]}"] = leaf.contiguous()
+    return tensors, config

@@ -1,0 +1,44 @@
+"""A weight that takes another's place, as in Custom Diffusion (Kumari et al. 2022, arXiv:2212.04488, section 3.1).
+
+Custom Diffusion trains the keys and values of the cross-attention, and its files hold what became of them, not the
+difference. Read, merged and converted; `full` trains such weights here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Delta
+
+
+@dataclass(frozen=True)
+class ReplacementDelta(Delta):
+    """W' = W + strength · (R − W), and the bias alike where there is one."""
+
+    leaves: Mapping[str, Tensor]
+    """``weight`` in the shape of the weight, and perhaps ``bias`` [out]"""
+
+    kind = "replacement"
+    alpha = None
+
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        weight = weight.float()
+        found = weight + strength * (self.leaves["weight"].float().to(weight.device) - weight)
+        if bias is not None and "bias" in self.leaves:
+            bias = bias.float() + strength * (self.leaves["bias"].float().to(bias.device) - bias.float())
+        return found, bias
+
+    def fits(self, weight_shape: tuple[int, ...]) -> bool:
+        bias_fits = "bias" not in self.leaves or self.leaves["bias"].shape == weight_shape[:1]
+        return tuple(self.leaves["weight"].shape) == tuple(weight_shape) and bias_fits
+
+
+def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
+    """From its leaves."""
+    if "weight" not in leaves or not set(leaves) <= {"weight", "bias"}:
+        raise ValueError(f"{', '.join(sorted(leaves))} are not a weight and its bias")
+    return ReplacementDelta(dict(leaves))
+
+
+KINDS = {"replacement": read}
