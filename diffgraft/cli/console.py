@@ -16,23 +16,27 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float]]:
-    """``FILE``, ``FILE:STRENGTH`` or ``FILE:PART=STRENGTH,…`` words as file → strength; without one it is 1."""
-    out: dict[str, float | dict[str, float]] = {}
+def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float] | list[float]]:
+    """``FILE``, ``FILE:STRENGTH``, ``FILE:PART=STRENGTH,…`` or ``FILE:1,0.5,…`` (by block); without one it is 1."""
+    out: dict[str, float | dict[str, float] | list[float]] = {}
     for word in words:
         file, colon, tail = word.rpartition(":")
         if not colon or tail.endswith(".safetensors") or "/" in tail or "\\" in tail:
             file, tail = word, "1"
-        strength: float | dict[str, float]
+        strength: float | dict[str, float] | list[float]
         if "=" in tail:
             parts = (part.partition("=") for part in tail.split(","))
             strength = {name.strip(): _number(value, word) for name, _, value in parts}
+        elif "," in tail:
+            strength = [_number(value, word) for value in tail.split(",")]
         else:
             strength = _number(tail, word)
-        earlier = out.get(file, 0.0)
-        if isinstance(earlier, dict) or (file in out and isinstance(strength, dict)):
+        if file not in out:
+            out[file] = strength
+        elif isinstance(earlier := out[file], float) and isinstance(strength, float):
+            out[file] = earlier + strength
+        else:
             raise DiffgraftError(f"{file} is given twice, once with strengths for its parts: give it once.")
-        out[file] = strength if isinstance(strength, dict) else earlier + strength
     return out
 
 
@@ -43,8 +47,8 @@ def _number(text: str, word: str) -> float:
         number = float("nan")
     if number != number or abs(number) == float("inf"):
         raise DiffgraftError(
-            f"The strength in {word!r} is no number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, "
-            "or FILE alone for strength 1."
+            f"The strength in {word!r} is no number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, 12 to 26 numbers "
+            "for the blocks, or FILE alone for strength 1."
         )
     return number
 

@@ -3,9 +3,11 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from diffgraft.cli import files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,6 +19,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction, if its files do not say it.")
+ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, alike.")
 
 
 @app.command()
@@ -81,6 +87,8 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option(help="With --image: a picture as large, white where it is drawn anew.")
     ] = None,
+    prediction_type: Annotated[str | None, PREDICTION] = None,
+    zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
     """Draw pictures, with adapters or without; from noise, from a picture, or into one.
@@ -108,7 +116,7 @@ def generate(
 
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
     source = Source(read_picture(image), denoise, read_picture(mask, "black") if mask else None) if image else None
-    held = load_base(base).to(PartialState().device)
+    held = load_base(base, prediction_type=prediction_type, zero_snr=zero_snr).to(PartialState().device)
     seeds = [seed + number for number in range(count)]
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
 
@@ -135,6 +143,8 @@ def merge(
         str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
     precision: Annotated[str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16.")] = "float32",
+    prediction_type: Annotated[str | None, PREDICTION] = None,
+    zero_snr: Annotated[bool | None, ZERO_SNR] = None,
 ) -> None:
     """Write a checkpoint of its own: a base with adapters merged into its weights.
 
@@ -153,31 +163,12 @@ def merge(
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if precision not in dtypes:
         raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, dtypes)}")
-    typer.echo(bake(load_base(into, dtypes[precision]), adapters, output))
+    base = load_base(into, dtypes[precision], prediction_type=prediction_type, zero_snr=zero_snr)
+    typer.echo(bake(base, adapters, output))
 
 
-@app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="An adapter file.")]) -> None:
-    """Say what an adapter file holds."""
-    from diffgraft.adapters.formats import load_adapter
-
-    adapter = load_adapter(file)
-    said = adapter.metadata
-    for key in ("method", "rank", "alpha", "trigger", "class", "seed"):
-        typer.echo(f"{key:8} {said.get(key, '–')}")
-    base: Any = said.get("base")
-    base = base if isinstance(base, dict) else {}
-    typer.echo(
-        f"base     {base.get('name', '–')} ({base.get('family', 'family unknown')}, {str(base.get('hash', ''))[:12]})"
-    )
-    parts = sorted({path.partition(".")[0] for path in adapter.modules})
-    if adapter.modules:
-        typer.echo(f"modules  {len(adapter.modules)} in {', '.join(parts)}")
-    for network in adapter.networks:
-        typer.echo(f"network  {network.kind}: {', '.join(dict.fromkeys(key.split('.')[0] for key in network.tensors))}")
-    for word, vectors in adapter.tokens.items():
-        shapes = ", ".join(f"{len(rows)} × {rows.shape[1]} in {part}" for part, rows in vectors.items())
-        typer.echo(f"word     {word}: {shapes}")
+for command in files.COMMANDS:
+    app.command()(command)
 
 
 @app.command()

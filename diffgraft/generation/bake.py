@@ -9,13 +9,14 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
 from diffgraft.bases.original import original_weights
+from diffgraft.bases.prediction import marks
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
-from diffgraft.generation.graft import Strengths, graft
+from diffgraft.generation.graft import Grafts, graft
 from diffgraft.quiet import hushed
 
 
-def bake(base: Base, adapters: Strengths, path: str | Path) -> Path:
+def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
     """Write `base` with `adapters` merged into it, its weights in their own precision.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
@@ -41,7 +42,9 @@ def bake(base: Base, adapters: Strengths, path: str | Path) -> Path:
     with graft(base, loaded):
         if path.suffix == ".safetensors":
             weights = {name: value.detach().contiguous() for name, value in original_weights(base).items()}
-            return write_safetensors(path, weights, {"format": "pt"})
+            weights |= marks(base.family.name, base.prediction_type, base.zero_snr)
+            predicts = "v" if base.prediction_type == "v_prediction" else "epsilon"
+            return write_safetensors(path, weights, {"format": "pt", "modelspec.prediction_type": predicts})
         return _write_folder(base, path)
 
 

@@ -1,10 +1,9 @@
 """Adapters on a live pipeline: merged into its weights while wanted, and every bit as before when taken off."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, SupportsFloat
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,18 +12,20 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import PARTS
+from diffgraft.adapters.ops.effect import fitting
+from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, nearest
 
-Strengths = Mapping[Any, float | Mapping[str, float]]
-"""A file's path or an `Adapter` → strength, of all or by part. (`Mapping` is invariant in its key, hence `Any`.)"""
+Grafts = Mapping[Any, Strength]
+"""A file's path or an `Adapter` → its strength, or strengths. (`Mapping` is invariant in its key, hence `Any`.)"""
 
 _LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
 """The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
 
 
-def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
+def graft(target: Any, adapters: Grafts | None = None) -> "Graft":
     """Merge `adapters` (a file's path or an `Adapter` → strength) into `target`, in the order given.
 
     Args:
@@ -32,8 +33,9 @@ def graft(target: Any, adapters: Strengths | None = None) -> "Graft":
             UNet. A part that no adapter touches may be absent or None.
         adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. It may be given
             for each part, ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second
-            text encoder what the first one has. Words are there or not: unless their text encoders have 0, they have
-            the vectors that were trained.
+            text encoder what the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or
+            as a list of 12, 17, 20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless
+            their text encoders have 0, they have the vectors that were trained.
 
     Returns:
         A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
@@ -56,7 +58,7 @@ class Graft:
         self._kept: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
         self._over: list[Callable[[], None]] = []
 
-    def set(self, adapters: Strengths) -> None:
+    def set(self, adapters: Grafts) -> None:
         """Replace what is grafted by `adapters`."""
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
         networks: list[tuple[str, Network, float]] = []
@@ -64,14 +66,15 @@ class Graft:
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
-            strengths = _strengths(name, value)
+            strengths = strengths_of(name, value)
             modules = self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():
-                if strength := strengths[path.partition(".")[0]]:
+                if strength := strengths.at(path):
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
-            networks += [(name, network, strengths["unet"]) for network in adapter.networks if strengths["unet"]]
-            if any(strengths[part] for vectors in adapter.tokens.values() for part in vectors):
+            of_networks = strengths.parts["unet"]
+            networks += [(name, network, of_networks) for network in adapter.networks if of_networks]
+            if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
         self.remove()
         try:
@@ -154,7 +157,7 @@ class Graft:
         if not absent and not misshapen:
             return found
         made_for = adapter.metadata.get("base")
-        family = made_for.get("family") if isinstance(made_for, Mapping) else None
+        family = made_for.get("family") if isinstance(made_for, Mapping) else ", ".join(fitting(adapter.deltas))
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
             f"{name} does not fit this base: {len(found)} of its {len(adapter.deltas)} modules match.{hint}"
@@ -195,22 +198,6 @@ class Graft:
 def is_quantised(weight: Tensor) -> bool:
     """Whether it is one of bitsandbytes' packed weights."""
     return hasattr(weight, "quant_state") or hasattr(weight, "CB")
-
-
-def _strengths(name: str, value: object) -> dict[str, float]:
-    """The strength of each part, from one for all of them or from a mapping."""
-    given = value if isinstance(value, Mapping) else dict.fromkeys(PARTS, value)
-    if unknown := [part for part in given if part not in PARTS]:
-        raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {nearest(str(unknown[0]), PARTS)}")
-    if "text_encoder" in given:  # of two, both are meant
-        given = {"text_encoder_2": given["text_encoder"], **given}
-    return {part: _strength(name, given.get(part, 1.0)) for part in PARTS}
-
-
-def _strength(name: str, value: object) -> float:
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool) and math.isfinite(float(value)):
-        return float(value)
-    raise DiffgraftError(f"The strength of {name} is {value!r}, which is no number. Use 0 to 1, or so.")
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:

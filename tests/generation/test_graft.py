@@ -14,6 +14,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import LOW_RANK, low_rank
+from diffgraft.adapters.strengths import strengths_of
 from diffgraft.bases import Base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import load_judge
@@ -21,7 +22,7 @@ from diffgraft.bases.tiny.world import Scene
 from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate, use_scheduler
-from diffgraft.generation.graft import _strengths, graft
+from diffgraft.generation.graft import graft
 from diffgraft.trainers.run import Run
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -145,8 +146,9 @@ def test_each_part_has_its_own_strength(base: Base) -> None:
         live.set({both: {"unet": 0.0}})  # a part that is not named has 1
         assert torch.equal(weight(base), bare)
         assert not torch.equal(text, bare_text)
-    assert _strengths("x", {"text_encoder": 0.5}) == {"unet": 1.0, "text_encoder": 0.5, "text_encoder_2": 0.5}
-    assert _strengths("x", {"text_encoder": 0.5, "text_encoder_2": 2})["text_encoder_2"] == 2.0
+    parts = strengths_of("x", {"text_encoder": 0.5}).parts
+    assert parts == {"unet": 1.0, "text_encoder": 0.5, "text_encoder_2": 0.5}
+    assert strengths_of("x", {"text_encoder": 0.5, "text_encoder_2": 2}).parts["text_encoder_2"] == 2.0
     with pytest.raises(DiffgraftError, match="is for 'vae': known are"):
         graft(base, {both: {"vae": 1.0}})
 

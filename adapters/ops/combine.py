@@ -1,0 +1,127 @@
+"""Several adapters as one: summed exactly where that can be, or by TIES or DARE.
+
+TIES (Yadav et al. 2023, arXiv:2306.01708, section 4) keeps of each matrix its largest entries, lets the sum decide the
+sign of each entry, and takes the mean of those that agree. DARE (Yu et al. 2023, arXiv:2311.03099, equation 1) drops
+entries at random and scales up the rest. Both are done for each module by itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffgraft.adapters.adapter import Adapter, Delta, Network
+from diffgraft.adapters.factors import Shape
+from diffgraft.adapters.full import FullDelta
+from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
+from diffgraft.adapters.ops.resize import Reduced, reduced
+from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
+from diffgraft.bases.weights import Weights
+from diffgraft.errors import DiffgraftError, nearest
+
+WAYS = ("sum", "ties", "dare")
+
+
+def combine(
+    adapters: Sequence[tuple[str, Adapter, Strength]],
+    size: Size | None = None,
+    way: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
+    weights: Weights | None = None,
+    device: str = "cpu",
+) -> Reduced:
+    """One adapter of LoRAs that does what `adapters` do together.
+
+    Args:
+        adapters: a name for errors, the adapter, and its strength, or strengths by part or block; negative ones
+            subtract.
+        size: of each module's LoRA. Where none is asked for, LoRAs and LoHas are summed exactly, as long as their
+            ranks together are less than the sides of the weight; of others 0.999 of the squared norm is kept.
+        way: ``sum``, ``ties`` or ``dare``.
+        density: the share of entries that TIES and DARE keep.
+        seed: of what DARE drops.
+        weights: the base, for methods that are functions of its weights.
+        device: where the decompositions run.
+
+    Raises:
+        DiffgraftError: two teach the same word, or there is a network at a strength other than 1, or no such way.
+    """
+    if way not in WAYS:
+        raise DiffgraftError(f"There is no way {way!r} to combine: {nearest(way, WAYS)}")
+    if not 0 < density <= 1:
+        raise DiffgraftError(f"density={density} will not do: it is the share that is kept, above 0 and at most 1.")
+    read = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
+    shapes: dict[str, Shape] = {}
+    for name, adapter, _ in read:
+        for path, shape in shapes_of(adapter, weights).items():
+            if shapes.setdefault(path, shape) != shape:
+                raise DiffgraftError(
+                    f"{name} has {path} of shape {list(shape)}, an earlier adapter of {list(shapes[path])}: they are "
+                    "for different bases."
+                )
+    together = _together(read)
+    steps: dict[str, Steps] = {}
+    if way == "sum":
+        for _, adapter, strengths in read:
+            for path, deltas in adapter.deltas.items():
+                if strength := strengths.at(path):
+                    steps[path] = [*steps.get(path, []), *((delta, strength) for delta in deltas)]
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        paths = sorted({path for _, adapter, _ in read for path in adapter.deltas if len(shapes[path]) > 1})
+        for path in tqdm(paths, way, leave=False, disable=len(paths) < 20):
+            changes = [
+                as_matrix(path, [(d, s.at(path)) for d in adapter.deltas[path]], shapes[path], weights)
+                for _, adapter, s in read
+                if path in adapter.deltas
+            ]
+            merged = ties(changes, density) if way == "ties" else dare(changes, density, generator)
+            steps[path] = [(FullDelta({"diff": merged}), 1.0)]
+    return reduced(steps, shapes, size, together, weights, device)
+
+
+def ties(changes: Sequence[Tensor], density: float) -> Tensor:
+    """Changes of one weight, multiplied with their strengths: trimmed, signs elected, the mean of those taken."""
+    trimmed = torch.stack([_trimmed(change, density) for change in changes])
+    agreeing = (trimmed.sign() == trimmed.sum(0).sign()) & (trimmed != 0)
+    return (trimmed * agreeing).sum(0) / agreeing.sum(0).clamp_min(1)
+
+
+def _trimmed(change: Tensor, density: float) -> Tensor:
+    """`change` with all but its largest entries zero."""
+    kept = max(1, round(density * change.numel()))
+    least = change.abs().flatten().kthvalue(change.numel() - kept + 1).values
+    return torch.where(change.abs() >= least, change, torch.zeros_like(change))
+
+
+def dare(changes: Sequence[Tensor], density: float, generator: torch.Generator) -> Tensor:
+    """Changes of one weight, entries dropped at random and the rest scaled up, summed."""
+    kept = [torch.rand(change.shape, generator=generator) < density for change in changes]
+    return torch.stack([change * keep / density for change, keep in zip(changes, kept, strict=True)]).sum(0)
+
+
+def _together(read: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
+    """Words, networks and metadata of all."""
+    tokens: dict[str, dict[str, Tensor]] = {}
+    networks: list[Network] = []
+    for name, adapter, strengths in read:
+        for word, vectors in adapter.tokens.items():
+            if word in tokens:
+                raise DiffgraftError(f"{name} teaches the word {word!r}, and an earlier adapter does, too.")
+            tokens[word] = dict(vectors)
+        if adapter.networks and strengths.parts["unet"] != 1:
+            raise DiffgraftError(
+                f"{name} holds a {adapter.networks[0].kind}, which can only be combined at strength 1."
+            )
+        networks += adapter.networks
+    bases = [adapter.metadata.get("base") for _, adapter, _ in read]
+    said: dict[str, Any] = {"combined": [{"method": adapter.method, "name": name} for name, adapter, _ in read]}
+    triggers = [str(adapter.metadata["trigger"]) for _, adapter, _ in read if adapter.metadata.get("trigger")]
+    said |= {"trigger": ", ".join(dict.fromkeys(triggers))} if triggers else {}
+    said |= {"base": bases[0]} if bases[0] and all(base == bases[0] for base in bases) else {}
+    unused: dict[str, tuple[Delta, ...]] = {}
+    return Adapter(unused, said, tuple(networks), tokens)

@@ -1,0 +1,118 @@
+"""Where two adapters differ in what they do, module by module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.factors import Shape
+from diffgraft.adapters.ops.effect import shapes_of
+from diffgraft.bases.weights import Weights
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two adapters are apart."""
+
+    errors: Mapping[str, float]
+    """Path → ‖W′ − W″‖ / ‖W′ − W‖, of a weight W under the first and the second; infinite where only the latter acts"""
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    words: tuple[str, ...]
+    """Words that only one of them teaches, or to which they give other vectors"""
+    networks_differ: bool
+    metadata: Mapping[str, tuple[object, object]]
+    """Key → what either says, where they do not say the same"""
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The module in which they are furthest apart."""
+        return max(self.errors.items(), key=lambda item: item[1], default=("–", 0.0))
+
+    @property
+    def same(self) -> bool:
+        """Whether they do the very same."""
+        return self.worst[1] == 0 and not self.words and not self.networks_differ
+
+
+def compare(first: Adapter, second: Adapter, weights: Weights | None = None, strength: float = 1.0) -> Comparison:
+    """Both on the base's weights where they are given, else, where a weight matters, on a seeded random one.
+
+    Raises:
+        DiffgraftError: the shapes of the layers cannot be told.
+    """
+    shapes = {**shapes_of(second, weights), **shapes_of(first, weights)}
+    errors: dict[str, float] = {}
+    for place, (path, shape) in enumerate(tqdm(shapes.items(), "modules", leave=False, disable=len(shapes) < 20)):
+        one, two = first.deltas.get(path, ()), second.deltas.get(path, ())
+        if _same_leaves(one, two):
+            errors[path] = 0.0
+            continue
+        weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
+        errors[path] = _apart(one, two, weight, strength)
+    keys = {*first.metadata, *second.metadata}
+    said = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
+    return Comparison(
+        errors,
+        tuple(path for path in first.deltas if path not in second.deltas),
+        tuple(path for path in second.deltas if path not in first.deltas),
+        tuple(word for word in {**first.tokens, **second.tokens} if not _same_word(first, second, word)),
+        not _same_networks(first, second),
+        {key: pair for key, pair in said.items() if pair[0] != pair[1]},
+    )
+
+
+def probe(shape: Shape, seed: int) -> Tensor:
+    """A random weight as large as those of trained layers are."""
+    generator = torch.Generator().manual_seed(seed)
+    fan_in = max(1, int(torch.tensor(shape[1:]).prod()))
+    found: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
+    return found
+
+
+def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor, strength: float) -> float:
+    bias = torch.zeros(weight.shape[0])
+    (w1, b1), (w2, b2) = (_under(deltas, weight, bias, strength) for deltas in (one, two))
+    apart = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
+    whole = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()
+    if apart == 0:
+        return 0.0
+    return float(apart / whole) if whole > 0 else float("inf")
+
+
+def _under(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    for delta in deltas:
+        weight, changed = delta.apply(weight, bias, strength)
+        bias = bias if changed is None else changed
+    return weight, bias
+
+
+def _same_leaves(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
+    """Whether they are the same to the bit, so that nothing need be computed."""
+    return len(one) == len(two) and all(
+        (a.kind, a.alpha, set(a.leaves)) == (b.kind, b.alpha, set(b.leaves))
+        and all(_equal(leaf, b.leaves[name]) for name, leaf in a.leaves.items())
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """Files may write a row of numbers as a column."""
+    return one.numel() == two.numel() and torch.equal(one.flatten(), two.flatten())
+
+
+def _same_word(first: Adapter, second: Adapter, word: str) -> bool:
+    one, two = first.tokens.get(word, {}), second.tokens.get(word, {})
+    return set(one) == set(two) and all(torch.equal(rows, two[part]) for part, rows in one.items())
+
+
+def _same_networks(first: Adapter, second: Adapter) -> bool:
+    return len(first.networks) == len(second.networks) and all(
+        set(one.tensors) == set(two.tensors)
+        and dict(one.settings) == dict(two.settings)
+        and all(torch.equal(value, two.tensors[name]) for name, value in one.tensors.items())
+        for one, two in zip(first.networks, second.networks, strict=True)
+    )

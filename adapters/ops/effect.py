@@ -1,0 +1,136 @@
+"""What an adapter does to the weight of each module: its shape, and the matrix that is added to it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
+from diffgraft.adapters.factors import FactorDelta, Shape
+from diffgraft.adapters.full import FullDelta
+from diffgraft.adapters.loha import khatri_rao
+from diffgraft.adapters.replacement import ReplacementDelta
+from diffgraft.bases.shapes import KNOWN, layer_shapes
+from diffgraft.bases.weights import Weights
+from diffgraft.errors import DiffgraftError
+
+Steps = Sequence[tuple[Delta, float]]
+"""Deltas of one module in order, each with its strength"""
+
+
+def own_shape(delta: Delta) -> Shape | None:
+    """The shape of the weight a delta is for, where its leaves tell: those of LoRA, full differences and Tucker do."""
+    leaves = {name: leaf.to("meta") for name, leaf in delta.leaves.items()}
+    if isinstance(delta, FullDelta):
+        return tuple(leaves["diff"].shape)
+    if isinstance(delta, ReplacementDelta):
+        return tuple(leaves["weight"].shape)
+    if "lora_down" in leaves:
+        kernel = leaves["lora_mid" if "lora_mid" in leaves else "lora_down"].shape[2:]
+        return (leaves["lora_up"].shape[0], leaves["lora_down"].shape[1], *kernel)
+    if isinstance(delta, FactorDelta) and ("hada_t1" in leaves or "lokr_t2" in leaves):
+        kernel = leaves["hada_t1" if "hada_t1" in leaves else "lokr_t2"].shape[2:]
+        found = delta.factors.weight(leaves, (0, 0, *kernel))
+        return tuple(found.shape)
+    return None
+
+
+def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Shape]:
+    """Path → shape of the weight, for every module of an adapter.
+
+    They are those of `weights` where a base is given; else what the deltas tell themselves, or the base whose layers
+    all deltas fit, the one that the header names first.
+
+    Raises:
+        DiffgraftError: they cannot be told, or the adapter does not fit the base given.
+    """
+    if weights is not None:
+        there = weights.shapes()
+        for path, deltas in adapter.deltas.items():
+            if path not in there or not all(delta.fits(there[path]) for delta in deltas):
+                here = f"of shape {list(there[path])}" if path in there else "not there"
+                raise DiffgraftError(f"The adapter does not fit this base: {path} is {here}. Name the base it is for.")
+        return {path: there[path] for path in adapter.deltas}
+    told = {path: own_shape(deltas[0]) for path, deltas in adapter.deltas.items()}
+    if all(shape is not None for shape in told.values()):
+        return {path: shape for path, shape in told.items() if shape is not None}
+    for name in _likely(adapter):
+        there = layer_shapes(name)
+        if all(path in there and all(d.fits(there[path]) for d in deltas) for path, deltas in adapter.deltas.items()):
+            return {path: there[path] for path in adapter.deltas}
+    lacking = next(path for path, shape in told.items() if shape is None)
+    raise DiffgraftError(
+        f"The shape of {lacking} cannot be told from the file, and the adapter fits none of {', '.join(KNOWN)}: "
+        "name the base it is for (--base)."
+    )
+
+
+def _likely(adapter: Adapter) -> list[str]:
+    said = adapter.metadata.get("base")
+    hints = [said.get("name"), said.get("family")] if isinstance(said, Mapping) else []
+    first = [name for name in hints if name in KNOWN]
+    return [*first, *(name for name in KNOWN if name not in first)]
+
+
+def fitting(deltas: Mapping[str, Sequence[Delta]]) -> list[str]:
+    """Names of the known bases whose layers all deltas fit."""
+    found = []
+    for name in KNOWN:
+        there = layer_shapes(name)
+        if all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items()):
+            found.append(name)
+    return found
+
+
+def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
+    """What all steps together add to a weight, [out, …] in float32; those that are functions of it need `weights`.
+
+    Raises:
+        DiffgraftError: there are such deltas, and no weights.
+    """
+    if all(isinstance(delta, LinearDelta) for delta, _ in steps):
+        total = torch.zeros(shape, device=device)
+        for delta, strength in steps:
+            assert isinstance(delta, LinearDelta)
+            total += strength * delta.delta(shape).to(device)
+        return total
+    if weights is None:
+        kinds = sorted({delta.kind for delta, _ in steps if not isinstance(delta, LinearDelta)})
+        raise DiffgraftError(
+            f"What {path} does depends on the base's weights ({', '.join(kinds)}, or DoRA): name the base (--base)."
+        )
+    before = weights[f"{path}.weight"].float().to(device)
+    after = before
+    for delta, strength in steps:
+        after, _ = delta.apply(after, None, strength)
+    return after - before
+
+
+def as_product(steps: Steps, shape: Shape) -> tuple[Tensor, Tensor] | None:
+    """The same as up [out, r] · down [r, n], where that is thinner than the matrix; None where it is not.
+
+    LoRAs stand side by side; LoHa of rank r is LoRA of rank r² by its Khatri–Rao factors.
+    """
+    pairs = [_pair(delta, strength) for delta, strength in steps]
+    thin = [pair for pair in pairs if pair is not None]
+    if len(thin) < len(pairs):
+        return None
+    up, down = torch.cat([up for up, _ in thin], 1), torch.cat([down for _, down in thin])
+    rows, columns = shape[0], int(torch.tensor(shape[1:]).prod())
+    return (up, down) if up.shape[1] < min(rows, columns) else None
+
+
+def _pair(delta: Delta, strength: float) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(delta, FactorDelta):
+        return None
+    leaves = {name: leaf.float() for name, leaf in delta.leaves.items()}
+    if delta.kind == "lora":
+        up, down = leaves["lora_up"].flatten(1), leaves["lora_down"]
+        if "lora_mid" in leaves:
+            down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
+        down = down.flatten(1)
+    elif delta.kind == "loha" and "hada_t1" not in leaves:
+        up, down = khatri_rao(leaves)
+    else:
+        return None
+    return strength * delta.scale * up, down

@@ -1,0 +1,228 @@
+"""Commands on adapter files: convert, combine, extract, resize, inspect, diff."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.ops.resize import Reduced
+    from diffgraft.bases.weights import Weights
+
+BASE = typer.Option(help="The base it is for, where its weights matter: `tiny`, a diffusers folder, a .safetensors.")
+RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
+ENERGY = typer.Option(help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs.")
+DEVICE = typer.Option(help="Where matrices are decomposed: cpu, cuda, …")
+OUTPUT = typer.Option("--output", "-o", help="The new file.")
+FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft or diffgraft.")
+
+
+def convert(
+    adapter: Annotated[Path, typer.Argument(help="A file in any format, or a folder of peft's.")],
+    output: Annotated[Path, typer.Argument(help="The new file (for peft: a folder; hypernetworks for webui: .pt).")],
+    to: Annotated[str, typer.Option(help="kohya, webui, lycoris, diffusers, peft, embedding or diffgraft.")],
+    rank: Annotated[int | None, RANK] = None,
+    energy: Annotated[float | None, ENERGY] = None,
+    base: Annotated[str | None, BASE] = None,
+    device: Annotated[str, DEVICE] = "cpu",
+) -> None:
+    """Write an adapter in the format of another tool, and say how near it comes.
+
+    What a format cannot hold is refused, unless --rank or --energy ask for LoRAs that come near.
+    For example: diffgraft convert dog.safetensors dog-webui.safetensors --to webui
+    """
+    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.ops.convert import convert as change
+
+    approximate = Size(rank, energy) if rank is not None or energy is not None else None
+    with opened(base) as weights:
+        done = change(adapter, output, to, approximate, weights, device)
+    path, error = done.comparison.worst
+    typer.echo(done.path)
+    if done.approximated:
+        typer.echo(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
+    exact = sum(value == 0 for value in done.comparison.errors.values())
+    typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else "") + _of(exact, done.comparison))
+    if done.tools_differ:
+        typer.echo("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
+
+
+def _of(exact: int, comparison: object) -> str:
+    errors = getattr(comparison, "errors", {})
+    return f" ({exact} of {len(errors)} modules to the bit)" if errors else ""
+
+
+def combine(
+    adapter: Annotated[
+        list[str], typer.Argument(help="FILE, FILE:0.7, FILE:unet=0.7,OUT05=0, or FILE:1,0,… by block.")
+    ],
+    output: Annotated[Path, OUTPUT],
+    rank: Annotated[int | None, RANK] = None,
+    energy: Annotated[float | None, ENERGY] = None,
+    way: Annotated[str, typer.Option(help="sum, ties or dare.")] = "sum",
+    density: Annotated[float, typer.Option(help="With ties and dare: the share of entries that is kept.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="With dare: of what is dropped.")] = 0,
+    to: Annotated[str, FORMAT] = "auto",
+    base: Annotated[str | None, BASE] = None,
+    device: Annotated[str, DEVICE] = "cpu",
+) -> None:
+    """Make one adapter of several, of any methods and ranks; negative strengths subtract.
+
+    LoRAs and LoHas are summed exactly where neither --rank nor --energy asks for less; of others 0.999 is kept.
+    For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
+    """
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.ops.combine import combine as together
+    from diffgraft.cli.console import strengths
+
+    given = [(file, load_adapter(file), strength) for file, strength in strengths(adapter).items()]
+    size = Size(rank, energy) if rank is not None or energy is not None else None
+    with opened(base) as weights:
+        _save(together(given, size, way, density, seed, weights, device), output, to)
+
+
+def extract(
+    tuned: Annotated[
+        str, typer.Argument(help="The checkpoint that was trained: a diffusers folder or a .safetensors.")
+    ],
+    base: Annotated[str, typer.Argument(help="The one it was trained from, in either layout.")],
+    output: Annotated[Path, OUTPUT],
+    rank: Annotated[int | None, RANK] = None,
+    energy: Annotated[float | None, ENERGY] = None,
+    method: Annotated[str, typer.Option(help="lora, locon or loha.")] = "locon",
+    to: Annotated[str, FORMAT] = "auto",
+    device: Annotated[str, DEVICE] = "cpu",
+) -> None:
+    """Make an adapter of the difference of two checkpoints, text encoders included, layer by layer.
+
+    For example: diffgraft extract dreamboothed/ stable-diffusion-v1-5/ -o dog.safetensors --rank 16
+    """
+    from diffgraft.adapters.ops.extract import extract as difference
+    from diffgraft.adapters.ops.extract import stated
+
+    size = _size(rank, energy)
+    with opened(tuned) as of_tuned, opened(base) as of_base:
+        assert of_tuned is not None
+        assert of_base is not None
+        _save(difference(of_tuned, of_base, size, method, stated(tuned, base), device), output, to)
+
+
+def resize(
+    adapter: Annotated[Path, typer.Argument(help="An adapter of any method.")],
+    output: Annotated[Path, OUTPUT],
+    rank: Annotated[int | None, RANK] = None,
+    energy: Annotated[float | None, ENERGY] = None,
+    to: Annotated[str, FORMAT] = "auto",
+    base: Annotated[str | None, BASE] = None,
+    device: Annotated[str, DEVICE] = "cpu",
+) -> None:
+    """Make a LoRA of a smaller rank of any adapter, convolutions included.
+
+    For example: diffgraft resize dog.safetensors -o small-dog.safetensors --energy 0.95
+    """
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.ops.resize import resize as smaller
+
+    size = _size(rank, energy)
+    with opened(base) as weights:
+        _save(smaller(load_adapter(adapter), size, weights, device), output, to, every=True)
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An adapter file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="All figures of every module, for programs.")] = False,
+) -> None:
+    """Say what an adapter file holds: method, base, ranks, norms, trigger, and how it was trained.
+
+    For example: diffgraft inspect dog.safetensors
+    """
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.ops.inspect import inspect as look
+    from diffgraft.adapters.ops.inspect import summary
+
+    report = look(load_adapter(file))
+    for line in [json.dumps(report.as_json(), indent=1)] if as_json else summary(report):
+        typer.echo(line)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="An adapter file.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    base: Annotated[str | None, BASE] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The error of every module, for programs.")] = False,
+) -> None:
+    """Say where two adapters differ in what they do.
+
+    For example: diffgraft diff dog.safetensors small-dog.safetensors
+    """
+    from dataclasses import asdict
+
+    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.ops.compare import compare
+
+    with opened(base) as weights:
+        found = compare(load_adapter(first), load_adapter(second), weights)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, default=str))
+        return
+    if found.same:
+        typer.echo("They do the same, to the bit.")
+    apart = sorted(((error, path) for path, error in found.errors.items() if error), reverse=True)
+    typer.echo(f"{len(apart)} of {len(found.errors)} modules differ")
+    for error, path in apart[:10]:
+        typer.echo(f"{error:8.2g}  {path}")
+    for name, paths in ((first, found.only_first), (second, found.only_second)):
+        if paths:
+            typer.echo(f"only in {name}: {len(paths)} modules, such as {paths[0]}")
+    if found.words:
+        typer.echo(f"words that differ: {', '.join(found.words)}")
+    if found.networks_differ:
+        typer.echo("their networks differ")
+    for key, (one, two) in found.metadata.items():
+        typer.echo(f"{key}: {_short(one)} | {_short(two)}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) < 60 else f"{text[:57]}…"
+
+
+def _size(rank: int | None, energy: float | None) -> "Size":
+    from diffgraft.adapters.lowrank import Size
+    from diffgraft.errors import DiffgraftError
+
+    if rank is None and energy is None:
+        raise DiffgraftError("Say how large it may be: --rank 8, or --energy 0.95.")
+    return Size(rank, energy)
+
+
+@contextmanager
+def opened(base: str | None) -> "Iterator[Weights | None]":
+    """The weights of a base for the length of the block; None where there is no base."""
+    from diffgraft.bases.weights import open_weights
+
+    if base is None:
+        yield None
+        return
+    with open_weights(base) as weights:
+        yield weights
+
+
+def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
+    """Write the adapter and say how near it comes; with `every`, of each module."""
+    typer.echo(found.adapter.save(output, to))
+    for path, lost in found.lost.items() if every else ():
+        rank = found.adapter.deltas[path][0].leaves["lora_down"].shape[0] if path in found.adapter.deltas else 0
+        typer.echo(f"rank {rank:4}  relative error {lost:.2g}  {path}")
+    path, lost = found.worst
+    typer.echo(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
+    if found.dropped:
+        typer.echo(f"left away, as LoRA cannot hold it: {len(found.dropped)}, such as {found.dropped[0]}")
+
+
+COMMANDS = (convert, combine, extract, resize, inspect, diff)

@@ -1,0 +1,79 @@
+"""Reduced matrices are those of numpy's singular value decomposition in float64, whichever way is taken."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
+from diffgraft.errors import DiffgraftError
+
+
+def falling(out: int, n: int, rate: float) -> Tensor:
+    """A random matrix whose singular values fall as rate^k."""
+    generator = torch.Generator().manual_seed(3)
+    short = min(out, n)
+    u = torch.linalg.qr(torch.randn(out, short, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(n, short, generator=generator)).Q
+    return u * rate ** torch.arange(short) @ v.T
+
+
+def least(matrix: Tensor, rank: int) -> float:
+    """‖rest‖ / ‖matrix‖ after the best approximation of a rank."""
+    s = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    return float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
+
+
+def off(found: Nearest, matrix: Tensor) -> float:
+    return float((found.up.double() @ found.down.double() - matrix.double()).norm() / matrix.double().norm())
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (33, 32)])
+@pytest.mark.parametrize("rank", [1, 3, 20])  # far below the sides, and not
+def test_the_nearest_of_a_rank(shape: tuple[int, int], rank: int) -> None:
+    matrix = falling(*shape, 0.8)
+    found = nearest(matrix, Size(rank=rank))
+    assert found.up.shape == (shape[0], rank)
+    assert off(found, matrix) == pytest.approx(least(matrix, rank), rel=1e-3, abs=1e-6)
+    assert found.lost == pytest.approx(off(found, matrix), rel=1e-3, abs=1e-3)
+
+
+def test_the_range_finder_is_as_good_where_values_fall_slowly() -> None:
+    matrix = falling(400, 900, 0.995)
+    found = nearest(matrix, Size(rank=16))
+    assert off(found, matrix) <= 1.005 * least(matrix, 16)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
+def test_the_least_rank_that_holds_an_energy(energy: float) -> None:
+    matrix = falling(30, 50, 0.8)
+    squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
+    wanted = int(np.searchsorted(squares.cumsum() / squares.sum(), energy)) + 1
+    found = nearest(matrix, Size(energy=energy))
+    assert found.up.shape[1] == wanted
+    assert 1 - found.lost**2 >= energy
+    assert nearest(matrix, Size(rank=2, energy=energy)).up.shape[1] == min(2, wanted)
+
+
+def test_a_product_is_reduced_without_being_formed() -> None:
+    up, down = falling(50, 9, 0.7), falling(9, 80, 0.7)
+    for size in (Size(rank=4), Size(energy=0.99)):
+        direct, by_product = nearest(up @ down, size), nearest_to_product(up, down, size)
+        assert by_product.up.shape == direct.up.shape
+        torch.testing.assert_close(
+            by_product.up @ by_product.down, (direct.up @ direct.down).double(), atol=1e-5, rtol=0, check_dtype=False
+        )
+    whole = nearest_to_product(up, down, Size(energy=1.0))
+    assert off(whole, up.double() @ down.double()) < 1e-6
+    wide = nearest_to_product(torch.cat([up] * 7, 1), torch.cat([down] * 7), Size(energy=1.0))  # rank 63 of 50 × 80
+    assert wide.up.shape[1] == 9
+
+
+def test_of_nothing_nothing_is_left() -> None:
+    found = nearest(torch.zeros(5, 7), Size(rank=3))
+    assert found.up.shape == (5, 0)
+    assert found.lora((5, 7)) is None
+    assert found.lost == 0
+    for wrong in ({"rank": 0}, {"energy": 0.0}, {"energy": 1.5}):
+        with pytest.raises(DiffgraftError, match="will not do"):
+            Size(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""Commands on adapter files, as people use them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import Base
+from diffgraft.bases.loading import TINY
+from tests.adapters.test_formats import made_up
+from tests.cli.test_cli import call
+
+Say = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def file(base: Base, tmp_path: Path) -> Path:
+    return made_up(base).save(tmp_path / "a.safetensors")
+
+
+def test_convert(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
+    for to in ("kohya", "webui", "lycoris", "peft", "diffusers", "diffgraft"):
+        new = tmp_path / (to if to == "peft" else f"{to}.safetensors")
+        assert call(monkeypatch, "convert", file, new, "--to", to) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(str(new))
+        assert "largest relative error: 0 (" in said
+        assert set(load_adapter(new).modules) == set(load_adapter(file).modules)
+    assert any(key.startswith("lora_te_text_model_") for key in load_file(tmp_path / "kohya.safetensors"))
+    assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "koya") == 1
+    assert "did you mean 'kohya'" in capsys.readouterr().err
+    assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "embedding") == 1
+    assert "it can be one word" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_a_format_cannot_hold_is_approximated_on_request(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
+) -> None:
+    adapter = load_adapter(file)
+    twice = type(adapter)({path: (*own, *own) for path, own in adapter.deltas.items()}, adapter.metadata)
+    stacked = twice.save(tmp_path / "stacked.safetensors", "diffgraft")
+    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "kohya") == 1
+    assert "With --rank or --energy it is approximated" in capsys.readouterr().err
+    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "kohya", "--energy", 0.9) == 0
+    said = capsys.readouterr().out
+    assert "approximated: x.safetensors holds LoRAs" in said
+    error = float(said.split("largest relative error: ")[1].split(",")[0])
+    assert 0.01 < error <= 0.1**0.5
+
+
+def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
+    new = tmp_path / "both.safetensors"
+    assert call(monkeypatch, "combine", f"{file}:0.5", f"{file}", "-o", new) == 0  # the same file: its strengths add up
+    assert "largest relative error" in capsys.readouterr().out
+    one, both = load_adapter(file), load_adapter(new)
+    path = one.modules[0]
+    shape = (one.deltas[path][0].leaves["lora_up"].shape[0], one.deltas[path][0].leaves["lora_down"].shape[1])
+    zero = torch.zeros(shape)
+    torch.testing.assert_close(
+        both.deltas[path][0].apply(zero, None, 1.0)[0], one.deltas[path][0].apply(zero, None, 1.5)[0]
+    )
+    small = tmp_path / "small.safetensors"
+    assert call(monkeypatch, "resize", file, "-o", small, "--rank", 2) == 0
+    said = capsys.readouterr().out
+    assert said.count("rank    2  relative error") == len(one.modules)
+    assert call(monkeypatch, "resize", file, "-o", small) == 1
+    assert "--rank 8, or --energy 0.95" in capsys.readouterr().err
+    assert call(monkeypatch, "diff", file, small) == 0
+    said = capsys.readouterr().out
+    assert f"{len(one.modules)} of {len(one.modules)} modules differ" in said
+    assert "rank: None | 2" in said
+    assert call(monkeypatch, "diff", file, file) == 0
+    assert "They do the same, to the bit." in capsys.readouterr().out
+    assert call(monkeypatch, "diff", file, small, "--json") == 0
+    assert set(json.loads(capsys.readouterr().out)["errors"]) == set(one.modules)
+
+
+def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
+    tuned, new = tmp_path / "tuned", tmp_path / "extracted.safetensors"
+    assert call(monkeypatch, "merge", file, "-o", tuned) == 0
+    assert call(monkeypatch, "extract", tuned, TINY, "-o", new, "--rank", 5) == 0
+    said = capsys.readouterr().out
+    assert float(said.split("largest relative error: ")[1].split(",")[0]) < 1e-3
+    assert set(load_adapter(new).modules) == set(load_adapter(file).modules)
+    assert call(monkeypatch, "inspect", new) == 0
+    said = capsys.readouterr().out
+    assert "method   locon" in said
+    assert "ranks    3 × " in said
+    assert call(monkeypatch, "inspect", new, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["modules"]) == len(load_adapter(file).modules)
+    assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", new, "--rank", 5) == 1
+    assert "There is no base" in capsys.readouterr().err
