@@ -16,9 +16,10 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats.header import number, read_json, told, write_ours
+from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.lora import read as build
 
+METADATA = "lora_adapter_metadata"
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 _LEAVES = {
     "lora_A.weight": "lora_down",
@@ -35,7 +36,7 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     """Every key is used, or named in a ValueError."""
-    config = read_json(header, "lora_adapter_metadata")
+    config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, _, rest = key.partition(".")
@@ -50,10 +51,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     for path, leaves in modules.items():
         if not {"lora_down", "lora_up"} <= set(leaves):
             raise ValueError(f"{path} has only one of its two factors, so half of the file is missing")
-        alpha = _alpha(config, path)
         try:
-            deltas[path] = (build(leaves, alpha),)
-        except ValueError as error:
+            deltas[path] = (build(leaves, alpha_of(config, path, leaves["lora_down"].shape[0])),)
+        except (ValueError, IndexError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     return Adapter(deltas, told(header, method="lora", **_common(deltas)))
 
@@ -96,7 +96,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[f"{start}.{name}"] = magnitude.contiguous()
         config |= {f"{part}.{key}": value for key, value in _lora_config(single).items()}
         config[f"{part}.use_dora"] = any("dora_scale" in found[0].leaves for found in loras.values())
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+    header = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}
     return tensors, header | write_ours(adapter)
 
 
@@ -117,19 +117,13 @@ def _lora_config(loras: Mapping[str, FactorDelta]) -> dict[str, Any]:
     }
 
 
-def _alpha(config: Mapping[str, Any], path: str) -> float | None:
+def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float | None:
+    """The alpha whose scale is alpha / rank; None where the header says nothing."""
     part, _, inside = path.partition(".")
     if f"{part}.lora_alpha" not in config:
         return None
-    if config.get(f"{part}.use_rslora"):
-        raise ValueError(f"{part} was trained with rsLoRA, which cannot be read yet")
-    pattern = config.get(f"{part}.alpha_pattern") or {}
-    # peft matches a pattern against the end of the module's path
-    for key, alpha in pattern.items():
-        short = key.removeprefix("text_model.")
-        if inside == short or inside.endswith("." + short):
-            return number(alpha)
-    return number(config[f"{part}.lora_alpha"])
+    alpha = number(of_pattern(config.get(f"{part}.alpha_pattern"), inside, config[f"{part}.lora_alpha"]))
+    return alpha * rank**0.5 if config.get(f"{part}.use_rslora") else alpha
 
 
 def _common(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""LoRA as diffusers wrote it before it had peft: ``unet.….to_q.lora.down.weight``. Read only; the scale is 1.
+"""LoRA in diffusers' older names, which its scripts still write: ``unet.….to_q.lora.down.weight``. Read only.
 
-Layers have ``.lora.`` (UNet) or ``.lora_linear_layer.`` (text encoders); older files name the attention's processor,
+The scale is 1, unless the header holds peft's configuration, as in `diffusers_lora`. Layers have ``.lora.`` (UNet) or
+``.lora_linear_layer.`` (text encoders); older files name the attention's processor,
 ``attn1.processor.to_q_lora.down.weight``, with ``to_out_lora`` for ``to_out.0`` and, in text encoders,
 ``self_attn.to_q_lora`` for ``q_proj``. The first files held the UNet alone, without the level ``unet.``.
 Source: diffusers 0.42.1, ``utils/state_dict_utils.py``.
@@ -12,7 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.formats.header import told
+from diffgraft.adapters.formats.diffusers_lora import METADATA, alpha_of
+from diffgraft.adapters.formats.header import read_json, told
 from diffgraft.adapters.lora import low_rank
 
 _KEY = re.compile(
@@ -28,6 +30,7 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     """Every key is used, or named in a ValueError."""
+    config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
@@ -41,7 +44,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         if set(pair) != {"down", "up"}:
             raise ValueError(f"{path} has only one of its two factors, so half of the file is missing")
         try:
-            deltas[path] = (low_rank(pair["down"], pair["up"]),)
+            delta = low_rank(pair["down"], pair["up"])
+            alpha = alpha_of(config, path, delta.rank)
+            deltas[path] = (delta if alpha is None else low_rank(pair["down"], pair["up"], alpha),)
         except ValueError as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     return Adapter(deltas, told(header, method="lora"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ OURS = "diffgraft"
 """The key under which every file of ours, in any dialect, tells about itself."""
 FOREIGN = "foreign"
 """The key of an adapter's metadata under which stands what the headers of other tools say, word for word."""
+_PLAIN = re.compile(r"[\w.\\]*")
 _KNOWN = (OURS, STEM, "format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 
 
@@ -43,6 +45,25 @@ def parsed(header: Mapping[str, str], key: str, otherwise: str = "null") -> Any:
 def write_ours(adapter: Adapter) -> dict[str, str]:
     """The adapter's metadata as the entry `OURS`."""
     return {OURS: json.dumps(dict(adapter.metadata), sort_keys=True)} if adapter.metadata else {}
+
+
+def of_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
+    """What peft's configuration has for a layer: the value of the pattern that its path ends in.
+
+    Patterns are regular expressions there, of which only paths are read: a file could make others take for ever.
+
+    Raises:
+        ValueError: there is another pattern, or something else in the place of patterns.
+    """
+    if not isinstance(patterns or {}, dict):
+        raise ValueError(f"its configuration has {patterns!r} where a value for each layer belongs")
+    for pattern, value in (patterns or {}).items():
+        if not _PLAIN.fullmatch(pattern):
+            raise ValueError(f"its configuration has the pattern {pattern!r}; only paths are read")
+        plain = pattern.replace("\\.", ".").removeprefix("text_model.")
+        if path.removeprefix("text_model.") == plain or path.endswith(f".{plain}"):
+            return value
+    return otherwise
 
 
 def number(alpha: Any) -> float:

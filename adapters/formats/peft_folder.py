@@ -8,7 +8,6 @@ Source: peft 0.21.2, ``utils/save_and_load.py`` and ``tuners``.
 """
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats.header import number, read_json, told, write_ours
+from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.method import PARTS, read_delta
 from diffgraft.files import write_safetensors, write_text
 
@@ -37,8 +36,6 @@ _LEAVES = {
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
 _OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
-_PLAIN = re.compile(r"[\w.\\]*")
-"""Patterns that are paths. Others would be run as regular expressions, and a file could make those take for ever."""
 
 
 def folders(path: Path) -> dict[str, Path]:
@@ -103,14 +100,14 @@ def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
 
 def _read_one(inside: str, leaves: dict[str, Tensor], config: Mapping[str, Any]) -> Delta:
     kind = _KINDS[config["peft_type"]]
-    alpha = number(_of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha", config.get("alpha"))))
+    alpha = number(of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha", config.get("alpha"))))
     if LENGTHS in leaves:
         leaves[LENGTHS] = leaves[LENGTHS].flatten()
     delta = read_delta(kind, leaves, alpha)
     if config.get("use_rslora"):
         alpha *= _factors(delta).rank ** 0.5
     if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves):
-        rank = number(_of_pattern(config.get("rank_pattern"), inside, config.get("r")))
+        rank = number(of_pattern(config.get("rank_pattern"), inside, config.get("r")))
         if rank <= 0:
             raise ValueError(f"its configuration has the rank {rank:g}")
         return read_delta(kind, {**leaves, "lokr_w1": leaves["lokr_w1"] * (alpha / rank)}, None)  # no scale of its own
@@ -121,19 +118,6 @@ def _factors(delta: Delta) -> FactorDelta:
     factors = delta.direction if isinstance(delta, DoraDelta) else delta
     assert isinstance(factors, FactorDelta)
     return factors
-
-
-def _of_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
-    """The value whose pattern the path ends in."""
-    if not isinstance(patterns or {}, dict):
-        raise ValueError(f"its configuration has {patterns!r} where a rank or an alpha for each layer belongs")
-    for pattern, value in (patterns or {}).items():
-        if not _PLAIN.fullmatch(pattern):
-            raise ValueError(f"its configuration has the pattern {pattern!r}; only paths are read")
-        plain = pattern.replace("\\.", ".")
-        if path == plain or path.endswith(f".{plain}"):
-            return value
-    return otherwise
 
 
 def save(adapter: Adapter, path: Path) -> Path:

@@ -456,3 +456,28 @@ def test_kohya_names_as_diffusers_writes_them(tmp_path: Path) -> None:
     assert all(
         torch.equal(found.deltas[path][0].leaves["lora_up"], d.leaves["lora_up"]) for path, (d,) in plain.items()
     )
+
+
+def test_rslora_of_diffusers(tmp_path: Path) -> None:
+    """Diffusers' header keeps peft's configuration: alpha / √rank there."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    folder = small(tmp_path / "base", "sd1")
+    base, other = load_base(folder), load_base(folder)
+    layers = choose_layers("unet", other.unet, "attention")
+    patterns = {"rank_pattern": {layers[0]: 5}, "alpha_pattern": {layers[1]: 9.0}}
+    torch.manual_seed(1)
+    config = LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=layers, init_lora_weights=False, **patterns)
+    other.unet.add_adapter(config)
+    wanted = said(other)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(other.unet)),
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    (file,) = tmp_path.glob("*.safetensors")
+    assert (wanted - said(base)).abs().max() > 1e-3
+    with graft(base, {file: 1.0}):
+        torch.testing.assert_close(said(base), wanted, rtol=1e-3, atol=1e-5)
