@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsFloat
 
+from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import PARTS
 from diffgraft.bases.original import Blocks
 from diffgraft.errors import DiffgraftError, nearest
@@ -58,11 +59,18 @@ class Strengths:
 
     parts: Mapping[str, float]
     blocks: Mapping[str, float] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
+    """Blocks that were named one by one"""
 
     def at(self, path: str) -> float:
         """The strength for the module at an adapter's path; a block's is multiplied with its part's."""
         whole = self.parts[path.partition(".")[0]]
         return whole * self.blocks.get(block_of(path), 1.0) if self.blocks else whole
+
+    def idle(self, adapter: Adapter) -> list[str]:
+        """Blocks that were named, and in which the adapter changes nothing."""
+        changed = {block_of(path) for path in adapter.deltas} if self.named else set()
+        return [name for name in self.named if name not in changed]
 
 
 def strengths_of(name: str, value: object) -> Strengths:
@@ -77,17 +85,19 @@ def strengths_of(name: str, value: object) -> Strengths:
     if isinstance(value, list | tuple):
         if len(value) not in LISTS:
             known = ", ".join(map(str, LISTS))
-            raise DiffgraftError(f"{name} has a list of {len(value)} strengths; lists for blocks have {known}.")
+            hint = " A fraction is written with a point, 0.8." if len(value) == 2 else ""
+            raise DiffgraftError(f"{name} has a list of {len(value)} strengths; lists for blocks have {known}.{hint}")
         return Strengths(dict.fromkeys(PARTS, 1.0), _checked(name, dict(zip(LISTS[len(value)], value, strict=True))))
     given = value if isinstance(value, Mapping) else dict.fromkeys(PARTS, value)
     checked = _checked(name, given)
+    named = tuple(key for key in checked if key in BLOCKS)
     if unknown := [key for key in checked if key not in (*PARTS, *BLOCKS)]:
         hint = nearest(unknown[0], (*PARTS, *BLOCKS) if unknown[0][:1].isupper() else PARTS)
         raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {hint}")
     if "text_encoder" in checked:  # of two, both are meant
         checked = {"text_encoder_2": checked["text_encoder"], **checked}
     parts = {part: checked.get(part, 1.0) for part in PARTS}
-    return Strengths(parts, {key: number for key, number in checked.items() if key in BLOCKS})
+    return Strengths(parts, {key: number for key, number in checked.items() if key in BLOCKS}, named)
 
 
 def _checked(name: str, given: Mapping[object, object]) -> dict[str, float]:

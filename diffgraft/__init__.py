@@ -26,6 +26,10 @@ _HOMES = {
 __all__ = ["Adapter", "Base", "DiffgraftError", "Run", "graft", "load_adapter", "load_base", "train"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """The public names, imported when first used: torch and diffusers take seconds that ``--help`` need not pay."""
     if name not in _HOMES:

@@ -51,6 +51,7 @@ _SEGMENTS = """
 down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out time_emb_proj
 conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj
 k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
+token_embedding position_embedding
 input_blocks output_blocks middle_block in_layers out_layers emb_layers skip_connection time_embed label_emb
 """
 _SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, reverse=True)) + r"|[a-z0-9]+)(?:_|$)")

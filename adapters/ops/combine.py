@@ -39,8 +39,8 @@ def combine(
     Args:
         adapters: a name for errors, the adapter, and its strength, or strengths by part or block; negative ones
             subtract.
-        size: of each module's LoRA. Where none is asked for, LoRAs and LoHas are summed exactly, as long as their
-            ranks together are less than the sides of the weight; of others 0.999 of the squared norm is kept.
+        size: of each module's LoRA. Where none is asked for, LoRAs and LoHas are summed exactly; of others 0.999 of
+            the squared norm is kept.
         way: ``sum``, ``ties`` or ``dare``.
         density: the share of entries that TIES and DARE keep.
         seed: of what DARE drops.

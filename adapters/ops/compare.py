@@ -11,6 +11,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.ops.effect import shapes_of
 from diffgraft.bases.weights import Weights
+from diffgraft.errors import DiffgraftError
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,15 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, str
     """Both on the base's weights where they are given, else, where a weight matters, on a seeded random one.
 
     Raises:
-        DiffgraftError: the shapes of the layers cannot be told.
+        DiffgraftError: the shapes of the layers cannot be told, or are not the same.
     """
-    shapes = {**shapes_of(second, weights), **shapes_of(first, weights)}
+    others, shapes = shapes_of(second, weights), shapes_of(first, weights)
+    for path, shape in others.items():
+        if shapes.setdefault(path, shape) != shape:
+            raise DiffgraftError(
+                f"The one has {path} of shape {list(shapes[path])}, the other of {list(shape)}: they are for different "
+                "bases."
+            )
     errors: dict[str, float] = {}
     for place, (path, shape) in enumerate(tqdm(shapes.items(), "modules", leave=False, disable=len(shapes) < 20)):
         one, two = first.deltas.get(path, ()), second.deltas.get(path, ())

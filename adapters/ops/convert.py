@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffgraft.adapters.formats import load_adapter, save_adapter
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import WRITTEN, load_adapter, save_adapter
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.compare import Comparison, compare
-from diffgraft.adapters.ops.resize import resize
+from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
@@ -20,6 +21,8 @@ class Converted:
     """Of the old file and the new one, both read from disk"""
     approximated: bool
     """Whether modules became LoRAs because the dialect cannot hold what they were"""
+    dropped: tuple[str, ...]
+    """What approximating left away, as no LoRA can hold it: differences of biases and of norms"""
     tools_differ: bool
     """Whether it holds what tools take differently at strengths other than 1: DoRA"""
 
@@ -47,15 +50,26 @@ def convert(
     """
     adapter = load_adapter(source)
     path = Path(path).expanduser()
-    new, approximated = adapter, False
+    if path.exists():
+        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
+    found: Reduced | None = None
     try:
         save_adapter(adapter, path, dialect)
     except DiffgraftError as error:
+        if not _can_be_approximated(adapter, dialect):
+            raise
         if approximate is None:
-            hint = " With --rank or --energy it is approximated by LoRAs." if adapter.deltas else ""
-            raise DiffgraftError(f"{error}{hint}") from error
-        new, approximated = resize(adapter, approximate, weights, device).adapter, True
-        save_adapter(new, path, dialect)
+            raise DiffgraftError(f"{error} With --rank or --energy it is approximated by LoRAs.") from error
+        found = resize(adapter, approximate, weights, device)
+        save_adapter(found.adapter, path, dialect)
     again = load_adapter(path)
     differ = any(delta.follows for deltas in again.deltas.values() for delta in deltas)
-    return Converted(path, compare(adapter, again, weights), approximated, differ)
+    comparison = compare(adapter, again, weights)
+    return Converted(path, comparison, found is not None, found.dropped if found else (), differ)
+
+
+def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:
+    """Whether LoRAs in the place of its modules may be what the dialect can hold."""
+    plain = {"lora_down", "lora_up"}
+    others = any(len(own) > 1 or set(own[0].leaves) != plain for own in adapter.deltas.values())
+    return others and dialect in WRITTEN and not adapter.networks

@@ -120,6 +120,11 @@ def as_product(steps: Steps, shape: Shape) -> tuple[Tensor, Tensor] | None:
     return (up, down) if up.shape[1] < min(rows, columns) else None
 
 
+def is_low_rank(delta: Delta) -> bool:
+    """Whether it is a LoRA or a LoHa."""
+    return isinstance(delta, FactorDelta) and delta.kind in ("lora", "loha")
+
+
 def _pair(delta: Delta, strength: float) -> tuple[Tensor, Tensor] | None:
     if not isinstance(delta, FactorDelta):
         return None

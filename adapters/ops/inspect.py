@@ -151,8 +151,11 @@ def summary(report: Report) -> list[str]:
     base = base if isinstance(base, Mapping) else {}
     lines = [f"method   {report.method}"]
     lines += [f"{key:8} {said.get(key, '–')}" for key in ("rank", "alpha", "trigger", "class", "seed")]
-    family = report.family or "family unknown"
-    lines.append(f"base     {base.get('name', '–')} ({family}, {str(base.get('hash', ''))[:12]})")
+    known = [report.family or "family unknown", str(base.get("hash", ""))[:12]]
+    lines.append(f"base     {base.get('name', '–')} ({', '.join(word for word in known if word)})")
+    recipe = said.get("recipe")
+    if isinstance(recipe, Mapping):
+        lines.append(f"recipe   {', '.join(f'{key}={value}' for key, value in recipe.items())}")
     if report.fits and not base:
         lines.append(f"fits     {', '.join(report.fits)}")
     if report.modules:

@@ -8,12 +8,12 @@ from tqdm import tqdm
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
-from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, shapes_of
+from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
 ALL, NEARLY_ALL = Size(energy=1.0), Size(energy=0.999)
-"""What is kept where no size is asked for: of thin products all; of matrices that no thin product gives, so much"""
+"""What is kept where no size is asked for: of LoRAs and LoHas all; of others so much"""
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,5 @@ def smaller(path: str, steps: Steps, shape: Shape, size: Size | None, weights: W
     product = as_product(steps, shape)
     if product is not None:
         return nearest_to_product(product[0].to(device), product[1].to(device), size or ALL)
-    return nearest(as_matrix(path, steps, shape, weights, device).flatten(1), size or NEARLY_ALL)
+    otherwise = ALL if all(is_low_rank(delta) for delta, _ in steps) else NEARLY_ALL
+    return nearest(as_matrix(path, steps, shape, weights, device).flatten(1), size or otherwise)

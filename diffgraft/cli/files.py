@@ -41,10 +41,13 @@ def convert(
     approximate = Size(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         done = change(adapter, output, to, approximate, weights, device)
-    path, error = done.comparison.worst
+    kept = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
+    path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))
     typer.echo(done.path)
     if done.approximated:
         typer.echo(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
+    if done.dropped:
+        typer.echo(f"left away, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
     exact = sum(value == 0 for value in done.comparison.errors.values())
     typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else "") + _of(exact, done.comparison))
     if done.tools_differ:
@@ -72,7 +75,8 @@ def combine(
 ) -> None:
     """Make one adapter of several, of any methods and ranks; negative strengths subtract.
 
-    LoRAs and LoHas are summed exactly where neither --rank nor --energy asks for less; of others 0.999 is kept.
+    LoRAs and LoHas are summed exactly where neither --rank nor --energy asks for less, at the sum of their ranks;
+    of others 0.999 of the squared norm is kept. For a small file, give --rank.
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
     """
     from diffgraft.adapters.formats import load_adapter
@@ -215,6 +219,10 @@ def opened(base: str | None) -> "Iterator[Weights | None]":
 
 def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
     """Write the adapter and say how near it comes; with `every`, of each module."""
+    from diffgraft.errors import DiffgraftError
+
+    if output.exists():
+        raise DiffgraftError(f"{output} is there already. Choose another name, or remove it.")
     typer.echo(found.adapter.save(output, to))
     for path, lost in found.lost.items() if every else ():
         rank = found.adapter.deltas[path][0].leaves["lora_down"].shape[0] if path in found.adapter.deltas else 0

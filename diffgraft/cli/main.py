@@ -36,6 +36,10 @@ def train(
     """Train an adapter.
 
     For example: diffgraft train subject images=my_dog/ subject=dog steps=300
+
+    Keys of all recipes: base, method, rank, alpha, options.… (see `diffgraft methods NAME`), layers, text_encoder,
+    images, captions, resolution, flip, output, steps, lr, batch, accumulate, optimizer, precision, trigger, prompt,
+    seed, checkpoint_every, sample_every; of `subject`, too: subject, class_prompt, prior.weight, prior.images.
     """
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
@@ -65,7 +69,9 @@ def generate(
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            "--adapter", "-a", help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.5; may be given several times."
+            "--adapter",
+            "-a",
+            help="FILE, FILE:0.8, by part or block FILE:unet=0.8,OUT04=0; again for more.",
         ),
     ] = None,
     base: Annotated[
@@ -78,7 +84,8 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     scheduler: Annotated[
-        str | None, typer.Option(help="ddim, euler, dpm++, unipc, …; the base's own if not given.")
+        str | None,
+        typer.Option(help="ddim, ddpm, euler, euler-a, heun, pndm, dpm++, dpm++-karras, unipc."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     denoise: Annotated[

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -25,17 +26,18 @@ _LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
 """The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
 
 
-def graft(target: Any, adapters: Grafts | None = None) -> "Graft":
+def graft(target: Any, adapters: Grafts | str | Path | Adapter | None = None) -> "Graft":
     """Merge `adapters` (a file's path or an `Adapter` → strength) into `target`, in the order given.
 
     Args:
         target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
             UNet. A part that no adapter touches may be absent or None.
-        adapters: strength 1 is what was trained, 0 is the bare base, and negative strengths subtract. It may be given
-            for each part, ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second
-            text encoder what the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or
-            as a list of 12, 17, 20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless
-            their text encoders have 0, they have the vectors that were trained.
+        adapters: one file or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the bare
+            base, and negative strengths subtract. A strength may be given for each part,
+            ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second text encoder what
+            the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or as a list of 12, 17,
+            20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless their text encoders
+            have 0, they have the vectors that were trained.
 
     Returns:
         A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
@@ -44,7 +46,7 @@ def graft(target: Any, adapters: Grafts | None = None) -> "Graft":
         DiffgraftError: an adapter cannot be read, or was made for another base; the target is then as it was.
     """
     grafted = Graft(target)
-    grafted.set(adapters or {})
+    grafted.set({adapters: 1.0} if isinstance(adapters, str | Path | Adapter) else adapters or {})
     return grafted
 
 
@@ -60,6 +62,8 @@ class Graft:
 
     def set(self, adapters: Grafts) -> None:
         """Replace what is grafted by `adapters`."""
+        if not isinstance(adapters, Mapping):
+            raise DiffgraftError(f"{adapters!r} are no adapters with strengths: write {{FILE: 0.8, OTHER: 0.5}}.")
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
         networks: list[tuple[str, Network, float]] = []
         words: list[tuple[str, Mapping[str, Mapping[str, Tensor]]]] = []
@@ -67,6 +71,8 @@ class Graft:
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
             strengths = strengths_of(name, value)
+            if idle := strengths.idle(adapter):
+                warnings.warn(f"{name} changes nothing in {', '.join(idle)}: that strength does nothing.", stacklevel=4)
             modules = self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():

@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.quiet import hushed
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def for_inpainting(pipe: Any, source: Source | None, size: tuple[int, int] | Non
 
 def from_source(pipe: Any, source: Source, more: dict[str, Any]) -> tuple[Any, Fitted]:
     """The pipeline for a source, over the same modules, and the source in its size."""
-    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+    with hushed():
+        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     size = (more["width"], more["height"])
     image = ImageOps.fit(source.image.convert("RGB"), size, Image.Resampling.LANCZOS)

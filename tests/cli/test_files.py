@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import Spec, get_method
 from diffgraft.bases import Base
 from diffgraft.bases.loading import TINY
 from tests.adapters.test_formats import made_up
@@ -31,7 +32,15 @@ def test_convert(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert set(load_adapter(new).modules) == set(load_adapter(file).modules)
     assert any(key.startswith("lora_te_text_model_") for key in load_file(tmp_path / "kohya.safetensors"))
     assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "koya") == 1
-    assert "did you mean 'kohya'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "did you mean 'kohya'" in said
+    assert "approximated" not in said
+    before = file.read_bytes()
+    assert call(monkeypatch, "convert", file, file, "--to", "kohya") == 1
+    assert "is there already" in capsys.readouterr().err
+    assert call(monkeypatch, "resize", file, "-o", file, "--rank", 1) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert file.read_bytes() == before
     assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "embedding") == 1
     assert "it can be one word" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
@@ -94,3 +103,22 @@ def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert len(json.loads(capsys.readouterr().out)["modules"]) == len(load_adapter(file).modules)
     assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", new, "--rank", 5) == 1
     assert "There is no base" in capsys.readouterr().err
+
+
+def test_what_full_training_leaves_goes_into_the_names_of_lycoris(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
+) -> None:
+    """Embeddings and norms of the text encoder included."""
+    method = get_method("full")
+    live = method.attach(base, Spec({"unet": [], "text_encoder": []}, 1, 1.0, 0, method.read_options({})))
+    with torch.no_grad():
+        for value in live.trainable().values():
+            value += 0.01
+    file = live.adapter({"method": "full"}).save(tmp_path / "full.safetensors", "diffgraft")
+    live.detach()
+    assert call(monkeypatch, "convert", file, tmp_path / "a.safetensors", "--to", "kohya") == 0
+    assert "largest relative error: 0 (" in capsys.readouterr().out
+    assert call(monkeypatch, "convert", file, tmp_path / "b.safetensors", "--to", "diffusers", "--rank", 1) == 0
+    said = capsys.readouterr().out
+    assert "left away, as LoRA cannot hold it" in said
+    assert "in text_encoder.final_layer_norm" not in said

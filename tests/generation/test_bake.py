@@ -66,3 +66,9 @@ def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match="does not fit this base"):
         bake(base, {lora(1, path="unet.nowhere.to_k"): 1.0}, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_that_no_single_file_could_tell_is_written_as_a_folder_alone(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(DiffgraftError, match="has 1 layers a level where the family has 2"):
+        bake(base, {}, tmp_path / "tiny.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -153,6 +153,21 @@ def test_each_part_has_its_own_strength(base: Base) -> None:
         graft(base, {both: {"vae": 1.0}})
 
 
+def test_one_file_alone_has_strength_one(base: Base, tmp_path: Path) -> None:
+    bare = weight(base).clone()
+    file = lora(1).save(tmp_path / "a.safetensors")
+    with graft(base, {file: 1.0}):
+        wanted = weight(base).clone()
+    for given in (file, str(file), lora(1)):
+        with graft(base, given):
+            assert torch.equal(weight(base), wanted)
+    assert torch.equal(weight(base), bare)
+    with pytest.raises(DiffgraftError, match="are no adapters with strengths"):
+        graft(base, [file])  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="changes nothing in OUT11"):
+        graft(base, {file: {"OUT11": 0.5}}).remove()
+
+
 @pytest.mark.parametrize("strength", ["much", None, float("nan"), True])
 def test_a_strength_that_is_no_number_is_refused(base: Base, strength: Any) -> None:
     with pytest.raises(DiffgraftError, match="no number"):

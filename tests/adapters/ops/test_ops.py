@@ -295,3 +295,16 @@ def test_figures_of_an_adapter() -> None:
     assert report.fits == []
     assert effective_rank(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(2)
     assert effective_rank(torch.zeros(3)) == 0
+
+
+def test_adapters_of_two_bases_are_not_compared() -> None:
+    one, two = ({"unet.a": (low_rank(torch.ones(2, width), torch.ones(7, 2)),)} for width in (5, 6))
+    with pytest.raises(DiffgraftError, match=r"unet\.a of shape \[7, 5\], the other of \[7, 6\]"):
+        compare(Adapter(one), Adapter(two))
+
+
+def test_lohas_are_summed_exactly_where_their_ranks_are_more_than_the_sides() -> None:
+    one, two = made("loha", 1, rank=4), made("loha", 2, rank=4)
+    weights: Any = _Shapes()
+    found = combine([("1", one, 1.0), ("2", two, 0.5)], weights=weights)
+    assert off(found, {path: matrix(one, path) + 0.5 * matrix(two, path) for path in SHAPES}) < 2e-6

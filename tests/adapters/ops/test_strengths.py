@@ -92,3 +92,11 @@ def test_a_graft_takes_blocks() -> None:
             strength = {"IN01": 0.0, "OUT11": 1.0}.get(block_of(f"unet.{path}"), 0.5)
             wanted = before[path] + strength * delta.delta(tuple(before[path].shape))
             torch.testing.assert_close(target.unet.get_parameter(f"{path}.weight").detach(), wanted)
+
+
+def test_blocks_in_which_nothing_changes_are_told_of() -> None:
+    adapter = Adapter({"unet.mid_block.attentions.0.proj_in": (low_rank(torch.ones(2, 5), torch.ones(5, 2)),)})
+    assert strengths_of("a", {"unet": 0.5, "M00": 0.0, "OUT05": 0.0}).idle(adapter) == ["OUT05"]
+    assert strengths_of("a", [0.0] * 12).idle(adapter) == []
+    with pytest.raises(DiffgraftError, match=r"A fraction is written with a point, 0\.8"):
+        strengths_of("a", [0.0, 8.0])
