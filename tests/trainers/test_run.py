@@ -40,7 +40,12 @@ def test_a_run_leaves_what_it_promises(base: Base, short_run: Run) -> None:
     header = short_run.adapter.metadata
     assert header["method"] == "lora"
     assert (header["rank"], header["alpha"], header["trigger"], header["class"]) == (8, 8.0, "sks", "dog")
-    assert header["base"] == {"name": "tiny", "family": "sd1", "hash": base.hash}
+    assert header["base"] == {
+        "name": "tiny",
+        "family": "sd1",
+        "hash": base.hash,
+        "prediction_type": "v_prediction",
+    }
     assert header["seed"] == 3
     assert len(header["data"]) == 64
     assert set(header["versions"]) >= {"diffgraft", "torch", "diffusers", "peft"}
