@@ -35,16 +35,20 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
     """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, value in sorted(tensors.items()):
-        # the library refuses tensors that share their memory: each is written as one of its own
-        apart[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
-        seen.add(value.untyped_storage().data_ptr())
     with replacing(path) as partial:
-        save_file(apart, partial, dict(header))
+        save_file(apart(tensors), partial, dict(header))
         _sort_header(partial)
     return path
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` by name in order, none sharing its memory with another, which safetensors refuses."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for name, value in sorted(tensors.items()):
+        found[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
+        seen.add(value.untyped_storage().data_ptr())
+    return found
 
 
 def _sort_header(path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.files import apart
 
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """Family → ``ss_base_model_version``."""
@@ -103,7 +104,7 @@ def _arguments(kinds: set[str]) -> dict[str, str]:
 
 def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
     """What webui indexes its LoRA files by: of the tensors' bytes alone, as a file with `header` has them."""
-    content = save(dict(sorted(tensors.items())), dict(header))
+    content = save(apart(tensors), dict(header))
     start = 8 + int.from_bytes(content[:8], "little")
     legacy = content[0x100000 : 0x100000 + 0x10000]
     return {
