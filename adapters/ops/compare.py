@@ -39,8 +39,8 @@ class Comparison:
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 
-def compare(first: Adapter, second: Adapter, weights: Weights | None = None, strength: float = 1.0) -> Comparison:
-    """Both on the base's weights where they are given, else, where a weight matters, on a seeded random one.
+def compare(first: Adapter, second: Adapter, weights: Weights | None = None) -> Comparison:
+    """Both at strength 1, on the base's weights where they are given, else, where one matters, on a seeded random one.
 
     Raises:
         DiffgraftError: the shapes of the layers cannot be told, or are not the same.
@@ -59,7 +59,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, str
             errors[path] = 0.0
             continue
         weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
-        errors[path] = _apart(one, two, weight, strength)
+        errors[path] = _apart(one, two, weight)
     keys = {*first.metadata, *second.metadata}
     said = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
     return Comparison(
@@ -80,9 +80,9 @@ def probe(shape: Shape, seed: int) -> Tensor:
     return found
 
 
-def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor, strength: float) -> float:
+def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor) -> float:
     bias = torch.zeros(weight.shape[0])
-    (w1, b1), (w2, b2) = (_under(deltas, weight, bias, strength) for deltas in (one, two))
+    (w1, b1), (w2, b2) = (_under(deltas, weight, bias) for deltas in (one, two))
     apart = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
     whole = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()
     if apart == 0:
@@ -90,9 +90,9 @@ def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor, stren
     return float(apart / whole) if whole > 0 else float("inf")
 
 
-def _under(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+def _under(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     for delta in deltas:
-        weight, changed = delta.apply(weight, bias, strength)
+        weight, changed = delta.apply(weight, bias, 1.0)
         bias = bias if changed is None else changed
     return weight, bias
 

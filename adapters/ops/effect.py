@@ -56,7 +56,7 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
         return {path: shape for path, shape in told.items() if shape is not None}
     for name in _likely(adapter):
         there = layer_shapes(name)
-        if all(path in there and all(d.fits(there[path]) for d in deltas) for path, deltas in adapter.deltas.items()):
+        if _fit(adapter.deltas, there):
             return {path: there[path] for path in adapter.deltas}
     lacking = next(path for path, shape in told.items() if shape is None)
     raise DiffgraftError(
@@ -74,12 +74,11 @@ def _likely(adapter: Adapter) -> list[str]:
 
 def fitting(deltas: Mapping[str, Sequence[Delta]]) -> list[str]:
     """Names of the known bases whose layers all deltas fit."""
-    found = []
-    for name in KNOWN:
-        there = layer_shapes(name)
-        if all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items()):
-            found.append(name)
-    return found
+    return [name for name in KNOWN if _fit(deltas, layer_shapes(name))]
+
+
+def _fit(deltas: Mapping[str, Sequence[Delta]], there: Mapping[str, Shape]) -> bool:
+    return all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items())
 
 
 def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:

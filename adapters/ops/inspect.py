@@ -50,6 +50,7 @@ class Report:
     family: str | None
     """That of the header, else of the bases whose layers it fits"""
     fits: list[str]
+    """Known bases whose layers it fits; looked for where the file leaves family or shapes open"""
     metadata: Mapping[str, Any]
     training: Mapping[str, str]
     """Settings of the training run, from headers of other tools"""
@@ -70,7 +71,11 @@ class Report:
 
 def inspect(adapter: Adapter) -> Report:
     """Figures of every module, and what the header says."""
-    fits = fitting(adapter.deltas) if adapter.deltas else []
+    said = adapter.metadata.get("base")
+    family = said.get("family") if isinstance(said, Mapping) else None
+    # the known bases take seconds to lay out: only where the file leaves something open
+    is_open = family is None or any(own_shape(delta) is None for own in adapter.deltas.values() for delta in own)
+    fits = fitting(adapter.deltas) if adapter.deltas and is_open else []
     there = layer_shapes(fits[0]) if fits else {}
     modules: list[Module] = []
     overflows: list[str] = []
@@ -81,8 +86,6 @@ def inspect(adapter: Adapter) -> Report:
             if max(module.largest, most) > HALF:
                 overflows.append(path)
     foreign = adapter.metadata.get(FOREIGN) or {}
-    said = adapter.metadata.get("base")
-    family = said.get("family") if isinstance(said, Mapping) else None
     follow = {delta.follows for deltas in adapter.deltas.values() for delta in deltas if delta.follows}
     return Report(
         method=adapter.method,

@@ -48,15 +48,11 @@ def convert(
         typer.echo(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
     if done.dropped:
         typer.echo(f"left away, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
-    exact = sum(value == 0 for value in done.comparison.errors.values())
-    typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else "") + _of(exact, done.comparison))
+    typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else ""))
+    if errors := done.comparison.errors:
+        typer.echo(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
     if done.tools_differ:
         typer.echo("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
-
-
-def _of(exact: int, comparison: object) -> str:
-    errors = getattr(comparison, "errors", {})
-    return f" ({exact} of {len(errors)} modules to the bit)" if errors else ""
 
 
 def combine(
