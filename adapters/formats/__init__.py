@@ -23,6 +23,8 @@ from diffgraft.adapters.formats import (
     webui_hypernetwork,
 )
 from diffgraft.adapters.formats.opened import open_file
+from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for
+from diffgraft.bases.stored import is_checkpoint
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_safetensors
 
@@ -54,12 +56,25 @@ def load_adapter(path: str | Path) -> Adapter:
         DiffgraftError: the file is missing, damaged, or holds a key that no dialect can place.
     """
     path = Path(path).expanduser()
+    if is_checkpoint(path):
+        raise DiffgraftError(
+            f"{path} is a whole checkpoint and no adapter. Draw with it by --base, or make an adapter of it with "
+            "`diffgraft extract`."
+        )
     tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
+    if is_for_a_transformer(tensors):
+        raise DiffgraftError(
+            f"{path} is for a base whose denoiser is a transformer, such as Flux or Stable Diffusion 3 (first key: "
+            f"{next(iter(tensors))}). Known here are bases with a UNet: Stable Diffusion 1.x, 2.x and XL."
+        )
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):
             try:
                 return _following(dialect.read(tensors, header))
+            except UnknownKeyError as error:
+                rest = made_for(dialect.read, tensors, header, error)
+                raise DiffgraftError(f"{path} cannot be read: {error}{rest}.") from error
             except ValueError as error:
                 raise DiffgraftError(f"{path} cannot be read: {error}.") from error
     sample = ", ".join(list(tensors)[:3]) or "none"

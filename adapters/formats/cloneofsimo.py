@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import parsed
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import low_rank
 
 _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<place>\d+):(?P<leaf>up|down)")
@@ -43,7 +44,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         elif header.get(key) == _WORD and value.ndim in (1, 2):
             tokens[key] = {"text_encoder": value if value.ndim == 2 else value.unsqueeze(0)}
         else:
-            raise ValueError(f"its key {key} is no unet:<n>:up or down, nor text_encoder:…, nor a word")
+            raise UnknownKeyError(key, "unet:<n>:up or down, nor text_encoder:…, nor a word")
     deltas: dict[str, tuple[Delta, ...]] = {}
     for part, pairs in found.items():
         paths = [*_walk(part, _classes(header, part), len(pairs))]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import told
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import read_delta
 
 _KEY = re.compile(
@@ -30,7 +31,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
-            raise ValueError(f"its key {key} is no <attention>.processor.to_<k or v>_custom_diffusion.weight")
+            raise UnknownKeyError(key, "<attention>.processor.to_<k or v>_custom_diffusion.weight")
         layer = "to_out.0" if found["layer"] == "out" else f"to_{found['layer']}"
         layers.setdefault(f"unet.{found['path']}.{layer}", {})[found["leaf"]] = value
     deltas = {}

@@ -17,6 +17,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
 
 METADATA = "lora_adapter_metadata"
@@ -42,9 +43,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         part, _, rest = key.partition(".")
         ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
         if part not in PARTS or ending is None:
-            raise ValueError(
-                f"its key {key} is no <part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(PARTS)}"
-            )
+            expected = f"<part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(PARTS)}"
+            raise UnknownKeyError(key, expected, [f"{part}." for part in PARTS], [f".{leaf}" for leaf in _LEAVES])
         path = f"{part}.{rest.removesuffix('.' + ending).removeprefix('text_model.')}"
         modules.setdefault(path, {})[_LEAVES[ending]] = value.flatten() if "magnitude" in ending else value
     deltas: dict[str, tuple[Delta, ...]] = {}

@@ -15,12 +15,16 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.diffusers_lora import METADATA, alpha_of
 from diffgraft.adapters.formats.header import read_json, told
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import low_rank
 
 _KEY = re.compile(
     r"(?:(?P<part>unet|text_encoder|text_encoder_2)\.)?(?P<path>[\w.]+?)"
     r"(?:\.lora|\.lora_linear_layer|(?:\.processor)?\.to_(?P<layer>q|k|v|out)_lora)\.(?P<leaf>down|up)\.weight"
 )
+
+_BEGINS = ("unet.", "text_encoder.", "text_encoder_2.")
+_ENDINGS = (".lora.down.weight", ".lora.up.weight")
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
@@ -35,7 +39,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
-            raise ValueError(f"its key {key} is no <part>.<module>.lora.down.weight or lora.up.weight")
+            raise UnknownKeyError(key, "<part>.<module>.lora.down.weight or lora.up.weight", _BEGINS, _ENDINGS)
         part = found["part"] or "unet"
         path = f"{part}.{found['path'].removeprefix('text_model.')}{_layer(part, found['layer'])}"
         modules.setdefault(path, {})[found["leaf"]] = value

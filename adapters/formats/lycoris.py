@@ -1,11 +1,12 @@
 """The names of LyCORIS and of kohya's tools: ``<prefix>_<path, dots as underscores>.<leaf>``.
 
 Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and ``lora_te2`` (two); each module also has
-a 0-dimensional ``alpha``. The paths of the UNet are diffusers' own for Stable Diffusion 1 and 2, and the original
-layout's for XL; both are read for all. Text encoders' have the level ``text_model``. New words, where a file brings
-them along, are ``bundle_emb.<word>.string_to_param.*`` (one text encoder), or ``bundle_emb.<word>.clip_l`` and
-``.clip_g`` (two).
-Sources: LyCORIS 4.1.3, ``lycoris/modules``; sd-scripts, ``networks/lora.py``.
+a 0-dimensional ``alpha``. Read as well are ``oft_unet`` of kohya's OFT, and ``lycoris``, which LyCORIS gives to any one
+module that it is laid on: a UNet, or a text encoder where the paths are those of one. The paths of the UNet are
+diffusers' own for Stable Diffusion 1 and 2, and the original layout's for XL; both are read for all. Text encoders'
+have the level ``text_model``. New words, where a file brings them along, are ``bundle_emb.<word>.string_to_param.*``
+(one text encoder), or ``bundle_emb.<word>.clip_l`` and ``.clip_g`` (two).
+Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``wrapper.py``; sd-scripts, ``networks/lora.py`` and ``oft.py``.
 """
 
 import re
@@ -18,15 +19,17 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
 from diffgraft.adapters.formats.header import number, told, write_ours
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import read_delta
 from diffgraft.bases.original import Blocks
-from diffgraft.errors import nearest
 
 PREFIXES = {
     "lora_unet": "unet",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
     "lora_te": "text_encoder",
+    "oft_unet": "unet",
+    "lycoris": "unet",
 }
 _KINDS = {
     "lora": ("lora_down", "lora_up", "lora_mid", "dora_scale"),
@@ -41,6 +44,11 @@ _KINDS = {
 """Kind of delta → its leaves. Those of LoRA and GLoRA stand for layers and end in ``.weight``; the others are bare."""
 
 _LEAVES = {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}
+_LAYERS = {*_KINDS["lora"], *_KINDS["glora"]} - {LEAF}
+_BEGINS = [f"{prefix}_" for prefix in PREFIXES]
+_ENDINGS = [f".{leaf}.weight" if leaf in _LAYERS else f".{leaf}" for leaf in sorted(_LEAVES)]
+_OF_TEXT = ("text_model.", "encoder.", "embeddings.", "final_layer_norm", "text_projection")
+"""What the paths of text encoders begin with."""
 
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<kind>string_to_param\.\*|clip_l|clip_g)")
 
@@ -83,6 +91,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     """Every key is used, or named in a ValueError."""
     modules: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
+    stilled: set[str] = set()
+    """Modules whose rotations kohya's OFT bounds by 0, which in LyCORIS' files means no bound"""
     for key, value in tensors.items():
         if bundled := _BUNDLED.fullmatch(key):
             part = EMBEDDING_PARTS.get(bundled["kind"], "text_encoder")
@@ -93,15 +103,16 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         leaf = leaf.removesuffix(".weight")
         leaf = next((ours for ours, theirs in _OF_NORMS.items() if leaf == theirs), leaf)
         if prefix is None or leaf not in _LEAVES:
-            hint = nearest(leaf, _LEAVES) if prefix else nearest(name.partition("_")[0], PREFIXES)
-            raise ValueError(f"its key {key} is no <prefix>_<module>.<leaf> of {', '.join(_KINDS)}; {hint.rstrip('.')}")
-        inside = dotted(name.removeprefix(f"{prefix}_")).removeprefix("text_model.")
-        if prefix == "lora_unet" and inside.startswith(_ORIGINAL):
-            inside = _ANY.diffusers(inside)
-        modules.setdefault(f"{PREFIXES[prefix]}.{inside}", {})[leaf] = value
+            raise UnknownKeyError(key, f"<prefix>_<module>.<leaf> of {', '.join(_KINDS)}", _BEGINS, _ENDINGS)
+        path = _path(prefix, dotted(name.removeprefix(f"{prefix}_")))
+        modules.setdefault(path, {})[leaf] = value
+        if prefix == "oft_unet" and leaf == "alpha" and not value.any():
+            stilled.add(path)
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
         alpha = leaves.pop("alpha", None)
+        if path in stilled:
+            leaves = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         kind = next((kind for kind, names in _KINDS.items() if leaves and set(leaves) <= set(names)), None)
         if kind is None:
             raise ValueError(f"{path} has the leaves {', '.join(sorted(leaves)) or 'alpha alone'}: of no one method")
@@ -116,6 +127,16 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     if any(LEAF in delta.leaves for found in deltas.values() for delta in found):
         said["dora"] = LYCORIS
     return Adapter(deltas, told(header, **said), tokens=tokens)
+
+
+def _path(prefix: str, inside: str) -> str:
+    """The module's path in adapters, from the prefix and what stands behind it, with dots."""
+    part = PREFIXES[prefix]
+    if prefix == "lycoris" and inside.startswith(_OF_TEXT):
+        part = "text_encoder"
+    if part == "unet" and inside.startswith(_ORIGINAL):
+        inside = _ANY.diffusers(inside)
+    return f"{part}.{inside.removeprefix('text_model.')}"
 
 
 def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
@@ -151,12 +172,11 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         if len(found) != 1 or found[0].kind not in _KINDS:
             raise ValueError(f"{path} holds no single delta of {', '.join(_KINDS)}")
         delta, level = found[0], "" if part == "unet" else "text_model_"
-        ending = ".weight" if delta.kind in ("lora", "glora") else ""
         of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
         for name, leaf in delta.leaves.items():
             column = _lengths(leaf, delta) if name == "dora_scale" else leaf
             key = f"{prefixes[part]}_{level}{flat(inside)}.{_OF_NORMS[name] if of_norm else name}"
-            tensors[key + ("" if name == "dora_scale" else ending)] = column.contiguous()
+            tensors[key + (".weight" if name in _LAYERS else "")] = column.contiguous()
         if delta.alpha is not None:
             tensors[f"{prefixes[part]}_{level}{flat(inside)}.alpha"] = torch.tensor(float(delta.alpha))
     for word, vectors in adapter.tokens.items():

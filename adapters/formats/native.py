@@ -15,6 +15,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import OURS, number, parsed, read_json, write_ours
 from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.errors import nearest
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
 
@@ -49,7 +50,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             raise ValueError(f"its network {place} cannot be built: {error}") from error
     tokens = {word: _take(left, f"token.{place}.") for place, word in enumerate(_listed(header, _TOKENS, str))}
     if left:
-        raise ValueError(f"its key {next(iter(left))} belongs to nothing that the header lists")
+        strange = next(iter(left))
+        hint = nearest(strange, set(tensors) - set(left)).rstrip(".?")
+        raise ValueError(f"its key {strange} belongs to nothing that the header lists; {hint}")
     return Adapter(deltas, read_json(header, OURS), tuple(networks), tokens)
 
 

@@ -21,6 +21,7 @@ from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import PARTS, read_delta
 from diffgraft.files import write_safetensors, write_text
 
@@ -73,7 +74,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         part, found, rest = key.partition(_START)
         ending = next((end for end in sorted(_LEAVES, key=len, reverse=True) if rest.endswith("." + end)), None)
         if not found or ending is None:
-            raise ValueError(f"its key {key} is no {_START}<module>.<leaf> of peft's LoRA, LoHa or LoKr")
+            expected = f"{_START}<module>.<leaf> of peft's LoRA, LoHa or LoKr"
+            raise UnknownKeyError(key, expected, [f"{part}{_START}"], [f".{leaf}" for leaf in _LEAVES])
         modules.setdefault((part, rest.removesuffix("." + ending)), {})[_LEAVES[ending]] = value
     deltas: dict[str, tuple[Delta, ...]] = {}
     configs = {part: _config(header, part) for part, _ in modules}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import parsed
+from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import read_network
 
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
@@ -30,7 +31,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
-            raise ValueError(f"its key {key} is no <width>.<0 or 1>.linear.<i>.weight or .bias of a hypernetwork")
+            raise UnknownKeyError(key, "<width>.<0 or 1>.linear.<i>.weight or .bias of a hypernetwork")
         place = int(found["place"]) if found["place"] else int(found["old"]) - 1
         renamed[f"{found['width']}-{'kv'[int(found['side'])]}.linear.{place}.{found['leaf']}"] = value
     said = {"method": "hypernetwork"} | ({"name": _said(header, "name", "")} if "name" in header else {})

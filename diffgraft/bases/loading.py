@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import Base, Family, inpainting
-from diffgraft.bases.original import is_open_clip
+from diffgraft.bases.original import UNET, VAE, is_open_clip
 from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.sd1 import StableDiffusion1
 from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
+from diffgraft.bases.stored import files_of_part, precision
 from diffgraft.bases.taiyi import Taiyi
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.quiet import hushed
@@ -28,13 +29,13 @@ FAMILIES: dict[str, Family] = {
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
-_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+_FIRST = f"{UNET}input_blocks.0.0.weight"
 _ADVICE = "If it is an adapter, pass it with --adapter and keep the base it was made for."
 
 
 def load_base(
     source: str | Path = "tiny",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     *,
     family: str | None = None,
     prediction_type: str | None = None,
@@ -45,7 +46,7 @@ def load_base(
     Args:
         source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
             layout, or a model's id on the Hugging Face hub.
-        dtype: precision the weights are held in.
+        dtype: precision the weights are held in; None: of each part that of its files.
         family: a key of `FAMILIES`, where what is found in the files is not to decide.
         prediction_type: ``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong.
         zero_snr: whether the noise schedule is rescaled to end in pure noise, alike.
@@ -57,17 +58,20 @@ def load_base(
         raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, FAMILIES)}")
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     with hushed():
-        if path.is_file():
-            pipe = _from_file(path, family)
-        elif path.is_dir():
-            pipe = _from_folder(path)
-        else:
-            pipe = _from_hub(str(source))
+        if not path.exists():
+            path = _from_hub(str(source))
+        pipe = _from_file(path, family) if path.is_file() else _from_folder(path)
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
     found = FAMILIES[family] if family else next(one for one in FAMILIES.values() if one.holds(pipe))
     if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
         raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
-    return Base(name=str(source), family=found, **_parts(pipe)).to(dtype=dtype)
+    base = Base(name=str(source), family=found, **_parts(pipe))
+    if dtype is not None:
+        return base.to(dtype=dtype)
+    starts = {"unet": UNET, "vae": VAE, **found.in_single_files}
+    for name, part in base.parts():
+        part.to(precision(files_of_part(path / name)) if path.is_dir() else precision([path], starts[name]))
+    return base
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
@@ -174,7 +178,8 @@ def _clip_tokenizer(padding: str) -> Any:
     return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=padding)
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str) -> Path:
+    """The folder into which the hub's client has brought a model."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -189,7 +194,7 @@ def _from_hub(name: str) -> Any:
             "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id. "
             f"The hub's client said: {_first_line(error)}"
         ) from error
-    return _from_folder(Path(folder))
+    return Path(folder)
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,6 +18,9 @@ from torch import Tensor
 from diffgraft.bases.base import Base
 from diffgraft.errors import DiffgraftError
 
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+"""What the names of their weights begin with in single files."""
+
 _ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -233,13 +236,11 @@ def original_weights(base: Base) -> dict[str, Tensor]:
             "could tell from a single file: write a folder, under a name without .safetensors."
         )
     blocks, levels = Blocks.of(base.unet.config), len(base.vae.config.block_out_channels)
-    weights = {
-        f"model.diffusion_model.{blocks.original(name)}": value for name, value in base.unet.state_dict().items()
-    }
+    weights = {f"{UNET}{blocks.original(name)}": value for name, value in base.unet.state_dict().items()}
     for name, value in base.vae.state_dict().items():
         theirs = original_vae(name, levels)
         is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution there
-        weights[f"first_stage_model.{theirs}"] = value[:, :, None, None] if is_matrix else value
+        weights[f"{VAE}{theirs}"] = value[:, :, None, None] if is_matrix else value
     for part, start in base.family.in_single_files.items():
         state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}
         named = open_clip_weights(state) if is_open_clip(start) else state.items()

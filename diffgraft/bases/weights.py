@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffgraft.bases.loading import CONFIGS, FAMILIES, TINY
-from diffgraft.bases.original import Blocks, is_open_clip, our_open_clip_names
+from diffgraft.bases.original import UNET, Blocks, is_open_clip, our_open_clip_names
+from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2")
-_UNET = "model.diffusion_model."
 _COUNTED = Blocks(2, (True, True, True, True))
 """All single files are of UNets with two layers a level; where the attentions are, makes no difference in reading."""
 
@@ -88,7 +88,7 @@ def open_weights(source: str | Path) -> Weights:
     weights = Weights()
     if path.is_dir():
         for part in _PARTS:
-            for file in _files(path / part):
+            for file in files_of_part(path / part):
                 held = weights.open(file)
                 for key in held.keys():  # noqa: SIM118  (not a mapping)
                     weights.add(f"{part}.{key.removeprefix('text_model.')}", held, key)
@@ -105,27 +105,13 @@ def open_weights(source: str | Path) -> Weights:
     return weights
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of one part: those of its index, else the one without a variant, else the one of half precision."""
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise DiffgraftError(f"{index} cannot be read: {error}.") from error
-        return [folder / Path(name).name for name in sorted(names)]
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in found if path.stem in ("diffusion_pytorch_model", "model")]
-    half = [path for path in found if path.stem.endswith(".fp16")]
-    return (plain or half or found)[:1]
-
-
 def _add_single_file(weights: Weights, path: Path) -> None:
     held = weights.open(path)
     keys = list(held.keys())
     for key in keys:
-        if key.startswith(_UNET):
+        if key.startswith(UNET):
             try:
-                weights.add(f"unet.{_COUNTED.diffusers(key.removeprefix(_UNET))}", held, key)
+                weights.add(f"unet.{_COUNTED.diffusers(key.removeprefix(UNET))}", held, key)
             except ValueError as error:
                 raise DiffgraftError(f"{path} holds {key}, which is no weight of a UNet known here.") from error
     for family in FAMILIES.values():

@@ -22,9 +22,15 @@ FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, l
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="A file in any format, or a folder of peft's.")],
-    output: Annotated[Path, typer.Argument(help="The new file (for peft: a folder; hypernetworks for webui: .pt).")],
-    to: Annotated[str, typer.Option(help="kohya, webui, lycoris, diffusers, peft, embedding or diffgraft.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An adapter in any format, a folder of peft's, or a checkpoint.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="The new file (for peft: a folder; hypernetworks for webui: .pt).", metavar="NEW")
+    ],
+    to: Annotated[
+        str, typer.Option(help="kohya, webui, lycoris, diffusers, peft, embedding, diffgraft, or auto.")
+    ] = "auto",
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     base: Annotated[str | None, BASE] = None,
@@ -34,13 +40,22 @@ def convert(
 
     What a format cannot hold is refused, unless --rank or --energy ask for LoRAs that come near.
     For example: diffgraft convert dog.safetensors dog-webui.safetensors --to webui
+
+    A whole checkpoint goes from a diffusers folder into one file, or back, to the bit:
+    diffgraft convert stable-diffusion-v1-5/ sd15.safetensors
     """
+    from diffgraft.bases.stored import is_checkpoint
+
+    if is_checkpoint(source):
+        _convert_checkpoint(source, output, to)
+        return
+
     from diffgraft.adapters.lowrank import Size
     from diffgraft.adapters.ops.convert import convert as change
 
     approximate = Size(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
-        done = change(adapter, output, to, approximate, weights, device)
+        done = change(source, output, to, approximate, weights, device)
     kept = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
     path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))
     typer.echo(done.path)
@@ -53,6 +68,21 @@ def convert(
         typer.echo(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
     if done.tools_differ:
         typer.echo("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
+
+
+def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
+    from diffgraft.errors import DiffgraftError
+
+    if to != "auto":
+        raise DiffgraftError(
+            f"{source} is a whole checkpoint, and --to is for adapters: it becomes one file where the new name ends in "
+            ".safetensors, and a diffusers folder where it does not."
+        )
+
+    from diffgraft.bases import load_base
+    from diffgraft.generation.bake import bake
+
+    typer.echo(bake(load_base(source, None), {}, output))
 
 
 def combine(

@@ -149,9 +149,12 @@ def merge(
     into: Annotated[
         str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
-    precision: Annotated[str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16. [default: as in the base's files]")
+    ] = "",
     prediction_type: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
+    device: Annotated[str, typer.Option(help="Where it is computed: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Write a checkpoint of its own: a base with adapters merged into its weights.
 
@@ -167,11 +170,11 @@ def merge(
     from diffgraft.errors import DiffgraftError, nearest
     from diffgraft.generation.bake import bake
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    dtypes = {"": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if precision not in dtypes:
         raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, dtypes)}")
     base = load_base(into, dtypes[precision], prediction_type=prediction_type, zero_snr=zero_snr)
-    typer.echo(bake(base, adapters, output))
+    typer.echo(bake(base.to(device), adapters, output))
 
 
 for command in files.COMMANDS:

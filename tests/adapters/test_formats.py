@@ -14,6 +14,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.bases import Base
+from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 
@@ -116,6 +117,47 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(base: Base, tmp_path: Path
     assert "conv.weight" in refused(bad)
     save_file(tensors, bad, {"lora_adapter_metadata": "{"})
     assert "no JSON" in refused(bad)
+
+
+def test_a_strange_key_is_told_with_what_it_may_have_been_meant_as(tmp_path: Path) -> None:
+    """The nearest known key, and the base whose layers the rest of the file fits."""
+    shapes = {path: shape for path, shape in layer_shapes("sd2").items() if path.endswith(("to_q", "to_k", "q_proj"))}
+    loras = {p: (low_rank(torch.ones(2, shape[1]), torch.ones(shape[0], 2)),) for p, shape in shapes.items()}
+    adapter, bad = Adapter(loras, {"base": {"family": "sd2"}}), tmp_path / "bad.safetensors"
+    start = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    plain, flat = f"unet.{start}", f"lora_unet_{start.replace('.', '_')}"
+    for dialect, right, wrong in (
+        ("diffusers", f"{plain}.lora_A.weight", f"{plain}.lora_AA.weight"),
+        ("diffusers", f"{plain}.lora_A.weight", f"uned.{start}.lora_A.weight"),
+        ("kohya", f"{flat}.lora_down.weight", f"{flat}.lora_dwn.weight"),
+        ("kohya", f"{flat}.lora_up.weight", f"loro_unet_{start.replace('.', '_')}.lora_up.weight"),
+        ("kohya", f"{flat}.alpha", f"{flat}.alphas"),
+    ):
+        tensors = load_file(adapter.save(tmp_path / "good.safetensors", dialect))
+        save_file({wrong if key == right else key: value for key, value in tensors.items()}, bad)
+        said = refused(bad)
+        assert f"its key {wrong} is no" in said
+        assert f"; the nearest known key is {right}, and its other modules are those of sd2." in said
+    native = adapter.save(tmp_path / "native.safetensors", "diffgraft")
+    with safe_open(native, framework="pt") as file:
+        header = file.metadata()
+    save_file({**load_file(native), f"{plain}.7.lora_down": torch.ones(1)}, bad, header)
+    assert f"did you mean '{plain}.0.lora_down'" in refused(bad)
+
+
+def test_what_is_for_something_else_is_said(base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for key in (
+        "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
+        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+        "lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight",
+    ):
+        save_file({key: torch.ones(2, 5), key.replace("_A", "_B").replace("down", "up"): torch.ones(7, 2)}, path)
+        assert "such as Flux or Stable Diffusion 3" in refused(path)
+    base.pipeline().save_pretrained(tmp_path / "folder")
+    assert "is a whole checkpoint and no adapter" in refused(tmp_path / "folder")
+    save_file({"model.diffusion_model.out.2.bias": torch.ones(4)}, path)
+    assert "is a whole checkpoint and no adapter" in refused(path)
 
 
 def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:

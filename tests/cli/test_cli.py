@@ -50,6 +50,7 @@ def test_train_then_generate(
         assert image.size == (56, 72)  # its shape, at the base's number of pixels
     assert call(monkeypatch, "merge", adapter, "-o", tmp_path / "checkpoint") == 0
     assert (tmp_path / "checkpoint" / "model_index.json").is_file()
+    assert load_base(tmp_path / "checkpoint", None).unet.dtype == torch.float16  # as the base's own files
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec, get_method
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base, loading
 from diffgraft.bases.loading import TINY
 from tests.adapters.test_formats import made_up
 from tests.cli.test_cli import call
+from tests.conftest import small
 
 Say = pytest.CaptureFixture[str]
 
@@ -90,7 +91,7 @@ def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
     tuned, new = tmp_path / "tuned", tmp_path / "extracted.safetensors"
-    assert call(monkeypatch, "merge", file, "-o", tuned) == 0
+    assert call(monkeypatch, "merge", file, "-o", tuned, "--precision", "float32") == 0
     assert call(monkeypatch, "extract", tuned, TINY, "-o", new, "--rank", 5) == 0
     said = capsys.readouterr().out
     assert float(said.split("largest relative error: ")[1].split(",")[0]) < 1e-3
@@ -122,3 +123,16 @@ def test_what_full_training_leaves_goes_into_the_names_of_lycoris(
     said = capsys.readouterr().out
     assert "left away, as LoRA cannot hold it" in said
     assert "in text_encoder.final_layer_norm" not in said
+
+
+def test_convert_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
+    folder = small(tmp_path / "configs" / "sd1", "sd1")
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    single = tmp_path / "one.safetensors"
+    assert call(monkeypatch, "convert", folder, single) == 0
+    assert call(monkeypatch, "convert", single, tmp_path / "folder") == 0
+    assert load_base(tmp_path / "folder").hash == load_base(folder).hash
+    assert call(monkeypatch, "convert", single, tmp_path / "x", "--to", "kohya") == 1
+    assert "--to is for adapters" in capsys.readouterr().err
+    assert call(monkeypatch, "inspect", single) == 1
+    assert "is a whole checkpoint" in capsys.readouterr().err

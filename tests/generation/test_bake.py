@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base, loading
@@ -55,6 +56,32 @@ def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
 
     with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_from_a_folder_into_one_file_and_back_to_the_bit(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts in precisions of their own keep them; what an adapter does not touch is the same, too."""
+    base = load_base(small(tmp_path / "configs" / family, family))
+    dtypes = {"unet": torch.float16, "text_encoder": torch.bfloat16, "text_encoder_2": torch.float16}
+    for name, part in base.parts():
+        part.to(dtypes.get(name, torch.float32))
+    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    folder = bake(base, {}, tmp_path / "folder")
+    single = bake(load_base(folder, None), {}, tmp_path / "one.safetensors")
+    again = bake(load_base(single, None), {}, tmp_path / "again")
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, width = base.unet.get_submodule(path).weight.shape
+    merged = bake(load_base(single, None), {lora(1, (out, width), f"unet.{path}"): 0.5}, tmp_path / "merged")
+    for name, part in base.parts():
+        for found in (folder, again, merged):
+            (file,) = (found / name).glob("*.safetensors")
+            held = {key.removeprefix("text_model."): value for key, value in load_file(file).items()}
+            wanted = {key.removeprefix("text_model."): value for key, value in part.state_dict().items()}
+            changed = {key for key, value in wanted.items() if not torch.equal(held[key], value)}
+            assert changed == ({f"{path}.weight"} if (found, name) == (merged, "unet") else set())
+            assert {value.dtype for value in held.values()} == {dtypes.get(name, torch.float32)}
 
 
 def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:

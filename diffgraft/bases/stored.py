@@ -1,0 +1,59 @@
+"""How the weights of a base lie on disk: in which files, and in which precision."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffgraft.bases.original import UNET
+from diffgraft.errors import DiffgraftError
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What safetensors calls them; whatever else there is in a file (numbers of positions) decides nothing"""
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a whole base lies there: a diffusers folder, or a single file in the original layout."""
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(key.startswith(UNET) for key in file.keys())  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError):
+        return False
+
+
+def files_of_part(folder: Path) -> list[Path]:
+    """The files of one part: those of its index, else the one without a variant, else the one of half precision.
+
+    Raises:
+        DiffgraftError: there is an index that cannot be read.
+    """
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise DiffgraftError(f"{index} cannot be read: {error}.") from error
+        return [folder / Path(name).name for name in sorted(names)]
+    found = sorted(folder.glob("*.safetensors"))
+    plain = [path for path in found if path.stem in ("diffusion_pytorch_model", "model")]
+    half = [path for path in found if path.stem.endswith(".fp16")]
+    return (plain or half or found)[:1]
+
+
+def precision(files: Iterable[Path], start: str = "") -> torch.dtype | None:
+    """That of most of the numbers whose names begin with `start`; only headers are read. None where there are none."""
+    counts: Counter[str] = Counter()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                if key.startswith(start):
+                    held = file.get_slice(key)
+                    counts[held.get_dtype()] += prod(held.get_shape())
+    return next((_DTYPES[name] for name, _ in counts.most_common() if name in _DTYPES), None)
