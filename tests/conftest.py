@@ -1,8 +1,12 @@
 """What tests share: the embedded base, a short run on it, and small random bases of other shapes."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several at once, each with all cores, wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import pytest
 import torch
@@ -114,6 +118,15 @@ UNETS: dict[str, dict[str, object]] = {
     },
 }
 """Family → what makes the UNet of its configuration small."""
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base of every family, in a folder of the family's name."""
+    folder = tmp_path_factory.mktemp("families")
+    for family in UNETS:
+        small(folder / family, family)
+    return folder
 
 
 def small(folder: Path, family: str, channels: int = 4) -> Path:

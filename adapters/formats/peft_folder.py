@@ -20,6 +20,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
+from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import PARTS, read_delta
@@ -153,8 +154,8 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
                 raise ValueError(f"{path} holds {len(deltas)} deltas, and peft has one for each layer")
             found[("text_model." if part == "text_encoder_2" else "") + path.removeprefix(f"{part}.")] = deltas[0]
     kinds = {delta.kind for delta in found.values()}
-    if len(kinds) != 1 or not kinds <= {"lora", "loha"}:  # peft's LoKr has the shapes that one setting gives for all
-        raise ValueError(f"{part} holds {', '.join(sorted(kinds))}; peft's folders are written for LoRA or for LoHa")
+    if len(kinds) != 1 or not kinds <= set(_KINDS.values()):
+        raise ValueError(f"{part} holds {', '.join(sorted(kinds))}; a folder of peft's is of LoRA, LoHa or LoKr")
     kind = next(iter(kinds))
     factors = {path: _factors(delta) for path, delta in found.items()}
     if any("lora_mid" in delta.leaves for delta in found.values()):
@@ -163,8 +164,15 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
         raise ValueError("peft has DoRA for LoRA alone")
     ranks = {path: delta.rank for path, delta in factors.items()}
     alphas = {path: delta.alpha for path, delta in factors.items()}
+    more: dict[str, Any] = {}
+    if kind == "lora":
+        more = {"use_dora": any(isinstance(delta, DoraDelta) for delta in found.values()), "bias": "none"}
+    elif kind == "loha":
+        more = {"use_effective_conv2d": any("hada_t1" in delta.leaves for delta in found.values())}
+    else:
+        ranks, alphas, more = peft_lokr.settings(factors)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config: dict[str, Any] = {
+    config = {
         "peft_type": kind.upper(),
         "r": rank,
         "lora_alpha" if kind == "lora" else "alpha": alpha,
@@ -172,11 +180,8 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         "target_modules": list(found),
         "inference_mode": True,
+        **more,
     }
-    if kind == "lora":
-        config |= {"use_dora": any(isinstance(delta, DoraDelta) for delta in found.values()), "bias": "none"}
-    else:
-        config["use_effective_conv2d"] = any("hada_t1" in delta.leaves for delta in found.values())
     names = {ours: theirs for theirs, ours in reversed(_LEAVES.items())}
     tensors: dict[str, Tensor] = {}
     for path, delta in found.items():

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +19,11 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import Spec, choose_layers, get_method
-from diffgraft.bases import Base, load_base
+from diffgraft.bases import load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import random_lora, said
-from tests.conftest import small
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small(tmp_path_factory.mktemp("bases") / "sdxl", "sdxl")
-
-
-@pytest.fixture
-def xl(folder: Path) -> Base:
-    return load_base(folder)
-
-
-def shaken(module: nn.Module, only: str) -> None:
-    """Fill the parameters whose name holds `only`."""
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for name, value in module.named_parameters():
-            if only in name:
-                value.copy_(0.2 * torch.randn(value.shape, generator=generator) + (1.0 if "magnitude" in name else 0.0))
-
+from tests.adapters.toys import shaken
 
 OLD = {
     "newer": {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."},
@@ -65,8 +44,8 @@ OLD_TEXT = {
 
 
 @pytest.mark.parametrize("form", sorted(OLD))
-def test_the_older_names_of_diffusers(form: str, tmp_path: Path) -> None:
-    folder = small(tmp_path / "base", "sd1")
+def test_the_older_names_of_diffusers(form: str, folders: Path, tmp_path: Path) -> None:
+    folder = folders / "sd1"
     base = load_base(folder)
     adapter = random_lora(base, "attention")
     plain = {path: (low_rank(d.leaves["lora_down"], d.leaves["lora_up"]),) for path, (d,) in adapter.deltas.items()}
@@ -107,114 +86,6 @@ def test_the_older_names_of_diffusers(form: str, tmp_path: Path) -> None:
     save_file({**old, "unet.conv_in.more": torch.ones(1)}, tmp_path / "more.safetensors")
     with pytest.raises(DiffgraftError, match=r"its key unet\.conv_in\.more is no"):
         load_adapter(tmp_path / "more.safetensors")
-
-
-def configs(part: str, module: nn.Module) -> dict[str, Any]:
-    """Configurations of peft for layers of a part, mixed in rank and alpha."""
-    from peft import LoHaConfig, LoKrConfig, LoraConfig
-
-    attention, everything = (choose_layers(part, module, layers) for layers in ("attention", "all"))
-    patterns: dict[str, Any] = {
-        "rank_pattern": {attention[0]: 5, r".*to_v": 2} if part == "unet" else {attention[0]: 5},
-        "alpha_pattern": {attention[0]: 7.5, attention[1]: 1.0},
-    }
-    return {
-        "lora": LoraConfig(r=3, lora_alpha=2, target_modules=attention, init_lora_weights=False, **patterns),
-        "rslora": LoraConfig(r=3, lora_alpha=2, use_rslora=True, target_modules=everything, init_lora_weights=False),
-        "dora": LoraConfig(r=3, lora_alpha=2, use_dora=True, target_modules=everything, init_lora_weights=False),
-        "loha": LoHaConfig(r=3, alpha=2, target_modules=everything, init_weights=False, **patterns),
-        "loha tucker": LoHaConfig(
-            r=3, alpha=2, target_modules=everything, init_weights=False, use_effective_conv2d=True
-        ),
-        "lokr": LoKrConfig(r=3, alpha=2, target_modules=everything, init_weights=False, decompose_both=True),
-        "lokr whole": LoKrConfig(r=64, alpha=2, target_modules=everything, init_weights=False),
-        "lokr tucker": LoKrConfig(
-            r=2, alpha=3, target_modules=everything, init_weights=False, use_effective_conv2d=True, decompose_factor=4
-        ),
-    }
-
-
-peft_asks = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@peft_asks
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "loha", "loha tucker", "lokr", "lokr whole", "lokr tucker"])
-def test_folders_of_peft_are_read(kind: str, xl: Base, folder: Path, tmp_path: Path) -> None:
-    from peft import get_peft_model
-
-    other = load_base(folder)
-    bare = said(xl)
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        torch.manual_seed(3)
-        model = get_peft_model(getattr(other, part), configs(part, getattr(other, part))[kind])
-        shaken(model, "magnitude")
-        model.save_pretrained(tmp_path / part)
-    wanted = said(other)
-    assert (wanted - bare).abs().max() > 1e-3
-    found = load_adapter(tmp_path)
-    assert found.method == kind.split(" ")[0].replace("rslora", "lora").replace("dora", "lora")
-    with graft(xl, {found: 1.0}):
-        torch.testing.assert_close(said(xl), wanted, rtol=1e-3, atol=1e-4)
-    alone = load_adapter(tmp_path / "unet")
-    assert set(alone.modules) == {path for path in found.modules if path.startswith("unet.")}
-
-
-@peft_asks
-@pytest.mark.parametrize("method", ["lora", "dora", "locon", "loha", "loha tucker"])
-def test_peft_reads_the_folders_we_write(method: str, xl: Base, folder: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    name, _, more = method.partition(" ")
-    chosen = get_method("lora" if name == "dora" else name)
-    options = chosen.read_options({"dora": True} if name == "dora" else {"tucker": True} if more else {})
-    parts = ("unet", "text_encoder", "text_encoder_2")
-    paths = {part: choose_layers(part, getattr(xl, part), chosen.layers_under(options)) for part in parts}
-    live = chosen.attach(xl, Spec(paths, 3, 2.0, 0, options))
-    shaken(live, "")
-    adapter = live.adapter({"method": chosen.name})
-    live.detach()
-    written = adapter.save(tmp_path / "peft", "peft")
-    again = load_adapter(written)
-    assert again.metadata == adapter.metadata
-    with graft(xl, {adapter: 1.0}):
-        wanted = said(xl)
-    with graft(xl, {again: 1.0}):
-        assert torch.equal(said(xl), wanted)
-    other = load_base(folder)
-    bare = said(other)
-    for part in parts:
-        PeftModel.from_pretrained(getattr(other, part), written / part)
-    assert (said(other) - bare).abs().max() > 1e-3
-    torch.testing.assert_close(said(other), wanted, rtol=1e-3, atol=1e-4)
-    with pytest.raises(DiffgraftError, match="must be the name of a new one"):
-        adapter.save(written, "peft")
-
-
-def test_what_peft_has_no_folder_for_is_refused(tmp_path: Path) -> None:
-    lora = low_rank(torch.ones(2, 5), torch.ones(7, 2))
-    word = Adapter({"unet.a": (lora,)}, {}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 8)}})
-    for adapter, answer in (
-        (word, "it holds words"),
-        (Adapter({"unet.a": (lora, lora)}), "holds 2 deltas"),
-        (Adapter({"vae.a": (lora,)}), "is in none of"),
-    ):
-        with pytest.raises(DiffgraftError, match=answer):
-            adapter.save(tmp_path / "x", "peft")
-    plain = Adapter({"unet.a": (lora,)}).save(tmp_path / "good", "peft")
-    config = json.loads((plain / "adapter_config.json").read_text())
-    for change, answer in (
-        ({"peft_type": "OFT"}, "it is peft's OFT; read are LORA, LOHA, LOKR"),
-        ({"alpha_pattern": {"(a+)+$": 3}}, "only paths are read"),
-        ({"lora_alpha": "x"}, "gives 'x' as an alpha"),
-    ):
-        (plain / "adapter_config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(DiffgraftError, match=answer):
-            load_adapter(plain)
-    (plain / "adapter_config.json").write_text("{")
-    with pytest.raises(DiffgraftError, match="is no JSON"):
-        load_adapter(plain)
-    with pytest.raises(DiffgraftError, match="give the folder"):
-        load_adapter(plain / "adapter_model.safetensors")
 
 
 def by_lycoris(module: type[Any], outputs: bool, layer: nn.Module, **more: Any) -> Any:
@@ -303,7 +174,8 @@ def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"structure": "1,2,2,1", "layer_norm": "true", "dropout": "0,0.2,0.3,0"}])
-def test_hypernetworks_for_webui(options: dict[str, str], xl: Base, tmp_path: Path) -> None:
+def test_hypernetworks_for_webui(options: dict[str, str], folders: Path, tmp_path: Path) -> None:
+    xl = load_base(folders / "sdxl")
     method = get_method("hypernetwork")
     read = method.read_options(options)
     paths = {"unet": choose_layers("unet", xl.unet, method.layers_under(read))}
@@ -324,11 +196,11 @@ def test_hypernetworks_for_webui(options: dict[str, str], xl: Base, tmp_path: Pa
         torch.testing.assert_close(said(xl), wanted)
 
 
-def test_custom_diffusion_as_diffusers_does_it(tmp_path: Path) -> None:
+def test_custom_diffusion_as_diffusers_does_it(folders: Path, tmp_path: Path) -> None:
     """The weights in the places of diffusers' processors, and read from a file of their names."""
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 
-    folder = small(tmp_path / "base", "sd1")
+    folder = folders / "sd1"
     base, other = load_base(folder), load_base(folder)
     bare = said(base)
     processors: dict[str, Any] = dict(other.unet.attn_processors)
@@ -360,61 +232,6 @@ def test_custom_diffusion_as_diffusers_does_it(tmp_path: Path) -> None:
         torch.testing.assert_close(said(base), wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("lora", {}),
-        ("locon", {"tucker": True}),
-        ("loha", {}),
-        ("loha", {"tucker": True}),
-        ("lokr", {"split_both": True}),
-        ("lokr", {"full_matrix": True}),
-        ("full", {}),
-    ],
-)
-def test_lycoris_reads_what_we_write(
-    method: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
-
-    folder = small(tmp_path / "base", "sd1")
-    base, other = load_base(folder), load_base(folder)
-    chosen = get_method(method)
-    read = chosen.read_options(options)
-    parts = {"unet": base.unet, "text_encoder": base.text_encoder}
-    paths = {part: choose_layers(part, module, chosen.layers_under(read)) for part, module in parts.items()}
-    live = chosen.attach(base, Spec(paths, 3, 2.0, 0, read))
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        for value in live.trainable().values():
-            value.add_(0.05 * torch.randn(value.shape, generator=generator))
-    adapter = live.adapter({"method": method, "base": {"family": "sd1"}})
-    live.detach()
-    if method == "full":  # of which LyCORIS' reader of files takes linear layers and convolutions
-        layers = {path for part, module in parts.items() for path in _layers(part, module)}
-        adapter = Adapter({path: own for path, own in adapter.deltas.items() if path in layers}, adapter.metadata)
-    file = adapter.save(tmp_path / "a.safetensors", "lycoris")
-    with graft(base, {adapter: 1.0}):
-        wanted = said(base)
-    bare = said(other)
-    # it goes by the live module's names, and files have the level that transformers has dropped since
-    leveled = nn.Module()
-    leveled.text_model = other.text_encoder
-    # it first makes a network of its own choice, to throw it away: that shall be empty
-    for kind in ("UNET_TARGET_REPLACE_MODULE", "UNET_TARGET_REPLACE_NAME", "TEXT_ENCODER_TARGET_REPLACE_MODULE"):
-        monkeypatch.setattr(LycorisNetworkKohya, kind, [])
-    network, _ = create_network_from_weights(1.0, str(file), None, leveled, other.unet)
-    assert len(network.unet_loras) + len(network.text_encoder_loras) == len(adapter.modules)
-    network.apply_to(leveled, other.unet, True, True)
-    network.eval()
-    assert (wanted - bare).abs().max() > 1e-3
-    torch.testing.assert_close(said(other), wanted, rtol=1e-3, atol=1e-4)
-
-
-def _layers(part: str, root: nn.Module) -> list[str]:
-    return [f"{part}.{path}" for path, module in root.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-
-
 def test_alphas_are_those_of_each_module(tmp_path: Path) -> None:
     """Diffusers takes the commonest for all of a text encoder, and that of others where one has none."""
     start = "lora_te_text_model_encoder_layers_"
@@ -440,11 +257,11 @@ def test_two_kinds_of_names_in_one_file_are_refused(tmp_path: Path) -> None:
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_kohya_names_as_diffusers_writes_them(tmp_path: Path) -> None:
+def test_kohya_names_as_diffusers_writes_them(folders: Path, tmp_path: Path) -> None:
     """It calls the only text encoder of Stable Diffusion 1 the first of two."""
     from diffusers.utils import convert_state_dict_to_kohya
 
-    base = load_base(small(tmp_path / "base", "sd1"))
+    base = load_base(folders / "sd1")
     adapter = random_lora(base, "attention")
     plain = {path: (low_rank(d.leaves["lora_down"], d.leaves["lora_up"]),) for path, (d,) in adapter.deltas.items()}
     ours = load_file(Adapter(plain, {}).save(tmp_path / "a.safetensors", "diffusers"))
@@ -458,13 +275,13 @@ def test_kohya_names_as_diffusers_writes_them(tmp_path: Path) -> None:
     )
 
 
-def test_rslora_of_diffusers(tmp_path: Path) -> None:
+def test_rslora_of_diffusers(folders: Path, tmp_path: Path) -> None:
     """Diffusers' header keeps peft's configuration: alpha / √rank there."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    folder = small(tmp_path / "base", "sd1")
+    folder = folders / "sd1"
     base, other = load_base(folder), load_base(folder)
     layers = choose_layers("unet", other.unet, "attention")
     patterns = {"rank_pattern": {layers[0]: 5}, "alpha_pattern": {layers[1]: 9.0}}

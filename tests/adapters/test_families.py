@@ -18,7 +18,7 @@ from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from tests.conftest import UNETS, small
+from tests.conftest import UNETS
 
 
 def random_lora(base: Base, layers: str) -> Adapter:
@@ -34,15 +34,6 @@ def random_lora(base: Base, layers: str) -> Adapter:
     return Adapter(deltas, {"method": "lora", "base": {"family": base.family.name}})
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random base of every family."""
-    folder = tmp_path_factory.mktemp("bases")
-    for family in UNETS:
-        small(folder / family, family)
-    return folder
-
-
 @torch.no_grad()
 def said(base: Base) -> Tensor:
     x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(1))
@@ -54,8 +45,8 @@ def said(base: Base) -> Tensor:
 @pytest.mark.parametrize("layers", ["attention", "all"])
 @pytest.mark.parametrize("dialect", ["diffusers", "lycoris"])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_diffusers_reads_what_we_write(family: str, dialect: str, layers: str, tmp_path: Path) -> None:
-    folder = small(tmp_path / "base", family)
+def test_diffusers_reads_what_we_write(family: str, dialect: str, layers: str, folders: Path, tmp_path: Path) -> None:
+    folder = folders / family
     base = load_base(folder)
     adapter = random_lora(base, layers)
     file = adapter.save(tmp_path / "a.safetensors", dialect)

@@ -83,3 +83,12 @@ def shake(live: Attached, seed: int = 5, size: float = 0.3) -> None:
 def deltas_of(live: Attached) -> dict[str, Delta]:
     """Path → its one delta."""
     return {path: delta for path, (delta,) in live.adapter({}).deltas.items()}
+
+
+def shaken(module: nn.Module, only: str) -> None:
+    """Fill the parameters whose name holds `only`."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if only in name:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator) + (1.0 if "magnitude" in name else 0.0))

@@ -18,7 +18,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
 from diffgraft.generation.bake import bake
 from diffgraft.trainers.denoising import Noising
-from tests.conftest import UNETS, small
+from tests.conftest import UNETS
 
 
 def test_the_embedded_base_is_frozen_and_whole(base: Base) -> None:
@@ -76,15 +76,17 @@ def test_conditioning_is_what_the_pipeline_computes(base: Base, sdxl_folder: Pat
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_a_single_file_gives_the_same_base(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = load_base(small(tmp_path / "configs" / family, family))
+def test_a_single_file_gives_the_same_base(
+    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = load_base(folders / family)
     spread = torch.zeros(8)
     if family == "sd2":  # as those have it that predict v
         spread = wanted.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
         torch.nn.init.normal_(spread, std=0.2, generator=torch.Generator().manual_seed(0))
         wanted = replace(wanted)
     write_safetensors(tmp_path / "model.safetensors", original_weights(wanted), {})
-    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "CONFIGS", folders)
     found = load_base(tmp_path / "model.safetensors")
     assert found.family.name == wanted.family.name == family
     assert found.hash == wanted.hash
@@ -107,11 +109,10 @@ def test_a_single_file_gives_the_same_base(family: str, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_what_is_predicted_is_stated_and_can_be_overridden(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base that predicts v on a schedule that ends in pure noise, written as one file, and read again."""
-    small(tmp_path / "configs" / family, family)
-    held = load_base(tmp_path / "configs" / family, prediction_type="v_prediction", zero_snr=True)
+    held = load_base(folders / family, prediction_type="v_prediction", zero_snr=True)
     assert "predicts v_prediction, zero terminal SNR" in repr(held)
     assert (held.prediction_type, held.zero_snr) == ("v_prediction", True)
     assert held.scheduler.config.timestep_spacing == "trailing"
@@ -121,7 +122,7 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(
     torch.testing.assert_close(noisy, noise, atol=1e-4, rtol=0)
     torch.testing.assert_close(target, -x, atol=1e-4, rtol=0)
     file = bake(held, {}, tmp_path / "model.safetensors")
-    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "CONFIGS", folders)
     again = load_base(file)
     assert again.prediction_type == "v_prediction"
     assert again.zero_snr == (family == "sdxl")  # single files of other families have no word for it
@@ -139,8 +140,8 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(
 
 
 @pytest.mark.parametrize("family", sorted(UNETS))
-def test_a_family_is_known_by_its_parts(family: str, tmp_path: Path) -> None:
-    held = load_base(small(tmp_path / "model", family))
+def test_a_family_is_known_by_its_parts(family: str, folders: Path) -> None:
+    held = load_base(folders / family)
     assert held.family.name == family
     told = held.condition(["一只狗在雪地里", "s狗"] if family == "taiyi" else ["a dog", "a cat"], (64, 48))
     with torch.no_grad():
@@ -149,9 +150,9 @@ def test_a_family_is_known_by_its_parts(family: str, tmp_path: Path) -> None:
     assert not torch.equal(told.hidden_states[0], told.hidden_states[1])
 
 
-def test_a_single_file_of_a_family_without_that_layout(tmp_path: Path) -> None:
+def test_a_single_file_of_a_family_without_that_layout(folders: Path) -> None:
     with pytest.raises(DiffgraftError, match="of the family taiyi have no single-file layout"):
-        original_weights(load_base(small(tmp_path / "model", "taiyi")))
+        original_weights(load_base(folders / "taiyi"))
 
 
 def answer(source: str | Path) -> str:

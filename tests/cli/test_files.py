@@ -13,7 +13,6 @@ from diffgraft.bases import Base, load_base, loading
 from diffgraft.bases.loading import TINY
 from tests.adapters.test_formats import made_up
 from tests.cli.test_cli import call
-from tests.conftest import small
 
 Say = pytest.CaptureFixture[str]
 
@@ -125,9 +124,9 @@ def test_what_full_training_leaves_goes_into_the_names_of_lycoris(
     assert "in text_encoder.final_layer_norm" not in said
 
 
-def test_convert_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
-    folder = small(tmp_path / "configs" / "sd1", "sd1")
-    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+def test_convert_a_checkpoint(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
+    folder = folders / "sd1"
+    monkeypatch.setattr(loading, "CONFIGS", folders)
     single = tmp_path / "one.safetensors"
     assert call(monkeypatch, "convert", folder, single) == 0
     assert call(monkeypatch, "convert", single, tmp_path / "folder") == 0

@@ -15,7 +15,6 @@ from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.run import Run
-from tests.conftest import small
 from tests.generation.test_graft import bits, lora
 
 
@@ -35,19 +34,20 @@ def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_single_file_holds_what_the_graft_makes(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = small(tmp_path / "configs" / family, family)
-    base = load_base(folder)
+def test_a_single_file_holds_what_the_graft_makes(
+    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(folders / family)
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     out, width = base.unet.get_submodule(path).weight.shape
     adapter = lora(1, (out, width), f"unet.{path}")
     whole = bake(base, {adapter: 0.5}, tmp_path / "whole.safetensors")
-    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "CONFIGS", folders)
     found = load_base(whole)
     with graft(base, {adapter: 0.5}):
         assert torch.equal(found.unet.get_submodule(path).weight, base.unet.get_submodule(path).weight)
     assert found.hash != base.hash
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["configs", "whole.safetensors"]
+    assert [item.name for item in tmp_path.iterdir()] == ["whole.safetensors"]
 
 
 def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
@@ -60,14 +60,14 @@ def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_from_a_folder_into_one_file_and_back_to_the_bit(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts in precisions of their own keep them; what an adapter does not touch is the same, too."""
-    base = load_base(small(tmp_path / "configs" / family, family))
+    base = load_base(folders / family)
     dtypes = {"unet": torch.float16, "text_encoder": torch.bfloat16, "text_encoder_2": torch.float16}
     for name, part in base.parts():
         part.to(dtypes.get(name, torch.float32))
-    monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(loading, "CONFIGS", folders)
     folder = bake(base, {}, tmp_path / "folder")
     single = bake(load_base(folder, None), {}, tmp_path / "one.safetensors")
     again = bake(load_base(single, None), {}, tmp_path / "again")

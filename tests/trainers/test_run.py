@@ -22,7 +22,7 @@ from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.heldout import make_probe
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import Run, train
-from tests.conftest import SHORT, small
+from tests.conftest import SHORT
 
 
 def bits(base: Base) -> str:
@@ -147,11 +147,12 @@ def test_the_default_base_is_not_a_folder_that_is_called_so(
     assert run.adapter.metadata["base"]["name"] == "tiny"
 
 
-def test_the_recipe_of_stable_diffusion_15_runs(pictures: Path, tmp_path: Path) -> None:
+def test_the_recipe_of_stable_diffusion_15_runs(pictures: Path, folders: Path, tmp_path: Path) -> None:
     """With its own settings, on a random model of the family's shape."""
-    folder = small(tmp_path / "base", "sd1")
     settings: dict[str, Any] = {"steps": 2, "resolution": 64, "subject": "dog", "sample_prompts": "a dog"}
-    run = train("sd15-subject", base=folder, images=pictures, output=tmp_path / "run", prior={"images": 2}, **settings)
+    run = train(
+        "sd15-subject", base=folders / "sd1", images=pictures, output=tmp_path / "run", prior={"images": 2}, **settings
+    )
     assert run.recipe.precision == "bfloat16"
     assert run.recipe.optimizer == "adamw8bit"
     assert len(run.adapter.modules) == 128

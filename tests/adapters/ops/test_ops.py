@@ -27,7 +27,6 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
-from tests.conftest import small
 
 SHAPES: dict[str, Shape] = {"unet.a": (20, 34), "unet.b": (22, 30, 3, 3), "unet.c": (24, 18, 1, 1)}
 
@@ -182,14 +181,6 @@ def test_biases_and_norms_are_left_away_by_name() -> None:
     assert list(found.adapter.deltas) == ["unet.a"]
     with pytest.raises(DiffgraftError, match="nothing to resize"):
         resize(Adapter({}), Size(rank=3))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases")
-    for family in ("sd1", "sd2", "sdxl"):
-        small(folder / family, family)
-    return folder
 
 
 def on_base(base: Base, layers: str = "all") -> Adapter:
