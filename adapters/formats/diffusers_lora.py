@@ -1,5 +1,8 @@
 """The layout that diffusers and peft write today: ``unet.<module path>.lora_A.weight``.
 
+Read as well are the forms of `older_names`, alone or beside these: diffusers' scripts write some layers in one and some
+in the other. (Diffusers itself goes by the first key then, and loses the rest.)
+
 lora_A [r, in] or [r, in, k, k]; lora_B [out, r] or [out, r, 1, 1]; with DoRA also lora_magnitude_vector [out] or
 [1, out, 1, 1]. The header key ``lora_adapter_metadata`` holds
 peft's LoraConfig as JSON, its keys prefixed with the part (``unet.r``, ``unet.lora_alpha``, ``unet.rank_pattern``, …);
@@ -14,8 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
+from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
@@ -25,14 +30,14 @@ PARTS = ("unet", "text_encoder", "text_encoder_2")
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
-    "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": LENGTHS,
+    "lora_magnitude_vector.weight": LENGTHS,
 }
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether the keys look like this dialect."""
-    return any(key.endswith(".lora_A.weight") for key in tensors)
+    return any(key.endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
@@ -40,13 +45,15 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        part, _, rest = key.partition(".")
-        ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
-        if part not in PARTS or ending is None:
+        found = _placed(key) or older_names.placed(key)
+        if found is None:
             expected = f"<part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(PARTS)}"
-            raise UnknownKeyError(key, expected, [f"{part}." for part in PARTS], [f".{leaf}" for leaf in _LEAVES])
-        path = f"{part}.{rest.removesuffix('.' + ending).removeprefix('text_model.')}"
-        modules.setdefault(path, {})[_LEAVES[ending]] = value.flatten() if "magnitude" in ending else value
+            endings = [*(f".{leaf}" for leaf in _LEAVES), *older_names.ENDINGS]
+            raise UnknownKeyError(key, expected, [f"{part}." for part in PARTS], endings)
+        path, leaf = found
+        if leaf in modules.setdefault(path, {}):
+            raise ValueError(f"its key {key} is the second of that kind for {path}, beside one in another form")
+        modules[path][leaf] = value.flatten() if leaf == LENGTHS else value
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
         if not {"lora_down", "lora_up"} <= set(leaves):
@@ -56,6 +63,15 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         except (ValueError, IndexError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     return Adapter(deltas, told(header, method="lora", **_common(deltas)))
+
+
+def _placed(key: str) -> tuple[str, str] | None:
+    """The path of the module, as adapters have it, and the leaf that `key` stands for; None where it is no such key."""
+    part, _, rest = key.partition(".")
+    ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
+    if part not in PARTS or ending is None:
+        return None
+    return f"{part}.{rest.removesuffix('.' + ending).removeprefix('text_model.')}", _LEAVES[ending]
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
