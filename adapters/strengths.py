@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import SupportsFloat
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import PARTS
+from diffgraft.bases.base import PARTS
 from diffgraft.bases.original import Blocks
 from diffgraft.errors import DiffgraftError, nearest
 

@@ -36,13 +36,24 @@ part of the base. `diffgraft` is this project's own layout, described in `adapte
 
 """
 TAIL = """
-Read, and not written: diffusers' older names (`.lora.down`, and the attention processors' before them), cloneofsimo's
-counted layers, Custom Diffusion, peft's LoKr, webui's words in `.pt` files (`string_to_param`), kohya's `emb_params`,
-aesthetic embeddings.
+What other tools wrote, and is read here; `diffgraft convert` makes any of the formats above of it that can hold it:
+
+| files | hold | keys such as |
+|-|-|-|
+| diffusers, older, or mixed with today's as its scripts write them | LoRA, DoRA | `….to_q.lora.down.weight`, `….attn1.processor.to_q_lora.down.weight` |
+| peft, LyCORIS, kohya, webui, ComfyUI | all of the table | as above, with diffusers' or the original's names of blocks |
+| LyCORIS on a module of any kind | the same | `lycoris_….lora_down.weight` |
+| kohya's OFT | OFT with a bound | `oft_unet_….oft_blocks` |
+| cloneofsimo, `.safetensors` and `.pt` | LoRA, with words | `unet:0:up`, `<word>` |
+| Custom Diffusion of diffusers | weights in place of others | `….processor.to_k_custom_diffusion.weight` |
+| webui's and kohya's words, `.pt` and `.safetensors` | textual inversion | `string_to_param.*`, `emb_params` |
+| webui's hypernetworks, `.pt` | hypernetwork | `768` |
+| webui's aesthetic embeddings, `.pt` | kept, not drawn with | one row of 768 numbers |
+| GLoRA from before May 2024 | GLoRA | its factors are told by their shapes |
 
 A DoRA means the same in every format at strength 1. At others LyCORIS, peft and webui each have their own way; what is
-read follows the tool that wrote it, and `diffgraft inspect` names it.
-"""
+read follows the tool that wrote it, and `diffgraft inspect` names it. ComfyUI squares the strength of OFT and BOFT.
+"""  # noqa: E501
 LAYERS = (
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
     "unet.down_blocks.0.attentions.1.proj_in",

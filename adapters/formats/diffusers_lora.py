@@ -24,9 +24,9 @@ from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
+from diffgraft.bases.base import PARTS
 
 METADATA = "lora_adapter_metadata"
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",

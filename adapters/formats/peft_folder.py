@@ -23,7 +23,8 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import PARTS, read_delta
+from diffgraft.adapters.method import read_delta
+from diffgraft.bases.base import PARTS
 from diffgraft.files import write_safetensors, write_text
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

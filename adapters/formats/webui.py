@@ -30,6 +30,10 @@ def save(adapter: Adapter, path: Path) -> Path:
                 f"webui lists hypernetworks that end in .pt: give {path.with_suffix('.pt').name} as a name"
             )
         held = webui_hypernetwork.write(adapter)
+        if held["is_layer_norm"] and not held["activate_output"] and held["activation_func"] != "linear":
+            raise ValueError(
+                "it is a hypernetwork with layer norms and no activation behind its last layer, where ComfyUI puts one"
+            )
         with replacing(path) as partial:
             torch.save(held, partial)
         return path

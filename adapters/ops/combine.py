@@ -64,23 +64,21 @@ def combine(
                     "for different bases."
                 )
     together = _together(read)
-    steps: dict[str, Steps] = {}
-    if way == "sum":
-        for _, adapter, strengths in read:
-            for path, deltas in adapter.deltas.items():
-                if strength := strengths.at(path):
-                    steps[path] = [*steps.get(path, []), *((delta, strength) for delta in deltas)]
-    else:
+    each: dict[str, list[Steps]] = {}
+    for _, adapter, strengths in read:
+        for path, deltas in adapter.deltas.items():
+            if strength := strengths.at(path):
+                each.setdefault(path, []).append([(delta, strength) for delta in deltas])
+    steps: dict[str, Steps] = {path: [step for own in several for step in own] for path, several in each.items()}
+    if way != "sum":
         generator = torch.Generator().manual_seed(seed)
-        paths = sorted({path for _, adapter, _ in read for path in adapter.deltas if len(shapes[path]) > 1})
+        paths = sorted(path for path in each if len(shapes[path]) > 1)
         for path in tqdm(paths, way, leave=False, disable=len(paths) < 20):
-            changes = [
-                as_matrix(path, [(d, s.at(path)) for d in adapter.deltas[path]], shapes[path], weights)
-                for _, adapter, s in read
-                if path in adapter.deltas
-            ]
+            changes = [as_matrix(path, own, shapes[path], weights) for own in each[path]]
             merged = ties(changes, density) if way == "ties" else dare(changes, density, generator)
-            steps[path] = [(FullDelta({"diff": merged}), 1.0)]
+            biases = [delta.leaves["diff_b"] for delta, _ in steps[path] if "diff_b" in delta.leaves]
+            of_bias = {"diff_b": biases[0]} if biases else {}  # of which it is only told that they are left away
+            steps[path] = [(FullDelta({"diff": merged, **of_bias}), 1.0)]
     return reduced(steps, shapes, size, together, weights, device)
 
 

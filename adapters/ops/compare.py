@@ -39,8 +39,10 @@ class Comparison:
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 
-def compare(first: Adapter, second: Adapter, weights: Weights | None = None) -> Comparison:
+def compare(first: Adapter, second: Adapter, weights: Weights | None = None, device: str = "cpu") -> Comparison:
     """Both at strength 1, on the base's weights where they are given, else, where one matters, on a seeded random one.
+
+    It is computed on `device`.
 
     Raises:
         DiffgraftError: the shapes of the layers cannot be told, or are not the same.
@@ -59,7 +61,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None) -> 
             errors[path] = 0.0
             continue
         weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
-        errors[path] = _apart(one, two, weight)
+        errors[path] = _apart(one, two, weight.to(device))
     keys = {*first.metadata, *second.metadata}
     said = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
     return Comparison(
@@ -81,7 +83,7 @@ def probe(shape: Shape, seed: int) -> Tensor:
 
 
 def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor) -> float:
-    bias = torch.zeros(weight.shape[0])
+    bias = torch.zeros(weight.shape[0], device=weight.device)
     (w1, b1), (w2, b2) = (_under(deltas, weight, bias) for deltas in (one, two))
     apart = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
     whole = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()

@@ -43,7 +43,7 @@ def convert(
         dialect: one of `diffgraft.adapters.formats.WRITTEN`.
         approximate: where the dialect cannot hold the adapter, LoRAs of this size in its place.
         weights: the base, for approximations of methods that are functions of its weights.
-        device: where approximations are computed.
+        device: where approximations and errors are computed.
 
     Raises:
         DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for.
@@ -64,7 +64,7 @@ def convert(
         save_adapter(found.adapter, path, dialect)
     again = load_adapter(path)
     differ = any(delta.follows for deltas in again.deltas.values() for delta in deltas)
-    comparison = compare(adapter, again, weights)
+    comparison = compare(adapter, again, weights, device)
     return Converted(path, comparison, found is not None, found.dropped if found else (), differ)
 
 

@@ -69,8 +69,8 @@ class Report:
         return asdict(self)
 
 
-def inspect(adapter: Adapter) -> Report:
-    """Figures of every module, and what the header says."""
+def inspect(adapter: Adapter, device: str = "cpu") -> Report:
+    """Figures of every module, computed on `device`, and what the header says."""
     said = adapter.metadata.get("base")
     family = said.get("family") if isinstance(said, Mapping) else None
     # the known bases take seconds to lay out: only where the file leaves something open
@@ -81,7 +81,7 @@ def inspect(adapter: Adapter) -> Report:
     overflows: list[str] = []
     for path, deltas in tqdm(adapter.deltas.items(), "modules", leave=False, disable=len(adapter.deltas) < 20):
         for delta in deltas:
-            module, most = _module(path, delta, own_shape(delta) or there.get(path))
+            module, most = _module(path, delta, own_shape(delta) or there.get(path), device)
             modules.append(module)
             if max(module.largest, most) > HALF:
                 overflows.append(path)
@@ -104,7 +104,7 @@ def inspect(adapter: Adapter) -> Report:
     )
 
 
-def _module(path: str, delta: Delta, shape: Shape | None) -> tuple[Module, float]:
+def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[Module, float]:
     """Its figures, and the largest entry of ΔW as far as it is formed."""
     factors = delta.direction if isinstance(delta, DoraDelta) else delta
     rank = factors.rank if isinstance(factors, FactorDelta) else None
@@ -112,7 +112,7 @@ def _module(path: str, delta: Delta, shape: Shape | None) -> tuple[Module, float
     norm = effective = None
     most = 0.0
     if isinstance(delta, LinearDelta) and shape is not None:
-        squares = _squares(path, delta, shape)
+        squares = _squares(path, delta, shape, device)
         norm = float(squares.sum().clamp_min(0).sqrt())
         effective = effective_rank(squares)
         most = norm  # no entry is larger than that; only where it could matter is the matrix itself looked at
@@ -121,18 +121,18 @@ def _module(path: str, delta: Delta, shape: Shape | None) -> tuple[Module, float
     return Module(path, delta.kind, rank, delta.alpha, norm, effective, largest), most
 
 
-def _squares(path: str, delta: LinearDelta, shape: Shape) -> Tensor:
+def _squares(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor:
     """Squared singular values of ΔW; of a vector its squared norm."""
     if len(shape) < 2:
         of_vector: Tensor = delta.delta(shape).double().square().sum()[None]
         return of_vector
     product = as_product([(delta, 1.0)], shape)
     if product is not None:
-        up, down = (factor.double() for factor in product)
+        up, down = (factor.to(device).double() for factor in product)
         core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
         found: Tensor = torch.linalg.svdvals(core).square()
         return found
-    matrix = as_matrix(path, [(delta, 1.0)], shape, None).flatten(1).double()
+    matrix = as_matrix(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     squares: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
     return squares

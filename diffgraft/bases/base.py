@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from diffgraft.quiet import hushed
 
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""The networks of a base that adapters change."""
+
 
 class Family(Protocol):
     """What differs between the families of bases; each is one file beside this one."""
@@ -82,7 +85,7 @@ class Base:
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of each network there is."""
-        for name in ("unet", "text_encoder", "text_encoder_2", "vae"):
+        for name in (*PARTS, "vae"):
             part = getattr(self, name)
             if part is not None:
                 yield name, part

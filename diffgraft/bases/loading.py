@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffgraft.bases.base import Base, Family, inpainting
+from diffgraft.bases.base import PARTS, Base, Family, inpainting
 from diffgraft.bases.original import UNET, VAE, is_open_clip
 from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.sd1 import StableDiffusion1
@@ -68,10 +68,20 @@ def load_base(
     base = Base(name=str(source), family=found, **_parts(pipe))
     if dtype is not None:
         return base.to(dtype=dtype)
-    starts = {"unet": UNET, "vae": VAE, **found.in_single_files}
+    held = _precisions(path, found)
     for name, part in base.parts():
-        part.to(precision(files_of_part(path / name)) if path.is_dir() else precision([path], starts[name]))
+        part.to(held.get(name))
     return base
+
+
+def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
+    """Part → the precision in which a folder, or a single file of a family, holds it."""
+    if family is None or path.is_dir():
+        found = {name: precision(files_of_part(path / name)) for name in (*PARTS, "vae")}
+    else:
+        starts = {"unet": UNET, "vae": VAE, **family.in_single_files}
+        found = {name: precision([path], start) for name, start in starts.items()}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
@@ -102,7 +112,10 @@ def _from_folder(folder: Path) -> Any:
     if not _holds_plain_weights(folder) and any(folder.glob("unet/*.fp16.safetensors")):
         more["variant"] = "fp16"
     try:
-        return getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, **more)
+        # in its own precision: in memory it is then never larger than the files, or than what it is wanted in
+        dtypes = {"default": torch.float32, **_precisions(folder)}
+        more |= {"local_files_only": True, "use_safetensors": True, "dtype": dtypes}
+        return getattr(diffusers, kind).from_pretrained(folder, **more)
     except Exception as error:  # the libraries raise whatever their parsing stumbles over
         raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
@@ -125,6 +138,7 @@ def _from_file(path: Path, family: str | None) -> Any:
             name = _family_of(path, keys, family)
             told = told_by(name, file, keys)
             channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
+        dtypes = {*_precisions(path, FAMILIES[name]).values()}
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
     kind = FAMILIES[name].pipeline_class
@@ -135,6 +149,8 @@ def _from_file(path: Path, family: str | None) -> Any:
     }
     if "safety_checker" in pipeline._optional_components:
         more["safety_checker"] = None
+    if len(dtypes) == 1:
+        more["dtype"] = dtypes.pop()
     try:
         with _configuration(CONFIGS / name, channels) as config:
             pipe = pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)

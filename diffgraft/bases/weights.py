@@ -14,12 +14,12 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffgraft.bases.base import PARTS
 from diffgraft.bases.loading import CONFIGS, FAMILIES, TINY
 from diffgraft.bases.original import UNET, Blocks, is_open_clip, our_open_clip_names
 from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
 
-_PARTS = ("unet", "text_encoder", "text_encoder_2")
 _COUNTED = Blocks(2, (True, True, True, True))
 """All single files are of UNets with two layers a level; where the attentions are, makes no difference in reading."""
 
@@ -87,7 +87,7 @@ def open_weights(source: str | Path) -> Weights:
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     weights = Weights()
     if path.is_dir():
-        for part in _PARTS:
+        for part in PARTS:
             for file in files_of_part(path / part):
                 held = weights.open(file)
                 for key in held.keys():  # noqa: SIM118  (not a mapping)

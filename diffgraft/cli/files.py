@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 BASE = typer.Option(help="The base it is for, where its weights matter: `tiny`, a diffusers folder, a .safetensors.")
 RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
 ENERGY = typer.Option(help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs.")
-DEVICE = typer.Option(help="Where matrices are decomposed: cpu, cuda, …")
+DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …")
 OUTPUT = typer.Option("--output", "-o", help="The new file.")
 FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft or diffgraft.")
 
@@ -166,6 +166,7 @@ def resize(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An adapter file.")],
     as_json: Annotated[bool, typer.Option("--json", help="All figures of every module, for programs.")] = False,
+    device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Say what an adapter file holds: method, base, ranks, norms, trigger, and how it was trained.
 
@@ -175,7 +176,7 @@ def inspect(
     from diffgraft.adapters.ops.inspect import inspect as look
     from diffgraft.adapters.ops.inspect import summary
 
-    report = look(load_adapter(file))
+    report = look(load_adapter(file), device)
     for line in [json.dumps(report.as_json(), indent=1)] if as_json else summary(report):
         typer.echo(line)
 
@@ -185,6 +186,7 @@ def diff(
     second: Annotated[Path, typer.Argument(help="Another.")],
     base: Annotated[str | None, BASE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The error of every module, for programs.")] = False,
+    device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Say where two adapters differ in what they do.
 
@@ -196,7 +198,7 @@ def diff(
     from diffgraft.adapters.ops.compare import compare
 
     with opened(base) as weights:
-        found = compare(load_adapter(first), load_adapter(second), weights)
+        found = compare(load_adapter(first), load_adapter(second), weights, device)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, default=str))
         return

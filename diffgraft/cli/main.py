@@ -154,7 +154,7 @@ def merge(
     ] = "",
     prediction_type: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
-    device: Annotated[str, typer.Option(help="Where it is computed: cpu, cuda, …")] = "cpu",
+    device: Annotated[str, files.DEVICE] = "cpu",
 ) -> None:
     """Write a checkpoint of its own: a base with adapters merged into its weights.
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import PARTS
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
+from diffgraft.bases.base import PARTS
 from diffgraft.errors import DiffgraftError, nearest
 
 Grafts = Mapping[Any, Strength]

@@ -173,7 +173,14 @@ def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:
     assert list(load_file(word.save(tmp_path / "zorp.safetensors", "webui"))) == ["<zorp>"]
 
 
-@pytest.mark.parametrize("options", [{}, {"structure": "1,2,2,1", "layer_norm": "true", "dropout": "0,0.2,0.3,0"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"structure": "1,2,2,1", "layer_norm": "true", "dropout": "0,0.2,0.3,0"},
+        {"layer_norm": "true", "activation": "relu", "activate_output": "false"},
+    ],
+)
 def test_hypernetworks_for_webui(options: dict[str, str], folders: Path, tmp_path: Path) -> None:
     xl = load_base(folders / "sdxl")
     method = get_method("hypernetwork")
@@ -183,6 +190,10 @@ def test_hypernetworks_for_webui(options: dict[str, str], folders: Path, tmp_pat
     shaken(live, "weight")
     adapter = live.adapter({"method": "hypernetwork", "trigger": "sks"})
     live.detach()
+    if "activation" in options:
+        with pytest.raises(DiffgraftError, match="no activation behind its last layer, where ComfyUI puts one"):
+            adapter.save(tmp_path / "x.pt", "webui")
+        return
     with pytest.raises(DiffgraftError, match=r"give x\.pt as a name"):
         adapter.save(tmp_path / "x.safetensors", "webui")
     file = adapter.save(tmp_path / "x.pt", "webui")

@@ -155,6 +155,27 @@ def test_a_single_file_of_a_family_without_that_layout(folders: Path) -> None:
         original_weights(load_base(folders / "taiyi"))
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_an_id_of_the_hub(variant: str | None, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's client keeps a model it has fetched: read without a connection."""
+    cache = tmp_path / "hub" / "models--someone--a-model"
+    snapshot = cache / "snapshots" / "0123abc"
+    if variant:
+        load_base(folders / "sd1", torch.float16).pipeline().save_pretrained(snapshot, variant=variant)
+    else:
+        shutil.copytree(folders / "sd1", snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = load_base("someone/a-model", None)
+    assert found.name == "someone/a-model"
+    assert found.hash == load_base(folders / "sd1").hash
+    assert found.unet.dtype == (torch.float16 if variant else torch.float32)
+    with pytest.raises(DiffgraftError, match="There is no base 'someone/another': no folder or file"):
+        load_base("someone/another")
+
+
 def answer(source: str | Path) -> str:
     with pytest.raises(DiffgraftError) as caught:
         load_base(source)

@@ -179,6 +179,9 @@ def test_biases_and_norms_are_left_away_by_name() -> None:
     found = resize(full, Size(rank=3))
     assert found.dropped == ("unet.a.bias", "unet.norm")
     assert list(found.adapter.deltas) == ["unet.a"]
+    for way in ("sum", "ties", "dare"):
+        found = combine([("one", full, 0.5), ("two", full, 0.5)], Size(rank=3), way)
+        assert set(found.dropped) == {"unet.a.bias", "unet.norm"}
     with pytest.raises(DiffgraftError, match="nothing to resize"):
         resize(Adapter({}), Size(rank=3))
 

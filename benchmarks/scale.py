@@ -1,0 +1,248 @@
+"""Bases at their real sizes: ``python -m benchmarks.scale`` tries every method on each, and writes the page.
+
+The real configurations with random weights, as a single file: it is written, loaded, and every method of the registry
+is attached to it, takes a step, is saved, read and grafted, with everything it holds random. Each family has a process
+of its own. It takes 24 GB of memory, 10 GB of disk and a quarter of an hour on two cores.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffgraft.adapters.method import Method, Spec, choose_layers, methods, parts_of
+from diffgraft.bases import FAMILIES, Base, load_base
+from diffgraft.bases.loading import CONFIGS, TINY
+from diffgraft.bases.original import original_weights
+from diffgraft.files import write_safetensors, write_text
+from diffgraft.generation.graft import graft
+from diffgraft.quiet import hushed
+
+PAGE = Path(__file__).parent / "results" / "scale.md"
+SIZES = {"sd1": torch.float32, "sd2": torch.float32, "sdxl": torch.bfloat16}
+"""Family → the precision in which it is held: XL in float32 would leave no room beside it in 24 GB"""
+SIDE = 16
+"""Of the latents"""
+RANK = 4
+HEAD = """# Bases at their real sizes
+
+`python -m benchmarks.scale` wrote this page; `pytest -m scale` does the same and judges it. The real configurations
+with random weights are written as single files and loaded again; on each every method takes one step (forward and
+backward, latents of {side} × {side}, rank {rank}, text encoders included), is saved, read and grafted. *Off* is how far
+what the grafted base computes is from what the attached one did, as a share of what it computes: rounding. Afterwards
+the base's weights are the very same bits. Memory is the most the process held, the base included.
+
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one base."""
+
+    family: str
+    method: str
+    layers: str
+    modules: int
+    parameters: int
+    """That train"""
+    megabytes: float
+    """Of the adapter file"""
+    seconds: float
+    """Of the step"""
+    gigabytes: float
+    """The most the process held"""
+    off: float
+    changed: float
+    """‖attached − bare‖ / ‖bare‖, with everything in the adapter random"""
+    restored: bool
+    """Whether the base's weights are the same bits after the graft"""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base, as it came from its file."""
+
+    family: str
+    parameters: int
+    file_gigabytes: float
+    seconds: float
+    gigabytes: float
+
+
+def random_file(family: str, folder: Path) -> Path:
+    """A single-file checkpoint of the family's real configuration, with random weights."""
+    base = _random_base(family)
+    path = folder / f"{family}.safetensors"
+    write_safetensors(path, {name: value.contiguous() for name, value in original_weights(base).items()}, {})
+    return path
+
+
+def _random_base(family: str) -> Base:
+    with hushed():
+        from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder, before = CONFIGS / family, torch.get_default_dtype()
+    read = {part: json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae")}
+    torch.manual_seed(0)
+    torch.set_default_dtype(SIZES[family])
+    try:
+        parts = {"unet": UNet2DConditionModel.from_config(read["unet"])}
+        parts["vae"] = AutoencoderKL.from_config(read["vae"])
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        for part, kind in kinds.items():
+            if part in FAMILIES[family].in_single_files:
+                parts[part] = kind(CLIPTextConfig.from_pretrained(folder / part))
+                parts[part.replace("text_encoder", "tokenizer")] = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    finally:
+        torch.set_default_dtype(before)
+    return Base(name=family, family=FAMILIES[family], scheduler=DDIMScheduler(), **parts)
+
+
+def measure(family: str, file: Path) -> Iterator[Loaded | Row]:
+    """The base from its file, and then every method on it.
+
+    Raises:
+        AssertionError: it was read as something else.
+    """
+    _forget_peak()
+    start = time.perf_counter()
+    base = load_base(file, SIZES[family])
+    took = time.perf_counter() - start
+    assert base.family.name == family
+    numbers = sum(value.numel() for _, part in base.parts() for value in part.parameters())
+    yield Loaded(family, numbers, file.stat().st_size / 1e9, took, _peak())
+    for method in methods().values():
+        gc.collect()
+        yield _one(base, method, file.parent)
+
+
+def _one(base: Base, method: Method, folder: Path) -> Row:
+    options = method.read_options({})
+    layers = method.layers_under(options)
+    if method.name == "full" and base.family.name == "sdxl":
+        layers = "attention"  # all of its weights, twice, and their gradients need more than 24 GB
+    paths = {part: choose_layers(part, module, layers) for part, module in parts_of(base).items()}
+    _forget_peak()
+    bare, kept = _said(base, ["a dog", "a cat"]), _bits(base)
+    live = method.attach(base, Spec(paths, RANK, RANK, 0, options, trigger="<zorp>", noun="dog"))
+    prompts = ["a <zorp>", "a cat"]
+    start = time.perf_counter()
+    _said(base, prompts, learning=True).float().square().mean().backward()
+    took = time.perf_counter() - start
+    trained = live.trainable()
+    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in trained.values())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in trained.values():
+            value.grad = None
+            spread = value.float().std().nan_to_num() if value.numel() > 1 else value.abs().float()
+            value.add_((0.3 * spread + 0.01) * torch.randn(value.shape, generator=generator).to(value.dtype))
+    numbers = sum(value.numel() for value in trained.values())
+    wanted = _said(base, prompts)
+    changed = _share(wanted - bare, bare)
+    adapter = live.adapter({"method": method.name, "trigger": "<zorp>", "base": {"family": base.family.name}})
+    live.detach()
+    file = adapter.save(folder / f"{method.name}.safetensors")
+    modules, size = len(adapter.modules), file.stat().st_size / 1e6
+    del adapter, live, trained
+    with graft(base, {file: 1.0}):
+        off = _share(_said(base, prompts) - wanted, wanted)
+    file.unlink()
+    restored = _bits(base) == kept and torch.equal(_said(base, ["a dog", "a cat"]), bare)
+    name = base.family.name
+    return Row(name, method.name, layers, modules, numbers, size, took, _peak(), off, changed, restored)
+
+
+def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
+    with torch.set_grad_enabled(learning):
+        x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(base.unet.dtype)
+        told = base.condition(prompts, (8 * SIDE, 8 * SIDE)).kwargs()
+        found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
+    return found
+
+
+def _share(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.float().norm() / whole.float().norm())
+
+
+def _bits(base: Base) -> list[int]:
+    """A sum over the bits of every weight."""
+    whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    return [
+        int(value.view(whole[value.dtype]).sum(dtype=torch.int64))
+        for _, part in base.parts()
+        for value in part.parameters()
+    ]
+
+
+def _forget_peak() -> None:
+    """Linux counts the most a process has held from now on."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> float:
+    """The most this process has held since then, in gigabytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def page(loaded: list[Loaded], rows: list[Row]) -> str:
+    """Markdown."""
+    text = HEAD.format(side=SIDE, rank=RANK)
+    text += "| base | parameters | file | held in | loaded in | memory |\n|-|-|-|-|-|-|\n"
+    for base in loaded:
+        dtype = str(SIZES[base.family]).removeprefix("torch.")
+        text += f"| `{base.family}` | {base.parameters / 1e6:,.0f} M | {base.file_gigabytes:.1f} GB | {dtype} | "
+        text += f"{base.seconds:.0f} s | {base.gigabytes:.1f} GB |\n"
+    text += "\n| base | method | layers | modules | parameters that train | file | a step | memory | off |\n"
+    text += "|-|-|-|-|-|-|-|-|-|\n"
+    for row in rows:
+        text += f"| `{row.family}` | `{row.method}` | {row.layers} | {row.modules:,} | {row.parameters / 1e6:,.2f} M | "
+        text += f"{row.megabytes:,.1f} MB | {row.seconds:.1f} s | {row.gigabytes:.1f} GB | {row.off:.0e} |\n"
+    return text
+
+
+def _child(family: str) -> None:
+    """Measure one family, and print a line of JSON for each thing measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        for found in measure(family, random_file(family, Path(folder))):
+            sys.stdout.write(json.dumps(asdict(found)) + "\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=SIZES, help="only this one, and its figures as JSON")
+    family = parser.parse_args().family
+    if family:
+        _child(family)
+        return
+    loaded, rows = [], []
+    for name in tqdm(SIZES, "families"):
+        command = [sys.executable, "-m", "benchmarks.scale", "--family", name]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                found = json.loads(line)
+                if "method" in found:
+                    rows.append(Row(**found))
+                else:
+                    loaded.append(Loaded(**found))
+        if child.returncode:
+            raise SystemExit(f"{name} stopped with the exit status {child.returncode}")
+    write_text(PAGE, page(loaded, rows))
+
+
+if __name__ == "__main__":
+    main()
