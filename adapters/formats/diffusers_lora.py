@@ -27,6 +27,8 @@ from diffgraft.adapters.lora import read as build
 from diffgraft.bases.base import PARTS
 
 METADATA = "lora_adapter_metadata"
+OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
+"""What paths inside a UNet begin with: keys without a part are its own. (Diffusers passes over such keys.)"""
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
@@ -67,7 +69,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
 
 def _placed(key: str) -> tuple[str, str] | None:
     """The path of the module, as adapters have it, and the leaf that `key` stands for; None where it is no such key."""
-    part, _, rest = key.partition(".")
+    part, _, rest = ("unet." + key if key.startswith(OF_UNET) else key).partition(".")
     ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
     if part not in PARTS or ending is None:
         return None

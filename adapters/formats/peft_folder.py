@@ -21,6 +21,7 @@ from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
+from diffgraft.adapters.formats.diffusers_lora import OF_UNET
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import read_delta
@@ -38,7 +39,6 @@ _LEAVES = {
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
-_OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
 
 
 def folders(path: Path) -> dict[str, Path]:
@@ -82,7 +82,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     deltas: dict[str, tuple[Delta, ...]] = {}
     configs = {part: _config(header, part) for part, _ in modules}
     for (part, inside), leaves in modules.items():
-        path = f"{part or ('unet.' if inside.startswith(_OF_UNET) else 'text_encoder.')}{inside}"
+        path = f"{part or ('unet.' if inside.startswith(OF_UNET) else 'text_encoder.')}{inside}"
         path = path.replace(".text_model.", ".", 1)
         try:
             deltas[path] = (_read_one(inside, leaves, configs[part]),)

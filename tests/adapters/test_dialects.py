@@ -265,6 +265,8 @@ def test_two_kinds_of_names_in_one_file(tmp_path: Path) -> None:
     old = {f"{start}.to_k.lora.down.weight": torch.ones(2, 5), f"{start}.to_k.lora.up.weight": torch.ones(7, 2)}
     save_file({**new, **old}, tmp_path / "a.safetensors")
     assert set(load_adapter(tmp_path / "a.safetensors").modules) == {f"{start}.to_q", f"{start}.to_k"}
+    save_file({key.removeprefix("unet."): value for key, value in new.items()}, tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").modules == [f"{start}.to_q"]
     twice = {key.replace("to_k", "to_q"): value for key, value in old.items()}
     save_file({**new, **twice}, tmp_path / "a.safetensors")
     with pytest.raises(DiffgraftError, match=r"is the second of that kind for unet\.mid_block.*to_q, beside one"):

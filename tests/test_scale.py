@@ -1,0 +1,30 @@
+"""The bases at their real sizes, with random weights: every method, from the single file to the graft and back."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
+from diffgraft.adapters.method import methods
+
+PARAMETERS = {"sd1": 1_066_235_307, "sd2": 1_289_952_427, "sdxl": 3_468_837_867}
+"""Of UNet, text encoders and VAE; the published models have as many"""
+GIGABYTES = 22.0
+"""The most that any of it may take; what each takes stands in benchmarks/results/scale.md"""
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("family", SIZES)
+def test_every_method_at_the_real_size(family: str, tmp_path: Path) -> None:
+    loaded, *rows = measure(family, random_file(family, tmp_path))
+    assert isinstance(loaded, Loaded)
+    assert loaded.parameters == PARAMETERS[family]
+    assert loaded.gigabytes < GIGABYTES
+    assert {row.method for row in rows if isinstance(row, Row)} == set(methods())
+    for row in rows:
+        assert isinstance(row, Row)
+        # rounding: weights in bfloat16 have eight bits
+        assert row.off < (1e-4 if family != "sdxl" else 0.05), row
+        assert row.changed > 10 * row.off, row
+        assert row.restored, row
+        assert row.gigabytes < GIGABYTES, row
