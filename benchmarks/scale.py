@@ -167,7 +167,8 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
 
 
 def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
-    with torch.set_grad_enabled(learning):
+    half = base.unet.dtype == torch.bfloat16
+    with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, enabled=half):  # as trainers have it
         x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(base.unet.dtype)
         told = base.condition(prompts, (8 * SIDE, 8 * SIDE)).kwargs()
         found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
