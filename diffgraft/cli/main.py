@@ -21,6 +21,23 @@ app = typer.Typer(
 )
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from diffgraft import __version__
+
+        typer.echo(f"diffgraft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """What goes before a command."""
+
+
 PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction, if its files do not say it.")
 ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, alike.")
 
@@ -178,10 +195,10 @@ def merge(
 
 
 for command in files.COMMANDS:
-    app.command()(command)
+    app.command(rich_help_panel="Adapter files")(command)
 
 
-@app.command()
+@app.command(rich_help_panel="What there is")
 def methods(
     name: Annotated[str, typer.Argument(help="Tell of this one: the layers it adapts, and its own options.")] = "",
 ) -> None:
@@ -207,7 +224,7 @@ def methods(
         typer.echo(f"options.{key}={'' if default is None else default}\n    {field.description}")
 
 
-@app.command()
+@app.command(rich_help_panel="What there is")
 def recipes() -> None:
     """List the recipes."""
     from diffgraft.trainers.recipe_files import recipe_names

@@ -1,5 +1,6 @@
 """The command line as people use it, and its answers to mistakes."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_train_then_generate(
     assert call(monkeypatch, "merge", adapter, "-o", tmp_path / "checkpoint") == 0
     assert (tmp_path / "checkpoint" / "model_index.json").is_file()
     assert load_base(tmp_path / "checkpoint", None).unet.dtype == torch.float16  # as the base's own files
+
+
+def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert re.fullmatch(r"diffgraft \d+\.\d+.*\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
