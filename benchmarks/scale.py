@@ -6,6 +6,7 @@ of its own. It takes 24 GB of memory, 10 GB of disk and a quarter of an hour on 
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -41,7 +42,7 @@ with random weights are written as single files and loaded again; on each every 
 backward, latents of {side} × {side}, rank {rank}, text encoders included), is saved, read and grafted. *Off* is how far
 what the grafted base computes is from what the attached one did, as a share of what it computes: rounding. Afterwards
 the base's weights are the very same bits. Memory is the most the process held, the base included. On XL `full` trains
-the middle alone: all weights in bfloat16, a copy of them in float32 and their gradients would be 35 GB.
+one text encoder alone: all weights in bfloat16, a copy of them in float32 and their gradients would be 35 GB.
 
 """
 
@@ -124,7 +125,6 @@ def measure(family: str, file: Path) -> Iterator[Loaded | Row]:
     numbers = sum(value.numel() for _, part in base.parts() for value in part.parameters())
     yield Loaded(family, numbers, file.stat().st_size / 1e9, took, _peak())
     for method in methods().values():
-        gc.collect()
         yield _one(base, method, file.parent)
 
 
@@ -133,8 +133,8 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
     layers = method.layers_under(options)
     paths = {part: choose_layers(part, module, layers) for part, module in parts_of(base).items()}
     if method.name == "full" and base.family.name == "sdxl":
-        layers = "all of the middle"
-        paths = {"unet": [path for path in paths["unet"] if path.startswith("mid_block.")]}
+        layers = "all of the second text encoder"
+        paths = {"text_encoder_2": paths["text_encoder_2"]}
     _forget_peak()
     bare, kept = _said(base, ["a dog", "a cat"]), _bits(base)
     live = method.attach(base, Spec(paths, RANK, RANK, 0, options, trigger="<zorp>", noun="dog"))
@@ -167,9 +167,10 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
 
 
 def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
-    half = base.unet.dtype == torch.bfloat16
-    with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, enabled=half):  # as trainers have it
-        x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(base.unet.dtype)
+    dtype = SIZES[base.family.name]
+    # in half precision as trainers have it
+    with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(dtype)
         told = base.condition(prompts, (8 * SIDE, 8 * SIDE)).kwargs()
         found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
     return found
@@ -190,7 +191,9 @@ def _bits(base: Base) -> list[int]:
 
 
 def _forget_peak() -> None:
-    """Linux counts the most a process has held from now on."""
+    """Linux counts the most that a process holds from now on; what is free is given back before."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
