@@ -215,6 +215,12 @@ def canonical(path: str) -> str:
     return path.replace(".text_model.", ".", 1)
 
 
+def leveled(inside: str) -> str:
+    """A path inside a CLIP text encoder with that level, as files have it; the projection behind it never had it."""
+    within = inside.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
+    return f"text_model.{inside}" if within else inside
+
+
 _ATTENTION = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     "text_encoder": (

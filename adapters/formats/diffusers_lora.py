@@ -24,6 +24,7 @@ from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
+from diffgraft.adapters.method import leveled
 from diffgraft.bases.base import PARTS
 
 METADATA = "lora_adapter_metadata"
@@ -92,8 +93,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         }
         if not loras:
             continue
-        level = "" if part == "unet" else "text_model."  # in keys, as every tool expects; not in the header, where
-        single: dict[str, FactorDelta] = {}  # peft compares from the end, so that a text encoder of either kind matches
+        single: dict[str, FactorDelta] = {}
         for path, found in loras.items():
             delta = found[0]
             if len(found) != 1 or delta.kind != "lora" or "lora_mid" in delta.leaves:
@@ -101,7 +101,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             lora = delta.direction if isinstance(delta, DoraDelta) else delta
             assert isinstance(lora, FactorDelta)
             single[path] = lora
-            start = f"{part}.{level}{path}"
+            # the level is in keys, as every tool expects it, and not in the header: there peft compares from the end,
+            # so that a text encoder of either kind matches
+            start = f"{part}.{path if part == 'unet' else leveled(path)}"
             tensors[f"{start}.lora_A.weight"] = lora.leaves["lora_down"].contiguous()
             tensors[f"{start}.lora_B.weight"] = lora.leaves["lora_up"].contiguous()
             if isinstance(delta, DoraDelta):

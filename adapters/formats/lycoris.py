@@ -20,7 +20,7 @@ from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
 from diffgraft.adapters.formats.header import number, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.method import leveled, read_delta
 from diffgraft.bases.original import Blocks
 
 PREFIXES = {
@@ -146,7 +146,7 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     kinds = {delta.kind for found in deltas.values() for delta in found}
     if kinds != {"lora"}:
         return next(iter(kinds)) if len(kinds) == 1 else "mixed"
-    wide = (leaf for found in deltas.values() for name, leaf in found[0].leaves.items() if name != "dora_scale")
+    wide = (leaf for found in deltas.values() for name, leaf in found[0].leaves.items() if name != LEAF)
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"
 
 
@@ -171,14 +171,14 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
         if len(found) != 1 or found[0].kind not in _KINDS:
             raise ValueError(f"{path} holds no single delta of {', '.join(_KINDS)}")
-        delta, level = found[0], "" if part == "unet" else "text_model_"
+        delta, start = found[0], f"{prefixes[part]}_{flat(inside if part == 'unet' else leveled(inside))}"
         of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
         for name, leaf in delta.leaves.items():
-            column = _lengths(leaf, delta) if name == "dora_scale" else leaf
-            key = f"{prefixes[part]}_{level}{flat(inside)}.{_OF_NORMS[name] if of_norm else name}"
+            column = _lengths(leaf, delta) if name == LEAF else leaf
+            key = f"{start}.{_OF_NORMS[name] if of_norm else name}"
             tensors[key + (".weight" if name in _LAYERS else "")] = column.contiguous()
         if delta.alpha is not None:
-            tensors[f"{prefixes[part]}_{level}{flat(inside)}.alpha"] = torch.tensor(float(delta.alpha))
+            tensors[f"{start}.alpha"] = torch.tensor(float(delta.alpha))
     for word, vectors in adapter.tokens.items():
         if set(vectors) == {"text_encoder"}:
             tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors["text_encoder"].contiguous()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import choose_layers, parts_of
 from diffgraft.bases import load_base
 from diffgraft.generation.graft import graft
@@ -50,6 +51,32 @@ def test_it_reads_what_we_write(family: str, dialect: str, layers: str, folders:
     pipe.fuse_lora(lora_scale=0.7)
     pipe.unload_lora_weights()
     torch.testing.assert_close(said(other), wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_projection_behind_a_text_encoder_has_no_level(folders: Path, tmp_path: Path) -> None:
+    """What is extracted of whole checkpoints of XL has a change of it, and its name differs from all others."""
+    from peft import PeftModel
+
+    base, other = load_base(folders / "sdxl"), load_base(folders / "sdxl")
+    out, width = base.text_encoder_2.text_projection.weight.shape
+    deltas = dict(random_lora(base, "attention").deltas)
+    deltas["text_encoder_2.text_projection"] = (low_rank(torch.randn(2, width), torch.randn(out, 2), 2.0),)
+    adapter = Adapter({path: own for path, own in deltas.items() if path.startswith("text_encoder_2.")})
+    bare = base.condition(["a dog"]).added["text_embeds"]
+    with graft(base, {adapter: 1.0}):
+        wanted = base.condition(["a dog"]).added["text_embeds"]
+    assert (wanted - bare).abs().max() > 0.1
+    adapter.save(tmp_path / "a.safetensors", "diffusers")
+    pipe = other.pipeline()
+    pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    torch.testing.assert_close(other.condition(["a dog"]).added["text_embeds"], wanted, rtol=1e-4, atol=1e-5)
+    third = load_base(folders / "sdxl")
+    PeftModel.from_pretrained(third.text_encoder_2, adapter.save(tmp_path / "peft", "peft") / "text_encoder_2")
+    torch.testing.assert_close(third.condition(["a dog"]).added["text_embeds"], wanted, rtol=1e-4, atol=1e-5)
+    kohya = load_file(adapter.save(tmp_path / "k.safetensors", "kohya"))
+    assert "lora_te2_text_projection.lora_up.weight" in kohya
+    assert set(load_adapter(tmp_path / "k.safetensors").modules) == set(adapter.modules)
 
 
 def test_it_reads_our_dora(folders: Path, tmp_path: Path) -> None:
