@@ -83,13 +83,14 @@ class Loaded:
 
 def random_file(family: str, folder: Path) -> Path:
     """A single-file checkpoint of the family's real configuration, with random weights."""
-    base = _random_base(family)
+    base = random_base(family)
     path = folder / f"{family}.safetensors"
     write_safetensors(path, {name: value.contiguous() for name, value in original_weights(base).items()}, {})
     return path
 
 
-def _random_base(family: str) -> Base:
+def random_base(family: str) -> Base:
+    """A base of the real configuration, in the precision of `SIZES`."""
     with hushed():
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.file_work import on_adapters, on_checkpoints
 from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
 from diffgraft.adapters.method import methods
 
@@ -28,3 +29,18 @@ def test_every_method_at_the_real_size(family: str, tmp_path: Path) -> None:
         assert row.changed > 10 * row.off, row
         assert row.restored, row
         assert row.gigabytes < GIGABYTES, row
+
+
+SECONDS = 60
+"""For each; on two cores with nothing else to do most takes a few seconds, as benchmarks/results/file-work.md has it"""
+
+
+@pytest.mark.scale
+def test_work_on_files_of_real_sizes(tmp_path: Path) -> None:
+    jobs = []
+    for family in ("sd1", "sdxl"):
+        (tmp_path / family).mkdir()
+        jobs += on_adapters(family, tmp_path / family)
+    jobs += on_checkpoints(tmp_path)
+    assert len(jobs) == 9 + 9 + 4
+    assert all(job.seconds < SECONDS for job in jobs), jobs

@@ -1,0 +1,144 @@
+"""Work on adapter files of real sizes: ``python -m benchmarks.file_work`` times it, and writes the page.
+
+Every layer of Stable Diffusion 1.5 (350) and XL (1052) with random factors, and whole checkpoints of 1.5 with random
+weights, of which one differs from the other by matrices of rank 24. It takes a few minutes, 12 GB of memory and 6 GB of
+disk.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.scale import random_base
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.factors import FactorDelta, Factors
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.loha import HADAMARD
+from diffgraft.adapters.lora import LOW_RANK
+from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.ops.combine import combine
+from diffgraft.adapters.ops.convert import convert
+from diffgraft.adapters.ops.extract import extract
+from diffgraft.adapters.ops.inspect import inspect
+from diffgraft.adapters.ops.resize import resize
+from diffgraft.bases import load_base
+from diffgraft.bases.original import original_weights
+from diffgraft.bases.shapes import layer_shapes
+from diffgraft.bases.weights import open_weights
+from diffgraft.files import write_safetensors, write_text
+from diffgraft.generation.bake import bake
+
+PAGE = Path(__file__).parent / "results" / "file-work.md"
+HEAD = """# Work on files of real sizes
+
+`python -m benchmarks.file_work` wrote this page, on {threads} threads of a processor: adapters on every layer of the
+real configurations, with random factors in half precision, and checkpoints of Stable Diffusion 1.5 with random weights.
+
+| base | work | seconds |
+|-|-|-|
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing that was done, and how long it took."""
+
+    family: str
+    work: str
+    seconds: float
+
+
+def on_every_layer(family: str, factors: Factors, rank: int, seed: int) -> Adapter:
+    """Random factors on all linear layers and convolutions of a family."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {}
+    for path, shape in layer_shapes(family).items():
+        if len(shape) in (2, 4) and not path.endswith("_embedding"):
+            start = factors.start(shape, rank, generator)
+            leaves = {key: 0.02 * torch.randn(leaf.shape, generator=generator).half() for key, leaf in start.items()}
+            deltas[path] = (FactorDelta(factors, leaves, float(rank)),)
+    return Adapter(deltas, {"method": factors.kind, "base": {"family": family}})
+
+
+def on_adapters(family: str, folder: Path) -> Iterator[Job]:
+    """Work for which no base is needed."""
+    lora = on_every_layer(family, LOW_RANK, 32, 1).save(folder / "lora.safetensors", "kohya")
+    loha = on_every_layer(family, HADAMARD, 8, 2).save(folder / "loha.safetensors", "lycoris")
+    steps: dict[str, Callable[[], Any]] = {
+        "read a LoRA of rank 32": lambda: load_adapter(lora),
+        "convert it for diffusers": lambda: convert(lora, folder / "new.safetensors", "diffusers"),
+        "resize it to rank 8": lambda: resize(load_adapter(lora), Size(rank=8)),
+        "resize it to 90 % of its energy": lambda: resize(load_adapter(lora), Size(energy=0.9)),
+        "inspect it": lambda: inspect(load_adapter(lora)),
+        "inspect a LoHa of rank 8": lambda: inspect(load_adapter(loha)),
+        "resize the LoHa to rank 16": lambda: resize(load_adapter(loha), Size(rank=16)),
+        "combine both, exactly": lambda: combine([("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)]),
+        "combine both at rank 32": lambda: combine(
+            [("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)], Size(rank=32)
+        ),
+    }
+    for work, step in steps.items():
+        yield _timed(family, work, step)
+
+
+def on_checkpoints(folder: Path) -> Iterator[Job]:
+    """Work on whole checkpoints of Stable Diffusion 1.5."""
+    files = {name: folder / f"{name}.safetensors" for name in ("base", "tuned")}
+    weights = {name: value.half() for name, value in original_weights(random_base("sd1")).items()}
+    write_safetensors(files["base"], weights, {})
+    generator = torch.Generator().manual_seed(3)
+    write_safetensors(files["tuned"], {name: _changed(name, w, generator) for name, w in weights.items()}, {})
+    del weights
+
+    def difference(size: Size) -> None:
+        with open_weights(files["tuned"]) as tuned, open_weights(files["base"]) as base:
+            extract(tuned, base, size)
+
+    lora = on_every_layer("sd1", LOW_RANK, 32, 1).save(folder / "lora.safetensors")
+    steps: dict[str, Callable[[], Any]] = {
+        "extract a LoCon of rank 16": lambda: difference(Size(rank=16)),
+        "extract a LoCon by 95 % of the energy": lambda: difference(Size(energy=0.95)),
+        "merge a LoRA into the checkpoint": lambda: bake(load_base(files["base"], None), {lora: 1.0}, folder / "new"),
+        "a folder of a checkpoint": lambda: bake(load_base(files["base"], None), {}, folder / "folder"),
+    }
+    for work, step in steps.items():
+        yield _timed("sd1", work, step)
+
+
+def _changed(name: str, weight: Tensor, generator: torch.Generator) -> Tensor:
+    if weight.ndim < 2 or name.startswith("first_stage_model.") or "embedding" in name:
+        return weight
+    out, rest = weight.shape[0], weight[0].numel()
+    thin = torch.randn(out, 24, generator=generator) @ torch.randn(24, rest, generator=generator)
+    return (weight.float() + 0.01 * thin.view(weight.shape)).half()
+
+
+def _timed(family: str, work: str, step: Callable[[], Any]) -> Job:
+    start = time.perf_counter()
+    step()
+    return Job(family, work, time.perf_counter() - start)
+
+
+def main() -> None:
+    jobs: list[Job] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for family in ("sd1", "sdxl"):
+            (Path(folder) / family).mkdir()
+            layer_shapes(family)  # laid out once, for a second or two
+            jobs += tqdm(on_adapters(family, Path(folder) / family), f"adapters for {family}")
+        jobs += tqdm(on_checkpoints(Path(folder)), "checkpoints")
+    text = HEAD.format(threads=torch.get_num_threads() or os.cpu_count())
+    text += "".join(f"| `{job.family}` | {job.work} | {job.seconds:.1f} |\n" for job in jobs)
+    write_text(PAGE, text)
+
+
+if __name__ == "__main__":
+    main()
