@@ -16,6 +16,8 @@ from diffgraft.errors import DiffgraftError
 
 _SPARE, _ROUNDS = 8, 6
 """Ranks that the range finder takes in addition, and its rounds of power iteration"""
+_FIRST = 32
+"""Where a share is asked for, so many ranks are tried first: what fine-tuning changes is often of no more"""
 _THIN = 8
 """Sides must be as many times a rank for the range finder to pay"""
 
@@ -68,10 +70,12 @@ class Nearest:
 def nearest(matrix: Tensor, size: Size) -> Nearest:
     """The nearest matrix to one [out, n] of at most that size."""
     total = float(matrix.double().square().sum())
-    if size.rank is not None and size.rank * _THIN < min(matrix.shape):
-        u, s, v = _range_finder(matrix.float(), size.rank + _SPARE)
-    else:
-        u, s, v = _by_gram(matrix.double())
+    rank, share = size.rank or _FIRST, size.energy or 1.0
+    if rank * _THIN < min(matrix.shape) and (size.rank is not None or share < 1):
+        u, s, v = _range_finder(matrix.float(), rank + _SPARE)
+        if size.rank is not None or float(s[:rank].double().square().sum()) > share * total:
+            return _cut(u, s, v, total, size)
+    u, s, v = _by_gram(matrix.double())
     return _cut(u, s, v, total, size)
 
 

@@ -59,8 +59,6 @@ class Row:
     """That train"""
     megabytes: float
     """Of the adapter file"""
-    seconds: float
-    """Of the step"""
     gigabytes: float
     """The most the process held"""
     off: float
@@ -140,9 +138,7 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
     bare, kept = _said(base, ["a dog", "a cat"]), _bits(base)
     live = method.attach(base, Spec(paths, RANK, RANK, 0, options, trigger="<zorp>", noun="dog"))
     prompts = ["a <zorp>", "a cat"]
-    start = time.perf_counter()
     _said(base, prompts, learning=True).float().square().mean().backward()
-    took = time.perf_counter() - start
     trained = live.trainable()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in trained.values())
     generator = torch.Generator().manual_seed(1)
@@ -164,7 +160,7 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
     file.unlink()
     restored = _bits(base) == kept and torch.equal(_said(base, ["a dog", "a cat"]), bare)
     name = base.family.name
-    return Row(name, method.name, layers, modules, numbers, size, took, _peak(), off, changed, restored)
+    return Row(name, method.name, layers, modules, numbers, size, _peak(), off, changed, restored)
 
 
 def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
@@ -212,11 +208,11 @@ def page(loaded: list[Loaded], rows: list[Row]) -> str:
         dtype = str(SIZES[base.family]).removeprefix("torch.")
         text += f"| `{base.family}` | {base.parameters / 1e6:,.0f} M | {base.file_gigabytes:.1f} GB | {dtype} | "
         text += f"{base.seconds:.0f} s | {base.gigabytes:.1f} GB |\n"
-    text += "\n| base | method | layers | modules | parameters that train | file | a step | memory | off |\n"
-    text += "|-|-|-|-|-|-|-|-|-|\n"
+    text += "\n| base | method | layers | modules | parameters that train | file | memory | off |\n"
+    text += "|-|-|-|-|-|-|-|-|\n"
     for row in rows:
         text += f"| `{row.family}` | `{row.method}` | {row.layers} | {row.modules:,} | {row.parameters / 1e6:,.2f} M | "
-        text += f"{row.megabytes:,.1f} MB | {row.seconds:.1f} s | {row.gigabytes:.1f} GB | {row.off:.0e} |\n"
+        text += f"{row.megabytes:,.1f} MB | {row.gigabytes:.1f} GB | {row.off:.0e} |\n"
     return text
 
 

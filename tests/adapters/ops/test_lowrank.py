@@ -55,6 +55,16 @@ def test_the_least_rank_that_holds_an_energy(energy: float) -> None:
     assert nearest(matrix, Size(rank=2, energy=energy)).up.shape[1] == min(2, wanted)
 
 
+@pytest.mark.parametrize("rate", [0.8, 0.99])  # the share lies within the first ranks, or far beyond them
+def test_large_matrices_have_the_rank_of_their_energy_too(rate: float) -> None:
+    matrix = falling(300, 410, rate)
+    squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
+    for energy in (0.9, 0.99):
+        found = nearest(matrix, Size(energy=energy))
+        assert found.up.shape[1] == int(np.searchsorted(squares.cumsum() / squares.sum(), energy)) + 1
+        assert off(found, matrix) == pytest.approx(found.lost, rel=1e-3)
+
+
 def test_a_product_is_reduced_without_being_formed() -> None:
     up, down = falling(50, 9, 0.7), falling(9, 80, 0.7)
     for size in (Size(rank=4), Size(energy=0.99)):
