@@ -125,6 +125,8 @@ def test_factors_that_no_one_setting_gives_are_refused(tmp_path: Path) -> None:
         return (read_delta("lokr", {n: torch.ones(s) for n, s in zip(names, shapes, strict=True)}, 2.0),)
 
     for deltas, answer in (
+        # LyCORIS' factor 4: where it is the larger, it comes second there and first in peft
+        ({"unet.a": lokr((2, 2), (4, 4)), "unet.b": lokr((4, 4), (12, 12))}, "divided by different factors"),
         ({"unet.a": lokr((3, 2), (8, 10)), "unet.b": lokr((4, 6), (10, 10))}, "divided by different factors"),
         ({"unet.a": lokr((2, 2), (4, 3), (3, 4))}, "where peft's LoKr would have lokr_w1, lokr_w2"),
     ):
