@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffgraft.trainers.denoising import Noising, per_sample_loss
-from diffgraft.trainers.examples import Examples, generator, normal
+from diffgraft.trainers.denoising import Noising
+from diffgraft.trainers.examples import Examples, normal
 
 Predict = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """Noisy latents, timesteps, prompts → the UNet's prediction."""
@@ -31,11 +31,8 @@ def draw_batch(examples: Examples, noising: Noising, seed: int, place: int, coun
     rows = examples.rows(seed + kind, place, count)
     shape, device = examples.latents.mean.shape[1:], examples.latents.mean.device
     places = range(place, place + count)
-    spread, noise = (torch.stack([normal(shape, seed, at, kind, n) for at in places]).to(device) for n in (1, 2))
-    drawn = [torch.randint(noising.steps, (1,), generator=generator(seed, at, kind, 3)) for at in places]
-    times = torch.cat(drawn).to(device)
-    latents = examples.latents.sample(rows, spread)
-    noisy, target = noising(latents, noise, times)
+    spread = torch.stack([normal(shape, seed, at, kind, 1) for at in places]).to(device)
+    noisy, target, times = noising.at_places(examples.latents.sample(rows, spread), seed, places, kind)
     return Batch(noisy, target, times, [examples.prompts[row] for row in rows])
 
 
@@ -50,4 +47,5 @@ class Captioned:
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """The loss of the `count` examples at `place`, under the key "loss"; further keys are for the record."""
         batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0)
-        return {"loss": per_sample_loss(predict(batch.noisy, batch.times, batch.prompts), batch.target).mean()}
+        said = predict(batch.noisy, batch.times, batch.prompts)
+        return {"loss": self.noising.errors(said, batch.target, batch.times).mean()}

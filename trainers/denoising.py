@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.bases import Base, Conditioning
+from diffgraft.trainers.losses import distances, weights
+from diffgraft.trainers.noise import check_range, draw_noise, draw_time, perturbed
+from diffgraft.trainers.settings import Loss, Noise, Timesteps
 
 
 class Denoiser(nn.Module):
@@ -42,14 +45,23 @@ class Denoiser(nn.Module):
 
 
 class Noising:
-    """A base's forward process: x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε (Ho et al. 2020, arXiv:2006.11239, equation 4)."""
+    """A base's forward process, x_t = √ᾱ_t · x₀ + √(1 − ᾱ_t) · ε, and how its errors are counted.
 
-    def __init__(self, base: Base) -> None:
+    Ho et al. 2020, arXiv:2006.11239, equation 4.
+    """
+
+    def __init__(
+        self, base: Base, noise: Noise | None = None, timesteps: Timesteps | None = None, loss: Loss | None = None
+    ) -> None:
         from diffusers import DDPMScheduler
 
         self._scheduler = DDPMScheduler.from_config(base.scheduler.config)
+        self._noise = noise or Noise.model_validate({})
+        self._timesteps = timesteps or Timesteps.model_validate({})
+        self._loss = loss or Loss.model_validate({})
         self.steps = int(self._scheduler.config.num_train_timesteps)
         self.predicts = base.prediction_type
+        check_range(self._timesteps, self.steps)
 
     def __call__(self, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents, and what the UNet should say of them; all [n, c, h, w], times [n].
@@ -60,7 +72,21 @@ class Noising:
         target = self._scheduler.get_velocity(latents, noise, times) if self.predicts == "v_prediction" else noise
         return noisy, target
 
+    def at_places(self, latents: Tensor, seed: int, places: Sequence[int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, targets and timesteps for the examples at these places, as the settings have them."""
+        shape, device = latents.shape[1:], latents.device
+        noise = torch.stack([draw_noise(shape, self._noise, seed, at, kind) for at in places])
+        times = torch.tensor([draw_time(self.steps, self._timesteps, seed, at, kind) for at in places]).to(device)
+        noisy, target = self(latents, noise.to(device), times)
+        if self._noise.perturbation:
+            more = torch.stack(
+                [perturbed(own, self._noise, seed, at, kind) for own, at in zip(noise, places, strict=True)]
+            )
+            noisy, _ = self(latents, more.to(device), times)
+        return noisy, target, times
 
-def per_sample_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, [n]."""
-    return (prediction - target).square().flatten(1).mean(1)
+    def errors(self, prediction: Tensor, target: Tensor, times: Tensor) -> Tensor:
+        """The loss of each sample, [n]."""
+        alphas = self._scheduler.alphas_cumprod.to(prediction.device)
+        apart = distances(prediction, target, times, alphas, self._loss).flatten(1).mean(1)
+        return apart * weights(times, alphas, self._loss, self.predicts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.trainers.captioned import Predict, draw_batch
-from diffgraft.trainers.denoising import Noising, per_sample_loss
+from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Examples
 
 
@@ -31,6 +31,6 @@ class DreamBooth:
         kept = draw_batch(self.prior, self.noising, self.seed, place, count, 1)
         noisy, target = torch.cat([ours.noisy, kept.noisy]), torch.cat([ours.target, kept.target])
         times = torch.cat([ours.times, kept.times])
-        errors = per_sample_loss(predict(noisy, times, ours.prompts + kept.prompts), target)
+        errors = self.noising.errors(predict(noisy, times, ours.prompts + kept.prompts), target, times)
         instance, prior = errors[:count].mean(), errors[count:].mean()
         return {"loss": instance + self.prior_weight * prior, "instance": instance, "prior": prior}

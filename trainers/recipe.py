@@ -4,23 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from diffgraft.trainers.settings import Loss, Noise, Prior, Strict, Timesteps
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
-
-
-class Prior(_Strict):
-    """Prior preservation (DreamBooth, arXiv:2208.12242, equation 2)."""
-
-    weight: float = Field(1.0, ge=0)
-    """Factor λ of the loss on class images; 0 turns prior preservation off"""
-    images: int = Field(64, ge=1)
-    """Class images drawn by the base (and kept in a cache)"""
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """The keys every recipe has."""
 
     task: str
@@ -40,7 +29,7 @@ class Recipe(_Strict):
     layers: Literal["attention", "attention+feedforward", "all", None] = None
     """Layers that are adapted: the projections of the attention, with the feed-forward layers too, or also the
     convolutions; unset: what the method is made for"""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
     """Settings that only the method has: options.dora=true; `diffgraft methods NAME` lists them"""
     text_encoder: bool = False
     """Whether the text encoder's attention is adapted too"""
@@ -56,7 +45,7 @@ class Recipe(_Strict):
     """Steps between checkpoints; 0: only when interrupted"""
     sample_every: int = Field(100, ge=0)
     """Steps between sample pictures; 0: none"""
-    sample_prompts: list[str] = []
+    sample_prompts: list[str] = Field(default_factory=list)
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate"""
@@ -90,6 +79,13 @@ class Recipe(_Strict):
     """Whether the `.txt` file beside a picture, where there is one, replaces the prompt"""
     templates: Literal["none", "object", "style"] = "none"
     """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
+
+    noise: Noise = Field(default_factory=lambda: Noise.model_validate({}))
+    """What is laid on latents beside plain noise"""
+    timesteps: Timesteps = Field(default_factory=lambda: Timesteps.model_validate({}))
+    """At which timesteps training takes place"""
+    loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
+    """How errors are counted"""
 
     default_samples: ClassVar[tuple[str, ...]] = ()
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import write_text
-from diffgraft.trainers.recipe import TASKS, ConceptRecipe, Prior, Recipe, SubjectRecipe
+from diffgraft.trainers.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
+from diffgraft.trainers.settings import Prior
 
 ALIASES = {"dreambooth-lora": "subject"}
 

@@ -32,8 +32,9 @@ from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, data_digest, generator
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
-from diffgraft.trainers.recipe import Prior, Recipe, StyleRecipe
+from diffgraft.trainers.recipe import Recipe, StyleRecipe
 from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recipe
+from diffgraft.trainers.settings import Prior
 from diffgraft.trainers.templates import TEMPLATES
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -253,7 +254,7 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
         shown = [row for row, listed in enumerate(texts) for _ in listed]
         return Examples(encode(base, images, side, title).take(shown), [text for listed in texts for text in listed])
 
-    noising = Noising(base)
+    noising = Noising(base, plan.noise, plan.timesteps, plan.loss)
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
     texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
     prior: Prior | None = getattr(plan, "prior", None)

@@ -1,6 +1,7 @@
 """The objectives, against numpy in float64."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.data.latents import Latents
+from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.captioned import Captioned, draw_batch
-from diffgraft.trainers.denoising import Denoiser, Noising, per_sample_loss
+from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, normal
 from diffgraft.trainers.loop import rate
@@ -93,10 +95,101 @@ def test_the_denoiser_says_what_the_unet_says(base: Base) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_per_sample_loss_is_a_mean_over_all_but_the_first_axis() -> None:
-    a, b = torch.randn(3, 4, 6, 5), torch.randn(3, 4, 6, 5)
+def settled(base: Base, **settings: object) -> Noising:
+    """A base's noising under the settings of a recipe."""
+    recipe = load_recipe("style", settings)
+    return Noising(base, recipe.noise, recipe.timesteps, recipe.loss)
+
+
+TIMES = torch.tensor([0, 10, 500, 900, 998])
+
+
+def test_errors_are_means_over_all_but_the_first_axis(base: Base) -> None:
+    a, b = torch.randn(5, 4, 6, 5), torch.randn(5, 4, 6, 5)
     wanted = ((a.double() - b.double()) ** 2).numpy().mean((1, 2, 3))
-    np.testing.assert_allclose(per_sample_loss(a, b).numpy(), wanted, rtol=1e-5)
+    np.testing.assert_allclose(Noising(base).errors(a, b, TIMES).numpy(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_weights_of_timesteps_are_those_of_the_papers(base: Base, predicts: str) -> None:
+    """And min-SNR's are made of what diffusers' scripts take for the signal-to-noise ratio."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_snr
+
+    other = replace(base, scheduler=DDPMScheduler.from_config(base.scheduler.config, prediction_type=predicts))
+    a, b = torch.randn(5, 4, 6, 5), torch.randn(5, 4, 6, 5)
+    plain = ((a.double() - b.double()) ** 2).numpy().mean((1, 2, 3))
+    signal = alphas(base)[TIMES.numpy()]
+    snr = signal / (1 - signal)
+    of_v = predicts == "v_prediction"
+    np.testing.assert_allclose(compute_snr(other.scheduler, TIMES).numpy(), snr, rtol=0.02)
+    least = np.minimum(snr, 5.0) / (snr + 1 if of_v else snr)
+    found = settled(other, **{"loss.snr_gamma": 5}).errors(a, b, TIMES).numpy()
+    np.testing.assert_allclose(found, plain * least, rtol=0.02)
+    debiased = 1 / (snr + 1) if of_v else 1 / np.sqrt(np.minimum(snr, 1000))
+    found = settled(other, **{"loss.debiased": "true"}).errors(a, b, TIMES).numpy()
+    np.testing.assert_allclose(found, plain * debiased, rtol=0.02)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr"])
+def test_the_huber_loss_is_the_formula(base: Base, schedule: str) -> None:
+    a, b = torch.randn(5, 4, 6, 5), torch.randn(5, 4, 6, 5)
+    sigma = np.sqrt(1 / alphas(base)[TIMES.numpy()] - 1)
+    delta = {
+        "constant": np.full(5, 0.2),
+        "exponential": np.exp(np.log(0.2) * TIMES.numpy() / 1000),
+        "snr": 0.8 / (1 + sigma) ** 2 + 0.2,
+    }[schedule][:, None, None, None]
+    apart = (a - b).double().numpy()
+    wanted = (2 * delta * (np.sqrt(apart**2 + delta**2) - delta)).mean((1, 2, 3))
+    noising = settled(base, **{"loss.kind": "huber", "loss.delta": 0.2, "loss.schedule": schedule})
+    np.testing.assert_allclose(noising.errors(a, b, TIMES).numpy(), wanted, rtol=2e-3)
+
+
+def test_noise_of_the_ways_of_the_field(base: Base) -> None:
+    x, places = torch.randn(400, 4, 6, 5), range(400)
+    zero = torch.zeros_like(x)
+
+    def laid(**settings: object) -> tuple[Tensor, Tensor]:
+        """The noise that is to be found, and the noise in the input."""
+        noising = settled(base, **{"timesteps.first": 600, "timesteps.last": 600, **settings})
+        noisy, target, times = noising.at_places(zero, 3, places, 0)
+        assert set(times.tolist()) == {600}
+        a = float(alphas(base)[600])
+        return target / (np.sqrt(a) if base.prediction_type == "v_prediction" else 1), noisy / np.sqrt(1 - a)
+
+    plain, same = laid()
+    torch.testing.assert_close(plain, same, rtol=1e-3, atol=1e-3)
+    found, _ = laid(**{"noise.offset": 0.5})
+    added = found - plain
+    torch.testing.assert_close(added, added.mean((2, 3), keepdim=True).expand_as(added), rtol=1e-3, atol=1e-3)
+    assert float(added[:, :, 0, 0].std()) == pytest.approx(0.5, rel=0.08)
+    rough, _ = laid(**{"noise.pyramid": 0.8})
+    torch.testing.assert_close(rough.flatten(1).std(1), torch.ones(400), rtol=1e-2, atol=1e-2)
+    assert float(rough.mean((2, 3)).std()) > 2 * float(plain.mean((2, 3)).std())
+    wanted, given = laid(**{"noise.perturbation": 0.3})
+    torch.testing.assert_close(wanted, plain, rtol=1e-3, atol=1e-3)
+    assert float((given - wanted).std()) == pytest.approx(0.3, rel=0.03)
+    assert abs(float(((given - wanted) * wanted).mean())) < 0.01
+
+
+def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> None:
+    x = torch.zeros(4000, 1, 1, 1)
+    for settings, low, high in (
+        ({}, 0, 999),
+        ({"timesteps.first": 200, "timesteps.last": 300}, 200, 300),
+        ({"timesteps.spread": "logit-normal", "timesteps.mean": 1, "timesteps.width": 0.5}, 250, 1000),
+    ):
+        *_, times = settled(base, **settings).at_places(x, 5, range(4000), 0)
+        assert low <= int(times.min()) <= low + 120
+        assert high - 120 <= int(times.max()) <= high
+        if "timesteps.mean" in settings:
+            logits = torch.logit((times + 0.5) / 1000)
+            assert float(logits.mean()) == pytest.approx(1, abs=0.03)
+            assert float(logits.std()) == pytest.approx(0.5, abs=0.02)
+    for broken in ({"timesteps.last": 1000}, {"timesteps.first": 30, "timesteps.last": 20}):
+        with pytest.raises(DiffgraftError, match="goes from 0 to 999"):
+            settled(base, **broken)
 
 
 def test_the_rate_warms_up_and_falls() -> None:

@@ -277,15 +277,16 @@ def test_figures_of_an_adapter() -> None:
     dead = low_rank(torch.randn(2, 30, 3, 3), torch.zeros(22, 2, 1, 1), 1.0)
     large = FullDelta({"diff": torch.full((24, 18), 7e4)})
     kron = FactorDelta(KRONECKER, filled(Kronecker().start((24, 18), 2, torch.Generator()), 0), 2.0)
-    report = inspect(
-        Adapter({"unet.a": (even,), "unet.b": (dead,), "unet.c": (large,), "unet.d": (kron,)}, {"method": "mixed"})
-    )
+    product = low_rank(torch.full((2, 34), 300.0), torch.full((20, 2), 300.0), 2.0)  # entries of 180,000
+    spread = low_rank(torch.full((2, 34), 100.0), torch.full((20, 2), 100.0), 2.0)  # of 20,000, though ‖ΔW‖ is 5e5
+    deltas = {"a": even, "b": dead, "c": large, "d": kron, "e": product, "f": spread}
+    report = inspect(Adapter({f"unet.{name}": (delta,) for name, delta in deltas.items()}, {"method": "mixed"}))
     by_path = {module.path: module for module in report.modules}
     assert by_path["unet.a"].norm == pytest.approx(2 * 3**0.5, rel=1e-5)
     assert by_path["unet.a"].effective_rank == pytest.approx(3, rel=1e-5)
     assert (by_path["unet.a"].rank, by_path["unet.a"].alpha) == (3, 3.0)
     assert report.dead == ["unet.b"]
-    assert report.overflows == ["unet.c"]
+    assert report.overflows == ["unet.c", "unet.e"]
     assert report.fits == []
     assert effective_rank(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(2)
     assert effective_rank(torch.zeros(3)) == 0
