@@ -17,6 +17,8 @@ from diffgraft.files import write_safetensors, write_text
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
+_PLAIN = (bool, int, float)
+"""What is kept of an optimiser's groups: some count their steps there, or find their rate"""
 
 
 def save_checkpoint(
@@ -42,7 +44,8 @@ def save_checkpoint(
             elif name != _EIGHT_BIT:
                 numbers.setdefault(str(index), {})[name] = value
     write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
-    said = {"step": step, "identity": identity, "optimizer": numbers}
+    groups = [{key: value for key, value in group.items() if type(value) in _PLAIN} for group in optimizer.param_groups]
+    said = {"step": step, "identity": identity, "optimizer": numbers, "groups": groups}
     write_text(partial / "state.json", json.dumps(said, sort_keys=True))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -81,6 +84,9 @@ def restore(run: Path, identity: str, parameters: Mapping[str, nn.Parameter], op
         for key, value in moments.items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        groups = optimizer.state_dict()["param_groups"]
+        for group, kept in zip(groups, said.get("groups", []), strict=False):
+            group.update(kept)
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         return int(said["step"])
     return 0

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from diffgraft.adapters.method import Attached
@@ -18,6 +18,7 @@ from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.examples import generator
+from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
 
 
@@ -43,34 +44,6 @@ def new_accelerator(recipe: Recipe) -> Any:
     if wanted == "fp16" and accelerator.device.type == "cpu":
         raise DiffgraftError("precision=float16 needs a GPU; on a processor use precision=bfloat16 or float32.")
     return accelerator
-
-
-def rate(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step (counted from 0): a linear warm-up, then constant or half a cosine to zero."""
-    if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    if recipe.lr_schedule == "constant":
-        return recipe.lr
-    share = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def new_optimizer(
-    recipe: Recipe, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """The optimiser a recipe names; each group of parameters has its factor on the learning rate, `rate`."""
-    kinds = sorted({rates.get(name, 1.0) for name in parameters})
-    groups = [
-        {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
-        for kind in kinds
-    ]
-    kwargs: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "adamw8bit":
-        import bitsandbytes
-
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(groups, **kwargs)
-        return optimizer
-    return torch.optim.AdamW(groups, **kwargs)
 
 
 def fit(
@@ -131,11 +104,13 @@ def fit(
                     save_checkpoint(folder, done, identity, parameters, optimizer)
                     saved = done
                 if recipe.sample_every and done % recipe.sample_every == 0:
-                    sample(done)
+                    with at_rest(optimizer):
+                        sample(done)
     except KeyboardInterrupt:
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
             save_checkpoint(folder, done, identity, parameters, optimizer)
         raise
+    settle(optimizer)
     accelerator.free_memory()
     return record
 

@@ -49,8 +49,10 @@ class Recipe(Strict):
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate"""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
     """How the rate goes after the warm-up"""
+    lr_cycles: int = Field(1, ge=1)
+    """How often it falls to zero, with cosine_with_restarts"""
     warmup: int = Field(0, ge=0)
     """Steps over which the rate rises from zero"""
     batch: int = Field(4, ge=1)
@@ -61,10 +63,11 @@ class Recipe(Strict):
     """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
     flip: bool = False
     """Whether pictures are also shown mirrored, every other time they come round"""
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW of torch, or the 8-bit one of bitsandbytes"""
+    optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule-free"] = "adamw"
+    """AdamW of torch, or in 8 bits of bitsandbytes, whose Lion is, too; Adafactor of transformers; Prodigy, which finds
+    the rate itself (lr=1); schedulefree's AdamW"""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's decoupled weight decay"""
+    """Decoupled weight decay"""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm the gradient is clipped to"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

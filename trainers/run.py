@@ -104,7 +104,8 @@ def train(
     was_on = held.device
     held.to(accelerator.device)
     try:
-        _attach(plan, held).detach()  # what cannot be attached is refused before anything is drawn or written
+        _attach(plan, held).detach()  # what cannot be is refused before anything is drawn or written
+        _noising(plan, held)
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_recipe(plan, folder / "recipe.yaml")
@@ -215,6 +216,10 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
     return run
 
 
+def _noising(plan: Recipe, base: Base) -> Noising:
+    return Noising(base, plan.noise, plan.timesteps, plan.loss)
+
+
 def _attach(plan: Recipe, base: Base) -> Attached:
     method = get_method(plan.method)
     options, words = method.read_options(plan.options), (plan.trigger, getattr(plan, "subject", ""))
@@ -254,7 +259,7 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
         shown = [row for row, listed in enumerate(texts) for _ in listed]
         return Examples(encode(base, images, side, title).take(shown), [text for listed in texts for text in listed])
 
-    noising = Noising(base, plan.noise, plan.timesteps, plan.loss)
+    noising = _noising(plan, base)
     ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
     texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
     prior: Prior | None = getattr(plan, "prior", None)

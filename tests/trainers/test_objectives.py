@@ -15,7 +15,6 @@ from diffgraft.trainers.captioned import Captioned, draw_batch
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.examples import Examples, normal
-from diffgraft.trainers.loop import rate
 from diffgraft.trainers.recipe_files import load_recipe
 
 
@@ -190,12 +189,3 @@ def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> Non
     for broken in ({"timesteps.last": 1000}, {"timesteps.first": 30, "timesteps.last": 20}):
         with pytest.raises(DiffgraftError, match="goes from 0 to 999"):
             settled(base, **broken)
-
-
-def test_the_rate_warms_up_and_falls() -> None:
-    recipe = load_recipe("style", {"steps": 10, "warmup": 4, "lr": 0.1, "lr_schedule": "cosine"})
-    rates = [rate(recipe, step) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
-    assert rates[4:] == pytest.approx([0.05 * (1 + np.cos(np.pi * k / 6)) for k in range(6)])
-    constant = recipe.model_copy(update={"lr_schedule": "constant"})
-    assert [rate(constant, step) for step in (4, 9)] == [0.1, 0.1]

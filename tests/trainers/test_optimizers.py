@@ -1,0 +1,106 @@
+"""Optimisers go downhill, go on after a checkpoint as if never stopped, and rates go as schedules say."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.recipe import Recipe
+from diffgraft.trainers.recipe_files import load_recipe
+
+RATES = {"prodigy": 1.0, "lion": 1e-2, "lion8bit": 1e-2}
+
+
+def recipe_of(name: str, **more: Any) -> Recipe:
+    return load_recipe("style", {"optimizer": name, "lr": RATES.get(name, 3e-2), "weight_decay": 0, **more})
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: nn.Parameter(torch.randn(70, 90, generator=generator)) for name in ("down", "up")}
+
+
+def distance(values: dict[str, nn.Parameter]) -> torch.Tensor:
+    """Of each to its own goal."""
+    return torch.stack([(value - place).square().mean() for place, value in enumerate(values.values())]).sum()
+
+
+def walk(recipe: Recipe, values: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *steps: int) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate(recipe, step)
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        noisy = [value - place + 0.1 * torch.randn(70, 90) for place, value in enumerate(values.values())]
+        torch.stack([apart.square().sum() for apart in noisy]).sum().backward()
+        optimizer.step()
+
+
+def test_all_that_a_recipe_may_name_are_there() -> None:
+    assert set(get_args(Recipe.model_fields["optimizer"].annotation)) == set(_MAKERS)
+
+
+@pytest.mark.parametrize("name", _MAKERS)
+def test_it_goes_downhill(name: str) -> None:
+    recipe, values = recipe_of(name), parameters()
+    before = float(distance(values).detach())
+    optimizer = new_optimizer(recipe, values, {})
+    walk(recipe, values, optimizer, *range(150))
+    settle(optimizer)
+    assert float(distance(values).detach()) < 0.5 * before
+
+
+@pytest.mark.parametrize("name", _MAKERS)
+def test_after_a_checkpoint_it_goes_on_as_if_never_stopped(name: str, tmp_path: Path) -> None:
+    recipe, whole = recipe_of(name), parameters()
+    optimizer = new_optimizer(recipe, whole, {})
+    walk(recipe, whole, optimizer, *range(5))
+    save_checkpoint(tmp_path, 5, "same", whole, optimizer)
+    with at_rest(optimizer):  # as when samples are drawn
+        pass
+    walk(recipe, whole, optimizer, *range(5, 12))
+    settle(optimizer)
+    again = parameters()
+    other = new_optimizer(recipe, again, {})
+    assert restore(tmp_path, "same", again, other) == 5
+    walk(recipe, again, other, *range(5, 12))
+    settle(other)
+    for key, value in whole.items():
+        assert torch.equal(again[key], value)
+
+
+def test_schedule_free_exports_its_average() -> None:
+    recipe, values = recipe_of("schedule-free"), parameters()
+    optimizer = new_optimizer(recipe, values, {})
+    walk(recipe, values, optimizer, *range(20))
+    trained = {name: value.detach().clone() for name, value in values.items()}
+    with at_rest(optimizer):
+        assert not any(torch.equal(values[name], value) for name, value in trained.items())
+    assert all(torch.equal(values[name], value) for name, value in trained.items())
+
+
+def test_what_cannot_go_together_is_told() -> None:
+    with pytest.raises(DiffgraftError, match="finds one rate for all"):
+        new_optimizer(recipe_of("prodigy"), parameters(), {"up": 4.0})
+    with pytest.raises(DiffgraftError, match="needs no schedule, and lr_schedule=cosine"):
+        new_optimizer(recipe_of("schedule-free", lr_schedule="cosine"), parameters(), {})
+
+
+def test_the_rate_warms_up_and_goes_as_the_schedule_says() -> None:
+    recipe = load_recipe("style", {"steps": 10, "warmup": 4, "lr": 0.1, "lr_schedule": "cosine"})
+    assert [rate(recipe, step) for step in range(4)] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    wanted = {
+        "cosine": [0.05 * (1 + np.cos(np.pi * k / 6)) for k in range(6)],
+        "linear": [0.1 * (1 - k / 6) for k in range(6)],
+        "cosine_with_restarts": [0.05 * (1 + np.cos(np.pi * (k % 3) / 3)) for k in range(6)],
+        "constant": [0.1] * 6,
+    }
+    for name, rates in wanted.items():
+        changed = recipe.model_copy(update={"lr_schedule": name, "lr_cycles": 2})
+        assert [rate(changed, step) for step in range(4, 10)] == pytest.approx(rates), name

@@ -1,0 +1,136 @@
+"""Optimisers, each from its own library, and how the learning rate goes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.recipe import Recipe
+
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    on_gpu = all(value.is_cuda for group in groups for value in group["params"])
+    return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=on_gpu or None)
+
+
+def _bitsandbytes(name: str) -> Callable[[Groups, Recipe], torch.optim.Optimizer]:
+    def make(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+        import bitsandbytes
+
+        kind = getattr(bitsandbytes.optim, name)
+        optimizer: torch.optim.Optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        return optimizer
+
+    return make
+
+
+def _adafactor(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}  # the rate is the recipe's
+    optimizer: torch.optim.Optimizer = Adafactor(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **fixed)
+    return optimizer
+
+
+def _prodigy(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    if len(groups) > 1:
+        raise DiffgraftError(
+            "optimizer=prodigy finds one rate for all, and this method trains some parameters at another: leave "
+            "options.up_rate and options.word_rate at 1, or use optimizer=adamw."
+        )
+    more = {"use_bias_correction": True, "safeguard_warmup": True}  # as its authors have it for diffusion models
+    optimizer: torch.optim.Optimizer = Prodigy(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)
+    return optimizer
+
+
+def _schedule_free(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    if recipe.lr_schedule != "constant":
+        raise DiffgraftError(
+            f"optimizer=schedule-free needs no schedule, and lr_schedule={recipe.lr_schedule}: leave it at constant."
+        )
+    optimizer: torch.optim.Optimizer = AdamWScheduleFree(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+_MAKERS: dict[str, Callable[[Groups, Recipe], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _bitsandbytes("AdamW8bit"),
+    "lion": _bitsandbytes("Lion32bit"),
+    "lion8bit": _bitsandbytes("Lion8bit"),
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "schedule-free": _schedule_free,
+}
+
+
+def new_optimizer(
+    recipe: Recipe, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
+) -> torch.optim.Optimizer:
+    """The optimiser a recipe names; each group of parameters has its factor on the learning rate, `rate`.
+
+    Raises:
+        DiffgraftError: it cannot go with the method or the schedule.
+    """
+    kinds = sorted({rates.get(name, 1.0) for name in parameters})
+    groups = [
+        {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
+        for kind in kinds
+    ]
+    return _MAKERS[recipe.optimizer](groups, recipe)
+
+
+def settle(optimizer: Any) -> None:
+    """Give parameters the values that count: schedule-free trains at others, between these and where it has got to."""
+    if _has_modes(optimizer):
+        optimizer.eval()
+
+
+@contextmanager
+def at_rest(optimizer: Any) -> Iterator[None]:
+    """Within the block parameters have the values that count; afterwards the very bits from before."""
+    if not _has_modes(optimizer):
+        yield
+        return
+    before = [(value, value.detach().clone()) for group in optimizer.param_groups for value in group["params"]]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for value, kept in before:
+                value.copy_(kept)
+
+
+def _has_modes(optimizer: Any) -> bool:
+    return "train_mode" in optimizer.param_groups[0]
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """Learning rate of a step (counted from 0): a linear warm-up, then one of diffusers' schedules."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    shape = _shape(recipe.lr_schedule, max(1, recipe.steps - recipe.warmup), recipe.lr_cycles)
+    return recipe.lr * shape(step - recipe.warmup)
+
+
+@cache
+def _shape(name: str, steps: int, cycles: int) -> Callable[[int], float]:
+    """Factor on the rate of each step; diffusers has it inside a scheduler, which wants an optimiser."""
+    from diffusers.optimization import get_scheduler
+
+    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(name, idle, num_warmup_steps=0, num_training_steps=steps, num_cycles=cycles)
+    found: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return found
