@@ -44,6 +44,10 @@ class Captioned:
     noising: Noising
     seed: int
 
+    def shown(self, place: int, count: int) -> list[str]:
+        """Names of the `count` pictures at `place`."""
+        return [self.examples.names[row] for row in self.examples.rows(self.seed, place, count)]
+
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """The loss of the `count` examples at `place`, under the key "loss"; further keys are for the record."""
         batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0)

@@ -25,6 +25,11 @@ class DreamBooth:
     noising: Noising
     seed: int
 
+    def shown(self, place: int, count: int) -> list[str]:
+        """Names of the `count` pictures at `place`, and of as many class images."""
+        pairs = ((self.instance, self.seed), (self.prior, self.seed + 1))
+        return [data.names[row] for data, seed in pairs for row in data.rows(seed, place, count)]
+
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """Under "loss" L_instance + λ · L_prior; the two terms stand beside it."""
         ours = draw_batch(self.instance, self.noising, self.seed, place, count, 0)

@@ -14,10 +14,11 @@ from diffgraft.data.pictures import Picture
 
 @dataclass(frozen=True)
 class Examples:
-    """n pictures as latents, and the prompt of each."""
+    """n pictures as latents, the prompt of each, and what to call it."""
 
     latents: Latents
     prompts: Sequence[str]
+    names: Sequence[str]
 
     def rows(self, seed: int, first: int, count: int) -> list[int]:
         """Which examples stand at places `first` … `first + count` of an endless, shuffled line.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.examples import generator
+from diffgraft.trainers.health import Health, broken
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
 
@@ -27,6 +29,9 @@ class Objective(Protocol):
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """Loss of `count` examples from `place` on, under "loss", and its terms."""
+
+    def shown(self, place: int, count: int) -> list[str]:
+        """What the pictures of these examples are called."""
 
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -64,7 +69,8 @@ def fit(
         What each step recorded: step, rate, loss and the objective's terms. It also stands in ``metrics.jsonl``.
 
     Raises:
-        DiffgraftError: the loss is no number any more, or the checkpoints belong to something else.
+        DiffgraftError: the loss or a gradient is no number any more (the state before that is kept), or the checkpoints
+            belong to something else.
         KeyboardInterrupt: passed on, after a checkpoint was written (unless it came in the middle of an update).
     """
     parameters = adapter.trainable()
@@ -73,6 +79,7 @@ def fit(
     if done > recipe.steps:
         raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
+    health = Health(parameters)
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
     lead = accelerator.is_main_process
     if lead:
@@ -85,12 +92,16 @@ def fit(
                 group["lr"] = group["rate"] * rate(recipe, step)
             with _random_numbers_of(recipe.seed, step, accelerator):
                 terms = _accumulate(recipe, accelerator, predict, objective, step)
-            if not math.isfinite(terms["loss"]):
-                raise DiffgraftError(
-                    f"The loss is {terms['loss']} at step {step + 1}: it has diverged. Lower lr (now {recipe.lr}), "
-                    "or use precision=bfloat16 or float32 if it was float16."
-                )
-            accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
+            of_scaler = accelerator.scaler is not None  # which leaves such steps out, and tries smaller numbers
+            if not math.isfinite(terms["loss"]) or not (of_scaler or bool(torch.as_tensor(norm).isfinite())):
+                optimizer.zero_grad()
+                with _random_numbers_of(recipe.seed, step, accelerator):  # the same again: clipping has spread it
+                    _accumulate(recipe, accelerator, predict, objective, step)
+                if lead and done > saved:
+                    save_checkpoint(folder, done, identity, parameters, optimizer)
+                raise DiffgraftError(_diverged(recipe, terms["loss"], step, broken(parameters), objective, accelerator))
+            health.note()
             stepping = True
             optimizer.step()
             adapter.after_step()
@@ -112,7 +123,24 @@ def fit(
         raise
     settle(optimizer)
     accelerator.free_memory()
+    if lead and (still := health.still()):
+        warnings.warn(
+            f"{len(still)} of the modules never moved, such as {still[0]}: what they compute never reached the loss.",
+            stacklevel=3,
+        )
     return record
+
+
+def _diverged(recipe: Recipe, loss: float, step: int, module: str, objective: Objective, accelerator: Any) -> str:
+    """What a person is told when numbers are none any more."""
+    count = recipe.batch * recipe.accumulate * accelerator.num_processes
+    names = list(dict.fromkeys(objective.shown(step * count, count)))
+    where = f"the first gradient that is no number is that of {module}" if module else "all gradients are numbers"
+    return (
+        f"Training has diverged at step {step + 1}: the loss is {loss:.4g}, and {where}. Its pictures were: "
+        f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}. The newest checkpoint is of the step before. Lower "
+        f"lr (now {recipe.lr}), or use precision=bfloat16 or float32 if it was float16."
+    )
 
 
 @contextmanager

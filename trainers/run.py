@@ -251,16 +251,18 @@ def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[list
 def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: list[list[str]]) -> Objective:
     side = plan.resolution or base.resolution
 
-    def examples(images: Sequence[Image.Image], texts: list[list[str]], title: str) -> Examples:
+    def examples(images: Sequence[Image.Image], texts: list[list[str]], names: list[str], title: str) -> Examples:
         """Each picture under each of its prompts."""
         if plan.flip:
             images = [*images, *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images)]
-            texts = texts + texts
+            texts, names = texts + texts, names + names
         shown = [row for row, listed in enumerate(texts) for _ in listed]
-        return Examples(encode(base, images, side, title).take(shown), [text for listed in texts for text in listed])
+        prompts = [text for listed in texts for text in listed]
+        return Examples(encode(base, images, side, title).take(shown), prompts, [names[row] for row in shown])
 
     noising = _noising(plan, base)
-    ours = examples([picture.image for picture in pictures], prompts, "encoding pictures")
+    files = [picture.path.name for picture in pictures]
+    ours = examples([picture.image for picture in pictures], prompts, files, "encoding pictures")
     texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
     prior: Prior | None = getattr(plan, "prior", None)
     if not texts or prior is None or prior.weight == 0 or "prior" in meaningless(plan):
@@ -271,7 +273,8 @@ def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: l
         ]
     each = math.ceil(prior.images / len(texts))
     drawn = class_images(base, texts, each, Settings(size=(side, side)), plan.seed)
-    kept = examples([image for _, image in drawn], [[text] for text, _ in drawn], "encoding class images")
+    names = [f"class image {number}" for number in range(len(drawn))]
+    kept = examples([image for _, image in drawn], [[text] for text, _ in drawn], names, "encoding class images")
     return DreamBooth(ours, kept, prior.weight, noising, plan.seed)
 
 

@@ -20,7 +20,8 @@ from diffgraft.trainers.recipe_files import load_recipe
 
 def examples(count: int, seed: int = 0, std: float = 0.1) -> Examples:
     mean = torch.randn(count, 4, 6, 5, generator=torch.Generator().manual_seed(seed))
-    return Examples(Latents(mean, torch.full_like(mean, std)), [f"prompt {number}" for number in range(count)])
+    names = [f"{number}.png" for number in range(count)]
+    return Examples(Latents(mean, torch.full_like(mean, std)), [f"prompt {number}" for number in range(count)], names)
 
 
 def alphas(base: Base) -> np.ndarray:
@@ -62,6 +63,8 @@ def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
     assert found["prior"].item() == pytest.approx(terms[1], rel=1e-5)
     assert found["loss"].item() == pytest.approx(terms[0] + 0.4 * terms[1], rel=1e-5)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
+    shown = DreamBooth(ours, kept, 0.4, noising, 9).shown(21, 3)
+    assert shown == [f"{row}.png" for row in ours.rows(9, 21, 3) + kept.rows(10, 21, 3)]
     alone = Captioned(ours, noising, 9).losses(predict, 21, 3)
     assert alone["loss"].item() == pytest.approx(terms[0], rel=1e-5)
 

@@ -298,7 +298,7 @@ def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
     one = train("subject", base=base, images=pictures, output=tmp_path / "1", batch=4, **settings)
     two = train("subject", base=base, images=pictures, output=tmp_path / "2", batch=2, accumulate=2, **settings)
-    rows = Examples(Latents(torch.zeros(5, 1), torch.zeros(5, 1)), [""] * 5)
+    rows = Examples(Latents(torch.zeros(5, 1), torch.zeros(5, 1)), [""] * 5, [""] * 5)
     assert rows.rows(3, 0, 4) == rows.rows(3, 0, 2) + rows.rows(3, 2, 2)
     assert len(two.metrics) == len(one.metrics) == 2
     assert two.metrics[0]["loss"] == pytest.approx(one.metrics[0]["loss"], rel=1e-5)

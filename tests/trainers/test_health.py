@@ -1,0 +1,92 @@
+"""A run that goes wrong says where, and loses nothing; modules that learn nothing are named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from diffgraft.adapters import patch
+from diffgraft.adapters.factors import FactorPatch
+from diffgraft.adapters.patch import Patch
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.checkpoint import checkpoints
+from diffgraft.trainers.health import Health, broken
+from diffgraft.trainers.run import train
+from tests.conftest import SHORT
+
+
+def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradient() -> None:
+    values = {name: nn.Parameter(torch.ones(3, 2)) for name in ("unet.a.down", "unet.a.up", "unet.b.down", "unet.b.up")}
+    health = Health(values)
+    assert health.still() == []
+    values["unet.a.up"].grad = torch.zeros(3, 2)
+    values["unet.b.down"].grad = torch.zeros(3, 2)
+    health.note()
+    assert health.still() == ["unet.a", "unet.b"]
+    values["unet.a.up"].grad = torch.eye(3, 2)
+    health.note()
+    assert health.still() == ["unet.b"]
+    assert broken(values) == ""
+    values["unet.b.down"].grad = torch.full((3, 2), torch.inf)
+    assert broken(values) == "unet.b"
+
+
+def test_a_run_that_diverges_says_where_and_keeps_what_it_had(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "steps": 5, "checkpoint_every": 0, "sample_prompts": "a dog", "lr": 1e30}
+    with pytest.raises(DiffgraftError) as caught:
+        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    said = str(caught.value)
+    assert "Training has diverged at step 2: the loss is" in said
+    assert "the first gradient that is no number is that of unet." in said
+    names = sorted(path.name for path in pictures.iterdir() if path.suffix == ".png")
+    assert sum(name in said for name in names) >= 4
+    assert "class image" in said
+    (kept,) = checkpoints(tmp_path / "run")
+    assert kept.name == "step-000001"
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is a number still, and one layer's gradient is not."""
+    path, seen = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", [0]
+
+    def spoilt(self: Patch, layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        changed: torch.Tensor = plain(self, layer, x, out)
+        if layer is base.unet.get_submodule(path) and torch.is_grad_enabled():
+            seen[0] += 1
+            if seen[0] > 2:  # of the third step on; said again, it is the same
+                changed.register_hook(lambda grad: grad * torch.inf)
+        return changed
+
+    plain = FactorPatch.change
+    monkeypatch.setattr(FactorPatch, "change", spoilt)
+    settings: dict[str, Any] = {**SHORT, "steps": 5, "sample_prompts": "a dog", "prior": {"weight": 0}}
+    with pytest.raises(DiffgraftError, match=rf"at step 3: the loss is 0\.\d+, and the first gradient .* unet\.{path}"):
+        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    assert [kept.name for kept in checkpoints(tmp_path / "run")] == ["step-000002"]
+    monkeypatch.undo()
+    assert train(base=base, resume=tmp_path / "run").metrics[-1]["step"] == 5
+
+
+def test_modules_that_never_moved_are_named(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one layer is cut off from the loss."""
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
+    cut = base.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+
+    plain = patch._hook
+
+    def hooked(own: Patch) -> Any:
+        change = plain(own)
+        return lambda layer, args, out: change(layer, args, out).detach() if layer is cut else change(layer, args, out)
+
+    monkeypatch.setattr(patch, "_hook", hooked)
+    with pytest.warns(UserWarning, match="1 of the modules never moved") as told:
+        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q" in str(told[0].message)

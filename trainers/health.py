@@ -1,0 +1,46 @@
+"""What is watched while training: gradients that are no numbers any more, and modules that never get one."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Health:
+    """Watches the parameters of a run; in a healthy one it costs next to nothing after the first steps."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._still = set(parameters)
+        """Names of those that have had no gradient but zero so far"""
+        self._looked = False
+
+    def note(self) -> None:
+        """Look at the gradients of a step."""
+        self._looked = True
+        waiting = [(name, self._parameters[name].grad) for name in self._still]
+        there = {name: grad for name, grad in waiting if grad is not None}
+        if there:
+            moved = torch.stack([grad.any() for grad in there.values()]).tolist()
+            self._still -= {name for name, any_of_it in zip(there, moved, strict=True) if any_of_it}
+
+    def still(self) -> list[str]:
+        """Modules of which no parameter ever had a gradient; empty where no step was looked at."""
+        if not self._looked:
+            return []
+        moved = {_module(name) for name in self._parameters if name not in self._still}
+        return sorted({_module(name) for name in self._still} - moved)
+
+
+def broken(parameters: Mapping[str, nn.Parameter]) -> str:
+    """The first module with a gradient that is no number; empty where there is none."""
+    return next((_module(name) for name, value in parameters.items() if not _is_finite(value.grad)), "")
+
+
+def _is_finite(grad: Tensor | None) -> bool:
+    return grad is None or bool(grad.isfinite().all())
+
+
+def _module(name: str) -> str:
+    """Path of the module that a parameter belongs to: ``unet.conv_in.lora_up`` → ``unet.conv_in``."""
+    return name.rpartition(".")[0] or name
