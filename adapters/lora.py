@@ -96,7 +96,7 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoRA from its leaves, or DoRA; without an alpha the scale is 1."""
     strange = set(leaves) - {"lora_down", "lora_up", "lora_mid"}
     if strange or not {"lora_down", "lora_up"} <= set(leaves):
-        raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoRA")
+        raise ValueError(f"it has {', '.join(sorted(leaves))}, where a LoRA has lora_down and lora_up")
     return low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
 
 

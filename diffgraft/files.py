@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffgraft.errors import DiffgraftError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -39,6 +41,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping
         save_file(apart(tensors), partial, dict(header))
         _sort_header(partial)
     return path
+
+
+def check_suffix(path: Path) -> None:
+    """Raises DiffgraftError where a safetensors file would have a name that tells tools it is something else."""
+    if path.suffix != ".safetensors":
+        raise DiffgraftError(f"{path.name} would be a safetensors file: give {path.with_suffix('.safetensors').name}.")
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Adapter files: found by looking at their keys, read whole or refused, written under a temporary name first."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +23,10 @@ from diffgraft.adapters.formats import (
     webui_hypernetwork,
 )
 from diffgraft.adapters.formats.opened import open_file
-from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for
+from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.bases.stored import is_checkpoint
 from diffgraft.errors import DiffgraftError, nearest
-from diffgraft.files import write_safetensors
+from diffgraft.files import check_suffix, write_safetensors
 
 DIALECTS: dict[str, ModuleType] = {
     "peft": peft_folder,
@@ -42,6 +43,8 @@ DIALECTS: dict[str, ModuleType] = {
 }
 """Name of a dialect → the module that reads it, and writes it where it is in `WRITTEN`."""
 
+_OF_RUNS = "adapter.safetensors"
+"""The adapter in the folder of a training run"""
 WRITTEN = ("diffusers", "lycoris", "embedding", "diffgraft", "kohya", "webui", "peft")
 AUTO = ("diffusers", "lycoris", "embedding", "diffgraft")
 """What is tried where nothing is said: what more tools open, first; the last one holds anything."""
@@ -61,6 +64,11 @@ def load_adapter(path: str | Path) -> Adapter:
         )
     tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
+    if any("model.diffusion_model." in key for key in tensors):
+        raise DiffgraftError(
+            f"{path} is a whole checkpoint and no adapter; nor is it opened as a base, for {path.suffix} files can "
+            "hold code: get it as .safetensors."
+        )
     if is_for_a_transformer(tensors):
         raise DiffgraftError(
             f"{path} is for a base whose denoiser is a transformer, such as Flux or Stable Diffusion 3 (first key: "
@@ -69,7 +77,10 @@ def load_adapter(path: str | Path) -> Adapter:
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):
             try:
-                return _following(dialect.read(tensors, header))
+                found = dialect.read(tensors, header)
+                if strange := misspelt(found.modules):
+                    warnings.warn(f"{path}: {strange}", stacklevel=2)
+                return _following(found)
             except UnknownKeyError as error:
                 rest = made_for(dialect.read, tensors, header, error)
                 raise DiffgraftError(f"{path} cannot be read: {error}{rest}.") from error
@@ -92,7 +103,9 @@ def _following(adapter: Adapter) -> Adapter:
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file, or of the files in a folder of peft's."""
+    """Tensors and header of a file, of the files in a folder of peft's, or of what a run has left."""
+    if (path / _OF_RUNS).is_file():
+        return open_file(path / _OF_RUNS)
     parts = peft_folder.folders(path) if path.is_dir() else {}
     if not parts:
         return open_file(path)
@@ -108,6 +121,8 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     """
     if dialect not in (*WRITTEN, "auto"):
         raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
+    if not (adapter.deltas or adapter.tokens or adapter.networks):
+        raise DiffgraftError(f"There is nothing to write into {path}: the adapter changes no layer and holds no word.")
     for name in AUTO if dialect == "auto" else (dialect,):
         module = DIALECTS[name]
         try:
@@ -120,6 +135,7 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
         except ValueError as error:
             reason = str(error)
             continue
+        check_suffix(path)
         return write_safetensors(path, tensors, header)
     raise DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {reason}.")
 

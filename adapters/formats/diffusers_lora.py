@@ -60,7 +60,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
         if not {"lora_down", "lora_up"} <= set(leaves):
-            raise ValueError(f"{path} has only one of its two factors, so half of the file is missing")
+            lacking = "lora_B" if "lora_down" in leaves else "lora_A"
+            raise ValueError(f"of {path} it has only one of the two factors: {lacking} is missing")
         try:
             deltas[path] = (build(leaves, alpha_of(config, path, leaves["lora_down"].shape[0])),)
         except (ValueError, IndexError) as error:
@@ -81,8 +82,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something other than one LoRA."""
     if strange := [path for path in adapter.deltas if path.partition(".")[0] not in PARTS]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}, which are all the diffusers layout knows")
-    if adapter.tokens or not adapter.deltas:
-        raise ValueError("it holds words, or no weights, and the diffusers layout is for weights alone")
+    if not adapter.deltas:
+        raise ValueError("it holds no weights, which is what the diffusers layout is for; words go into `embedding`")
+    if adapter.tokens:
+        raise ValueError(
+            f"it holds words ({', '.join(adapter.tokens)}), and the diffusers layout is for weights alone: convert the "
+            "weights by --only weights, and each word by --only WORD --to embedding"
+        )
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
     for part in PARTS:

@@ -50,7 +50,10 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where there is more, or less, than one word."""
     if adapter.deltas or len(adapter.tokens) != 1:
-        raise ValueError(f"it holds {len(adapter.deltas)} modules and {len(adapter.tokens)} words; it can be one word")
+        raise ValueError(
+            f"it holds {len(adapter.deltas)} modules and {len(adapter.tokens)} words; it can be one word alone: "
+            "--only WORD takes it out"
+        )
     ((word, vectors),) = adapter.tokens.items()
     header = {"format": "pt", **write_ours(adapter)}
     if set(vectors) == {"text_encoder"}:

@@ -6,6 +6,7 @@ dots, and its numbers and texts entries of the header, as JSON.
 """
 
 import json
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
             raise ValueError("it claims to hold more than it is long")
         return {key: value.detach().clone() for key, value in tensors.items()}, header
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error):
+            raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error
+        raise DiffgraftError(
+            f"{path} holds more than tensors, numbers and texts, which may be code that runs on opening: it was not "
+            "opened. Get it as .safetensors, from someone you trust."
+        ) from error
     except Exception as error:  # a damaged pickle raises anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DiffgraftError(f"{path} was not opened as a file of PyTorch's ({reason}). {_ADVICE}") from error

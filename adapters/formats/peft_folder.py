@@ -126,8 +126,10 @@ def _factors(delta: Delta) -> FactorDelta:
 
 def save(adapter: Adapter, path: Path) -> Path:
     """Write a folder; nothing half-written has its name. Raises ValueError where peft has no place for something."""
-    if adapter.tokens or not adapter.deltas:
-        raise ValueError("it holds words, or no weights, and peft's folders are for weights alone")
+    if not adapter.deltas:
+        raise ValueError("it holds no weights, which is what peft's folders are for")
+    if adapter.tokens:
+        raise ValueError(f"it holds words ({', '.join(adapter.tokens)}), and peft's folders are for weights alone")
     if path.suffix == ".safetensors" or path.exists():
         raise ValueError(f"peft writes folders: {path} must be the name of a new one")
     parts = {part: _write(adapter, part) for part in PARTS if any(p.startswith(f"{part}.") for p in adapter.deltas)}

@@ -8,10 +8,24 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.ops.effect import fitting
+from diffgraft.errors import nearest
 
 Read = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
+_ALIKE = 0.7
+"""From this share of letters in common a beginning may have been meant as the other"""
 _AT_MOST = 20
 """So many modules with unknown keys are left aside to see what the others fit."""
+_NAMES = """
+down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers transformer_blocks attn1 attn2 ff net proj
+proj_in proj_out to_q to_k to_v to_out norm norm1 norm2 norm3 group_norm conv conv1 conv2 conv_in conv_out conv_norm_out
+conv_shortcut time_emb_proj time_embedding add_embedding linear_1 linear_2
+embeddings token_embedding position_embedding encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2
+layer_norm1 layer_norm2 final_layer_norm text_projection
+word_embeddings position_embeddings token_type_embeddings layer attention self query key value output dense intermediate
+pooler LayerNorm
+"""
+"""What modules are called in the UNets and text encoders known here: those of CLIP, and of BERT"""
+_WORDS = frozenset(_NAMES.split())
 _TRANSFORMERS = re.compile(
     r"(base_model\.model\.)?(transformer|diffusion_model)\.|lora_(transformer|te3)_"
     r"|(lora_unet|lycoris)_(double|single|joint)_blocks?_"
@@ -29,8 +43,8 @@ class UnknownKeyError(ValueError):
     def __init__(self, key: str, expected: str, begins: Sequence[str] = (), endings: Sequence[str] = ()) -> None:
         self.key = self.module = key
         near = ""
-        if begins and endings:
-            begin = max(begins, key=lambda word: _like(word, _first(key, word)))
+        begin = max(begins, key=lambda word: _like(word, _first(key, word)), default="")
+        if begin and _like(begin, _first(key, begin)) > _ALIKE:
             middle = key.removeprefix(_first(key, begin))
             stems = {ending: begin + middle.removesuffix(_last(middle, ending)) for ending in endings}
             others = (ending for ending, stem in stems.items() if stem + ending != key)
@@ -73,6 +87,19 @@ def made_for(read: Read, tensors: Mapping[str, Tensor], header: Mapping[str, str
         else:
             return f", and its other modules are those of {', '.join(found)}" if found else ""
     return ""
+
+
+def misspelt(paths: Sequence[str]) -> str:
+    """A sentence on modules with names that no base known here has, where most have names that some base has."""
+    strange = [path for path in paths if not _WORDS.issuperset(_words(path))]
+    if not strange or 2 * len(strange) > len(paths):
+        return ""
+    word = next(word for word in _words(strange[0]) if word not in _WORDS)
+    return f"{len(strange)} of its modules are in no base known here, such as {strange[0]}; {nearest(word, _WORDS)}"
+
+
+def _words(path: str) -> list[str]:
+    return [word for word in path.split(".")[1:] if not word.isdecimal()]
 
 
 def is_for_a_transformer(keys: Iterable[str]) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
-from diffgraft.files import replacing, write_safetensors
+from diffgraft.files import check_suffix, replacing, write_safetensors
 
 _READ = ("lora", "loha", "lokr", "full", "oft", "boft")
 
@@ -37,7 +37,9 @@ def save(adapter: Adapter, path: Path) -> Path:
         with replacing(path) as partial:
             torch.save(held, partial)
         return path
-    return write_safetensors(path, *write(adapter))
+    tensors, header = write(adapter)
+    check_suffix(path)
+    return write_safetensors(path, tensors, header)
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,15 +1,23 @@
 """From one dialect to another, and how near the new file comes to the old one."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffgraft.adapters.adapter import Adapter
+import torch
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dora import following
 from diffgraft.adapters.formats import WRITTEN, load_adapter, save_adapter
 from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.method import read_delta, read_network
 from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, nearest
+
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ def convert(
     approximate: Size | None = None,
     weights: Weights | None = None,
     device: str = "cpu",
+    only: str = "",
+    precision: str = "",
 ) -> Converted:
     """Write the adapter at `source` to `path` in `dialect`.
 
@@ -44,28 +54,70 @@ def convert(
         approximate: where the dialect cannot hold the adapter, LoRAs of this size in its place.
         weights: the base, for approximations of methods that are functions of its weights.
         device: where approximations and errors are computed.
+        only: ``weights``, ``words``, or one word that the file teaches; the rest is left out. Empty: all of it.
+        precision: a key of `PRECISIONS`, to which all numbers are rounded. Empty: they stay as they are.
 
     Raises:
-        DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for.
+        DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such word
+            or precision.
     """
-    adapter = load_adapter(source)
+    adapter = part_of(load_adapter(source), only) if only else load_adapter(source)
+    rounded = in_precision(adapter, precision) if precision else adapter
     path = Path(path).expanduser()
     if path.exists():
         raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     found: Reduced | None = None
     try:
-        save_adapter(adapter, path, dialect)
+        save_adapter(rounded, path, dialect)
     except DiffgraftError as error:
         if not _can_be_approximated(adapter, dialect):
             raise
         if approximate is None:
             raise DiffgraftError(f"{error} With --rank or --energy it is approximated by LoRAs.") from error
         found = resize(adapter, approximate, weights, device)
-        save_adapter(found.adapter, path, dialect)
+        save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, path, dialect)
     again = load_adapter(path)
     differ = any(delta.follows for deltas in again.deltas.values() for delta in deltas)
     comparison = compare(adapter, again, weights, device)
     return Converted(path, comparison, found is not None, found.dropped if found else (), differ)
+
+
+def part_of(adapter: Adapter, only: str) -> Adapter:
+    """Its weights and networks, its words, or one of them.
+
+    Raises:
+        DiffgraftError: there is no such word in it.
+    """
+    if only == "weights":
+        return replace(adapter, tokens={})
+    if only == "words":
+        return replace(adapter, deltas={}, networks=())
+    if only not in adapter.tokens:
+        known = ["weights", "words", *adapter.tokens]
+        raise DiffgraftError(f"There is nothing called {only!r} in the file: {nearest(only, known)}")
+    said = {**adapter.metadata, "method": "textual-inversion", "trigger": only}
+    return Adapter({}, said, tokens={only: adapter.tokens[only]})
+
+
+def in_precision(adapter: Adapter, precision: str) -> Adapter:
+    """With every number rounded to a key of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, PRECISIONS)}")
+    dtype = PRECISIONS[precision]
+
+    def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+    def again(delta: Delta) -> Delta:
+        found = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
+        return following(found, delta.follows) if delta.follows else found
+
+    return Adapter(
+        {path: tuple(map(again, own)) for path, own in adapter.deltas.items()},
+        adapter.metadata,
+        tuple(read_network(network.kind, rounded(network.tensors), network.settings) for network in adapter.networks),
+        {word: rounded(vectors) for word, vectors in adapter.tokens.items()},
+    )
 
 
 def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:

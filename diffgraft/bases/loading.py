@@ -30,7 +30,7 @@ FAMILIES: dict[str, Family] = {
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
 _FIRST = f"{UNET}input_blocks.0.0.weight"
-_ADVICE = "If it is an adapter, pass it with --adapter and keep the base it was made for."
+_ADVICE = "An adapter is no base: `generate` takes it with --adapter, and `merge` before --into."
 
 
 def load_base(
@@ -59,6 +59,8 @@ def load_base(
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     with hushed():
         if not path.exists():
+            if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+                raise DiffgraftError(f"There is no base {source}: no file of that name exists.")
             path = _from_hub(str(source))
         pipe = _from_file(path, family) if path.is_file() else _from_folder(path)
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
@@ -69,8 +71,9 @@ def load_base(
     if dtype is not None:
         return base.to(dtype=dtype)
     held = _precisions(path, found)
-    for name, part in base.parts():
-        part.to(held.get(name))
+    with hushed():
+        for name, part in base.parts():
+            part.to(held.get(name))
     return base
 
 

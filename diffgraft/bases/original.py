@@ -232,8 +232,8 @@ def original_weights(base: Base) -> dict[str, Tensor]:
         raise DiffgraftError(f"Bases of the family {base.family.name} have no single-file layout: write a folder.")
     if base.unet.config.layers_per_block != 2:
         raise DiffgraftError(
-            f"{base.name} has {base.unet.config.layers_per_block} layers a level where the family has 2, which no tool "
-            "could tell from a single file: write a folder, under a name without .safetensors."
+            f"{base.name} has a smaller UNet than its family, and single files are taken to be as large as that: write "
+            "a folder, under a name without .safetensors."
         )
     blocks, levels = Blocks.of(base.unet.config), len(base.vae.config.block_out_channels)
     weights = {f"{UNET}{blocks.original(name)}": value for name, value in base.unet.state_dict().items()}

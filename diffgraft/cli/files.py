@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
 
 BASE = typer.Option(help="The base it is for, where its weights matter: `tiny`, a diffusers folder, a .safetensors.")
 RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
-ENERGY = typer.Option(help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs.")
+ENERGY = typer.Option(
+    help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs, at most --rank."
+)
 DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …")
 OUTPUT = typer.Option("--output", "-o", help="The new file.")
-FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft or diffgraft.")
+FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft, embedding or diffgraft.")
 
 
 def convert(
@@ -29,8 +32,14 @@ def convert(
         Path, typer.Argument(help="The new file (for peft: a folder; hypernetworks for webui: .pt).", metavar="NEW")
     ],
     to: Annotated[
-        str, typer.Option(help="kohya, webui, lycoris, diffusers, peft, embedding, diffgraft, or auto.")
+        str,
+        typer.Option(
+            help="kohya, webui, lycoris, diffusers, peft, embedding (words), diffgraft; auto: the first that holds it "
+            "of diffusers, lycoris, embedding, diffgraft."
+        ),
     ] = "auto",
+    only: Annotated[str, typer.Option(help="`weights`, `words`, or one word of the file: the rest is left out.")] = "",
+    precision: Annotated[str, typer.Option(help="float16, bfloat16 or float32. [default: as it is]")] = "",
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     base: Annotated[str | None, BASE] = None,
@@ -55,7 +64,7 @@ def convert(
 
     approximate = Size(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
-        done = change(source, output, to, approximate, weights, device)
+        done = change(source, output, to, approximate, weights, device, only, precision)
     kept = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
     path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))
     typer.echo(done.path)
@@ -93,8 +102,10 @@ def combine(
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     way: Annotated[str, typer.Option(help="sum, ties or dare.")] = "sum",
-    density: Annotated[float, typer.Option(help="With ties and dare: the share of entries that is kept.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="With dare: of what is dropped.")] = 0,
+    density: Annotated[
+        float, typer.Option(help="With ties and dare: the share of entries that is kept, not dropped.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="With dare: seed of the choice of what is dropped.")] = 0,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
     device: Annotated[str, DEVICE] = "cpu",
@@ -130,6 +141,7 @@ def extract(
 ) -> None:
     """Make an adapter of the difference of two checkpoints, text encoders included, layer by layer.
 
+    How large it may be is said by --rank, or by --energy.
     For example: diffgraft extract dreamboothed/ stable-diffusion-v1-5/ -o dog.safetensors --rank 16
     """
     from diffgraft.adapters.ops.extract import extract as difference
@@ -151,7 +163,7 @@ def resize(
     base: Annotated[str | None, BASE] = None,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Make a LoRA of a smaller rank of any adapter, convolutions included.
+    """Make a LoRA of a smaller rank of any adapter, convolutions included; --rank or --energy says how small.
 
     For example: diffgraft resize dog.safetensors -o small-dog.safetensors --energy 0.95
     """
@@ -185,7 +197,9 @@ def diff(
     first: Annotated[Path, typer.Argument(help="An adapter file.")],
     second: Annotated[Path, typer.Argument(help="Another.")],
     base: Annotated[str | None, BASE] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The error of every module, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The error of every module, for programs; null where only one has it.")
+    ] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Say where two adapters differ in what they do.
@@ -200,12 +214,15 @@ def diff(
     with opened(base) as weights:
         found = compare(load_adapter(first), load_adapter(second), weights, device)
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=1, default=str))
+        said = asdict(found)
+        said["errors"] = {path: error if isfinite(error) else None for path, error in found.errors.items()}
+        typer.echo(json.dumps(said, indent=1, default=str))
         return
     if found.same:
         typer.echo("They do the same, to the bit.")
-    apart = sorted(((error, path) for path, error in found.errors.items() if error), reverse=True)
-    typer.echo(f"{len(apart)} of {len(found.errors)} modules differ")
+    alone = {*found.only_first, *found.only_second}
+    apart = sorted(((error, path) for path, error in found.errors.items() if error and path not in alone), reverse=True)
+    typer.echo(f"{len(apart)} of {len(found.errors) - len(alone)} modules that both have differ")
     for error, path in apart[:10]:
         typer.echo(f"{error:8.2g}  {path}")
     for name, paths in ((first, found.only_first), (second, found.only_second)):

@@ -1,5 +1,6 @@
 """The command line. Heavy imports happen inside commands, so that ``--help`` answers at once."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -39,7 +40,7 @@ def _options(
 
 
 PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction, if its files do not say it.")
-ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, alike.")
+ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
 
 
 @app.command()
@@ -88,7 +89,7 @@ def generate(
         typer.Option(
             "--adapter",
             "-a",
-            help="FILE, FILE:0.8, by part or block FILE:unet=0.8,OUT04=0; again for more.",
+            help="FILE, FILE:0.8, or by part and block FILE:unet=0.8,OUT04=0 (IN00 … M00 … OUT11); again for more.",
         ),
     ] = None,
     base: Annotated[
@@ -156,7 +157,9 @@ def generate(
 
 @app.command()
 def merge(
-    adapter: Annotated[list[str], typer.Argument(help="FILE, FILE:0.8 or FILE:unet=0.8,text_encoder=0.5.")],
+    adapter: Annotated[
+        list[str], typer.Argument(help="FILE, FILE:0.8, or by part and block: FILE:unet=0.8,text_encoder=0.5,OUT04=0.")
+    ],
     output: Annotated[
         Path,
         typer.Option(
@@ -256,6 +259,8 @@ def main() -> None:
     """Run the command line; what a person can put right is said in a sentence, without a traceback."""
     from diffgraft.errors import DiffgraftError
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
     warnings.showwarning = lambda message, *_, **__: typer.secho(f"warning: {message}", fg="yellow", err=True)
     try:
         app()

@@ -167,12 +167,12 @@ class Graft:
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
             f"{name} does not fit this base: {len(found)} of its {len(adapter.deltas)} modules match.{hint}"
-            + self._absent(absent)
+            + self._absent(absent, few=len(absent) < len(found))
             + (f" {len(misshapen)} have another shape, such as {misshapen[0]}." if misshapen else "")
             + " Use the base the adapter was trained on."
         )
 
-    def _absent(self, absent: list[str]) -> str:
+    def _absent(self, absent: list[str], few: bool) -> str:
         if not absent:
             return ""
         part = absent[0].partition(".")[0]
@@ -181,7 +181,7 @@ class Graft:
             return f" {len(absent)} are not there, such as {absent[0]}: this base has no {part}."
         last = absent[0].rpartition(".")[2]
         alike = [f"{part}.{path}" for path, _ in here.named_modules() if path.endswith("." + last)]
-        hint = f" ({nearest(absent[0], alike)})" if alike else ""
+        hint = f" ({nearest(absent[0], alike)})" if alike and few else ""
         return f" {len(absent)} are not there, such as {absent[0]}{hint}."
 
     def _warn_of_another_base(self, name: str, adapter: Adapter) -> None:

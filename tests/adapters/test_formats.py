@@ -96,6 +96,8 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(base: Base, tmp_path: Path
     bad = tmp_path / "bad.safetensors"
     assert "there is no file" in refused(tmp_path / "none.safetensors")
     assert "is a folder" in refused(tmp_path)
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": torch.ones(4)}}, tmp_path / "m.ckpt")
+    assert "is a whole checkpoint and no adapter" in refused(tmp_path / "m.ckpt")
     bad.write_bytes(b"")
     assert "not a readable .safetensors file" in refused(bad)
     bad.write_bytes(b"PK\x03\x04 no tensors here" * 10)
@@ -143,6 +145,36 @@ def test_a_strange_key_is_told_with_what_it_may_have_been_meant_as(tmp_path: Pat
         header = file.metadata()
     save_file({**load_file(native), f"{plain}.7.lora_down": torch.ones(1)}, bad, header)
     assert f"did you mean '{plain}.0.lora_down'" in refused(bad)
+
+
+def test_a_misspelt_module_is_told_of(tmp_path: Path) -> None:
+    """It could be of a base that is not known here, so the file is read; most of its modules say that it is not."""
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    start = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    one = (low_rank(torch.ones(2, 5), torch.ones(7, 2)),)
+    for dialect in ("diffusers", "kohya"):
+        file = Adapter({f"{start}.{name}": one for name in names}).save(tmp_path / f"{dialect}.safetensors", dialect)
+        held = {key.replace("mid_block", "mid_blcok", key.count("to_q")): v for key, v in load_file(file).items()}
+        save_file(held, tmp_path / "bad.safetensors")
+        with pytest.warns(
+            UserWarning, match="1 of its modules are in no base known here, such as .*did you mean 'mid_b"
+        ):
+            load_adapter(tmp_path / "bad.safetensors")
+    save_file(
+        {f"unet.a.{side}.weight": torch.ones(3, 3) for side in ("lora_A", "lora_B")}, tmp_path / "own.safetensors"
+    )
+    assert load_adapter(tmp_path / "own.safetensors").modules == ["unet.a"]
+
+
+def test_names_of_files_say_what_they_are(base: Base, tmp_path: Path) -> None:
+    for name in ("a.pt", "a.bin", "a.txt", "a"):
+        with pytest.raises(DiffgraftError, match=r"would be a safetensors file: give a\.safetensors"):
+            made_up(base).save(tmp_path / name, "kohya")
+    with pytest.raises(DiffgraftError, match="There is nothing to write"):
+        Adapter({}, {"method": "lora"}).save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    made_up(base).save(tmp_path / "adapter.safetensors")
+    assert load_adapter(tmp_path).modules == load_adapter(tmp_path / "adapter.safetensors").modules
 
 
 def test_what_is_for_something_else_is_said(base: Base, tmp_path: Path) -> None:

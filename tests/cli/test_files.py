@@ -80,7 +80,7 @@ def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert "--rank 8, or --energy 0.95" in capsys.readouterr().err
     assert call(monkeypatch, "diff", file, small) == 0
     said = capsys.readouterr().out
-    assert f"{len(one.modules)} of {len(one.modules)} modules differ" in said
+    assert f"{len(one.modules)} of {len(one.modules)} modules that both have differ" in said
     assert "rank: None | 2" in said
     assert call(monkeypatch, "diff", file, file) == 0
     assert "They do the same, to the bit." in capsys.readouterr().out
@@ -122,6 +122,49 @@ def test_what_full_training_leaves_goes_into_the_names_of_lycoris(
     said = capsys.readouterr().out
     assert "left away, as LoRA cannot hold it" in said
     assert "in text_encoder.final_layer_norm" not in said
+
+
+def test_convert_part_of_a_file_and_in_another_precision(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
+) -> None:
+    held = load_adapter(file)
+    words = {word: {"text_encoder": torch.randn(2, 64)} for word in ("<s1>", "<s2>")}
+    both = type(held)(held.deltas, held.metadata, tokens=words).save(tmp_path / "both.safetensors", "lycoris")
+    assert call(monkeypatch, "convert", both, tmp_path / "x.safetensors", "--to", "diffusers") == 1
+    assert "--only weights" in capsys.readouterr().err
+    weights = tmp_path / "weights.safetensors"
+    assert call(monkeypatch, "convert", both, weights, "--to", "diffusers", "--only", "weights") == 0
+    assert "largest relative error: 0\n" in capsys.readouterr().out
+    assert set(load_adapter(weights).modules) == set(held.modules)
+    assert call(monkeypatch, "convert", both, tmp_path / "s2.safetensors", "--only", "<s2>", "--to", "embedding") == 0
+    assert list(load_file(tmp_path / "s2.safetensors")) == ["<s2>"]
+    assert call(monkeypatch, "convert", both, tmp_path / "x.safetensors", "--only", "<s3>") == 1
+    assert "did you mean '<s" in capsys.readouterr().err
+    half = tmp_path / "half.safetensors"
+    assert call(monkeypatch, "convert", both, half, "--to", "kohya", "--precision", "float16") == 0
+    error = float(capsys.readouterr().out.split("largest relative error: ")[1].split(",")[0])
+    assert 0 < error < 1e-2
+    assert load_file(half)["bundle_emb.<s1>.string_to_param.*"].dtype == torch.float16
+    assert all(value.dtype == torch.float16 for key, value in load_file(half).items() if key.endswith("up.weight"))
+    assert call(monkeypatch, "convert", both, tmp_path / "x.safetensors", "--precision", "fp16") == 1
+    assert "did you mean 'float16'" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_diff_as_json_is_json_where_only_one_has_a_module(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
+) -> None:
+    held = load_adapter(file)
+    first, *others = held.deltas
+    one = type(held)({first: held.deltas[first]}, held.metadata).save(tmp_path / "one.safetensors")
+    assert call(monkeypatch, "diff", one, file, "--json") == 0
+    said = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert said["errors"][first] == 0
+    assert said["errors"][others[0]] is None
+    assert call(monkeypatch, "diff", one, file) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("0 of 1 modules that both have differ\n")
+    assert f"only in {file}: {len(others)} modules" in said
 
 
 def test_convert_a_checkpoint(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say) -> None:
