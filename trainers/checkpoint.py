@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors, write_text
+from diffgraft.trainers.average import Average
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
@@ -27,6 +28,7 @@ def save_checkpoint(
     identity: str,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    average: Average | None = None,
     keep: int = 2,
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted."""
@@ -45,6 +47,8 @@ def save_checkpoint(
                 numbers.setdefault(str(index), {})[name] = value
     write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
     groups = [{key: value for key, value in group.items() if type(value) in _PLAIN} for group in optimizer.param_groups]
+    if average is not None:
+        write_safetensors(partial / "average.safetensors", average.tensors(), {"format": "pt"})
     said = {"step": step, "identity": identity, "optimizer": numbers, "groups": groups}
     write_text(partial / "state.json", json.dumps(said, sort_keys=True))
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +63,13 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def restore(run: Path, identity: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def restore(
+    run: Path,
+    identity: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    average: Average | None = None,
+) -> int:
     """Put back the values of the newest checkpoint that can be read, in place, and return its step; 0 without one.
 
     Raises:
@@ -69,6 +79,7 @@ def restore(run: Path, identity: str, parameters: Mapping[str, nn.Parameter], op
         try:
             said = json.loads((folder / "state.json").read_text("utf-8"))
             values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
+            averaged = load_file(folder / "average.safetensors") if average is not None else {}
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
@@ -80,6 +91,8 @@ def restore(run: Path, identity: str, parameters: Mapping[str, nn.Parameter], op
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
+        if average is not None:
+            average.load(averaged)
         state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in said["optimizer"].items()}
         for key, value in moments.items():
             index, _, name = key.partition(".")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
+from diffgraft.trainers.average import Average
 from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
@@ -75,7 +76,8 @@ def fit(
     """
     parameters = adapter.trainable()
     optimizer = new_optimizer(recipe, parameters, adapter.rates())
-    done = restore(folder, identity, parameters, optimizer)
+    average = Average(parameters, recipe.ema) if recipe.ema else None
+    done = restore(folder, identity, parameters, optimizer, average)
     if done > recipe.steps:
         raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
@@ -99,12 +101,14 @@ def fit(
                 with _random_numbers_of(recipe.seed, step, accelerator):  # the same again: clipping has spread it
                     _accumulate(recipe, accelerator, predict, objective, step)
                 if lead and done > saved:
-                    save_checkpoint(folder, done, identity, parameters, optimizer)
+                    save_checkpoint(folder, done, identity, parameters, optimizer, average)
                 raise DiffgraftError(_diverged(recipe, terms["loss"], step, broken(parameters), objective, accelerator))
             health.note()
             stepping = True
             optimizer.step()
             adapter.after_step()
+            if average is not None:
+                average.step()
             done, stepping = step + 1, False
             optimizer.zero_grad()
             record.append({"step": done, "lr": rate(recipe, step), **terms})
@@ -112,16 +116,16 @@ def fit(
             if lead:
                 _append(folder, record[-1])
                 if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
-                    save_checkpoint(folder, done, identity, parameters, optimizer)
+                    save_checkpoint(folder, done, identity, parameters, optimizer, average)
                     saved = done
                 if recipe.sample_every and done % recipe.sample_every == 0:
-                    with at_rest(optimizer):
+                    with at_rest(optimizer, average):
                         sample(done)
     except KeyboardInterrupt:
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
-            save_checkpoint(folder, done, identity, parameters, optimizer)
+            save_checkpoint(folder, done, identity, parameters, optimizer, average)
         raise
-    settle(optimizer)
+    settle(optimizer, average)
     accelerator.free_memory()
     if lead and (still := health.still()):
         warnings.warn(

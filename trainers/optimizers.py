@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.average import Average
 from diffgraft.trainers.recipe import Recipe
 
 Groups = list[dict[str, Any]]
@@ -58,6 +59,10 @@ def _schedule_free(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
         raise DiffgraftError(
             f"optimizer=schedule-free needs no schedule, and lr_schedule={recipe.lr_schedule}: leave it at constant."
         )
+    if recipe.ema:
+        raise DiffgraftError(
+            f"optimizer=schedule-free averages by itself, and ema={recipe.ema}: leave one of them out."
+        )
     optimizer: torch.optim.Optimizer = AdamWScheduleFree(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     optimizer.train()  # type: ignore[attr-defined]
     return optimizer
@@ -90,15 +95,24 @@ def new_optimizer(
     return _MAKERS[recipe.optimizer](groups, recipe)
 
 
-def settle(optimizer: Any) -> None:
-    """Give parameters the values that count: schedule-free trains at others, between these and where it has got to."""
-    if _has_modes(optimizer):
+def settle(optimizer: Any, average: Average | None = None) -> None:
+    """Give parameters the values that count: those of the average, where one is kept.
+
+    Schedule-free trains at other values, too, between those that count and where it has got to.
+    """
+    if average is not None:
+        average.settle()
+    elif _has_modes(optimizer):
         optimizer.eval()
 
 
 @contextmanager
-def at_rest(optimizer: Any) -> Iterator[None]:
+def at_rest(optimizer: Any, average: Average | None = None) -> Iterator[None]:
     """Within the block parameters have the values that count; afterwards the very bits from before."""
+    if average is not None:
+        with average.in_place():
+            yield
+        return
     if not _has_modes(optimizer):
         yield
         return

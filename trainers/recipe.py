@@ -68,6 +68,9 @@ class Recipe(Strict):
     the rate itself (lr=1); schedulefree's AdamW"""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay"""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of what trains, which is then what is saved and drawn with; 0: none. 0.999 for
+    thousands of steps, less for few"""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm the gradient is clipped to"""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.average import Average
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
@@ -85,9 +86,39 @@ def test_schedule_free_exports_its_average() -> None:
     assert all(torch.equal(values[name], value) for name, value in trained.items())
 
 
+def test_a_moving_average_is_what_is_kept_and_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
+    recipe, values = recipe_of("adamw", ema=0.6), parameters()
+    optimizer, average = new_optimizer(recipe, values, {}), Average(values, recipe.ema)
+    wanted = {name: value.detach().double() for name, value in values.items()}
+    for step in range(9):
+        walk(recipe, values, optimizer, step)
+        average.step()
+        decay = min(0.6, (1 + step) / (10 + step)) if step else 0.0  # as diffusers lets it grow
+        wanted = {name: decay * kept + (1 - decay) * values[name].detach().double() for name, kept in wanted.items()}
+        if step == 4:
+            save_checkpoint(tmp_path, 5, "same", values, optimizer, average)
+    trained = {name: value.detach().clone() for name, value in values.items()}
+    with at_rest(optimizer, average):
+        for name, value in values.items():
+            torch.testing.assert_close(value.detach().double(), wanted[name], rtol=1e-5, atol=1e-6)
+            assert not torch.equal(value, trained[name])
+    assert all(torch.equal(values[name], value) for name, value in trained.items())
+    again = parameters()
+    other, second = new_optimizer(recipe, again, {}), Average(again, recipe.ema)
+    assert restore(tmp_path, "same", again, other, second) == 5
+    for step in range(5, 9):
+        walk(recipe, again, other, step)
+        second.step()
+    settle(optimizer, average)
+    settle(other, second)
+    assert all(torch.equal(again[name], value) for name, value in values.items())
+
+
 def test_what_cannot_go_together_is_told() -> None:
     with pytest.raises(DiffgraftError, match="finds one rate for all"):
         new_optimizer(recipe_of("prodigy"), parameters(), {"up": 4.0})
+    with pytest.raises(DiffgraftError, match="averages by itself"):
+        new_optimizer(recipe_of("schedule-free", ema=0.9), parameters(), {})
     with pytest.raises(DiffgraftError, match="needs no schedule, and lr_schedule=cosine"):
         new_optimizer(recipe_of("schedule-free", lr_schedule="cosine"), parameters(), {})
 
