@@ -28,6 +28,30 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """The folder, made where there is none, for this process alone; a process that dies gives it free.
+
+    Raises:
+        DiffgraftError: another process has it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DiffgraftError(
+            f"Another process is at work in {folder}. Wait for it, or choose another output=…"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8, whole or not at all."""
     with replacing(path) as partial:

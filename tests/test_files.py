@@ -1,12 +1,15 @@
 """Files appear whole or not at all, and never over another."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffgraft.files import replacing, unused, write_safetensors, write_text
+from diffgraft.errors import DiffgraftError
+from diffgraft.files import alone_in, replacing, unused, write_safetensors, write_text
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -39,3 +42,21 @@ def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     for name in ("a.png", "a-2.png"):
         (tmp_path / name).touch()
     assert unused(path) == tmp_path / "a-3.png"
+
+
+def test_a_folder_is_one_process_s_alone(tmp_path: Path) -> None:
+    """A second process is refused while the first is there, also after it was killed; nothing is left behind."""
+    folder = tmp_path / "new" / "run"
+    script = (
+        "import sys, time, pathlib; from diffgraft.files import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('there', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "there\n"
+        with pytest.raises(DiffgraftError, match="Another process is at work in"), alone_in(folder):
+            pass
+        first.kill()
+    with alone_in(folder):
+        (folder / "a").touch()
+    assert [path.name for path in folder.iterdir()] == ["a"]

@@ -6,6 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import lcm
@@ -24,6 +25,7 @@ from diffgraft.data.class_images import class_images
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import Picture, read_folder
 from diffgraft.errors import DiffgraftError
+from diffgraft.files import alone_in
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image, save_loss_plot
@@ -106,16 +108,16 @@ def train(
     try:
         _attach(plan, held).detach()  # what cannot be is refused before anything is drawn or written
         _noising(plan, held)
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_recipe(plan, folder / "recipe.yaml")
-        run = Run(folder, plan, read_record(folder))
-        if not run.adapter_file.exists():
-            run = _learn(plan, held, folder, accelerator, pictures)
-        if accelerator.is_main_process and not run.before_after.exists():
-            save_loss_plot(_curves(run.metrics), folder / "loss.png")
-            save_image(_before_after(plan, held, run.adapter), run.before_after)
-        accelerator.wait_for_everyone()
+        with alone_in(folder) if accelerator.is_main_process else nullcontext():
+            if accelerator.is_main_process:
+                save_recipe(plan, folder / "recipe.yaml")
+            run = Run(folder, plan, read_record(folder))
+            if not run.adapter_file.exists():
+                run = _learn(plan, held, folder, accelerator, pictures)
+            if accelerator.is_main_process and not run.before_after.exists():
+                save_loss_plot(_curves(run.metrics), folder / "loss.png")
+                save_image(_before_after(plan, held, run.adapter), run.before_after)
+            accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
     finally:
