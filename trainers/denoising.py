@@ -37,6 +37,11 @@ class Denoiser(nn.Module):
         added = {name: torch.cat([one.added[name] for one in kept]) for name in kept[0].added}
         return Conditioning(torch.cat([one.hidden_states for one in kept]), added)
 
+    def reaches(self, path: str) -> bool:
+        """Whether what the module at an adapter's path computes reaches the prediction at all."""
+        part, _, inside = path.partition(".")
+        return not part.startswith("text_encoder") or self._base.family.reaches(self._base, part, inside)
+
     def forward(self, noisy: Tensor, times: Tensor, prompts: Sequence[str]) -> Tensor:
         """Noisy latents [n, c, h, w], timesteps [n], n prompts → the UNet's prediction [n, c, h, w], float32."""
         told = self.condition(prompts)

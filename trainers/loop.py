@@ -127,7 +127,7 @@ def fit(
         raise
     settle(optimizer, average)
     accelerator.free_memory()
-    if lead and (still := health.still()):
+    if lead and (still := [path for path in health.still() if denoiser.reaches(path)]):
         warnings.warn(
             f"{len(still)} of the modules never moved, such as {still[0]}: what they compute never reached the loss.",
             stacklevel=3,

@@ -36,6 +36,7 @@ class StableDiffusionXL:
         return Conditioning(torch.cat(states, -1), added)
 
     def reaches(self, base: Base, part: str, path: str) -> bool:
-        """The last layer of the first encoder does not: of it the penultimate states alone are used."""
+        """The end of the first encoder does not: of it the states before its last layer are used alone."""
         last = base.text_encoder.config.num_hidden_layers - 1
-        return not (part == "text_encoder" and f"encoder.layers.{last}." in path)
+        behind = f"encoder.layers.{last}." in path or path.endswith("final_layer_norm")
+        return not (part == "text_encoder" and behind)

@@ -167,7 +167,7 @@ class Graft:
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
             f"{name} does not fit this base: {len(found)} of its {len(adapter.deltas)} modules match.{hint}"
-            + self._absent(absent, few=len(absent) < len(found))
+            + self._absent(absent, few=len(absent) <= len(found))
             + (f" {len(misshapen)} have another shape, such as {misshapen[0]}." if misshapen else "")
             + " Use the base the adapter was trained on."
         )

@@ -55,7 +55,7 @@ def as_trained_by_kohya(base: Base) -> tuple[Any, nn.Module]:
     """Text encoder(s) and UNet under the names that they have in kohya's trainer."""
 
     def leveled(path: str) -> str:
-        return f"text_model.{path.removeprefix('text_model.')}"
+        return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
     if base.text_encoder_2 is None:
         return renamed(base.text_encoder, leveled), base.unet
