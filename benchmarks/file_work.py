@@ -5,7 +5,6 @@ weights, of which one differs from the other by matrices of rank 24. It takes a 
 disk.
 """
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -135,7 +134,7 @@ def main() -> None:
             layer_shapes(family)  # laid out once, for a second or two
             jobs += tqdm(on_adapters(family, Path(folder) / family), f"adapters for {family}")
         jobs += tqdm(on_checkpoints(Path(folder)), "checkpoints")
-    text = HEAD.format(threads=torch.get_num_threads() or os.cpu_count())
+    text = HEAD.format(threads=torch.get_num_threads())
     text += "".join(f"| `{job.family}` | {job.work} | {job.seconds:.1f} |\n" for job in jobs)
     write_text(PAGE, text)
 

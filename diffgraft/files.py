@@ -38,7 +38,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / ".lock")  # which stays there: whoever removed it could let two in
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -49,7 +49,6 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

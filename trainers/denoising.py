@@ -78,7 +78,7 @@ class Noising:
         return noisy, target
 
     def at_places(self, latents: Tensor, seed: int, places: Sequence[int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy latents, targets and timesteps for the examples at these places, as the settings have them."""
+        """Noisy latents and targets [n, c, h, w] and timesteps [n] for `latents` [n, c, h, w] at these n places."""
         shape, device = latents.shape[1:], latents.device
         noise = torch.stack([draw_noise(shape, self._noise, seed, at, kind) for at in places])
         times = torch.tensor([draw_time(self.steps, self._timesteps, seed, at, kind) for at in places]).to(device)

@@ -11,7 +11,7 @@ def distances(prediction: Tensor, target: Tensor, times: Tensor, alphas: Tensor,
 
     ``huber`` is the pseudo-Huber loss 2δ(√(d² + δ²) − δ): squared near zero, and proportional to the distance far from
     it, so that damaged pictures count less. Its δ may shrink on the way to pure noise (Khrapov et al. 2024,
-    arXiv:2403.16728, equations 3 and 9).
+    arXiv:2403.16728).
     """
     apart = prediction - target
     if settings.kind == "squared":
@@ -30,10 +30,11 @@ def distances(prediction: Tensor, target: Tensor, times: Tensor, alphas: Tensor,
 
 
 def weights(times: Tensor, alphas: Tensor, settings: Loss, predicts: str) -> Tensor:
-    """What each sample's loss is multiplied with, [n].
+    """What each sample's loss is multiplied with, [n]; `times` [n], `alphas` ᾱ of every timestep, SNR = ᾱ / (1 − ᾱ).
 
-    Min-SNR-γ (Hang et al. 2023, arXiv:2303.09556, section 3.4): min(SNR, γ) / SNR where ε is predicted, and
-    min(SNR, γ) / (SNR + 1) for v. Debiased estimation (Yu et al. 2023, arXiv:2310.08442, equation 12): 1 / √SNR for ε.
+    Min-SNR-γ (Hang et al. 2023, arXiv:2303.09556): min(SNR, γ) / SNR where ε is predicted, and min(SNR, γ) / (SNR + 1)
+    for v. Debiased estimation (Yu et al. 2023, arXiv:2310.08442): 1 / √SNR for ε, with SNR at most 1000, and
+    1 / (SNR + 1) for v.
     """
     found = torch.ones(len(times), device=times.device)
     signal = alphas[times].double()

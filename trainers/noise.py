@@ -48,7 +48,7 @@ def _pyramid(noise: Tensor, discount: float, seed: int, place: int, kind: int) -
 def perturbed(noise: Tensor, settings: Noise, seed: int, place: int, kind: int) -> Tensor:
     """The noise that is laid on the latents in the place of `noise`, which stays what is to be found.
 
-    Input perturbation (Ning et al. 2023, arXiv:2301.11706, algorithm 1): ε + γ · ξ, against exposure bias.
+    Input perturbation (Ning et al. 2023, arXiv:2301.11706): ε + γ · ξ, against exposure bias.
     """
     return noise + settings.perturbation * normal(noise.shape, seed, place, kind, _PERTURBATION)
 

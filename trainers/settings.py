@@ -58,4 +58,4 @@ class Loss(Strict):
     snr_gamma: float | None = Field(None, gt=0)
     """γ of min-SNR weighting (5 in the paper); unset: every timestep counts alike"""
     debiased: bool = False
-    """Weigh each timestep by 1 / √SNR (debiased estimation)"""
+    """Weigh each timestep by 1 / √SNR, or 1 / (SNR + 1) where v is predicted (debiased estimation)"""
