@@ -5,7 +5,8 @@ whole, or reduced to LoRA by a truncated singular value decomposition (Eckart an
 ranks as hold a share of each difference's energy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,15 @@ class AttachedFull(Attached):
         size = Size(options.rank, options.energy)
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        self.detach()
+        try:
+            yield
+        finally:
+            for full, (module, name, _) in self._places.items():
+                setattr(module, name, self._copies[full])
 
     def detach(self) -> None:
         for module, name, kept in self._places.values():

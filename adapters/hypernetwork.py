@@ -6,7 +6,8 @@ pair of networks f for each width of context there is (stable-diffusion-webui 1.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -160,6 +161,7 @@ class Overlay:
 
     def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
         self._networks, self._strength = networks, strength
+        self.is_bare = False
         self._widths = list(getattr(getattr(unet, "config", None), "block_out_channels", ()))
         self._uses: Counter[str] = Counter()
         # by whether gradients are made: a pass without them may come between one with them and its way back, when
@@ -180,6 +182,8 @@ class Overlay:
         self._hooks.clear()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_bare:
+            return
         sample = args[0] if args else kwargs.get("sample")
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
         said: dict[str, Tensor] = {}
@@ -213,7 +217,7 @@ class Overlay:
     def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             context, *rest = args
-            return (self._changed(name, context), *rest)
+            return args if self.is_bare else (self._changed(name, context), *rest)
 
         return hook
 
@@ -280,6 +284,14 @@ class AttachedHypernetwork(Attached):
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         network = Hypernetwork(copied(dict(self.networks.state_dict())), self._options.model_dump())
         return Adapter({}, metadata, (network,))
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        self._overlay.is_bare = True
+        try:
+            yield
+        finally:
+            self._overlay.is_bare = False
 
     def detach(self) -> None:
         self._overlay.remove()

@@ -6,7 +6,8 @@ An outside package names its `Method` in the entry-point group ``diffgraft.metho
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -36,6 +37,9 @@ class Options(BaseModel):
 class Attached(nn.Module):
     """A method on a live base: what the base computes is changed by it, and its parameters train."""
 
+    is_bare = False
+    """Whether it changes nothing for now"""
+
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, always in the same order."""
@@ -47,6 +51,15 @@ class Attached(nn.Module):
     @abstractmethod
     def detach(self) -> None:
         """Take it off: the base is as it was before, with the same weights in the same places."""
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within the block the base computes as if nothing were attached; words stay, for prompts that name them."""
+        self.is_bare = True
+        try:
+            yield
+        finally:
+            self.is_bare = False
 
     def rates(self) -> dict[str, float]:
         """Factors on the learning rate, by the name of the parameter; 1 where none is given."""

@@ -52,7 +52,7 @@ class AttachedPatches(Attached):
                 patch = make(f"{part}.{path}", layer, generator).to(_device(layer))
                 self._patches.append(patch)
                 self._paths.append(f"{part}.{path}")
-                self._hooks.append(layer.register_forward_hook(_hook(patch)))
+                self._hooks.append(layer.register_forward_hook(self._hook(patch)))
 
     def patches(self) -> dict[str, Patch]:
         """Path → patch."""
@@ -78,12 +78,11 @@ class AttachedPatches(Attached):
             hook.remove()
         self._hooks.clear()
 
+    def _hook(self, patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return out if self.is_bare else patch.change(layer, args[0], out)
 
-def _hook(patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return patch.change(layer, args[0], out)
-
-    return change
+        return change
 
 
 def _device(layer: nn.Module) -> torch.device:

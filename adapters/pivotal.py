@@ -4,7 +4,8 @@ The word takes what is a matter of naming, the weights what no word can say (Roi
 where the name comes from; cloneofsimo's ``lora`` brought it to diffusion models).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +57,11 @@ class AttachedPivotal(Attached):
     def after_step(self) -> None:
         self.weights.after_step()
         self.word.after_step()
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        with self.weights.bare():
+            yield
 
     @property
     def changes_text(self) -> bool:

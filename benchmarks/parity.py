@@ -33,13 +33,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from diffgraft.bases import Base, load_base
 from diffgraft.data.latents import Latents
-from diffgraft.data.pictures import read_folder
+from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.files import write_text
 from diffgraft.trainers import loop
 from diffgraft.trainers.denoising import Noising
+from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.run import Run, train
-from diffgraft.trainers.templates import TEMPLATES
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
 INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"
@@ -89,13 +89,13 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
         return optimizer
 
     def given_class(_: Base, prompts: Sequence[str], *__: Any) -> list[tuple[str, Any]]:
-        return [(prompts[0], picture.image) for picture in read_folder(CLASS)]
+        return [(prompts[0], picture) for picture in read_folder(CLASS)]
 
     folder.mkdir(parents=True)
     (folder / "before-after.png").touch()  # what is there is not drawn
     with (
         patch("diffgraft.trainers.loop.new_optimizer", watched),
-        patch("diffgraft.trainers.run.class_images", given_class),
+        patch("diffgraft.trainers.materials.class_images", given_class),
     ):
         run = train(recipe, base=base, images=INSTANCE, output=folder, **settings)
     record.losses = [entry["loss"] for entry in run.metrics]
@@ -107,6 +107,8 @@ class Draws:
     """What our trainer drew, one entry a batch; instance and class batches take turns where there are both."""
 
     rows: list[list[int]] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    """What was said of each example, one after the other"""
     spread: list[Tensor] = field(default_factory=list)
     """Noise of the VAE's posterior, [n, c, h, w]"""
     noise: list[Tensor] = field(default_factory=list)
@@ -116,7 +118,7 @@ class Draws:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        sample, add = Latents.sample, Noising.__call__
+        sample, add, said = Latents.sample, Noising.__call__, Examples.prompt
 
         def watched_sample(latents: Latents, rows: Sequence[int], noise: Tensor) -> Tensor:
             self.rows.append(list(rows))
@@ -128,7 +130,15 @@ class Draws:
             self.times.append(times)
             return add(noising, latents, noise, times)
 
-        with patch.object(Latents, "sample", watched_sample), patch.object(Noising, "__call__", watched_add):
+        def watched_prompt(examples: Examples, *which: Any) -> str:
+            self.prompts.append(said(examples, *which))
+            return self.prompts[-1]
+
+        with (
+            patch.object(Latents, "sample", watched_sample),
+            patch.object(Noising, "__call__", watched_add),
+            patch.object(Examples, "prompt", watched_prompt),
+        ):
             yield
 
 
@@ -197,15 +207,14 @@ def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
 
 
 def _textual_inversion(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
-    vectors, templates = plan.options["vectors"], TEMPLATES[plan.templates]
+    vectors = plan.options["vectors"]
     words = {
         "train_data_dir": INSTANCE,
         "placeholder_token": plan.trigger,
         "initializer_token": plan.subject,
         "num_vectors": vectors,
     }
-    shown = [divmod(row, len(templates)) for row in chain(*draws.rows)]
-    texts = iter([templates[template].replace("{trigger}", "{}") for _, template in shown])
+    texts = iter([prompt.replace(plan.trigger, "{}") for prompt in draws.prompts])
     dataset = script.TextualInversionDataset
 
     def in_order(**given: Any) -> Any:
@@ -222,7 +231,7 @@ def _textual_inversion(script: Any, plan: Any, ours: Record, draws: Draws) -> Si
         patch.object(script, "TextualInversionDataset", in_order),
         patch.object(script, "random", SimpleNamespace(choice=lambda _: next(texts))),
     ]
-    return Side(words, [picture for picture, _ in shown], patches, trained)
+    return Side(words, list(chain(*draws.rows)), patches, trained)
 
 
 SCRIPTS = {

@@ -13,6 +13,12 @@ from torch import Tensor
 from diffgraft.errors import DiffgraftError
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffgraft"
+    return Path(os.environ.get("DIFFGRAFT_CACHE", default)).expanduser()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not."""

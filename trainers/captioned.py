@@ -1,39 +1,61 @@
 """The captioned objective: denoise pictures under their own prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from diffgraft.bases import Framing
 from diffgraft.trainers.denoising import Noising
-from diffgraft.trainers.examples import Examples, normal
+from diffgraft.trainers.examples import Examples, Shown, normal
 
-Predict = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
-"""Noisy latents, timesteps, prompts → the UNet's prediction."""
+
+class Predict(Protocol):
+    """What the UNet is asked through."""
+
+    def __call__(self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Framing], /) -> Tensor:
+        """Noisy latents, timesteps, prompts, how the pictures were cut → the UNet's prediction."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Noisy latents [n, c, h, w], what should be said of them, their timesteps [n] and prompts."""
+    """Noisy latents [n, c, h, w], what should be said of them, their timesteps [n], prompts and cuts."""
 
     noisy: Tensor
     target: Tensor
     times: Tensor
     prompts: list[str]
+    frames: list[Framing]
+    mask: Tensor | None
+    """Where each counts, [n, 1, h, w]"""
+    weight: Tensor
+    """Factor on the loss of each, [n]"""
+    shown: list[Shown]
+
+    def loss(self, noising: Noising, said: Tensor) -> Tensor:
+        """Mean over the batch of what `said` [n, c, h, w] is off."""
+        return (noising.errors(said, self.target, self.times, self.mask) * self.weight).mean()
 
 
-def draw_batch(examples: Examples, noising: Noising, seed: int, place: int, count: int, kind: int) -> Batch:
+def draw_batch(
+    examples: Examples, noising: Noising, seed: int, place: int, count: int, kind: int, device: torch.device
+) -> Batch:
     """Examples at `place` … of the shuffled line, with noise and timesteps of their own; `kind` keeps streams apart.
 
     Each example's noise is a function of its place alone, so how the line is cut into batches changes nothing.
     """
-    rows = examples.rows(seed + kind, place, count)
-    shape, device = examples.latents.mean.shape[1:], examples.latents.mean.device
-    places = range(place, place + count)
+    shown = examples.at(seed + kind, place, count)
+    rows = [one.row for one in shown]
+    shape, places = examples.encoded.latents.shape(rows[0]), range(place, place + count)
     spread = torch.stack([normal(shape, seed, at, kind, 1) for at in places]).to(device)
-    noisy, target, times = noising.at_places(examples.latents.sample(rows, spread), seed, places, kind)
-    return Batch(noisy, target, times, [examples.prompts[row] for row in rows])
+    latents = examples.encoded.latents.sample(rows, spread)
+    noisy, target, times = noising.at_places(latents, seed, places, kind)
+    prompts = [examples.prompt(one, seed, at, kind) for one, at in zip(shown, places, strict=True)]
+    mask, weight = examples.mask(shown), torch.tensor([one.example.weight for one in shown])
+    mask = None if mask is None else mask.to(device)
+    return Batch(noisy, target, times, prompts, examples.framing(shown), mask, weight.to(device), shown)
 
 
 @dataclass(frozen=True)
@@ -43,13 +65,13 @@ class Captioned:
     examples: Examples
     noising: Noising
     seed: int
+    device: torch.device
 
     def shown(self, place: int, count: int) -> list[str]:
         """Names of the `count` pictures at `place`."""
-        return [self.examples.names[row] for row in self.examples.rows(self.seed, place, count)]
+        return [one.example.name for one in self.examples.at(self.seed, place, count)]
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """The loss of the `count` examples at `place`, under the key "loss"; further keys are for the record."""
-        batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0)
-        said = predict(batch.noisy, batch.times, batch.prompts)
-        return {"loss": self.noising.errors(said, batch.target, batch.times).mean()}
+        batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0, self.device)
+        return {"loss": batch.loss(self.noising, predict(batch.noisy, batch.times, batch.prompts, batch.frames))}

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from diffgraft.bases import Base, Conditioning
+from diffgraft.bases import Base, Conditioning, Framing
+from diffgraft.data.settings import Masks
+from diffgraft.data.texts import Texts
 from diffgraft.trainers.losses import distances, weights
 from diffgraft.trainers.noise import check_range, draw_noise, draw_time, perturbed
 from diffgraft.trainers.settings import Loss, Noise, Timesteps
@@ -15,36 +17,46 @@ class Denoiser(nn.Module):
     """A base's UNet, asked with prompts. Text states are computed once where the text encoder is frozen."""
 
     def __init__(
-        self, base: Base, size: tuple[int, int], adapter: nn.Module | None = None, text_is_trained: bool = False
+        self,
+        base: Base,
+        adapter: nn.Module | None = None,
+        text_is_trained: bool = False,
+        texts: Texts | None = None,
+        whole: bool = False,
     ) -> None:
+        """`texts` keeps text states, unless they are trained; `whole` prompts are read in pieces."""
         super().__init__()
         self.unet = base.unet
         self.text = nn.ModuleList(part for name, part in base.parts() if name.startswith("text_encoder"))
         self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
         self._base = base
-        self._size = size
-        self._cache: dict[str, Conditioning] | None = None if text_is_trained else {}
+        self._whole = whole
+        self._texts = None if text_is_trained else texts or Texts(base, whole=whole)
 
-    def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told about n prompts."""
-        if self._cache is None:
-            return self._base.condition(prompts, self._size)
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._cache:
-                with torch.no_grad():
-                    self._cache[prompt] = self._base.condition([prompt], self._size)
-        kept = [self._cache[prompt] for prompt in prompts]
-        added = {name: torch.cat([one.added[name] for one in kept]) for name in kept[0].added}
-        return Conditioning(torch.cat([one.hidden_states for one in kept]), added)
+    def condition(self, prompts: Sequence[str], frames: Sequence[Framing]) -> Conditioning:
+        """What the UNet is told about n prompts, and about how their pictures were cut."""
+        if self._texts is None:
+            told = self._base.family.condition(self._base, prompts, self._whole)
+        else:
+            told = self._texts(prompts)
+        return told.framed(self._base.family.framing(frames))
 
     def reaches(self, path: str) -> bool:
         """Whether what the module at an adapter's path computes reaches the prediction at all."""
         part, _, inside = path.partition(".")
         return not part.startswith("text_encoder") or self._base.family.reaches(self._base, part, inside)
 
-    def forward(self, noisy: Tensor, times: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Noisy latents [n, c, h, w], timesteps [n], n prompts → the UNet's prediction [n, c, h, w], float32."""
-        told = self.condition(prompts)
+    def forward(
+        self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Framing] | None = None
+    ) -> Tensor:
+        """Noisy latents [n, c, h, w], timesteps [n], n prompts → the UNet's prediction [n, c, h, w], float32.
+
+        Without `frames` the pictures are taken to be whole.
+        """
+        if frames is None:
+            height, width = (side * self._base.factor for side in noisy.shape[-2:])
+            frames = [Framing((height, width), (0, 0), (height, width))] * len(prompts)
+        told = self.condition(prompts, frames)
         prediction: Tensor = self.unet(self._base.unet_input(noisy), times, **told.kwargs()).sample
         return prediction.float()
 
@@ -56,7 +68,12 @@ class Noising:
     """
 
     def __init__(
-        self, base: Base, noise: Noise | None = None, timesteps: Timesteps | None = None, loss: Loss | None = None
+        self,
+        base: Base,
+        noise: Noise | None = None,
+        timesteps: Timesteps | None = None,
+        loss: Loss | None = None,
+        masks: Masks | None = None,
     ) -> None:
         from diffusers import DDPMScheduler
 
@@ -64,6 +81,7 @@ class Noising:
         self._noise = noise or Noise.model_validate({})
         self._timesteps = timesteps or Timesteps.model_validate({})
         self._loss = loss or Loss.model_validate({})
+        self._masks = masks or Masks.model_validate({})
         self.steps = int(self._scheduler.config.num_train_timesteps)
         self.predicts = base.prediction_type
         check_range(self._timesteps, self.steps)
@@ -90,8 +108,13 @@ class Noising:
             noisy, _ = self(latents, more.to(device), times)
         return noisy, target, times
 
-    def errors(self, prediction: Tensor, target: Tensor, times: Tensor) -> Tensor:
-        """The loss of each sample, [n]."""
+    def errors(self, prediction: Tensor, target: Tensor, times: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of each sample, [n]; a `mask` [n, 1, h, w] says where they count."""
         alphas = self._scheduler.alphas_cumprod.to(prediction.device)
-        apart = distances(prediction, target, times, alphas, self._loss).flatten(1).mean(1)
-        return apart * weights(times, alphas, self._loss, self.predicts)
+        apart = distances(prediction, target, times, alphas, self._loss)
+        if mask is not None:
+            counts = self._masks.outside + (1 - self._masks.outside) * mask
+            if self._masks.normalize:
+                counts = counts / counts.flatten(1).mean(1).clamp_min(1e-6).view(-1, 1, 1, 1)
+            apart = apart * counts
+        return apart.flatten(1).mean(1) * weights(times, alphas, self._loss, self.predicts)

@@ -16,26 +16,35 @@ from diffgraft.trainers.examples import Examples
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """Instance and class examples in one pass of the UNet."""
+    """Instance and class examples, in one pass of the UNet where their pictures are of one size."""
 
     instance: Examples
     prior: Examples
-    prior_weight: float
-    """λ"""
+    """Each has its λ for a weight"""
     noising: Noising
     seed: int
+    device: torch.device
 
     def shown(self, place: int, count: int) -> list[str]:
         """Names of the `count` pictures at `place`, and of as many class images."""
         pairs = ((self.instance, self.seed), (self.prior, self.seed + 1))
-        return [data.names[row] for data, seed in pairs for row in data.rows(seed, place, count)]
+        return [one.example.name for data, seed in pairs for one in data.at(seed, place, count)]
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        """Under "loss" L_instance + λ · L_prior; the two terms stand beside it."""
-        ours = draw_batch(self.instance, self.noising, self.seed, place, count, 0)
-        kept = draw_batch(self.prior, self.noising, self.seed, place, count, 1)
-        noisy, target = torch.cat([ours.noisy, kept.noisy]), torch.cat([ours.target, kept.target])
-        times = torch.cat([ours.times, kept.times])
-        errors = self.noising.errors(predict(noisy, times, ours.prompts + kept.prompts), target, times)
-        instance, prior = errors[:count].mean(), errors[count:].mean()
-        return {"loss": instance + self.prior_weight * prior, "instance": instance, "prior": prior}
+        """Under "loss" L_instance + λ · L_prior; the two terms stand beside it, the second without its λ."""
+        ours = draw_batch(self.instance, self.noising, self.seed, place, count, 0, self.device)
+        kept = draw_batch(self.prior, self.noising, self.seed, place, count, 1, self.device)
+        if ours.noisy.shape == kept.noisy.shape:
+            noisy, times = torch.cat([ours.noisy, kept.noisy]), torch.cat([ours.times, kept.times])
+            both = predict(noisy, times, ours.prompts + kept.prompts, ours.frames + kept.frames)
+            said_of_ours, said_of_kept = both[:count], both[count:]
+        else:
+            said_of_ours = predict(ours.noisy, ours.times, ours.prompts, ours.frames)
+            said_of_kept = predict(kept.noisy, kept.times, kept.prompts, kept.frames)
+        instance = ours.loss(self.noising, said_of_ours)
+        errors = self.noising.errors(said_of_kept, kept.target, kept.times)
+        return {
+            "loss": instance + (errors * kept.weight).mean(),
+            "instance": instance,
+            "prior": errors.mean(),
+        }

@@ -35,9 +35,7 @@ class Probe:
     def predict(self, base: Base, prompt: str | Sequence[str], batch: int = 32) -> Tensor:
         """What the base says of all pairs under `prompt`, one for all pictures or one for each: [pairs, c, h, w]."""
         prompts = [prompt if isinstance(prompt, str) else prompt[picture] for picture in self.pictures]
-        height, width = (side * base.factor for side in self.noisy.shape[-2:])
-        denoiser = Denoiser(base, (height, width))
-        out = []
+        denoiser, out = Denoiser(base), []
         for start in tqdm(range(0, len(self.times), batch), "held-out loss", leave=False):
             rows = slice(start, start + batch)
             noisy = self.noisy[rows].to(base.device)
@@ -64,16 +62,21 @@ def make_probe(
 ) -> Probe:
     """A probe on `images`; `masks` ("L", white where the subject is) have the images' sizes."""
     side = side or base.resolution
-    latents = encode(base, images, side, "encoding held-out pictures").mean.cpu()
-    rows = torch.arange(pairs) % len(images)
-    noising = Noising(base)
+    found = encode(base, images, side, "encoding held-out pictures")
+    latents = torch.stack([found[row][0] for row in range(len(found))])
+    weight = torch.ones(len(images), *latents.shape[-2:])
+    if masks is not None:
+        shown = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
+        weight = F.adaptive_avg_pool2d(shown, (latents.shape[-2], latents.shape[-1]))[:, 0]
+    return probe_of(Noising(base), latents, weight, pairs, seed)
+
+
+def probe_of(noising: Noising, latents: Tensor, weight: Tensor, pairs: int, seed: int) -> Probe:
+    """A probe on `latents` [n, c, h, w], each counting where its `weight` [n, h, w] says."""
+    rows = torch.arange(pairs) % len(latents)
     jitter = torch.rand(pairs, generator=generator(seed, 0))
     order = torch.randperm(pairs, generator=generator(seed, 1))  # no picture is tied to one part of the schedule
     times = ((order + jitter) / pairs * noising.steps).long()
     noisy, target = noising(latents[rows], normal(latents[rows].shape, seed, 2), times)
-    weight = torch.ones(len(images), 1, *latents.shape[-2:])
-    if masks is not None:
-        shown = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
-        weight = F.adaptive_avg_pool2d(shown, (latents.shape[-2], latents.shape[-1]))
-    weight = weight / weight.flatten(1).sum(1).view(-1, 1, 1, 1)
+    weight = (weight / weight.flatten(1).sum(1).view(-1, 1, 1)).unsqueeze(1)
     return Probe(noisy, target, times, weight[rows], rows.tolist())

@@ -23,6 +23,7 @@ from diffgraft.trainers.examples import generator
 from diffgraft.trainers.health import Health, broken
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
+from diffgraft.trainers.validation import Trial
 
 
 class Objective(Protocol):
@@ -61,6 +62,7 @@ def fit(
     adapter: Attached,
     objective: Objective,
     sample: Callable[[int], None],
+    trial: Trial | None = None,
 ) -> list[dict[str, float]]:
     """Train `adapter` for the recipe's steps, going on from the newest checkpoint in `folder` if there is one.
 
@@ -81,6 +83,8 @@ def fit(
     if done > recipe.steps:
         raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
+    if trial is not None:
+        trial.go_on(record)
     health = Health(parameters)
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
     lead = accelerator.is_main_process
@@ -90,6 +94,8 @@ def fit(
     saved, stepping = done, False
     try:
         for step in bar:
+            if trial is not None and trial.is_over():
+                break
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * rate(recipe, step)
             with _random_numbers_of(recipe.seed, step, accelerator):
@@ -112,10 +118,14 @@ def fit(
             done, stepping = step + 1, False
             optimizer.zero_grad()
             record.append({"step": done, "lr": rate(recipe, step), **terms})
+            if trial is not None and trial.is_due(done, recipe.steps):
+                with at_rest(optimizer, average):
+                    record[-1]["validation"] = _validated(trial, done, predict, accelerator)
             bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
             if lead:
                 _append(folder, record[-1])
-                if done == recipe.steps or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
+                ends = done == recipe.steps or (trial is not None and trial.is_over())
+                if ends or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
                     save_checkpoint(folder, done, identity, parameters, optimizer, average)
                     saved = done
                 if recipe.sample_every and done % recipe.sample_every == 0:
@@ -133,6 +143,15 @@ def fit(
             stacklevel=3,
         )
     return record
+
+
+def _validated(trial: Trial, step: int, predict: Predict, accelerator: Any) -> float:
+    """The held-out loss now, the same number on all processes; a new best is kept."""
+    own = torch.tensor(trial.loss(predict, accelerator.device), device=accelerator.device, dtype=torch.float32)
+    loss = float(accelerator.reduce(own, "mean"))
+    if trial.best.take(step, loss):
+        trial.keep()
+    return loss
 
 
 def _diverged(recipe: Recipe, loss: float, step: int, module: str, objective: Objective, accelerator: Any) -> str:

@@ -4,9 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffgraft.trainers.settings import Loss, Noise, Prior, Strict, Timesteps
+from diffgraft.data.settings import Buckets, Masks, Tags
+from diffgraft.strict import Strict
+from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, Validation
 
 
 class Recipe(Strict):
@@ -34,7 +36,14 @@ class Recipe(Strict):
     text_encoder: bool = False
     """Whether the text encoder's attention is adapted too"""
     images: str = ""
-    """Folder with the pictures to learn from"""
+    """The pictures to learn from: a folder, in kohya's layout (`10_sks dog/`) as well, or a data set of `datasets`, in
+    a folder or by its id on the hub"""
+    concepts: list[Concept] = Field(default_factory=list)
+    """Several things learnt at once, each with pictures and words of its own, in the place of `images`"""
+    repeats: int = Field(1, ge=1)
+    """How often each picture comes in a round"""
+    weight: float = Field(1.0, ge=0)
+    """Factor on the loss of the pictures; for concepts that have their own"""
     output: str = ""
     """Folder of the run; unset: runs/<recipe>-<time>"""
     steps: int = Field(300, ge=1)
@@ -61,8 +70,16 @@ class Recipe(Strict):
     """Batches whose gradients are added up for one optimiser step"""
     resolution: int | None = Field(None, ge=8)
     """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
+    buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
+    """Sizes other than squares"""
+    crop: Literal["center", "random"] = "center"
+    """Which part of a picture is shown, where its shape is another: the middle, or places drawn at random"""
+    crops: int = Field(4, ge=1)
+    """How many such places of each picture take turns"""
     flip: bool = False
     """Whether pictures are also shown mirrored, every other time they come round"""
+    masks: Masks = Field(default_factory=lambda: Masks.model_validate({}))
+    """Where pictures count"""
     optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule-free"] = "adamw"
     """AdamW of torch, or in 8 bits of bitsandbytes, whose Lion is, too; Adafactor of transformers; Prodigy, which finds
     the rate itself (lr=1); schedulefree's AdamW"""
@@ -82,12 +99,28 @@ class Recipe(Strict):
     prompt: str = "{trigger}"
     """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
     captions: bool = True
-    """Whether the `.txt` file beside a picture, where there is one, replaces the prompt"""
+    """Whether a picture's captions, in the `.txt` file beside it or in the folder's `metadata.jsonl` or `.csv`, replace
+    the prompt"""
+    caption_column: str = ""
+    """Column of a table or data set that holds the captions; unset: text, caption, captions or prompt"""
+    insert_trigger: bool = False
+    """Whether the trigger is put before captions that lack it"""
+    caption_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the times that a picture is shown without any prompt"""
+    tags: Tags = Field(default_factory=lambda: Tags.model_validate({}))
+    """Captions as lists of tags"""
+    long_prompts: Literal["cut", "refuse", "chunk"] = "cut"
+    """What to do with prompts that are longer than the text encoder reads: cut them, refuse them, or read them in
+    pieces of that length, as the webui does"""
     templates: Literal["none", "object", "style"] = "none"
     """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
 
     noise: Noise = Field(default_factory=lambda: Noise.model_validate({}))
     """What is laid on latents beside plain noise"""
+    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
+    """Pictures held out, and what their loss decides"""
+    cache: bool = True
+    """Whether latents and text states are kept in the cache for other runs"""
     timesteps: Timesteps = Field(default_factory=lambda: Timesteps.model_validate({}))
     """At which timesteps training takes place"""
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
@@ -111,16 +144,29 @@ class Recipe(Strict):
         """What class images show, given the pictures' captions; none where the task has no prior preservation."""
         return []
 
+    def class_text(self, caption: str | None) -> str:  # noqa: ARG002  (others need it)
+        """What a picture with that caption shows, but for what is learnt; empty where the task does not know."""
+        return ""
+
+    def parts(self) -> list["Recipe"]:
+        """The recipe of each concept: itself, with the concept's own keys; itself alone where there are none."""
+        own = ({key: getattr(one, key) for key in one.model_fields_set} for one in self.concepts)
+        return [self.model_copy(update={**keys, "concepts": []}) for keys in own] or [self]
+
     def essence(self) -> str:
         """Everything in the recipe that decides what a step does; a run may be resumed only under the same."""
-        free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts"}
+        free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts", "cache"}
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
             free.add("steps")
-        return self.model_dump_json(exclude=free)
+        paths: dict[str, Any] = dict.fromkeys(free, True)
+        paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}}
+        return self.model_dump_json(exclude=paths)
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
-        said = self.model_dump(mode="json", exclude={"images", "output", "base"}, exclude_defaults=True)
+        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "cache"), True)
+        paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
+        said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **said}
 
 
@@ -145,8 +191,18 @@ class SubjectRecipe(Recipe):
         "a {subject}",
     )
 
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002
-        return [self.fill(self.class_prompt)]
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_concepts(cls, values: Any) -> Any:
+        """Where all concepts say what they are, the recipe need not."""
+        named = [one.get("subject") for one in values.get("concepts") or [] if isinstance(one, dict)]
+        return {"subject": named[0], **values} if named and all(named) else values
+
+    def class_text(self, caption: str | None) -> str:  # noqa: ARG002
+        return self.fill(self.class_prompt)
+
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
+        return [self.class_text(None)] if captions else []
 
 
 class StyleRecipe(Recipe):
@@ -169,12 +225,13 @@ class StyleRecipe(Recipe):
     )
 
     def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
-        return list(dict.fromkeys(self._bare(caption or "") or "a picture" for caption in captions))
+        return list(dict.fromkeys(self.class_text(caption) for caption in captions))
 
-    def _bare(self, caption: str) -> str:
+    def class_text(self, caption: str | None) -> str:
         """A caption without the trigger, which class images must not know, and without the commas it leaves behind."""
-        without = re.sub(rf"(?<!\w){re.escape(self.trigger)}( style)?(?!\w)", "", caption)
-        return ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
+        without = re.sub(rf"(?<!\w){re.escape(self.trigger)}( style)?(?!\w)", "", caption or "")
+        kept = ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
+        return kept or "a picture"
 
 
 class ConceptRecipe(Recipe):

@@ -1,29 +1,23 @@
 """A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
 
 import hashlib
-import math
-import re
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import lcm
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.sd1 import lost_words
-from diffgraft.data.class_images import class_images
-from diffgraft.data.latents import encode
-from diffgraft.data.pictures import Picture, read_folder
+from diffgraft.data.texts import Texts
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import alone_in
 from diffgraft.generation.generate import Settings, generate
@@ -32,12 +26,14 @@ from diffgraft.generation.plots import grid, save_image, save_loss_plot
 from diffgraft.trainers.captioned import Captioned
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.examples import Examples, data_digest, generator
 from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
-from diffgraft.trainers.recipe import Recipe, StyleRecipe
+from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
+from diffgraft.trainers.preserving import Preserving
+from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recipe
-from diffgraft.trainers.settings import Prior
-from diffgraft.trainers.templates import TEMPLATES
+from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
+from diffgraft.trainers.settings import Concept, Validation
+from diffgraft.trainers.validation import Trial
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_SEEDS = 50_000
@@ -99,7 +95,7 @@ def train(
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)
     get_method(plan.method).read_options(plan.options)
-    pictures = read_folder(plan.images)
+    read = read_pictures(plan)
     accelerator = new_accelerator(plan)
     held = _held(plan, base)
     _check_resolution(plan, held)
@@ -113,7 +109,7 @@ def train(
                 save_recipe(plan, folder / "recipe.yaml")
             run = Run(folder, plan, read_record(folder))
             if not run.adapter_file.exists():
-                run = _learn(plan, held, folder, accelerator, pictures)
+                run = _learn(plan, held, folder, accelerator, read)
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(_curves(run.metrics), folder / "loss.png")
                 save_image(_before_after(plan, held, run.adapter), run.before_after)
@@ -130,7 +126,7 @@ def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     plan = load_recipe(recipe, {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()})
-    if not plan.images:
+    if not plan.images and not plan.concepts:
         raise DiffgraftError(f"The recipe {recipe} needs pictures: add images=FOLDER (JPEG, PNG or WebP files).")
     folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     if (folder / "adapter.safetensors").exists():
@@ -141,10 +137,20 @@ def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
         raise DiffgraftError(
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )
-    local = Path(plan.base).expanduser()
-    is_path = plan.base != "tiny" and local.exists()
-    places = {"images": str(Path(plan.images).expanduser().resolve()), "output": str(folder)}
-    return plan.model_copy(update={**places, "base": str(local.resolve()) if is_path else plan.base}), folder
+    return _placed(plan, folder), folder
+
+
+def _placed(plan: Recipe, folder: Path) -> Recipe:
+    """The recipe with whole paths, which hold wherever it is read again."""
+    found = plan.model_copy(deep=True)
+    found.output, found.base = str(folder), plan.base if plan.base == "tiny" else local(plan.base)
+    held: list[Recipe | Concept | Validation] = [found, *found.concepts, found.validation]
+    for part in held:
+        part.images = local(part.images) if part.images else ""
+    for one in (found, *found.concepts):
+        if (prior := getattr(one, "prior", None)) is not None and prior.folder:
+            prior.folder = local(prior.folder)
+    return found
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
@@ -174,40 +180,53 @@ def _held(plan: Recipe, base: str | Path | Base) -> Base:
 
 
 def _check_resolution(plan: Recipe, base: Base) -> None:
-    side, step = plan.resolution or base.resolution, lcm(base.factor, 8)
+    side, step = side_of(plan, base), step_of(base)
     if side % step:
         better = max(step, round(side / step) * step)
         raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
 
 
-def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: Sequence[Picture]) -> Run:
+def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read) -> Run:
     """Attach, train, detach, export: the base is afterwards as it was."""
-    prompts = _prompts(plan, base, pictures)
-    with accelerator.main_process_first():  # the others find the class images drawn
-        objective = _objective(plan, base, pictures, prompts)
-    digest = data_digest(pictures, prompts)
-    side = plan.resolution or base.resolution
+    with accelerator.main_process_first():  # the others find the class images drawn, and latents in the cache
+        materials = gather(plan, base, read)
     live: Attached | None = None
 
     def sample(step: int) -> None:
         base.unet.eval()
         assert live is not None
         live.eval()
-        sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
+        with at_hand(base, away):
+            sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
         save_image(sheet, folder / "samples" / f"step-{step:06d}.png")
         base.unet.train(plan.gradient_checkpointing)
         live.train()
 
+    def keep_best() -> None:
+        assert live is not None
+        if accelerator.is_main_process:
+            live.adapter(_header(plan, base, materials.digest)).save(folder / "best.safetensors")
+
+    away: list[str] = []
     try:
         live = _attach(plan, base)
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
-        denoiser = Denoiser(base, (side, side), live, plan.text_encoder or live.changes_text)
-        identity = hashlib.sha256(f"{base.hash} {digest} {plan.essence()}".encode()).hexdigest()
-        metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample)
-        adapter = live.adapter(_header(plan, base, digest))
+        text_is_trained, whole = plan.text_encoder or live.changes_text, plan.long_prompts == "chunk"
+        texts = Texts(base, whole=whole, keep=plan.cache)
+        if materials.prompts is not None and not text_is_trained:
+            texts.prepare(materials.prompts)
+        denoiser = Denoiser(base, live, text_is_trained, texts, whole)
+        away += not_needed(base, has_texts=materials.prompts is not None and not text_is_trained)
+        put_away(base, away)
+        objective = _objective(plan, base, materials, denoiser, live)
+        identity = hashlib.sha256(f"{base.hash} {materials.digest} {plan.essence()}".encode()).hexdigest()
+        trial = Trial(plan.validation, materials.held_out.loss, keep_best) if materials.held_out else None
+        metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample, trial)
+        adapter = live.adapter(_header(plan, base, materials.digest))
     finally:
+        take_back(base, away)
         if live is not None:
             live.detach()
         base.unet.disable_gradient_checkpointing()
@@ -219,7 +238,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, pictures: S
 
 
 def _noising(plan: Recipe, base: Base) -> Noising:
-    return Noising(base, plan.noise, plan.timesteps, plan.loss)
+    return Noising(base, plan.noise, plan.timesteps, plan.loss, plan.masks)
 
 
 def _attach(plan: Recipe, base: Base) -> Attached:
@@ -228,56 +247,19 @@ def _attach(plan: Recipe, base: Base) -> Attached:
     return method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))
 
 
-def _prompts(plan: Recipe, base: Base, pictures: Sequence[Picture]) -> list[list[str]]:
-    """The prompts that each picture is shown under; what a person may not have meant is said in a warning."""
-    listed = []
-    for picture in pictures:
-        caption = picture.caption if plan.captions else None
-        if isinstance(plan, StyleRecipe) and caption:
-            said = re.search(rf"(?<!\w){re.escape(plan.trigger)}(?!\w)", caption)
-            prompts = [caption if said else plan.fill(plan.caption).replace("{caption}", caption)]
-        elif caption is None and plan.templates != "none":
-            prompts = [plan.fill(template) for template in TEMPLATES[plan.templates]]
-        else:
-            prompts = [caption or plan.fill(plan.prompt)]
-        for prompt in prompts:
-            if lost := lost_words(base.tokenizer, prompt):
-                what = f"The prompt of {picture.path.name} is too long; the base never sees: {lost}"
-                warnings.warn(what, stacklevel=4)
-            if plan.trigger not in prompt:
-                warnings.warn(f"The caption of {picture.path.name} lacks the trigger {plan.trigger!r}.", stacklevel=4)
-        listed.append(prompts)
-    return listed
+def _objective(plan: Recipe, base: Base, materials: Materials, denoiser: Denoiser, live: Attached) -> Objective:
+    noising, ours = _noising(plan, base), materials.learnt
+    if materials.prior is not None:
+        return DreamBooth(ours, materials.prior, noising, plan.seed, base.device)
+    if materials.prior_weight:
 
+        def bare(*asked: Any) -> Tensor:
+            with live.bare():
+                said: Tensor = denoiser(*asked)
+            return said
 
-def _objective(plan: Recipe, base: Base, pictures: Sequence[Picture], prompts: list[list[str]]) -> Objective:
-    side = plan.resolution or base.resolution
-
-    def examples(images: Sequence[Image.Image], texts: list[list[str]], names: list[str], title: str) -> Examples:
-        """Each picture under each of its prompts."""
-        if plan.flip:
-            images = [*images, *(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images)]
-            texts, names = texts + texts, names + names
-        shown = [row for row, listed in enumerate(texts) for _ in listed]
-        prompts = [text for listed in texts for text in listed]
-        return Examples(encode(base, images, side, title).take(shown), prompts, [names[row] for row in shown])
-
-    noising = _noising(plan, base)
-    files = [picture.path.name for picture in pictures]
-    ours = examples([picture.image for picture in pictures], prompts, files, "encoding pictures")
-    texts = plan.class_prompts([picture.caption if plan.captions else None for picture in pictures])
-    prior: Prior | None = getattr(plan, "prior", None)
-    if not texts or prior is None or prior.weight == 0 or "prior" in meaningless(plan):
-        return Captioned(ours, noising, plan.seed)
-    if len(texts) > prior.images:  # each is drawn at least once
-        texts = [
-            texts[row] for row in sorted(torch.randperm(len(texts), generator=generator(plan.seed))[: prior.images])
-        ]
-    each = math.ceil(prior.images / len(texts))
-    drawn = class_images(base, texts, each, Settings(size=(side, side)), plan.seed)
-    names = [f"class image {number}" for number in range(len(drawn))]
-    kept = examples([image for _, image in drawn], [[text] for text, _ in drawn], names, "encoding class images")
-    return DreamBooth(ours, kept, prior.weight, noising, plan.seed)
+        return Preserving(ours, bare, materials.prior_weight, noising, plan.seed, base.device)
+    return Captioned(ours, noising, plan.seed, base.device)
 
 
 def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
@@ -318,7 +300,7 @@ def _header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
 def _draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
     """`count` pictures of each of the recipe's sample prompts, with the same seeds every time."""
     prompts = plan.samples()
-    side = plan.resolution or base.resolution
+    side = side_of(plan, base)
     listed = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_SAMPLE_SEEDS + number for _ in prompts for number in range(count)]
     images = generate(base.pipeline(), listed, Settings(size=(side, side)), seeds, title)

@@ -1,14 +1,10 @@
-"""Groups of settings inside recipes: prior preservation, noise, timesteps, loss."""
+"""Groups of settings inside recipes: prior preservation, concepts, validation, noise, timesteps, loss."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Strict(BaseModel):
-    """Unknown keys and values of the wrong kind are errors; docstrings of fields say what they mean."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+from diffgraft.strict import Strict
 
 
 class Prior(Strict):
@@ -18,6 +14,50 @@ class Prior(Strict):
     """Factor λ of the loss on class images; 0 turns prior preservation off"""
     images: int = Field(64, ge=1)
     """Class images drawn by the base (and kept in a cache)"""
+    folder: str = ""
+    """Folder with class images of your own, in the place of those that the base draws"""
+    by: Literal["pictures", "prediction"] = "pictures"
+    """What holds the class: pictures of it, or what the bare base says of the instance pictures as the class"""
+
+
+class Concept(Strict):
+    """One of several things learnt at once; what is unset is as in the recipe."""
+
+    images: str = Field(..., min_length=1)
+    """Its pictures"""
+    trigger: str | None = None
+    """The word that calls it"""
+    subject: str | None = None
+    """Its class noun"""
+    prompt: str | None = None
+    """Prompt of its pictures without a caption"""
+    class_prompt: str | None = None
+    """Prompt of its class images"""
+    repeats: int | None = Field(None, ge=1)
+    """How often each of its pictures comes in a round"""
+    weight: float | None = Field(None, ge=0)
+    """Factor on the loss of its pictures"""
+    prior: Prior | None = None
+    """Its own prior preservation"""
+
+
+class Validation(Strict):
+    """Pictures that are never learnt from, and what their loss decides."""
+
+    images: str = ""
+    """Folder of them"""
+    share: float = Field(0.0, ge=0, lt=1)
+    """Or the share of the pictures that is held out, the same ones in every run"""
+    every: int = Field(50, ge=1)
+    """Steps from one validation to the next"""
+    pairs: int = Field(64, ge=1)
+    """Pairs of timestep and noise, the same ones in every run"""
+    patience: int = Field(0, ge=0)
+    """Validations without a new best after which training ends; 0: it goes on"""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.images) or self.share > 0
 
 
 class Noise(Strict):

@@ -17,7 +17,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import STYLES, draw
 from diffgraft.bases.tiny.world.scene import SETTING_WORDS, random_scene
 from diffgraft.data.class_images import class_images
-from diffgraft.data.pictures import read_folder
+from diffgraft.data.source import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
 from diffgraft.demo.subject import ALIEN, POODLE, Subject
 from diffgraft.generation.generate import Settings
@@ -75,7 +75,7 @@ class Target:
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
         drawn = class_images(base, prompts, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED)
-        return make_probe(base, [image for _, image in drawn]), [text for text, _ in drawn]
+        return make_probe(base, [picture.image for _, picture in drawn]), [text for text, _ in drawn]
 
 
 def of_subject(subject: Subject) -> Target:

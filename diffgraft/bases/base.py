@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,25 @@ class Family(Protocol):
     def holds(self, pipe: Any) -> bool:
         """Whether a loaded diffusers pipeline is of this family."""
 
-    def condition(self, base: "Base", prompts: Sequence[str], size: tuple[int, int]) -> "Conditioning":
-        """What the UNet is told about `prompts`; `size` is the picture's (height, width) in pixels."""
+    def condition(self, base: "Base", prompts: Sequence[str], whole: bool) -> "Conditioning":
+        """What the UNet is told about `prompts`, of each only what fits the tokenizer, or the `whole` in pieces."""
+
+    def framing(self, frames: Sequence["Framing"]) -> dict[str, Tensor]:
+        """What it is told about how n pictures are cut, as `Conditioning.added`; empty where it is told nothing."""
 
     def reaches(self, base: "Base", part: str, path: str) -> bool:
         """Whether what the module at `path` of a text encoder computes reaches the UNet at all."""
+
+
+class Framing(NamedTuple):
+    """How a picture was cut, in pixels."""
+
+    original: tuple[int, int]
+    """(height, width) before it was scaled"""
+    corner: tuple[int, int]
+    """(top, left) of what is shown, in the scaled picture"""
+    shown: tuple[int, int]
+    """(height, width) of what is shown"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,11 @@ class Conditioning:
     """[n, tokens, width], for the cross-attention."""
     added: dict[str, Tensor] = field(default_factory=dict)
     """Further tensors, each [n, …], that the family's UNet takes as `added_cond_kwargs`."""
+
+    def framed(self, more: Mapping[str, Tensor]) -> "Conditioning":
+        """The same with `Family.framing`'s tensors added, where the states are."""
+        device = self.hidden_states.device
+        return Conditioning(self.hidden_states, {**self.added, **{name: at.to(device) for name, at in more.items()}})
 
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the UNet's call."""
@@ -104,9 +123,16 @@ class Base:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def condition(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        """What the UNet is told about `prompts`; `size` is (height, width) in pixels, by default the base's own."""
-        return self.family.condition(self, prompts, size or (self.resolution, self.resolution))
+    def condition(
+        self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, whole: bool = False
+    ) -> Conditioning:
+        """What the UNet is told about `prompts`; `size` is (height, width) in pixels, by default the base's own.
+
+        A prompt that is longer than the text encoder reads is cut, or, if `whole`, read in pieces of that length.
+        """
+        shown = size or (self.resolution, self.resolution)
+        told = self.family.condition(self, prompts, whole)
+        return told.framed(self.family.framing([Framing(shown, (0, 0), shown)] * len(prompts)))
 
     @property
     def is_inpainting(self) -> bool:
@@ -164,6 +190,11 @@ class Base:
         return self
 
     @property
+    def vae_hash(self) -> str:
+        """SHA-256 over names, shapes and values of the VAE, as they are now."""
+        return _digest([("vae", self.vae)], torch.float32)
+
+    @property
     def drawing_hash(self) -> str:
         """SHA-256 over all that decides what the base draws: `hash`, the VAE and the noise schedule."""
         # keys with an underscore are diffusers' notes to itself, and differ from process to process
@@ -177,11 +208,11 @@ def inpainting(pipeline_class: str) -> str:
     return pipeline_class.replace("Pipeline", "InpaintPipeline")
 
 
-def _digest(parts: Iterable[tuple[str, nn.Module]]) -> str:
+def _digest(parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16) -> str:
     digest = hashlib.sha256()
     for part_name, part in parts:
         for name, value in sorted(part.named_parameters()):
             # transformers has dropped the level `text_model`; the weights are the same
             digest.update(f"{part_name}.{name.removeprefix('text_model.')} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().half().contiguous().numpy().tobytes())
+            digest.update(value.detach().cpu().to(dtype).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffgraft.bases.base import Base, Conditioning, inpainting
+from diffgraft.bases.base import Base, Conditioning, Framing, inpainting
 
 
 class StableDiffusion1:
@@ -20,9 +20,14 @@ class StableDiffusion1:
         """Its pipeline is one of its own, which other families share."""
         return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
 
-    def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:  # noqa: ARG002
-        """Last hidden state [n, 77, width]; the size is not told to this family."""
-        return Conditioning(base.text_encoder(token_ids(base.tokenizer, prompts).to(base.device))[0])
+    def condition(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
+        """Last hidden state [n, 77, width], or, of whole prompts, [n, 77 · pieces, width]."""
+        ids = token_ids(base.tokenizer, prompts, whole).to(base.device)
+        return Conditioning(base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2]).flatten(1, 2))
+
+    def framing(self, frames: Sequence[Framing]) -> dict[str, torch.Tensor]:  # noqa: ARG002
+        """This family is not told."""
+        return {}
 
     def reaches(self, base: Base, part: str, path: str) -> bool:  # noqa: ARG002
         """All of the text encoder reaches the UNet."""
@@ -47,15 +52,21 @@ def all_vectors(tokenizer: Any, prompt: str) -> str:
     return prompt
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids [n, tokenizer.model_max_length], cut and padded as diffusers' pipelines do."""
-    length = tokenizer.model_max_length
-    batch = tokenizer(
-        [all_vectors(tokenizer, prompt) for prompt in prompts],
-        padding="max_length",
-        max_length=length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    ids: torch.Tensor = batch.input_ids
-    return ids
+def token_ids(tokenizer: Any, prompts: Sequence[str], whole: bool = False) -> torch.Tensor:
+    """Token ids [n, pieces, tokenizer.model_max_length], cut and padded as diffusers' pipelines do: one piece.
+
+    If `whole`, what is too long goes on in further pieces, each with a beginning and an end of its own, as the webui
+    reads prompts; shorter prompts are filled up with empty pieces.
+    """
+    texts, length = [all_vectors(tokenizer, prompt) for prompt in prompts], tokenizer.model_max_length
+    if not whole:
+        batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: torch.Tensor = batch.input_ids
+        return ids.unsqueeze(1)
+    inner = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    room = length - 2
+    count = max(1, *(-(-len(own) // room) for own in inner))
+    first, last = tokenizer("").input_ids[:2]
+    pieces = [[first, *own[at * room : (at + 1) * room], last] for own in inner for at in range(count)]
+    padded = [piece + [tokenizer.pad_token_id] * (length - len(piece)) for piece in pieces]
+    return torch.tensor(padded).view(len(texts), count, length)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffgraft.bases.base import Base, Conditioning, inpainting
+from diffgraft.bases.base import Base, Conditioning, Framing, inpainting
 from diffgraft.bases.sd1 import token_ids
 
 
@@ -23,17 +23,20 @@ class StableDiffusionXL:
         """Its pipeline is one of its own."""
         return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
 
-    def condition(self, base: Base, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
-        """Penultimate hidden states of both encoders side by side; pooled embedding of the second; size, crop, size."""
+    def condition(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
+        """Penultimate hidden states of both encoders side by side; pooled embedding of the second, first piece."""
         states, pooled = [], None
         for tokenizer, encoder in ((base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)):
-            out = encoder(token_ids(tokenizer, prompts).to(base.device), output_hidden_states=True)
-            states.append(out.hidden_states[-2])
-            pooled = out[0]
+            ids = token_ids(tokenizer, prompts, whole).to(base.device)
+            out = encoder(ids.flatten(0, 1), output_hidden_states=True)
+            states.append(out.hidden_states[-2].unflatten(0, ids.shape[:2]).flatten(1, 2))
+            pooled = out[0].unflatten(0, ids.shape[:2])[:, 0]
         assert pooled is not None
-        times = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=pooled.device)
-        added = {"text_embeds": pooled, "time_ids": times.expand(len(prompts), -1)}
-        return Conditioning(torch.cat(states, -1), added)
+        return Conditioning(torch.cat(states, -1), {"text_embeds": pooled})
+
+    def framing(self, frames: Sequence[Framing]) -> dict[str, torch.Tensor]:
+        """Original size, corner of what is shown, and its size; in float32, as larger numbers need it."""
+        return {"time_ids": torch.tensor([[*one.original, *one.corner, *one.shown] for one in frames]).float()}
 
     def reaches(self, base: Base, part: str, path: str) -> bool:
         """The end of the first encoder does not: of it the states before its last layer are used alone."""

@@ -4,26 +4,20 @@ DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, section 3.3) supervises the mode
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from diffgraft.bases import Base
-from diffgraft.files import replacing, write_text
+from diffgraft.data.pictures import Picture
+from diffgraft.files import cache_folder, replacing, write_text
 from diffgraft.generation.generate import Settings, generate
-
-
-def cache_folder() -> Path:
-    """Where pictures that can be made again are kept: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffgraft"
-    return Path(os.environ.get("DIFFGRAFT_CACHE", default)).expanduser()
 
 
 def class_images(
     base: Base, prompts: Sequence[str], each: int, settings: Settings, seed: int
-) -> list[tuple[str, Image.Image]]:
+) -> list[tuple[str, Picture]]:
     """`each` pictures of every prompt by the bare base, with their prompts; only those not in the cache are drawn."""
     wanted = [(prompt, _folder(base, prompt, settings, seed), number) for prompt in prompts for number in range(each)]
     paths = [folder / f"{number:04d}.png" for _, folder, number in wanted]
@@ -39,11 +33,11 @@ def class_images(
         texts = [wanted[place][0] for place in missing]
         seeds = [seed * 100_003 % 2**31 + wanted[place][2] for place in missing]
         generate(base.pipeline(), texts, settings, seeds, "drawing class images", keep)
-    images = []
-    for (prompt, _, _), path in zip(wanted, paths, strict=True):
-        with Image.open(path) as image:
-            images.append((prompt, image.convert("RGB")))
-    return images
+    names = [f"class image {number}" for number in range(len(paths))]
+    return [
+        (prompt, Picture(name, path.read_bytes))
+        for name, (prompt, _, _), path in zip(names, wanted, paths, strict=True)
+    ]
 
 
 def _folder(base: Base, prompt: str, settings: Settings, seed: int) -> Path:

@@ -1,10 +1,14 @@
-"""Pictures from a folder: whatever people have there, as upright RGB squares."""
+"""Pictures, whatever people have: opened as upright RGB, with their masks; files of them, as tensors."""
 
+import hashlib
+import io
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -14,56 +18,66 @@ from torch import Tensor
 from diffgraft.errors import DiffgraftError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_ORIENTATION = 0x0112
+"""EXIF's tag for how the camera was turned"""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a folder."""
+    """One picture of a folder or a data set, opened each time it is asked for."""
 
-    path: Path
-    image: Image.Image
-    """Upright, RGB, in its own size."""
-    caption: str | None
-    """The text of the ``.txt`` file beside it, if there is one."""
+    name: str
+    """What to call it: the file's name, below its folder"""
+    read: Callable[[], bytes]
+    """The file's content"""
+    captions: tuple[str, ...] = ()
+    """What stands beside it; none, one, or several that take turns"""
+    mask_file: Path | None = None
+    """A picture of the same size, white where this one counts"""
 
+    @property
+    def image(self) -> Image.Image:
+        """Upright, RGB, in its own size."""
+        return upright_rgb(io.BytesIO(self.read()))
 
-def read_folder(folder: str | Path) -> list[Picture]:
-    """All JPEG, PNG and WebP pictures of `folder`, in the order of their names.
+    @property
+    def caption(self) -> str | None:
+        """The first of its captions."""
+        return self.captions[0] if self.captions else None
 
-    Pictures are turned upright (EXIF), transparency is laid on white, and grey, CMYK and palette pictures become RGB.
-    A file that cannot be read is named in a warning and left out.
+    @cached_property
+    def content(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.read()).hexdigest()
 
-    Raises:
-        DiffgraftError: there is no such folder, or no readable picture in it.
-    """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DiffgraftError(f"The picture folder {folder} {what}. Give a folder of JPEG, PNG or WebP pictures.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    pictures = []
-    for path in paths:
-        try:
-            image = upright_rgb(path)
-        except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
-            warnings.warn(f"{path.name} is left out: it cannot be read as a picture ({error}).", stacklevel=2)
-            continue
-        pictures.append(Picture(path, image, _caption(path.with_suffix(".txt"))))
-    if not pictures:
-        found = f"none of its {len(paths)} picture files can be read" if paths else "it holds no picture files"
-        raise DiffgraftError(f"No picture was found in {folder}: {found}. Put JPEG, PNG or WebP pictures there.")
-    return pictures
+    @property
+    def mask_content(self) -> str:
+        """SHA-256 of the mask's file; empty without one."""
+        return hashlib.sha256(self.mask_file.read_bytes()).hexdigest() if self.mask_file else ""
 
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height), upright; read from the file's first bytes alone."""
+        with Image.open(io.BytesIO(self.read())) as file:
+            turned = _orientation(file) >= 5
+            return file.size[::-1] if turned else file.size
 
-def _caption(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    try:
-        return path.read_text("utf-8-sig").strip() or None
-    except UnicodeDecodeError as error:
-        raise DiffgraftError(
-            f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
-        ) from error
+    def mask(self) -> Image.Image | None:
+        """Where it counts, in mode L and its own size: the mask file's, or its alpha channel; None without either.
+
+        Raises:
+            DiffgraftError: the mask is no picture, or has another shape.
+        """
+        if self.mask_file is None:
+            with Image.open(io.BytesIO(self.read())) as file:
+                return _upright(file).convert("RGBA").getchannel("A") if file.has_transparency_data else None
+        mask = read_picture(self.mask_file, "black").convert("L")
+        if abs(mask.width * self.size[1] - mask.height * self.size[0]) > max(*mask.size, *self.size):
+            raise DiffgraftError(
+                f"The mask {self.mask_file.name} is {mask.width}x{mask.height} and its picture {self.size[0]}x"
+                f"{self.size[1]}: make it as large as the picture."
+            )
+        return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
 
 
 def read_picture(path: str | Path, ground: str = "white") -> Image.Image:
@@ -81,7 +95,7 @@ def read_picture(path: str | Path, ground: str = "white") -> Image.Image:
         raise DiffgraftError(f"{path} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP file.") from error
 
 
-def upright_rgb(path: Path, ground: str = "white") -> Image.Image:
+def upright_rgb(path: Path | IO[bytes], ground: str = "white") -> Image.Image:
     """One picture file as an upright RGB image, what is transparent in it laid on `ground`."""
     # Pillow's remarks on damaged notes beside the pixels are left out
     with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as file:
@@ -103,6 +117,14 @@ def _upright(file: Image.Image) -> Image.Image:
     except (struct.error, LookupError, ValueError, SyntaxError, OverflowError):
         file.load()
         return file.copy()
+
+
+def _orientation(file: Image.Image) -> int:
+    """1 to 8, as EXIF has it; from 5 on, height and width change places."""
+    try:
+        return int(file.getexif().get(_ORIENTATION, 1))
+    except (struct.error, LookupError, ValueError, TypeError, SyntaxError, OverflowError):
+        return 1
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

@@ -9,7 +9,8 @@ from PIL import Image
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import Spec, choose_layers, get_method, methods
 from diffgraft.bases import Base, load_base
-from diffgraft.data.pictures import read_folder, read_picture
+from diffgraft.data.pictures import read_picture
+from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate

@@ -8,20 +8,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffgraft.bases import Base
-from diffgraft.data.latents import Latents
+from diffgraft.bases import Base, Framing
+from diffgraft.data.frames import Frame
+from diffgraft.data.latents import Encoded, Latents
+from diffgraft.data.wording import Wording
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.captioned import Captioned, draw_batch
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.examples import Examples, normal
+from diffgraft.trainers.examples import Example, Examples, normal
 from diffgraft.trainers.recipe_files import load_recipe
 
+CPU = torch.device("cpu")
 
-def examples(count: int, seed: int = 0, std: float = 0.1) -> Examples:
+
+def examples(count: int, seed: int = 0, std: float = 0.1, weight: float = 1.0) -> Examples:
     mean = torch.randn(count, 4, 6, 5, generator=torch.Generator().manual_seed(seed))
-    names = [f"{number}.png" for number in range(count)]
-    return Examples(Latents(mean, torch.full_like(mean, std)), [f"prompt {number}" for number in range(count)], names)
+    latents = Latents([(one, torch.full_like(one, std)) for one in mean])
+    frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
+    rows = {number: range(number, number + 1) for number in range(count)}
+    listed = [
+        Example(f"{number}.png", rows[number], Wording((f"prompt {number}",)), weight=weight) for number in range(count)
+    ]
+    return Examples(Encoded(latents, [frame] * count, [None] * count, rows), listed)
+
+
+def rows(data: Examples, seed: int, place: int, count: int) -> list[int]:
+    return [one.row for at in range(place, place + count) for one in data.at(seed, at, 1)]
 
 
 def alphas(base: Base) -> np.ndarray:
@@ -46,37 +59,37 @@ def test_noising_is_the_formula(base: Base) -> None:
 
 
 def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
-    ours, kept = examples(5, 1), examples(7, 2)
+    ours, kept = examples(5, 1), examples(7, 2, weight=0.4)
     noising = Noising(base)
 
-    def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str]) -> Tensor:
+    def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str], _: Sequence[Framing]) -> Tensor:
         words = torch.tensor([int(prompt[-1]) for prompt in prompts]) * 0.1
         return 0.3 * noisy + (times / 1000 + words).view(-1, 1, 1, 1)
 
-    found = DreamBooth(ours, kept, 0.4, noising, 9).losses(predict, 21, 3)
+    found = DreamBooth(ours, kept, noising, 9, CPU).losses(predict, 21, 3)
     terms = []
     for data, kind in ((ours, 0), (kept, 1)):
-        batch = draw_batch(data, noising, 9, 21, 3, kind)
-        guess = predict(batch.noisy, batch.times, batch.prompts).double().numpy()
+        batch = draw_batch(data, noising, 9, 21, 3, kind, CPU)
+        guess = predict(batch.noisy, batch.times, batch.prompts, batch.frames).double().numpy()
         terms.append(((guess - batch.target.double().numpy()) ** 2).mean())
     assert found["instance"].item() == pytest.approx(terms[0], rel=1e-5)
     assert found["prior"].item() == pytest.approx(terms[1], rel=1e-5)
     assert found["loss"].item() == pytest.approx(terms[0] + 0.4 * terms[1], rel=1e-5)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
-    shown = DreamBooth(ours, kept, 0.4, noising, 9).shown(21, 3)
-    assert shown == [f"{row}.png" for row in ours.rows(9, 21, 3) + kept.rows(10, 21, 3)]
-    alone = Captioned(ours, noising, 9).losses(predict, 21, 3)
+    shown = DreamBooth(ours, kept, noising, 9, CPU).shown(21, 3)
+    assert shown == [f"{row}.png" for row in rows(ours, 9, 21, 3) + rows(kept, 10, 21, 3)]
+    alone = Captioned(ours, noising, 9, CPU).losses(predict, 21, 3)
     assert alone["loss"].item() == pytest.approx(terms[0], rel=1e-5)
 
 
 def test_every_example_comes_once_a_round_in_an_order_of_its_own() -> None:
     data = examples(5)
-    line = data.rows(3, 0, 50)
+    line = rows(data, 3, 0, 50)
     rounds = [line[start : start + 5] for start in range(0, 50, 5)]
     assert all(sorted(one) == [0, 1, 2, 3, 4] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 3
-    assert data.rows(3, 7, 9) == line[7:16]
-    assert data.rows(4, 0, 50) != line
+    assert [one.row for one in data.at(3, 9, 9)] == line[9:18]
+    assert rows(data, 4, 0, 50) != line
 
 
 def test_noise_is_a_function_of_seed_place_and_purpose() -> None:
@@ -93,7 +106,7 @@ def test_the_denoiser_says_what_the_unet_says(base: Base) -> None:
         tokens = base.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
         wanted = base.unet(noisy, times, base.text_encoder(tokens)[0]).sample
         for trained in (False, True):
-            found = Denoiser(base, (64, 48), trained)(noisy, times, prompts)
+            found = Denoiser(base, text_is_trained=trained)(noisy, times, prompts)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 

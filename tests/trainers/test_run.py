@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
-from diffgraft.data.latents import Latents
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.heldout import make_probe
+from diffgraft.trainers.materials import collect, examples_of, read_pictures
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.templates import OBJECT, STYLE
 from tests.conftest import SHORT
 
 
@@ -176,16 +176,17 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     (data / "01.txt").write_text("a dog on the grass", "utf-8")
-    from diffgraft.data.pictures import read_folder
-    from diffgraft.trainers.run import _prompts
 
-    found = read_folder(data)
-    style = _prompts(load_recipe("style", {}), base, found)
-    assert style[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
+    def prompts(recipe: str, **settings: object) -> list[list[str]]:
+        plan = load_recipe(recipe, {"images": str(data), **settings})
+        return [one.wording.prompts() for one in collect(plan, read_pictures(plan), base.tokenizer, 64, 8)]
+
+    assert prompts("style")[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
     with pytest.warns(UserWarning, match=r"caption of 01.png lacks the trigger 'sks'"):
-        subject = _prompts(load_recipe("subject", {"subject": "dog"}), base, found)
-    assert subject[:2] == [["a dog on the grass"], ["a sks dog"]]
-    assert _prompts(load_recipe("subject", {"subject": "dog", "captions": False}), base, found) == [["a sks dog"]] * 5
+        assert prompts("subject", subject="dog")[:2] == [["a dog on the grass"], ["a sks dog"]]
+    told = prompts("subject", subject="dog", insert_trigger=True)
+    assert told[:2] == [["sks, a dog on the grass"], ["a sks dog"]]
+    assert prompts("subject", subject="dog", captions=False) == [["a sks dog"]] * 5
     (data / "02.txt").write_text("a " + "very " * 90 + "good dog", "utf-8")
     with pytest.warns(UserWarning, match=r"02.png is too long.*good dog , sks style"):
         run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True, prior={"images": 3})
@@ -203,21 +204,17 @@ def test_what_class_images_show() -> None:
 
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
-    from diffgraft.data.pictures import read_folder
-    from diffgraft.trainers.recipe_files import load_recipe
-    from diffgraft.trainers.run import _objective, _prompts
-    from diffgraft.trainers.templates import OBJECT, STYLE
-
-    plan = load_recipe("concept", {"subject": "dog", "trigger": "<zorp>"})
-    found = read_folder(pictures)
-    prompts = _prompts(plan, base, found)
-    assert prompts == [[template.replace("{trigger}", "<zorp>") for template in OBJECT]] * 5
-    examples = _objective(plan, base, found, prompts).examples  # type: ignore[attr-defined]
-    assert len(examples.latents) == len(examples.prompts) == 5 * len(OBJECT)
-    assert torch.equal(examples.latents.mean[0], examples.latents.mean[len(OBJECT) - 1])
-    assert not torch.equal(examples.latents.mean[0], examples.latents.mean[len(OBJECT)])
-    style = _prompts(load_recipe("concept", {"templates": "style"}), base, found)
-    assert [len(listed) for listed in style] == [len(STYLE)] * 5
+    plan = load_recipe("concept", {"subject": "dog", "trigger": "<zorp>", "images": str(pictures)})
+    items = collect(plan, read_pictures(plan), base.tokenizer, 64, 8)
+    wanted = [template.replace("{trigger}", "<zorp>") for template in OBJECT]
+    assert [one.wording.prompts() for one in items] == [wanted] * 5
+    examples = examples_of(plan, base, items, "encoding")
+    assert len(examples.encoded.latents) == 5
+    shown = [(one.row, one.text) for place in range(5 * len(OBJECT)) for one in examples.at(3, place, 1)]
+    assert sorted(shown) == [(row, text) for row in range(5) for text in range(len(OBJECT))]
+    plan = load_recipe("concept", {"templates": "style", "images": str(pictures)})
+    items = collect(plan, read_pictures(plan), base.tokenizer, 64, 8)
+    assert [len(one.wording.texts) for one in items] == [len(STYLE)] * 5
     settings: dict[str, Any] = {"steps": 3, "subject": "dog", "sample_every": 0, "sample_prompts": "a {trigger}"}
     run = train("concept", base=base, images=pictures, output=tmp_path / "run", options={"vectors": "2"}, **settings)
     assert run.adapter.tokens["<concept>"]["text_encoder"].shape == (2, 64)
@@ -299,8 +296,6 @@ def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
     one = train("subject", base=base, images=pictures, output=tmp_path / "1", batch=4, **settings)
     two = train("subject", base=base, images=pictures, output=tmp_path / "2", batch=2, accumulate=2, **settings)
-    rows = Examples(Latents(torch.zeros(5, 1), torch.zeros(5, 1)), [""] * 5, [""] * 5)
-    assert rows.rows(3, 0, 4) == rows.rows(3, 0, 2) + rows.rows(3, 2, 2)
     assert len(two.metrics) == len(one.metrics) == 2
     assert two.metrics[0]["loss"] == pytest.approx(one.metrics[0]["loss"], rel=1e-5)
     wanted, found = load_file(one.adapter_file), load_file(two.adapter_file)
@@ -344,7 +339,7 @@ def test_what_will_not_do_is_said_before_anything_is_written(base: Base, picture
 
 def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     """A short run lowers the loss on the subject's pixels in pictures it has not seen, and needs its trigger for it."""
-    from diffgraft.data.pictures import read_folder
+    from diffgraft.data.source import read_folder
 
     held_out = [picture.image for picture in read_folder(POODLE.folder / "held-out")]
     masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]

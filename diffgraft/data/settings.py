@@ -1,0 +1,44 @@
+"""Groups of settings about pictures and captions: buckets, masks, tags."""
+
+from pydantic import Field
+
+from diffgraft.strict import Strict
+
+
+class Buckets(Strict):
+    """Aspect-ratio buckets: pictures keep about their shape, and those of one size make a batch."""
+
+    use: bool = False
+    """Whether pictures are sorted into sizes of about resolution² pixels, instead of cut to squares"""
+    step: int | None = Field(None, ge=8)
+    """Pixels by which sides differ from one size to the next; unset: 64, or an eighth of smaller resolutions"""
+    least: int | None = Field(None, ge=8)
+    """The shortest side in pixels; unset: half the resolution"""
+    most: int | None = Field(None, ge=8)
+    """The longest side in pixels; unset: twice the resolution"""
+    upscale: bool = True
+    """Whether pictures smaller than their bucket are enlarged; if not, they make a bucket of their own size"""
+
+
+class Masks(Strict):
+    """Where a picture counts: white, or opaque, in its mask."""
+
+    use: bool = False
+    """Whether losses are weighted by `NAME_mask.png` beside each picture or, without one, by its alpha channel"""
+    outside: float = Field(0.0, ge=0, le=1)
+    """Weight of what the mask leaves out"""
+    normalize: bool = True
+    """Whether a picture's loss is the mean over its mask, so that small subjects count as much as large ones"""
+
+
+class Tags(Strict):
+    """Captions as lists of tags, changed each time they come round."""
+
+    separator: str = Field(",", min_length=1)
+    """What stands between tags"""
+    shuffle: bool = False
+    """Whether tags come in another order each time"""
+    keep: int = Field(0, ge=0)
+    """So many at the front stay where they are, and are never dropped"""
+    drop: float = Field(0.0, ge=0, lt=1)
+    """Share of the other tags that is left out each time"""

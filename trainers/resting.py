@@ -1,0 +1,43 @@
+"""Networks that a run does not need for a while leave the accelerator's memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from diffgraft.bases import Base
+from diffgraft.quiet import hushed
+
+
+def not_needed(base: Base, *, has_texts: bool) -> list[str]:
+    """Parts of the base that training can do without when latents, and texts if `has_texts`, are computed.
+
+    On a processor there is no other memory for them to go to; the VAE of an inpainting base is asked on the way.
+    """
+    if base.device.type == "cpu":
+        return []
+    names = [] if base.is_inpainting else ["vae"]
+    texts = [name for name, _ in base.parts() if name.startswith("text_encoder")]
+    return names + (texts if has_texts else [])
+
+
+def put_away(base: Base, names: Sequence[str]) -> None:
+    """Move these parts to the processor's memory."""
+    with hushed():
+        for name in names:
+            getattr(base, name).to("cpu")
+
+
+def take_back(base: Base, names: Sequence[str]) -> None:
+    """Move them to where the UNet is."""
+    with hushed():
+        for name in names:
+            getattr(base, name).to(base.device)
+
+
+@contextmanager
+def at_hand(base: Base, names: Sequence[str]) -> Iterator[None]:
+    """Within the block they are there, for drawing."""
+    take_back(base, names)
+    try:
+        yield
+    finally:
+        put_away(base, names)
