@@ -232,13 +232,17 @@ def examples_of(plan: Recipe, base: Base, items: Sequence[Item], title: str) -> 
 def class_examples(plan: Recipe, base: Base, items: Sequence[Item]) -> Examples | None:
     """The class images of all concepts, each with its λ for a weight; None without such prior preservation."""
     found: list[Item] = []
-    parts = {id(one.part): one.part for one in items}
-    for key, part in parts.items():
+    classes: dict[tuple[str, str, str], list[Item]] = {}
+    for one in items:
+        if (prior := prior_of(one.part)) is not None and prior.by == "pictures":
+            # concepts of one class share its pictures
+            key = (prior.model_dump_json(), one.part.class_text(None), one.part.trigger)
+            classes.setdefault(key, []).append(one)
+    for own in classes.values():
+        part = own[0].part
         prior = prior_of(part)
-        if prior is None or prior.by != "pictures":
-            continue
+        assert prior is not None
         weighted = part.model_copy(update={"weight": prior.weight})
-        own = [one for one in items if id(one.part) == key]
         kept = _own_class(weighted, prior) if prior.folder else _drawn_class(weighted, prior, base, own)
         for repeats, prompt, picture in kept:
             way = frames(picture.size, side_of(plan, base), plan.buckets, step_of(base))

@@ -1,0 +1,101 @@
+"""How pictures are cut: buckets of about equal area, whole multiples, and what is told of it."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffgraft.data.frames import Frame, bucket_sizes, frames, mirrored
+from diffgraft.data.settings import Buckets
+from diffgraft.errors import DiffgraftError
+
+ON = Buckets(use=True)
+SQUARE = Buckets()
+
+
+def test_buckets_are_those_of_stable_diffusion_15_at_512() -> None:
+    """Multiples of 64 from 256 to 1024 of at most 512² pixels, none of which could be higher."""
+    found = bucket_sizes(512, ON, 64)
+    assert len(found) == len(set(found))
+    assert (512, 512) in found
+    assert {(width, height) for height, width in found} == set(found)
+    for width, height in found:
+        assert width % 64 == height % 64 == 0
+        assert width * height <= 512 * 512
+        assert 256 <= min(width, height) <= max(width, height) <= 1024
+    assert {(256, 1024), (320, 768), (384, 640), (448, 576), (512, 512)} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("side", "step", "least", "most"), [(64, 8, None, None), (1024, 32, 512, 2048), (100, 8, 40, 200)]
+)
+def test_buckets_keep_to_what_is_set(side: int, step: int, least: int | None, most: int | None) -> None:
+    settings = Buckets(use=True, least=least, most=most)
+    for size in bucket_sizes(side, settings, step):
+        assert all(edge % step == 0 for edge in size)
+        assert math.prod(size) <= side * side
+        assert (least or side // 2) <= min(size)
+        assert max(size) <= (most or 2 * side)
+
+
+@pytest.mark.parametrize("original", [(300, 200), (200, 300), (50, 400), (1, 1), (4000, 3000), (641, 640)])
+def test_a_picture_goes_into_the_bucket_nearest_in_shape(original: tuple[int, int]) -> None:
+    (found,) = frames(original, 512, ON, 8)
+    shape = original[0] / original[1]
+    off = {size: abs(math.log(shape / (size[0] / size[1]))) for size in bucket_sizes(512, ON, 64)}
+    assert off[found.size] == pytest.approx(min(off.values()), abs=1e-9)
+    assert all(whole >= cut for whole, cut in zip(found.scaled, found.size, strict=True))
+    assert any(whole == cut for whole, cut in zip(found.scaled, found.size, strict=True))
+    assert 0 < found.shown <= 1
+
+
+def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
+    settings = Buckets(use=True, step=8, least=16, upscale=False)
+    (small,) = frames((70, 45), 128, settings, 8)
+    assert small.size == (64, 40)
+    assert max(small.scaled[0] / 70, small.scaled[1] / 45) <= 1
+    (large,) = frames((700, 450), 128, settings, 8)
+    assert math.prod(large.size) > 100 * 100
+    (up,) = frames((70, 45), 128, Buckets(use=True, step=8), 8)
+    assert up.size[0] > 100
+
+
+def test_without_buckets_pictures_are_squares() -> None:
+    (found,) = frames((300, 200), 64, SQUARE, 8)
+    assert found == Frame((300, 200), (96, 64), (16, 0), (64, 64))
+    assert found.told() == ((200, 300), (0, 16), (64, 64))
+
+
+def test_random_cuts_are_the_pictures_own_and_stay_inside() -> None:
+    found = frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)
+    assert 2 <= len(found) <= 5
+    assert found == frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)
+    assert found != frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=78)
+    assert all(0 <= one.corner[0] <= 32 and one.corner[1] == 0 for one in found)
+    assert len(frames((64, 64), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)) == 1
+
+
+def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).resize((300, 200), Image.Resampling.BICUBIC)
+    frame = Frame((300, 200), (96, 64), (20, 0), (64, 64))
+    wanted = image.resize((96, 64), Image.Resampling.LANCZOS).crop((20, 0, 84, 64))
+    found = np.asarray(frame.show(image)).astype(int)
+    assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1
+    plain, turned = mirrored([frame])
+    assert plain == frame
+    assert np.array_equal(np.asarray(turned.show(image)), np.asarray(frame.show(image))[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        (Buckets(use=True, step=20), "buckets.step=20 is no multiple of 8"),
+        (Buckets(use=True, least=100), "leave out squares of the resolution, 64"),
+        (Buckets(use=True, most=40), "leave out squares of the resolution, 64"),
+    ],
+)
+def test_buckets_that_cannot_be_are_told(settings: Buckets, answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        frames((30, 20), 64, settings, 8)

@@ -1,0 +1,144 @@
+"""Validation: the held-out loss is a formula of picture, timestep and noise; patience and the best are kept."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import Base
+from diffgraft.data.source import read_folder
+from diffgraft.demo.subject import POODLE
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.denoising import Denoiser, Noising
+from diffgraft.trainers.heldout import make_probe
+from diffgraft.trainers.materials import gather, read_pictures
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.run import train
+from diffgraft.trainers.validation import Best
+from tests.conftest import SHORT
+
+CPU = torch.device("cpu")
+
+
+def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
+    plan = load_recipe(
+        "subject",
+        {
+            "images": str(pictures),
+            "subject": "dog",
+            "prior": {"weight": 0},
+            "validation": {"images": str(POODLE.folder / "held-out"), "pairs": 16},
+        },
+    )
+    held = gather(plan, base, read_pictures(plan)).held_out
+    assert held is not None
+    ((probe, prompts, _),) = held.probes
+    assert set(prompts) == {"a sks dog"}
+    asked = []
+
+    def predict(noisy: Tensor, times: Tensor, words: Any, cuts: Any) -> Tensor:
+        asked.append((noisy, times))
+        assert len(words) == len(cuts) == len(noisy)
+        return 0.5 * noisy + (times / 1000).view(-1, 1, 1, 1)
+
+    found = held.loss(predict, CPU)
+    noisy, times = torch.cat([one for one, _ in asked]), torch.cat([one for _, one in asked])
+    wanted = ((0.5 * noisy + (times / 1000).view(-1, 1, 1, 1) - probe.target).double().numpy() ** 2).mean()
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert sorted((times * 16 // 1000).tolist()) == list(range(16))
+    images = [one.image for one in read_folder(POODLE.folder / "held-out")]
+    other = make_probe(base, images, pairs=16)
+    torch.testing.assert_close(other.noisy, probe.noisy, atol=1e-4, rtol=1e-4)
+    assert held.loss(Denoiser(base), CPU) == pytest.approx(other.loss(base, "a sks dog"), rel=1e-4)
+
+
+def test_patience_ends_a_run_and_the_best_is_kept(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([0.5, 0.3, 0.4, 0.35, 0.2])
+    monkeypatch.setattr("diffgraft.trainers.validation.HeldOut.loss", lambda *_: next(losses))
+    settings: dict[str, Any] = {**SHORT, "steps": 20, "prior": {"weight": 0}, "sample_prompts": "a dog"}
+    validation = {"share": 0.2, "every": 2, "patience": 2}
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", validation=validation, **settings)
+    assert len(run.metrics) == 8
+    assert [entry.get("validation") for entry in run.metrics[1::2]] == pytest.approx([0.5, 0.3, 0.4, 0.35])
+    best = load_adapter(run.folder / "best.safetensors")
+    shorter = train(
+        "subject", base=base, images=pictures, output=tmp_path / "four",
+        **{**settings, "steps": 4, "validation": {"share": 0.2, "every": 50}},
+    )  # fmt: skip
+    for path, deltas in shorter.adapter.deltas.items():
+        for name, leaf in deltas[0].leaves.items():
+            assert torch.equal(best.deltas[path][0].leaves[name], leaf)
+    assert [path.name for path in sorted((run.folder / "checkpoints").iterdir())][-1] == "step-000008"
+    run.adapter_file.unlink()
+    again = train(base=base, resume=run.folder)  # it is not taken up again where it had ended
+    assert len(again.metrics) == 8
+
+
+def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
+    best = Best()
+    assert [best.take(step, loss) for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0])] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert (best.step, best.loss, best.since) == (4, 1.0, 0)
+
+
+@pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal"])
+def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
+    from diffgraft.trainers.run import _attach
+
+    trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
+    plan = load_recipe("subject", {"subject": "dog", "method": method, **trigger})
+    noisy, times, prompts = torch.randn(2, 4, 16, 12), torch.tensor([90, 700]), ["a dog", "a cat"]
+    with torch.no_grad():
+        wanted = Denoiser(base)(noisy, times, prompts)
+        live = _attach(plan, base)
+        try:
+            for value in live.trainable().values():
+                value.add_(0.02 * torch.randn_like(value))
+            denoiser = Denoiser(base, live, text_is_trained=True)
+            assert (denoiser(noisy, times, prompts) - wanted).abs().max() > 1e-3
+            with live.bare():
+                assert torch.equal(denoiser(noisy, times, prompts), wanted)
+            assert (denoiser(noisy, times, prompts) - wanted).abs().max() > 1e-3
+        finally:
+            live.detach()
+
+
+def test_prior_preservation_by_prediction_is_its_formula(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """In the first step the adapter is nothing, and so is the second term; then it holds the class where it was."""
+    settings: dict[str, Any] = {**SHORT, "steps": 30, "lr": 3e-3, "sample_prompts": "a dog", "checkpoint_every": 0}
+    runs = {}
+    for weight in (0.0, 20.0):
+        prior = {"weight": weight, "by": "prediction"}
+        output = tmp_path / str(weight)
+        runs[weight] = train("subject", base=base, images=pictures, output=output, **{**settings, "prior": prior})
+    first, last = runs[20.0].metrics[0], runs[20.0].metrics[-1]
+    assert first["prior"] < 1e-10
+    assert last["prior"] > 1e-6
+    for entry in runs[20.0].metrics:
+        assert entry["loss"] == pytest.approx(entry["instance"] + 20 * entry["prior"], rel=1e-5)
+    assert "prior" not in runs[0.0].metrics[0]
+    probe = make_probe(base, [one.image for one in read_folder(pictures)], pairs=32)
+    before = probe.predict(base, "a dog")
+    moved = {}
+    for weight, run in runs.items():
+        with graft(base, {run.adapter: 1.0}):
+            moved[weight] = probe.change(before, base, "a dog")
+    assert moved[20.0] < 0.3 * moved[0.0]
+    assert not (tmp_path / "class-images").exists()
+    assert np.isfinite(list(moved.values())).all()
+
+
+def test_noising_of_validation_is_plain(base: Base) -> None:
+    """Whatever the recipe's noise is: losses of different recipes can be compared."""
+    assert Noising(base)._noise.offset == 0
