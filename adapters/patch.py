@@ -110,7 +110,12 @@ def run_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 def as_input(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the precision of `like`; under autocast, which sees to that itself, as it is."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(like.dtype)
+    return x if is_autocast(x.device) else x.to(like.dtype)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast sees to precisions on this device; on ``meta``, where nothing is computed, there is none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def copied(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from diffgraft.adapters.patch import is_autocast
+
 Noted = list[tuple[int, Tensor, Tensor]]
 """Of each use: the backward pass it was noted in, input [tokens, in], and gradient of the output [tokens, out]"""
 
@@ -32,9 +34,9 @@ class SharedLinear(nn.Linear):
         if self.weight.requires_grad:
             self._noted = []
             weight, bias = _Gather.apply(self.weight, self.bias, self._noted)  # type: ignore[no-untyped-call]
-            kind = self.weight.device.type
-            if torch.is_autocast_enabled(kind):  # which remembers the halves of parameters only, and not of these
-                half = torch.get_autocast_dtype(kind)
+            device = self.weight.device
+            if is_autocast(device):  # which remembers the halves of parameters only, and not of these
+                half = torch.get_autocast_dtype(device.type)
                 weight, bias = weight.to(half), bias.to(half)
             self._taps = weight, bias
 

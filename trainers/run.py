@@ -35,7 +35,7 @@ from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
 from diffgraft.trainers.settings import Concept, Validation
 from diffgraft.trainers.validation import Trial
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_SEEDS = 50_000
 """Samples count their seeds from here, so that none is a class image that training has seen."""
 
@@ -98,11 +98,11 @@ def train(
     read = read_pictures(plan)
     accelerator = new_accelerator(plan)
     held = _held(plan, base)
-    _check_resolution(plan, held)
+    check_resolution(plan, held)
     was_on = held.device
     held.to(accelerator.device)
     try:
-        _attach(plan, held).detach()  # what cannot be is refused before anything is drawn or written
+        attach(plan, held).detach()  # what cannot be is refused before anything is drawn or written
         _noising(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
@@ -121,13 +121,23 @@ def train(
     return run
 
 
-def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
+def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
+    """A recipe with settings laid over it, as `train` takes both.
+
+    Raises:
+        DiffgraftError: as `load_recipe`, and where it names no pictures.
+    """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     plan = load_recipe(recipe, {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()})
     if not plan.images and not plan.concepts:
         raise DiffgraftError(f"The recipe {recipe} needs pictures: add images=FOLDER (JPEG, PNG or WebP files).")
+    return plan
+
+
+def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
+    plan = recipe_with(recipe, settings)
     folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     if (folder / "adapter.safetensors").exists():
         raise DiffgraftError(
@@ -170,7 +180,7 @@ def _held(plan: Recipe, base: str | Path | Base) -> Base:
     """The base that was given, or the recipe's."""
     if not isinstance(base, Base):
         more = {"prediction_type": plan.prediction_type, "zero_snr": plan.zero_snr}
-        return load_base(plan.base, _DTYPES[plan.precision], **more)  # type: ignore[arg-type]
+        return load_base(plan.base, DTYPES[plan.precision], **more)  # type: ignore[arg-type]
     if plan.prediction_type not in (None, base.prediction_type) or plan.zero_snr not in (None, base.zero_snr):
         raise DiffgraftError(
             f"The base that was given is {base!r}; the recipe has prediction_type={plan.prediction_type} and "
@@ -179,7 +189,8 @@ def _held(plan: Recipe, base: str | Path | Base) -> Base:
     return base
 
 
-def _check_resolution(plan: Recipe, base: Base) -> None:
+def check_resolution(plan: Recipe, base: Base) -> None:
+    """Raises DiffgraftError where the base cannot have pictures of that resolution."""
     side, step = side_of(plan, base), step_of(base)
     if side % step:
         better = max(step, round(side / step) * step)
@@ -209,7 +220,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read)
 
     away: list[str] = []
     try:
-        live = _attach(plan, base)
+        live = attach(plan, base)
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
@@ -241,7 +252,8 @@ def _noising(plan: Recipe, base: Base) -> Noising:
     return Noising(base, plan.noise, plan.timesteps, plan.loss, plan.masks)
 
 
-def _attach(plan: Recipe, base: Base) -> Attached:
+def attach(plan: Recipe, base: Base) -> Attached:
+    """Lay the recipe's method over a base."""
     method = get_method(plan.method)
     options, words = method.read_options(plan.options), (plan.trigger, getattr(plan, "subject", ""))
     return method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))

@@ -87,6 +87,7 @@ class Base:
 
     The same for a model stored in float32 and in float16, whatever the file layout; the VAE, which people exchange
     freely and no adapter touches, is left out. It is taken at once: later, weights may be cast, merged or attached to.
+    Outlines, whose weights have no values, have none.
     """
 
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
@@ -100,7 +101,8 @@ class Base:
     def __post_init__(self) -> None:
         for _, part in self.parts():
             part.requires_grad_(False).eval()
-        self.hash = _digest((name, part) for name, part in self.parts() if name != "vae")
+        is_outline = any(value.is_meta for value in self.unet.parameters())
+        self.hash = "" if is_outline else _digest((name, part) for name, part in self.parts() if name != "vae")
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of each network there is."""

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -56,12 +57,8 @@ def load_base(
     """
     if family is not None and family not in FAMILIES:
         raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, FAMILIES)}")
-    path = TINY if str(source) == "tiny" else Path(source).expanduser()
     with hushed():
-        if not path.exists():
-            if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
-                raise DiffgraftError(f"There is no base {source}: no file of that name exists.")
-            path = _from_hub(str(source))
+        path = located(source)
         pipe = _from_file(path, family) if path.is_file() else _from_folder(path)
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
     found = FAMILIES[family] if family else next(one for one in FAMILIES.values() if one.holds(pipe))
@@ -75,6 +72,20 @@ def load_base(
         for name, part in base.parts():
             part.to(held.get(name))
     return base
+
+
+def located(source: str | Path, *, weights: bool = True) -> Path:
+    """Where a base lies on disk; of one on the hub, what is needed is brought: all but the weights, if those are not.
+
+    Raises:
+        DiffgraftError: there is none.
+    """
+    path = TINY if str(source) == "tiny" else Path(source).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        raise DiffgraftError(f"There is no base {source}: no file of that name exists.")
+    return _from_hub(str(source), weights)
 
 
 def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
@@ -92,9 +103,12 @@ def _parts(pipe: Any) -> dict[str, Any]:
     return {name: getattr(pipe, name, None) for name in names}
 
 
-def _from_folder(folder: Path) -> Any:
-    import diffusers
+def index_of(folder: Path) -> dict[str, Any]:
+    """What the index of a diffusers folder says: the class of its pipeline, and of each of its parts.
 
+    Raises:
+        DiffgraftError: it has none that can be read, or is of a family that is not known here.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         raise DiffgraftError(
@@ -111,6 +125,13 @@ def _from_folder(folder: Path) -> Any:
     known = sorted({family.pipeline_class for family in FAMILIES.values()})
     if kind not in (*known, *map(inpainting, known)):
         raise DiffgraftError(f"{folder} is a {kind}; the families known here are drawn with: {', '.join(known)}.")
+    return parts
+
+
+def _from_folder(folder: Path) -> Any:
+    import diffusers
+
+    parts = index_of(folder)
     more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
     if not _holds_plain_weights(folder) and any(folder.glob("unet/*.fp16.safetensors")):
         more["variant"] = "fp16"
@@ -118,7 +139,7 @@ def _from_folder(folder: Path) -> Any:
         # in its own precision: in memory it is then never larger than the files, or than what it is wanted in
         dtypes = {"default": torch.float32, **_precisions(folder)}
         more |= {"local_files_only": True, "use_safetensors": True, "dtype": dtypes}
-        return getattr(diffusers, kind).from_pretrained(folder, **more)
+        return getattr(diffusers, parts["_class_name"]).from_pretrained(folder, **more)
     except Exception as error:  # the libraries raise whatever their parsing stumbles over
         raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
@@ -127,9 +148,37 @@ def _holds_plain_weights(folder: Path) -> bool:
     return any(".fp16." not in path.name for path in folder.glob("unet/*.safetensors"))
 
 
-def _from_file(path: Path, family: str | None) -> Any:
-    import diffusers
+@dataclass(frozen=True)
+class SingleFile:
+    """What the header of a checkpoint in the original layout tells."""
 
+    family: str
+    channels: int
+    """What the UNet takes"""
+    told: dict[str, Any]
+    """`prediction_type` and `zero_snr`, as far as it tells"""
+
+    @property
+    def pipeline(self) -> Any:
+        """The class of its diffusers pipeline."""
+        import diffusers
+
+        kind = FAMILIES[self.family].pipeline_class
+        return getattr(diffusers, kind if self.channels == 4 else inpainting(kind))
+
+    def tokenizers(self) -> dict[str, Any]:
+        """Its tokenizers by name."""
+        starts = FAMILIES[self.family].in_single_files.items()
+        pads = {part: "!" if is_open_clip(start) else "<|endoftext|>" for part, start in starts}
+        return {part.replace("text_encoder", "tokenizer"): clip_tokenizer(pad) for part, pad in pads.items()}
+
+
+def read_single_file(path: Path, family: str | None = None) -> SingleFile:
+    """Look at a checkpoint's header.
+
+    Raises:
+        DiffgraftError: it is no safetensors file, or no checkpoint of the family, or of any.
+    """
     if path.suffix != ".safetensors":
         raise DiffgraftError(
             f"{path} is a {path.suffix or 'suffixless'} file; a single-file base must be .safetensors. Other files may "
@@ -139,34 +188,33 @@ def _from_file(path: Path, family: str | None) -> Any:
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
             name = _family_of(path, keys, family)
-            told = told_by(name, file, keys)
             channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
-        dtypes = {*_precisions(path, FAMILIES[name]).values()}
+            return SingleFile(name, channels, told_by(name, file, keys))
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
-    kind = FAMILIES[name].pipeline_class
-    pipeline = getattr(diffusers, kind if channels == 4 else inpainting(kind))
-    more: dict[str, Any] = {
-        part.replace("text_encoder", "tokenizer"): _clip_tokenizer("!" if is_open_clip(start) else "<|endoftext|>")
-        for part, start in FAMILIES[name].in_single_files.items()
-    }
-    if "safety_checker" in pipeline._optional_components:
+
+
+def _from_file(path: Path, family: str | None) -> Any:
+    found = read_single_file(path, family)
+    dtypes = {*_precisions(path, FAMILIES[found.family]).values()}
+    more = found.tokenizers()
+    if "safety_checker" in found.pipeline._optional_components:
         more["safety_checker"] = None
     if len(dtypes) == 1:
         more["dtype"] = dtypes.pop()
     try:
-        with _configuration(CONFIGS / name, channels) as config:
-            pipe = pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
+        with configuration(CONFIGS / found.family, found.channels) as config:
+            pipe = found.pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
     except Exception as error:  # the loader raises whatever its parsing stumbles over
         raise DiffgraftError(
-            f"{path} cannot be loaded as a checkpoint of {name}: {_first_line(error)} {_ADVICE}"
+            f"{path} cannot be loaded as a checkpoint of {found.family}: {_first_line(error)} {_ADVICE}"
         ) from error
-    pipe.scheduler = scheduled(pipe.scheduler, **told)
+    pipe.scheduler = scheduled(pipe.scheduler, **found.told)
     return pipe
 
 
 @contextmanager
-def _configuration(folder: Path, channels: int) -> Iterator[Path]:
+def configuration(folder: Path, channels: int) -> Iterator[Path]:
     """The family's configuration, of a UNet that takes so many channels."""
     if channels == 4:
         yield folder
@@ -190,20 +238,22 @@ def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
     raise DiffgraftError(f"{path} is no checkpoint of {named} in the original layout. {_ADVICE}")
 
 
-def _clip_tokenizer(padding: str) -> Any:
+def clip_tokenizer(padding: str) -> Any:
     """CLIP's own, which all of these families have; OpenCLIP's pads with id 0, which is that of ``!``."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=padding)
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, weights: bool = True) -> Path:
     """The folder into which the hub's client has brought a model."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
     try:
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=wanted[:2], ignore_patterns=unwanted))
         folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*unwanted, "*/*.fp16.*"])
         if not _holds_plain_weights(Path(folder)):  # there are models in half precision alone
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)

@@ -82,6 +82,21 @@ def train(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="As for `train`: key=value.")] = None,
+) -> None:
+    """Say what a run would do, without doing it: pictures, captions, sizes, steps, memory, time, and pitfalls.
+
+    For example: diffgraft plan sd15-subject base=path/to/stable-diffusion-v1-5 images=my_dog/ subject=dog
+    """
+    from diffgraft.cli.console import key_values
+    from diffgraft.trainers.plan import planned
+
+    typer.echo(planned(recipe, dict(key_values(settings or []))))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
     adapter: Annotated[

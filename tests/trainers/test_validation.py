@@ -94,14 +94,14 @@ def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal"])
 def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
-    from diffgraft.trainers.run import _attach
+    from diffgraft.trainers.run import attach
 
     trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
     plan = load_recipe("subject", {"subject": "dog", "method": method, **trigger})
     noisy, times, prompts = torch.randn(2, 4, 16, 12), torch.tensor([90, 700]), ["a dog", "a cat"]
     with torch.no_grad():
         wanted = Denoiser(base)(noisy, times, prompts)
-        live = _attach(plan, base)
+        live = attach(plan, base)
         try:
             for value in live.trainable().values():
                 value.add_(0.02 * torch.randn_like(value))
