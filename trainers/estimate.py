@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,14 +51,18 @@ class Cost:
         return self.weights + self.training + self.activations
 
 
-def cost(plan: Recipe, base: Base, live: Attached, size: tuple[int, int], prompts: Sequence[str], passes: int) -> Cost:
-    """The cost of training `live` on an outline: pictures of `size` (width, height), `passes` times the batch."""
+def cost(
+    plan: Recipe, base: Base, attach: Callable[[], Attached], size: tuple[int, int], prompts: Sequence[str], passes: int
+) -> Cost:
+    """The cost of training what `attach` lays over an outline: pictures of `size`, `passes` times the batch of them."""
+    sizes = {name: sum(own.numel() * own.element_size() for own in part.parameters()) for name, part in base.parts()}
+    dtype, live = base.unet.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values())
     text_is_trained = plan.text_encoder or live.changes_text
-    stay = [part for name, part in base.parts() if name == "unet" or (text_is_trained and name != "vae")]
-    weights = sum(_bytes(value) for part in stay for value in part.parameters() if not value.requires_grad)
+    weights = sum(own for name, own in sizes.items() if name == "unet" or (text_is_trained and name != "vae"))
     each = 4.0 + 4.0 + STATES[plan.optimizer] + (4.0 if plan.ema else 0.0)
-    live.to(dtype=base.unet.dtype)  # as autocast has it
+    live.to(dtype=dtype)  # as autocast has it
+    base.to(dtype=dtype)
     if plan.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
@@ -76,6 +80,7 @@ def cost(plan: Recipe, base: Base, live: Attached, size: tuple[int, int], prompt
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
     with FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
         denoiser(*asked(plan.batch * passes)).square().mean().backward()
+    live.detach()
     step = whole.get_total_flops() * plan.accumulate
     return Cost(trained, weights, int(trained * each), kept.peak, step, forward.get_total_flops())
 
@@ -105,10 +110,6 @@ def speed(base: Base, device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return float(counted.get_total_flops() / min(times))
-
-
-def _bytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
 
 
 class _Kept:

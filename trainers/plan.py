@@ -59,14 +59,11 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
         warnings.simplefilter("always")
         items = collect(recipe, read, base.tokenizer, side_of(recipe, base), step_of(base))
         learnt, held = split(recipe, items, base)
-    live = attach(recipe, base)
     sizes = Counter(one.frames[0].size for one in learnt)
     largest = max(sizes, key=math.prod)
     prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
-    try:
-        found = cost(recipe, base, live, largest, prompts, 2 if _has_prior(read) else 1)
-    finally:
-        live.detach()
+    passes = 2 if any(prior_of(part) is not None for part, _ in read) else 1
+    found = cost(recipe, base, lambda: attach(recipe, base), largest, prompts, passes)
     facts = [
         (
             "recipe",
@@ -82,10 +79,6 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     ]
     told = [str(one.message) for one in caught]
     return Plan(facts, [*told, *_conflicts(recipe, learnt), *_triggers(base, learnt), *_alike(learnt)])
-
-
-def _has_prior(read: Read) -> bool:
-    return any(prior_of(part) is not None for part, _ in read)
 
 
 def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> Iterator[tuple[str, str]]:
@@ -140,7 +133,7 @@ def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
     shown = recipe.steps * recipe.batch * recipe.accumulate
     times = shown / a_round
-    return f"{recipe.steps} of {recipe.batch * recipe.accumulate} pictures: {times:.1f} rounds of {a_round}"
+    return f"{recipe.steps}, of {recipe.batch * recipe.accumulate} pictures each: {times:.1f} rounds of {a_round}"
 
 
 def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.device) -> Iterator[tuple[str, str]]:

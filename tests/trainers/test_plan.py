@@ -1,0 +1,163 @@
+"""What a run would do: counted on an outline as on the base itself, with its pitfalls named."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffgraft.bases import Base, load_base
+from diffgraft.bases.outline import outline
+from diffgraft.data.likeness import alike, fingerprint
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.estimate import cost, speed
+from diffgraft.trainers.plan import Plan, planned
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.run import attach, train
+from tests.conftest import SHORT
+from tests.trainers.test_materials import folder
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
+def test_an_outline_is_the_base_without_values(family: str, folders: Path) -> None:
+    held, found = load_base(folders / family, torch.bfloat16), outline(folders / family, torch.bfloat16)
+    assert found.family.name == held.family.name == family
+    for (name, part), (_, shape) in zip(held.parts(), found.parts(), strict=True):
+        wanted = {key: (tuple(value.shape), value.dtype) for key, value in part.named_parameters()}
+        assert {key: (tuple(value.shape), value.dtype) for key, value in shape.named_parameters()} == wanted, name
+        assert all(value.is_meta for value in shape.parameters())
+    assert (found.resolution, found.factor, found.prediction_type) == (
+        held.resolution,
+        held.factor,
+        held.prediction_type,
+    )
+    assert found.tokenizer("a sks dog").input_ids == held.tokenizer("a sks dog").input_ids
+
+
+def test_what_is_no_base_has_no_outline(tmp_path: Path) -> None:
+    with pytest.raises(DiffgraftError, match=r"no model_index\.json"):
+        outline(tmp_path)
+    with pytest.raises(DiffgraftError, match="no file of that name"):
+        outline(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["lora", "loha", "full", "textual-inversion", "hypernetwork"])
+def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -> None:
+    """Counts are the same; what PyTorch's attention keeps differs a little between devices."""
+    trigger = {"trigger": "<zorp>"} if method == "textual-inversion" else {}
+    settings = {"subject": "dog", "method": method, "gradient_checkpointing": checkpointing, **trigger}
+    plan = load_recipe("subject", settings)
+    found, wanted = (
+        cost(plan, base, lambda base=base: attach(plan, base), (64, 48), ["a dog"], 2)  # type: ignore[misc]
+        for base in (outline("tiny"), load_base("tiny"))
+    )
+    assert (found.trained, found.weights, found.training) == (wanted.trained, wanted.weights, wanted.training)
+    assert found.activations == pytest.approx(wanted.activations, rel=0.25)
+    assert found.step == pytest.approx(wanted.step, rel=0.1)
+    assert found.picture == pytest.approx(wanted.picture, rel=0.1)
+
+
+def test_checkpointing_keeps_less_and_batches_more() -> None:
+    def found(**settings: Any) -> Any:
+        plan, base = load_recipe("subject", {"subject": "dog", **settings}), outline("tiny")
+        return cost(plan, base, lambda: attach(plan, base), (64, 64), ["a dog"], 1)
+
+    one, two, spared = found(batch=2), found(batch=4), found(batch=4, gradient_checkpointing=True)
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
+    assert two.step == pytest.approx(2 * one.step, rel=0.01)
+    assert spared.activations < 0.6 * two.activations
+    assert spared.step > 1.2 * two.step
+    assert found(batch=2, accumulate=3).step == pytest.approx(3 * one.step)
+    eight = found(batch=2, optimizer="adamw8bit")
+    assert (one.training, eight.training) == (16 * one.trained, 10 * one.trained)
+    assert found(batch=2, ema=0.9).training == 20 * one.trained
+
+
+def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path) -> None:
+    plan = load_recipe("subject", {"subject": "dog", "method": "loha"})
+    said = cost(plan, (frame := outline("tiny")), lambda: attach(plan, frame), (64, 64), ["a dog"], 1).trained * 4
+    settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method="loha", **settings)
+    assert run.adapter_file.stat().st_size == pytest.approx(said, rel=0.02)
+
+
+def test_speed_is_a_number_that_this_machine_can_reach() -> None:
+    assert 1e8 < speed(outline("tiny"), torch.device("cpu")) < 1e14
+
+
+def told(recipe: str, images: Path, **settings: Any) -> Plan:
+    return planned(recipe, {"images": images, **settings})
+
+
+def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 6, (90, 60))
+    folder(data, 2, (50, 100), start=6)
+    (data / "00.txt").write_text("a sks dog, sitting", "utf-8")
+    found = told(
+        "subject", data, subject="dog", buckets={"use": True}, flip=True, validation={"share": 0.25, "every": 20},
+        steps=30, batch=2,
+    )  # fmt: skip
+    facts = dict(found.facts)
+    assert facts["recipe"] == "subject by lora on tiny (sd1, 64 px)"
+    assert facts["pictures"].startswith("6, each in 2 ways")
+    assert facts["held out"] == "2, every 20 steps"
+    assert sum(int(part.split(": ")[1]) for part in facts["sizes"].split(", ")) == 6
+    assert facts["steps"] == "30, of 2 pictures each: 10.0 rounds of 6"
+    assert facts["trained"].startswith("107,520 numbers")
+    assert "64 images" in facts["class"]
+    assert str(found).count("\n") == len(found.facts) + len(found.pitfalls) - 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"trigger": "dog"}, "is the class noun itself"),
+        ({"trigger": "house"}, "'house' is a common word"),
+        ({"trigger": "zwx", "class_prompt": "a zwx {subject}"}, "stands in a prompt of the class"),
+        ({"tags": {"shuffle": True}}, "no caption holds the separator ','"),
+        ({"insert_trigger": True}, "insert_trigger=true does nothing"),
+        ({"masks": {"use": True}}, "masks.use=true does nothing"),
+        ({"validation": {"patience": 3}}, "patience does nothing"),
+        ({"steps": 20, "warmup": 20}, "warmup=20 is not over"),
+        ({"steps": 50, "ema": 0.999}, "ema=0.999 is slow for 50 steps: 95%"),
+        ({"crop": "random"}, "crop=random does nothing"),
+    ],
+)
+def test_pitfalls_are_named(pictures: Path, settings: dict[str, Any], said: str) -> None:
+    clean = told("subject", pictures, subject="dog", prior={"weight": 0})
+    assert clean.pitfalls == []
+    found = told("subject", pictures, subject="dog", prior={"weight": 0}, **settings)
+    assert any(said in one for one in found.pitfalls), found.pitfalls
+
+
+def test_long_captions_shared_triggers_and_copies_are_named(tmp_path: Path) -> None:
+    data, other = folder(tmp_path / "data", 3, (90, 60)), folder(tmp_path / "other", 1, (80, 80), start=7)
+    (data / "00.txt").write_text("a sks " + "very " * 90 + "good dog", "utf-8")
+    coarse = Image.fromarray(np.random.default_rng(9).integers(0, 255, (8, 12, 3), np.uint8))
+    coarse.resize((90, 60), Image.Resampling.BICUBIC).save(data / "01.png")
+    coarse.resize((180, 120), Image.Resampling.BICUBIC).save(data / "copy.jpg", quality=80)
+    concepts = [{"images": str(data), "subject": "dog"}, {"images": str(other), "subject": "cat"}]
+    found = "\n".join(planned("subject", {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
+    assert "prompt of 00.png is too long" in found
+    assert "calls several concepts: cat, dog" in found
+    assert "01.png and copy.jpg are nearly the same picture" in found
+    assert "02.png" not in found
+
+
+def test_fingerprints_are_near_for_copies_and_far_for_others() -> None:
+    rng = np.random.default_rng(4)
+    images = [Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((320, 240), 2) for _ in range(12)]
+    prints = [(str(number), fingerprint(image)) for number, image in enumerate(images)]
+    assert alike(prints) == []
+    small = fingerprint(images[5].resize((100, 75), Image.Resampling.LANCZOS))
+    assert alike([*prints, ("copy", small)]) == [("5", "copy")]
+
+
+def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:
+    with pytest.raises(DiffgraftError, match="no multiple of 8"):
+        told("subject", pictures, subject="dog", resolution=60)
+    with pytest.raises(DiffgraftError, match="needs pictures"):
+        planned("subject", {"subject": "dog"})
