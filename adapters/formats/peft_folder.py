@@ -141,7 +141,7 @@ def save(adapter: Adapter, path: Path) -> Path:
         for part, (tensors, config) in parts.items():
             folder = partial if set(parts) == {"unet"} else partial / part
             write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **write_ours(adapter)})
-            write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -177,7 +177,6 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
         ranks, alphas, more = peft_lokr.settings(factors)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
-        "peft_type": kind.upper(),
         "r": rank,
         "lora_alpha" if kind == "lora" else "alpha": alpha,
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
@@ -195,4 +194,12 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
                     raise ValueError(f"{path} is a DoRA by inputs, and peft has them by outputs")
                 leaf = leaf.flatten() if delta.leaves["lora_down"].ndim == 2 else leaf.view(1, -1, 1, 1)
             tensors[f"{_START}{path}.{names[name]}"] = leaf.contiguous()
-    return tensors, config
+    return tensors, _whole(kind, config)
+
+
+def _whole(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with all of the keys that peft's own class has, checked by it."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+
+    whole: dict[str, Any] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())](**config).to_dict()
+    return whole
