@@ -135,8 +135,8 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
 def _check_templates(recipe: Recipe) -> None:
     """Refuse a {word} that nothing fills: it would be trained as it stands."""
     known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
-    for key in ("prompt", "class_prompt", "caption", "sample_prompts"):
-        value = getattr(recipe, key, "")
+    keys = ("prompt", "class_prompt", "caption", "sample_prompts")
+    for key, value in ((key, getattr(part, key, "")) for part in recipe.parts() for key in keys):
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
             if word not in known | ({"{caption}"} if key == "caption" else set()):
                 raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")
