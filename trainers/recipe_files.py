@@ -66,6 +66,40 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def explained(name: str) -> list[tuple[str, str, str]]:
+    """Of every key that means something in a recipe: its name, its value as one would write it, and what it means."""
+    from diffgraft.adapters.method import get_method
+
+    values = _read(name)
+    values.pop("methods", None)
+    task = TASKS.get(str(values.get("task")), Recipe)
+    method = get_method(values.get("method", task.model_fields["method"].default))
+    lacking = {"task", *method.without_under(method.read_options(values.get("options") or {}))}
+    return [row for row in _explained(task, values) if row[0].partition(".")[0] not in lacking]
+
+
+def _explained(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    found = []
+    for key, info in kind.model_fields.items():
+        inner, default = info.annotation, None if info.is_required() else info.get_default(call_default_factory=True)
+        value = values.get(key, default)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            held = default.model_dump() if isinstance(default, BaseModel) else {}
+            own = {**held, **(value if isinstance(value, Mapping) else {})}
+            found += [(f"{key}.{name}", said, meaning) for name, said, meaning in _explained(inner, own)]
+        else:
+            found.append((key, _as_typed(value), " ".join((info.description or "").split())))
+    return found
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return " | ".join(map(str, value))
+    return "" if value is None or value == {} else str(value)
+
+
 def meaningless(recipe: Recipe) -> Mapping[str, str]:
     """Keys of the recipe that mean nothing to its method → why."""
     from diffgraft.adapters.method import get_method

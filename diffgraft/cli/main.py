@@ -243,12 +243,20 @@ def methods(
 
 
 @app.command(rich_help_panel="What there is")
-def recipes() -> None:
-    """List the recipes."""
-    from diffgraft.trainers.recipe_files import recipe_names
+def recipes(
+    name: Annotated[
+        str, typer.Argument(help="Tell of this one: all of its keys, their values and what they mean.")
+    ] = "",
+) -> None:
+    """List the recipes, or the keys of one."""
+    from diffgraft.trainers.recipe_files import explained, recipe_names
 
-    for name, summary in recipe_names().items():
-        typer.echo(f"{name:16} {summary}")
+    if name:
+        for key, value, meaning in explained(name):
+            typer.echo(f"{key}={value}\n    {meaning}")
+        return
+    for known, summary in recipe_names().items():
+        typer.echo(f"{known:16} {summary}")
 
 
 @app.command()

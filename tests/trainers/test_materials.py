@@ -73,9 +73,10 @@ def test_each_frame_meets_each_text_before_two_meet_again() -> None:
         **{("0", row, text): 4 for row in range(3) for text in range(2)},
         **{("1", row, text): 2 for row in range(3, 6) for text in range(2)},
     }
-    first = [one for one in shown if one[0] == "1"]
-    assert len(set(first[:6])) == len(set(first[6:12])) == 6
-    assert first[:6] != first[6:12]
+    for name in ("0", "1"):
+        first = [one for one in shown if one[0] == name]
+        assert len(set(first[:6])) == len(set(first[6:12])) == 6
+        assert first[:6] != first[6:12]
 
 
 def test_class_prompts_have_the_tags_of_the_prompts() -> None:

@@ -78,6 +78,10 @@ def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
     shown = DreamBooth(ours, kept, noising, 9, CPU).shown(21, 3)
     assert shown == [f"{row}.png" for row in rows(ours, 9, 21, 3) + rows(kept, 10, 21, 3)]
+    two = [draw_batch(ours, noising, 9, 21, 3, kind, CPU) for kind in (0, 1)]
+    assert not torch.equal(two[0].times, two[1].times)
+    light = Captioned(examples(5, 1, weight=0.25), noising, 9, CPU).losses(predict, 21, 3)
+    assert light["loss"].item() == pytest.approx(0.25 * terms[0], rel=1e-5)
     alone = Captioned(ours, noising, 9, CPU).losses(predict, 21, 3)
     assert alone["loss"].item() == pytest.approx(terms[0], rel=1e-5)
 

@@ -8,7 +8,7 @@ import pytest
 from diffgraft.adapters.method import get_method, methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe import TASKS, SubjectRecipe
-from diffgraft.trainers.recipe_files import load_recipe, recipe_names, save_recipe
+from diffgraft.trainers.recipe_files import explained, load_recipe, recipe_names, save_recipe
 
 SHIPPED = list(recipe_names())
 SOURCES = Path(__file__).parents[2] / "recipes"
@@ -170,3 +170,13 @@ def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> Non
 
     assert essence(steps=5) == essence(steps=6)
     assert essence(steps=5, lr_schedule="cosine") != essence(steps=6, lr_schedule="cosine")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_key_is_explained_by_what_one_would_type(name: str) -> None:
+    rows = explained(name)
+    assert all(meaning for _, _, meaning in rows)
+    assert len({key for key, _, _ in rows}) == len(rows) > 60
+    own = {"subject": "dog"} if name.endswith("subject") else {}
+    typed = {key: value for key, value, _ in rows if value}
+    assert load_recipe(name, {**typed, **own}) == load_recipe(name, own)
