@@ -14,6 +14,7 @@ from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.factors import FactorDelta, FactorPatch, Leaves, Shape
 from diffgraft.adapters.method import ReadDelta
 from diffgraft.adapters.patch import Patch, weight_shape
+from diffgraft.bases.quantized import weight_and_bias
 from diffgraft.errors import DiffgraftError
 
 PEFT, LYCORIS = "peft", "lycoris"
@@ -104,8 +105,7 @@ class DoraPatch(Patch):
 
     def __init__(self, direction: FactorPatch, layer: nn.Module) -> None:
         super().__init__()
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or weight.shape != weight_shape(layer):
             raise DiffgraftError(
                 "DoRA needs the weights of the base, which are quantised here: set options.dora=false."
@@ -114,9 +114,9 @@ class DoraPatch(Patch):
         self.magnitude = nn.Parameter(norms(weight.detach().float()))
 
     def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        weight: Tensor = layer.get_parameter("weight")
+        weight, own = weight_and_bias(layer)
         shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-        bias = layer.get_parameter("bias").view(shape) if layer.bias is not None else out.new_zeros(1)
+        bias = out.new_zeros(1) if own is None else own.view(shape)
         with torch.no_grad():
             norm = norms(weight.float() + self.direction.weight(layer))
         factor = (self.magnitude / norm).view(shape)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lowrank import Size, nearest
 from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of
+from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
 """Name of a module's parameter → that of its difference in files (LyCORIS, ``lycoris/modules/full.py``)."""
@@ -63,6 +64,11 @@ class AttachedFull(Attached):
         self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
         self._copies: dict[str, nn.Parameter] = {}
         parts = parts_of(target)
+        if any(not value.is_floating_point() for part in spec.paths for value in parts[part].parameters()):
+            raise DiffgraftError(
+                "The method 'full' trains the base's own weights, and here they are quantised: leave quantize at none, "
+                "or take another method."
+            )
         for part in spec.paths:
             for path, module in parts[part].named_modules():
                 for name, kept in list(module.named_parameters(recurse=False)):

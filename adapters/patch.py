@@ -1,8 +1,8 @@
 """A method on live layers: what a layer gives is changed by a hook, so its module, names and weights stay as they are.
 
 Patches of any methods lie over one another on the same layer, in the order in which they were attached; each is taken
-off by itself. They work beside frozen layers of any precision, quantised ones included, as long as the method does not
-ask for the weight.
+off by itself. They work beside frozen layers of any precision, quantised ones included; a method that asks for the
+weight can have it from the layers of `diffgraft.bases.quantized`, and from no other quantised ones.
 """
 
 from abc import abstractmethod

@@ -22,6 +22,8 @@ class Recipe(Strict):
     """What the base's UNet predicts; unset: what its files say"""
     zero_snr: bool | None = None
     """Whether its noise schedule is rescaled to end in pure noise; unset: what its files say"""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Hold the weights of its linear layers in 8 bits (int8) or about 4 (nf4): less memory, a little less exact"""
     method: str = "lora"
     """How the adapter is parametrised; `diffgraft methods` lists them"""
     rank: int = Field(8, ge=1)

@@ -98,6 +98,7 @@ def train(
     read = read_pictures(plan)
     accelerator = new_accelerator(plan)
     held = _held(plan, base)
+    plan = plan.model_copy(update={"quantize": held.quantize})  # so that what is written says it, whoever loaded it
     check_resolution(plan, held)
     was_on = held.device
     held.to(accelerator.device)
@@ -179,12 +180,17 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
 def _held(plan: Recipe, base: str | Path | Base) -> Base:
     """The base that was given, or the recipe's."""
     if not isinstance(base, Base):
-        more = {"prediction_type": plan.prediction_type, "zero_snr": plan.zero_snr}
+        more = {"prediction_type": plan.prediction_type, "zero_snr": plan.zero_snr, "quantize": plan.quantize}
         return load_base(plan.base, DTYPES[plan.precision], **more)  # type: ignore[arg-type]
     if plan.prediction_type not in (None, base.prediction_type) or plan.zero_snr not in (None, base.zero_snr):
         raise DiffgraftError(
             f"The base that was given is {base!r}; the recipe has prediction_type={plan.prediction_type} and "
             f"zero_snr={plan.zero_snr}. Load the base with them: load_base(…, prediction_type=…, zero_snr=…)."
+        )
+    if plan.quantize not in ("none", base.quantize):
+        raise DiffgraftError(
+            f"The base that was given is {base!r}; the recipe has quantize={plan.quantize}. Load the base with that: "
+            f"load_base(…, quantize={plan.quantize!r})."
         )
     return base
 

@@ -86,9 +86,12 @@ class Base:
     """SHA-256 over names, shapes and half-precision values of the UNet and the text encoders, as they were given.
 
     The same for a model stored in float32 and in float16, whatever the file layout; the VAE, which people exchange
-    freely and no adapter touches, is left out. It is taken at once: later, weights may be cast, merged or attached to.
+    freely and no adapter touches, is left out. It is taken at once: later, weights may be cast, quantised, merged or
+    attached to.
     Outlines, whose weights have no values, have none.
     """
+    quantize: str = field(default="none", init=False)
+    """How its linear layers are held: `none` as they are, or in `int8` or `nf4`."""
 
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
     """Size of the latents → those of a grey picture"""
@@ -96,7 +99,8 @@ class Base:
     def __repr__(self) -> str:
         more = (", zero terminal SNR" if self.zero_snr else "") + (", inpainting" if self.is_inpainting else "")
         told = f"family {self.family.name}, predicts {self.prediction_type}{more}"
-        return f"Base({self.name!r}, {told}, {self.unet.dtype} on {self.device})"
+        held = self.unet.dtype if self.quantize == "none" else f"{self.unet.dtype} and {self.quantize}"
+        return f"Base({self.name!r}, {told}, {held} on {self.device})"
 
     def __post_init__(self) -> None:
         for _, part in self.parts():
@@ -198,10 +202,11 @@ class Base:
 
     @property
     def drawing_hash(self) -> str:
-        """SHA-256 over all that decides what the base draws: `hash`, the VAE and the noise schedule."""
+        """SHA-256 over all that decides what the base draws: `hash`, `quantize`, the VAE and the noise schedule."""
         # keys with an underscore are diffusers' notes to itself, and differ from process to process
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
         said = f"{self.hash} {_digest([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
+        said += f" {self.quantize}" if self.quantize != "none" else ""
         return hashlib.sha256(said.encode()).hexdigest()
 
 

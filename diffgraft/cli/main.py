@@ -129,6 +129,9 @@ def generate(
     ] = None,
     prediction_type: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
+    quantize: Annotated[
+        str, typer.Option(help="Hold the base's linear layers in int8 or nf4: less memory, rounded weights.")
+    ] = "none",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
     """Draw pictures, with adapters or without; from noise, from a picture, or into one.
@@ -156,7 +159,8 @@ def generate(
 
     settings = Settings(width_and_height, steps, guidance, negative, scheduler)
     source = Source(read_picture(image), denoise, read_picture(mask, "black") if mask else None) if image else None
-    held = load_base(base, prediction_type=prediction_type, zero_snr=zero_snr).to(PartialState().device)
+    more = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
+    held = load_base(base, **more).to(PartialState().device)  # type: ignore[arg-type]
     seeds = [seed + number for number in range(count)]
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
 

@@ -68,7 +68,7 @@ class Texts:
     def _file(self, prompt: str) -> Path:
         base = self._base
         encoders = [repr(part.dtype) for name, part in base.parts() if name.startswith("text_encoder")]
-        said = f"{_VERSION} {base.hash} {encoders} {base.device.type} {self._whole} {prompt}"
+        said = f"{_VERSION} {base.hash} {base.quantize} {encoders} {base.device.type} {self._whole} {prompt}"
         name = hashlib.sha256(said.encode()).hexdigest()
         return cache_folder() / "texts" / name[:2] / f"{name}.safetensors"
 

@@ -23,10 +23,14 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
     `base` is afterwards as it was, and nothing half-written has the name.
 
     Raises:
-        DiffgraftError: something is there already, an adapter holds what no weight can (words or networks), or the
-            base's family has no single-file layout.
+        DiffgraftError: something is there already, an adapter holds what no weight can (words or networks), the
+            base is quantised, or its family has no single-file layout.
     """
     path = Path(path).expanduser()
+    if base.quantize != "none":
+        raise DiffgraftError(
+            f"This base is held in {base.quantize}, and only whole weights take a merge: load it without quantize."
+        )
     if path.exists():
         raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     loaded = {

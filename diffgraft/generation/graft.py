@@ -1,7 +1,13 @@
-"""Adapters on a live pipeline: merged into its weights while wanted, and every bit as before when taken off."""
+"""Adapters on a live pipeline: merged into its weights while wanted, and every bit as before when taken off.
+
+Quantised weights cannot take a merge, as it would be lost in rounding; there the layers compute with what their bits
+stand for and the adapters over it.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +23,7 @@ from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.bases.base import PARTS
+from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError, nearest
 
 Grafts = Mapping[Any, Strength]
@@ -57,7 +64,8 @@ class Graft:
         self._target = target
         self._parts = _parts(target)
         self._hash = target.hash if isinstance(target, Base) else None
-        self._kept: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
+        self._kept: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]] = {}
+        """Path → module, and the weight and bias it had; none of a quantised one, whose bits do not change"""
         self._over: list[Callable[[], None]] = []
 
     def set(self, adapters: Grafts) -> None:
@@ -103,13 +111,18 @@ class Graft:
     @torch.no_grad()
     def _merge(self, path: str, module: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> None:
         """Apply all deltas of one module in float32, and round to its precision once."""
+        if isinstance(module, Quantized):  # it does so whenever it computes, so that its weight is never kept whole
+            self._kept[path] = (module, None, None)
+            _LAYERS.setdefault(module, []).append(self)
+            there = [(_on(module.weight.device, delta), strength) for delta, strength in deltas]
+            module.changes.append(partial(_applied, there))
+            return
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
         self._kept[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
         _LAYERS.setdefault(module, []).append(self)
-        new_weight: Tensor = weight.detach().float()
-        new_bias: Tensor | None = None if bias is None else bias.detach().float()
-        for delta, strength in deltas:
-            new_weight, new_bias = delta.apply(new_weight, new_bias, strength)
+        new_weight, new_bias = _applied(
+            deltas, weight.detach().float(), None if bias is None else bias.detach().float()
+        )
         weight.copy_(new_weight)
         if bias is not None and new_bias is not None:
             bias.copy_(new_bias)
@@ -128,6 +141,10 @@ class Graft:
             self._over.pop()
         for module, weight, bias in self._kept.values():
             _LAYERS[module].pop()
+            if weight is None:
+                assert isinstance(module, Quantized)
+                module.changes.pop()
+                continue
             module.get_parameter("weight").copy_(weight)
             if bias is not None:
                 module.get_parameter("bias").copy_(bias)
@@ -151,15 +168,17 @@ class Graft:
             weight = getattr(module, "weight", None)
             if module is None or not isinstance(weight, Tensor):
                 absent.append(path)
-            elif not weight.is_floating_point() or is_quantised(weight):
+                continue
+            shape = (module.out_features, module.in_features) if isinstance(module, Quantized) else tuple(weight.shape)
+            if not isinstance(module, Quantized) and (not weight.is_floating_point() or is_quantised(weight)):
                 raise DiffgraftError(
                     f"{name} cannot be merged: {path} of this base is quantised, and rounding to its few values would "
-                    "lose the adapter. Load the base in float16 or bfloat16."
+                    "lose the adapter. Load the base in float16 or bfloat16, or by load_base(…, quantize=…)."
                 )
-            elif all(delta.fits(tuple(weight.shape)) for delta in deltas):
+            if all(delta.fits(shape) for delta in deltas):
                 found[path] = module
             else:
-                misshapen.append(f"{path} (here {' × '.join(map(str, weight.shape))})")
+                misshapen.append(f"{path} (here {' × '.join(map(str, shape))})")
         if not absent and not misshapen:
             return found
         made_for = adapter.metadata.get("base")
@@ -204,6 +223,26 @@ class Graft:
 def is_quantised(weight: Tensor) -> bool:
     """Whether it is one of bitsandbytes' packed weights."""
     return hasattr(weight, "quant_state") or hasattr(weight, "CB")
+
+
+def _applied(
+    deltas: Sequence[tuple[Delta, float]], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in float32 under all deltas, in order."""
+    for delta, strength in deltas:
+        weight, bias = delta.apply(weight, bias, strength)
+    return weight, bias
+
+
+def _on(device: torch.device, held: Any) -> Any:
+    """A delta, as far as it is made of dataclasses, mappings and tensors, with its tensors on `device`."""
+    if isinstance(held, Tensor):
+        return held.to(device)
+    if isinstance(held, Mapping):
+        return {name: _on(device, value) for name, value in held.items()}
+    if is_dataclass(held) and not isinstance(held, type):
+        return replace(held, **{one.name: _on(device, getattr(held, one.name)) for one in fields(held) if one.init})
+    return held
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:

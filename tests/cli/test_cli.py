@@ -55,6 +55,17 @@ def test_train_then_generate(
     assert load_base(tmp_path / "checkpoint", None).unet.dtype == torch.float16  # as the base's own files
 
 
+def test_a_quantised_base_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same scene, and not the same pixels."""
+    pixels = {}
+    for kind in ("none", "nf4"):
+        words = ["generate", "a dog", "--steps", 2, "--quantize", kind, "-o", tmp_path / kind]
+        assert call(monkeypatch, *words) == 0
+        with Image.open(tmp_path / kind / "a-dog-0.png") as image:
+            pixels[kind] = torch.tensor(list(image.convert("L").tobytes())).float()
+    assert 0.5 < (pixels["nf4"] - pixels["none"]).abs().mean() < 0.5 * pixels["none"].std()
+
+
 def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--version") == 0
     assert re.fullmatch(r"diffgraft \d+\.\d+.*\n", capsys.readouterr().out)
@@ -71,6 +82,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["train", "--resume", "/none"], "no run to resume"),
         (["train", "subject", "resume=x"], "--resume x"),
         (["generate", "x", "--size", "60x64"], "Take 64x64"),
+        (["generate", "x", "--quantize", "nf8"], "did you mean 'nf4'"),
         (["generate", "x", "--mask", "m.png"], "add --image FILE"),
         (["generate", "x", "--image", "/none.png"], "There is no picture /none.png"),
         (["generate", "x", "-a", "/none.safetensors:text=0.5"], "/none.safetensors"),

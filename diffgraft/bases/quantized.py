@@ -1,0 +1,102 @@
+"""A frozen base's linear layers in 8 or 4 bits a weight: they compute with what the bits stand for.
+
+The weights alone are rounded, once. Activations stay as they come, products are made in their precision, and gradients
+flow through to what lies before. Convolutions, norms, embeddings, biases and the VAE are left as they are.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from diffgraft.bases.base import Base
+
+Quantize = Literal["none", "int8", "nf4"]
+Change = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Weight [out, in] and bias [out] in float32 → others in their places."""
+
+
+class Quantized(nn.Linear):
+    """A linear layer whose weight is kept in few bits; each kind is one class in `bits.py`.
+
+    The forward is not bitsandbytes' own. That of 8 bits rounds activations as well (on processors only while the layer
+    is in evaluation mode) and keeps them through gradient checkpointing; that of 4 bits repacks weights in evaluation
+    mode, on processors with AVX512-BF16, into a form from which no gradient flows; both may cast the bias for good.
+    """
+
+    weight: Any
+    """The bits, in a parameter of the kind's own"""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.changes: list[Change] = []
+        """What lies over the weight now, in order: a graft's merge, as its bits cannot take one"""
+
+    @abstractmethod
+    def dequantized(self) -> Tensor:
+        """What the bits stand for, [out, in]."""
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] and bias [out] that it computes with, what lies over them included."""
+        weight: Tensor = self.dequantized()
+        bias: Tensor | None = self.bias
+        for change in self.changes:
+            weight, bias = change(weight.float(), None if bias is None else bias.float())
+        return weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., out], in the precision of `x`, or autocast's."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        out: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Product(torch.autograd.Function):
+    """x · Wᵀ + b of a frozen layer; W is read again on the way back, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Quantized) -> Tensor:
+        ctx.layer = layer
+        weight, bias = layer.read()
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weight, _ = ctx.layer.read()
+        return grad @ weight.to(grad.dtype), None
+
+
+def quantized(base: "Base", to: Quantize) -> "Base":
+    """`base`, which lies in the processor's memory, with its linear layers changed in place."""
+    if to == "none":
+        return base
+    from diffgraft.bases.bits import KINDS  # bitsandbytes takes seconds to import
+
+    places = [
+        (owner, name)
+        for part_name, part in base.parts()
+        if part_name != "vae"
+        for owner in part.modules()
+        for name, layer in owner.named_children()
+        if type(layer) is nn.Linear  # what is more than that may have its weight used in other ways
+    ]
+    for owner, name in tqdm(places, f"rounding weights to {to}", leave=False):
+        setattr(owner, name, KINDS[to](getattr(owner, name)))
+    base.quantize = to
+    return base
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """What a layer computes with: weight [out, in, …] and bias [out]; of a `Quantized` one as its bits read."""
+    if isinstance(layer, Quantized):
+        return layer.read()
+    return layer.get_parameter("weight"), getattr(layer, "bias", None)
