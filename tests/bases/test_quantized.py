@@ -22,7 +22,7 @@ from diffgraft.generation.bake import bake
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import _attach, train
+from diffgraft.trainers.run import attach, train
 from tests.conftest import SHORT
 
 KINDS = ("int8", "nf4")
@@ -134,7 +134,7 @@ def shake(live: Attached) -> None:
 
 
 def gradients(base: Base, plan: Any) -> tuple[Tensor, dict[str, Tensor], Adapter]:
-    live = _attach(plan, base)
+    live = attach(plan, base)
     try:
         shake(live)
         prediction = predict(base, ["a <zorp> dog", "a cat"], plan.text_encoder or live.changes_text, live)
@@ -177,7 +177,7 @@ def test_gradients_flow_through_it_as_through_the_float_weights(held: Base, name
 
 
 def lora(plan_seed: int, base: Base, method: str = "lora", **options: Any) -> Adapter:
-    live = _attach(recipe(method, seed=plan_seed, **({"options": options} if options else {})), base)
+    live = attach(recipe(method, seed=plan_seed, **({"options": options} if options else {})), base)
     shake(live)
     live.detach()
     return live.adapter({})
@@ -211,7 +211,7 @@ def test_grafts_lie_over_one_another_and_come_off_again(held: Base) -> None:
 
 def test_a_difference_with_biases_and_norms_is_grafted_too(held: Base, base: Base) -> None:
     """Of full fine-tuning: the bias of a quantised layer is changed with its weight, norms are merged as ever."""
-    live = _attach(recipe("full"), base)
+    live = attach(recipe("full"), base)
     shake(live)
     adapter = live.adapter({})
     live.detach()

@@ -180,6 +180,11 @@ def test_a_share_is_held_out_the_same_in_every_run(base: Base, tmp_path: Path) -
     assert [one.name for one in other.learnt.examples] == names
     assert found.held_out is not None
     assert sum(len(probe.times) for probe, _, _ in found.held_out.probes) == 12
+    kept = {one.content for one in found.learnt.examples}
+    for number, file in enumerate(sorted(data.iterdir())):  # the other way round
+        file.rename(data / f"turned-{9 - number}.png")
+    turned = gathered(base, "style", images=str(data), prior={"weight": 0}, validation={"share": 0.3})
+    assert {one.content for one in turned.learnt.examples} == kept
     with pytest.raises(DiffgraftError, match="leaves none to learn from"):
         gathered(base, "style", images=str(folder(tmp_path / "one", 1)), validation={"share": 0.3})
 
