@@ -1,5 +1,6 @@
 """Latents and text states are computed once; what has changed is computed anew, and what is broken is made again."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,22 @@ def test_long_prompts_are_read_in_pieces(family: str, folders: Path) -> None:
     torch.testing.assert_close(found.hidden_states[:, 77:], second.hidden_states)
     for name, value in first.added.items():
         torch.testing.assert_close(found.added[name], value)
+
+
+@pytest.mark.usefixtures("cache")
+def test_texts_are_known_by_what_says_them(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another text encoder, another precision, or prompts read whole: each says something else."""
+    prompt = "a dog"
+    Texts(base, keep=True).prepare([prompt])
+    other, half = load_base("tiny"), load_base("tiny", torch.bfloat16)
+    with torch.no_grad():
+        other.text_encoder.get_input_embeddings().weight[320] += 0.5
+    other = replace(other)
+    for held, whole in ((other, False), (half, False), (base, True)):
+        asked = Asked(held.text_encoder, "forward", monkeypatch)
+        texts = Texts(held, whole=whole, keep=True)
+        texts.prepare([prompt])
+        assert asked.count == 1
+        with torch.no_grad():
+            wanted = held.family.condition(held, [prompt], whole).hidden_states
+        assert torch.equal(texts([prompt]).hidden_states, wanted)
