@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
 
+_PARTIAL = ".partial-"
+"""What names begin with while something is not whole yet, or no longer: a killed process may leave such"""
+
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
@@ -21,17 +25,66 @@ def cache_folder() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not."""
+    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
+
+    It is on the disk before it has the name, so that not even a power cut leaves half a file there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
         yield partial
         partial.chmod(0o644)
+        to_disk(partial)
         partial.replace(path)
+        to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder with all that is in it."""
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        to_disk(partial)
+        discard(path)
+        partial.rename(path)
+        to_disk(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, if it is there: it loses its name before it loses what it holds."""
+    if folder.is_dir():
+        going = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
+        folder.rename(going / folder.name)
+        shutil.rmtree(going)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written below `folder`; nobody else may be writing there."""
+    for left in list(folder.rglob(f"{_PARTIAL}*")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or which files a folder holds, is on the disk; Windows does not know this of folders."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Checkpoints: adapter, optimiser state and step, in safetensors and JSON; written whole or not at all."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import write_safetensors, write_text
+from diffgraft.files import discard, replacing_folder, write_safetensors, write_text
 from diffgraft.trainers.average import Average
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
@@ -29,14 +28,16 @@ def save_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: Average | None = None,
+    *,
+    is_due: bool = True,
     keep: int = 2,
 ) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted."""
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    partial = folder.with_name("." + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted.
+
+    So are older ones that were not due, but came of an interruption: a run that was interrupted leaves the same
+    checkpoints as one that was not.
+    """
     tensors = {name: value.detach().cpu() for name, value in parameters.items()}
-    write_safetensors(partial / "parameters.safetensors", tensors, {"format": "pt"})
     moments: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for index, state in optimizer.state_dict()["state"].items():
@@ -45,22 +46,33 @@ def save_checkpoint(
                 moments[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
             elif name != _EIGHT_BIT:
                 numbers.setdefault(str(index), {})[name] = value
-    write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
     groups = [{key: value for key, value in group.items() if type(value) in _PLAIN} for group in optimizer.param_groups]
-    if average is not None:
-        write_safetensors(partial / "average.safetensors", average.tensors(), {"format": "pt"})
-    said = {"step": step, "identity": identity, "optimizer": numbers, "groups": groups}
-    write_text(partial / "state.json", json.dumps(said, sort_keys=True))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    said = {"step": step, "is_due": is_due, "identity": identity, "optimizer": numbers, "groups": groups}
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    with replacing_folder(folder) as partial:
+        write_safetensors(partial / "parameters.safetensors", tensors, {"format": "pt"})
+        write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
+        if average is not None:
+            write_safetensors(partial / "average.safetensors", average.tensors(), {"format": "pt"})
+        write_text(partial / "state.json", json.dumps(said, sort_keys=True))
+    older = checkpoints(run)[: checkpoints(run).index(folder)]
+    staying = [old for old in older if _was_due(old)][1 - keep :]
+    for old in older:
+        if old not in staying:
+            discard(old)
     return folder
+
+
+def _was_due(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "state.json").read_text("utf-8"))["is_due"])
+    except (OSError, ValueError, LookupError):
+        return False
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def restore(
@@ -96,7 +108,7 @@ def restore(
         state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in said["optimizer"].items()}
         for key, value in moments.items():
             index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = value.clone()  # what was read may be the file itself, mapped
         groups = optimizer.state_dict()["param_groups"]
         for group, kept in zip(groups, said.get("groups", []), strict=False):
             group.update(kept)

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import write_text
+from diffgraft.files import to_disk, write_text
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.examples import generator
 from diffgraft.trainers.health import Health, broken
+from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.validation import Trial
@@ -69,7 +70,8 @@ def fit(
     `identity` stands for base, pictures and recipe: a checkpoint of another identity is refused.
 
     Returns:
-        What each step recorded: step, rate, loss and the objective's terms. It also stands in ``metrics.jsonl``.
+        What was recorded of each step: its rate, loss and the objective's terms, and in entries of their own what was
+        found out after it. It also stands in ``metrics.jsonl``.
 
     Raises:
         DiffgraftError: the loss or a gradient is no number any more (the state before that is kept), or the checkpoints
@@ -92,7 +94,33 @@ def fit(
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
     saved, stepping = done, False
+
+    def ends() -> bool:
+        return done == recipe.steps or (trial is not None and trial.is_over())
+
+    def save() -> None:
+        nonlocal saved
+        with undisturbed():
+            to_disk(folder / "metrics.jsonl")  # a checkpoint must not outlive what it has recorded
+            is_due = ends() or _due(recipe.checkpoint_every, done)
+            save_checkpoint(folder, done, identity, parameters, optimizer, average, is_due=is_due)
+            saved = done
+
+    def draw() -> None:
+        with at_rest(optimizer, average):
+            sample(done)
+
+    def validate(trial: Trial) -> None:
+        with at_rest(optimizer, average):
+            record.append({"step": done, "validation": _validated(trial, done, predict, accelerator)})
+        if lead:
+            _append(folder, record[-1])
+
     try:
+        if trial is not None and done and trial.is_due(done, recipe.steps) and "validation" not in record[-1]:
+            validate(trial)  # it was stopped between that checkpoint and its validation
+        if lead and _due(recipe.sample_every, done) and not sample_file(folder, done).exists():
+            draw()  # it was stopped between that checkpoint and its samples
         for step in bar:
             if trial is not None and trial.is_over():
                 break
@@ -107,33 +135,31 @@ def fit(
                 with _random_numbers_of(recipe.seed, step, accelerator):  # the same again: clipping has spread it
                     _accumulate(recipe, accelerator, predict, objective, step)
                 if lead and done > saved:
-                    save_checkpoint(folder, done, identity, parameters, optimizer, average)
+                    save()
                 raise DiffgraftError(_diverged(recipe, terms["loss"], step, broken(parameters), objective, accelerator))
             health.note()
-            stepping = True
-            optimizer.step()
-            adapter.after_step()
-            if average is not None:
-                average.step()
-            done, stepping = step + 1, False
-            optimizer.zero_grad()
-            record.append({"step": done, "lr": rate(recipe, step), **terms})
+            with undisturbed():
+                stepping = True
+                optimizer.step()
+                adapter.after_step()
+                if average is not None:
+                    average.step()
+                optimizer.zero_grad()
+                record.append({"step": step + 1, "lr": rate(recipe, step), **terms})
+                if lead:
+                    _append(folder, record[-1])
+                done, stepping = step + 1, False
             if trial is not None and trial.is_due(done, recipe.steps):
-                with at_rest(optimizer, average):
-                    record[-1]["validation"] = _validated(trial, done, predict, accelerator)
+                validate(trial)
             bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
             if lead:
-                _append(folder, record[-1])
-                ends = done == recipe.steps or (trial is not None and trial.is_over())
-                if ends or (recipe.checkpoint_every and done % recipe.checkpoint_every == 0):
-                    save_checkpoint(folder, done, identity, parameters, optimizer, average)
-                    saved = done
-                if recipe.sample_every and done % recipe.sample_every == 0:
-                    with at_rest(optimizer, average):
-                        sample(done)
+                if ends() or _due(recipe.checkpoint_every, done):
+                    save()
+                if _due(recipe.sample_every, done):
+                    draw()
     except KeyboardInterrupt:
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
-            save_checkpoint(folder, done, identity, parameters, optimizer, average)
+            save()
         raise
     settle(optimizer, average)
     accelerator.free_memory()
@@ -166,6 +192,16 @@ def _diverged(recipe: Recipe, loss: float, step: int, module: str, objective: Ob
     )
 
 
+def _due(every: int, done: int) -> bool:
+    """Whether what comes every so many steps, where 0 is never, comes after this one."""
+    return every > 0 and done > 0 and done % every == 0
+
+
+def sample_file(folder: Path, step: int) -> Path:
+    """Where a run's samples of a step lie."""
+    return folder / "samples" / f"step-{step:06d}.png"
+
+
 @contextmanager
 def _random_numbers_of(seed: int, step: int, accelerator: Any) -> Iterator[None]:
     """What is left to PyTorch's own generators, such as dropout, is a function of seed, step and process, too."""
@@ -190,6 +226,14 @@ def _accumulate(
         for name, value in losses.items():
             terms[name] = terms.get(name, 0.0) + float(value.detach()) / recipe.accumulate
     return terms
+
+
+def by_step(record: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """One entry a step: what was found out after it stands in lines of its own."""
+    steps: dict[float, dict[str, float]] = {}
+    for entry in record:
+        steps.setdefault(entry["step"], {}).update(entry)
+    return list(steps.values())
 
 
 def read_record(folder: Path) -> list[dict[str, float]]:

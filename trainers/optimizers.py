@@ -10,6 +10,7 @@ from torch import nn
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.average import Average
+from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.recipe import Recipe
 
 Groups = list[dict[str, Any]]
@@ -108,7 +109,16 @@ def settle(optimizer: Any, average: Average | None = None) -> None:
 
 @contextmanager
 def at_rest(optimizer: Any, average: Average | None = None) -> Iterator[None]:
-    """Within the block parameters have the values that count; afterwards the very bits from before."""
+    """Within the block parameters have the values that count; afterwards the very bits from before.
+
+    Ctrl-C may end the block, but comes between neither.
+    """
+    with undisturbed() as opened, _resting(optimizer, average), opened():
+        yield
+
+
+@contextmanager
+def _resting(optimizer: Any, average: Average | None) -> Iterator[None]:
     if average is not None:
         with average.in_place():
             yield

@@ -19,14 +19,14 @@ from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.data.texts import Texts
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import alone_in
+from diffgraft.files import alone_in, sweep
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image, save_loss_plot
 from diffgraft.trainers.captioned import Captioned
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.loop import Objective, fit, new_accelerator, read_record
+from diffgraft.trainers.loop import Objective, by_step, fit, new_accelerator, read_record, sample_file
 from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
 from diffgraft.trainers.preserving import Preserving
 from diffgraft.trainers.recipe import Recipe
@@ -107,8 +107,9 @@ def train(
         _noising(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
             if accelerator.is_main_process:
+                sweep(folder)
                 save_recipe(plan, folder / "recipe.yaml")
-            run = Run(folder, plan, read_record(folder))
+            run = Run(folder, plan, by_step(read_record(folder)))
             if not run.adapter_file.exists():
                 run = _learn(plan, held, folder, accelerator, read)
             if accelerator.is_main_process and not run.before_after.exists():
@@ -215,7 +216,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read)
         live.eval()
         with at_hand(base, away):
             sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
-        save_image(sheet, folder / "samples" / f"step-{step:06d}.png")
+        save_image(sheet, sample_file(folder, step))
         base.unet.train(plan.gradient_checkpointing)
         live.train()
 
@@ -248,7 +249,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read)
             live.detach()
         base.unet.disable_gradient_checkpointing()
         base.unet.eval()
-    run = Run(folder, plan, metrics)
+    run = Run(folder, plan, by_step(metrics))
     if accelerator.is_main_process:
         adapter.save(run.adapter_file)
     return run

@@ -100,8 +100,7 @@ def generate(
         settings = replace(settings, size=settings.size or own_shape(pipe, source.image))
     more = _options(pipe, settings)
     count = settings.steps if source is None else steps_from(source, settings.steps)
-    pixels = more["width"] * more["height"]
-    batch = settings.batch or max(1, min(32, 8 * 256 * 256 // pixels))
+    batch = settings.batch or at_once(more["width"], more["height"])
     images: list[Image.Image] = []
     rounds = range(0, len(prompts), batch)
     with (
@@ -132,6 +131,11 @@ def generate(
                     keep(row, image)
             images += drawn
     return images
+
+
+def at_once(width: int, height: int) -> int:
+    """How many pictures of this size in pixels are drawn at once, where the settings leave it open."""
+    return max(1, min(32, 8 * 256 * 256 // (width * height)))
 
 
 @contextmanager

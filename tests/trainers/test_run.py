@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def test_an_interrupted_run_goes_on(
     def stop_after_four(where: Path, entry: dict[str, float]) -> None:
         real(where, entry)
         if entry["step"] == 4:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(loop, "_append", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
@@ -97,20 +99,43 @@ def test_an_interrupted_run_goes_on(
     newest.write_bytes(newest.read_bytes()[:50])
     with pytest.warns(UserWarning, match="step-000004 is damaged"):
         run = train(base=base, resume=folder)
-    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
-    wanted, found = load_file(short_run.adapter_file), load_file(run.adapter_file)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
+    assert list(run.metrics) == list(short_run.metrics)
     again = train(base=base, resume=folder)
     assert list(again.metrics) == list(run.metrics)
     with pytest.raises(DiffgraftError, match="already holds a finished run"):
         train("subject", base=base, images=pictures, output=folder, **SHORT)
 
 
+def test_an_update_is_whole_before_it_is_interrupted(
+    base: Base, pictures: Path, tmp_path: Path, short_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the fifth one: that is done and recorded first, and goes into a checkpoint."""
+    folder, real, calls = tmp_path / "run", torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *words: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train("subject", base=base, images=pictures, output=folder, **SHORT)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
+    assert len((folder / "metrics.jsonl").read_text("utf-8").splitlines()) == 5
+    with pytest.raises(DiffgraftError, match="keeps its recipe, so base cannot be set"):
+        train(base="tiny", resume=folder)
+    run = train(base=base, resume=folder)
+    assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
+
+
 def test_an_update_that_was_cut_short_is_not_kept(
     base: Base, pictures: Path, tmp_path: Path, short_run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped within the fifth update, with some weights moved: it goes on from the checkpoint of step 3."""
+    """Where the interruption is no signal, it may come when some weights have moved: the checkpoint before counts."""
     folder, real, calls = tmp_path / "run", torch.optim.AdamW.step, []
 
     def step(self: torch.optim.AdamW, *words: Any) -> Any:
@@ -125,10 +150,8 @@ def test_an_update_that_was_cut_short_is_not_kept(
         with pytest.raises(KeyboardInterrupt):
             train("subject", base=base, images=pictures, output=folder, **SHORT)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
-    with pytest.raises(DiffgraftError, match="keeps its recipe, so base cannot be set"):
-        train(base="tiny", resume=folder)
     run = train(base=base, resume=folder)
-    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
+    assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
 
 
 def test_the_header_holds_the_hash_of_the_base_alone(pictures: Path, tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ def test_resuming_before_the_first_checkpoint_starts_afresh(base: Base, short_ru
     shutil.copy(short_run.folder / "recipe.yaml", tmp_path / "recipe.yaml")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 99}\n{"step": 2, "lo', "utf-8")
     run = train(base=base, resume=tmp_path)
-    assert [entry["loss"] for entry in run.metrics] == pytest.approx([e["loss"] for e in short_run.metrics], rel=1e-4)
+    assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
 
 
 def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -287,9 +310,7 @@ def test_a_state_of_8_bits_is_saved_and_resumed(base: Base, pictures: Path, tmp_
         path = cut / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     resumed = train(base=base, resume=cut)
-    wanted, found = load_file(whole.adapter_file), load_file(resumed.adapter_file)
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    assert resumed.adapter_file.read_bytes() == whole.adapter_file.read_bytes()
 
 
 def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path: Path) -> None:
