@@ -63,9 +63,6 @@ def cost(
     each = 4.0 + 4.0 + STATES[plan.optimizer] + (4.0 if plan.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)
-    if plan.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()
     denoiser = Denoiser(base, live, text_is_trained, whole=plan.long_prompts == "chunk")
     width, height = (side // base.factor for side in size)
     channels = int(base.vae.config.latent_channels)
@@ -78,11 +75,18 @@ def cost(
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         denoiser(*asked(1))
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
+    at_once = 0
+    if plan.gradient_checkpointing:
+        with _kept(fixed) as kept, _growth(base.unet, kept) as grown:
+            denoiser(*asked(plan.batch * passes))
+        at_once = max(grown)  # on the way back one of them at a time has all of its own again
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
     with FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
         denoiser(*asked(plan.batch * passes)).square().mean().backward()
     live.detach()
     step = whole.get_total_flops() * plan.accumulate
-    return Cost(trained, weights, int(trained * each), kept.peak, step, forward.get_total_flops())
+    return Cost(trained, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
 
 
 def speed(base: Base, device: torch.device) -> float:
@@ -110,6 +114,27 @@ def speed(base: Base, device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return float(counted.get_total_flops() / min(times))
+
+
+_CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
+"""Modules of diffusers' UNets of which checkpointing keeps the input alone"""
+
+
+@contextmanager
+def _growth(unet: nn.Module, kept: "_Kept") -> Iterator[list[int]]:
+    """Within the block, what each of those modules adds to what is kept."""
+    grown: list[int] = []
+    before: list[int] = []
+    hooks = []
+    for module in unet.modules():
+        if type(module).__name__ in _CHECKPOINTED:
+            hooks.append(module.register_forward_pre_hook(lambda *_: before.append(kept.now)))
+            hooks.append(module.register_forward_hook(lambda *_: grown.append(kept.now - before.pop())))
+    try:
+        yield grown
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Kept:

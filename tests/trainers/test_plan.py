@@ -12,7 +12,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import alike, fingerprint
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.estimate import cost, speed
+from diffgraft.trainers.estimate import _kept, cost, speed
 from diffgraft.trainers.plan import Plan, planned
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import attach, train
@@ -68,12 +68,39 @@ def test_checkpointing_keeps_less_and_batches_more() -> None:
     one, two, spared = found(batch=2), found(batch=4), found(batch=4, gradient_checkpointing=True)
     assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
     assert two.step == pytest.approx(2 * one.step, rel=0.01)
-    assert spared.activations < 0.6 * two.activations
+    assert 0.1 * two.activations < spared.activations < 0.6 * two.activations
     assert spared.step > 1.2 * two.step
     assert found(batch=2, accumulate=3).step == pytest.approx(3 * one.step)
     eight = found(batch=2, optimizer="adamw8bit")
     assert (one.training, eight.training) == (16 * one.trained, 10 * one.trained)
     assert found(batch=2, ema=0.9).training == 20 * one.trained
+
+
+def test_what_autograd_lets_go_of_is_no_longer_counted() -> None:
+    """Two passes one after the other keep as much at their peak as one; two at once keep twice as much."""
+    layer = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 20), torch.nn.Tanh())
+    fixed = {value.untyped_storage()._cdata for value in layer.parameters()}
+    peaks = []
+    for at_once in (False, True):
+        with _kept(fixed) as kept:
+            first = layer(torch.ones(7, 30, device="cpu")).sum()
+            if not at_once:
+                first.backward()
+            second = layer(torch.ones(7, 30, device="cpu")).sum()
+            if at_once:
+                first.backward()
+            second.backward()
+        assert kept.now == 0
+        peaks.append(kept.peak)
+    assert peaks == [4 * 7 * (30 + 50 + 20), 2 * 4 * 7 * (30 + 50 + 20)]
+
+
+def test_class_images_double_a_step(pictures: Path) -> None:
+    with_them, without, held = (
+        dict(told("subject", pictures, subject="dog", prior=prior).facts)["memory"]
+        for prior in ({"weight": 1}, {"weight": 0}, {"weight": 1, "by": "prediction"})
+    )
+    assert with_them == held != without
 
 
 def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path) -> None:
