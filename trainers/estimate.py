@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
@@ -72,17 +74,17 @@ def cost(
         times = torch.zeros(count, dtype=torch.long, device=base.device)
         return noisy, times, [prompts[number % len(prompts)] for number in range(count)]
 
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
+    with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
         denoiser(*asked(1))
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
     at_once = 0
     if plan.gradient_checkpointing:
-        with _kept(fixed) as kept, _growth(base.unet, kept) as grown:
+        with _fused_attention(), _kept(fixed) as kept, _growth(base.unet, kept) as grown:
             denoiser(*asked(plan.batch * passes))
         at_once = max(grown)  # on the way back one of them at a time has all of its own again
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
-    with FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
+    with _fused_attention(), FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
         denoiser(*asked(plan.batch * passes)).square().mean().backward()
     live.detach()
     step = whole.get_total_flops() * plan.accumulate
@@ -114,6 +116,25 @@ def speed(base: Base, device: torch.device) -> float:
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
     return float(counted.get_total_flops() / min(times))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within the block attention keeps on ``meta`` what it does on devices, where it is one operation.
+
+    PyTorch takes it apart there, into square matrices. Diffusers asks for it by its name in the module each time.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def fused(*args: Any, **more: Any) -> Tensor:
+        is_plain = len(args) == 3 and more.get("attn_mask") is None
+        if is_plain and args[0].is_meta:
+            found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+            return found
+        return usual(*args, **more)
+
+    with patch.object(F, "scaled_dot_product_attention", fused):
+        yield
 
 
 _CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
