@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffgraft.cli import files
+from diffgraft.cli import files, preparing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -216,6 +216,8 @@ def merge(
     typer.echo(bake(base.to(device), adapters, output))
 
 
+for step in preparing.COMMANDS:
+    app.command(rich_help_panel="Before training")(step)
 for command in files.COMMANDS:
     app.command(rich_help_panel="Adapter files")(command)
 

@@ -186,3 +186,23 @@ def test_words_are_taken_apart() -> None:
     for word in ("nan", "inf", ""):
         with pytest.raises(DiffgraftError, match="no number"):
             strengths([f"a.safetensors:{word}"])
+
+
+def test_a_configuration_of_another_tool_becomes_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "dog.toml"
+    config.write_text('network_module = "networks.lora"\nnetwork_dim = 6\ntrain_data_dir = "img"\nclip_skip = 2\n')
+    assert call(monkeypatch, "import-config", config) == 0
+    said = capsys.readouterr().out
+    assert "network_dim = 6 → rank: 6" in said
+    assert "clip_skip = 2: the text encoder's last layer" in said
+    assert "diffgraft train dog.yaml" in said
+    text = (tmp_path / "dog.yaml").read_text("utf-8")
+    assert text.startswith("# diffgraft train dog.yaml\n# made of dog.toml of sd-scripts\n")
+    assert "rank: 6" in text
+    assert call(monkeypatch, "import-config", config) == 1
+    assert "dog.yaml is there already" in capsys.readouterr().err
+    assert call(monkeypatch, "import-config", config, "-o", "new.yaml") == 0
+    assert (tmp_path / "new.yaml").read_text("utf-8").splitlines()[2:] == text.splitlines()[2:]
