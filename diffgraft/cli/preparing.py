@@ -1,4 +1,4 @@
-"""Commands before training: configurations of other tools."""
+"""Commands before training: configurations of other tools, captions and masks."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,4 +35,61 @@ def import_config(
     typer.echo(f"Written: {recipe}. Train with: diffgraft train {recipe}")
 
 
-COMMANDS = (import_config,)
+IMAGES = typer.Argument(help="Folder of pictures, in kohya's layout (10_sks dog/) as well.")
+
+
+def caption(
+    images: Annotated[Path, IMAGES],
+    model: Annotated[
+        str,
+        typer.Option(help="Hub id or folder of a model that writes about pictures. [default: a BLIP]"),
+    ] = "",
+    prefix: Annotated[str, typer.Option(help='Put before each caption: "sks dog,".')] = "",
+    ask: Annotated[
+        str, typer.Option(help="What the model is asked or, if it does not talk, how the caption begins.")
+    ] = "",
+    most: Annotated[int, typer.Option(min=1, help="Tokens of a caption at most.")] = 60,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write captions anew that are there.")] = False,
+) -> None:
+    """Write a caption beside each picture (NAME.txt), by a model of transformers (BLIP, GIT, LLaVA and others).
+
+    For example: diffgraft caption my_dog/ --prefix "sks dog,"
+    """
+    from diffgraft.data.captioner import DEFAULT, Captioner, all_pictures, caption_files
+
+    all_pictures(images)  # what cannot be is said before a model is fetched
+    written, kept = caption_files(images, Captioner(model or DEFAULT, ask, most), prefix, overwrite=overwrite)
+    _say(len(written), kept, "captions")
+
+
+def mask(
+    images: Annotated[Path, IMAGES],
+    prompt: Annotated[str, typer.Option(help='What to look for: "the dog".')],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id or folder of a CLIPSeg, or of a segmentation model with labels. [default: a CLIPSeg]"
+        ),
+    ] = "",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="How sure CLIPSeg has to be.")] = 0.3,
+    grow: Annotated[int, typer.Option(min=0, help="Pixels by which masks are made larger.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make masks anew that are there.")] = False,
+) -> None:
+    """Write a mask beside each picture (NAME_mask.png), white where it shows what the prompt names.
+
+    For example: diffgraft mask my_dog/ --prompt "the dog", and then: diffgraft train subject … masks.use=true
+    """
+    from diffgraft.data.captioner import all_pictures
+    from diffgraft.data.masker import DEFAULT, mask_files, open_masker
+
+    all_pictures(images)
+    written, kept = mask_files(images, open_masker(prompt, model or DEFAULT, threshold), grow, overwrite=overwrite)
+    _say(len(written), kept, "masks")
+
+
+def _say(written: int, kept: int, what: str) -> None:
+    left = f", {kept} kept that were there (--overwrite replaces them)" if kept else ""
+    typer.echo(f"{written} {what} written{left}")
+
+
+COMMANDS = (import_config, caption, mask)
