@@ -132,11 +132,12 @@ def check_suffix(path: Path) -> None:
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` by name in order, none sharing its memory with another, which safetensors refuses."""
+    """`tensors` by name in order, each in plain order and none in another's memory: safetensors refuses all else."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
     for name, value in sorted(tensors.items()):
         found[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
+        found[name] = found[name].contiguous()
         seen.add(value.untyped_storage().data_ptr())
     return found
 

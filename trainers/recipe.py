@@ -96,6 +96,13 @@ class Recipe(Strict):
     """Precision of the frozen base and of the arithmetic; the adapter itself is trained in float32"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time"""
+    attention: Literal["default", "plain", "xformers", "sliced"] = "default"
+    """How the UNet's attentions are computed: by PyTorch's fused attention, step by step, by the package xformers, or
+    one head after the other"""
+    channels_last: bool = False
+    """Lay the weights of the UNet's convolutions out with the channels last, as GPUs have it in half precision"""
+    compile: bool = False
+    """Compile the UNet (torch.compile): the first steps take minutes, the others less time"""
     trigger: str = "sks"
     """The word that calls what was learnt; a rare one, with little meaning of its own"""
     prompt: str = "{trigger}"

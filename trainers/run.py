@@ -33,6 +33,7 @@ from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recipe
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
 from diffgraft.trainers.settings import Concept, Validation
+from diffgraft.trainers.speed import check_speed, sped_up
 from diffgraft.trainers.validation import Trial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,6 +98,7 @@ def train(
     get_method(plan.method).read_options(plan.options)
     read = read_pictures(plan)
     accelerator = new_accelerator(plan)
+    check_speed(plan, accelerator.device)
     held = _held(plan, base)
     plan = plan.model_copy(update={"quantize": held.quantize})  # so that what is written says it, whoever loaded it
     check_resolution(plan, held)
@@ -241,7 +243,8 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read)
         objective = _objective(plan, base, materials, denoiser, live)
         identity = hashlib.sha256(f"{base.hash} {materials.digest} {plan.essence()}".encode()).hexdigest()
         trial = Trial(plan.validation, materials.held_out.loss, keep_best) if materials.held_out else None
-        metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample, trial)
+        with sped_up(plan, denoiser):
+            metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample, trial)
         adapter = live.adapter(_header(plan, base, materials.digest))
     finally:
         take_back(base, away)
