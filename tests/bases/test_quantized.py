@@ -63,7 +63,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def predict(base: Base, prompts: list[str], text: bool = False, live: nn.Module | None = None) -> Tensor:
     side = base.unet.config.sample_size
     latents = torch.randn(2, 4, side, side + 8, generator=torch.Generator().manual_seed(6))
-    denoiser = Denoiser(base, (base.resolution, base.resolution), live, text)
+    denoiser = Denoiser(base, live, text)
     prediction: Tensor = denoiser(latents, torch.tensor([20, 700]), prompts)
     return prediction
 
@@ -277,19 +277,19 @@ def test_copies_are_their_own_and_precisions_change(held: Base) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_in_few_bits_and_its_continuation(kind: str, pictures: Path, tmp_path: Path) -> None:
     """Its file says so, opens on any base, and one that was stopped goes on to the same bytes."""
-    settings: dict[str, Any] = {**SHORT, "steps": 4, "checkpoint_every": 2, "prior": {"weight": 0}, "images": pictures}
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 1, "prior": {"weight": 0}, "images": pictures}
     settings |= {"gradient_checkpointing": True, "text_encoder": True, "sample_prompts": "a dog"}
     run = train("subject", quantize=kind, output=tmp_path / "whole", **settings)
     assert load_adapter(run.adapter_file).metadata["recipe"]["quantize"] == kind
     assert f"quantize: {kind}" in (tmp_path / "whole" / "recipe.yaml").read_text("utf-8")
-    part = train("subject", quantize=kind, output=tmp_path / "part", **{**settings, "steps": 2})
+    part = train("subject", quantize=kind, output=tmp_path / "part", **{**settings, "steps": 1})
     folder = tmp_path / "part"
-    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text("utf-8").replace("steps: 2", "steps: 4"))
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text("utf-8").replace("steps: 1\n", "steps: 2\n"))
     for name in ("adapter.safetensors", "before-after.png", "loss.png"):
         (folder / name).unlink()
     again = train(resume=folder)
     assert again.adapter_file.read_bytes() == run.adapter_file.read_bytes()
-    assert part.metrics == run.metrics[:2]
+    assert part.metrics == run.metrics[:1]
 
 
 def test_a_base_that_was_given_stays_what_it_is(held: Base, base: Base, pictures: Path, tmp_path: Path) -> None:

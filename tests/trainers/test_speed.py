@@ -73,7 +73,7 @@ def test_it_is_so_within_the_block_and_as_before_after_it(begun_last: bool) -> N
     if begun_last:
         base.unet.to(memory_format=torch.channels_last)
     before = state(base)
-    denoiser = Denoiser(base, (64, 64))
+    denoiser = Denoiser(base)
     for kind, named in (("plain", "AttnProcessor"), ("sliced", "SlicedAttnProcessor"), ("default", "AttnProcessor2_0")):
         with suppress(KeyboardInterrupt), sped_up(changed(attention=kind, channels_last=True), denoiser):
             assert {type(one).__name__ for one in base.unet.attn_processors.values()} == {named}
@@ -100,12 +100,20 @@ def test_trained_channels_last_is_resumed_to_the_same_bytes(base: Base, pictures
 # torch makes an instance of the products of quantised layers, and then warns of it
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "settings",
-    [{"gradient_checkpointing": True}, {"options": {"dora": True}, "quantize": "nf4"}],
-    ids=["checkpointed", "dora over nf4"],
+    ("settings", "graphs"),
+    [
+        ({"gradient_checkpointing": True, "prior": {"weight": 1.0, "by": "prediction"}}, 2),  # one without the adapter
+        ({"options": {"dora": True}, "quantize": "nf4"}, 1),
+    ],
+    ids=["checkpointed, with what the bare base says", "dora over nf4"],
 )
 def test_compiled_it_trains_the_same(
-    settings: dict[str, Any], sdxl_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any],
+    graphs: int,
+    sdxl_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Traced, and run without the kernels that a compiler would make of it: tests have no time for those."""
     from torch._dynamo.utils import counters
@@ -122,7 +130,7 @@ def test_compiled_it_trains_the_same(
         more = {**FAST, **settings, "lr": 1e-1, "compile": compiled, "sample_every": 2, "batch": 2}
         folder = tmp_path / str(compiled)
         found[compiled] = train("subject", base=base, images=pictures, output=folder, **more)
-        assert counters["stats"]["unique_graphs"] == compiled
+        assert counters["stats"]["unique_graphs"] == graphs * compiled
         assert not counters["graph_break"]
         assert_same(state(base), before)
     assert losses(found[True]) == pytest.approx(losses(found[False]), rel=1e-5)
@@ -138,12 +146,12 @@ def test_pictures_of_many_sizes_are_two_graphs(sdxl_folder: Path, monkeypatch: p
 
     monkeypatch.setattr(speed, "BACKEND", "aot_eager")
     base = load_base(sdxl_folder)
-    denoiser = Denoiser(base, (32, 32))
+    denoiser = Denoiser(base)
     counters.clear()
     with torch.no_grad(), sped_up(changed(compile=True), denoiser):
         for height, width in ((16, 24), (24, 16), (32, 8), (8, 40), (16, 24)):
             given = (torch.randn(2, 4, height, width), torch.tensor([20, 700]), ["a dog", "a cat"])
-            torch.testing.assert_close(denoiser(*given), Denoiser(base, (32, 32))(*given), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(denoiser(*given), Denoiser(base)(*given), rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2
 
 
@@ -168,6 +176,6 @@ def test_xformers_is_asked_for_in_diffusers_own_way(base: Base, monkeypatch: pyt
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(type(base.unet), name, lambda unet: asked.append(unet))
     before = state(base)
-    with sped_up(changed(attention="xformers"), Denoiser(base, (64, 64))):
+    with sped_up(changed(attention="xformers"), Denoiser(base)):
         assert asked == [base.unet]
     assert_same(state(base), before)
