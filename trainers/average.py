@@ -44,8 +44,8 @@ class Average:
         return {**kept, _STEP: torch.tensor(self._kept.optimization_step)}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what a checkpoint has kept."""
-        for name, value in zip(self._parameters, self._kept.shadow_params, strict=True):
-            value.copy_(tensors[f"average.{name}"])
-        self._kept.optimization_step = int(tensors[_STEP])
+    def load(self, tensors: Mapping[str, Tensor] | None) -> None:
+        """Go on from what a checkpoint has kept; start with what the parameters are now where it has kept nothing."""
+        for (name, now), value in zip(self._parameters.items(), self._kept.shadow_params, strict=True):
+            value.copy_(now if tensors is None else tensors[f"average.{name}"])
+        self._kept.optimization_step = 0 if tensors is None else int(tensors[_STEP])

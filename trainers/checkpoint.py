@@ -3,28 +3,32 @@
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import discard, replacing_folder, write_safetensors, write_text
 from diffgraft.trainers.average import Average
+from diffgraft.trainers.identity import Identity, differences
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
 _PLAIN = (bool, int, float)
 """What is kept of an optimiser's groups: some count their steps there, or find their rate"""
+_OF_RECIPE = ("lr", "rate", "weight_decay")
+"""What is not, as the recipe says it"""
 
 
 def save_checkpoint(
     run: Path,
     step: int,
-    identity: str,
+    identity: Identity,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: Average | None = None,
@@ -40,13 +44,17 @@ def save_checkpoint(
     tensors = {name: value.detach().cpu() for name, value in parameters.items()}
     moments: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
+    names = _names(parameters, optimizer)
     for index, state in optimizer.state_dict()["state"].items():
-        for name, value in {**state, **state.get(_EIGHT_BIT, {})}.items():
+        for key, value in {**state, **state.get(_EIGHT_BIT, {})}.items():
             if isinstance(value, Tensor):
-                moments[f"{index}.{name}"] = value.detach().cpu().contiguous().clone()
-            elif name != _EIGHT_BIT:
-                numbers.setdefault(str(index), {})[name] = value
-    groups = [{key: value for key, value in group.items() if type(value) in _PLAIN} for group in optimizer.param_groups]
+                moments[f"{key} {names[index]}"] = value.detach().cpu().contiguous().clone()
+            elif key != _EIGHT_BIT:
+                numbers.setdefault(names[index], {})[key] = value
+    groups = [
+        {key: value for key, value in group.items() if type(value) in _PLAIN and key not in _OF_RECIPE}
+        for group in optimizer.param_groups
+    ]
     said = {"step": step, "is_due": is_due, "identity": identity, "optimizer": numbers, "groups": groups}
     folder = run / "checkpoints" / f"step-{step:06d}"
     with replacing_folder(folder) as partial:
@@ -63,13 +71,6 @@ def save_checkpoint(
     return folder
 
 
-def _was_due(folder: Path) -> bool:
-    try:
-        return bool(json.loads((folder / "state.json").read_text("utf-8"))["is_due"])
-    except (OSError, ValueError, LookupError):
-        return False
-
-
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
@@ -77,41 +78,122 @@ def checkpoints(run: Path) -> list[Path]:
 
 def restore(
     run: Path,
-    identity: str,
+    identity: Identity,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: Average | None = None,
+    *,
+    changed: bool = False,
 ) -> int:
     """Put back the values of the newest checkpoint that can be read, in place, and return its step; 0 without one.
 
     Raises:
-        DiffgraftError: it was made with another base, other pictures, or another recipe.
+        DiffgraftError: it was made with another base, other pictures, or another recipe, and that is not `changed` on
+            purpose; or its parameters are others.
     """
     for folder in reversed(checkpoints(run)):
         try:
-            said = json.loads((folder / "state.json").read_text("utf-8"))
+            said = _state(folder)
             values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
-            averaged = load_file(folder / "average.safetensors") if average is not None else {}
+            averaged = load_file(file) if (file := folder / "average.safetensors").exists() else None
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
-        if said["identity"] != identity:
-            raise DiffgraftError(
-                f"The checkpoint {folder} was made with another base, other pictures or another recipe than now. "
-                "Put those back, or start a new run with another output=…"
-            )
+        _compare(folder, said, identity, parameters, changed=changed)
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
         if average is not None:
             average.load(averaged)
-        state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in said["optimizer"].items()}
-        for key, value in moments.items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value.clone()  # what was read may be the file itself, mapped
-        groups = optimizer.state_dict()["param_groups"]
-        for group, kept in zip(groups, said.get("groups", []), strict=False):
-            group.update(kept)
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if said["identity"]["recipe"]["optimizer"] == identity["recipe"]["optimizer"]:
+            places = {name: place for place, name in enumerate(_names(parameters, optimizer))}
+            _restore_optimizer(optimizer, said, moments, places)
         return int(said["step"])
     return 0
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, said: Mapping[str, Any], moments: Mapping[str, Tensor], places: Mapping[str, int]
+) -> None:
+    state: dict[int, dict[str, Any]] = {places[name]: dict(entry) for name, entry in said["optimizer"].items()}
+    for key_and_name, value in moments.items():
+        key, _, name = key_and_name.partition(" ")
+        state.setdefault(places[name], {})[key] = value.clone()  # what was read may be the file itself, mapped
+    groups = optimizer.state_dict()["param_groups"]
+    for group, kept in zip(groups, said["groups"], strict=False):
+        group.update(kept)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def check_same(run: Path, identity: Identity, parameters: Mapping[str, nn.Parameter], *, changed: bool = False) -> int:
+    """The step of the newest checkpoint, and 0 without one; what `restore` would refuse of it is refused at once.
+
+    Raises:
+        DiffgraftError: as `restore`, as far as it can be seen without the pictures.
+    """
+    for folder in reversed(checkpoints(run)):
+        with suppress(OSError, ValueError):  # damaged: `restore` tells of it
+            said = _state(folder)
+            _compare(folder, said, identity, parameters, changed=changed)
+            return int(said["step"])
+    return 0
+
+
+def adopt(run: Path, identity: Identity) -> None:
+    """Write into the checkpoints that what differs from `identity` was changed on purpose."""
+    for folder in checkpoints(run):
+        with suppress(OSError, ValueError):  # damaged
+            if (said := _state(folder))["identity"] != identity:
+                write_text(folder / "state.json", json.dumps({**said, "identity": identity}, sort_keys=True))
+
+
+def _compare(
+    folder: Path,
+    said: Mapping[str, Any],
+    identity: Identity,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    changed: bool,
+) -> None:
+    apart = differences(said["identity"], identity)
+    if not apart:
+        return
+    told = f"The first {said['step']} steps of {folder.parents[1]} were made otherwise than now ({'; '.join(apart)})."
+    back = "put it back, or start a new run with another output=…"
+    if misfit := _misfit(folder, parameters):
+        raise DiffgraftError(f"{told} That cannot be changed on the way, as {misfit}: {back}")
+    if not changed:
+        raise DiffgraftError(f"{told} If that is meant, add --changed (in Python, changed=True). If not, {back}")
+
+
+def _misfit(folder: Path, parameters: Mapping[str, nn.Parameter]) -> str:
+    """How the parameters in a checkpoint differ from these; empty where they fit."""
+    try:
+        with safe_open(folder / "parameters.safetensors", "pt") as file:
+            kept = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return ""
+    now = {name: tuple(value.shape) for name, value in parameters.items()}
+    apart = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
+    if not apart:
+        return ""
+    before, after = (str(side.get(apart[0], "not there")) for side in (kept, now))
+    return f"{len(apart)} of its parameters would not fit, such as {apart[0]}, which was {before} and would be {after}"
+
+
+def _names(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters in the order in which the optimiser counts them."""
+    names = {id(value): name for name, value in parameters.items()}
+    return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+    return found
+
+
+def _was_due(folder: Path) -> bool:
+    try:
+        return bool(_state(folder)["is_due"])
+    except (OSError, ValueError):
+        return False

@@ -17,10 +17,11 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.files import to_disk, write_text
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.captioned import Predict
-from diffgraft.trainers.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.checkpoint import adopt, restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.examples import generator
 from diffgraft.trainers.health import Health, broken
+from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
@@ -57,17 +58,19 @@ def new_accelerator(recipe: Recipe) -> Any:
 def fit(
     recipe: Recipe,
     folder: Path,
-    identity: str,
+    identity: Identity,
     accelerator: Any,
     denoiser: Denoiser,
     adapter: Attached,
     objective: Objective,
     sample: Callable[[int], None],
     trial: Trial | None = None,
+    *,
+    changed: bool = False,
 ) -> list[dict[str, float]]:
     """Train `adapter` for the recipe's steps, going on from the newest checkpoint in `folder` if there is one.
 
-    `identity` stands for base, pictures and recipe: a checkpoint of another identity is refused.
+    A checkpoint of another `identity` is refused, unless that was `changed` on purpose.
 
     Returns:
         What was recorded of each step: its rate, loss and the objective's terms, and in entries of their own what was
@@ -81,9 +84,7 @@ def fit(
     parameters = adapter.trainable()
     optimizer = new_optimizer(recipe, parameters, adapter.rates())
     average = Average(parameters, recipe.ema) if recipe.ema else None
-    done = restore(folder, identity, parameters, optimizer, average)
-    if done > recipe.steps:
-        raise DiffgraftError(f"{folder} has a checkpoint of step {done}, but steps={recipe.steps}: it is past its end.")
+    done = restore(folder, identity, parameters, optimizer, average, changed=changed)
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
     if trial is not None:
         trial.go_on(record)
@@ -91,6 +92,7 @@ def fit(
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
     lead = accelerator.is_main_process
     if lead:
+        adopt(folder, identity)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
     saved, stepping = done, False

@@ -162,14 +162,14 @@ class Recipe(Strict):
         own = ({key: getattr(one, key) for key in one.model_fields_set} for one in self.concepts)
         return [self.model_copy(update={**keys, "concepts": []}) for keys in own] or [self]
 
-    def essence(self) -> str:
-        """Everything in the recipe that decides what a step does; a run may be resumed only under the same."""
+    def essence(self) -> dict[str, Any]:
+        """Everything in the recipe that decides what a step does; a run goes on under the same, unless one insists."""
         free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts", "cache"}
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
             free.add("steps")
         paths: dict[str, Any] = dict.fromkeys(free, True)
-        paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}}
-        return self.model_dump_json(exclude=paths)
+        paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
+        return self.model_dump(mode="json", exclude=paths)
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""

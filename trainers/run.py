@@ -1,6 +1,5 @@
 """A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,8 +23,10 @@ from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image, save_loss_plot
 from diffgraft.trainers.captioned import Captioned
+from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
+from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.loop import Objective, by_step, fit, new_accelerator, read_record, sample_file
 from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
 from diffgraft.trainers.preserving import Preserving
@@ -71,6 +72,7 @@ def train(
     *,
     base: str | Path | Base = "",
     resume: str | Path | None = None,
+    changed: bool = False,
     **settings: Any,
 ) -> Run:
     """Train an adapter and leave a folder with everything about it.
@@ -79,8 +81,10 @@ def train(
         recipe: name of a recipe (``diffgraft recipes`` lists them), or the path of a YAML.
         base: a base, or what `load_base` takes; the recipe's own where it is not given. A `Base` keeps the precision
             of its weights, and after training has the very same bits.
-        resume: the folder of an earlier run to go on with; the recipe is then the one that stands there.
-        settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``.
+        resume: the folder of an earlier run to go on with, under the recipe that stands there.
+        changed: with `resume`, that base, pictures or settings that decide what a step does differ on purpose.
+        settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``. With `resume` they
+            become part of the run's recipe.
 
     Returns:
         The run: ``adapter.safetensors``, ``recipe.yaml``, ``metrics.jsonl``, ``loss.png``, ``before-after.png`` and
@@ -105,15 +109,19 @@ def train(
     was_on = held.device
     held.to(accelerator.device)
     try:
-        attach(plan, held).detach()  # what cannot be is refused before anything is drawn or written
+        live = attach(plan, held)  # what cannot be is refused before anything is drawn or written
+        live.detach()
         _noising(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
+            done = check_same(folder, identity_of(plan, held.hash), live.trainable(), changed=changed)
+            if done > plan.steps:
+                raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={plan.steps}.")
             if accelerator.is_main_process:
                 sweep(folder)
                 save_recipe(plan, folder / "recipe.yaml")
             run = Run(folder, plan, by_step(read_record(folder)))
             if not run.adapter_file.exists():
-                run = _learn(plan, held, folder, accelerator, read)
+                run = _learn(plan, held, folder, accelerator, read, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(_curves(run.metrics), folder / "loss.png")
                 save_image(_before_after(plan, held, run.adapter), run.before_after)
@@ -173,11 +181,9 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
         raise DiffgraftError(
             f"There is no run to resume in {folder}: it holds no recipe.yaml. Give the folder of a run."
         )
-    if settings:
-        raise DiffgraftError(
-            f"A resumed run keeps its recipe, so {', '.join(settings)} cannot be set. Start a new run for that."
-        )
-    return load_recipe(path, {"output": str(folder)}), folder
+    if "output" in settings:
+        raise DiffgraftError(f"A run goes on where it is, in {folder}: leave output=… out.")
+    return _placed(recipe_with(path, settings), folder), folder
 
 
 def _held(plan: Recipe, base: str | Path | Base) -> Base:
@@ -206,7 +212,7 @@ def check_resolution(plan: Recipe, base: Base) -> None:
         raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
 
 
-def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read) -> Run:
+def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read, *, changed: bool) -> Run:
     """Attach, train, detach, export: the base is afterwards as it was."""
     with accelerator.main_process_first():  # the others find the class images drawn, and latents in the cache
         materials = gather(plan, base, read)
@@ -241,10 +247,12 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read)
         away += not_needed(base, has_texts=materials.prompts is not None and not text_is_trained)
         put_away(base, away)
         objective = _objective(plan, base, materials, denoiser, live)
-        identity = hashlib.sha256(f"{base.hash} {materials.digest} {plan.essence()}".encode()).hexdigest()
+        identity = identity_of(plan, base.hash, materials.digest)
         trial = Trial(plan.validation, materials.held_out.loss, keep_best) if materials.held_out else None
         with sped_up(plan, denoiser):
-            metrics = fit(plan, folder, identity, accelerator, denoiser, live, objective, sample, trial)
+            metrics = fit(
+                plan, folder, identity, accelerator, denoiser, live, objective, sample, trial, changed=changed
+            )
         adapter = live.adapter(_header(plan, base, materials.digest))
     finally:
         take_back(base, away)

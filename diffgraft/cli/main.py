@@ -49,7 +49,12 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Argument(help="What differs from the recipe: key=value, nested keys with dots.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run in this folder; settings are laid over its recipe.")
+    ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="With --resume: go on though settings differ that decide what steps do.")
+    ] = False,
 ) -> None:
     """Train an adapter.
 
@@ -65,6 +70,8 @@ def train(
     words = [word for word in (recipe, *(settings or [])) if word]
     if resume is None and not recipe:
         raise DiffgraftError("Name a recipe: `diffgraft recipes` lists them; or --resume the folder of a run.")
+    if changed and resume is None:
+        raise DiffgraftError("--changed is said of an earlier run: add --resume and its folder.")
     given = key_values(words if resume is not None else words[1:])
     if "resume" in given:
         raise DiffgraftError(f"An earlier run is taken up with an option: --resume {given['resume']}")
@@ -72,7 +79,7 @@ def train(
     from diffgraft.trainers.run import train as run_training
 
     try:
-        run = run_training(recipe, resume=resume, **given)
+        run = run_training(recipe, resume=resume, changed=changed, **given)
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None

@@ -1,5 +1,6 @@
 """Optimisers go downhill, go on after a checkpoint as if never stopped, and rates go as schedules say."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ from torch import nn
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import load_recipe
@@ -20,6 +22,9 @@ RATES = {"prodigy": 1.0, "lion": 1e-2, "lion8bit": 1e-2}
 
 def recipe_of(name: str, **more: Any) -> Recipe:
     return load_recipe("style", {"optimizer": name, "lr": RATES.get(name, 3e-2), "weight_decay": 0, **more})
+
+
+IDENTITY = identity_of(recipe_of("adamw"), "a base", "pictures")
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -62,14 +67,14 @@ def test_after_a_checkpoint_it_goes_on_as_if_never_stopped(name: str, tmp_path: 
     recipe, whole = recipe_of(name), parameters()
     optimizer = new_optimizer(recipe, whole, {})
     walk(recipe, whole, optimizer, *range(5))
-    save_checkpoint(tmp_path, 5, "same", whole, optimizer)
+    save_checkpoint(tmp_path, 5, IDENTITY, whole, optimizer)
     with at_rest(optimizer):  # as when samples are drawn
         pass
     walk(recipe, whole, optimizer, *range(5, 12))
     settle(optimizer)
     again = parameters()
     other = new_optimizer(recipe, again, {})
-    assert restore(tmp_path, "same", again, other) == 5
+    assert restore(tmp_path, IDENTITY, again, other) == 5
     walk(recipe, again, other, *range(5, 12))
     settle(other)
     for key, value in whole.items():
@@ -96,7 +101,7 @@ def test_a_moving_average_is_what_is_kept_and_goes_on_after_a_checkpoint(tmp_pat
         decay = min(0.6, (1 + step) / (10 + step)) if step else 0.0  # as diffusers lets it grow
         wanted = {name: decay * kept + (1 - decay) * values[name].detach().double() for name, kept in wanted.items()}
         if step == 4:
-            save_checkpoint(tmp_path, 5, "same", values, optimizer, average)
+            save_checkpoint(tmp_path, 5, IDENTITY, values, optimizer, average)
     trained = {name: value.detach().clone() for name, value in values.items()}
     with at_rest(optimizer, average):
         for name, value in values.items():
@@ -105,13 +110,50 @@ def test_a_moving_average_is_what_is_kept_and_goes_on_after_a_checkpoint(tmp_pat
     assert all(torch.equal(values[name], value) for name, value in trained.items())
     again = parameters()
     other, second = new_optimizer(recipe, again, {}), Average(again, recipe.ema)
-    assert restore(tmp_path, "same", again, other, second) == 5
+    assert restore(tmp_path, IDENTITY, again, other, second) == 5
     for step in range(5, 9):
         walk(recipe, again, other, step)
         second.step()
     settle(optimizer, average)
     settle(other, second)
     assert all(torch.equal(again[name], value) for name, value in values.items())
+
+
+def test_moments_are_those_of_their_parameters_in_whatever_groups_these_are(tmp_path: Path) -> None:
+    recipe, values = recipe_of("adamw"), parameters()
+    optimizer = new_optimizer(recipe, values, {"down": 4.0})
+    walk(recipe, values, optimizer, *range(3))
+    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer)
+    again = parameters()
+    other = new_optimizer(recipe_of("adamw", weight_decay=0.3), again, {"up": 2.0, "down": 1.0})
+    assert list(optimizer.param_groups[0]["params"]) == [values["up"]]
+    assert list(other.param_groups[0]["params"]) == [again["down"]]
+    assert restore(tmp_path, IDENTITY, again, other) == 3
+    for name, value in values.items():
+        for key, moment in optimizer.state[value].items():
+            assert torch.equal(other.state[again[name]][key], moment)
+    assert [(group["rate"], group["weight_decay"]) for group in other.param_groups] == [(1.0, 0.3), (2.0, 0.3)]
+
+
+def test_another_optimiser_and_a_new_average_begin_where_the_parameters_are(tmp_path: Path) -> None:
+    recipe, values = recipe_of("adamw"), parameters()
+    optimizer = new_optimizer(recipe, values, {})
+    walk(recipe, values, optimizer, *range(3))
+    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer)
+    again, changed = parameters(), recipe_of("lion", ema=0.5)
+    other, average = new_optimizer(changed, again, {}), Average(again, changed.ema)
+    identity = identity_of(changed, "a base", "pictures")
+    with pytest.raises(DiffgraftError, match=r"optimizer: adamw → lion; ema: 0.0 → 0.5.*--changed"):
+        restore(tmp_path, identity, again, other, average)
+    assert restore(tmp_path, identity, again, other, average, changed=True) == 3
+    assert not other.state
+    for now in (False, True):
+        with at_rest(other, average) if now else nullcontext():
+            assert all(torch.equal(again[name], value) for name, value in values.items())
+    walk(changed, again, other, 3)
+    average.step()
+    with at_rest(other, average):
+        assert not any(torch.equal(again[name], value) for name, value in values.items())
 
 
 def test_what_cannot_go_together_is_told() -> None:

@@ -93,8 +93,8 @@ def test_an_interrupted_run_goes_on(
     monkeypatch.setattr(loop, "_append", real)
     with pytest.raises(DiffgraftError, match=r"unfinished run.*--resume"):
         train("subject", base=base, images=pictures, output=folder, **SHORT)
-    with pytest.raises(DiffgraftError, match="keeps its recipe, so steps cannot be set"):
-        train(base=base, resume=folder, steps=9)
+    with pytest.raises(DiffgraftError, match="goes on where it is"):
+        train(base=base, resume=folder, output=tmp_path / "other")
     newest = folder / "checkpoints" / "step-000004" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:50])
     with pytest.warns(UserWarning, match="step-000004 is damaged"):
@@ -125,8 +125,6 @@ def test_an_update_is_whole_before_it_is_interrupted(
             train("subject", base=base, images=pictures, output=folder, **SHORT)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
     assert len((folder / "metrics.jsonl").read_text("utf-8").splitlines()) == 5
-    with pytest.raises(DiffgraftError, match="keeps its recipe, so base cannot be set"):
-        train(base="tiny", resume=folder)
     run = train(base=base, resume=folder)
     assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000006"]
@@ -323,24 +321,6 @@ def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path
     for name, value in wanted.items():
         # Adam makes the rounding of a tiny gradient as large as a step: single numbers may differ, the whole may not
         assert (found[name] - value).norm() < 1e-3 * value.norm(), name
-
-
-def test_a_checkpoint_of_something_else_is_refused(base: Base, tmp_path: Path, short_run: Run) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(short_run.folder, copy)
-    (copy / "adapter.safetensors").unlink()
-    recipe = copy / "recipe.yaml"
-    text = recipe.read_text("utf-8")
-    recipe.write_text(text.replace("rank: 8", "rank: 4"), "utf-8")
-    with pytest.raises(DiffgraftError, match="another base, other pictures or another recipe"):
-        train(base=base, resume=copy)
-    recipe.write_text(text.replace("steps: 6", "steps: 7"), "utf-8")
-    longer = train(base=base, resume=copy)
-    assert [entry["step"] for entry in longer.metrics] == [1, 2, 3, 4, 5, 6, 7]
-    (copy / "adapter.safetensors").unlink()
-    recipe.write_text(text.replace("steps: 6", "steps: 5"), "utf-8")
-    with pytest.raises(DiffgraftError, match="checkpoint of step 7, but steps=5: it is past its end"):
-        train(base=base, resume=copy)
 
 
 def test_what_will_not_do_is_said_before_anything_is_written(base: Base, pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,145 @@
+"""A run that goes on otherwise than it began: what differs is told, and done where that is meant."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffgraft.bases import Base, load_base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers import loop
+from diffgraft.trainers.checkpoint import checkpoints
+from diffgraft.trainers.identity import differences, identity_of
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.run import Run, train
+
+SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 0, "batch": 2, "sample_prompts": "a dog"}
+NAMES = ("parameters", "optimizer")
+SETTINGS |= {"prior": {"weight": 0}, "sample_every": 0, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def halves(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after two of four steps."""
+    folder = tmp_path_factory.mktemp("changed") / "run"
+    stopped_after(2, base, folder, images=pictures)
+    return folder
+
+
+def stopped_after(step: int, base: Base, folder: Path, **settings: Any) -> None:
+    real = loop._append
+
+    def stop(where: Path, entry: dict[str, float]) -> None:
+        real(where, entry)
+        if entry["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train("subject", base=base, output=folder, **{**SETTINGS, **settings})
+
+
+@pytest.fixture
+def run(halves: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(halves, tmp_path / "run"))
+
+
+def losses(run: Run) -> list[float]:
+    return [entry["loss"] for entry in run.metrics]
+
+
+def test_what_differs_is_told_by_its_key() -> None:
+    def identity(base: str = "a", data: str = "b", **settings: Any) -> Any:
+        settings = {"subject": "dog", **{key.replace("__", "."): value for key, value in settings.items()}}
+        return identity_of(load_recipe("subject", settings), base, data)
+
+    assert differences(identity(), identity()) == []
+    other = identity(lr="2e-3", prior__weight=0.5, flip=True, resolution=32, options__dora=True)
+    assert sorted(differences(identity(), other)) == [
+        "flip: false → true",
+        "lr: 0.0015 → 0.002",
+        "options.dora: unset → true",
+        "prior.weight: 2.0 → 0.5",
+        "resolution: unset → 32",
+    ]
+    told = ["the base differs", "the pictures, or what is said of them, differ"]
+    assert differences(identity(), identity("x", "y")) == told
+    assert differences(identity(), identity("x", "")) == told[:1]
+    free = {"checkpoint_every": 7, "sample_every": 7, "sample_prompts": "x", "steps": 7, "images": "/x", "output": "/x"}
+    assert differences(identity(), identity(**free)) == []
+    assert differences(identity(lr_schedule="linear"), identity(lr_schedule="linear", steps=7)) == ["steps: 400 → 7"]
+    older = {**identity(), "recipe": {key: value for key, value in identity()["recipe"].items() if key != "ema"}}
+    assert differences(older, identity()) == []
+    assert differences(older, identity(ema=0.5)) == ["ema: 0.0 → 0.5"]
+
+
+def test_a_changed_setting_is_refused_and_nothing_is_written(base: Base, run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(DiffgraftError, match=r"2 steps of .*run were made otherwise.*lr: 0.0015 → 0.01.*--changed"):
+        train(base=base, resume=run, lr="1e-2")
+    for settings, answer in (
+        ({"rank": 4}, r"rank: 8 → 4.*cannot be changed on the way.*112 of its parameters.*was \(8, 128\).*\(4, 128\)"),
+        ({"method": "loha"}, r"method: lora → loha.*cannot be changed.*was not there"),
+        ({"steps": 1}, "has done 2 steps already, which is past steps=1"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            train(base=base, resume=run, changed=True, **settings)
+    with pytest.raises(DiffgraftError, match="did you mean 'lr'"):
+        train(base=base, resume=run, lrr=1)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, run: Path, tmp_path: Path) -> None:
+    """The steps before are those of the old settings, those after are of the new ones, and the recipe says it."""
+    old = train("subject", base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
+    done = train(base=base, resume=run, changed=True, lr=0.03, weight_decay=0.5, steps=5)
+    assert [entry["lr"] for entry in done.metrics] == [0.0015, 0.0015, 0.03, 0.03, 0.03]
+    assert losses(done)[:3] == losses(old)[:3]
+    assert losses(done)[3] != losses(old)[3]
+    assert (done.recipe.lr, done.recipe.steps) == (0.03, 5)
+    assert "lr: 0.03" in (run / "recipe.yaml").read_text("utf-8")
+    assert done.adapter.metadata["recipe"]["lr"] == 0.03
+    values, moments = (load_file(old.folder / "checkpoints" / "step-000004" / f"{name}.safetensors") for name in NAMES)
+    assert values.keys() == load_file(checkpoints(run)[-1] / "parameters.safetensors").keys()
+    assert moments.keys() == load_file(checkpoints(run)[-1] / "optimizer.safetensors").keys()
+
+
+def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path) -> None:
+    """It was stopped again before it wrote a checkpoint of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(base=base, resume=run, changed=True, lr=0.03)
+    assert [path.name for path in checkpoints(run)] == ["step-000002"]
+    assert [entry["lr"] for entry in train(base=base, resume=run).metrics] == [0.0015, 0.0015, 0.03, 0.03]
+
+
+def test_what_decides_nothing_about_the_steps_may_be_set(base: Base, run: Path, pictures: Path, tmp_path: Path) -> None:
+    """And pictures and base may have moved, as long as they are the same."""
+    moved = shutil.copytree(pictures, tmp_path / "moved")
+    old = train("subject", base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
+    free = {"checkpoint_every": 1, "sample_every": 2, "sample_prompts": "a cat | a dog"}
+    done = train(base="tiny", resume=run, images=moved, **free)
+    assert losses(done) == losses(old)
+    assert [path.name for path in checkpoints(run)] == ["step-000003", "step-000004"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert str(moved) in (run / "recipe.yaml").read_text("utf-8")
+
+
+def test_other_pictures_and_another_base_are_told(base: Base, run: Path, pictures: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(pictures, tmp_path / "other"))
+    Image.new("RGB", (80, 60), "red").save(other / "01.png")
+    with pytest.raises(DiffgraftError, match="the pictures, or what is said of them, differ"):
+        train(base=base, resume=run, images=other)
+    other_base = load_base("tiny")
+    other_base.unet.conv_in.bias.data += 0.1
+    other_base.__post_init__()
+    with pytest.raises(DiffgraftError, match=r"\(the base differs\)"):
+        train(base=other_base, resume=run)
+    assert train(base=other_base, resume=run, images=other, changed=True).metrics[-1]["step"] == 4

@@ -1,0 +1,40 @@
+"""What the steps of a run depend on: kept in its checkpoints, so that what differs later is told key by key."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffgraft.trainers.recipe import TASKS, Recipe
+
+Identity = Mapping[str, Any]
+"""`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them"""
+_TOLD = {"base": "the base differs", "data": "the pictures, or what is said of them, differ"}
+
+
+def identity_of(recipe: Recipe, base: str, data: str = "") -> Identity:
+    """The identity of a run; without `data` as long as the pictures have not been gathered."""
+    return {"recipe": recipe.essence(), "base": base, **({"data": data} if data else {})}
+
+
+def differences(kept: Identity, now: Identity) -> list[str]:
+    """What is not as it was, each in a few words; what one of them does not say is left out."""
+    before, after = _flat(kept["recipe"]), _flat(now["recipe"])
+    defaults = _flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
+    found = []
+    for key in [*after, *(key for key in before if key not in after)]:
+        old, new = (side.get(key, defaults.get(key)) for side in (before, after))
+        if old != new:
+            found.append(f"{key}: {_said(old)} → {_said(new)}")
+    return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested values by their paths: {"prior.weight": 1.0, "concepts.0.repeats": 2}."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        value = {str(place): one for place, one in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {name: one for key, inner in value.items() for name, one in _flat(inner, f"{path}.{key}".strip(".")).items()}
+
+
+def _said(value: Any) -> str:
+    return "unset" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
