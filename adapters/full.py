@@ -127,6 +127,7 @@ METHOD = Method(
     without={
         **dict.fromkeys(("rank", "alpha"), "every weight trains; to reduce what was learnt, set options.rank"),
         "layers": "every weight trains",
+        "quantize": "every weight trains, and those in few bits cannot",
     },
     read=read,
 )

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
+from diffgraft.bases.quantized import held_bytes
 from diffgraft.quiet import hushed
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.recipe import Recipe
@@ -57,7 +58,7 @@ def cost(
     plan: Recipe, base: Base, attach: Callable[[], Attached], size: tuple[int, int], prompts: Sequence[str], passes: int
 ) -> Cost:
     """The cost of training what `attach` lays over an outline: pictures of `size`, `passes` times the batch of them."""
-    sizes = {name: sum(own.numel() * own.element_size() for own in part.parameters()) for name, part in base.parts()}
+    sizes = {name: held_bytes(part, plan.quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.unet.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values())
     text_is_trained = plan.text_encoder or live.changes_text

@@ -60,7 +60,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     _check_templates(recipe)
     for key, reason in lacking.items():
         value = getattr(recipe, key, None)
-        off = value in (None, False) or (isinstance(value, Prior) and value.weight == 0)
+        off = value in (None, False, "none") or (isinstance(value, Prior) and value.weight == 0)
         if key in recipe.model_fields_set and not off:
             raise DiffgraftError(f"{key} means nothing to {method.name}: {reason}. Leave it out.")
     return recipe

@@ -21,6 +21,9 @@ Quantize = Literal["none", "int8", "nf4"]
 Change = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """Weight [out, in] and bias [out] in float32 → others in their places."""
 
+_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Of a weight; with them go the scales of nf4's blocks, while those of int8's rows are few"""
+
 
 class Quantized(nn.Linear):
     """A linear layer whose weight is kept in few bits; each kind is one class in `bits.py`.
@@ -93,6 +96,13 @@ def quantized(base: "Base", to: Quantize) -> "Base":
         setattr(owner, name, KINDS[to](getattr(owner, name)))
     base.quantize = to
     return base
+
+
+def held_bytes(part: nn.Module, to: Quantize) -> int:
+    """Bytes of the weights of a whole part, as they would be in `to`."""
+    rounded = {id(layer.weight) for layer in part.modules() if type(layer) is nn.Linear and to != "none"}
+    values = ((value, _BYTES[to] if id(value) in rounded else value.element_size()) for value in part.parameters())
+    return round(sum(value.numel() * each for value, each in values))
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached, get_method, methods
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.quantized import Quantized, weight_and_bias
+from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
 from diffgraft.generation.graft import graft
@@ -110,6 +110,21 @@ def test_each_weight_is_the_nearest_that_the_bits_can_say(held: Base, base: Base
         assert (off < 0.5 * np.diff(NF4).max() * most + 0.03 * most.max()).all()
 
 
+def test_it_takes_the_memory_that_was_said(held: Base, base: Base) -> None:
+    for name, part in base.parts():
+        was = held_bytes(part, "none")
+        assert was == sum(value.numel() * value.element_size() for value in part.parameters())
+        if name != "vae":
+            said = held_bytes(part, held.quantize)  # type: ignore[arg-type]
+            state = getattr(
+                held, name
+            ).state_dict()  # scales stand there, too, and for each layer what they are read by
+            listed = {key: value for key, value in state.items() if not key.endswith(("map", "nf4"))}
+            now = sum(value.numel() * value.element_size() for value in listed.values())
+            assert now == pytest.approx(said, abs=0.04 * (was - said))
+            assert said < 0.97 * was
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_it_computes_as_the_float_weights_do(kind: Any, precision: str, sdxl_folder: Path) -> None:
@@ -123,8 +138,9 @@ def test_it_computes_as_the_float_weights_do(kind: Any, precision: str, sdxl_fol
 
 def recipe(method: str, **more: Any) -> Any:
     lacking = get_method(method).without_under(get_method(method).read_options(more.get("options", {})))
-    settings = {"subject": "dog", "trigger": "<zorp>", "method": method, "rank": 2, **more}
-    return load_recipe("subject", {key: value for key, value in settings.items() if key not in lacking})
+    settings = {"trigger": "<zorp>", "rank": 2, "text_encoder": more.pop("text_encoder", False)}
+    settings = {key: value for key, value in settings.items() if key not in lacking}
+    return load_recipe("subject", {"subject": "dog", "method": method, **settings, **more})
 
 
 def shake(live: Attached) -> None:
@@ -326,5 +342,8 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
 
 
 def test_there_is_no_other_kind() -> None:
+    with pytest.raises(DiffgraftError, match="quantize means nothing to full: every weight trains, and those in few"):
+        recipe("full", quantize="nf4")
+    assert recipe("full", quantize="none").quantize == "none"
     with pytest.raises(DiffgraftError, match="no quantize='nf8': did you mean 'nf4'"):
         load_base("tiny", quantize="nf8")  # type: ignore[arg-type]
