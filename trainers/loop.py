@@ -38,6 +38,8 @@ class Objective(Protocol):
         """What the pictures of these examples are called."""
 
 
+_PATIENCE = 20
+"""Updates in a row that half precision may leave out: each halves the scale of the loss, from 65,536 to 1/16"""
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -95,7 +97,7 @@ def fit(
         adopt(folder, identity)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
-    saved, stepping = done, False
+    saved, stepping, lost = done, False, 0
 
     def ends() -> bool:
         return done == recipe.steps or (trial is not None and trial.is_over())
@@ -131,14 +133,16 @@ def fit(
             with _random_numbers_of(recipe.seed, step, accelerator):
                 terms = _accumulate(recipe, accelerator, predict, objective, step)
             norm = accelerator.clip_grad_norm_(list(parameters.values()), recipe.max_grad_norm)
-            of_scaler = accelerator.scaler is not None  # which leaves such steps out, and tries smaller numbers
-            if not math.isfinite(terms["loss"]) or not (of_scaler or bool(torch.as_tensor(norm).isfinite())):
+            lost = 0 if torch.as_tensor(norm).isfinite() else lost + 1
+            # in half precision such updates are left out, and smaller numbers tried
+            if not math.isfinite(terms["loss"]) or lost == (1 if accelerator.scaler is None else _PATIENCE):
                 optimizer.zero_grad()
                 with _random_numbers_of(recipe.seed, step, accelerator):  # the same again: clipping has spread it
                     _accumulate(recipe, accelerator, predict, objective, step)
                 if lead and done > saved:
                     save()
-                raise DiffgraftError(_diverged(recipe, terms["loss"], step, broken(parameters), objective, accelerator))
+                said = _diverged(recipe, terms["loss"], step, lost, broken(parameters), objective, accelerator)
+                raise DiffgraftError(said)
             health.note()
             with undisturbed():
                 stepping = True
@@ -182,13 +186,16 @@ def _validated(trial: Trial, step: int, predict: Predict, accelerator: Any) -> f
     return loss
 
 
-def _diverged(recipe: Recipe, loss: float, step: int, module: str, objective: Objective, accelerator: Any) -> str:
-    """What a person is told when numbers are none any more."""
+def _diverged(
+    recipe: Recipe, loss: float, step: int, lost: int, module: str, objective: Objective, accelerator: Any
+) -> str:
+    """What a person is told when numbers are none any more; `lost` updates in a row could not be made."""
     count = recipe.batch * recipe.accumulate * accelerator.num_processes
     names = list(dict.fromkeys(objective.shown(step * count, count)))
     where = f"the first gradient that is no number is that of {module}" if module else "all gradients are numbers"
+    tried = f", where {lost} updates in a row could not be made" if lost > 1 else ""
     return (
-        f"Training has diverged at step {step + 1}: the loss is {loss:.4g}, and {where}. Its pictures were: "
+        f"Training has diverged at step {step + 1}{tried}: the loss is {loss:.4g}, and {where}. Its pictures were: "
         f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}. The newest checkpoint is of the step before. Lower "
         f"lr (now {recipe.lr}), or use precision=bfloat16 or float32 if it was float16."
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from diffgraft.adapters import patch
@@ -14,6 +15,8 @@ from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.checkpoint import checkpoints
 from diffgraft.trainers.health import Health, broken
+from diffgraft.trainers.loop import new_accelerator
+from diffgraft.trainers.optimizers import _MAKERS
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT
 
@@ -71,6 +74,55 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
     assert [kept.name for kept in checkpoints(tmp_path / "run")] == ["step-000002"]
     monkeypatch.undo()
     assert train(base=base, resume=tmp_path / "run").metrics[-1]["step"] == 5
+
+
+def with_scaler(recipe: Any) -> Any:
+    """Half precision as on a GPU, which a processor can do, too, though slowly."""
+    accelerator = new_accelerator(recipe)
+    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    return accelerator
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflows", [3, 1000])
+def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
+    overflows: int, fused: bool, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused optimiser leaves an update out by itself, and says so to nobody: it is the gradients that are watched."""
+    path, seen = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", [0]
+
+    def spoilt(self: Patch, layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        changed: torch.Tensor = plain(self, layer, x, out)
+        if layer is base.unet.get_submodule(path) and torch.is_grad_enabled():
+            seen[0] += 1
+            if seen[0] <= overflows:
+                changed.register_hook(lambda grad: grad * torch.inf)
+        return changed
+
+    plain = FactorPatch.change
+    monkeypatch.setattr(FactorPatch, "change", spoilt)
+    monkeypatch.setattr("diffgraft.trainers.run.new_accelerator", with_scaler)
+    monkeypatch.setitem(_MAKERS, "adamw", lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, fused=fused))
+    settings: dict[str, Any] = {**SHORT, "steps": 24, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}
+    settings |= {"images": pictures, "output": tmp_path / "run", "sample_prompts": "a dog"}
+    if overflows < 20:
+        run = train("subject", base=base, **settings)
+        assert [entry["step"] for entry in run.metrics] == list(range(1, 25))
+        assert all(delta.leaves["lora_up"].isfinite().all() for (delta,) in run.adapter.deltas.values())
+        assert any(delta.leaves["lora_up"].any() for (delta,) in run.adapter.deltas.values())
+        return
+    told = (
+        rf"at step 20, where 20 updates in a row could not be made: the loss is 0\.\d+, and the first .* unet\.{path}"
+    )
+    with pytest.raises(DiffgraftError, match=told) as caught:
+        train("subject", base=base, **settings)
+    names = sorted(file.name for file in pictures.iterdir() if file.suffix == ".png")
+    assert sum(name in str(caught.value) for name in names) == 1
+    (kept,) = checkpoints(tmp_path / "run")
+    assert kept.name == "step-000019"
+    held = load_file(kept / "parameters.safetensors")
+    assert not any(value.any() for name, value in held.items() if name.endswith("lora_up"))  # nothing has moved
 
 
 def test_modules_that_never_moved_are_named(
