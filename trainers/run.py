@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats.header import told
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.data.texts import Texts
@@ -50,6 +52,13 @@ class Run:
     recipe: Recipe
     metrics: Sequence[dict[str, float]]
     """One entry a step: step, lr, loss and the objective's terms"""
+    was_finished: bool = False
+    """Whether nothing was left to be trained"""
+
+    @property
+    def steps(self) -> int:
+        """How many were trained, in all."""
+        return int(max((entry["step"] for entry in self.metrics), default=0))
 
     @property
     def adapter_file(self) -> Path:
@@ -116,11 +125,11 @@ def train(
             done = check_same(folder, identity_of(plan, held.hash), live.trainable(), changed=changed)
             if done > plan.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={plan.steps}.")
-            if accelerator.is_main_process:
-                sweep(folder)
-                save_recipe(plan, folder / "recipe.yaml")
-            run = Run(folder, plan, by_step(read_record(folder)))
-            if not run.adapter_file.exists():
+            run = _finished(folder, plan, done, changed=changed)
+            if run is None:
+                if accelerator.is_main_process:
+                    sweep(folder)
+                    save_recipe(plan, folder / "recipe.yaml")
                 run = _learn(plan, held, folder, accelerator, read, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(_curves(run.metrics), folder / "loss.png")
@@ -184,6 +193,22 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
     if "output" in settings:
         raise DiffgraftError(f"A run goes on where it is, in {folder}: leave output=… out.")
     return _placed(recipe_with(path, settings), folder), folder
+
+
+def _finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | None:
+    """The run in a folder, where it has come to the end of the recipe; one that is to have more steps has not."""
+    run = Run(folder, plan, by_step(read_record(folder)), was_finished=True)
+    if not run.adapter_file.exists():
+        return None
+    with safe_open(run.adapter_file, "pt") as file:
+        said = told(file.metadata())["recipe"]
+    steps = said.get("steps", type(plan).model_fields["steps"].default)
+    is_finished = f"{folder} is finished after {steps} steps"
+    if steps == plan.steps and changed:
+        raise DiffgraftError(f"{is_finished}: nothing is left to be changed. Give more steps=…")
+    if steps != plan.steps and not done:
+        raise DiffgraftError(f"{is_finished}, and has no checkpoint to go on from.")
+    return run if steps == plan.steps else None
 
 
 def _held(plan: Recipe, base: str | Path | Base) -> Base:
@@ -262,6 +287,7 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read,
         base.unet.eval()
     run = Run(folder, plan, by_step(metrics))
     if accelerator.is_main_process:
+        run.before_after.unlink(missing_ok=True)  # that of fewer steps
         adapter.save(run.adapter_file)
     return run
 

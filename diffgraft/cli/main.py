@@ -84,7 +84,11 @@ def train(
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
         raise DiffgraftError(f"Interrupted. Go on with: diffgraft train --resume {stop}") from None
-    typer.echo(f"Trained {run.recipe.steps} steps. The adapter: {run.adapter_file}")
+    if run.was_finished:
+        typer.echo(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
+    else:
+        typer.echo(f"Trained {run.steps} steps.")
+    typer.echo(f"The adapter: {run.adapter_file}")
     typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
 
 

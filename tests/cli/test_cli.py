@@ -35,6 +35,9 @@ def test_train_then_generate(
     said = capsys.readouterr().out
     assert str(run / "adapter.safetensors") in said
     assert str(run / "before-after.png") in said
+    assert "Trained 2 steps" in said
+    assert call(monkeypatch, "train", "--resume", run) == 0
+    assert "finished already, after 2 steps" in capsys.readouterr().out
     adapter = f"{run / 'adapter.safetensors'}:0.8"
     words = ["generate", "a sks dog in the snow", "--adapter", adapter, "-n", 2, "--seed", 1, "--steps", 2]
     assert call(monkeypatch, *words, "--size", "48x64", "--negative", "a cat", "--scheduler", "euler", "-o", drawn) == 0

@@ -17,6 +17,7 @@ from diffgraft.trainers.checkpoint import checkpoints
 from diffgraft.trainers.identity import differences, identity_of
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import Run, train
+from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 0, "batch": 2, "sample_prompts": "a dog"}
 NAMES = ("parameters", "optimizer")
@@ -143,3 +144,35 @@ def test_other_pictures_and_another_base_are_told(base: Base, run: Path, picture
     with pytest.raises(DiffgraftError, match=r"\(the base differs\)"):
         train(base=other_base, resume=run)
     assert train(base=other_base, resume=run, images=other, changed=True).metrics[-1]["step"] == 4
+
+
+def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """And ends as one that was to have as many from the start, stopped on the way or not."""
+    folder, long = tmp_path / "run", tmp_path / "long"
+    settings = {**SETTINGS, "images": pictures, "checkpoint_every": 2, "sample_prompts": "a sks dog", "lr": 0.02}
+    train("subject", base=base, output=long, **{**settings, "steps": 6})
+    first = train("subject", base=base, output=folder, **settings)
+    assert (first.steps, first.was_finished) == (4, False)
+    old, pictured = first.adapter_file.read_bytes(), first.before_after.read_bytes()
+    again = train(base=base, resume=folder)
+    assert (again.steps, again.was_finished) == (4, True)
+    with pytest.raises(DiffgraftError, match="is finished after 4 steps: nothing is left to be changed"):
+        train(base=base, resume=folder, lr=0.5, changed=True)
+    with pytest.raises(DiffgraftError, match=r"lr: 0.02 → 0.5"):
+        train(base=base, resume=folder, lr=0.5)
+    assert "lr: 0.02" in (folder / "recipe.yaml").read_text("utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            train(base=base, resume=folder, steps="6")
+    assert first.adapter_file.read_bytes() == old  # it stays until there is another
+    done = train(base=base, resume=folder)
+    assert (done.steps, done.was_finished) == (6, False)
+    assert done.before_after.read_bytes() != pictured
+    assert differing(long, folder) == set()
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(DiffgraftError, match="finished after 6 steps, and has no checkpoint to go on from"):
+        train(base=base, resume=folder, steps=8)
+    done.before_after.unlink()
+    train(base=base, resume=folder)
+    assert differing(long, folder) == {str(path.relative_to(long)) for path in long.glob("checkpoints/*/*")}
