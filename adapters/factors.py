@@ -7,13 +7,17 @@ else, the live layer and the delta in memory, is the same for all of them and st
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import LinearDelta
-from diffgraft.adapters.patch import Patch, as_input, copied, run_layer, weight_shape
+from diffgraft.adapters.method import Options, Spec, canonical
+from diffgraft.adapters.patch import AttachedPatches, Make, Patch, as_input, copied, run_layer, weight_shape
+from diffgraft.adapters.patterns import check_keys, chosen
 
 Leaves = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -80,6 +84,33 @@ class FactorDelta(LinearDelta):
             return tuple(self.factors.weight(shadows, weight_shape).shape) == tuple(weight_shape)
         except (ValueError, RuntimeError, IndexError):
             return False
+
+
+class FactorOptions(Options):
+    """What there is to set on every such method."""
+
+    ranks: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Part, block or pattern of a layer's path (`*` stands for anything) → its own rank: {"*.attn2.*": 16}; of several
+    that match, the last counts"""
+    alphas: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """The same → its own alpha; where it has none, another rank has the same scale as everywhere"""
+
+    def size(self, path: str, rank: int, alpha: float) -> tuple[int, float]:
+        """Rank and alpha of the layer at `path`, where others of its kind have these."""
+        own = chosen(self.ranks, canonical(path), rank)
+        return own, chosen(self.alphas, canonical(path), alpha if own == rank else alpha / rank * own)
+
+
+def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedPatches:
+    """`make` on the layers of a `Spec` with `FactorOptions`.
+
+    Raises:
+        DiffgraftError: a key of its ranks or alphas means none of them.
+    """
+    paths = [canonical(f"{part}.{path}") for part, inside in spec.paths.items() for path in inside]
+    check_keys("options.ranks", spec.options.ranks, paths)
+    check_keys("options.alphas", spec.options.alphas, paths)
+    return AttachedPatches(target, spec, make)
 
 
 class FactorPatch(Patch):

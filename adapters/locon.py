@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from diffgraft.adapters.factors import attach_factors
 from diffgraft.adapters.lora import LoraOptions, lora_patch
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch
+from diffgraft.adapters.patch import Patch
 
 
 class LoconOptions(LoraOptions):
@@ -37,7 +38,7 @@ def attach(target: Any, spec: Spec) -> Attached:
             return lora_patch(path, layer, generator, spec, rank=conv_rank, alpha=conv_alpha, tucker=tucker)
         return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
 
-    return AttachedPatches(target, spec, make)
+    return attach_factors(target, spec, make)
 
 
 METHOD = Method(

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.dora import may_be_decomposed
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, plus_product
-from diffgraft.adapters.method import Attached, Method, Options, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer, weight_shape
+from diffgraft.adapters.factors import (
+    FactorDelta,
+    FactorOptions,
+    FactorPatch,
+    Factors,
+    Leaves,
+    Shape,
+    attach_factors,
+    plus_product,
+)
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.patch import Patch, run_layer, weight_shape
 
 
 def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
@@ -105,7 +114,7 @@ class HadamardProduct(Factors):
 HADAMARD = HadamardProduct()
 
 
-class LohaOptions(Options):
+class LohaOptions(FactorOptions):
     """What there is to set on LoHa."""
 
     conv_rank: int | None = Field(None, ge=1)
@@ -117,12 +126,13 @@ class LohaOptions(Options):
 def attach(target: Any, spec: Spec) -> Attached:
     options: LohaOptions = spec.options
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:  # noqa: ARG001
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
         conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
         rank = (options.conv_rank or spec.rank) if conv else spec.rank
-        return FactorPatch(HadamardProduct(options.tucker), layer, rank, spec.alpha / spec.rank * rank, generator)
+        size = options.size(path, rank, spec.alpha / spec.rank * rank)
+        return FactorPatch(HadamardProduct(options.tucker), layer, *size, generator)
 
-    return AttachedPatches(target, spec, make)
+    return attach_factors(target, spec, make)
 
 
 @may_be_decomposed

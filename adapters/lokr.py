@@ -14,12 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.dora import may_be_decomposed
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming
-from diffgraft.adapters.method import Attached, Method, Options, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer
+from diffgraft.adapters.factors import (
+    FactorDelta,
+    FactorOptions,
+    FactorPatch,
+    Factors,
+    Leaves,
+    Shape,
+    attach_factors,
+    kaiming,
+)
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.patch import Patch, run_layer
 
 
-class LokrOptions(Options):
+class LokrOptions(FactorOptions):
     """What there is to set on LoKr."""
 
     factor: int = Field(-1, ge=-1)
@@ -136,12 +145,13 @@ KRONECKER = Kronecker()
 
 
 def attach(target: Any, spec: Spec) -> Attached:
-    factors = Kronecker(spec.options)
+    options: LokrOptions = spec.options
+    factors = Kronecker(options)
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:  # noqa: ARG001
-        return FactorPatch(factors, layer, spec.rank, spec.alpha, generator)
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
+        return FactorPatch(factors, layer, *options.size(path, spec.rank, spec.alpha), generator)
 
-    return AttachedPatches(target, spec, make)
+    return attach_factors(target, spec, make)
 
 
 @may_be_decomposed

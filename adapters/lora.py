@@ -5,20 +5,28 @@ With `options.dora` the sum is brought to a learnt length per output (see `dora.
 alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
-import fnmatch
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.dora import DoraPatch, may_be_decomposed
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape, kaiming, plus_product
-from diffgraft.adapters.method import Attached, Method, Options, Spec
-from diffgraft.adapters.patch import AttachedPatches, Patch, run_layer
+from diffgraft.adapters.factors import (
+    FactorDelta,
+    FactorOptions,
+    FactorPatch,
+    Factors,
+    Leaves,
+    Shape,
+    attach_factors,
+    kaiming,
+    plus_product,
+)
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.patch import Patch, run_layer
 
 
 class LowRank(Factors):
@@ -100,7 +108,7 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     return low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
 
 
-class LoraOptions(Options):
+class LoraOptions(FactorOptions):
     """What there is to set on LoRA beside rank and alpha."""
 
     dora: bool = False
@@ -109,15 +117,6 @@ class LoraOptions(Options):
     """Scale by alpha / √rank instead of alpha / rank"""
     up_rate: float = Field(1.0, gt=0)
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
-    ranks: dict[str, PositiveInt] = Field(default_factory=dict)
-    """Pattern of a layer's path (`*` stands for anything) → its own rank: {"*.attn2.*": 16}"""
-    alphas: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Pattern of a layer's path → its own alpha"""
-
-
-def chosen(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the last pattern that `path` matches."""
-    return next((value for key, value in reversed([*patterns.items()]) if fnmatch.fnmatchcase(path, key)), default)
 
 
 def lora_patch(
@@ -130,14 +129,13 @@ def lora_patch(
     alpha: float,
     tucker: bool = False,
 ) -> Patch:
-    """LoRA or DoRA on one layer, of the rank and alpha given unless a pattern says otherwise."""
+    """LoRA or DoRA on one layer, of the rank and alpha given unless a key of its options says otherwise."""
     options: LoraOptions = spec.options
-    own_rank = chosen(options.ranks, path, rank)
-    own_alpha = chosen(options.alphas, path, alpha if own_rank == rank else alpha / rank * own_rank)
+    rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
-        own_alpha *= math.sqrt(own_rank)  # what is kept is the alpha that gives this scale by alpha / rank
+        alpha *= math.sqrt(rank)  # what is kept is the alpha that gives this scale by alpha / rank
     rates = {"lora_up": options.up_rate}
-    patch = FactorPatch(LowRank(tucker), layer, own_rank, own_alpha, generator, rates)
+    patch = FactorPatch(LowRank(tucker), layer, rank, alpha, generator, rates)
     return DoraPatch(patch, layer) if options.dora else patch
 
 
@@ -145,7 +143,7 @@ def attach(target: Any, spec: Spec) -> Attached:
     def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
         return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
 
-    return AttachedPatches(target, spec, make)
+    return attach_factors(target, spec, make)
 
 
 METHOD = Method(

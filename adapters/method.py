@@ -128,6 +128,7 @@ class Method:
         Raises:
             DiffgraftError: there is no such option (the nearest is named), or its value will not do.
         """
+        given = self._laid_out(given)
         unknown = [key for key in given if key not in self.options.model_fields]
         if unknown:
             known = [f"options.{key}" for key in self.options.model_fields]
@@ -139,6 +140,18 @@ class Method:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise DiffgraftError(f"options.{key}={first['input']!r} will not do: {first['msg'].lower()}.") from error
+
+    def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """``{"ranks.unet": 4}``, as a command line gives it inside other options, as ``{"ranks": {"unet": 4}}``."""
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            name, dot, rest = key.partition(".")
+            if dot and name in self.options.model_fields:
+                held = found.get(name)
+                found[name] = {**(held if isinstance(held, Mapping) else {}), rest: value}
+            else:
+                found[key] = value
+        return found
 
     def _parsed(self, key: str, value: Any) -> Any:
         """Text for a list, as a command line gives it (1,2,1), as a list; other values as they are."""

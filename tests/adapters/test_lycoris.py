@@ -63,8 +63,12 @@ def as_trained_by_kohya(base: Base) -> tuple[Any, nn.Module]:
     return texts, renamed(base.unet, Blocks.of(base.unet.config).original)
 
 
+MIXED: dict[str, Any] = {"ranks": {"text_encoder": 1, "*.attn2.*": 4, "OUT*": 5}, "alphas": {"M00": 5, "*.to_v": 1}}
 OURS: list[tuple[str, dict[str, Any]]] = [
     ("lora", {}),
+    ("locon", MIXED),
+    ("loha", MIXED),
+    ("lokr", MIXED),
     ("lora", {"dora": True}),
     ("locon", {"tucker": True}),
     ("loha", {}),

@@ -72,8 +72,12 @@ def test_its_folders_are_read(kind: str, family: str, folders: Path, tmp_path: P
     assert set(alone.modules) == {path for path in found.modules if path.startswith("unet.")}
 
 
+MIXED: dict[str, Any] = {"ranks": {"text_encoder": 1, "*.attn2.*": 4, "OUT*": 3}, "alphas": {"M00": 5, "*.to_v": 1}}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
+    "locon, mixed": ("locon", MIXED),
+    "loha, mixed": ("loha", MIXED),
+    "lokr, mixed": ("lokr", MIXED),
     "dora": ("lora", {"dora": True}),
     "locon": ("locon", {}),
     "loha": ("loha", {}),
