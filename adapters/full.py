@@ -5,7 +5,7 @@ whole, or reduced to LoRA by a truncated singular value decomposition (Eckart an
 ranks as hold a share of each difference's energy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +97,18 @@ class AttachedFull(Attached):
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
 
+    def leave(self, paths: Collection[str]) -> None:
+        for full in [full for full, path in self.paths().items() if path in paths]:
+            module, name, kept = self._places.pop(full)
+            setattr(module, name, kept)
+            del self._copies[full]
+
     @contextmanager
     def bare(self) -> Iterator[None]:
         self.detach()
         try:
-            yield
+            with super().bare():
+                yield
         finally:
             for full, (module, name, _) in self._places.items():
                 setattr(module, name, self._copies[full])

@@ -281,6 +281,10 @@ class AttachedHypernetwork(Attached):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"unet.{name}": value for name, value in self.networks.named_parameters()}
 
+    def paths(self) -> dict[str, str]:
+        """Each of the networks is one module: ``unet.320-k``."""
+        return {name: ".".join(name.split(".")[:2]) for name in self.trainable()}
+
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         network = Hypernetwork(copied(dict(self.networks.state_dict())), self._options.model_dump())
         return Adapter({}, metadata, (network,))

@@ -6,7 +6,7 @@ An outside package names its `Method` in the entry-point group ``diffgraft.metho
 import importlib
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,13 +65,26 @@ class Attached(nn.Module):
         """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
         return {}
 
+    def paths(self) -> dict[str, str]:
+        """Path of the module that each trainable parameter belongs to, as adapters have it, by the parameter's name."""
+        return {name: canonical(name.rpartition(".")[0]) for name in self.trainable()}
+
+    def leave(self, paths: Collection[str]) -> None:
+        """Take it off the modules at these paths alone, where that can be: they do not train."""
+
     def after_step(self) -> None:
         """What is to be done when the parameters have moved."""
 
     @property
     def changes_text(self) -> bool:
-        """Whether what the text encoders say changes while it trains, though none of their own layers is adapted."""
-        return False
+        """Whether text encoders say something else under it: it has modules of theirs, or words."""
+        return any(is_of_text(path) for path in self.paths().values())
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether what they say still changes while it trains."""
+        paths, trained = self.paths(), self.trainable()
+        return any(value.requires_grad and is_of_text(paths[name]) for name, value in trained.items())
 
 
 @dataclass(frozen=True)
@@ -234,6 +247,11 @@ def parts_of(target: Any) -> dict[str, nn.Module]:
     """The networks of a base, a pipeline, or anything with `.unet`, `.text_encoder` or `.text_encoder_2`."""
     found = {name: getattr(target, name, None) for name in PARTS}
     return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+
+def is_of_text(path: str) -> bool:
+    """Whether a module's path, with its part, lies in a text encoder."""
+    return path.startswith("text_encoder")
 
 
 def canonical(path: str) -> str:

@@ -6,12 +6,13 @@ weight can have it from the layers of `diffgraft.bases.quantized`, and from no o
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.method import Attached, Spec, canonical, parts_of
@@ -44,26 +45,29 @@ class AttachedPatches(Attached):
         parts = parts_of(target)
         generator = torch.Generator().manual_seed(spec.seed)
         self._patches = nn.ModuleList()
-        self._paths: list[str] = []
-        self._hooks = []
+        self._layers: dict[str, tuple[nn.Module, RemovableHandle]] = {}
         for part, paths in spec.paths.items():
             for path in paths:
                 layer = parts[part].get_submodule(path)
                 patch = make(f"{part}.{path}", layer, generator).to(_device(layer))
                 self._patches.append(patch)
-                self._paths.append(f"{part}.{path}")
-                self._hooks.append(layer.register_forward_hook(self._hook(patch)))
+                self._layers[f"{part}.{path}"] = layer, layer.register_forward_hook(self._hook(patch))
 
     def patches(self) -> dict[str, Patch]:
         """Path → patch."""
-        return dict(zip(self._paths, self._patches, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self._layers, self._patches, strict=True))  # type: ignore[arg-type]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{path}.{name.replace('leaves.', '')}": value
-            for path, patch in self.patches().items()
-            for name, value in patch.named_parameters()
-        }
+        return {name: value for name, _, value in self._named()}
+
+    def paths(self) -> dict[str, str]:
+        return {name: canonical(path) for name, path, _ in self._named()}
+
+    def _named(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Name of each parameter, path of its layer, and the parameter."""
+        for path, patch in self.patches().items():
+            for name, value in patch.named_parameters():
+                yield f"{path}.{name.replace('leaves.', '')}", path, value
 
     def rates(self) -> dict[str, float]:
         return {
@@ -73,10 +77,16 @@ class AttachedPatches(Attached):
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         return Adapter({canonical(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
 
-    def detach(self) -> None:
-        for hook in self._hooks:
+    def leave(self, paths: Collection[str]) -> None:
+        kept = {path: patch for path, patch in self.patches().items() if canonical(path) not in paths}
+        for path in self._layers.keys() - kept.keys():
+            _, hook = self._layers.pop(path)
             hook.remove()
-        self._hooks.clear()
+        self._patches = nn.ModuleList(kept.values())
+
+    def detach(self) -> None:
+        for _, hook in self._layers.values():
+            hook.remove()
 
     def _hook(self, patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:

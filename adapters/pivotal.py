@@ -4,7 +4,7 @@ The word takes what is a matter of naming, the weights what no word can say (Roi
 where the name comes from; cloneofsimo's ``lora`` brought it to diffusion models).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -54,18 +54,20 @@ class AttachedPivotal(Attached):
     def rates(self) -> dict[str, float]:
         return {**self.weights.rates(), **{f"word.{name}": self._rate for name in self.word.trainable()}}
 
+    def paths(self) -> dict[str, str]:
+        return {**self.weights.paths(), **{f"word.{name}": path for name, path in self.word.paths().items()}}
+
+    def leave(self, paths: Collection[str]) -> None:
+        self.weights.leave(paths)
+
     def after_step(self) -> None:
         self.weights.after_step()
         self.word.after_step()
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        with self.weights.bare():
+        with super().bare(), self.weights.bare():
             yield
-
-    @property
-    def changes_text(self) -> bool:
-        return True
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         return replace(self.weights.adapter(metadata), tokens=self.word.adapter({}).tokens)

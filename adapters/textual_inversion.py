@@ -50,15 +50,14 @@ class AttachedWord(Attached):
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{part}.{self._word}": rows for part, rows in self.rows.items()}
 
+    def paths(self) -> dict[str, str]:
+        return {name: name for name in self.trainable()}
+
     @torch.no_grad()
     def after_step(self) -> None:
-        if self._options.keep_norm:
-            for part, rows in self.rows.items():
+        for part, rows in self.rows.items():
+            if self._options.keep_norm and rows.requires_grad:
                 rows.mul_(self._norms[part] / rows.norm(dim=1, keepdim=True))
-
-    @property
-    def changes_text(self) -> bool:
-        return True
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         vectors = {part: rows.detach().float().cpu().clone() for part, rows in self.rows.items()}

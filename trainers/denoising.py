@@ -24,27 +24,29 @@ class Denoiser(nn.Module):
         texts: Texts | None = None,
         whole: bool = False,
     ) -> None:
-        """`texts` keeps text states, unless they are trained; `whole` prompts are read in pieces."""
+        """`texts` keeps what text encoders say, unless that is trained; `whole` prompts are read in pieces."""
         super().__init__()
         self.unet = base.unet
         self.text = nn.ModuleList(part for name, part in base.parts() if name.startswith("text_encoder"))
         self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
         self._base = base
         self._whole = whole
-        self._texts = None if text_is_trained else texts or Texts(base, whole=whole)
+        kept = texts or Texts(base, whole=whole)
+        # for an adapter that does something, and one that is bare
+        self._texts = None if text_is_trained else {False: kept, True: kept}
 
     def condition(self, prompts: Sequence[str], frames: Sequence[Framing]) -> Conditioning:
         """What the UNet is told about n prompts, and about how their pictures were cut."""
         if self._texts is None:
             told = self._base.family.condition(self._base, prompts, self._whole)
         else:
-            told = self._texts(prompts)
+            told = self._texts[getattr(self.adapter, "is_bare", False)](prompts)
         return told.framed(self._base.family.framing(frames))
 
-    def reaches(self, path: str) -> bool:
-        """Whether what the module at an adapter's path computes reaches the prediction at all."""
-        part, _, inside = path.partition(".")
-        return not part.startswith("text_encoder") or self._base.family.reaches(self._base, part, inside)
+    def freeze_text(self) -> None:
+        """What text encoders say changes no more: from now on it is kept, with what is attached and without it."""
+        if self._texts is None:
+            self._texts = {bare: Texts(self._base, whole=self._whole) for bare in (False, True)}
 
     def forward(
         self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Framing] | None = None

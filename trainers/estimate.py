@@ -60,13 +60,12 @@ def cost(
     """The cost of training what `attach` lays over an outline: pictures of `size`, `passes` times the batch of them."""
     sizes = {name: held_bytes(part, plan.quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.unet.dtype, attach()
-    trained = sum(value.numel() for value in live.trainable().values())
-    text_is_trained = plan.text_encoder or live.changes_text
-    weights = sum(own for name, own in sizes.items() if name == "unet" or (text_is_trained and name != "vae"))
+    trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
+    weights = sum(own for name, own in sizes.items() if name == "unet" or (live.changes_text and name != "vae"))
     each = 4.0 + 4.0 + STATES[plan.optimizer] + (4.0 if plan.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)
-    denoiser = Denoiser(base, live, text_is_trained, whole=plan.long_prompts == "chunk")
+    denoiser = Denoiser(base, live, live.trains_text, whole=plan.long_prompts == "chunk")
     width, height = (side // base.factor for side in size)
     channels = int(base.vae.config.latent_channels)
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class Health:
     """Watches the parameters of a run; in a healthy one it costs next to nothing after the first steps."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, nn.Parameter], paths: Mapping[str, str]) -> None:
+        """`paths`: path of the module that each of `parameters` belongs to, by the parameter's name."""
+        self._parameters, self._paths = parameters, paths
         self._still = set(parameters)
         """Names of those that have had no gradient but zero so far"""
         self._looked = False
@@ -25,22 +26,17 @@ class Health:
             self._still -= {name for name, any_of_it in zip(there, moved, strict=True) if any_of_it}
 
     def still(self) -> list[str]:
-        """Modules of which no parameter ever had a gradient; empty where no step was looked at."""
+        """Modules that train to the end, and of which no parameter ever had a gradient; empty before the first step."""
         if not self._looked:
             return []
-        moved = {_module(name) for name in self._parameters if name not in self._still}
-        return sorted({_module(name) for name in self._still} - moved)
+        moved = {self._paths[name] for name in self._parameters if name not in self._still}
+        return sorted({self._paths[name] for name in self._still if self._parameters[name].requires_grad} - moved)
 
 
-def broken(parameters: Mapping[str, nn.Parameter]) -> str:
+def broken(parameters: Mapping[str, nn.Parameter], paths: Mapping[str, str]) -> str:
     """The first module with a gradient that is no number; empty where there is none."""
-    return next((_module(name) for name, value in parameters.items() if not _is_finite(value.grad)), "")
+    return next((paths[name] for name, value in parameters.items() if not _is_finite(value.grad)), "")
 
 
 def _is_finite(grad: Tensor | None) -> bool:
     return grad is None or bool(grad.isfinite().all())
-
-
-def _module(name: str) -> str:
-    """Path of the module that a parameter belongs to: ``unet.conv_in.lora_up`` → ``unet.conv_in``."""
-    return name.rpartition(".")[0] or name

@@ -24,6 +24,7 @@ from diffgraft.trainers.health import Health, broken
 from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.rates import factors, stop_text
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.validation import Trial
 
@@ -45,13 +46,14 @@ _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 def new_accelerator(recipe: Recipe) -> Any:
     """Accelerate's view of devices, processes and precision; ``accelerate launch`` is how more than one takes part."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     wanted = _PRECISIONS[recipe.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # it remembers the precision of an earlier run in this process
-    accelerator = Accelerator(mixed_precision=wanted)
+    some_stop = DistributedDataParallelKwargs(find_unused_parameters=recipe.text_encoder_stop is not None)
+    accelerator = Accelerator(mixed_precision=wanted, kwargs_handlers=[some_stop])
     if wanted == "fp16" and accelerator.device.type == "cpu":
         raise DiffgraftError("precision=float16 needs a GPU; on a processor use precision=bfloat16 or float32.")
     return accelerator
@@ -83,14 +85,15 @@ def fit(
             belong to something else.
         KeyboardInterrupt: passed on, after a checkpoint was written (unless it came in the middle of an update).
     """
-    parameters = adapter.trainable()
-    optimizer = new_optimizer(recipe, parameters, adapter.rates())
+    paths = adapter.paths()
+    parameters = {name: value for name, value in adapter.trainable().items() if value.requires_grad}
+    optimizer = new_optimizer(recipe, parameters, factors(recipe, adapter))
     average = Average(parameters, recipe.ema) if recipe.ema else None
     done = restore(folder, identity, parameters, optimizer, average, changed=changed)
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
     if trial is not None:
         trial.go_on(record)
-    health = Health(parameters)
+    health = Health(parameters, paths)
     predict, optimizer = accelerator.prepare(denoiser, optimizer)
     lead = accelerator.is_main_process
     if lead:
@@ -98,6 +101,7 @@ def fit(
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
     saved, stepping, lost = done, False, 0
+    text_stops = None if recipe.text_encoder_stop is None else max(recipe.text_encoder_stop, done)
 
     def ends() -> bool:
         return done == recipe.steps or (trial is not None and trial.is_over())
@@ -128,6 +132,10 @@ def fit(
         for step in bar:
             if trial is not None and trial.is_over():
                 break
+            if step == text_stops:
+                with undisturbed():
+                    stop_text(adapter, optimizer, average)
+                    denoiser.freeze_text()
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * rate(recipe, step)
             with _random_numbers_of(recipe.seed, step, accelerator):
@@ -141,8 +149,8 @@ def fit(
                     _accumulate(recipe, accelerator, predict, objective, step)
                 if lead and done > saved:
                     save()
-                said = _diverged(recipe, terms["loss"], step, lost, broken(parameters), objective, accelerator)
-                raise DiffgraftError(said)
+                where = broken(parameters, paths)
+                raise DiffgraftError(_diverged(recipe, terms["loss"], step, lost, where, objective, accelerator))
             health.note()
             with undisturbed():
                 stepping = True
@@ -169,7 +177,7 @@ def fit(
         raise
     settle(optimizer, average)
     accelerator.free_memory()
-    if lead and (still := [path for path in health.still() if denoiser.reaches(path)]):
+    if lead and (still := health.still()):
         warnings.warn(
             f"{len(still)} of the modules never moved, such as {still[0]}: what they compute never reached the loss.",
             stacklevel=3,

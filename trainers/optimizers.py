@@ -45,8 +45,13 @@ def _prodigy(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 
     if len(groups) > 1:
         raise DiffgraftError(
-            "optimizer=prodigy finds one rate for all, and this method trains some parameters at another: leave "
-            "options.up_rate and options.word_rate at 1, or use optimizer=adamw."
+            "optimizer=prodigy finds one rate for all, and here some parameters train at another: leave rates, "
+            "options.up_rate and options.word_rate at 1 (or a rate at 0), or use optimizer=adamw."
+        )
+    if recipe.text_encoder_stop is not None:
+        raise DiffgraftError(
+            "optimizer=prodigy finds its rate from all that trains, and it would leap where text encoders stop: leave "
+            f"text_encoder_stop={recipe.text_encoder_stop} out, or use optimizer=adamw."
         )
     more = {"use_bias_correction": True, "safeguard_warmup": True}  # as its authors have it for diffusion models
     optimizer: torch.optim.Optimizer = Prodigy(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 
 from diffgraft.data.settings import Buckets, Masks, Tags
 from diffgraft.strict import Strict
@@ -60,6 +60,12 @@ class Recipe(Strict):
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate"""
+    rates: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or pattern of a module's path →
+    factor on the rate of what it means: {"text_encoder": 0.5, "OUT*": 2}; where several mean a module, the last one
+    counts, and they do not multiply; 0: it does not train, and is left out of the adapter"""
+    text_encoder_stop: int | None = Field(None, ge=1)
+    """Step from which on text encoders, and new words, train no more; unset: they train to the end"""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
     """How the rate goes after the warm-up"""
     lr_cycles: int = Field(1, ge=1)

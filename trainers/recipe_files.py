@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -147,10 +147,9 @@ def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
 def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
     model: type[BaseModel] = kind
     *outer, last = key.split(".")
-    if outer[:1] == ["options"]:  # the method says what these are, not the recipe
-        held = values["options"] = dict(values.get("options") or {})
-        name, dot, rest = key.removeprefix("options.").partition(".")
-        held[name] = {**(held.get(name) or {}), rest: value} if dot else value
+    field, dot, rest = key.partition(".")
+    if dot and field in kind.model_fields and get_origin(kind.model_fields[field].annotation) is dict:
+        values[field] = _with(values.get(field), rest, value, deep=field == "options")
         return
     for level in outer:
         inner = model.model_fields[level].annotation if level in model.model_fields else None
@@ -163,7 +162,18 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
         raise DiffgraftError(_unknown(key, kind))
     if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
         value = [part.strip() for part in value.split("|")]
-    values[last] = None if value == "" and last in ("alpha", "resolution", "layers") else value
+    values[last] = None if value == "" and last in ("alpha", "resolution", "layers", "text_encoder_stop") else value
+
+
+def _with(held: Any, key: str, value: Any, *, deep: bool) -> dict[str, Any]:
+    """A mapping with `key` in it, last, for of patterns the last counts; `deep` ones hold mappings under first words.
+
+    The method says what options are, so that their names are not looked at here; other keys may have dots of their own.
+    """
+    there = dict(held) if isinstance(held, Mapping) else {}
+    name, dot, rest = key.partition(".") if deep else (key, "", "")
+    before = there.pop(name, None)
+    return {**there, name: _with(before, rest, value, deep=False) if dot else value}
 
 
 def _check_templates(recipe: Recipe) -> None:
@@ -204,7 +214,7 @@ def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
 def _meaning(kind: type[BaseModel], key: str) -> str:
     info = None
     for level in key.split("."):
-        info = kind.model_fields.get(level)
+        info = kind.model_fields.get(level, info)
         inner = info.annotation if info else None
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             kind = inner

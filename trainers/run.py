@@ -32,6 +32,7 @@ from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.loop import Objective, by_step, fit, new_accelerator, read_record, sample_file
 from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
 from diffgraft.trainers.preserving import Preserving
+from diffgraft.trainers.rates import freeze
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recipe
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
@@ -264,12 +265,14 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read,
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
-        text_is_trained, whole = plan.text_encoder or live.changes_text, plan.long_prompts == "chunk"
+        whole = plan.long_prompts == "chunk"
         texts = Texts(base, whole=whole, keep=plan.cache)
-        if materials.prompts is not None and not text_is_trained:
+        if materials.prompts is not None and not live.changes_text:
             texts.prepare(materials.prompts)
-        denoiser = Denoiser(base, live, text_is_trained, texts, whole)
-        away += not_needed(base, has_texts=materials.prompts is not None and not text_is_trained)
+        denoiser = Denoiser(base, live, live.changes_text, texts, whole)
+        if not live.trains_text:
+            denoiser.freeze_text()
+        away += not_needed(base, has_texts=materials.prompts is not None and not live.changes_text)
         put_away(base, away)
         objective = _objective(plan, base, materials, denoiser, live)
         identity = identity_of(plan, base.hash, materials.digest)
@@ -300,7 +303,13 @@ def attach(plan: Recipe, base: Base) -> Attached:
     """Lay the recipe's method over a base."""
     method = get_method(plan.method)
     options, words = method.read_options(plan.options), (plan.trigger, getattr(plan, "subject", ""))
-    return method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))
+    live = method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))
+    try:
+        freeze(plan, base, live)
+    except BaseException:
+        live.detach()
+        raise
+    return live
 
 
 def _objective(plan: Recipe, base: Base, materials: Materials, denoiser: Denoiser, live: Attached) -> Objective:
@@ -325,8 +334,7 @@ def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
     found = {"unet": choose_layers("unet", base.unet, layers)}
     for name, part in base.parts():
         if plan.text_encoder and name.startswith("text_encoder"):
-            paths = choose_layers(name, part, layers)
-            found[name] = [path for path in paths if base.family.reaches(base, name, path)]
+            found[name] = choose_layers(name, part, layers)
     return found
 
 

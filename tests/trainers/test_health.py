@@ -23,7 +23,8 @@ from tests.conftest import SHORT
 
 def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradient() -> None:
     values = {name: nn.Parameter(torch.ones(3, 2)) for name in ("unet.a.down", "unet.a.up", "unet.b.down", "unet.b.up")}
-    health = Health(values)
+    paths = {name: name.rpartition(".")[0] for name in values}
+    health = Health(values, paths)
     assert health.still() == []
     values["unet.a.up"].grad = torch.zeros(3, 2)
     values["unet.b.down"].grad = torch.zeros(3, 2)
@@ -32,9 +33,9 @@ def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradie
     values["unet.a.up"].grad = torch.eye(3, 2)
     health.note()
     assert health.still() == ["unet.b"]
-    assert broken(values) == ""
+    assert broken(values, paths) == ""
     values["unet.b.down"].grad = torch.full((3, 2), torch.inf)
-    assert broken(values) == "unet.b"
+    assert broken(values, paths) == "unet.b"
 
 
 def test_a_run_that_diverges_says_where_and_keeps_what_it_had(base: Base, pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,443 @@
+"""Rates of parts, blocks and patterns; what is frozen; and text encoders that stop on the way."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.hypernetwork import contexts
+from diffgraft.adapters.method import Attached, get_method
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.files import cache_folder
+from diffgraft.trainers import loop, run
+from diffgraft.trainers.average import Average
+from diffgraft.trainers.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.denoising import Denoiser
+from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, settle
+from diffgraft.trainers.rates import stop_text
+from diffgraft.trainers.recipe_files import load_recipe, save_recipe
+from diffgraft.trainers.run import Run, train
+from tests.conftest import SHORT
+from tests.trainers.test_optimizers import recipe_of, walk
+
+FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}
+
+
+@pytest.fixture(autouse=True)
+def _draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take longer than these trainings, and show nothing of what is tested here."""
+    monkeypatch.setattr(run, "_before_after", lambda *_: Image.new("RGB", (8, 8)))
+
+
+@pytest.fixture
+def go(base: Base, pictures: Path, tmp_path: Path) -> Any:
+    """Trains, each time in a new folder."""
+    count = iter(range(99))
+
+    def trained(**settings: Any) -> Run:
+        given = {**FAST, **settings}
+        return train("subject", base=base, images=pictures, output=tmp_path / f"run-{next(count)}", **given)
+
+    return trained
+
+
+def moved(done: Run) -> dict[str, float]:
+    """Path → how far `up` has gone from zero."""
+    return {path: float(delta.leaves["lora_up"].abs().max()) for path, (delta,) in done.adapter.deltas.items()}
+
+
+def test_each_key_moves_what_it_means_by_so_much(go: Any) -> None:
+    """Adam's first step is of the rate's size in every number."""
+    one = moved(go(steps=1, text_encoder=True))
+    rates = {"unet": 0.5, "M00": 3, "*.attn2.to_v": 2, "text_encoder": 0.25, "*.layers.1.*": 4}
+    settings = {"steps": 1, "text_encoder": True, "rates": rates, "options": {"up_rate": 1.5}}
+    found = moved(go(**settings))
+    seen = set()
+    for path, size in found.items():
+        wanted = 0.5
+        if path.startswith("unet.mid_block."):
+            wanted = 3
+        if path.endswith("attn2.to_v"):
+            wanted = 2
+        if path.startswith("text_encoder."):
+            wanted = 4 if ".layers.1." in path else 0.25
+        assert size == pytest.approx(1.5 * wanted * one[path], rel=1e-3), path
+        seen.add(wanted)
+    assert seen == {0.5, 3, 2, 0.25, 4}
+
+
+def test_the_text_encoder_may_be_all_that_trains(go: Any) -> None:
+    done = go(steps=2, text_encoder=True, rates={"unet": 0})
+    assert {path.partition(".")[0] for path in done.adapter.modules} == {"text_encoder"}
+    assert all(size > 0 for size in moved(done).values())
+
+
+FROZEN = {"*": 0.0, "*.attn2.*": 1.0}
+
+
+@pytest.mark.parametrize("method", ["lora", "locon", "loha", "lokr", "full"])
+def test_what_has_a_rate_of_zero_is_as_the_base_has_it_and_not_in_the_file(
+    method: str, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it trains, is kept in checkpoints, or is warned of as never moved."""
+    seen: list[set[str]] = []
+    real = loop.save_checkpoint
+
+    def save(
+        folder: Path, step: int, identity: str, parameters: Mapping[str, nn.Parameter], *more: Any, **named: Any
+    ) -> Path:
+        layers = {layer for layer in base.unet.modules() if layer._forward_hooks}
+        seen.append({name for name, layer in base.unet.named_modules() if layer in layers})
+        assert all(".attn2." in name for name in parameters)
+        assert {name for name, value in base.unet.named_parameters() if value.requires_grad} <= {
+            name.removeprefix("unet.") for name in parameters
+        }
+        return real(folder, step, identity, parameters, *more, **named)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    settings = {**FAST, "steps": 2, "method": method, "lr": 1e-3, "rates": FROZEN}
+    done = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    assert len(done.adapter.modules) == 4 * sum(".attn2." in path for path in _attentions(base)) / 4
+    assert all(".attn2." in path for path in done.adapter.modules)
+    assert all(".attn2." in path for path in seen[0])
+    assert bool(seen[0]) == (method != "full")
+
+
+def _attentions(base: Base) -> list[str]:
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    return [path for path, module in base.unet.named_modules() if path.endswith(ends) and isinstance(module, nn.Linear)]
+
+
+def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
+    go: Any, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = type(base.family).condition
+
+    def condition(self: Any, held: Base, prompts: Any, size: Any) -> Any:
+        asked.extend(prompts)
+        return real(self, held, prompts, size)
+
+    monkeypatch.setattr(type(base.family), "condition", condition)
+    start = base.text_encoder.get_input_embeddings().weight[base.tokenizer.convert_tokens_to_ids("dog</w>")].clone()
+    done = go(steps=3, method="pivotal", rates={"text_encoder": 0})
+    assert torch.equal(done.adapter.tokens["<zorp>"]["text_encoder"][0], start)
+    assert asked == ["a <zorp> dog"]
+    assert all(size > 0 for size in moved(done).values())
+    asked.clear()
+    assert not torch.equal(go(steps=3, method="pivotal").adapter.tokens["<zorp>"]["text_encoder"][0], start)
+    assert len(asked) == 3 * 2
+
+
+def test_states_under_a_frozen_word_are_not_kept_for_other_runs(go: Any) -> None:
+    """Others have the same word for something else."""
+
+    def kept() -> int:
+        return len(list((cache_folder() / "texts").rglob("*.safetensors")))
+
+    go(steps=1, cache=True, trigger="zork")
+    before = kept()
+    assert before > 0
+    go(steps=1, cache=True, method="pivotal", rates={"text_encoder": 0})
+    assert kept() == before
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "pivotal"}, {"method": "full", "lr": 1e-3}])
+def test_what_the_bare_base_says_is_kept_apart_from_what_the_adapted_one_says(
+    settings: dict[str, Any], go: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept or worked out anew in every step, losses are the same."""
+    given = {"lr": 1e-2, "text_encoder": True, "prior": {"weight": 1, "by": "prediction"}, **settings}
+    found = go(steps=5, text_encoder_stop=2, **given).metrics
+    monkeypatch.setattr(Denoiser, "freeze_text", lambda _: None)
+    anew = go(steps=5, text_encoder_stop=2, **given).metrics
+    for name in ("loss", "instance", "prior"):
+        assert [one[name] for one in found] == pytest.approx([one[name] for one in anew], rel=1e-4), name
+
+
+def test_words_and_weights_have_rates_of_their_own(go: Any) -> None:
+    plain = go(steps=1, method="pivotal", options={"word_rate": 1, "keep_norm": False}).adapter
+    settings = {"rates": {"text_encoder.<zorp>": 3, "unet": 2}, "options": {"word_rate": 2, "keep_norm": False}}
+    found = go(steps=1, method="pivotal", **settings).adapter
+    still = go(steps=1, method="pivotal", rates={"text_encoder": 0}).adapter
+    (start, one, six) = (adapter.tokens["<zorp>"]["text_encoder"] for adapter in (still, plain, found))
+    torch.testing.assert_close(six - start, 6 * (one - start), rtol=1e-2, atol=1e-5)
+    for path, (delta,) in found.deltas.items():
+        before = plain.deltas[path][0].leaves["lora_up"]
+        assert float(delta.leaves["lora_up"].abs().max()) == pytest.approx(2 * float(before.abs().max()), rel=1e-3)
+
+
+def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
+    widths = sorted(contexts(base.unet))
+    assert len(widths) > 1
+    live = get_method("hypernetwork").attach(
+        base, run.Spec({}, 1, 1.0, SHORT["seed"], run.get_method("hypernetwork").read_options({}))
+    )
+    start = live.adapter({}).networks[0].tensors
+    live.detach()
+    done = go(steps=2, method="hypernetwork", rates={f"unet.{widths[0]}-*": 0})
+    for name, value in done.adapter.networks[0].tensors.items():
+        assert torch.equal(value, start[name]) == name.startswith(f"{widths[0]}-"), name
+    with pytest.raises(DiffgraftError, match=r"rates\.unet\.96-k is for nothing .*'unet\.\d+-k'"):
+        go(method="hypernetwork", rates={"unet.96-k": 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"rates": {"OUT11": 2}}, r"rates\.OUT11 is for nothing that is trained here: did you mean 'OUT0\d'"),
+        ({"rates": {"*.atn2.*": 2}}, r"rates\.\*\.atn2\.\* is for nothing .*did you mean '\*\.attn2\.\*'"),
+        ({"rates": {"text_encoder": 0.5}}, "no text encoder is.*text_encoder=true"),
+        ({"rates": {"*": 0}}, "Nothing would train: the rates are 0"),
+        ({"rates": {"text_encoder": 0}, "method": "textual-inversion"}, "Nothing would train"),
+        ({"rates": {"unet": -1}}, r"rates\.unet=-1 will not do: .*It is: Part"),
+        ({"rates": {"unet": "much"}}, r"rates\.unet='much' will not do"),
+        ({"rates": {"unet": 2, "M00": 1}, "optimizer": "prodigy", "lr": 1}, "finds one rate for all"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "optimizer": "prodigy"}, "it would leap where text encoders"),
+        ({"text_encoder_stop": 2}, "text_encoder_stop=2 means nothing here: no text encoder trains"),
+        ({"text_encoder_stop": 2, "method": "hypernetwork"}, "no text encoder trains"),
+        ({"text_encoder_stop": 2, "method": "textual-inversion"}, "text_encoder_stop=2 nothing would train from"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "rates": {"unet": 0}}, "nothing would train from there on"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "rates": {"text_encoder": 0}}, "no text encoder trains"),
+        ({"text_encoder_stop": 0, "text_encoder": True}, "text_encoder_stop=0 will not do"),
+    ],
+)
+def test_what_would_do_nothing_is_refused_before_anything_is_written(
+    settings: dict[str, Any], answer: str, base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    before = dict(base.unet.named_parameters())
+    with pytest.raises(DiffgraftError, match=answer):
+        train("subject", base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
+    if settings.get("optimizer") != "prodigy":  # which is told only when training begins
+        assert not (tmp_path / "run").exists()
+    assert all(value is before[name] for name, value in base.unet.named_parameters())
+    assert not any(module._forward_hooks for module in base.unet.modules())
+
+
+def test_prodigy_goes_with_what_is_frozen(go: Any) -> None:
+    done = go(steps=2, optimizer="prodigy", lr=1, rates={"OUT*": 0})
+    assert done.adapter.modules
+    assert not any("up_blocks" in path for path in done.adapter.modules)
+
+
+def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
+    given = {"rates.OUT05": "0.5", "rates.*.attn2.*": "2", "rates.text_encoder": "0.5", "rates.text_encoder_2": "0"}
+    recipe = load_recipe("subject", {"subject": "dog", **given})
+    assert [*recipe.rates.items()] == [("OUT05", 0.5), ("*.attn2.*", 2.0), ("text_encoder", 0.5), ("text_encoder_2", 0)]
+    save_recipe(recipe, tmp_path / "mine.yaml")
+    assert [*load_recipe(tmp_path / "mine.yaml", {}).rates.items()] == [*recipe.rates.items()]
+    again = load_recipe(tmp_path / "mine.yaml", {"rates.OUT05": 1, "options.ranks.unet": 3, "text_encoder_stop": "7"})
+    assert [*again.rates] == ["*.attn2.*", "text_encoder", "text_encoder_2", "OUT05"]  # said last, it counts
+    assert (again.options, again.text_encoder_stop) == ({"ranks": {"unet": 3}}, 7)
+    assert load_recipe(tmp_path / "mine.yaml", {"text_encoder_stop": ""}).text_encoder_stop is None
+    assert recipe.essence() != load_recipe("subject", {"subject": "dog"}).essence()
+    with pytest.raises(DiffgraftError, match="did you mean 'rates'"):
+        load_recipe("subject", {"subject": "dog", "rats.unet": 1})
+
+
+class Two(Attached):
+    """A matrix in the UNet and one in the text encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        names = ("unet.a.down", "text_encoder.b.down")
+        self.values = {name: nn.Parameter(torch.randn(70, 90, generator=generator)) for name in names}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.values)
+
+    def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
+        return Adapter({}, metadata)
+
+    def detach(self) -> None: ...
+
+
+def step(held: Two, recipe: Any, optimizer: Any, average: Average | None, number: int) -> None:
+    values = {name: value for name, value in held.values.items() if value.requires_grad}
+    walk(recipe, values, optimizer, number)
+    if average is not None:
+        average.step()
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.7])
+@pytest.mark.parametrize("name", _MAKERS)
+def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp_path: Path) -> None:
+    """Live, at rest and at the end, with weight decay, through checkpoints from before, at and after the stop."""
+    if name == "schedule-free" and ema:
+        pytest.skip("schedule-free averages by itself")
+    recipe = recipe_of(name, weight_decay=0.1, **({"ema": ema} if ema else {}))
+    stop, last = 4, 10
+
+    def run_through(held: Two, optimizer: Any, average: Average | None, first: int) -> dict[str, list[torch.Tensor]]:
+        seen: dict[str, list[torch.Tensor]] = {name: [] for name in held.values}
+        for number in range(first, last):
+            if number == max(stop, first):
+                stop_text(held, optimizer, average)
+            step(held, recipe, optimizer, average, number)
+            with at_rest(optimizer, average):
+                for key, value in held.values.items():
+                    seen[key].append(value.detach().clone())
+            save_checkpoint(tmp_path / str(first), number + 1, "same", held.values, optimizer, average, keep=99)
+        settle(optimizer, average)
+        for key, value in held.values.items():
+            seen[key].append(value.detach().clone())
+        return seen
+
+    def fresh() -> tuple[Two, Any, Average | None]:
+        held = Two()
+        return held, new_optimizer(recipe, held.values, {}), Average(held.values, ema) if ema else None
+
+    whole = run_through(*fresh(), 0)
+    text, unet = whole["text_encoder.b.down"], whole["unet.a.down"]
+    for number in range(stop):
+        assert not torch.equal(text[number], text[number + 1]) or number == stop - 1
+    assert all(torch.equal(value, text[stop - 1]) for value in text[stop:])  # the value that counted then
+    assert all(not torch.equal(one, other) for one, other in itertools.pairwise(unet[:-1]))
+    live = [load_file(tmp_path / "0" / f"checkpoints/step-{n:06d}/parameters.safetensors") for n in (5, 7, 10)]
+    assert all(torch.equal(value["text_encoder.b.down"], text[-1]) for value in live)
+    for first in (2, 4, 7):
+        place = tmp_path / str(first)
+        shutil.copytree(tmp_path / "0" / f"checkpoints/step-{first:06d}", place / f"checkpoints/step-{first:06d}")
+        held, optimizer, average = fresh()
+        assert restore(place, "same", held.values, optimizer, average) == first
+        again = run_through(held, optimizer, average, first)
+        for key, values in again.items():
+            assert all(torch.equal(one, other) for one, other in zip(values, whole[key][first:], strict=True)), key
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+STOPPING: list[dict[str, Any]] = [
+    {"text_encoder": True, "ema": 0.6, "accumulate": 2},
+    {"method": "pivotal", "options": {"vectors": 2}, "weight_decay": 0.1},
+    {"method": "pivotal", "optimizer": "schedule-free", "options": {"weights": "loha"}},
+    {"method": "full", "text_encoder": True, "lr": 1e-4, "gradient_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("settings", STOPPING)
+def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
+    settings: dict[str, Any], base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted before, at and after the stop; from there on text does not move, and is worked out once."""
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    asked: list[int] = []
+    real_save, real_append, real_condition = loop.save_checkpoint, loop._append, type(base.family).condition
+
+    def save(
+        folder: Path, number: int, identity: str, parameters: Mapping[str, nn.Parameter], *more: Any, **named: Any
+    ) -> Path:
+        kept[number] = {name: value.detach().clone() for name, value in parameters.items()}
+        return real_save(folder, number, identity, parameters, *more, **named)
+
+    def condition(self: Any, held: Base, prompts: Any, size: Any) -> Any:
+        asked.append(max(kept, default=0))
+        return real_condition(self, held, prompts, size)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(type(base.family), "condition", condition)
+    given = {**FAST, "steps": 7, "text_encoder_stop": 3, "checkpoint_every": 1, **settings}
+    whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **given)
+    accumulate = settings.get("accumulate", 1)
+    assert [asked.count(done) for done in range(7)] == [accumulate] * 3 + [1, 0, 0, 0]
+    text = {name for name in kept[1] if "text_encoder." in name}
+    assert 0 < len(text) < len(kept[1])
+    for name in kept[1]:
+        steps = [torch.equal(kept[n][name], kept[n + 1][name]) for n in range(1, 7)]
+        if name in text:
+            assert all(steps[3:]), name  # 4 is the first that was saved after the stop
+        else:
+            assert not any(steps), name
+    assert any(not torch.equal(kept[1][name], kept[3][name]) for name in text)
+    for place in (2, 3, 5) if settings.get("ema") else (4,):
+        folder = tmp_path / f"cut-{place}"
+
+        def stop(where: Path, entry: dict[str, float], place: int = place) -> None:
+            real_append(where, entry)
+            if entry["step"] == place:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(loop, "_append", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train("subject", base=base, images=pictures, output=folder, **given)
+        monkeypatch.setattr(loop, "_append", real_append)
+        again = train(base=base, resume=folder)
+        assert digest(again.adapter_file) == digest(whole.adapter_file)
+        assert list(again.metrics) == list(whole.metrics)
+
+
+def test_what_is_left_is_what_the_unet_was_trained_beside(go: Any) -> None:
+    """The file's text weights are those of the stop, whatever comes after."""
+    short = go(steps=3, text_encoder=True, ema=0.6).adapter
+    long = go(steps=6, text_encoder=True, ema=0.6, text_encoder_stop=3).adapter
+    for path, (delta,) in long.deltas.items():
+        same = all(torch.equal(leaf, short.deltas[path][0].leaves[name]) for name, leaf in delta.leaves.items())
+        assert same == path.startswith("text_encoder."), path
+
+
+WORKER = """
+import json
+import sys
+from PIL import Image
+from accelerate import PartialState
+from diffgraft.trainers import run
+run._before_after = lambda *_: Image.new("RGB", (8, 8))
+run.train("subject", **json.loads(sys.argv[1]))
+assert PartialState().num_processes == 2
+"""
+
+
+def in_two_processes(folder: Path, pictures: Path, **settings: Any) -> Adapter:
+    """What a run of two processes leaves, in `folder`."""
+    script = folder.with_suffix(".py")
+    script.write_text(WORKER, "utf-8")
+    given = {**FAST, "batch": 1, "images": str(pictures), "output": str(folder), **settings}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [*launch, str(script), json.dumps(given)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return load_adapter(folder / "adapter.safetensors")
+
+
+def test_two_processes_stop_together(pictures: Path, tmp_path: Path, go: Any) -> None:
+    settings = {"steps": 5, "accumulate": 2, "text_encoder": True, "rates": {"M00": 0.5, "OUT03": 0}}
+    found = in_two_processes(tmp_path / "two", pictures, text_encoder_stop=2, checkpoint_every=1, **settings)
+    saved = sorted((tmp_path / "two" / "checkpoints").iterdir())
+    before, after = (load_file(folder / "parameters.safetensors") for folder in saved)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
+    alone = go(text_encoder_stop=2, **settings).adapter
+    assert set(found.modules) == set(alone.modules)
+    for path, (delta,) in found.deltas.items():
+        for name, leaf in delta.leaves.items():
+            wanted = alone.deltas[path][0].leaves[name]
+            assert (leaf - wanted).norm() < 1e-2 * wanted.norm(), (path, name)
+
+
+def test_what_does_not_reach_the_loss_is_no_trouble_to_two_processes(
+    folders: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Of the first text encoder of XL the last layer gets no gradient, which would stop them."""
+    settings = {"steps": 2, "method": "full", "text_encoder": True, "lr": 1e-4, "resolution": 32}
+    found = in_two_processes(tmp_path / "two", pictures, base=str(folders / "sdxl"), **settings)
+    assert any(path.startswith("text_encoder.encoder.layers.0.") for path in found.modules)
+    assert not any(path.startswith(("text_encoder.encoder.layers.1.", "text_encoder.final")) for path in found.modules)
