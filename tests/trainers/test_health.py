@@ -8,9 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffgraft.adapters import patch
 from diffgraft.adapters.factors import FactorPatch
-from diffgraft.adapters.patch import Patch
+from diffgraft.adapters.patch import AttachedPatches, Patch
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.checkpoint import checkpoints
@@ -133,13 +132,13 @@ def test_modules_that_never_moved_are_named(
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
     cut = base.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
 
-    plain = patch._hook
+    plain = AttachedPatches._hook
 
-    def hooked(own: Patch) -> Any:
-        change = plain(own)
+    def hooked(live: AttachedPatches, own: Patch) -> Any:
+        change = plain(live, own)
         return lambda layer, args, out: change(layer, args, out).detach() if layer is cut else change(layer, args, out)
 
-    monkeypatch.setattr(patch, "_hook", hooked)
+    monkeypatch.setattr(AttachedPatches, "_hook", hooked)
     with pytest.warns(UserWarning, match="1 of the modules never moved") as told:
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q" in str(told[0].message)
