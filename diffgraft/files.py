@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.room import room_for
 
 _PARTIAL = ".partial-"
 """What names begin with while something is not whole yet, or no longer: a killed process may leave such"""
@@ -24,39 +25,44 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, size: int = 0) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
 
     It is on the disk before it has the name, so that not even a power cut leaves half a file there.
+
+    Raises:
+        DiskFullError: there is no room, for `size` bytes where that is known.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.chmod(0o644)
-        to_disk(partial)
-        partial.replace(path)
-        to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with room_for(path, size):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.chmod(0o644)
+            to_disk(partial)
+            partial.replace(path)
+            to_disk(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """The same for a folder with all that is in it."""
     partial = path.with_name(f"{_PARTIAL}{path.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        to_disk(partial)
-        discard(path)
-        partial.rename(path)
-        to_disk(path.parent)
-    finally:
+    with room_for(path, size):
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            to_disk(partial)
+            discard(path)
+            partial.rename(path)
+            to_disk(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
@@ -119,7 +125,7 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
     """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
-    with replacing(path) as partial:
+    with replacing(path, sum(value.nbytes for value in tensors.values())) as partial:
         save_file(apart(tensors), partial, dict(header))
         _sort_header(partial)
     return path

@@ -57,11 +57,13 @@ def save_checkpoint(
     ]
     said = {"step": step, "is_due": is_due, "identity": identity, "optimizer": numbers, "groups": groups}
     folder = run / "checkpoints" / f"step-{step:06d}"
-    with replacing_folder(folder) as partial:
+    averaged = {} if average is None else average.tensors()
+    size = sum(value.nbytes for part in (tensors, moments, averaged) for value in part.values())
+    with replacing_folder(folder, size) as partial:
         write_safetensors(partial / "parameters.safetensors", tensors, {"format": "pt"})
         write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
-        if average is not None:
-            write_safetensors(partial / "average.safetensors", average.tensors(), {"format": "pt"})
+        if averaged:
+            write_safetensors(partial / "average.safetensors", averaged, {"format": "pt"})
         write_text(partial / "state.json", json.dumps(said, sort_keys=True))
     older = checkpoints(run)[: checkpoints(run).index(folder)]
     staying = [old for old in older if _was_due(old)][1 - keep :]

@@ -1,5 +1,6 @@
 """The one training loop: every objective and every method goes through it."""
 
+import errno
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import to_disk, write_text
+from diffgraft.room import room_for
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.captioned import Predict
 from diffgraft.trainers.checkpoint import adopt, restore, save_checkpoint
@@ -261,5 +263,9 @@ def read_record(folder: Path) -> list[dict[str, float]]:
 
 
 def _append(folder: Path, entry: dict[str, float]) -> None:
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    path, line = folder / "metrics.jsonl", (json.dumps(entry) + "\n").encode()
+    with room_for(path), path.open("ab", buffering=0) as file:
+        before = file.tell()
+        if file.write(line) < len(line):
+            file.truncate(before)
+            raise OSError(errno.ENOSPC, "half a line")

@@ -15,6 +15,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import alike, fingerprint
 from diffgraft.data.wording import is_fixed
+from diffgraft.room import said_size
 from diffgraft.trainers.estimate import Cost, cost, speed
 from diffgraft.trainers.loop import new_accelerator
 from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pictures, side_of, split, step_of
@@ -137,10 +138,10 @@ def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
 
 
 def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.device) -> Iterator[tuple[str, str]]:
-    yield "trained", f"{found.trained:,} numbers; a file of about {_size(found.trained * 4)}"
+    yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.trained * 4)}"
     parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
-    listed = ", ".join(f"{_size(count)} of {name}" for name, count in parts.items())
-    yield "memory", f"about {_size(found.memory)} on each device: {listed}"
+    listed = ", ".join(f"{said_size(count)} of {name}" for name, count in parts.items())
+    yield "memory", f"about {said_size(found.memory)} on each device: {listed}"
     rate = speed(base, device)
     priors = [prior for part, _ in read if (prior := prior_of(part)) is not None]
     drawn = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
@@ -148,13 +149,6 @@ def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.de
     if drawn:
         said += f", {_time(drawn * _DRAWING * found.picture / rate)} for class images"
     yield "time", f"{said} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this UNet)"
-
-
-def _size(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def _time(seconds: float) -> str:

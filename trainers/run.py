@@ -24,6 +24,7 @@ from diffgraft.files import alone_in, sweep
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image, save_loss_plot
+from diffgraft.room import DiskFullError
 from diffgraft.trainers.captioned import Captioned
 from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.denoising import Denoiser, Noising
@@ -138,6 +139,10 @@ def train(
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
+    except DiskFullError as error:
+        has_begun = (folder / "recipe.yaml").exists()
+        then = f"go on with: diffgraft train --resume {folder}" if has_begun else "start again."
+        raise DiskFullError(f"{error} Then {then}") from error
     finally:
         held.to(was_on)
     return run
