@@ -122,6 +122,8 @@ class Method:
     """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
     without: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
     """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
+    teaches_word: bool = False
+    """Whether the trigger is a word that it teaches, and there can be one alone"""
     read: ReadDelta | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
     read_network: ReadNetwork | None = None

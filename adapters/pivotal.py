@@ -94,6 +94,7 @@ METHOD = Method(
     summary="a new word and weights together, in one file",
     attach=AttachedPivotal,
     options=PivotalOptions,
+    teaches_word=True,
     layers=_layers,
     without=_without,
 )

@@ -82,6 +82,7 @@ METHOD = Method(
     summary="a new word learns, no weight: the smallest file, a few kilobytes",
     attach=AttachedWord,
     options=WordOptions,
+    teaches_word=True,
     without={
         **NO_FACTORS,
         "layers": "it adapts no layer",

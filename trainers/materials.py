@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.sd1 import lost_words
 from diffgraft.data.class_images import class_images
@@ -104,9 +105,17 @@ def read_pictures(plan: Recipe) -> Read:
     """The pictures of each concept.
 
     Raises:
-        DiffgraftError: a folder or data set is not there, or holds no pictures.
+        DiffgraftError: a folder or data set is not there, or holds no pictures; or the method cannot learn so many
+            words.
     """
-    return [(part, read_source(part.images, part.caption_column, thorough=False)) for part in parts_of(plan)]
+    parts = parts_of(plan)
+    others = sorted({part.trigger for part in parts} - {plan.trigger})
+    if others and get_method(plan.method).teaches_word:
+        raise DiffgraftError(
+            f"{plan.method} teaches one word, {plan.trigger!r}, and concepts are called {', '.join(others)}: give all of "
+            "them the recipe's trigger, or take method=lora."
+        )
+    return [(part, read_source(part.images, part.caption_column, thorough=False)) for part in parts]
 
 
 def side_of(plan: Recipe, base: Base) -> int:

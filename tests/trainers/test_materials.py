@@ -123,6 +123,12 @@ def test_concepts_have_words_weights_and_class_images_of_their_own(base: Base, t
     assert found.prompts == ["a sks dog", "a dog", "a zwx cat", "a cat"]
 
 
+def test_a_method_that_teaches_one_word_refuses_several(base: Base, tmp_path: Path) -> None:
+    concepts = [{"images": str(folder(tmp_path / "dog", 1)), "trigger": word} for word in ("<one>", "<two>")]
+    with pytest.raises(DiffgraftError, match="pivotal teaches one word, '<one>', and concepts are called <two>"):
+        gathered(base, "subject", subject="dog", method="pivotal", trigger="<one>", concepts=concepts)
+
+
 def test_kohyas_layout_is_understood_with_its_own_class_images(base: Base, tmp_path: Path) -> None:
     folder(tmp_path / "img" / "10_sks dog", 2)
     folder(tmp_path / "img" / "3_sks dog outside", 1, start=2)
