@@ -105,15 +105,15 @@ def read_pictures(plan: Recipe) -> Read:
     """The pictures of each concept.
 
     Raises:
-        DiffgraftError: a folder or data set is not there, or holds no pictures; or the method cannot learn so many
+        DiffgraftError: a folder or data set is not there, or holds no pictures; or the method cannot teach so many
             words.
     """
     parts = parts_of(plan)
     others = sorted({part.trigger for part in parts} - {plan.trigger})
     if others and get_method(plan.method).teaches_word:
         raise DiffgraftError(
-            f"{plan.method} teaches one word, {plan.trigger!r}, and concepts are called {', '.join(others)}: give all of "
-            "them the recipe's trigger, or take method=lora."
+            f"{plan.method} teaches one word, {plan.trigger!r}, and concepts are called {', '.join(others)}: give all "
+            "of them the recipe's trigger, or take method=lora."
         )
     return [(part, read_source(part.images, part.caption_column, thorough=False)) for part in parts]
 
