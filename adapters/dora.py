@@ -122,6 +122,19 @@ class DoraPatch(Patch):
         factor = (self.magnitude / norm).view(shape)
         return (factor * (out - bias + self.direction.added(layer, x).to(out.dtype)) + bias).to(out.dtype)
 
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        """Of a delta without lengths they are those that layer and delta have together."""
+        if isinstance(delta, DoraDelta) and delta.of_inputs:
+            raise ValueError("has the lengths of its inputs, and what trains here are those of the outputs")
+        if isinstance(delta, DoraDelta) and not delta.fits(weight_shape(layer)):
+            raise ValueError("has lengths for a layer of another shape than this base has")
+        self.direction.load(delta.direction if isinstance(delta, DoraDelta) else delta, layer)
+        with torch.no_grad():
+            if isinstance(delta, DoraDelta):
+                self.magnitude.copy_(delta.magnitude.flatten())
+            else:
+                self.magnitude.copy_(norms(layer.get_parameter("weight").float() + self.direction.weight(layer)))
+
     def delta(self) -> DoraDelta:
         return DoraDelta(self.direction.delta(), self.magnitude.detach().float().cpu().clone())
 

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.adapter import LinearDelta
+from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.method import Options, Spec, canonical
 from diffgraft.adapters.patch import AttachedPatches, Make, Patch, as_input, copied, run_layer, weight_shape
 from diffgraft.adapters.patterns import check_keys, chosen
@@ -149,6 +149,18 @@ class FactorPatch(Patch):
     def weight(self, layer: nn.Module) -> Tensor:
         """ΔW for this layer, scale included."""
         return self._scale * self._factors.weight(dict(self.leaves.items()), weight_shape(layer))
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        if not isinstance(delta, FactorDelta) or delta.kind != self._factors.kind:
+            what = delta.kind if delta.kind != self._factors.kind else "DoRA (options.dora=true of lora and locon)"
+            raise ValueError(f"is a {what}, and what trains here is a {self._factors.kind}")
+        shape = weight_shape(layer)
+        if not delta.fits(shape):
+            raise ValueError(f"is for a layer of another shape than {' × '.join(map(str, shape))}, which this base has")
+        device = next(self.parameters()).device
+        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in sorted(delta.leaves.items())}
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in values.items()})
+        self._alpha, self._scale = delta.alpha, delta.scale
 
     def delta(self) -> FactorDelta:
         return FactorDelta(self._factors, copied(dict(self.leaves.items())), self._alpha)

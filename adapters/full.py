@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lowrank import Size, nearest
-from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of
+from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of, refuse
 from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
@@ -96,6 +97,26 @@ class AttachedFull(Attached):
         size = Size(options.rank, options.energy)
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> set[str]:
+        """Any deltas: what trains is the weight that they make."""
+        refuse(adapter, "networks", "tokens")
+        names = {(path, full.rpartition(".")[2]): full for full, path in self.paths().items()}
+        for path, deltas in adapter.deltas.items():
+            if (path, "weight") not in names:
+                raise ValueError(f"{path} does not train here")
+            weight = self._copies[names[path, "weight"]]
+            bias = self._copies[names[path, "bias"]] if (path, "bias") in names else None
+            for delta in deltas:
+                if not delta.fits(tuple(weight.shape)):
+                    here = " × ".join(map(str, weight.shape))
+                    raise ValueError(f"{path} is for a layer of another shape than {here}, which this base has")
+                new_weight, new_bias = delta.apply(weight, bias, 1.0)
+                weight.copy_(new_weight)
+                if bias is not None and new_bias is not None:
+                    bias.copy_(new_bias)
+        return set(adapter.deltas)
 
     def leave(self, paths: Collection[str]) -> None:
         for full in [full for full, path in self.paths().items() if path in paths]:

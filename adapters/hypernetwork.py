@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of, refuse
 from diffgraft.adapters.patch import as_input, copied
 from diffgraft.adapters.shared import SharedLinear
 
@@ -285,6 +285,24 @@ class AttachedHypernetwork(Attached):
         """Each of the networks is one module: ``unet.320-k``."""
         return {name: ".".join(name.split(".")[:2]) for name in self.trainable()}
 
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> set[str]:
+        """Its one hypernetwork, of the same structure; what is dropped in training may be another share."""
+        refuse(adapter, "deltas", "tokens")
+        held = adapter.networks[0] if len(adapter.networks) == 1 else None
+        if not isinstance(held, Hypernetwork):
+            raise ValueError(f"it holds {len(adapter.networks)} networks, and one hypernetwork can train")
+        for name, network in held.build().items():
+            if name not in self.networks:
+                raise ValueError(f"its network {name} is for a width of contexts that this base does not have")
+            ours = self.networks[name]
+            assert isinstance(ours, ContextNetwork)
+            if _built(ours) != _built(network):
+                raise ValueError(f"its networks are built otherwise: set {_as_options(held.settings)}")
+            for own, theirs in zip(ours.parameters(), network.parameters(), strict=True):
+                own.copy_(theirs)
+        return {f"unet.{name}" for name in held.build()}
+
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         network = Hypernetwork(copied(dict(self.networks.state_dict())), self._options.model_dump())
         return Adapter({}, metadata, (network,))
@@ -299,6 +317,19 @@ class AttachedHypernetwork(Attached):
 
     def detach(self) -> None:
         self._overlay.remove()
+
+
+def _built(network: ContextNetwork) -> list[str]:
+    """The layers it is made of, with their sizes, but for those that drop something."""
+    return [str(layer) for layer in network.linear if not isinstance(layer, nn.Dropout)]
+
+
+def _as_options(settings: Mapping[str, Any]) -> str:
+    """Settings of a network as a command line would give them."""
+    given = HypernetworkOptions.model_validate(dict(settings))
+    structure = ",".join(f"{share:g}" for share in given.structure)
+    said = {"structure": structure, **given.model_dump(include={"activation", "activate_output", "layer_norm"})}
+    return " ".join(f"options.{key}={str(value).lower()}" for key, value in said.items())
 
 
 def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:

@@ -48,6 +48,17 @@ class Attached(nn.Module):
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         """A copy, in float32 on the CPU, of what is attached."""
 
+    def load(self, adapter: Adapter) -> set[str]:  # noqa: ARG002  (others need it)
+        """Go on from what `adapter` holds, with its values, ranks and scales.
+
+        Returns:
+            The paths of the modules that have something of it, as in `paths`; the others start as ever.
+
+        Raises:
+            ValueError: it holds what has no place here, or does not fit; what is attached is then of no more use.
+        """
+        raise ValueError("this method cannot start from a file")
+
     @abstractmethod
     def detach(self) -> None:
         """Take it off: the base is as it was before, with the same weights in the same places."""
@@ -243,6 +254,13 @@ def read_network(kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str
     if kind not in found:
         raise ValueError(f"there is no kind {kind!r} of network: {nearest(kind, found)}")
     return found[kind](tensors, settings)
+
+
+def refuse(adapter: Adapter, *others: str) -> None:
+    """Raises ValueError where an adapter holds something under one of these fields: deltas, networks, tokens."""
+    for field_, what in (("deltas", "weights of layers"), ("networks", "a network"), ("tokens", "a word")):
+        if field_ in others and getattr(adapter, field_):
+            raise ValueError(f"it holds {what}, for which this method has no place")
 
 
 def parts_of(target: Any) -> dict[str, nn.Module]:

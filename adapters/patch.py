@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.method import Attached, Spec, canonical, parts_of
+from diffgraft.adapters.method import Attached, Spec, canonical, parts_of, refuse
 
 Make = Callable[[str, nn.Module, torch.Generator], "Patch"]
 """Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""
@@ -31,6 +31,10 @@ class Patch(nn.Module):
     @abstractmethod
     def delta(self) -> Delta:
         """A copy of what it is now, in float32 on the CPU."""
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:  # noqa: ARG002  (others need it)
+        """Become what `delta` is. Raises ValueError where it is of another kind, or does not fit the layer."""
+        raise ValueError(f"is a {delta.kind}, and this method cannot start from a file")
 
     def rates(self) -> dict[str, float]:
         """Factors on the learning rate, by the name of the parameter."""
@@ -76,6 +80,22 @@ class AttachedPatches(Attached):
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         return Adapter({canonical(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
+
+    def load(self, adapter: Adapter) -> set[str]:
+        refuse(adapter, "networks", "tokens")
+        patches = {canonical(path): (path, patch) for path, patch in self.patches().items()}
+        if strange := [path for path in adapter.deltas if path not in patches]:
+            few = f"{', '.join(strange[:4])}{' …' if len(strange) > 4 else ''}"
+            raise ValueError(f"{len(strange)} of its {len(adapter.deltas)} modules are not adapted here: {few}")
+        for path, deltas in adapter.deltas.items():
+            full, patch = patches[path]
+            if len(deltas) != 1:
+                raise ValueError(f"{path} has {len(deltas)} deltas, of which one can train")
+            try:
+                patch.load(deltas[0], self._layers[full][0])
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from error
+        return set(adapter.deltas)
 
     def leave(self, paths: Collection[str]) -> None:
         kept = {path: patch for path, patch in self.patches().items() if canonical(path) not in paths}

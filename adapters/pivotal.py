@@ -60,6 +60,13 @@ class AttachedPivotal(Attached):
     def leave(self, paths: Collection[str]) -> None:
         self.weights.leave(paths)
 
+    def load(self, adapter: Adapter) -> set[str]:
+        """Weights, a word, or both."""
+        of_weights, of_word = replace(adapter, tokens={}), replace(adapter, deltas={}, networks=())
+        return (self.weights.load(of_weights) if adapter.deltas or adapter.networks else set()) | (
+            self.word.load(of_word) if adapter.tokens else set()
+        )
+
     def after_step(self) -> None:
         self.weights.after_step()
         self.word.after_step()

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
 from diffgraft.adapters.words import TOKENIZERS, TaughtWords
 from diffgraft.errors import DiffgraftError
 
@@ -52,6 +52,23 @@ class AttachedWord(Attached):
 
     def paths(self) -> dict[str, str]:
         return {name: name for name in self.trainable()}
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter) -> set[str]:
+        """Its one word, whatever it is called there; its lengths are the ones that are kept."""
+        refuse(adapter, "deltas", "networks")
+        if len(adapter.tokens) != 1:
+            raise ValueError(f"it holds {len(adapter.tokens)} words, of which one can train")
+        (vectors,) = adapter.tokens.values()
+        for part, rows in vectors.items():
+            if part not in self.rows or rows.shape[1] != self.rows[part].shape[1]:
+                raise ValueError(f"its word has vectors of width {rows.shape[1]} for {part}, for another kind of base")
+            if len(rows) != len(self.rows[part]):
+                here, there = len(self.rows[part]), len(rows)
+                raise ValueError(f"its word has {there} vectors, and {here} train here: set options.vectors={there}")
+            self.rows[part].copy_(rows)
+            self._norms[part] = self.rows[part].norm(dim=1, keepdim=True)
+        return {f"{part}.{self._word}" for part in vectors}
 
     @torch.no_grad()
     def after_step(self) -> None:

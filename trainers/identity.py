@@ -6,13 +6,19 @@ from typing import Any
 from diffgraft.trainers.recipe import TASKS, Recipe
 
 Identity = Mapping[str, Any]
-"""`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them"""
-_TOLD = {"base": "the base differs", "data": "the pictures, or what is said of them, differ"}
+"""`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
+`start`, the hash of the adapter file that it begins with"""
+_TOLD = {
+    "base": "the base differs",
+    "data": "the pictures, or what is said of them, differ",
+    "start": "the file of init_from differs",
+}
 
 
-def identity_of(recipe: Recipe, base: str, data: str = "") -> Identity:
+def identity_of(recipe: Recipe, base: str, data: str = "", start: str | None = "") -> Identity:
     """The identity of a run; without `data` as long as the pictures have not been gathered."""
-    return {"recipe": recipe.essence(), "base": base, **({"data": data} if data else {})}
+    more = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
+    return {"recipe": recipe.essence(), "base": base, **more}
 
 
 def differences(kept: Identity, now: Identity) -> list[str]:

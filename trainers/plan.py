@@ -21,6 +21,7 @@ from diffgraft.trainers.loop import new_accelerator
 from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pictures, side_of, split, step_of
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.run import DTYPES, attach, check_resolution, recipe_with
+from diffgraft.trainers.start import read_start
 
 _MUCH_CUT = 0.3
 """Of a picture, so much cut away is worth a word"""
@@ -64,7 +65,8 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     largest = max(sizes, key=math.prod)
     prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
     passes = 2 if any(prior_of(part) is not None for part, _ in read) else 1
-    found = cost(recipe, base, lambda: attach(recipe, base), largest, prompts, passes)
+    start = read_start(recipe.init_from) if recipe.init_from else None
+    found = cost(recipe, base, lambda: attach(recipe, base, start), largest, prompts, passes)
     facts = [
         (
             "recipe",

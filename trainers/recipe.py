@@ -46,6 +46,9 @@ class Recipe(Strict):
     """How often each picture comes in a round"""
     weight: float = Field(1.0, ge=0)
     """Factor on the loss of the pictures; for concepts that have their own"""
+    init_from: str = ""
+    """An adapter file of any tool that training starts from, or a run's folder; ranks, scales and values are those of
+    the file, in the modules that it has"""
     output: str = ""
     """Folder of the run; unset: runs/<recipe>-<time>"""
     steps: int = Field(300, ge=1)
@@ -170,7 +173,7 @@ class Recipe(Strict):
 
     def essence(self) -> dict[str, Any]:
         """Everything in the recipe that decides what a step does; a run goes on under the same, unless one insists."""
-        free = {"images", "output", "base", "checkpoint_every", "sample_every", "sample_prompts", "cache"}
+        free = {"images", "output", "base", "init_from", "checkpoint_every", "sample_every", "sample_prompts", "cache"}
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
             free.add("steps")
         paths: dict[str, Any] = dict.fromkeys(free, True)
@@ -179,7 +182,7 @@ class Recipe(Strict):
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
-        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "cache"), True)
+        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "init_from", "cache"), True)
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **said}

@@ -39,6 +39,7 @@ from diffgraft.trainers.recipe_files import load_recipe, meaningless, save_recip
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
 from diffgraft.trainers.settings import Concept, Validation
 from diffgraft.trainers.speed import check_speed, sped_up
+from diffgraft.trainers.start import Start, begin, read_start, with_start
 from diffgraft.trainers.validation import Trial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -111,6 +112,9 @@ def train(
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = _fresh(recipe, {**settings, "base": named} if named else settings)
     get_method(plan.method).read_options(plan.options)
+    is_done = (folder / "adapter.safetensors").exists()  # which can do without the file it began with
+    needed = plan.init_from and not (is_done and not Path(plan.init_from).exists())
+    start = read_start(plan.init_from) if needed else None
     read = read_pictures(plan)
     accelerator = new_accelerator(plan)
     check_speed(plan, accelerator.device)
@@ -120,11 +124,13 @@ def train(
     was_on = held.device
     held.to(accelerator.device)
     try:
-        live = attach(plan, held)  # what cannot be is refused before anything is drawn or written
+        live = attach(plan, held, start)  # what cannot be is refused before anything is drawn or written
         live.detach()
         _noising(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
-            done = check_same(folder, identity_of(plan, held.hash), live.trainable(), changed=changed)
+            done = check_same(
+                folder, identity_of(plan, held.hash, start=_hash_of(plan, start)), live.trainable(), changed=changed
+            )
             if done > plan.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={plan.steps}.")
             run = _finished(folder, plan, done, changed=changed)
@@ -132,7 +138,7 @@ def train(
                 if accelerator.is_main_process:
                     sweep(folder)
                     save_recipe(plan, folder / "recipe.yaml")
-                run = _learn(plan, held, folder, accelerator, read, changed=changed)
+                run = _learn(plan, held, folder, accelerator, read, start, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(_curves(run.metrics), folder / "loss.png")
                 save_image(_before_after(plan, held, run.adapter), run.before_after)
@@ -180,6 +186,7 @@ def _fresh(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
 def _placed(plan: Recipe, folder: Path) -> Recipe:
     """The recipe with whole paths, which hold wherever it is read again."""
     found = plan.model_copy(deep=True)
+    found.init_from = local(plan.init_from) if plan.init_from else ""
     found.output, found.base = str(folder), plan.base if plan.base == "tiny" else local(plan.base)
     held: list[Recipe | Concept | Validation] = [found, *found.concepts, found.validation]
     for part in held:
@@ -217,6 +224,11 @@ def _finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | 
     return run if steps == plan.steps else None
 
 
+def _hash_of(plan: Recipe, start: Start | None) -> str | None:
+    """That of the file a run begins with; empty where it begins with none, None where that file is gone."""
+    return start.hash if start else None if plan.init_from else ""
+
+
 def _held(plan: Recipe, base: str | Path | Base) -> Base:
     """The base that was given, or the recipe's."""
     if not isinstance(base, Base):
@@ -243,7 +255,9 @@ def check_resolution(plan: Recipe, base: Base) -> None:
         raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
 
 
-def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read, *, changed: bool) -> Run:
+def _learn(
+    plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read, start: Start | None, *, changed: bool
+) -> Run:
     """Attach, train, detach, export: the base is afterwards as it was."""
     with accelerator.main_process_first():  # the others find the class images drawn, and latents in the cache
         materials = gather(plan, base, read)
@@ -259,14 +273,17 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read,
         base.unet.train(plan.gradient_checkpointing)
         live.train()
 
-    def keep_best() -> None:
+    def learnt() -> Adapter:
         assert live is not None
+        return with_start(live.adapter(_header(plan, base, materials.digest)), start)
+
+    def keep_best() -> None:
         if accelerator.is_main_process:
-            live.adapter(_header(plan, base, materials.digest)).save(folder / "best.safetensors")
+            learnt().save(folder / "best.safetensors")
 
     away: list[str] = []
     try:
-        live = attach(plan, base)
+        live = attach(plan, base, start)
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
@@ -280,13 +297,13 @@ def _learn(plan: Recipe, base: Base, folder: Path, accelerator: Any, read: Read,
         away += not_needed(base, has_texts=materials.prompts is not None and not live.changes_text)
         put_away(base, away)
         objective = _objective(plan, base, materials, denoiser, live)
-        identity = identity_of(plan, base.hash, materials.digest)
+        identity = identity_of(plan, base.hash, materials.digest, _hash_of(plan, start))
         trial = Trial(plan.validation, materials.held_out.loss, keep_best) if materials.held_out else None
         with sped_up(plan, denoiser):
             metrics = fit(
                 plan, folder, identity, accelerator, denoiser, live, objective, sample, trial, changed=changed
             )
-        adapter = live.adapter(_header(plan, base, materials.digest))
+        adapter = learnt()
     finally:
         take_back(base, away)
         if live is not None:
@@ -304,13 +321,13 @@ def _noising(plan: Recipe, base: Base) -> Noising:
     return Noising(base, plan.noise, plan.timesteps, plan.loss, plan.masks)
 
 
-def attach(plan: Recipe, base: Base) -> Attached:
-    """Lay the recipe's method over a base."""
+def attach(plan: Recipe, base: Base, start: Start | None = None) -> Attached:
+    """Lay the recipe's method over a base, with the values that it starts from."""
     method = get_method(plan.method)
     options, words = method.read_options(plan.options), (plan.trigger, getattr(plan, "subject", ""))
     live = method.attach(base, Spec(_targets(plan, base), plan.rank, plan.scale_alpha(), plan.seed, options, *words))
     try:
-        freeze(plan, base, live)
+        freeze(plan, base, live, begin(plan, base, live, start) if start else ())
     except BaseException:
         live.detach()
         raise

@@ -61,8 +61,9 @@ def train(
     For example: diffgraft train subject images=my_dog/ subject=dog steps=300
 
     Keys of all recipes: base, method, rank, alpha, options.… (see `diffgraft methods NAME`), layers, text_encoder,
-    images, captions, resolution, flip, output, steps, lr, batch, accumulate, optimizer, precision, trigger, prompt,
-    seed, checkpoint_every, sample_every; of `subject`, too: subject, class_prompt, prior.weight, prior.images.
+    text_encoder_stop, init_from, images, captions, resolution, flip, output, steps, lr, rates.…, batch, accumulate,
+    optimizer, precision, trigger, prompt, seed, checkpoint_every, sample_every; of `subject`, too: subject,
+    class_prompt, prior.weight, prior.images.
     """
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
