@@ -32,6 +32,7 @@ def save_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: Average | None = None,
+    scaler: Any = None,
     *,
     is_due: bool = True,
     keep: int = 2,
@@ -56,6 +57,7 @@ def save_checkpoint(
         for group in optimizer.param_groups
     ]
     said = {"step": step, "is_due": is_due, "identity": identity, "optimizer": numbers, "groups": groups}
+    said["scaler"] = None if scaler is None else scaler.state_dict()
     folder = run / "checkpoints" / f"step-{step:06d}"
     averaged = {} if average is None else average.tensors()
     size = sum(value.nbytes for part in (tensors, moments, averaged) for value in part.values())
@@ -84,6 +86,7 @@ def restore(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: Average | None = None,
+    scaler: Any = None,
     *,
     changed: bool = False,
 ) -> int:
@@ -107,6 +110,8 @@ def restore(
                 parameters[name].copy_(value)
         if average is not None:
             average.load(averaged)
+        if scaler is not None and said["scaler"]:
+            scaler.load_state_dict(said["scaler"])
         if said["identity"]["recipe"]["optimizer"] == identity["recipe"]["optimizer"]:
             places = {name: place for place, name in enumerate(_names(parameters, optimizer))}
             _restore_optimizer(optimizer, said, moments, places)

@@ -91,7 +91,7 @@ def fit(
     parameters = {name: value for name, value in adapter.trainable().items() if value.requires_grad}
     optimizer = new_optimizer(recipe, parameters, factors(recipe, adapter))
     average = Average(parameters, recipe.ema) if recipe.ema else None
-    done = restore(folder, identity, parameters, optimizer, average, changed=changed)
+    done = restore(folder, identity, parameters, optimizer, average, accelerator.scaler, changed=changed)
     record = [entry for entry in read_record(folder) if entry["step"] <= done]
     if trial is not None:
         trial.go_on(record)
@@ -113,7 +113,8 @@ def fit(
         with undisturbed():
             to_disk(folder / "metrics.jsonl")  # a checkpoint must not outlive what it has recorded
             is_due = ends() or _due(recipe.checkpoint_every, done)
-            save_checkpoint(folder, done, identity, parameters, optimizer, average, is_due=is_due)
+            scaler = accelerator.scaler
+            save_checkpoint(folder, done, identity, parameters, optimizer, average, scaler, is_due=is_due)
             saved = done
 
     def draw() -> None:

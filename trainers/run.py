@@ -128,9 +128,9 @@ def train(
         live.detach()
         _noising(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
-            done = check_same(
-                folder, identity_of(plan, held.hash, start=_hash_of(plan, start)), live.trainable(), changed=changed
-            )
+            trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
+            identity = identity_of(plan, held.hash, start=_hash_of(plan, start))
+            done = check_same(folder, identity, trained, changed=changed)
             if done > plan.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={plan.steps}.")
             run = _finished(folder, plan, done, changed=changed)

@@ -135,6 +135,21 @@ def test_moments_are_those_of_their_parameters_in_whatever_groups_these_are(tmp_
     assert [(group["rate"], group["weight_decay"]) for group in other.param_groups] == [(1.0, 0.3), (2.0, 0.3)]
 
 
+def test_the_scale_of_half_precision_goes_on(tmp_path: Path) -> None:
+    recipe, values = recipe_of("adamw"), parameters()
+    optimizer, scaler = new_optimizer(recipe, values, {}), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for value in (torch.inf, 1.0, 1.0):  # halved by the first, and two towards being doubled
+        scaler.scale((values["up"] * value).sum() + values["down"].sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer, None, scaler)
+    again, other = parameters(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    restore(tmp_path, IDENTITY, again, new_optimizer(recipe, again, {}), None, other)
+    assert other.state_dict() == scaler.state_dict()
+    assert (other.state_dict()["scale"], other.state_dict()["_growth_tracker"]) == (512.0, 2)
+
+
 def test_another_optimiser_and_a_new_average_begin_where_the_parameters_are(tmp_path: Path) -> None:
     recipe, values = recipe_of("adamw"), parameters()
     optimizer = new_optimizer(recipe, values, {})

@@ -24,6 +24,7 @@ from diffgraft.trainers.run import train
 WAYS: dict[str, dict[str, Any]] = {
     "average": {"ema": 0.9, "text_encoder": True},
     "schedule-free": {"optimizer": "schedule-free"},
+    "text that stops": {"optimizer": "schedule-free", "text_encoder": True, "text_encoder_stop": 2},
     "8 bits": {"optimizer": "adamw8bit", "rank": 64},
     "prodigy": {"optimizer": "prodigy", "lr": 1.0},
     "adafactor": {"optimizer": "adafactor", "method": "lokr"},

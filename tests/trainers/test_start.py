@@ -222,7 +222,7 @@ def test_it_resumes_with_equal_bits_and_only_with_the_same_file(
     kept = file.read_bytes()
     changed = {name: value + 1e-3 for name, value in load_file(file).items()}
     save_file(changed, file, {"format": "pt", "diffgraft": '{"method": "pivotal"}'})
-    with pytest.raises(DiffgraftError, match="another file of init_from"):
+    with pytest.raises(DiffgraftError, match="the file of init_from differs"):
         train(base=base, resume=folder)
     file.unlink()
     with pytest.raises(DiffgraftError, match="there is no file"):
