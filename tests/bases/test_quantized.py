@@ -60,11 +60,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def predict(base: Base, prompts: list[str], text: bool = False, live: nn.Module | None = None) -> Tensor:
-    side = base.unet.config.sample_size
-    latents = torch.randn(2, 4, side, side + 8, generator=torch.Generator().manual_seed(6))
-    denoiser = Denoiser(base, live, text)
-    prediction: Tensor = denoiser(latents, torch.tensor([20, 700]), prompts)
+def predict(
+    base: Base, prompts: list[str], text: bool = False, live: nn.Module | None = None, side: int | None = None
+) -> Tensor:
+    side = side or base.unet.config.sample_size
+    latents = torch.randn(2, 4, side, side + 8, generator=torch.Generator().manual_seed(6)).to(base.device)
+    prediction: Tensor = Denoiser(base, live, text)(latents, torch.tensor([20, 700], device=base.device), prompts)
     return prediction
 
 

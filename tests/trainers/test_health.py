@@ -14,10 +14,10 @@ from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.checkpoint import checkpoints
 from diffgraft.trainers.health import Health, broken
-from diffgraft.trainers.loop import new_accelerator
 from diffgraft.trainers.optimizers import _MAKERS
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT
+from tests.trainers.anywhere import overflowing, with_scaler
 
 
 def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradient() -> None:
@@ -76,32 +76,13 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
     assert train(base=base, resume=tmp_path / "run").metrics[-1]["step"] == 5
 
 
-def with_scaler(recipe: Any) -> Any:
-    """Half precision as on a GPU, which a processor can do, too, though slowly."""
-    accelerator = new_accelerator(recipe)
-    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
-    accelerator.scaler = torch.amp.GradScaler("cpu")
-    return accelerator
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("overflows", [3, 1000])
 def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
     overflows: int, fused: bool, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fused optimiser leaves an update out by itself, and says so to nobody: it is the gradients that are watched."""
-    path, seen = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", [0]
-
-    def spoilt(self: Patch, layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        changed: torch.Tensor = plain(self, layer, x, out)
-        if layer is base.unet.get_submodule(path) and torch.is_grad_enabled():
-            seen[0] += 1
-            if seen[0] <= overflows:
-                changed.register_hook(lambda grad: grad * torch.inf)
-        return changed
-
-    plain = FactorPatch.change
-    monkeypatch.setattr(FactorPatch, "change", spoilt)
+    path = overflowing(base, overflows, monkeypatch)
     monkeypatch.setattr("diffgraft.trainers.run.new_accelerator", with_scaler)
     monkeypatch.setitem(_MAKERS, "adamw", lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, fused=fused))
     settings: dict[str, Any] = {**SHORT, "steps": 24, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}

@@ -43,7 +43,10 @@ def walk(recipe: Recipe, values: dict[str, nn.Parameter], optimizer: torch.optim
             group["lr"] = group["rate"] * rate(recipe, step)
         optimizer.zero_grad()
         torch.manual_seed(step)
-        noisy = [value - place + 0.1 * torch.randn(70, 90) for place, value in enumerate(values.values())]
+        noises = [0.1 * torch.randn(70, 90).to(value.device) for value in values.values()]
+        noisy = [
+            value - place + noise for place, (value, noise) in enumerate(zip(values.values(), noises, strict=True))
+        ]
         torch.stack([apart.square().sum() for apart in noisy]).sum().backward()
         optimizer.step()
 

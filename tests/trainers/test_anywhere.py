@@ -1,0 +1,50 @@
+"""What `pytest -m gpu` does at real sizes, here on a processor with small models of the same configurations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffgraft.bases import load_base
+from diffgraft.trainers.optimizers import _MAKERS
+from tests.trainers import anywhere
+from tests.trainers.anywhere import few_denoising_steps, losses_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch: pytest.MonkeyPatch) -> None:
+    few_denoising_steps(monkeypatch)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_steps_in_bfloat16(family: str, folders: Path, pictures: Path, tmp_path: Path) -> None:
+    base = load_base(folders / family, torch.bfloat16)
+    more: dict[str, Any] = {"resolution": 128, "precision": "bfloat16", "gradient_checkpointing": True}
+    run = anywhere.trained(base, pictures, tmp_path / "run", **more, text_encoder=True)
+    assert any(path.startswith("text_encoder.") for path in run.adapter.modules)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base(kind: Any, folders: Path, pictures: Path, tmp_path: Path) -> None:
+    base = load_base(folders / "sdxl", torch.bfloat16, quantize=kind)
+    found, wanted = anywhere.as_float_weights_say(base, CPU)
+    assert torch.equal(found, wanted)
+    more: dict[str, Any] = {"resolution": 128, "precision": "bfloat16", "options": {"dora": True}}
+    anywhere.trained(base, pictures, tmp_path / "run", **more)
+
+
+def test_a_run_that_was_stopped(folders: Path, pictures: Path, tmp_path: Path) -> None:
+    base = load_base(folders / "sd1")
+    runs = anywhere.stopped_and_never_stopped(base, pictures, tmp_path, resolution=128)
+    assert losses_of(runs[0]) == losses_of(runs[1])
+
+
+@pytest.mark.parametrize("name", _MAKERS)
+def test_optimizers(name: str) -> None:
+    places, optimizer = anywhere.walked(name, CPU)
+    again, _ = anywhere.walked(name, CPU)
+    assert all(torch.equal(value, again[key]) for key, value in places.items())
+    assert not optimizer.defaults.get("fused")
