@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,6 +42,22 @@ class Objective(Protocol):
         """What the pictures of these examples are called."""
 
 
+@dataclass(frozen=True)
+class OnTheWay:
+    """Files that are made every so many steps, while the parameters have the values that count: samples, adapters."""
+
+    every: int
+    """0: never"""
+    folder: Path
+    suffix: str
+    make: Callable[[int, Path], None]
+    """Step and file → the file"""
+
+    def file(self, step: int) -> Path:
+        """That of a step."""
+        return self.folder / f"step-{step:06d}{self.suffix}"
+
+
 _PATIENCE = 20
 """Updates in a row that half precision may leave out: each halves the scale of the loss, from 65,536 to 1/16"""
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -69,7 +86,7 @@ def fit(
     denoiser: Denoiser,
     adapter: Attached,
     objective: Objective,
-    sample: Callable[[int], None],
+    on_the_way: Sequence[OnTheWay],
     trial: Trial | None = None,
     *,
     changed: bool = False,
@@ -117,9 +134,9 @@ def fit(
             save_checkpoint(folder, done, identity, parameters, optimizer, average, scaler, is_due=is_due)
             saved = done
 
-    def draw() -> None:
+    def make(due: OnTheWay) -> None:
         with at_rest(optimizer, average):
-            sample(done)
+            due.make(done, due.file(done))
 
     def validate(trial: Trial) -> None:
         with at_rest(optimizer, average):
@@ -130,8 +147,9 @@ def fit(
     try:
         if trial is not None and done and trial.is_due(done, recipe.steps) and "validation" not in record[-1]:
             validate(trial)  # it was stopped between that checkpoint and its validation
-        if lead and _due(recipe.sample_every, done) and not sample_file(folder, done).exists():
-            draw()  # it was stopped between that checkpoint and its samples
+        for one in on_the_way:
+            if lead and _due(one.every, done) and not one.file(done).exists():
+                make(one)  # it was stopped between that checkpoint and this
         for step in bar:
             if trial is not None and trial.is_over():
                 break
@@ -172,8 +190,9 @@ def fit(
             if lead:
                 if ends() or _due(recipe.checkpoint_every, done):
                     save()
-                if _due(recipe.sample_every, done):
-                    draw()
+                for one in on_the_way:
+                    if _due(one.every, done):
+                        make(one)
     except KeyboardInterrupt:
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
             save()
@@ -215,11 +234,6 @@ def _diverged(
 def _due(every: int, done: int) -> bool:
     """Whether what comes every so many steps, where 0 is never, comes after this one."""
     return every > 0 and done > 0 and done % every == 0
-
-
-def sample_file(folder: Path, step: int) -> Path:
-    """Where a run's samples of a step lie."""
-    return folder / "samples" / f"step-{step:06d}.png"
 
 
 @contextmanager

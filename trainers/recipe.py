@@ -10,6 +10,12 @@ from diffgraft.data.settings import Buckets, Masks, Tags
 from diffgraft.strict import Strict
 from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, Validation
 
+FREE = (
+    *("images", "base", "init_from", "output", "cache"),
+    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every"),
+)
+"""Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
+
 
 class Recipe(Strict):
     """The keys every recipe has."""
@@ -59,6 +65,8 @@ class Recipe(Strict):
     """Steps between checkpoints; 0: only when interrupted"""
     sample_every: int = Field(100, ge=0)
     """Steps between sample pictures; 0: none"""
+    adapter_every: int = Field(0, ge=0)
+    """Steps between adapters that are kept on the way, in `adapters/` of the run's folder; 0: none"""
     sample_prompts: list[str] = Field(default_factory=list)
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
     lr: float = Field(1e-3, gt=0)
@@ -173,10 +181,9 @@ class Recipe(Strict):
 
     def essence(self) -> dict[str, Any]:
         """Everything in the recipe that decides what a step does; a run goes on under the same, unless one insists."""
-        free = {"images", "output", "base", "init_from", "checkpoint_every", "sample_every", "sample_prompts", "cache"}
+        paths: dict[str, Any] = dict.fromkeys(FREE, True)
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
-            free.add("steps")
-        paths: dict[str, Any] = dict.fromkeys(free, True)
+            paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
         return self.model_dump(mode="json", exclude=paths)
 

@@ -30,7 +30,7 @@ from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.identity import identity_of
-from diffgraft.trainers.loop import Objective, by_step, fit, new_accelerator, read_record, sample_file
+from diffgraft.trainers.loop import Objective, OnTheWay, by_step, fit, new_accelerator, read_record
 from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
 from diffgraft.trainers.preserving import Preserving
 from diffgraft.trainers.rates import freeze
@@ -263,13 +263,13 @@ def _learn(
         materials = gather(plan, base, read)
     live: Attached | None = None
 
-    def sample(step: int) -> None:
+    def sample(step: int, file: Path) -> None:
         base.unet.eval()
         assert live is not None
         live.eval()
         with at_hand(base, away):
             sheet = grid(_draw(plan, base, f"samples at step {step}", count=2))
-        save_image(sheet, sample_file(folder, step))
+        save_image(sheet, file)
         base.unet.train(plan.gradient_checkpointing)
         live.train()
 
@@ -277,9 +277,17 @@ def _learn(
         assert live is not None
         return with_start(live.adapter(_header(plan, base, materials.digest)), start)
 
+    def keep(_step: int, file: Path) -> None:
+        learnt().save(file)
+
     def keep_best() -> None:
         if accelerator.is_main_process:
             learnt().save(folder / "best.safetensors")
+
+    on_the_way = [
+        OnTheWay(plan.sample_every, folder / "samples", ".png", sample),
+        OnTheWay(plan.adapter_every, folder / "adapters", ".safetensors", keep),
+    ]
 
     away: list[str] = []
     try:
@@ -301,7 +309,7 @@ def _learn(
         trial = Trial(plan.validation, materials.held_out.loss, keep_best) if materials.held_out else None
         with sped_up(plan, denoiser):
             metrics = fit(
-                plan, folder, identity, accelerator, denoiser, live, objective, sample, trial, changed=changed
+                plan, folder, identity, accelerator, denoiser, live, objective, on_the_way, trial, changed=changed
             )
         adapter = learnt()
     finally:

@@ -182,5 +182,6 @@ def _slow_motion() -> Iterator[None]:
 
 def spread(dice: random.Random, said: Sequence[Said], phase: str) -> tuple[int, float]:
     """A moment of this phase, where a whole run said this: for which time it comes to it, and seconds from there."""
-    number = dice.randrange(min(2, sum(name == phase for name, _ in said)))  # a resumed run comes to it less often
+    times = sum(name == phase for name, _ in said)
+    number = dice.randrange(min(2, times) if phase == "step" else times)  # so that enough is left to be killed in
     return number, dice.uniform(0, 0.9 * lasted(said, phase, number))

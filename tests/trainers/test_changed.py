@@ -72,7 +72,14 @@ def test_what_differs_is_told_by_its_key() -> None:
     told = ["the base differs", "the pictures, or what is said of them, differ"]
     assert differences(identity(), identity("x", "y")) == told
     assert differences(identity(), identity("x", "")) == told[:1]
-    free = {"checkpoint_every": 7, "sample_every": 7, "sample_prompts": "x", "steps": 7, "images": "/x", "output": "/x"}
+    free = {
+        "checkpoint_every": 7,
+        "sample_every": 7,
+        "sample_prompts": "x",
+        "adapter_every": 7,
+        "steps": 7,
+        "images": "/x",
+    }
     assert differences(identity(), identity(**free)) == []
     assert differences(identity(lr_schedule="linear"), identity(lr_schedule="linear", steps=7)) == ["steps: 400 → 7"]
     older = {**identity(), "recipe": {key: value for key, value in identity()["recipe"].items() if key != "ema"}}

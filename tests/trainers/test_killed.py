@@ -50,7 +50,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
     dice, hits = random.Random(seed), Counter[str]()
     print(f"seed {seed}")
     words = ["train", "subject", f"images={pictures}", "subject=dog", "steps=4", "checkpoint_every=2", "sample_every=2"]
-    words += ["sample_prompts=a dog", "batch=2", *METHODS[method]]
+    words += ["adapter_every=2", "sample_prompts=a dog", "batch=2", *METHODS[method]]
     words += [] if method == "textual-inversion" else ["prior.images=5"]
     whole = tmp_path / "whole"
     said = run_to_its_end([*words, f"output={whole}"], tmp_path / "cache")

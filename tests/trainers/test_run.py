@@ -18,6 +18,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.heldout import make_probe
 from diffgraft.trainers.materials import collect, examples_of, read_pictures
@@ -271,6 +272,24 @@ def test_samples_are_drawn_during_training(base: Base, pictures: Path, tmp_path:
         "step-000001.png",
         "step-000002.png",
     ]
+
+
+@pytest.mark.parametrize("more", [{"ema": 0.5}, {"optimizer": "schedule-free"}], ids=["average", "schedule-free"])
+def test_adapters_are_kept_on_the_way(base: Base, pictures: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    """Each is what a run that ended there would have left."""
+    settings: dict[str, Any] = {**SHORT, "sample_prompts": "a dog", "prior": {"weight": 0}, "lr": 1e-2, **more}
+    short = train("subject", base=base, images=pictures, output=tmp_path / "short", **{**settings, "steps": 2})
+    long = train("subject", base=base, images=pictures, output=tmp_path / "long", **settings, adapter_every=2)
+    files = sorted((long.folder / "adapters").iterdir())
+    assert [file.name for file in files] == [f"step-00000{step}.safetensors" for step in (2, 4, 6)]
+    wanted, found = load_file(short.adapter_file), load_file(files[0])
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert files[-1].read_bytes() == long.adapter_file.read_bytes()
+    assert load_adapter(files[0]).metadata == long.adapter.metadata
+    (bare,) = generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])
+    with graft(base, {files[0]: 1.0}):
+        (drawn,) = generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(bare)).max() > 0
 
 
 def test_a_run_on_stable_diffusion_xl(sdxl_folder: Path, pictures: Path, tmp_path: Path) -> None:
