@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import to_disk, write_text
+from diffgraft.generation.plots import save_loss_plot
 from diffgraft.room import room_for
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.captioned import Predict
@@ -29,6 +30,7 @@ from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.rates import factors, stop_text
 from diffgraft.trainers.recipe import Recipe
+from diffgraft.trainers.sparing import Sparing
 from diffgraft.trainers.validation import Trial
 
 
@@ -134,6 +136,8 @@ def fit(
             save_checkpoint(folder, done, identity, parameters, optimizer, average, scaler, is_due=is_due)
             saved = done
 
+    plot = Sparing(lambda: save_loss_plot(curves(record), folder / "loss.png"))
+
     def make(due: OnTheWay) -> None:
         with at_rest(optimizer, average):
             due.make(done, due.file(done))
@@ -193,6 +197,7 @@ def fit(
                 for one in on_the_way:
                     if _due(one.every, done):
                         make(one)
+                plot()
     except KeyboardInterrupt:
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
             save()
@@ -275,6 +280,12 @@ def read_record(folder: Path) -> list[dict[str, float]]:
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def curves(metrics: Sequence[dict[str, float]]) -> dict[str, dict[int, float]]:
+    """Every loss in the entries of a run, with the steps it is of."""
+    names = dict.fromkeys(name for entry in metrics for name in entry if name not in ("step", "lr"))
+    return {name: {int(entry["step"]): entry[name] for entry in metrics if name in entry} for name in names}
 
 
 def _append(folder: Path, entry: dict[str, float]) -> None:

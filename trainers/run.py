@@ -30,7 +30,7 @@ from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.dreambooth import DreamBooth
 from diffgraft.trainers.identity import identity_of
-from diffgraft.trainers.loop import Objective, OnTheWay, by_step, fit, new_accelerator, read_record
+from diffgraft.trainers.loop import Objective, OnTheWay, by_step, curves, fit, new_accelerator, read_record
 from diffgraft.trainers.materials import Materials, Read, gather, local, read_pictures, side_of, step_of
 from diffgraft.trainers.preserving import Preserving
 from diffgraft.trainers.rates import freeze
@@ -140,7 +140,7 @@ def train(
                     save_recipe(plan, folder / "recipe.yaml")
                 run = _learn(plan, held, folder, accelerator, read, start, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():
-                save_loss_plot(_curves(run.metrics), folder / "loss.png")
+                save_loss_plot(curves(run.metrics), folder / "loss.png")
                 save_image(_before_after(plan, held, run.adapter), run.before_after)
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
@@ -406,8 +406,3 @@ def _before_after(plan: Recipe, base: Base, adapter: Adapter) -> Image.Image:
     with graft(base, {adapter: 1.0}):
         after = _draw(plan, base, "pictures after")
     return grid({f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})
-
-
-def _curves(metrics: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    names = dict.fromkeys(name for entry in metrics for name in entry if name not in ("step", "lr"))
-    return {name: [entry[name] for entry in metrics if name in entry] for name in names}

@@ -35,18 +35,25 @@ def save_image(image: Image.Image, path: Path) -> Path:
     return path
 
 
-def save_loss_plot(curves: Mapping[str, Sequence[float]], path: Path) -> Path:
-    """Loss over steps, for each curve its points and their running mean; linear axes from zero."""
+def save_loss_plot(curves: Mapping[str, Mapping[int, float]], path: Path) -> Path:
+    """Losses over the steps they are of; linear axes from zero.
+
+    Those of every step are drawn as points with their running mean; those of some are joined.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, values in curves.items():
-        steps = range(1, len(values) + 1)
-        (dots,) = axes.plot(steps, values, ".", markersize=3, alpha=0.35)
-        axes.plot(steps, running_mean(values), color=dots.get_color(), label=f"{name} (running mean)")
+    most = max(map(len, curves.values()), default=0)
+    for name, points in curves.items():
+        steps, values = list(points), list(points.values())
+        if len(points) == most:
+            (dots,) = axes.plot(steps, values, ".", markersize=3, alpha=0.35)
+            axes.plot(steps, running_mean(values), color=dots.get_color(), label=f"{name} (running mean)")
+        else:
+            axes.plot(steps, values, "o-", markersize=4, label=name)
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
