@@ -23,8 +23,8 @@ def identity_of(recipe: Recipe, base: str, data: str = "", start: str | None = "
 
 def differences(kept: Identity, now: Identity) -> list[str]:
     """What is not as it was, each in a few words; what one of them does not say is left out."""
-    before, after = _flat(kept["recipe"]), _flat(now["recipe"])
-    defaults = _flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
+    before, after = flat(kept["recipe"]), flat(now["recipe"])
+    defaults = flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
     found = []
     for key in [*after, *(key for key in before if key not in after)]:
         old, new = (side.get(key, defaults.get(key)) for side in (before, after))
@@ -33,13 +33,13 @@ def differences(kept: Identity, now: Identity) -> list[str]:
     return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
     """Nested values by their paths: {"prior.weight": 1.0, "concepts.0.repeats": 2}."""
     if isinstance(value, list) and any(isinstance(one, dict) for one in value):
         value = {str(place): one for place, one in enumerate(value)}
     if not isinstance(value, Mapping):
         return {path: value}
-    return {name: one for key, inner in value.items() for name, one in _flat(inner, f"{path}.{key}".strip(".")).items()}
+    return {name: one for key, inner in value.items() for name, one in flat(inner, f"{path}.{key}".strip(".")).items()}
 
 
 def _said(value: Any) -> str:

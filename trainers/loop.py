@@ -31,6 +31,7 @@ from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
 from diffgraft.trainers.rates import factors, stop_text
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.sparing import Sparing
+from diffgraft.trainers.trackers import end_trackers, start_trackers, track, track_picture
 from diffgraft.trainers.validation import Trial
 
 
@@ -69,12 +70,16 @@ def new_accelerator(recipe: Recipe) -> Any:
     """Accelerate's view of devices, processes and precision; ``accelerate launch`` is how more than one takes part."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
+    from accelerate.utils import ProjectConfiguration
 
     wanted = _PRECISIONS[recipe.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # it remembers the precision of an earlier run in this process
     some_stop = DistributedDataParallelKwargs(find_unused_parameters=recipe.text_encoder_stop is not None)
-    accelerator = Accelerator(mixed_precision=wanted, kwargs_handlers=[some_stop])
+    places = ProjectConfiguration(recipe.output or None, str(Path(recipe.output, "logs")))
+    accelerator = Accelerator(
+        mixed_precision=wanted, kwargs_handlers=[some_stop], log_with=recipe.trackers, project_config=places
+    )
     if wanted == "fp16" and accelerator.device.type == "cpu":
         raise DiffgraftError("precision=float16 needs a GPU; on a processor use precision=bfloat16 or float32.")
     return accelerator
@@ -120,6 +125,7 @@ def fit(
     if lead:
         adopt(folder, identity)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
+        start_trackers(accelerator, recipe, done)
     bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
     saved, stepping, lost = done, False, 0
     text_stops = None if recipe.text_encoder_stop is None else max(recipe.text_encoder_stop, done)
@@ -138,15 +144,23 @@ def fit(
 
     plot = Sparing(lambda: save_loss_plot(curves(record), folder / "loss.png"))
 
+    def note(entry: dict[str, float]) -> None:
+        record.append(entry)
+        if lead:
+            _append(folder, entry)
+            track(accelerator, entry)
+
     def make(due: OnTheWay) -> None:
         with at_rest(optimizer, average):
             due.make(done, due.file(done))
+        if due.suffix == ".png":
+            track_picture(accelerator, due.folder.name, due.file(done), done)
 
     def validate(trial: Trial) -> None:
         with at_rest(optimizer, average):
-            record.append({"step": done, "validation": _validated(trial, done, predict, accelerator)})
-        if lead:
-            _append(folder, record[-1])
+            loss = _validated(trial, done, predict, accelerator)
+        with undisturbed():
+            note({"step": done, "validation": loss})
 
     try:
         if trial is not None and done and trial.is_due(done, recipe.steps) and "validation" not in record[-1]:
@@ -184,9 +198,7 @@ def fit(
                 if average is not None:
                     average.step()
                 optimizer.zero_grad()
-                record.append({"step": step + 1, "lr": rate(recipe, step), **terms})
-                if lead:
-                    _append(folder, record[-1])
+                note({"step": step + 1, "lr": rate(recipe, step), **terms})
                 done, stepping = step + 1, False
             if trial is not None and trial.is_due(done, recipe.steps):
                 validate(trial)
@@ -202,6 +214,8 @@ def fit(
         if lead and done > saved and not stepping:  # within a step, some weights have moved and others have not
             save()
         raise
+    finally:
+        end_trackers(accelerator)
     settle(optimizer, average)
     accelerator.free_memory()
     if lead and (still := health.still()):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from diffgraft.data.settings import Buckets, Masks, Tags
 from diffgraft.strict import Strict
@@ -12,7 +12,7 @@ from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, 
 
 FREE = (
     *("images", "base", "init_from", "output", "cache"),
-    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every"),
+    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers"),
 )
 """Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
 
@@ -67,6 +67,9 @@ class Recipe(Strict):
     """Steps between sample pictures; 0: none"""
     adapter_every: int = Field(0, ge=0)
     """Steps between adapters that are kept on the way, in `adapters/` of the run's folder; 0: none"""
+    trackers: list[str] = Field(default_factory=list)
+    """Trackers of accelerate that are shown losses and samples: tensorboard (into `logs/` of the run's folder), wandb
+    and others"""
     sample_prompts: list[str] = Field(default_factory=list)
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
     lr: float = Field(1e-3, gt=0)
@@ -154,6 +157,15 @@ class Recipe(Strict):
 
     default_samples: ClassVar[tuple[str, ...]] = ()
 
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _taken_apart(cls, said: Any) -> Any:
+        """As a command line gives them, by commas or strokes."""
+        words = [said] if isinstance(said, str) else said
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            return said
+        return [part.strip() for word in words for part in re.split(r"[,|]", word) if part.strip()]
+
     def scale_alpha(self) -> float:
         """Alpha, with the default filled in."""
         return float(self.rank if self.alpha is None else self.alpha)
@@ -189,7 +201,7 @@ class Recipe(Strict):
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
-        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "init_from", "cache"), True)
+        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "init_from", "cache", "trackers"), True)
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **said}

@@ -40,6 +40,7 @@ from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
 from diffgraft.trainers.settings import Concept, Validation
 from diffgraft.trainers.speed import check_speed, sped_up
 from diffgraft.trainers.start import Start, begin, read_start, with_start
+from diffgraft.trainers.trackers import check_trackers
 from diffgraft.trainers.validation import Trial
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -116,6 +117,7 @@ def train(
     needed = plan.init_from and not (is_done and not Path(plan.init_from).exists())
     start = read_start(plan.init_from) if needed else None
     read = read_pictures(plan)
+    check_trackers(plan)
     accelerator = new_accelerator(plan)
     check_speed(plan, accelerator.device)
     held = _held(plan, base)
