@@ -78,7 +78,7 @@ def new_accelerator(recipe: Recipe) -> Any:
     some_stop = DistributedDataParallelKwargs(find_unused_parameters=recipe.text_encoder_stop is not None)
     places = ProjectConfiguration(recipe.output or None, str(Path(recipe.output, "logs")))
     accelerator = Accelerator(
-        mixed_precision=wanted, kwargs_handlers=[some_stop], log_with=recipe.trackers, project_config=places
+        mixed_precision=wanted, kwargs_handlers=[some_stop], log_with=recipe.trackers or None, project_config=places
     )
     if wanted == "fp16" and accelerator.device.type == "cpu":
         raise DiffgraftError("precision=float16 needs a GPU; on a processor use precision=bfloat16 or float32.")

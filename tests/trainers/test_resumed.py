@@ -115,7 +115,7 @@ def test_class_images_are_the_same_however_they_came_to_be(
     def drawn(cache: str, each: int = 3) -> dict[tuple[str, int], np.ndarray]:
         monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / cache))
         found = class_images(base, prompts, each, settings, 7)
-        return {(text, place % each): np.asarray(image) for place, (text, image) in enumerate(found)}
+        return {(text, place % each): np.asarray(picture.image) for place, (text, picture) in enumerate(found)}
 
     def same(some: dict[tuple[str, int], np.ndarray]) -> bool:
         return all(np.array_equal(some[key], wanted[key]) for key in wanted)
