@@ -28,6 +28,7 @@ from diffgraft.trainers import loop, run
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
+from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, settle
 from diffgraft.trainers.rates import stop_text
 from diffgraft.trainers.recipe_files import load_recipe, save_recipe
@@ -87,6 +88,7 @@ def test_the_text_encoder_may_be_all_that_trains(go: Any) -> None:
     assert all(size > 0 for size in moved(done).values())
 
 
+IDENTITY = identity_of(load_recipe("style", {}), "a base", "pictures")
 FROZEN = {"*": 0.0, "*.attn2.*": 1.0}
 
 
@@ -293,7 +295,7 @@ def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp
             with at_rest(optimizer, average):
                 for key, value in held.values.items():
                     seen[key].append(value.detach().clone())
-            save_checkpoint(tmp_path / str(first), number + 1, "same", held.values, optimizer, average, keep=99)
+            save_checkpoint(tmp_path / str(first), number + 1, IDENTITY, held.values, optimizer, average, keep=99)
         settle(optimizer, average)
         for key, value in held.values.items():
             seen[key].append(value.detach().clone())
@@ -315,7 +317,7 @@ def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp
         place = tmp_path / str(first)
         shutil.copytree(tmp_path / "0" / f"checkpoints/step-{first:06d}", place / f"checkpoints/step-{first:06d}")
         held, optimizer, average = fresh()
-        assert restore(place, "same", held.values, optimizer, average) == first
+        assert restore(place, IDENTITY, held.values, optimizer, average) == first
         again = run_through(held, optimizer, average, first)
         for key, values in again.items():
             assert all(torch.equal(one, other) for one, other in zip(values, whole[key][first:], strict=True)), key
