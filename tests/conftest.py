@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import torch
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
 from diffgraft.trainers.run import Run, train
+
+# a job in the background ignores Ctrl-C, and so does what it starts: here it is meant
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
