@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
@@ -28,6 +27,7 @@ from diffgraft.trainers.health import Health, broken
 from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.pace import Pace, PacedBar
 from diffgraft.trainers.rates import factors, stop_text
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.sparing import Sparing
@@ -126,7 +126,9 @@ def fit(
         adopt(folder, identity)
         write_text(folder / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in record))
         start_trackers(accelerator, recipe, done)
-    bar = tqdm(range(done, recipe.steps), "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
+    steps = range(done, recipe.steps)
+    bar = PacedBar(steps, "training", initial=done, total=recipe.steps, leave=False, disable=not lead)
+    bar.pace = pace = Pace(recipe.steps)
     saved, stepping, lost = done, False, 0
     text_stops = None if recipe.text_encoder_stop is None else max(recipe.text_encoder_stop, done)
 
@@ -135,7 +137,7 @@ def fit(
 
     def save() -> None:
         nonlocal saved
-        with undisturbed():
+        with undisturbed(), pace.pause("checkpoint", recipe.checkpoint_every or recipe.steps):
             to_disk(folder / "metrics.jsonl")  # a checkpoint must not outlive what it has recorded
             is_due = ends() or _due(recipe.checkpoint_every, done)
             scaler = accelerator.scaler
@@ -151,13 +153,13 @@ def fit(
             track(accelerator, entry)
 
     def make(due: OnTheWay) -> None:
-        with at_rest(optimizer, average):
+        with pace.pause(due.folder.name, due.every), at_rest(optimizer, average):
             due.make(done, due.file(done))
         if due.suffix == ".png":
             track_picture(accelerator, due.folder.name, due.file(done), done)
 
     def validate(trial: Trial) -> None:
-        with at_rest(optimizer, average):
+        with pace.pause("validation", trial.settings.every), at_rest(optimizer, average):
             loss = _validated(trial, done, predict, accelerator)
         with undisturbed():
             note({"step": done, "validation": loss})
@@ -200,6 +202,7 @@ def fit(
                 optimizer.zero_grad()
                 note({"step": step + 1, "lr": rate(recipe, step), **terms})
                 done, stepping = step + 1, False
+            pace.stepped()
             if trial is not None and trial.is_due(done, recipe.steps):
                 validate(trial)
             bar.set_postfix(loss=f"{terms['loss']:.4f}", refresh=False)
