@@ -42,16 +42,16 @@ class Quantized(nn.Linear):
         """What lies over the weight now, in order: a graft's merge, as its bits cannot take one"""
 
     @abstractmethod
-    def dequantized(self) -> Tensor:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the bits stand for, [out, in]."""
 
-    def read(self) -> tuple[Tensor, Tensor | None]:
+    def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] and bias [out] that it computes with, what lies over them included."""
-        weight: Tensor = self.dequantized()
-        bias: Tensor | None = self.bias
+        weight = self.dequantized(torch.float32 if self.changes else dtype)
+        bias: Tensor | None = None if self.bias is None else self.bias.to(weight.dtype)
         for change in self.changes:
-            weight, bias = change(weight.float(), None if bias is None else bias.float())
-        return weight, bias
+            weight, bias = change(weight, bias)
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out], in the precision of `x`, or autocast's."""
@@ -68,14 +68,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Quantized) -> Tensor:
         ctx.layer = layer
-        weight, bias = layer.read()
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, *layer.read(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weight, _ = ctx.layer.read()
-        return grad @ weight.to(grad.dtype), None
+        weight, _ = ctx.layer.read(grad.dtype)
+        return grad @ weight, None
 
 
 def quantized(base: "Base", to: Quantize) -> "Base":
