@@ -39,7 +39,8 @@ from diffgraft.files import write_text
 from diffgraft.trainers import loop
 from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Examples
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run import train
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
 INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"

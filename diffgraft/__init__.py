@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from diffgraft.bases import Base, load_base
     from diffgraft.errors import DiffgraftError
     from diffgraft.generation.graft import graft
-    from diffgraft.trainers.run import Run, train
+    from diffgraft.trainers.folder import Run
+    from diffgraft.trainers.run import train
 
 __version__ = "0.1.0"
 
@@ -20,7 +21,7 @@ _HOMES = {
     "load_base": "diffgraft.bases",
     "DiffgraftError": "diffgraft.errors",
     "graft": "diffgraft.generation.graft",
-    "Run": "diffgraft.trainers.run",
+    "Run": "diffgraft.trainers.folder",
     "train": "diffgraft.trainers.run",
 }
 __all__ = ["Adapter", "Base", "DiffgraftError", "Run", "graft", "load_adapter", "load_base", "train"]

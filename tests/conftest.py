@@ -14,7 +14,8 @@ import torch
 
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run import train
 
 # a job in the background ignores Ctrl-C, and so does what it starts: here it is meant
 signal.signal(signal.SIGINT, signal.default_int_handler)

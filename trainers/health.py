@@ -1,9 +1,11 @@
 """What is watched while training: gradients that are no numbers any more, and modules that never get one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from diffgraft.trainers.recipe import Recipe
 
 
 class Health:
@@ -36,6 +38,17 @@ class Health:
 def broken(parameters: Mapping[str, nn.Parameter], paths: Mapping[str, str]) -> str:
     """The first module with a gradient that is no number; empty where there is none."""
     return next((paths[name] for name, value in parameters.items() if not _is_finite(value.grad)), "")
+
+
+def diverged(recipe: Recipe, step: int, loss: float, lost: int, module: str, names: Sequence[str]) -> str:
+    """What a person is told when numbers are none any more, after `lost` updates in a row that could not be made."""
+    where = f"the first gradient that is no number is that of {module}" if module else "all gradients are numbers"
+    tried = f", where {lost} updates in a row could not be made" if lost > 1 else ""
+    return (
+        f"Training has diverged at step {step + 1}{tried}: the loss is {loss:.4g}, and {where}. Its pictures were: "
+        f"{', '.join(names[:8])}{' …' if len(names) > 8 else ''}. The newest checkpoint is of the step before. Lower "
+        f"lr (now {recipe.lr}), or use precision=bfloat16 or float32 if it was float16."
+    )
 
 
 def _is_finite(grad: Tensor | None) -> bool:

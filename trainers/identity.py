@@ -7,7 +7,7 @@ from diffgraft.trainers.recipe import TASKS, Recipe
 
 Identity = Mapping[str, Any]
 """`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
-`start`, the hash of the adapter file that it begins with"""
+`start`, the hash of the adapter file that it begins with; `processes`, how many share a step"""
 _TOLD = {
     "base": "the base differs",
     "data": "the pictures, or what is said of them, differ",
@@ -15,10 +15,10 @@ _TOLD = {
 }
 
 
-def identity_of(recipe: Recipe, base: str, data: str = "", start: str | None = "") -> Identity:
+def identity_of(recipe: Recipe, base: str, data: str = "", start: str | None = "", processes: int = 1) -> Identity:
     """The identity of a run; without `data` as long as the pictures have not been gathered."""
     more = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
-    return {"recipe": recipe.essence(), "base": base, **more}
+    return {"recipe": recipe.essence(), "base": base, "processes": processes, **more}
 
 
 def differences(kept: Identity, now: Identity) -> list[str]:
@@ -30,6 +30,8 @@ def differences(kept: Identity, now: Identity) -> list[str]:
         old, new = (side.get(key, defaults.get(key)) for side in (before, after))
         if old != new:
             found.append(f"{key}: {_said(old)} → {_said(new)}")
+    if kept["processes"] != now["processes"]:
+        found.append(f"processes: {kept['processes']} → {now['processes']}")
     return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
 
 

@@ -16,11 +16,13 @@ from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import alike, fingerprint
 from diffgraft.data.wording import is_fixed
 from diffgraft.room import said_size
+from diffgraft.trainers.attach import attach
 from diffgraft.trainers.estimate import Cost, cost, speed
-from diffgraft.trainers.loop import new_accelerator
+from diffgraft.trainers.folder import recipe_with
 from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pictures, side_of, split, step_of
+from diffgraft.trainers.processes import new_accelerator
 from diffgraft.trainers.recipe import Recipe
-from diffgraft.trainers.run import DTYPES, attach, check_resolution, recipe_with
+from diffgraft.trainers.run import DTYPES, check_resolution
 from diffgraft.trainers.start import read_start
 
 _MUCH_CUT = 0.3

@@ -123,6 +123,8 @@ class Recipe(Strict):
     """Lay the weights of the UNet's convolutions out with the channels last, as GPUs have it in half precision"""
     compile: bool = False
     """Compile the UNet (torch.compile): the first steps take minutes, the others less time"""
+    shard: Literal["none", "fsdp", "zero3"] = "none"
+    """Deal the frozen UNet out to the processes that train together, by PyTorch's FSDP or DeepSpeed's ZeRO, stage 3"""
     trigger: str = "sks"
     """The word that calls what was learnt; a rare one, with little meaning of its own"""
     prompt: str = "{trigger}"
@@ -197,7 +199,9 @@ class Recipe(Strict):
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
             paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
-        return self.model_dump(mode="json", exclude=paths)
+        options = {f"options.{name}": value for name, value in self.options.items() if isinstance(value, dict)}
+        orders = {name: [*keys] for name, keys in {"rates": self.rates, **options}.items() if len(keys) > 1}
+        return {**self.model_dump(mode="json", exclude=paths), "order": orders}  # of patterns the last counts
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""

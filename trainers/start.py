@@ -58,6 +58,11 @@ def read_start(path: str) -> Start:
     return Start(place, adapter, digest.hexdigest())
 
 
+def hash_of(plan: Recipe, start: Start | None) -> str | None:
+    """That of the file a run begins with; empty where it begins with none, None where that file is gone."""
+    return start.hash if start else None if plan.init_from else ""
+
+
 def begin(plan: Recipe, base: Base, live: Attached, start: Start) -> set[str]:
     """Give what is attached the values of `start`; returns the paths of the modules that have some of it.
 

@@ -22,9 +22,10 @@ from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
-from diffgraft.trainers import loop
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.heldout import Probe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.loop import Loop
+from diffgraft.trainers.run import train
 
 TRIGGER, NEW_WORD = "sks", "<sks>"
 """A rare word that the base knows, and one that it does not, for methods that teach a word."""
@@ -113,15 +114,16 @@ def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
     """`train`, and the processor seconds its loop took: encoding, class images and sample pictures do not count."""
     spent = 0.0
 
-    def fit(*given: Any, **more: Any) -> Any:
+    def run(loop: Loop) -> Any:
         nonlocal spent
         start = time.process_time()
         try:
-            return loop.fit(*given, **more)
+            return take_steps(loop)
         finally:
             spent = time.process_time() - start
 
-    with patch("diffgraft.trainers.run.fit", fit):
+    take_steps = Loop.run
+    with patch.object(Loop, "run", run):
         return train(recipe, **settings), spent
 
 

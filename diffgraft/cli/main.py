@@ -85,6 +85,10 @@ def train(
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
         raise DiffgraftError(f"Interrupted. Go on with: diffgraft train --resume {stop}") from None
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     if run.was_finished:
         typer.echo(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
     else:

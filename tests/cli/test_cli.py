@@ -15,7 +15,7 @@ from diffgraft.bases import load_base
 from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.run import Run
+from diffgraft.trainers.folder import Run
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -14,9 +14,10 @@ from diffgraft.adapters.factors import FactorPatch
 from diffgraft.adapters.patch import Patch
 from diffgraft.bases import Base
 from diffgraft.generation.generate import Settings
-from diffgraft.trainers.loop import new_accelerator
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.optimizers import new_optimizer, settle
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.processes import new_accelerator
+from diffgraft.trainers.run import train
 from tests.bases.test_quantized import predict, whole
 from tests.trainers.test_optimizers import parameters, recipe_of, walk
 
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
 
 def few_denoising_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs draw in the end is looked at by nobody here."""
-    monkeypatch.setattr("diffgraft.trainers.run.Settings", partial(Settings, steps=2))
+    monkeypatch.setattr("diffgraft.trainers.samples.Settings", partial(Settings, steps=2))
 
 
 def checksums(base: Base) -> dict[str, int]:

@@ -92,7 +92,9 @@ def check_whole(folder: Path) -> int:
         elif path.suffix == ".jsonl":
             text = path.read_text("utf-8")
             assert not text or text.endswith("\n"), path
-            assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, text.count("\n") + 1))
+            steps = [json.loads(line)["step"] for line in text.splitlines()]
+            assert steps == sorted(steps)
+            assert {*steps} == {*range(1, len({*steps}) + 1)}, path
         elif path.suffix == ".png":
             with Image.open(path) as image:
                 image.load()
@@ -113,6 +115,7 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     from diffgraft.adapters.adapter import Adapter
     from diffgraft.cli.main import main
     from diffgraft.trainers import loop, run
+    from diffgraft.trainers.record import Record
     from tests.trainers.preloaded import BASE
 
     def at(phase: str) -> None:
@@ -153,8 +156,8 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     run.load_base = lambda *_, **__: BASE
     plain = StableDiffusionPipeline.__call__
     StableDiffusionPipeline.__call__ = lambda self, *w, **n: plain(self, *w, **{**n, "num_inference_steps": 3})
-    loop._accumulate = saying("step", loop._accumulate)
-    loop._append = saying("metrics", loop._append, slow=True)
+    loop.accumulate = saying("step", loop.accumulate)
+    Record.add = saying("metrics", Record.add, slow=True)  # type: ignore[method-assign]
     loop.save_checkpoint = saying("checkpoint", loop.save_checkpoint, slow=True)
     Adapter.save = saying("adapter", Adapter.save, slow=True)  # type: ignore[method-assign]
     sys.argv = ["diffgraft", *words]

@@ -14,9 +14,11 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers import loop
 from diffgraft.trainers.checkpoint import checkpoints
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.identity import differences, identity_of
 from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.run import train
+from tests.trainers.stopping import interrupted_after
 from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 0, "batch": 2, "sample_prompts": "a dog"}
@@ -33,17 +35,8 @@ def halves(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def stopped_after(step: int, base: Base, folder: Path, **settings: Any) -> None:
-    real = loop._append
-
-    def stop(where: Path, entry: dict[str, float]) -> None:
-        real(where, entry)
-        if entry["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_append", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, output=folder, **{**SETTINGS, **settings})
+    with interrupted_after(step):
+        train("subject", base=base, output=folder, **{**SETTINGS, **settings})
 
 
 @pytest.fixture
@@ -121,7 +114,7 @@ def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, 
 def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path) -> None:
     """It was stopped again before it wrote a checkpoint of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=run, changed=True, lr=0.03)
     assert [path.name for path in checkpoints(run)] == ["step-000002"]
@@ -169,7 +162,7 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
         train(base=base, resume=folder, lr=0.5)
     assert "lr: 0.02" in (folder / "recipe.yaml").read_text("utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=folder, steps="6")
     assert first.adapter_file.read_bytes() == old  # it stays until there is another

@@ -28,12 +28,14 @@ from diffgraft.trainers import loop, run
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.denoising import Denoiser
-from diffgraft.trainers.identity import identity_of
+from diffgraft.trainers.folder import Run
+from diffgraft.trainers.identity import differences, identity_of
 from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, settle
 from diffgraft.trainers.rates import stop_text
 from diffgraft.trainers.recipe_files import load_recipe, save_recipe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.run import train
 from tests.conftest import SHORT
+from tests.trainers.stopping import interrupted_after
 from tests.trainers.test_optimizers import recipe_of, walk
 
 FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}
@@ -42,7 +44,7 @@ FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"w
 @pytest.fixture(autouse=True)
 def _draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take longer than these trainings, and show nothing of what is tested here."""
-    monkeypatch.setattr(run, "_before_after", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(run, "before_after", lambda *_: Image.new("RGB", (8, 8)))
 
 
 @pytest.fixture
@@ -252,6 +254,22 @@ def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
         load_recipe("subject", {"subject": "dog", "rats.unet": 1})
 
 
+def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
+    def told(key: str, before: str, after: str) -> list[str]:
+        one, other = (
+            identity_of(
+                load_recipe("subject", {"subject": "dog", **{f"{key}.{name}": 2 for name in order.split()}}), ""
+            )
+            for order in (before, after)
+        )
+        return differences(json.loads(json.dumps(one, sort_keys=True)), other)  # as it lies in a checkpoint
+
+    for key, two in (("rates", "2.0"), ("options.ranks", "2")):
+        assert told(key, "unet OUT* M00", "unet OUT* M00") == []
+        assert told(key, "unet OUT*", "OUT* unet") == [f"order.{key}: ['unet', 'OUT*'] → ['OUT*', 'unet']"]
+        assert told(key, "unet", "unet M00")[0] == f"{key}.M00: unset → {two}"
+
+
 class Two(Attached):
     """A matrix in the UNet and one in the text encoder."""
 
@@ -342,7 +360,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     """Interrupted before, at and after the stop; from there on text does not move, and is worked out once."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
     asked: list[int] = []
-    real_save, real_append, real_condition = loop.save_checkpoint, loop._append, type(base.family).condition
+    real_save, real_condition = loop.save_checkpoint, type(base.family).condition
 
     def save(
         folder: Path, number: int, identity: str, parameters: Mapping[str, nn.Parameter], *more: Any, **named: Any
@@ -371,16 +389,8 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     assert any(not torch.equal(kept[1][name], kept[3][name]) for name in text)
     for place in (2, 3, 5) if settings.get("ema") else (4,):
         folder = tmp_path / f"cut-{place}"
-
-        def stop(where: Path, entry: dict[str, float], place: int = place) -> None:
-            real_append(where, entry)
-            if entry["step"] == place:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(loop, "_append", stop)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted_after(place):
             train("subject", base=base, images=pictures, output=folder, **given)
-        monkeypatch.setattr(loop, "_append", real_append)
         again = train(base=base, resume=folder)
         assert digest(again.adapter_file) == digest(whole.adapter_file)
         assert list(again.metrics) == list(whole.metrics)
@@ -401,7 +411,7 @@ import sys
 from PIL import Image
 from accelerate import PartialState
 from diffgraft.trainers import run
-run._before_after = lambda *_: Image.new("RGB", (8, 8))
+run.before_after = lambda *_: Image.new("RGB", (8, 8))
 run.train("subject", **json.loads(sys.argv[1]))
 assert PartialState().num_processes == 2
 """

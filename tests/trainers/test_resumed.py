@@ -57,7 +57,7 @@ def differing(one: Path, other: Path) -> set[str]:
 
 def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the gradients of this step, counted from 0, are computed."""
-    real = loop._accumulate
+    real = loop.accumulate
 
     def stop(*words: Any) -> Any:
         terms = real(*words)
@@ -65,7 +65,7 @@ def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return terms
 
-    monkeypatch.setattr(loop, "_accumulate", stop)
+    monkeypatch.setattr(loop, "accumulate", stop)
 
 
 @pytest.mark.parametrize("way", WAYS)

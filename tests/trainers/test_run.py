@@ -20,12 +20,14 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.heldout import make_probe
 from diffgraft.trainers.materials import collect, examples_of, read_pictures
 from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.run import train
 from diffgraft.trainers.templates import OBJECT, STYLE
 from tests.conftest import SHORT
+from tests.trainers.stopping import interrupted_after
 
 
 def bits(base: Base) -> str:
@@ -73,25 +75,12 @@ def test_training_leaves_every_bit_of_the_base(base: Base, pictures: Path, tmp_p
     assert parts == {"unet", "text_encoder"}
 
 
-def test_an_interrupted_run_goes_on(
-    base: Base, pictures: Path, tmp_path: Path, short_run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_goes_on(base: Base, pictures: Path, tmp_path: Path, short_run: Run) -> None:
     """Stopped after step 3 and resumed, it ends where the run that was never stopped ended."""
-    from diffgraft.trainers import loop
-
     folder = tmp_path / "run"
-    real = loop._append
-
-    def stop_after_four(where: Path, entry: dict[str, float]) -> None:
-        real(where, entry)
-        if entry["step"] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop, "_append", stop_after_four)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(4):
         train("subject", base=base, images=pictures, output=folder, **SHORT)
     assert not (folder / "adapter.safetensors").exists()
-    monkeypatch.setattr(loop, "_append", real)
     with pytest.raises(DiffgraftError, match=r"unfinished run.*--resume"):
         train("subject", base=base, images=pictures, output=folder, **SHORT)
     with pytest.raises(DiffgraftError, match="goes on where it is"):

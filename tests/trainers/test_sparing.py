@@ -36,7 +36,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
 ) -> None:
     """With the held-out loss at the steps it is of."""
     drawn: list[Figure] = []
-    real, accumulate = Figure.savefig, loop._accumulate
+    real, accumulate = Figure.savefig, loop.accumulate
 
     def savefig(self: Figure, *words: Any, **named: Any) -> None:
         drawn.append(self)
@@ -50,7 +50,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
         return accumulate(*words)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    monkeypatch.setattr(loop, "_accumulate", look)
+    monkeypatch.setattr(loop, "accumulate", look)
     monkeypatch.setattr(loop, "Sparing", lambda work: Sparing(work, expected=0, clock=lambda: 0.0))
     settings: dict[str, Any] = {"subject": "dog", "steps": 5, "batch": 2, "sample_every": 0, "sample_prompts": "a dog"}
     settings |= {"prior": {"images": 2}, "validation": {"share": 0.4, "every": 2, "pairs": 4}}

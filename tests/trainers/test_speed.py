@@ -11,8 +11,9 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers import speed
 from diffgraft.trainers.denoising import Denoiser
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.run import train
 from diffgraft.trainers.speed import sped_up
 from tests.conftest import SHORT
 

@@ -20,12 +20,14 @@ from diffgraft.adapters.method import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from diffgraft.trainers import loop, run
+from diffgraft.trainers import run
+from diffgraft.trainers.folder import Run
 from diffgraft.trainers.plan import planned
 from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import Run, train
+from diffgraft.trainers.run import train
 from tests.adapters.test_families import random_lora
 from tests.conftest import SHORT
+from tests.trainers.stopping import interrupted_after
 
 FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}
 QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -33,7 +35,7 @@ QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture(autouse=True)
 def _draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_before_after", lambda *_: Image.new("RGB", (8, 8)))
+    monkeypatch.setattr(run, "before_after", lambda *_: Image.new("RGB", (8, 8)))
 
 
 @pytest.fixture
@@ -205,19 +207,11 @@ def test_it_resumes_with_equal_bits_and_only_with_the_same_file(
     made = go(steps=3, method="pivotal", lr=1e-2, rank=3, options={**of_weights, "keep_norm": False})
     file = tmp_path / "made.safetensors"
     made.adapter.save(file)
-    real = loop._append
-
-    def stop(where: Path, entry: dict[str, float]) -> None:
-        real(where, entry)
-        if entry["step"] == 3:
-            raise KeyboardInterrupt
-
     whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", init_from=file, **settings)
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_append", stop)
         patch.chdir(tmp_path)
-        with pytest.raises(KeyboardInterrupt):
+        with interrupted_after(3):
             train("subject", base=base, images=pictures, output=folder, init_from="made.safetensors", **settings)
     kept = file.read_bytes()
     changed = {name: value + 1e-3 for name, value in load_file(file).items()}

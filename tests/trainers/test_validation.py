@@ -94,7 +94,7 @@ def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal"])
 def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
-    from diffgraft.trainers.run import attach
+    from diffgraft.trainers.attach import attach
 
     trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
     plan = load_recipe("subject", {"subject": "dog", "method": method, **trigger})

@@ -1,0 +1,210 @@
+"""Two processes train as one with twice the batches: real ones, which talk over gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.utils import DistributedType, is_deepspeed_available
+from safetensors.torch import load_file
+
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.attach import attach
+from diffgraft.trainers.checkpoint import checkpoints
+from diffgraft.trainers.folder import Run
+from diffgraft.trainers.processes import new_accelerator
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.record import read_record
+from diffgraft.trainers.run import train
+from diffgraft.trainers.shards import check_shards, cut_up
+from tests.trainers.killing import check_whole
+
+HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "prior": {"images": 5}, "validation": HELD_OUT},
+    "textual-inversion": {"method": "textual-inversion", "trigger": "<zorp>", "templates": "object"},
+}
+OVER_SHARDS: dict[str, Any] = {
+    "method": "locon",
+    "options": {"dora": True},
+    "prior": {"by": "prediction"},
+    "gradient_checkpointing": True,
+    "validation": HELD_OUT,
+}
+SETTINGS |= {"over fsdp": {**OVER_SHARDS, "shard": "fsdp"}}
+if is_deepspeed_available():
+    SETTINGS |= {"over zero3": {**OVER_SHARDS, "shard": "zero3"}}
+COMMON: dict[str, Any] = {"subject": "dog", "steps": 3, "checkpoint_every": 2, "sample_every": 2, "batch": 2}
+COMMON |= {"sample_prompts": "a dog", "adapter_every": 2}
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from diffgraft.bases import load_base
+from diffgraft.trainers import learn
+from diffgraft.trainers.processes import new_accelerator
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.run import train
+from diffgraft.trainers.shards import check_shards, cut_up
+sys.path.insert(0, sys.argv[1])
+from tests.trainers.test_processes import COMMON, SETTINGS, local
+
+class Loop(learn.Loop):
+    def run(self):
+        found = super().run()
+        shares.append(sum(local(value).numel() for value in self.denoiser.unet.parameters()) / whole)
+        return found
+
+learn.Loop, shares = Loop, []
+base, (pictures, folder) = load_base("tiny"), sys.argv[2:]
+unet, before = base.unet, {name: value.clone() for name, value in base.unet.state_dict().items()}
+whole = sum(value.numel() for value in unet.parameters())
+for name, settings in SETTINGS.items():
+    train("subject", base=base, images=pictures, output=f"{folder}/{name}", **COMMON, **settings)
+    assert PartialState().num_processes == 2
+    assert abs(shares.pop() - (0.5 if "over" in name else 1)) < 0.01
+    assert base.unet is unet and all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+Path(folder, f"rank-{PartialState().process_index}").touch()
+"""
+
+
+def local(value: Any) -> Any:
+    """What this process holds of a weight."""
+    return value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value)
+
+
+def launched(*words: str, cache: Path) -> subprocess.Popen[str]:
+    """Two processes of one command."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DIFFGRAFT_CACHE": str(cache)}
+    return subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def both(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have trained both."""
+    folder = tmp_path_factory.mktemp("together")
+    script = folder / "script.py"
+    script.write_text(SCRIPT, "utf-8")
+    root = str(Path(__file__).parents[2])
+    with launched(str(script), root, str(pictures), str(folder), cache=folder / "cache") as run:
+        _, said = run.communicate(timeout=400)
+    assert run.returncode == 0, said
+    assert sorted(path.name for path in folder.glob("rank-*")) == ["rank-0", "rank-1"]
+    return folder
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_are_one_with_twice_the_batches(
+    name: str, both: Path, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "cache"))
+    settings = {**COMMON, **SETTINGS[name], "accumulate": 2, "shard": "none"}
+    alone = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    together = Run(both / name, alone.recipe, [])
+    check_whole(both / name)
+    files = {str(path.relative_to(alone.folder)) for path in alone.folder.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(together.folder)) for path in together.folder.rglob("*") if path.is_file()} == files
+    wanted, found = load_file(alone.adapter_file), load_file(together.adapter_file)
+    for key, value in wanted.items():
+        # Adam makes the rounding of a tiny gradient as large as a step: single numbers may differ, the whole may not
+        assert (found[key] - value).norm() < 1e-3 * value.norm(), key
+    theirs, ours = (
+        [entry["loss"] for entry in read_record(run.folder) if "loss" in entry] for run in (together, alone)
+    )
+    assert theirs == pytest.approx(ours, rel=1e-4)
+    assert len(list((both / "cache").rglob("class-images/*/*.png"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"shard": "fsdp"}, r"several processes, and this is one: start them by .torchrun --nproc_per_node 2"),
+        ({"shard": "fdsp"}, "fsdp"),
+    ],
+)
+def test_what_cannot_be_in_shards_is_refused(
+    settings: dict[str, Any], said: str, base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DiffgraftError, match=said):
+        train("subject", base=base, images=pictures, subject="dog", output=tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> None:
+    class Two:
+        num_processes = 2
+
+    for key, value in {"quantize": "nf4", "compile": True, "channels_last": True}.items():
+        plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", key: value})
+        with pytest.raises(DiffgraftError, match=f"{key}={value} does not go with shard=fsdp"):
+            check_shards(plan, Two)
+    plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
+    live = attach(plan, base)
+    try:
+        with pytest.raises(DiffgraftError, match="method=full trains the UNet's own weights"):
+            cut_up(plan, base, live)
+    finally:
+        live.detach()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_accelerates_own_ways_to_cut_up_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Launched:
+        distributed_type = DistributedType(kind)
+
+        num_processes = 2
+
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: Launched)
+    with pytest.raises(DiffgraftError, match=f"asks accelerate itself for {kind}.*set shard="):
+        new_accelerator(load_recipe("subject", {"subject": "dog"}))
+
+
+def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DiffgraftError, match=r"2 processes were started.*set ACCELERATE_USE_CPU=true"):
+        new_accelerator(load_recipe("subject", {"subject": "dog"}))
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_line(number: int, folder: Path, run: subprocess.Popen[str]) -> None:
+    while lines(folder) < number:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.01)
+
+
+def test_where_one_process_dies_or_all_are_interrupted_none_is_left(pictures: Path, tmp_path: Path) -> None:
+    """And what they leave is whole, and goes on with as many processes as before."""
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    settings = {**COMMON, "steps": 500, "checkpoint_every": 4, "sample_every": 0, "prior.weight": 0, "images": pictures}
+    words = ["subject", *(f"{key}={value}" for key, value in settings.items()), f"output={folder}"]
+    with launched("-m", "diffgraft", "train", *words, cache=cache) as run:
+        wait_for_line(5, folder, run)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text("utf-8").split()
+        assert len(workers) == 2
+        os.kill(int(workers[1]), signal.SIGKILL)
+        assert run.wait(timeout=60) != 0
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    check_whole(folder)
+    done = checkpoints(folder)[-1]
+    before = lines(folder)
+    with launched("-m", "diffgraft", "train", "--resume", str(folder), cache=cache) as run:
+        wait_for_line(before + 3, folder, run)
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text("utf-8").split()
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) != 0
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    check_whole(folder)
+    assert checkpoints(folder)[-1].name > done.name
+    with pytest.raises(DiffgraftError, match=r"were made otherwise than now \(processes: 2 → 1\)"):
+        train(resume=folder)

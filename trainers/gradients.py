@@ -1,0 +1,50 @@
+"""The gradients of one optimiser step: a share of its examples after the other, on each process its own."""
+
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffgraft.trainers.captioned import Predict
+from diffgraft.trainers.examples import generator
+from diffgraft.trainers.processes import shared_mean
+from diffgraft.trainers.recipe import Recipe
+
+
+class Objective(Protocol):
+    """What the loss is."""
+
+    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
+        """Loss of `count` examples from `place` on, under "loss", and its terms."""
+
+    def shown(self, place: int, count: int) -> list[str]:
+        """What the pictures of these examples are called."""
+
+
+def accumulate(recipe: Recipe, accelerator: Any, predict: Predict, objective: Objective, step: int) -> dict[str, float]:
+    """Add up the gradients of `step` (counted from 0), and return the means of the loss and its terms.
+
+    How the examples of a step are dealt out to batches and processes changes no more than rounding.
+    """
+    share = recipe.batch * accelerator.num_processes
+    device = accelerator.device
+    terms: dict[str, float] = {}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # what is left to PyTorch's own generators, such as dropout, is a function of seed, step and process, too
+        torch.manual_seed(generator(recipe.seed, step, accelerator.process_index, 4).initial_seed())
+        for part in range(recipe.accumulate):
+            place = (step * recipe.accumulate + part) * share + accelerator.process_index * recipe.batch
+            last = part + 1 == recipe.accumulate
+            with nullcontext() if last else accelerator.no_sync(predict):
+                losses = objective.losses(predict, place, recipe.batch)
+                accelerator.backward(losses["loss"] / recipe.accumulate)
+            for name, value in losses.items():
+                terms[name] = terms.get(name, 0.0) + float(value.detach()) / recipe.accumulate
+    return shared_mean(accelerator, terms)
+
+
+def shown_in(recipe: Recipe, accelerator: Any, objective: Objective, step: int) -> list[str]:
+    """What the pictures of a step are called, each once."""
+    count = recipe.batch * recipe.accumulate * accelerator.num_processes
+    return list(dict.fromkeys(objective.shown(step * count, count)))

@@ -1,0 +1,32 @@
+"""What an adapter file says of how it was made."""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffgraft.bases import Base
+from diffgraft.trainers.recipe import Recipe
+from diffgraft.trainers.recipe_files import meaningless
+
+
+def header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
+    """All of it is a function of recipe, base and pictures, whose digest is given: equal runs give equal files."""
+    names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
+    has_rank = "rank" not in meaningless(plan)
+    return {
+        "method": plan.method,
+        **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),
+        **({"options": plan.options} if plan.options else {}),
+        "trigger": plan.trigger,
+        "class": getattr(plan, "subject", None),
+        "base": {
+            "name": Path(plan.base).name,
+            "family": base.family.name,
+            "hash": base.hash,
+            "prediction_type": base.prediction_type,
+        },
+        "recipe": plan.header(),
+        "seed": plan.seed,
+        "data": digest,
+        "versions": {name: version(name) for name in names},
+    }

@@ -1,0 +1,68 @@
+"""What a run records of its steps, in its ``metrics.jsonl``: lines of JSON."""
+
+import errno
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffgraft.files import to_disk, write_text
+from diffgraft.room import room_for
+
+Entry = dict[str, float]
+"""`step`, and either its `lr`, `loss` and the objective's terms, or what was found after it, such as `validation`"""
+
+
+class Record:
+    """The entries of a run, in memory and in its file."""
+
+    def __init__(self, folder: Path, done: int, *, writes: bool) -> None:
+        """Take up what stands there of the first `done` steps; of several processes one `writes`."""
+        self.entries = [entry for entry in read_record(folder) if entry["step"] <= done]
+        self._file, self._writes = folder / "metrics.jsonl", writes
+
+    def begin(self) -> None:
+        """Leave in the file what was taken up, and nothing of later steps."""
+        if self._writes:
+            write_text(self._file, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def add(self, entry: Entry) -> None:
+        """Append an entry: the whole line or, where the disk is full, nothing of it.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
+        if self._writes:
+            self._append((json.dumps(entry) + "\n").encode())
+        self.entries.append(entry)
+
+    def _append(self, line: bytes) -> None:
+        with room_for(self._file), self._file.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(line) < len(line):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, "half a line")
+
+    def to_disk(self) -> None:
+        """Wait until all of it is there: a checkpoint must not outlive what it has recorded."""
+        to_disk(self._file)
+
+
+def read_record(folder: Path) -> list[Entry]:
+    """The whole lines of a run's file; none where there is no such file yet."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def by_step(entries: Sequence[Entry]) -> list[Entry]:
+    """One entry a step: with it, what was found out after it."""
+    steps: dict[float, Entry] = {}
+    for entry in entries:
+        steps.setdefault(entry["step"], {}).update(entry)
+    return list(steps.values())
+
+
+def curves(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
+    """Every loss in the entries of a run, with the steps it is of."""
+    names = dict.fromkeys(name for entry in entries for name in entry if name not in ("step", "lr"))
+    return {name: {int(entry["step"]): entry[name] for entry in entries if name in entry} for name in names}

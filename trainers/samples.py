@@ -1,0 +1,32 @@
+"""Pictures that a run draws: samples on the way, and the same without and with what was learnt."""
+
+from PIL import Image
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.bases import Base
+from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.graft import graft
+from diffgraft.generation.plots import grid
+from diffgraft.trainers.materials import side_of
+from diffgraft.trainers.recipe import Recipe
+
+_SEEDS = 50_000
+"""Samples count their seeds from here, so that none is a class image that training has seen."""
+
+
+def draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
+    """`count` pictures of each of the recipe's sample prompts, with the same seeds every time."""
+    prompts = plan.samples()
+    side = side_of(plan, base)
+    listed = [prompt for prompt in prompts for _ in range(count)]
+    seeds = [_SEEDS + number for _ in prompts for number in range(count)]
+    images = generate(base.pipeline(), listed, Settings(size=(side, side)), seeds, title)
+    return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
+
+
+def before_after(plan: Recipe, base: Base, adapter: Adapter) -> Image.Image:
+    """The grid of both, the same seeds beside one another."""
+    before = draw(plan, base, "pictures before")
+    with graft(base, {adapter: 1.0}):
+        after = draw(plan, base, "pictures after")
+    return grid({f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})
