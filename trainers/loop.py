@@ -127,8 +127,8 @@ class Loop:
         self.accelerator.free_memory()
         if self.lead and (still := self.health.still()):
             warnings.warn(
-                f"{len(still)} of the modules never moved, such as {still[0]}: what they compute never reached the "
-                "loss.",
+                f"{len(still)} of the modules never moved, as what they compute never reached the loss: "
+                f"{', '.join(still)}.",
                 stacklevel=3,
             )
         return self.record.entries

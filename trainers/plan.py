@@ -23,6 +23,7 @@ from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pic
 from diffgraft.trainers.processes import new_accelerator
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.run import DTYPES, check_resolution
+from diffgraft.trainers.shards import check_alone
 from diffgraft.trainers.start import read_start
 
 _MUCH_CUT = 0.3
@@ -59,6 +60,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     read = read_pictures(recipe)
     base = outline(recipe.base, dtype, prediction_type=recipe.prediction_type, zero_snr=recipe.zero_snr)
     check_resolution(recipe, base)
+    check_alone(recipe)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         items = collect(recipe, read, base.tokenizer, side_of(recipe, base), step_of(base))

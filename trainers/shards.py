@@ -22,10 +22,11 @@ def check_shards(recipe: Recipe, accelerator: Any) -> None:
     """Refuse what cannot be in shards.
 
     Raises:
-        DiffgraftError: there is one process, the package is not there, or another setting needs whole weights.
+        DiffgraftError: there is one process, the package is not there, or as `check_alone`.
     """
     from accelerate.utils import is_deepspeed_available
 
+    check_alone(recipe)
     if recipe.shard == "none":
         return
     if accelerator.num_processes == 1:
@@ -35,6 +36,16 @@ def check_shards(recipe: Recipe, accelerator: Any) -> None:
         )
     if recipe.shard == "zero3" and not is_deepspeed_available():
         raise DiffgraftError("shard=zero3 needs the package deepspeed: python -m pip install deepspeed, or shard=fsdp.")
+
+
+def check_alone(recipe: Recipe) -> None:
+    """Refuse settings that need whole weights.
+
+    Raises:
+        DiffgraftError: there is one beside `shard`.
+    """
+    if recipe.shard == "none":
+        return
     wanted = {"quantize": recipe.quantize != "none", "compile": recipe.compile, "channels_last": recipe.channels_last}
     for key in (key for key, is_wanted in wanted.items() if is_wanted):
         raise DiffgraftError(f"{key}={getattr(recipe, key)} does not go with shard={recipe.shard}: leave one out.")

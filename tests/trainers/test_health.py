@@ -109,17 +109,19 @@ def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
 def test_modules_that_never_moved_are_named(
     base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here one layer is cut off from the loss."""
+    """All of them; here two layers are cut off from the loss."""
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
-    cut = base.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_q
+    attention = base.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    cut = (attention.to_q, attention.to_v)
 
     plain = AttachedPatches._hook
 
     def hooked(live: AttachedPatches, own: Patch) -> Any:
         change = plain(live, own)
-        return lambda layer, args, out: change(layer, args, out).detach() if layer is cut else change(layer, args, out)
+        return lambda layer, args, out: change(layer, args, out).detach() if layer in cut else change(layer, args, out)
 
     monkeypatch.setattr(AttachedPatches, "_hook", hooked)
-    with pytest.warns(UserWarning, match="1 of the modules never moved") as told:
+    with pytest.warns(UserWarning, match="2 of the modules never moved") as told:
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
-    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q" in str(told[0].message)
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    assert str(told[0].message).endswith(f": {path}.to_q, {path}.to_v.")

@@ -21,7 +21,7 @@ from diffgraft.trainers.processes import new_accelerator
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.record import read_record
 from diffgraft.trainers.run import train
-from diffgraft.trainers.shards import check_shards, cut_up
+from diffgraft.trainers.shards import check_alone, check_shards, cut_up
 from tests.trainers.killing import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
@@ -51,7 +51,7 @@ from diffgraft.trainers import learn
 from diffgraft.trainers.processes import new_accelerator
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
-from diffgraft.trainers.shards import check_shards, cut_up
+from diffgraft.trainers.shards import check_alone, check_shards, cut_up
 sys.path.insert(0, sys.argv[1])
 from tests.trainers.test_processes import COMMON, SETTINGS, local
 
@@ -143,8 +143,9 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
 
     for key, value in {"quantize": "nf4", "compile": True, "channels_last": True}.items():
         plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", key: value})
-        with pytest.raises(DiffgraftError, match=f"{key}={value} does not go with shard=fsdp"):
-            check_shards(plan, Two)
+        for refuse in (lambda plan: check_shards(plan, Two), check_alone):
+            with pytest.raises(DiffgraftError, match=f"{key}={value} does not go with shard=fsdp"):
+                refuse(plan)
     plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
     live = attach(plan, base)
     try:
