@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several at once, each with all cores, wait for one another
@@ -14,6 +15,7 @@ import torch
 
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
+from diffgraft.generation.generate import Settings
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.run import train
 
@@ -26,6 +28,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFGRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_denoising_steps() -> Iterator[None]:
+    """What runs draw on the way and in the end would take longer than the short trainings here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffgraft.trainers.samples.Settings", partial(Settings, steps=2))
         yield
 
 

@@ -15,7 +15,7 @@ from diffgraft.bases.quantized import quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optimizers import _MAKERS
 from tests.trainers import anywhere
-from tests.trainers.anywhere import few_denoising_steps, losses_of
+from tests.trainers.anywhere import losses_of
 from tests.trainers.test_optimizers import parameters
 
 pytestmark = [
@@ -28,8 +28,7 @@ HALF: dict[str, Any] = {"precision": "bfloat16", "resolution": 256}
 
 
 @pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    few_denoising_steps(monkeypatch)
+def _memory() -> Iterator[None]:
     torch.cuda.reset_peak_memory_stats()
     yield
     torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from diffgraft.adapters.factors import FactorPatch
 from diffgraft.adapters.patch import Patch
 from diffgraft.bases import Base
-from diffgraft.generation.generate import Settings
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.optimizers import new_optimizer, settle
 from diffgraft.trainers.processes import new_accelerator
@@ -32,11 +30,6 @@ SETTINGS: dict[str, Any] = {
     "prior": {"weight": 0},
     "sample_prompts": "a dog",
 }
-
-
-def few_denoising_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs draw in the end is looked at by nobody here."""
-    monkeypatch.setattr("diffgraft.trainers.samples.Settings", partial(Settings, steps=2))
 
 
 def checksums(base: Base) -> dict[str, int]:

@@ -9,14 +9,9 @@ import torch
 from diffgraft.bases import load_base
 from diffgraft.trainers.optimizers import _MAKERS
 from tests.trainers import anywhere
-from tests.trainers.anywhere import few_denoising_steps, losses_of
+from tests.trainers.anywhere import losses_of
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _few(monkeypatch: pytest.MonkeyPatch) -> None:
-    few_denoising_steps(monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

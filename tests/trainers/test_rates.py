@@ -20,7 +20,7 @@ from torch import nn
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.hypernetwork import contexts
-from diffgraft.adapters.method import Attached, get_method
+from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import cache_folder
@@ -190,7 +190,7 @@ def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
     widths = sorted(contexts(base.unet))
     assert len(widths) > 1
     live = get_method("hypernetwork").attach(
-        base, run.Spec({}, 1, 1.0, SHORT["seed"], run.get_method("hypernetwork").read_options({}))
+        base, Spec({}, 1, 1.0, SHORT["seed"], get_method("hypernetwork").read_options({}))
     )
     start = live.adapter({}).networks[0].tensors
     live.detach()

@@ -34,13 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _few_denoising_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = StableDiffusionPipeline.__call__
-    quick = lambda self, *words, **named: plain(self, *words, **{**named, "num_inference_steps": 2})  # noqa: E731
-    monkeypatch.setattr(StableDiffusionPipeline, "__call__", quick)
-
-
 def differing(one: Path, other: Path) -> set[str]:
     """Paths inside two folders at which they do not hold the same bytes; hidden files are left out."""
     found = [
