@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ COMMON: dict[str, Any] = {"subject": "dog", "steps": 3, "checkpoint_every": 2, "
 COMMON |= {"sample_prompts": "a dog", "adapter_every": 2}
 SCRIPT = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -79,11 +83,16 @@ def local(value: Any) -> Any:
     return value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value)
 
 
-def launched(*words: str, cache: Path) -> subprocess.Popen[str]:
-    """Two processes of one command."""
+@contextmanager
+def launched(*words: str, cache: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two processes of one command, which are ended where they wait for one another for ever."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DIFFGRAFT_CACHE": str(cache)}
-    return subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            yield run
+        finally:
+            run.terminate()
 
 
 @pytest.fixture(scope="module")

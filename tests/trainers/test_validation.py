@@ -80,6 +80,24 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     assert len(again.metrics) == 8
 
 
+def test_a_validation_that_was_interrupted_is_made_up_for(base: Base, pictures: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SHORT, "images": pictures, "steps": 4, "prior": {"weight": 0}, "sample_prompts": "a dog"}
+    given |= {"validation": {"share": 0.2, "every": 2, "pairs": 4}}
+    whole = train("subject", base=base, output=tmp_path / "whole", **given)
+
+    def interrupted(*_: Any) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffgraft.trainers.validation.HeldOut.loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train("subject", base=base, output=tmp_path / "cut", **given)
+    again = train(base=base, resume=tmp_path / "cut")
+    assert sum("validation" in entry for entry in whole.metrics) == 2
+    for name in ("metrics.jsonl", "adapter.safetensors", "best.safetensors"):
+        assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
 def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
     best = Best()
     assert [best.take(step, loss) for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0])] == [
