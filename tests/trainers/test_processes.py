@@ -19,7 +19,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.checkpoint import checkpoints
 from diffgraft.trainers.folder import Run
-from diffgraft.trainers.processes import new_accelerator
+from diffgraft.trainers.processes import check_together, new_accelerator
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.record import read_record
 from diffgraft.trainers.run import train
@@ -52,7 +52,7 @@ import torch
 from accelerate import PartialState
 from diffgraft.bases import load_base
 from diffgraft.trainers import learn
-from diffgraft.trainers.processes import new_accelerator
+from diffgraft.trainers.processes import check_together, new_accelerator
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 from diffgraft.trainers.shards import check_alone, check_shards, cut_up
@@ -180,6 +180,19 @@ def test_processes_that_do_not_know_of_one_another_are_refused(monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DiffgraftError, match=r"2 processes were started.*set ACCELERATE_USE_CPU=true"):
         new_accelerator(load_recipe("subject", {"subject": "dog"}))
+
+
+def test_a_folder_that_a_machine_does_not_see_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Two:
+        num_processes = 2
+
+    for found in ([4, 4], [4, 0]):
+        monkeypatch.setattr("accelerate.utils.gather_object", lambda own, found=found: own + found[1:])
+        if found[1]:
+            check_together(Two, tmp_path, 4)
+        else:
+            with pytest.raises(DiffgraftError, match=r"different checkpoints in .*: 4, 0 steps\. All machines need"):
+                check_together(Two, tmp_path, 4)
 
 
 def lines(folder: Path) -> int:
