@@ -54,7 +54,7 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     """A recipe with settings laid over it, as `train` takes both.
 
     Raises:
-        DiffgraftError: as `load_recipe`, and where it names no pictures.
+        DiffgraftError: as `load_recipe`, and where it names no pictures, or some that would be ignored.
     """
     flat: dict[str, Any] = {}
     for key, value in settings.items():
@@ -62,6 +62,10 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     plan = load_recipe(recipe, {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()})
     if not plan.images and not plan.concepts:
         raise DiffgraftError(f"The recipe {recipe} needs pictures: add images=FOLDER (JPEG, PNG or WebP files).")
+    if plan.images and plan.concepts and all(one.images for one in plan.concepts):
+        raise DiffgraftError(
+            f"images={plan.images} would be ignored, as each concept has images of its own: leave it out."
+        )
     return plan
 
 
@@ -77,7 +81,7 @@ def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]
         raise DiffgraftError(
             f"{folder} already holds a finished run. Choose another output=…, or remove it to train again."
         )
-    if (folder / "recipe.yaml").exists():
+    if (folder / "metrics.jsonl").exists():  # what was refused, or killed, before that has nothing to go on with
         raise DiffgraftError(
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )

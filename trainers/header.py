@@ -19,6 +19,7 @@ def header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
         **({"options": plan.options} if plan.options else {}),
         "trigger": plan.trigger,
         "class": getattr(plan, "subject", None),
+        **({"concepts": _concepts(plan)} if plan.concepts else {}),
         "base": {
             "name": Path(plan.base).name,
             "family": base.family.name,
@@ -30,3 +31,7 @@ def header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
         "data": digest,
         "versions": {name: version(name) for name in names},
     }
+
+
+def _concepts(plan: Recipe) -> list[dict[str, Any]]:
+    return [{"trigger": one.trigger, "class": getattr(one, "subject", None)} for one in plan.parts()]

@@ -120,6 +120,8 @@ class Loop:
         except KeyboardInterrupt:
             if not self.is_stepping:
                 self._save_what_is_new()
+            if self.lead and self.record.entries:
+                save_loss_plot(curves(self.record.entries), self.folder / "loss.png")
             raise
         finally:
             end_trackers(self.accelerator)

@@ -138,9 +138,12 @@ def collect(plan: Recipe, read: Read, tokenizer: Any, side: int, step: int) -> l
             )
             items.append(Item(part, picture, wording, of_class, mirrored(own) if plan.flip else own))
     _check_lengths(plan, items, tokenizer)
-    lacking = [one.picture.name for one in items if any(one.part.trigger not in text for text in one.wording.prompts())]
-    if lacking:
-        what = f"The caption of {_named(lacking)} lacks the trigger {plan.trigger!r}."
+    lacking: dict[str, list[str]] = {}
+    for one in items:
+        if any(one.part.trigger not in text for text in one.wording.prompts()):
+            lacking.setdefault(one.part.trigger, []).append(one.picture.name)
+    for trigger, names in lacking.items():
+        what = f"The caption of {_named(names)} lacks the trigger {trigger!r}."
         warnings.warn(f"{what} insert_trigger=true puts it in front.", stacklevel=4)
     return items
 

@@ -1,5 +1,6 @@
 """Optimisers, each from its own library, and how the learning rate goes."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -14,6 +15,8 @@ from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.recipe import Recipe
 
 Groups = list[dict[str, Any]]
+_FACTOR = 0.1
+"""A factor on the rate that Prodigy finds is hardly meant to be less"""
 
 
 def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
@@ -93,12 +96,23 @@ def new_optimizer(
     Raises:
         DiffgraftError: it cannot go with the method or the schedule.
     """
+    if said := odd_rate(recipe):
+        warnings.warn(said, stacklevel=2)
     kinds = sorted({rates.get(name, 1.0) for name in parameters})
     groups = [
         {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
         for kind in kinds
     ]
     return _MAKERS[recipe.optimizer](groups, recipe)
+
+
+def odd_rate(recipe: Recipe) -> str:
+    """What a person is told of a rate that this optimiser takes otherwise; empty where it is as one would have it."""
+    if recipe.optimizer != "prodigy" or recipe.lr >= _FACTOR:
+        return ""
+    return (
+        f"optimizer=prodigy finds the rate itself and multiplies it by lr={recipe.lr}, so it hardly learns: set lr=1."
+    )
 
 
 def settle(optimizer: Any, average: Average | None = None) -> None:

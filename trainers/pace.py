@@ -61,7 +61,8 @@ class PacedBar(tqdm):  # type: ignore[type-arg]
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm shows; its rate is such that the rest takes what it will."""
+        """What tqdm shows, without a rate, which stands for what the rest takes, pauses and all."""
         shown = dict(super().format_dict)
         left = self.pace.left(int(self.n)) if self.pace else None
-        return {**shown, "rate": (shown["total"] - self.n) / left} if left else shown
+        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        return {**shown, "bar_format": bar, **({"rate": (shown["total"] - self.n) / left} if left else {})}

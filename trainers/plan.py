@@ -13,21 +13,28 @@ from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
-from diffgraft.data.likeness import alike, fingerprint
+from diffgraft.data.likeness import Fingerprint, alike, fingerprint
+from diffgraft.data.source import counted_folders, unreadable
 from diffgraft.data.wording import is_fixed
+from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.estimate import Cost, cost, speed
 from diffgraft.trainers.folder import recipe_with
 from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pictures, side_of, split, step_of
+from diffgraft.trainers.optimizers import odd_rate
 from diffgraft.trainers.processes import new_accelerator
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.run import DTYPES, check_resolution
 from diffgraft.trainers.shards import check_alone
+from diffgraft.trainers.speed import check_speed
 from diffgraft.trainers.start import read_start
+from diffgraft.trainers.trackers import check_trackers
 
 _MUCH_CUT = 0.3
 """Of a picture, so much cut away is worth a word"""
+_OFTEN_CUT = 0.1
+"""Of all pictures, so much cut away is worth advice"""
 _COMMON = 20_000
 """CLIP's words are numbered by how common they were; those below mean something to it"""
 _DRAWING = 25 * 2
@@ -61,10 +68,15 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     base = outline(recipe.base, dtype, prediction_type=recipe.prediction_type, zero_snr=recipe.zero_snr)
     check_resolution(recipe, base)
     check_alone(recipe)
+    check_speed(recipe, device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         items = collect(recipe, read, base.tokenizer, side_of(recipe, base), step_of(base))
         learnt, held = split(recipe, items, base)
+    seen, broken = _looked_at(learnt)
+    learnt = [one for row, one in enumerate(learnt) if row not in broken]
+    if not learnt:
+        raise DiffgraftError(f"None of the {len(broken)} pictures can be opened. Save them again as JPEG or PNG.")
     sizes = Counter(one.frames[0].size for one in learnt)
     largest = max(sizes, key=math.prod)
     prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
@@ -85,7 +97,8 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
         *_costs(recipe, base, found, read, device),
     ]
     told = [str(one.message) for one in caught]
-    return Plan(facts, [*told, *_conflicts(recipe, learnt), *_triggers(base, learnt), *_alike(learnt)])
+    pitfalls = [*told, *broken.values(), *_conflicts(recipe, learnt), *_triggers(base, learnt), *_alike(seen)]
+    return Plan(facts, [*pitfalls, *_squares(recipe, learnt)])
 
 
 def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> Iterator[tuple[str, str]]:
@@ -169,7 +182,10 @@ def _conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
     if not is_fixed(recipe.tags) and not separated:
         yield f"tags are to be shuffled or dropped, and no caption holds the separator {recipe.tags.separator!r}."
     if not is_fixed(recipe.tags) and not recipe.text_encoder:
-        yield "prompts are without number (tags.shuffle, tags.drop): the text encoder stays and is asked in every step."
+        yield (
+            "with tags.shuffle or tags.drop prompts are too many to be worked out ahead: the text encoder stays in "
+            "memory, and is asked in every step."
+        )
     if recipe.insert_trigger and not any(one.picture.captions for one in learnt):
         yield "insert_trigger=true does nothing: no picture has a caption."
     if recipe.masks.use and not any(one.picture.mask() for one in learnt):
@@ -178,6 +194,12 @@ def _conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
         yield "validation.patience does nothing without validation.images or validation.share."
     if recipe.warmup >= recipe.steps:
         yield f"warmup={recipe.warmup} is not over before the {recipe.steps} steps are."
+    if recipe.text_encoder_stop is not None and recipe.text_encoder_stop >= recipe.steps:
+        yield f"text_encoder_stop={recipe.text_encoder_stop} comes after the {recipe.steps} steps, and does nothing."
+    if recipe.adapter_every > recipe.steps:
+        yield f"adapter_every={recipe.adapter_every} is more than the {recipe.steps} steps: none is kept on the way."
+    if said := odd_rate(recipe):
+        yield said
     if recipe.ema and recipe.ema**recipe.steps > 0.1:
         left = recipe.ema**recipe.steps
         yield f"ema={recipe.ema} is slow for {recipe.steps} steps: {left:.0%} of the start would be left."
@@ -186,6 +208,17 @@ def _conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
     prior = getattr(recipe, "prior", None)
     if prior is not None and prior.folder and prior.by == "prediction":
         yield "prior.folder does nothing with prior.by=prediction."
+    if prior is not None and "images" in prior.model_fields_set and prior.by == "prediction":
+        yield "prior.images does nothing with prior.by=prediction, which draws none."
+    if recipe.concepts and "trigger" in recipe.model_fields_set and all(one.trigger for one in recipe.concepts):
+        yield f"trigger={recipe.trigger} is of no concept, as each has its own: samples alone are drawn with it."
+    if getattr(recipe, "subject", "") and not recipe.concepts and len(counted_folders(recipe.images)) > 1:
+        yield (
+            f"the folders in {recipe.images} are all learnt as {recipe.trigger!r}, a {getattr(recipe, 'subject', '')}: "
+            "what is of another class, or called otherwise, belongs into concepts, each with its own of these keys."
+        )
+    if not any(text for one in learnt for text in one.wording.prompts()):
+        yield "all prompts are empty: give captions, or a prompt."
     if recipe.caption_dropout and recipe.method == "textual-inversion":
         yield "caption_dropout leaves the word out as well, and nothing learns from such pictures."
 
@@ -196,6 +229,8 @@ def _triggers(base: Base, learnt: Sequence[Item]) -> Iterator[str]:
     for part in {id(one.part): one.part for one in learnt}.values():
         called.setdefault(part.trigger, set()).add(getattr(part, "subject", ""))
     for trigger, nouns in called.items():
+        if not trigger:
+            continue
         if len(nouns) > 1:
             yield f"the trigger {trigger!r} calls several concepts: {', '.join(sorted(nouns))}."
         if trigger in nouns:
@@ -205,20 +240,31 @@ def _triggers(base: Base, learnt: Sequence[Item]) -> Iterator[str]:
         if len(tokens) == 1 and ids[0] < _COMMON and type(base.tokenizer).__name__.startswith("CLIP"):
             yield f"the trigger {trigger!r} is a common word of the base's: what it means will mix with what is learnt."
         class_texts = {text for one in learnt for text in one.class_wording.prompts()}
-        if trigger and any(trigger in text.split() for text in class_texts):
+        if any(trigger in text.split() for text in class_texts):
             yield f"the trigger {trigger!r} stands in a prompt of the class, so the class will learn it, too."
 
 
-def _alike(learnt: Sequence[Item]) -> Iterator[str]:
-    """Pairs of pictures that are nearly the same."""
-    looked = list(learnt)[:_LOOKED_AT]
-    prints = []
-    for one in tqdm(looked, "comparing pictures", leave=False, disable=len(looked) < 50):
+def _looked_at(learnt: Sequence[Item]) -> tuple[list[tuple[str, Fingerprint]], dict[int, str]]:
+    """Names and fingerprints of the first pictures, and of those that cannot be opened their rows, and what is said."""
+    looked, seen, broken = list(learnt)[:_LOOKED_AT], [], {}
+    for row, one in enumerate(tqdm(looked, "comparing pictures", leave=False, disable=len(looked) < 50)):
         try:
-            prints.append((one.picture.name, fingerprint(one.picture.image)))
+            seen.append((one.picture.name, fingerprint(one.picture.image)))
         except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
-            yield f"{one.picture.name} will be left out: it cannot be read as a picture ({error})."
-    pairs = alike(prints)
+            broken[row] = f"{one.picture.name} will be left out: {unreadable(error)}."
+    return seen, broken
+
+
+def _squares(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
+    """Shapes that squares do not suit."""
+    share = sum(1 - one.frames[0].shown for one in learnt) / len(learnt)
+    if share > _OFTEN_CUT and not recipe.buckets.use and recipe.crop == "center":
+        yield f"squares cut away {share:.0%} of the pictures: buckets.use=true keeps about their shapes."
+
+
+def _alike(seen: Sequence[tuple[str, Fingerprint]]) -> Iterator[str]:
+    """Pairs of pictures that are nearly the same."""
+    pairs = alike(seen)
     for a, b in pairs[:5]:
         yield f"{a} and {b} are nearly the same picture."
     if len(pairs) > 5:
@@ -228,4 +274,5 @@ def _alike(learnt: Sequence[Item]) -> Iterator[str]:
 def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them."""
     plan = recipe_with(recipe, settings)
+    check_trackers(plan)  # accelerate says less of those that are not there
     return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])

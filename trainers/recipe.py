@@ -173,8 +173,11 @@ class Recipe(Strict):
         return float(self.rank if self.alpha is None else self.alpha)
 
     def samples(self) -> list[str]:
-        """The prompts to draw, filled in."""
-        return [self.fill(prompt) for prompt in self.sample_prompts or self.default_samples]
+        """The prompts to draw, filled in; some for each concept, where none are given."""
+        if self.sample_prompts or not self.concepts:
+            return [self.fill(prompt) for prompt in self.sample_prompts or self.default_samples]
+        few = (*self.default_samples[:2], *self.default_samples[-1:])
+        return list(dict.fromkeys(part.fill(prompt) for prompt in few for part in self.parts()))
 
     def fill(self, template: str) -> str:
         """A template with the recipe's trigger and subject."""

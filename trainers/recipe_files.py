@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -88,8 +88,14 @@ def _explained(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[s
             own = {**held, **(value if isinstance(value, Mapping) else {})}
             found += [(f"{key}.{name}", said, meaning) for name, said, meaning in _explained(inner, own)]
         else:
-            found.append((key, _as_typed(value), " ".join((info.description or "").split())))
+            found.append((key, _as_typed(value), " ".join((info.description or "").split()) + _choices(inner)))
     return found
+
+
+def _choices(annotation: Any) -> str:
+    """What a key with a few values may be, in words."""
+    known = [one for one in get_args(annotation) if isinstance(one, str)] if get_origin(annotation) is Literal else []
+    return f" ({', '.join(known)})" if known else ""
 
 
 def _as_typed(value: Any) -> str:
@@ -208,6 +214,10 @@ def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
         return _unknown(key, kind)
     if first["type"] == "missing":
         return f"The recipe {name} needs a value for {key!r}: add {key}=… ({_meaning(kind, key)})."
+    inside = kind.model_fields[key].annotation if key in kind.model_fields else None
+    if isinstance(inside, type) and issubclass(inside, BaseModel):
+        keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
+        return f"The setting {key}={first['input']!r} will not do: it has keys of its own, {keys}."
     return f"The setting {key}={first['input']!r} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
 
 

@@ -45,9 +45,9 @@ class Validation(Strict):
     """Pictures that are never learnt from, and what their loss decides."""
 
     images: str = ""
-    """Folder of them"""
+    """Folder of pictures to validate with"""
     share: float = Field(0.0, ge=0, lt=1)
-    """Or the share of the pictures that is held out, the same ones in every run"""
+    """Share of the pictures that is held out in place of such a folder, the same ones in every run"""
     every: int = Field(50, ge=1)
     """Steps from one validation to the next"""
     pairs: int = Field(64, ge=1)
@@ -81,9 +81,9 @@ class Timesteps(Strict):
     spread: Literal["uniform", "logit-normal"] = "uniform"
     """All alike, or the sigmoid of a normal number: the middle more often"""
     mean: float = 0.0
-    """Of that number: above 0 noisier timesteps come more often"""
+    """With logit-normal, the mean of that number: above 0 noisier timesteps come more often"""
     width: float = Field(1.0, gt=0)
-    """Its standard deviation"""
+    """With logit-normal, the standard deviation of that number"""
 
 
 class Loss(Strict):

@@ -36,7 +36,7 @@ class StableDiffusion1:
 
 def lost_words(tokenizer: Any, prompt: str) -> str:
     """The end of `prompt` that does not fit into the tokenizer's length, empty where all of it fits."""
-    ids = tokenizer(prompt).input_ids
+    ids = tokenizer(prompt, verbose=False).input_ids
     lost: str = (
         tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]) if len(ids) > tokenizer.model_max_length else ""
     )

@@ -60,10 +60,7 @@ def train(
 
     For example: diffgraft train subject images=my_dog/ subject=dog steps=300
 
-    Keys of all recipes: base, method, rank, alpha, options.… (see `diffgraft methods NAME`), layers, text_encoder,
-    text_encoder_stop, init_from, images, captions, resolution, flip, output, steps, lr, rates.…, batch, accumulate,
-    optimizer, precision, trigger, prompt, seed, checkpoint_every, sample_every; of `subject`, too: subject,
-    class_prompt, prior.weight, prior.images.
+    `diffgraft recipes NAME` tells of all keys of a recipe, and `diffgraft methods NAME` of a method's options.…
     """
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError

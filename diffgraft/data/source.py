@@ -79,6 +79,9 @@ def read_folder(folder: str | Path, caption_column: str = "", *, thorough: bool 
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
     paths = sorted(path for path in files if not _is_mask(path))
     paths += [folder / name for name in sorted(told) if "/" in name and (folder / name).is_file()]
+    if missing := sorted(name for name in told if not (folder / name).is_file()):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)
     found = [_picture(folder, path, told) for path in paths]
     pictures = _readable(found, thorough)
     if not pictures:
@@ -101,7 +104,12 @@ def _readable(pictures: Sequence[Picture], thorough: bool) -> list[Picture]:
 
 def warn_of(picture: Picture, error: Exception) -> None:
     """Say that a picture is left out."""
-    warnings.warn(f"{picture.name} is left out: it cannot be read as a picture ({error}).", stacklevel=4)
+    warnings.warn(f"{picture.name} is left out: {unreadable(error)}.", stacklevel=4)
+
+
+def unreadable(error: Exception) -> str:
+    """Why a picture cannot be opened, without the names that Pillow has for what it was given."""
+    return f"it cannot be read as a picture ({re.sub(r' <_io[.]BytesIO[^>]*>', '', str(error))})"
 
 
 def _picture(folder: Path, path: Path, told: dict[str, tuple[str, ...]]) -> Picture:

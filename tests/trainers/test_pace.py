@@ -66,8 +66,9 @@ def test_the_bar_shows_it() -> None:
         bar.update()
     left = 35 + 2 * SAMPLES + 2 * CHECKPOINT
     assert run.pace.left(65) == pytest.approx(left)
-    assert f"65/100 [00:00<00:{left:.0f}," in str(bar)
-    assert f"{left / 35:.2f}s/it" in str(bar)
+    assert f"65/100 [00:00<00:{left:.0f}]" in str(bar)
+    assert "/s" not in str(bar)
+    assert "s/it" not in str(bar)
     bar.update(35)
     assert "100/100" in str(bar)
     bar.close()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from diffgraft.trainers.imports.account import Account, walk
 from diffgraft.trainers.imports.counting import Epochs
@@ -174,9 +175,17 @@ def _prior(account: Account, data: Data, kind: str) -> bool:
     if own[0].says:
         account.recipe |= {"task": "subject", "class_prompt": "{subject}"}
         account.take_part("subject", own[0].says, "is_reg, class_tokens", own[0].says)
+        _apart(account.recipe, own[0].says)
     for one in own[1:]:
         account.aside("is_reg, image_dir", one.folder, "there is one folder of class images: put these into it, too.")
     return True
+
+
+def _apart(recipe: dict[str, Any], noun: str) -> None:
+    """Take the class's noun from the end of triggers: "sks dog" is sks, and a dog."""
+    for said in (recipe, *recipe.get("concepts", [])):
+        if said.get("trigger", "").endswith(f" {noun}"):
+            said["trigger"] = said["trigger"].removesuffix(f" {noun}")
 
 
 def _batch(account: Account, epochs: Epochs, has_class: bool) -> None:

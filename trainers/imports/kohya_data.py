@@ -111,8 +111,9 @@ def from_dataset_config(account: Account, told: Mapping[str, Any], where: Path) 
         for key, value in level.items():
             if key not in (*SHARED, *PER_SUBSET, "subsets"):
                 account.aside(key, value, "no key of data sets that is known here.")
+    own = [stack for stack in levels if not stack[0].get("is_reg")]
     for key in SHARED:
-        _share(account, key, [_first(key, stack) for stack in levels])
+        _share(account, key, [_first(key, stack) for stack in own or levels])
     return Data([_subset(stack) for stack in levels])
 
 
@@ -121,7 +122,7 @@ def _share(account: Account, key: str, values: Sequence[Any]) -> None:
     distinct = [value for row, value in enumerate(values) if value not in values[:row]]
     if len(distinct) > 1:
         account.given.pop(_ARGUMENTS.get(key, key), None)
-        shown = " and ".join("nothing" if value is None else str(value) for value in distinct)
+        shown = " and ".join("unset" if value is None else str(value) for value in distinct)
         account.aside(key, shown, "it differs between the data sets, and is one for all here: set it by hand.")
     elif distinct and distinct[0] is not None:
         account.given[_ARGUMENTS.get(key, key)] = distinct[0]

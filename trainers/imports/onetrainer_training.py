@@ -126,8 +126,12 @@ def _stop(account: Account, trained: list[str], epochs: Epochs) -> None:
         part: in_steps(account, f"{part}.stop_training_after", f"{part}.stop_training_after_unit", epochs)
         for part in trained
     }
-    if len(set(stops.values())) > 1:
-        account.lose(f"{trained[1]}.stop_training_after", "both text encoders stop at once here: text_encoder_stop.")
+    steps = account.recipe.get("steps", 0)
+    early = [part for part, stop in stops.items() if stop is not None and stop < steps]
+    if early and len({stops[part] if part in early else None for part in trained}) > 1:
+        there = " and ".join(f"{part} after {stops[part]} steps" for part in early)
+        why = f"{there} stops there, and both text encoders stop at once here: set text_encoder_stop to one step."
+        account.lose(f"{early[0]}.stop_training_after", why)
     elif (stop := next(iter(stops.values()), None)) is not None and stop < account.recipe.get("steps", 0):
         account.take("text_encoder_stop", stop, *(f"{part}.stop_training_after" for part in trained))
 
