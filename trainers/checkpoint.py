@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import discard, replacing_folder, write_safetensors, write_text
 from diffgraft.trainers.average import Average
-from diffgraft.trainers.identity import Identity, differences
+from diffgraft.trainers.identity import Identity, after, differences
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
@@ -144,6 +144,15 @@ def check_same(run: Path, identity: Identity, parameters: Mapping[str, nn.Parame
             _compare(folder, said, identity, parameters, changed=changed)
             return int(said["step"])
     return 0
+
+
+def with_changes(run: Path, identity: Identity) -> Identity:
+    """`identity`, telling of what has changed since the newest checkpoint, and before."""
+    for folder in reversed(checkpoints(run)):
+        with suppress(OSError, ValueError):  # damaged
+            said = _state(folder)
+            return after(said["identity"], said["step"], identity)
+    return identity
 
 
 def adopt(run: Path, identity: Identity) -> None:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.bases import Base
+from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import meaningless
 
 
-def header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
-    """All of it is a function of recipe, base and pictures, whose digest is given: equal runs give equal files."""
+def header(plan: Recipe, base: Base, identity: Identity) -> dict[str, Any]:
+    """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
     has_rank = "rank" not in meaningless(plan)
     return {
@@ -28,7 +29,8 @@ def header(plan: Recipe, base: Base, digest: str) -> dict[str, Any]:
         },
         "recipe": plan.header(),
         "seed": plan.seed,
-        "data": digest,
+        "data": identity["data"],
+        **({"changes": identity["changes"]} if "changes" in identity else {}),
         "versions": {name: version(name) for name in names},
     }
 

@@ -7,7 +7,8 @@ from diffgraft.trainers.recipe import TASKS, Recipe
 
 Identity = Mapping[str, Any]
 """`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
-`start`, the hash of the adapter file that it begins with; `processes`, how many share a step"""
+`start`, the hash of the adapter file that it begins with; `processes`, how many share a step; `changes`, what was
+changed on purpose on the way, each with the step after which, where there was any"""
 _TOLD = {
     "base": "the base differs",
     "data": "the pictures, or what is said of them, differ",
@@ -33,6 +34,13 @@ def differences(kept: Identity, now: Identity) -> list[str]:
     if kept["processes"] != now["processes"]:
         found.append(f"processes: {kept['processes']} → {now['processes']}")
     return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
+
+
+def after(kept: Identity, step: int, now: Identity) -> Identity:
+    """The identity `now` of a run that had another one up to `step`: it tells of that change, and of earlier ones."""
+    new = [{"after": step, "what": what}] if (what := differences(kept, now)) else []
+    changes = [*kept.get("changes", []), *new]
+    return {**now, "changes": changes} if changes else now
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

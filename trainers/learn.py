@@ -42,7 +42,7 @@ def learn(
     with spare_unet(plan, base), _ready(plan, base, materials, start) as (live, denoiser, away):
 
         def learnt() -> Adapter:
-            return with_start(live.adapter(header(plan, base, materials.digest)), start)
+            return with_start(live.adapter(header(plan, base, loop.identity)), start)
 
         def keep(file: Path) -> None:
             adapter = learnt()

@@ -13,7 +13,7 @@ from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.plots import save_loss_plot
 from diffgraft.trainers.average import Average
-from diffgraft.trainers.checkpoint import adopt, restore, save_checkpoint
+from diffgraft.trainers.checkpoint import adopt, restore, save_checkpoint, with_changes
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.gradients import Objective, accumulate, shown_in
 from diffgraft.trainers.health import Health, broken, diverged
@@ -75,7 +75,7 @@ class Loop:
             DiffgraftError: it belongs to another `identity`, and that was not `changed` on purpose; or processes would
                 go on from different steps.
         """
-        self.recipe, self.folder, self.identity = recipe, folder, identity
+        self.recipe, self.folder = recipe, folder
         self.accelerator, self.denoiser, self.adapter = accelerator, denoiser, adapter
         self.objective, self.on_the_way, self.trial = objective, on_the_way, trial
         self.lead = bool(accelerator.is_main_process)
@@ -85,7 +85,7 @@ class Loop:
         self.average = Average(self.parameters, recipe.ema) if recipe.ema else None
         scaler = accelerator.scaler
         self.done = restore(folder, identity, self.parameters, optimizer, self.average, scaler, changed=changed)
-        self.saved = self.done
+        self.saved, self.identity = self.done, with_changes(folder, identity)
         check_together(accelerator, folder, self.done)
         self.record = Record(folder, self.done, writes=self.lead)
         if trial is not None:

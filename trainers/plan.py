@@ -217,7 +217,7 @@ def _conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
             f"the folders in {recipe.images} are all learnt as {recipe.trigger!r}, a {getattr(recipe, 'subject', '')}: "
             "what is of another class, or called otherwise, belongs into concepts, each with its own of these keys."
         )
-    if not any(text for one in learnt for text in one.wording.prompts()):
+    if not any(text.strip() for one in learnt for text in one.wording.prompts()):
         yield "all prompts are empty: give captions, or a prompt."
     if recipe.caption_dropout and recipe.method == "textual-inversion":
         yield "caption_dropout leaves the word out as well, and nothing learns from such pictures."

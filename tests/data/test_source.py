@@ -133,3 +133,11 @@ def test_a_damaged_picture_is_seen_only_where_it_is_looked_at_thoroughly(tmp_pat
     assert len(seen) == 2
     with pytest.warns(UserWarning, match=r"none\.jpg is left out"):
         assert [one.name for one in read_source(tmp_path, thorough=False)] == ["a.jpg", "half.jpg"]
+
+
+def test_rows_of_no_file_are_told_of(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 24)).save(tmp_path / "a.png")
+    rows = [{"file_name": name, "text": name} for name in ("a.png", "b.png", "c.png")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.warns(UserWarning, match=r"names b.png and 1 more, and there is no such file"):
+        assert [one.name for one in read_folder(tmp_path)] == ["a.png"]

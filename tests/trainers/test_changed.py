@@ -106,6 +106,12 @@ def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, 
     assert (done.recipe.lr, done.recipe.steps) == (0.03, 5)
     assert "lr: 0.03" in (run / "recipe.yaml").read_text("utf-8")
     assert done.adapter.metadata["recipe"]["lr"] == 0.03
+    changes = [{"after": 2, "what": ["lr: 0.0015 → 0.03", "weight_decay: 0.01 → 0.5"]}]
+    assert done.adapter.metadata["changes"] == changes
+    assert "changes" not in old.adapter.metadata
+    again = train(base=base, resume=run, changed=True, steps=6, lr=0.02)
+    changes += [{"after": 5, "what": ["lr: 0.03 → 0.02"]}]
+    assert again.adapter.metadata["changes"] == changes
     values, moments = (load_file(old.folder / "checkpoints" / "step-000004" / f"{name}.safetensors") for name in NAMES)
     assert values.keys() == load_file(checkpoints(run)[-1] / "parameters.safetensors").keys()
     assert moments.keys() == load_file(checkpoints(run)[-1] / "optimizer.safetensors").keys()
@@ -118,7 +124,9 @@ def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=run, changed=True, lr=0.03)
     assert [path.name for path in checkpoints(run)] == ["step-000002"]
-    assert [entry["lr"] for entry in train(base=base, resume=run).metrics] == [0.0015, 0.0015, 0.03, 0.03]
+    done = train(base=base, resume=run)
+    assert [entry["lr"] for entry in done.metrics] == [0.0015, 0.0015, 0.03, 0.03]
+    assert done.adapter.metadata["changes"] == [{"after": 2, "what": ["lr: 0.0015 → 0.03"]}]
 
 
 def test_what_decides_nothing_about_the_steps_may_be_set(base: Base, run: Path, pictures: Path, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.outline import outline
-from diffgraft.data.likeness import alike, fingerprint
+from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.estimate import _kept, cost, speed
@@ -152,12 +152,17 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
         ({"steps": 20, "warmup": 20}, "warmup=20 is not over"),
         ({"steps": 50, "ema": 0.999}, "ema=0.999 is slow for 50 steps: 95%"),
         ({"crop": "random"}, "crop=random does nothing"),
+        ({"optimizer": "prodigy"}, "multiplies it by lr=0.0015, so it hardly learns: set lr=1"),
+        ({"steps": 20, "text_encoder": True, "text_encoder_stop": 20}, "text_encoder_stop=20 comes after"),
+        ({"steps": 20, "adapter_every": 21}, "none is kept on the way"),
+        ({"prior": {"by": "prediction", "images": 9}}, "prior.images does nothing"),
+        ({"prompt": " ", "trigger": ""}, "all prompts are empty"),
     ],
 )
 def test_pitfalls_are_named(pictures: Path, settings: dict[str, Any], said: str) -> None:
     clean = told("subject", pictures, subject="dog", prior={"weight": 0})
     assert clean.pitfalls == []
-    found = told("subject", pictures, subject="dog", prior={"weight": 0}, **settings)
+    found = told("subject", pictures, subject="dog", **{"prior": {"weight": 0}, **settings})
     assert any(said in one for one in found.pitfalls), found.pitfalls
 
 
@@ -175,6 +180,54 @@ def test_long_captions_shared_triggers_and_copies_are_named(tmp_path: Path) -> N
     assert "02.png" not in found
 
 
+def test_what_cannot_be_opened_is_not_counted(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 3, (64, 64))
+    Image.effect_noise((300, 200), 90).convert("RGB").save(data / "bad.jpg")
+    whole = (data / "bad.jpg").read_bytes()
+    (data / "bad.jpg").write_bytes(whole[: len(whole) // 2])
+    found = told("subject", data, subject="dog", steps=30, batch=2, prior={"weight": 0})
+    assert dict(found.facts)["steps"] == "30, of 2 pictures each: 20.0 rounds of 3"
+    assert [said for said in found.pitfalls if said.startswith("bad.jpg will be left out: it cannot be read")]
+    for file in data.glob("*.png"):
+        file.unlink()
+    with pytest.raises(DiffgraftError, match="None of the 1 pictures can be opened"):
+        told("subject", data, subject="dog", prior={"weight": 0})
+
+
+def test_squares_that_cut_much_away_are_advised_against(tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 3, (96, 64))
+    settings: dict[str, Any] = {"subject": "dog", "prior": {"weight": 0}}
+    assert "squares cut away 33% of the pictures: buckets.use=true" in str(told("subject", data, **settings))
+    assert "squares cut" not in str(told("subject", data, **settings, buckets={"use": True}))
+
+
+def test_folders_of_several_things_are_no_concepts(tmp_path: Path) -> None:
+    for name in ("10_sks dog", "2_zwx cat"):
+        folder(tmp_path / "data" / name, 2, (64, 64), start=len(name))
+    found = told("subject", tmp_path / "data", subject="dog", prior={"weight": 0})
+    assert "are all learnt as 'sks', a dog" in str(found)
+    concepts = [{"images": str(one), "subject": "dog"} for one in (tmp_path / "data").iterdir()]
+    with pytest.raises(DiffgraftError, match=r"images=.* would be ignored, as each concept has images of its own"):
+        told("subject", tmp_path / "data", concepts=concepts)
+    own = [{**one, "trigger": word} for one, word in zip(concepts, ("zwx", "ohwx"), strict=True)]
+    found = planned("subject", {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
+    assert "trigger=zorp is of no concept" in str(found)
+    samples = load_recipe("subject", {"concepts": own}).samples()
+    assert samples[:2] == ["a zwx dog", "a ohwx dog"]
+    assert samples[-1] == "a dog"
+
+
+def test_poses_on_white_are_not_the_same_picture() -> None:
+    prints = []
+    for number, (left, top) in enumerate(((60, 20), (110, 90), (20, 120))):
+        image = Image.new("RGB", (256, 256), "white")
+        ImageDraw.Draw(image).ellipse((left, top, left + 110, top + 90), "red")
+        prints.append((str(number), fingerprint(image)))
+    bits = [one.differences for _, one in prints]
+    assert alike([(name, Fingerprint(bits[0], one.cells)) for name, one in prints]) == []
+    assert alike([("a", prints[0][1]), ("b", prints[0][1])]) == [("a", "b")]
+
+
 def test_fingerprints_are_near_for_copies_and_far_for_others() -> None:
     rng = np.random.default_rng(4)
     images = [Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((320, 240), 2) for _ in range(12)]
@@ -189,3 +242,9 @@ def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:
         told("subject", pictures, subject="dog", resolution=60)
     with pytest.raises(DiffgraftError, match="needs pictures"):
         planned("subject", {"subject": "dog"})
+    with pytest.raises(DiffgraftError, match="There is no tracker 'tensorbord'"):
+        told("subject", pictures, subject="dog", trackers="tensorbord")
+    with pytest.raises(DiffgraftError, match="attention=xformers"):
+        told("subject", pictures, subject="dog", attention="xformers")
+    with pytest.raises(DiffgraftError, match="does not go with shard"):
+        told("subject", pictures, subject="dog", shard="fsdp", compile=True)

@@ -180,3 +180,15 @@ def test_every_key_is_explained_by_what_one_would_type(name: str) -> None:
     own = {"subject": "dog"} if name.endswith("subject") else {}
     typed = {key: value for key, value, _ in rows if value}
     assert load_recipe(name, {**typed, **own}) == load_recipe(name, own)
+
+
+def test_a_group_of_keys_is_no_key() -> None:
+    with pytest.raises(DiffgraftError, match=r"buckets='true' will not do: it has keys of its own, buckets\.use, "):
+        load_recipe("subject", {"subject": "dog", "buckets": "true"})
+
+
+def test_keys_with_few_values_tell_them() -> None:
+    meanings = {key: meaning for key, _, meaning in explained("subject")}
+    assert meanings["prior.by"].endswith("(pictures, prediction)")
+    assert meanings["attention"].endswith("(default, plain, xformers, sliced)")
+    assert not meanings["lr"].endswith(")")

@@ -362,3 +362,30 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     assert gain["a sks dog"] > 0.1 * before["a sks dog"]
     assert gain["a dog"] < 0.5 * gain["a sks dog"]
     assert probe.loss(base, "a sks dog") == pytest.approx(before["a sks dog"], rel=1e-6)
+
+
+def test_a_start_that_was_refused_can_be_made_again(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """Nothing is in its way, though the recipe was written."""
+    folder, cut = tmp_path / "run", {"buckets": {"use": True, "least": 128}}
+    given: dict[str, Any] = {**SHORT, "steps": 1, "images": pictures, "output": folder, "prior": {"weight": 0}}
+    with pytest.raises(DiffgraftError, match=r"buckets\.least"):
+        train("subject", base=base, **given, **cut)
+    assert train("subject", base=base, **given).steps == 1
+
+
+def test_prodigy_at_another_rate_than_one_is_warned_of(base: Base, pictures: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {**SHORT, "steps": 1, "images": pictures, "prior": {"weight": 0}, "optimizer": "prodigy"}
+    with pytest.warns(UserWarning, match=r"multiplies it by lr=0\.01, so it hardly learns: set lr=1"):
+        train("subject", base=base, output=tmp_path / "run", lr=0.01, **given)
+
+
+def test_the_header_has_all_concepts(base: Base, pictures: Path, tmp_path: Path) -> None:
+    concepts = [
+        {"images": str(pictures), "subject": "dog"},
+        {"images": str(pictures), "subject": "cat", "trigger": "zwx"},
+    ]
+    given: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "concepts": concepts}
+    run = train("subject", base=base, output=tmp_path / "run", **given)
+    wanted = [{"trigger": "sks", "class": "dog"}, {"trigger": "zwx", "class": "cat"}]
+    assert run.adapter.metadata["concepts"] == wanted
+    assert run.recipe.samples()[:2] == ["a sks dog", "a zwx cat"]

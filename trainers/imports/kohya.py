@@ -33,6 +33,7 @@ def convert(account: Account, config: Path, data_config: Path | None) -> None:
     text_encoder = _method(account, kind)
     has_class = _prior(account, data, kind)
     _words(account, data, kind)
+    _apart(account.recipe)
     if (account.number("clip_skip") or 1) > 1:
         account.lose("clip_skip", "the text encoder's last layer is read here, in XL the last but one, and no other.")
     batch, accumulate = account.whole("train_batch_size") or 1, account.whole("gradient_accumulation_steps") or 1
@@ -175,16 +176,16 @@ def _prior(account: Account, data: Data, kind: str) -> bool:
     if own[0].says:
         account.recipe |= {"task": "subject", "class_prompt": "{subject}"}
         account.take_part("subject", own[0].says, "is_reg, class_tokens", own[0].says)
-        _apart(account.recipe, own[0].says)
     for one in own[1:]:
         account.aside("is_reg, image_dir", one.folder, "there is one folder of class images: put these into it, too.")
     return True
 
 
-def _apart(recipe: dict[str, Any], noun: str) -> None:
+def _apart(recipe: dict[str, Any]) -> None:
     """Take the class's noun from the end of triggers: "sks dog" is sks, and a dog."""
-    for said in (recipe, *recipe.get("concepts", [])):
-        if said.get("trigger", "").endswith(f" {noun}"):
+    noun = recipe.get("subject")
+    for said in (recipe, *recipe.get("concepts", [])) if noun else ():
+        if "trigger" in said:
             said["trigger"] = said["trigger"].removesuffix(f" {noun}")
 
 

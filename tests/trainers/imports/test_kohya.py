@@ -232,6 +232,12 @@ def test_class_images_of_a_dataset_config(make: Make) -> None:
     one = DATA[: DATA.rindex("  [[datasets.subsets]]")] + reg
     recipe, _ = make(lora_toml='network_module = "networks.lora"', data_toml=one)
     assert (recipe.task, recipe.images, recipe.repeats, recipe.prompt) == ("subject", "img/3_sks dog", 7, "sks dog")
+    assert recipe.trigger == "sks"
+    assert recipe.samples()[0] == "a sks dog"
+    flipped = one.replace("num_repeats = 7", "num_repeats = 7\n  flip_aug = true")
+    recipe, account = make(lora_toml='network_module = "networks.lora"', data_toml=flipped)
+    assert recipe.flip  # of class images nothing is asked
+    assert "flip_aug" not in told(account)
     assert recipe.class_text(None) == "dog"
     assert recipe.prior.folder == "reg/dogs"  # type: ignore[attr-defined]
 

@@ -43,6 +43,18 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.mark.usefixtures("kohya_folder")
+def test_text_encoders_that_stop_apart_are_told_of_by_the_one_that_stops(make: Make) -> None:
+    xl = {**CONFIG, "model_type": "STABLE_DIFFUSION_XL_10_BASE"}
+    recipe, account = make(config_json=xl, concepts_json=CONCEPTS)
+    assert recipe.text_encoder_stop is None
+    assert "text_encoder after 12 steps stops there" in told(account)["text_encoder.stop_training_after"]
+    both = {**xl, "text_encoder_2": CONFIG["text_encoder"]}
+    recipe, account = make(config_json=both, concepts_json=CONCEPTS)
+    assert recipe.text_encoder_stop == 12
+    assert "text_encoder.stop_training_after" not in told(account)
+
+
+@pytest.mark.usefixtures("kohya_folder")
 def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
     recipe, account = make(config_json=CONFIG, concepts_json=CONCEPTS)
     assert (recipe.task, recipe.base, recipe.method, recipe.layers) == (
