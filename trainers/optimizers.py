@@ -96,14 +96,15 @@ def new_optimizer(
     Raises:
         DiffgraftError: it cannot go with the method or the schedule.
     """
-    if said := odd_rate(recipe):
-        warnings.warn(said, stacklevel=2)
     kinds = sorted({rates.get(name, 1.0) for name in parameters})
     groups = [
         {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
         for kind in kinds
     ]
-    return _MAKERS[recipe.optimizer](groups, recipe)
+    optimizer = _MAKERS[recipe.optimizer](groups, recipe)
+    if said := odd_rate(recipe):
+        warnings.warn(said, stacklevel=2)
+    return optimizer
 
 
 def odd_rate(recipe: Recipe) -> str:
