@@ -81,7 +81,8 @@ def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]
         raise DiffgraftError(
             f"{folder} already holds a finished run. Choose another output=…, or remove it to train again."
         )
-    if (folder / "metrics.jsonl").exists():  # what was refused, or killed, before that has nothing to go on with
+    # what was refused, or killed, before there are any of these has nothing to go on with
+    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         raise DiffgraftError(
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )

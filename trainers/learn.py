@@ -96,7 +96,7 @@ def _ready(
     live: Attached | None = None
     try:
         live = attach(plan, base, start)
-        cut_up(plan, base, live)
+        cut_up(plan, base)
         if plan.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
             base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
@@ -107,8 +107,7 @@ def _ready(
         denoiser = Denoiser(base, live, live.changes_text, texts, whole)
         if not live.trains_text:
             denoiser.freeze_text()
-        if plan.shard != "none":
-            held_apart(denoiser)
+        held_apart(plan, denoiser)
         away += not_needed(base, has_texts=materials.prompts is not None and not live.changes_text)
         put_away(base, away)
         with sped_up(plan, denoiser):

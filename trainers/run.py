@@ -24,7 +24,7 @@ from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import save_recipe
 from diffgraft.trainers.record import curves
 from diffgraft.trainers.samples import before_after
-from diffgraft.trainers.shards import check_shards
+from diffgraft.trainers.shards import check_frozen, check_shards
 from diffgraft.trainers.speed import check_speed
 from diffgraft.trainers.start import hash_of, read_start
 from diffgraft.trainers.trackers import check_trackers
@@ -82,7 +82,10 @@ def train(
     held.to(accelerator.device)
     try:
         live = attach(plan, held, start)  # what cannot be is refused before anything is drawn or written
-        live.detach()
+        try:
+            check_frozen(plan, held, live)
+        finally:
+            live.detach()
         noising_of(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}

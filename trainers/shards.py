@@ -66,13 +66,11 @@ def spare_unet(recipe: Recipe, base: Base) -> Iterator[None]:
         base.unet = own.to(device)
 
 
-def cut_up(recipe: Recipe, base: Base, live: Attached) -> None:
-    """Deal the UNet's weights out to the processes; how it is called stays the same.
-
-    From here on all processes must call it together.
+def check_frozen(recipe: Recipe, base: Base, live: Attached) -> None:
+    """Refuse to deal out what is trained.
 
     Raises:
-        DiffgraftError: its own weights are trained.
+        DiffgraftError: the UNet's own weights are, in what is attached.
     """
     if recipe.shard == "none":
         return
@@ -82,11 +80,18 @@ def cut_up(recipe: Recipe, base: Base, live: Attached) -> None:
             f"method={recipe.method} trains the UNet's own weights, and shard={recipe.shard} is for a frozen one: "
             "leave shard out, or take a method that adds to it."
         )
-    _KINDS[recipe.shard](base.unet)
 
 
-def held_apart(module: nn.Module) -> None:
+def cut_up(recipe: Recipe, base: Base) -> None:
+    """Deal the UNet's weights out to the processes, which from here on must call it together, as before."""
+    if recipe.shard != "none":
+        _KINDS[recipe.shard](base.unet)
+
+
+def held_apart(recipe: Recipe, module: nn.Module) -> None:
     """Have `DistributedDataParallel` take no notice of what is frozen in `module`, as its shards differ."""
+    if recipe.shard == "none":
+        return
     names = [name for name, value in module.named_parameters() if not value.requires_grad]
     names += [name for name, _ in module.named_buffers()]
     ignore: Any = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

@@ -43,10 +43,10 @@ class Quantized(nn.Linear):
 
     @abstractmethod
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the bits stand for, [out, in]."""
+        """What the bits stand for, [out, in], in `dtype`."""
 
     def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] that it computes with, what lies over them included."""
+        """Weight [out, in] and bias [out] that it computes with, in `dtype`, what lies over them included."""
         weight = self.dequantized(torch.float32 if self.changes else dtype)
         bias: Tensor | None = None if self.bias is None else self.bias.to(weight.dtype)
         for change in self.changes:

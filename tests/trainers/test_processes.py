@@ -1,5 +1,6 @@
 """Two processes train as one with twice the batches: real ones, which talk over gloo."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.utils import DistributedType, is_deepspeed_available
 from safetensors.torch import load_file
 
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.attach import attach
@@ -23,7 +27,7 @@ from diffgraft.trainers.processes import check_together, new_accelerator
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.record import read_record
 from diffgraft.trainers.run import train
-from diffgraft.trainers.shards import check_alone, check_shards, cut_up
+from diffgraft.trainers.shards import check_alone, check_frozen, check_shards
 from tests.trainers.killing import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
@@ -131,6 +135,44 @@ def test_two_processes_are_one_with_twice_the_batches(
     assert len(list((both / "cache").rglob("class-images/*/*.png"))) == 5
 
 
+def in_two(folder: Path, **settings: Any) -> Adapter:
+    """What a run of two processes leaves in `folder`, by the command line."""
+    given = {"subject": "dog", "prior.weight": 0, "sample_every": 0, "sample_prompts": "a dog", "seed": 3, **settings}
+    words = [f"{key}={value}" for key, value in given.items()]
+    with launched(
+        "-m", "diffgraft", "train", "subject", *words, f"output={folder}", cache=folder.parent / "cache"
+    ) as run:
+        _, said = run.communicate(timeout=300)
+    assert run.returncode == 0, said[-3000:]
+    state = json.loads((checkpoints(folder)[-1] / "state.json").read_text("utf-8"))
+    assert state["identity"]["processes"] == 2
+    return load_adapter(folder / "adapter.safetensors")
+
+
+def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings = {"images": pictures, "steps": 5, "accumulate": 2, "text_encoder": True, "text_encoder_stop": 2}
+    rates = {"rates.M00": 0.5, "rates.OUT03": 0}
+    found = in_two(tmp_path / "two", batch=1, checkpoint_every=1, **settings, **rates)
+    before, after = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "two"))
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
+    more = {"subject": "dog", "prior": {"weight": 0}, "sample_every": 0, "sample_prompts": "a dog", "seed": 3}
+    alone = train("subject", base=base, output=tmp_path / "one", batch=2, **more, **settings, **rates).adapter
+    assert set(found.modules) == set(alone.modules)
+    for path, (delta,) in found.deltas.items():
+        for name, leaf in delta.leaves.items():
+            wanted = alone.deltas[path][0].leaves[name]
+            assert (leaf - wanted).norm() < 1e-2 * wanted.norm(), (path, name)
+
+
+def test_what_does_not_reach_the_loss_is_no_trouble(folders: Path, pictures: Path, tmp_path: Path) -> None:
+    """Of the first text encoder of XL the last layer gets no gradient, which would stop two processes."""
+    settings = {"steps": 2, "batch": 1, "method": "full", "text_encoder": True, "lr": 1e-4, "resolution": 32}
+    found = in_two(tmp_path / "two", images=pictures, base=folders / "sdxl", **settings)
+    assert any(path.startswith("text_encoder.encoder.layers.0.") for path in found.modules)
+    assert not any(path.startswith(("text_encoder.encoder.layers.1.", "text_encoder.final")) for path in found.modules)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -159,9 +201,19 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
     live = attach(plan, base)
     try:
         with pytest.raises(DiffgraftError, match="method=full trains the UNet's own weights"):
-            cut_up(plan, base, live)
+            check_frozen(plan, base, live)
     finally:
         live.detach()
+
+
+def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
+    words = ["subject", "subject=dog", f"images={pictures}", "method=full", "shard=fsdp", f"output={tmp_path / 'run'}"]
+    with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
+        _, said = run.communicate(timeout=100)
+    assert run.returncode != 0
+    assert "error: method=full trains the UNet's own weights" in said
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

@@ -3,10 +3,7 @@
 import hashlib
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.hypernetwork import contexts
 from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base
@@ -403,53 +399,3 @@ def test_what_is_left_is_what_the_unet_was_trained_beside(go: Any) -> None:
     for path, (delta,) in long.deltas.items():
         same = all(torch.equal(leaf, short.deltas[path][0].leaves[name]) for name, leaf in delta.leaves.items())
         assert same == path.startswith("text_encoder."), path
-
-
-WORKER = """
-import json
-import sys
-from PIL import Image
-from accelerate import PartialState
-from diffgraft.trainers import run
-run.before_after = lambda *_: Image.new("RGB", (8, 8))
-run.train("subject", **json.loads(sys.argv[1]))
-assert PartialState().num_processes == 2
-"""
-
-
-def in_two_processes(folder: Path, pictures: Path, **settings: Any) -> Adapter:
-    """What a run of two processes leaves, in `folder`."""
-    script = folder.with_suffix(".py")
-    script.write_text(WORKER, "utf-8")
-    given = {**FAST, "batch": 1, "images": str(pictures), "output": str(folder), **settings}
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command = [*launch, str(script), json.dumps(given)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return load_adapter(folder / "adapter.safetensors")
-
-
-def test_two_processes_stop_together(pictures: Path, tmp_path: Path, go: Any) -> None:
-    settings = {"steps": 5, "accumulate": 2, "text_encoder": True, "rates": {"M00": 0.5, "OUT03": 0}}
-    found = in_two_processes(tmp_path / "two", pictures, text_encoder_stop=2, checkpoint_every=1, **settings)
-    saved = sorted((tmp_path / "two" / "checkpoints").iterdir())
-    before, after = (load_file(folder / "parameters.safetensors") for folder in saved)
-    for name, value in before.items():
-        assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
-    alone = go(text_encoder_stop=2, **settings).adapter
-    assert set(found.modules) == set(alone.modules)
-    for path, (delta,) in found.deltas.items():
-        for name, leaf in delta.leaves.items():
-            wanted = alone.deltas[path][0].leaves[name]
-            assert (leaf - wanted).norm() < 1e-2 * wanted.norm(), (path, name)
-
-
-def test_what_does_not_reach_the_loss_is_no_trouble_to_two_processes(
-    folders: Path, pictures: Path, tmp_path: Path
-) -> None:
-    """Of the first text encoder of XL the last layer gets no gradient, which would stop them."""
-    settings = {"steps": 2, "method": "full", "text_encoder": True, "lr": 1e-4, "resolution": 32}
-    found = in_two_processes(tmp_path / "two", pictures, base=str(folders / "sdxl"), **settings)
-    assert any(path.startswith("text_encoder.encoder.layers.0.") for path in found.modules)
-    assert not any(path.startswith(("text_encoder.encoder.layers.1.", "text_encoder.final")) for path in found.modules)
