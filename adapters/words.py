@@ -5,6 +5,9 @@ for all others. The tokenizer is a copy of the old one, which comes back.
 """
 
 import copy
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,21 +18,54 @@ from diffgraft.errors import DiffgraftError
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Text encoder → its tokenizer, as attributes of a base or a pipeline."""
+_INNER = "⟨{}⟩"
+"""Name of the token with an id that belongs to a taught word."""
 
 
-def names(word: str, count: int) -> list[str]:
-    """The tokens of a word of several vectors, as diffusers names them: ``<dog>``, ``<dog>_1`` and so on."""
-    return [word, *(f"{word}_{number}" for number in range(1, count))]
+def expanded(tokenizer: Any, words: Mapping[str, int]) -> Any:
+    """A copy of `tokenizer` that reads each of `words` as so many new tokens, with consecutive ids in that order.
+
+    The expansion is a step of the tokenizer's own normaliser, so that whoever tokenises a prompt (a diffusers
+    pipeline, training, a count of tokens) gets all vectors of a word, before anything is cut. Capitals do not matter,
+    as they do not for other words of CLIP; a word is not found inside a longer one. The new tokens have names that
+    nobody types, unlike diffusers' ``<dog>_1``, which a pipeline replaces in the text of the prompt, inside of other
+    words too, and not at all where the word has capitals.
+
+    Args:
+        tokenizer: one of transformers', backed by the library ``tokenizers``.
+        words: word → number of its vectors.
+    """
+    from tokenizers import AddedToken, Regex, normalizers
+
+    grown, first = copy.deepcopy(tokenizer), len(tokenizer)
+    tokens: dict[str, str] = {}
+    for word, count in words.items():
+        tokens[word] = " ".join(_INNER.format(first + number) for number in range(count))
+        first += count
+    grown.add_tokens([AddedToken(name, normalized=True) for names in tokens.values() for name in names.split()])
+    replacements = [
+        normalizers.Replace(Regex(_pattern(word)), tokens[word]) for word in sorted(words, key=len, reverse=True)
+    ]
+    steps = [normalizers.NFC(), *replacements, grown.backend_tokenizer.normalizer]
+    grown.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    return grown
+
+
+def _pattern(word: str) -> str:
+    """Regular expression that finds `word` whatever its capitals, but not as a part of a longer word."""
+    text = unicodedata.normalize("NFC", word)
+    before = r"(?<!⟨)" + (r"(?<!\w)" if re.match(r"\w", text) else "")
+    after = (r"(?!\w)" if re.search(r"\w$", text) else "") + r"(?!⟩)"
+    return f"(?i){before}{re.escape(text)}{after}"
 
 
 def _is_known(tokenizer: Any, word: str) -> bool:
-    """Whether it is one token already, on its own or with a mark that a word ends (or begins) there."""
+    """Whether it is one token already, on its own or with a mark that a word ends (or begins) there, or was taught."""
     tokens = tokenizer.tokenize(word)
-    return word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
-
-
-def _is_plain(word: str) -> bool:
-    return word.replace("_", "").isalnum()
+    taught = set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
+    return (
+        word in tokenizer.get_vocab() or set(tokens) <= taught or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
+    )
 
 
 class GrownTable(nn.Module):
@@ -63,8 +99,6 @@ class TaughtWords:
         Raises:
             DiffgraftError: a word is known already, the target has no such text encoder, or its width is another.
         """
-        from transformers import AddedToken
-
         self._target = target
         self._encoders: list[tuple[nn.Module, nn.Module, GrownTable]] = []
         self._tokenizers: list[tuple[str, Any]] = []
@@ -73,13 +107,10 @@ class TaughtWords:
         parts = dict.fromkeys(part for vectors in words.values() for part in vectors)
         plans = [(part, *self._plan(part, words)) for part in parts]
         for part, encoder, tokenizer, rows in plans:
-            tokens = [name for word, found in words.items() for name in names(word, len(found[part]))]
-            grown_tokenizer = copy.deepcopy(tokenizer)
-            # a plain word must not be found inside others
-            grown_tokenizer.add_tokens([AddedToken(name, single_word=_is_plain(name)) for name in tokens])
+            grown_tokenizer = expanded(tokenizer, {word: len(vectors[part]) for word, vectors in words.items()})
             table = encoder.get_input_embeddings()
             own = nn.Parameter(rows.to(next(encoder.parameters()).device))
-            grown = GrownTable(table, grown_tokenizer.convert_tokens_to_ids(tokens[0]), own)
+            grown = GrownTable(table, len(tokenizer), own)
             encoder.set_input_embeddings(grown)
             setattr(target, TOKENIZERS[part], grown_tokenizer)
             self._encoders.append((encoder, table, grown))
@@ -91,11 +122,14 @@ class TaughtWords:
         if encoder is None or tokenizer is None:
             raise DiffgraftError(f"It has words for {part}, which this base does not have, or not with its tokenizer.")
         width = encoder.config.hidden_size
+        alike = Counter(word.casefold() for word in words)
         for word, vectors in words.items():
             if part not in vectors:
                 raise DiffgraftError(f"The word {word!r} has no vectors for {part}, and others of the file have.")
-            if known := [name for name in names(word, len(vectors[part])) if _is_known(tokenizer, name)]:
-                raise DiffgraftError(f"The word {known[0]!r} is known to the base already. Choose one like '<{word}>'.")
+            if _is_known(tokenizer, word):
+                raise DiffgraftError(f"The word {word!r} is known to the base already. Choose one like '<{word}>'.")
+            if alike[word.casefold()] > 1:
+                raise DiffgraftError(f"The word {word!r} comes twice, and capitals do not tell words apart.")
             if vectors[part].shape[1:] != (width,):
                 raise DiffgraftError(
                     f"The word {word!r} has vectors of width {vectors[part].shape[1]}, and {part} of this base has "

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x: one CLIP text encoder, its last hidden state for the cross-attention."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,20 +35,11 @@ class StableDiffusion1:
 
 def lost_words(tokenizer: Any, prompt: str) -> str:
     """The end of `prompt` that does not fit into the tokenizer's length, empty where all of it fits."""
-    ids = tokenizer(prompt, verbose=False).input_ids
-    lost: str = (
-        tokenizer.decode(ids[tokenizer.model_max_length - 1 : -1]) if len(ids) > tokenizer.model_max_length else ""
-    )
-    return lost
-
-
-def all_vectors(tokenizer: Any, prompt: str) -> str:
-    """`prompt` with every word of several vectors written out, as diffusers does: ``<dog>`` → ``<dog> <dog>_1``."""
-    added = tokenizer.added_tokens_encoder
-    for word in set(tokenizer.tokenize(prompt)) & set(added):
-        more = itertools.takewhile(lambda name: name in added, (f"{word}_{n}" for n in itertools.count(1)))
-        prompt = prompt.replace(word, " ".join([word, *more]))
-    return prompt
+    read = tokenizer(prompt, verbose=False, return_offsets_mapping=True)
+    last = tokenizer.model_max_length - 2
+    if len(read.input_ids) <= tokenizer.model_max_length:
+        return ""
+    return prompt[read.offset_mapping[last][1] :].strip()
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], whole: bool = False) -> torch.Tensor:
@@ -58,7 +48,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], whole: bool = False) -> to
     If `whole`, what is too long goes on in further pieces, each with a beginning and an end of its own, as the webui
     reads prompts; shorter prompts are filled up with empty pieces.
     """
-    texts, length = [all_vectors(tokenizer, prompt) for prompt in prompts], tokenizer.model_max_length
+    texts, length = list(prompts), tokenizer.model_max_length
     if not whole:
         batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: torch.Tensor = batch.input_ids
