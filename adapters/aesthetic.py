@@ -33,9 +33,9 @@ class AestheticEmbedding(Network):
 def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
     """From its tensor."""
     embedding = tensors.get("embedding")
-    if embedding is None or len(tensors) > 1 or embedding.ndim != 2 or len(embedding) != 1:
+    if embedding is None or len(tensors) > 1 or embedding.ndim not in (1, 2) or embedding.shape[:-1].numel() != 1:
         raise ValueError("an aesthetic embedding is one row of numbers")
-    return AestheticEmbedding(dict(tensors), dict(settings))
+    return AestheticEmbedding({"embedding": embedding.view(1, -1)}, dict(settings))
 
 
 NETWORKS = {"aesthetic": read_network}

@@ -1,4 +1,4 @@
-"""Aesthetic embeddings: a bare tensor [1, 768] in a ``.pt`` file. Read only.
+"""Aesthetic embeddings: a bare tensor [1, 768] or [768] in a ``.pt`` file. Read only.
 
 Source: AUTOMATIC1111/stable-diffusion-webui-aesthetic-gradients, ``aesthetic_clip.py``.
 """

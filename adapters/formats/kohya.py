@@ -1,9 +1,12 @@
-"""kohya's own files: the names of `lycoris`, with the header that sd-scripts writes and webui reads."""
+"""kohya's own files: the names of `lycoris`, with the header that sd-scripts writes and webui reads.
+
+A word alone becomes the file of vectors that sd-scripts writes; see `embedding`.
+"""
 
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import lycoris
+from diffgraft.adapters.formats import embedding, lycoris
 from diffgraft.adapters.formats.training_metadata import write_training
 
 
@@ -14,5 +17,7 @@ def recognises(*_: object) -> bool:
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    if not adapter.deltas:
+        return embedding.write_nameless(adapter)
     tensors, header = lycoris.write(adapter)
     return tensors, {**header, **write_training(adapter, tensors)}

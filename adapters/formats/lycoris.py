@@ -4,8 +4,8 @@ Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and `
 a 0-dimensional ``alpha``. Read as well are ``oft_unet`` of kohya's OFT, and ``lycoris``, which LyCORIS gives to any one
 module that it is laid on: a UNet, or a text encoder where the paths are those of one. The paths of the UNet are
 diffusers' own for Stable Diffusion 1 and 2, and the original layout's for XL; both are read for all. Text encoders'
-have the level ``text_model``. New words, where a file brings them along, are ``bundle_emb.<word>.string_to_param.*``
-(one text encoder), or ``bundle_emb.<word>.clip_l`` and ``.clip_g`` (two).
+have the level ``text_model``. New words, where a file brings them along, are ``bundle_emb.<word>.<key>`` with a key of
+`embedding`: ``string_to_param.*`` where there is one text encoder, ``clip_l`` and ``clip_g`` where there are two.
 Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``wrapper.py``; sd-scripts, ``networks/lora.py`` and ``oft.py``.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import LEAF, LYCORIS
-from diffgraft.adapters.formats.embedding import PARTS as EMBEDDING_PARTS
+from diffgraft.adapters.formats import embedding
 from diffgraft.adapters.formats.header import number, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import leveled, read_delta
@@ -49,8 +49,6 @@ _BEGINS = [f"{prefix}_" for prefix in PREFIXES]
 _ENDINGS = [f".{leaf}.weight" if leaf in _LAYERS else f".{leaf}" for leaf in sorted(_LEAVES)]
 _OF_TEXT = ("text_model.", "encoder.", "embeddings.", "final_layer_norm", "text_projection")
 """What the paths of text encoders begin with."""
-
-_BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+)\.(?P<kind>string_to_param\.\*|clip_l|clip_g)")
 
 _OF_NORMS = {"diff": "w_norm", "diff_b": "b_norm"}
 """What the differences of a normalisation's weight [c] and bias are called."""
@@ -90,13 +88,12 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     """Every key is used, or named in a ValueError."""
     modules: dict[str, dict[str, Tensor]] = {}
-    tokens: dict[str, dict[str, Tensor]] = {}
+    bundled: dict[str, Tensor] = {}
     stilled: set[str] = set()
     """Modules whose rotations kohya's OFT bounds by 0, which in LyCORIS' files means no bound"""
     for key, value in tensors.items():
-        if bundled := _BUNDLED.fullmatch(key):
-            part = EMBEDDING_PARTS.get(bundled["kind"], "text_encoder")
-            tokens.setdefault(bundled["word"], {})[part] = value if value.ndim == 2 else value.unsqueeze(0)
+        if embedding.is_bundled(key):
+            bundled[key] = value
             continue
         name, _, leaf = key.partition(".")
         prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
@@ -123,6 +120,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     if not deltas:
         raise ValueError("it holds words alone, which these files only bring along with weights")
+    tokens = embedding.read(bundled, {}).tokens if bundled else {}
     said = {"method": _method(deltas, bool(tokens))}
     if any(LEAF in delta.leaves for found in deltas.values() for delta in found):
         said["dora"] = LYCORIS
@@ -183,6 +181,6 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         if set(vectors) == {"text_encoder"}:
             tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors["text_encoder"].contiguous()
         else:
-            keys = {part: key for key, part in EMBEDDING_PARTS.items()}
+            keys = {part: key for key, part in embedding.PARTS.items()}
             tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
     return tensors, {"format": "pt", **write_ours(adapter)}

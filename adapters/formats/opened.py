@@ -51,6 +51,13 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}). {_ADVICE}") from error
 
 
+class _ParameterDict:
+    """What stands in the place of PyTorch's ``ParameterDict``, in which the first words of textual inversion lie.
+
+    Its pickled attributes are kept as they are; no method of the real class runs.
+    """
+
+
 def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     try:
@@ -60,7 +67,8 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                     item.compress_type != zipfile.ZIP_STORED or item.file_size > size for item in archive.infolist()
                 ):
                     raise ValueError("it is compressed, which files of PyTorch are not")
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_ParameterDict, "torch.nn.modules.container.ParameterDict")]):
+            held = torch.load(path, map_location="cpu", weights_only=True)
         tensors: dict[str, Tensor] = {}
         header: dict[str, str] = {}
         _lay_flat(held, "", tensors, header, _DEEPEST)
@@ -81,6 +89,8 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _lay_flat(held: Any, name: str, tensors: dict[str, Tensor], header: dict[str, str], deeper: int) -> None:
     """Put what `held` consists of into `tensors` and `header`, under names that begin with `name`."""
+    if isinstance(held, _ParameterDict):
+        held = vars(held).get("_parameters")
     if isinstance(held, Tensor):
         if held.layout != torch.strided or held.is_quantized or held.device.type != "cpu":
             raise ValueError(f"{name or 'it'} is no plain tensor")

@@ -45,7 +45,7 @@ def save(adapter: Adapter, path: Path) -> Path:
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of what is no hypernetwork."""
     if not adapter.deltas:
-        return embedding.write(adapter)
+        return embedding.write_nameless(adapter)
     for path, deltas in adapter.deltas.items():
         for delta in deltas:
             if reason := _trouble(delta):

@@ -19,6 +19,9 @@ from diffgraft.adapters.method import read_network
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
 """The oldest files say ``linear1`` and ``linear2`` for what later became ``linear.0`` and ``linear.1``."""
 
+_OPTIMIZER = "optimizer_state_dict."
+"""What the names of an optimiser's state begin with, which webui once saved in the same file to go on training"""
+
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether the keys look like this dialect."""
@@ -26,9 +29,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """Every key is used, or named in a ValueError."""
+    """Every key but those of an optimiser's state is used, or named in a ValueError."""
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
+        if key.startswith(_OPTIMIZER):
+            continue
         found = _KEY.fullmatch(key)
         if found is None:
             raise UnknownKeyError(key, "<width>.<0 or 1>.linear.<i>.weight or .bias of a hypernetwork")
