@@ -94,7 +94,8 @@ class Adapter:
     def save(self, path: str | Path, format: str = "auto") -> Path:  # noqa: A002  (the public face says `format`)
         """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name.
 
-        By default it is the first dialect that can hold it: diffusers' own, then LyCORIS', then this project's.
+        By default it is the one that most programs open, of those that can hold it: a word alone as diffusers and webui
+        have it, weights under kohya's names, else diffusers' or this project's own layout.
         """
         from diffgraft.adapters.formats import save_adapter
 

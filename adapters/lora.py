@@ -6,6 +6,7 @@ alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,6 +98,18 @@ def low_rank(down: Tensor, up: Tensor, alpha: float | None = None, mid: Tensor |
         raise ValueError(f"lora_down has rank {down.shape[0]}, lora_up has rank {up.shape[1]}")
     leaves = {"lora_down": down, "lora_up": up} | ({} if mid is None else {"lora_mid": mid})
     return FactorDelta(LOW_RANK, leaves, float(down.shape[0]) if alpha is None else alpha)
+
+
+def with_alpha(delta: FactorDelta, alpha: float) -> FactorDelta:
+    """The same LoRA with another alpha: ``lora_up`` is multiplied so that ΔW stays what it was.
+
+    It is so to the bit where the quotient of the two is a power of two, and else rounded once to ``lora_up``'s dtype.
+    """
+    if delta.alpha == alpha:
+        return delta
+    up = delta.leaves["lora_up"]
+    scaled = (up.double() * (delta.alpha / alpha)).to(up.dtype)
+    return replace(delta, leaves={**delta.leaves, "lora_up": scaled}, alpha=alpha)
 
 
 @may_be_decomposed

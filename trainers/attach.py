@@ -1,7 +1,8 @@
 """A recipe's method, laid over a base."""
 
+from diffgraft.adapters.formats import check_dialect
 from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base
 from diffgraft.trainers.rates import freeze
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.start import Start, begin
@@ -29,3 +30,23 @@ def _targets(plan: Recipe, base: Base) -> dict[str, list[str]]:
         if plan.text_encoder and name.startswith("text_encoder"):
             found[name] = choose_layers(name, part, layers)
     return found
+
+
+def check_format(recipe: Recipe) -> None:
+    """Refuse a file format that cannot hold what the recipe's method makes, before anything is trained.
+
+    It is tried on the embedded base, which is small: a format holds a method on every base, or on none.
+
+    Raises:
+        DiffgraftError: the format cannot hold it.
+    """
+    if recipe.format == "auto":
+        return
+    method, small = get_method(recipe.method), load_base("tiny")
+    options = method.read_options(recipe.options)
+    paths = {"unet": choose_layers("unet", small.unet, recipe.layers or method.layers_under(options))}
+    live = method.attach(small, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
+    try:
+        check_dialect(live.adapter({}), recipe.format)
+    finally:
+        live.detach()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import save_words
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.data.texts import Texts
@@ -47,7 +48,7 @@ def learn(
         def keep(file: Path) -> None:
             adapter = learnt()
             if lead:
-                adapter.save(file)
+                adapter.save(file, plan.format)
 
         def sample(step: int, file: Path) -> None:
             base.unet.eval()
@@ -80,7 +81,9 @@ def learn(
     run = Run(folder, plan, by_step(metrics))
     if lead:
         run.before_after.unlink(missing_ok=True)  # that of fewer steps
-        adapter.save(run.adapter_file)
+        adapter.save(run.adapter_file, plan.format)
+        if adapter.deltas:
+            save_words(adapter, run.folder)
     return run
 
 

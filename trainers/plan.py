@@ -18,7 +18,7 @@ from diffgraft.data.source import counted_folders, unreadable
 from diffgraft.data.wording import is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
-from diffgraft.trainers.attach import attach
+from diffgraft.trainers.attach import attach, check_format
 from diffgraft.trainers.estimate import Cost, cost, speed
 from diffgraft.trainers.folder import recipe_with
 from diffgraft.trainers.materials import Item, Read, collect, prior_of, read_pictures, side_of, split, step_of
@@ -67,6 +67,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     read = read_pictures(recipe)
     base = outline(recipe.base, dtype, prediction_type=recipe.prediction_type, zero_snr=recipe.zero_snr)
     check_resolution(recipe, base)
+    check_format(recipe)
     check_alone(recipe)
     check_speed(recipe, device)
     with warnings.catch_warnings(record=True) as caught:

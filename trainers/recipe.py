@@ -12,7 +12,7 @@ from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, 
 
 FREE = (
     *("images", "base", "init_from", "output", "cache"),
-    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers"),
+    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format"),
 )
 """Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
 
@@ -57,6 +57,8 @@ class Recipe(Strict):
     the file, in the modules that it has"""
     output: str = ""
     """Folder of the run; unset: runs/<recipe>-<time>"""
+    format: Literal["auto", "kohya", "lycoris", "diffusers", "embedding", "diffgraft"] = "auto"
+    """Format of the adapter files; auto: the one that most programs open, of those that hold what the method makes"""
     steps: int = Field(300, ge=1)
     """Optimiser steps"""
     seed: int = Field(0, ge=0, lt=2**31)
@@ -208,7 +210,9 @@ class Recipe(Strict):
 
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
-        paths: dict[str, Any] = dict.fromkeys(("images", "output", "base", "init_from", "cache", "trackers"), True)
+        paths: dict[str, Any] = dict.fromkeys(
+            ("images", "output", "base", "init_from", "cache", "trackers", "format"), True
+        )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **said}

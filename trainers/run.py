@@ -12,7 +12,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.files import alone_in, sweep
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.room import DiskFullError
-from diffgraft.trainers.attach import attach
+from diffgraft.trainers.attach import attach, check_format
 from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.folder import Run, earlier_run, finished, new_run
 from diffgraft.trainers.identity import identity_of
@@ -70,6 +70,7 @@ def train(
     needed = plan.init_from and not (is_done and not Path(plan.init_from).exists())
     start = read_start(plan.init_from) if needed else None
     read = read_pictures(plan)
+    check_format(plan)
     check_trackers(plan)
     accelerator = new_accelerator(plan)
     folder = the_same_folder(accelerator, folder)

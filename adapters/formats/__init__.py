@@ -1,6 +1,8 @@
 """Adapter files: found by looking at their keys, read whole or refused, written under a temporary name first."""
 
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +10,7 @@ from types import ModuleType
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.dora import following
+from diffgraft.adapters.dora import DoraDelta, following
 from diffgraft.adapters.formats import (
     aesthetic_embedding,
     cloneofsimo,
@@ -46,7 +48,7 @@ DIALECTS: dict[str, ModuleType] = {
 _OF_RUNS = "adapter.safetensors"
 """The adapter in the folder of a training run"""
 WRITTEN = ("diffusers", "lycoris", "embedding", "diffgraft", "kohya", "webui", "peft")
-AUTO = ("diffusers", "lycoris", "embedding", "diffgraft")
+AUTO = ("embedding", "kohya", "diffusers", "diffgraft")
 """What is tried where nothing is said: what more tools open, first; the last one holds anything."""
 
 
@@ -119,25 +121,73 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     Raises:
         DiffgraftError: there is no such dialect, or it cannot hold the adapter; nothing is written then.
     """
-    if dialect not in (*WRITTEN, "auto"):
-        raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
     if not (adapter.deltas or adapter.tokens or adapter.networks):
         raise DiffgraftError(f"There is nothing to write into {path}: the adapter changes no layer and holds no word.")
-    for name in AUTO if dialect == "auto" else (dialect,):
+    module, content = _written(adapter, dialect)
+    if content is None:
+        try:
+            saved: Path = module.save(adapter, path)
+            return saved
+        except ValueError as error:
+            raise _cannot(dialect, error) from error
+    check_suffix(path)
+    return write_safetensors(path, *content)
+
+
+def save_words(adapter: Adapter, folder: Path) -> list[Path]:
+    """Write each word of an adapter into a file of its own, beside the weights that were trained with it.
+
+    Of the programs that open adapter files with words in them, ComfyUI, Forge and InvokeAI take the weights alone.
+
+    Returns:
+        ``adapter.<word>.safetensors`` for each, with what no file system takes left out of the word.
+    """
+    return [
+        save_adapter(only_word(adapter, word), folder / f"adapter.{_plain(word)}.safetensors", "webui")
+        for word in adapter.tokens
+    ]
+
+
+def only_word(adapter: Adapter, word: str) -> Adapter:
+    """An adapter that teaches one of the words of `adapter`, and changes no weights."""
+    metadata = {**adapter.metadata, "method": "textual-inversion", "trigger": word}
+    return Adapter({}, metadata, tokens={word: adapter.tokens[word]})
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"[^\w.-]+", "", word) or "word"
+
+
+def check_dialect(adapter: Adapter, dialect: str) -> None:
+    """Raises DiffgraftError where `dialect` cannot hold the adapter; nothing is written."""
+    _written(adapter, dialect)
+
+
+def _written(adapter: Adapter, dialect: str) -> tuple[ModuleType, tuple[dict[str, Tensor], dict[str, str]] | None]:
+    """The dialect that holds the adapter, and tensors and header; None of those where it writes its files itself."""
+    if dialect not in (*WRITTEN, "auto"):
+        raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
+    for name in _preferred(adapter) if dialect == "auto" else (dialect,):
         module = DIALECTS[name]
         try:
             if adapter.networks and name not in ("diffgraft", "webui"):
                 raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")
-            if hasattr(module, "save"):
-                saved: Path = module.save(adapter, path)
-                return saved
-            tensors, header = module.write(adapter)
+            return module, None if hasattr(module, "save") else module.write(adapter)
         except ValueError as error:
-            reason = str(error)
-            continue
-        check_suffix(path)
-        return write_safetensors(path, tensors, header)
-    raise DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {reason}.")
+            last = error
+    raise _cannot(dialect, last) from last
+
+
+def _preferred(adapter: Adapter) -> Sequence[str]:
+    """`AUTO`, with diffusers' layout first for LoRAs with DoRA: under kohya's names most programs misread those."""
+    first = next(iter(adapter.deltas.values()), (None,))[0]
+    if isinstance(first, DoraDelta) and first.kind == "lora":
+        return ("diffusers", *(name for name in AUTO if name != "diffusers"))
+    return AUTO
+
+
+def _cannot(dialect: str, error: ValueError) -> DiffgraftError:
+    return DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {error}.")
 
 
 def _refuse_broken_values(path: Path, tensors: dict[str, Tensor]) -> None:

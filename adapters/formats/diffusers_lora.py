@@ -6,7 +6,8 @@ in the other. (Diffusers itself goes by the first key then, and loses the rest.)
 lora_A [r, in] or [r, in, k, k]; lora_B [out, r] or [out, r, 1, 1]; with DoRA also lora_magnitude_vector [out] or
 [1, out, 1, 1]. The header key ``lora_adapter_metadata`` holds
 peft's LoraConfig as JSON, its keys prefixed with the part (``unet.r``, ``unet.lora_alpha``, ``unet.rank_pattern``, …);
-without it diffusers takes the scale as 1. The header key ``diffgraft`` is ours.
+without it, as older versions do, diffusers takes the scale as 1, so that what is written has the
+scale in lora_B, and alpha = r. The header key ``diffgraft`` is ours.
 """
 
 import json
@@ -24,6 +25,7 @@ from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
+from diffgraft.adapters.lora import with_alpha
 from diffgraft.adapters.method import leveled
 from diffgraft.bases.base import PARTS
 
@@ -106,6 +108,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise ValueError(f"{part}.{path} holds no single LoRA, which is all the diffusers layout can say")
             lora = delta.direction if isinstance(delta, DoraDelta) else delta
             assert isinstance(lora, FactorDelta)
+            # older versions of diffusers, OneTrainer and ComfyUI take the scale as 1, whatever the header says
+            lora = with_alpha(lora, lora.rank)
             single[path] = lora
             # the level is in keys, as every tool expects it, and not in the header: there peft compares from the end,
             # so that a text encoder of either kind matches
@@ -118,8 +122,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 linear = lora.leaves["lora_down"].ndim == 2
                 magnitude = delta.magnitude.flatten() if linear else delta.magnitude.view(1, -1, 1, 1)
                 # transformers, which loads the text encoders' part, finds it by the longer name only
-                name = "lora_magnitude_vector" if part == "unet" else "lora_magnitude_vector.weight"
-                tensors[f"{start}.{name}"] = magnitude.contiguous()
+                tensors[f"{start}.lora_magnitude_vector.weight"] = magnitude.contiguous()
         config |= {f"{part}.{key}": value for key, value in _lora_config(single).items()}
         config[f"{part}.use_dora"] = any("dora_scale" in found[0].leaves for found in loras.values())
     header = {"format": "pt", METADATA: json.dumps(config, sort_keys=True)}

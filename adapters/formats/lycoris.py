@@ -158,7 +158,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not adapter.deltas:
         raise ValueError("it holds no weights, and these files are for weights, with or without words")
     two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
-    is_xl = two_encoders or (adapter.metadata.get("base") or {}).get("family") == "sdxl"
+    base = adapter.metadata.get("base")
+    is_xl = two_encoders or (isinstance(base, Mapping) and base.get("family") == "sdxl")
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_xl else "lora_te", "text_encoder_2": "lora_te2"}
     tensors: dict[str, Tensor] = {}
     for path, found in adapter.deltas.items():

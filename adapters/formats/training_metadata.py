@@ -7,14 +7,15 @@ Stability AI.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.files import apart
+from diffgraft.adapters.dora import LEAF as LENGTHS
 
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """Family → ``ss_base_model_version``."""
@@ -24,6 +25,12 @@ _V_PREDICTION = {"sd2": ("sd_v2_v", "stable-diffusion-v2-768-v")}
 """Family → version and architecture where it predicts v."""
 _SGM = "https://github.com/Stability-AI/generative-models"
 """``modelspec.implementation`` of adapters for XL; those for 1.x and 2.x have ``diffusers``."""
+_PLAIN = "networks.lora"
+"""sd-scripts' module of LoRA"""
+_ALGORITHMS = {"lora": "locon"}
+"""Kind of delta → what LyCORIS calls it, where that is another word"""
+_WINDOW = range(0x100000, 0x110000)
+"""Bytes of a file that the older hash of the webui world is made of"""
 _SETTINGS = {
     "seed": "ss_seed",
     "learning_rate": "ss_learning_rate",
@@ -66,9 +73,9 @@ def write_training(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str,
     of_base = adapter.metadata.get("base") or {}
     family = of_base.get("family") if isinstance(of_base, Mapping) else None
     predicts_v = isinstance(of_base, Mapping) and of_base.get("prediction_type") == "v_prediction"
-    kinds = {delta.kind for found in adapter.deltas.values() for delta in found}
-    module = "networks.lora" if kinds == {"lora"} else "lycoris.kohya"
-    new = {"ss_network_module": module, "ss_network_args": json.dumps({} if kinds == {"lora"} else _arguments(kinds))}
+    new = dict(_module(adapter))
+    if new["ss_network_module"] != _PLAIN and said.get("ss_network_module") == _PLAIN:
+        said = {key: value for key, value in said.items() if key not in new}
     for key, name in (("ss_network_dim", "rank"), ("ss_network_alpha", "alpha"), ("ss_seed", "seed")):
         if adapter.metadata.get(name) is not None:
             new[key] = str(adapter.metadata[name])
@@ -97,20 +104,56 @@ def _resolution(family: str, predicts_v: bool) -> str:
     return f"{side}x{side}"
 
 
-def _arguments(kinds: set[str]) -> dict[str, str]:
-    """What LyCORIS is told; a mixture has no name there."""
-    return {"algo": next(iter(kinds))} if len(kinds) == 1 else {}
+def _module(adapter: Adapter) -> dict[str, str]:
+    """The module of kohya's or LyCORIS' that reads all that the adapter holds, and its arguments.
+
+    sd-scripts' own leaves the lengths of DoRA and the middle factors of Tucker's decomposition away, without a word.
+    """
+    deltas = [delta for found in adapter.deltas.values() for delta in found]
+    kinds = {delta.kind for delta in deltas}
+    leaves = {leaf for delta in deltas for leaf in delta.leaves}
+    if kinds == {"lora"} and leaves <= {"lora_down", "lora_up"}:
+        return {"ss_network_module": _PLAIN, "ss_network_args": json.dumps({})}
+    kind = next(iter(kinds))
+    arguments = {"algo": _ALGORITHMS.get(kind, kind)} if len(kinds) == 1 else {}
+    if LENGTHS in leaves:
+        arguments["dora_wd"] = "True"
+    if leaves & {"lora_mid", "hada_t1", "lokr_t2"}:
+        arguments["use_tucker"] = "True"
+    return {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
 
 
 def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
-    """What webui indexes its LoRA files by: of the tensors' bytes alone, as a file with `header` has them."""
-    content = save(apart(tensors), dict(header))
-    start = 8 + int.from_bytes(content[:8], "little")
-    legacy = content[0x100000 : 0x100000 + 0x10000]
-    return {
-        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
-    }
+    """What webui indexes its LoRA files by: of the tensors' bytes alone, as a file with `header` has them.
+
+    The file is never made, as it may be as large as a checkpoint: its bytes pass by one tensor at a time.
+    """
+    whole, window, place = hashlib.sha256(), bytearray(), 0
+    for content in _file_of(tensors, header):
+        if place:  # behind the JSON header
+            whole.update(content)
+        window += content[max(0, _WINDOW.start - place) : max(0, _WINDOW.stop - place)]
+        place += len(content)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8]}
+
+
+def _file_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Iterator[memoryview]:
+    """A safetensors file piece by piece: its JSON header with the length before it, then each tensor's bytes in order.
+
+    The library decides the order of tensors, and tells it for tensors of the same names that hold nothing.
+    """
+    empty = save({name: torch.empty(0, dtype=value.dtype) for name, value in tensors.items()}, dict(header))
+    layout = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])
+    names, end = [name for name in layout if name != "__metadata__"], 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        layout[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        value = tensors[name].detach().cpu().contiguous().flatten()
+        yield value.view(torch.uint8).numpy().data
 
 
 def _family(header: Mapping[str, str]) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import following
-from diffgraft.adapters.formats import WRITTEN, load_adapter, save_adapter
+from diffgraft.adapters.formats import WRITTEN, load_adapter, only_word, save_adapter
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import read_delta, read_network
 from diffgraft.adapters.ops.compare import Comparison, compare
@@ -95,8 +95,7 @@ def part_of(adapter: Adapter, only: str) -> Adapter:
     if only not in adapter.tokens:
         known = ["weights", "words", *adapter.tokens]
         raise DiffgraftError(f"There is nothing called {only!r} in the file: {nearest(only, known)}")
-    said = {**adapter.metadata, "method": "textual-inversion", "trigger": only}
-    return Adapter({}, said, tokens={only: adapter.tokens[only]})
+    return only_word(adapter, only)
 
 
 def in_precision(adapter: Adapter, precision: str) -> Adapter:

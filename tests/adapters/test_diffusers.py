@@ -37,7 +37,13 @@ def test_it_reads_what_we_write(family: str, dialect: str, layers: str, folders:
     again = load_adapter(file)
     assert set(again.modules) == set(adapter.modules)
     for path, (delta,) in adapter.deltas.items():
-        assert all(torch.equal(leaf, again.deltas[path][0].leaves[name]) for name, leaf in delta.leaves.items()), path
+        (other,) = again.deltas[path]
+        if dialect == "lycoris":
+            assert all(torch.equal(leaf, other.leaves[name]) for name, leaf in delta.leaves.items()), path
+        else:
+            up, down = delta.leaves["lora_up"], delta.leaves["lora_down"]
+            shape = (up.shape[0], *down.shape[1:])
+            torch.testing.assert_close(other.delta(shape), delta.delta(shape))
     bare = said(base)
     with graft(base, {file: 0.7}):
         wanted = said(base)

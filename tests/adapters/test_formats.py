@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.lora import low_rank, with_alpha
 from diffgraft.bases import Base
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
@@ -24,7 +25,7 @@ def made_up(base: Base, text: bool = True) -> Adapter:
     torch.manual_seed(2)
     deltas: dict[str, Any] = {}
     parts = [("unet", base.unet, ("to_k", "to_out.0"))]
-    parts += [("text_encoder", base.text_encoder, ("q_proj", "fc1"))] if text else []
+    parts += [("text_encoder", base.text_encoder, ("q_proj", "out_proj", "fc1"))] if text else []
     from diffgraft.adapters.method import find_modules
 
     for part, module, endings in parts:
@@ -36,9 +37,10 @@ def made_up(base: Base, text: bool = True) -> Adapter:
     return Adapter(deltas, {"method": "lora", "trigger": "sks"})
 
 
-def test_saved_and_loaded_are_the_same_bits(base: Base, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dialect", ["lycoris", "diffgraft"])
+def test_saved_and_loaded_are_the_same_bits(base: Base, dialect: str, tmp_path: Path) -> None:
     adapter = made_up(base)
-    again = load_adapter(adapter.save(tmp_path / "new folder" / "a.safetensors"))
+    again = load_adapter(adapter.save(tmp_path / "new folder" / "a.safetensors", dialect))
     assert again.metadata == adapter.metadata
     assert set(again.modules) == set(adapter.modules)
     for path, (lora,) in adapter.deltas.items():
@@ -50,22 +52,54 @@ def test_saved_and_loaded_are_the_same_bits(base: Base, tmp_path: Path) -> None:
 
 
 def test_keys_and_header_are_those_of_diffusers(base: Base, tmp_path: Path) -> None:
-    path = made_up(base).save(tmp_path / "a.safetensors")
+    adapter = made_up(base)
+    path = adapter.save(tmp_path / "a.safetensors", "diffusers")
     keys = set(load_file(path))
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight" in keys
     assert "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight" in keys
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
     config = json.loads(header["lora_adapter_metadata"])
-    assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 2.0)
-    assert set(config["unet.alpha_pattern"].values()) == {7.5}
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (3, 3)
+    assert set(config["unet.alpha_pattern"].values()) == set(config["unet.rank_pattern"].values()) == {5}
     assert json.loads(header["diffgraft"])["trigger"] == "sks"
+    again = load_adapter(path)
+    for name, (lora,) in adapter.deltas.items():
+        (other,) = again.deltas[name]
+        shape = (lora.leaves["lora_up"].shape[0], lora.leaves["lora_down"].shape[1])
+        torch.testing.assert_close(other.delta(shape), lora.delta(shape))
 
 
+def test_a_file_without_a_format_has_the_names_of_kohya(base: Base, tmp_path: Path) -> None:
+    """Most programs open those; a DoRA by outputs, which most of them misread there, has diffusers' layout."""
+    adapter = made_up(base)
+    path = adapter.save(tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert header["ss_network_module"] == "networks.lora"
+    held = load_file(path)
+    for name, (lora,) in adapter.deltas.items():
+        part, _, inside = name.partition(".")
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part] + inside.replace(".", "_")
+        assert torch.equal(held[f"{prefix}.lora_up.weight"], lora.leaves["lora_up"])
+        assert torch.equal(held[f"{prefix}.lora_down.weight"], lora.leaves["lora_down"])
+        assert float(held[f"{prefix}.alpha"]) == lora.alpha
+    one = low_rank(torch.ones(2, 5), torch.ones(7, 2), 1.0)
+    file = Adapter({"unet.proj_in": (DoraDelta(one, torch.ones(7)),)}).save(tmp_path / "dora.safetensors")
+    assert "unet.proj_in.lora_magnitude_vector.weight" in load_file(file)
+
+
+def of_one_alpha(adapter: Adapter) -> Adapter:
+    """With alpha 2 everywhere: diffusers takes the commonest of a file in kohya's names for all of it."""
+    return Adapter({path: (with_alpha(lora, 2.0),) for path, (lora,) in adapter.deltas.items()}, adapter.metadata)
+
+
+@pytest.mark.parametrize("dialect", ["auto", "diffusers"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_diffusers_alone_draws_our_picture(base: Base, tmp_path: Path, strength: float) -> None:
+def test_diffusers_alone_draws_our_picture(base: Base, tmp_path: Path, strength: float, dialect: str) -> None:
     """The adapter in a plain pipeline, by diffusers' own loader, and by ours: within 2/255."""
-    path = made_up(base).save(tmp_path / "a.safetensors")
+    adapter = made_up(base) if dialect == "diffusers" else of_one_alpha(made_up(base))
+    path = adapter.save(tmp_path / "a.safetensors", dialect)
 
     def draw(pipe: Any) -> np.ndarray:
         seeds = [torch.Generator().manual_seed(number) for number in range(2)]
@@ -92,7 +126,7 @@ def refused(path: Path) -> str:
 
 
 def test_what_cannot_be_read_is_refused_in_a_sentence(base: Base, tmp_path: Path) -> None:
-    good = made_up(base).save(tmp_path / "good.safetensors")
+    good = made_up(base).save(tmp_path / "good.safetensors", "diffusers")
     bad = tmp_path / "bad.safetensors"
     assert "there is no file" in refused(tmp_path / "none.safetensors")
     assert "is a folder" in refused(tmp_path)
@@ -194,7 +228,7 @@ def test_what_is_for_something_else_is_said(base: Base, tmp_path: Path) -> None:
 
 def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:
     """As diffusers has it: no alpha in the file means scale 1."""
-    save_file(load_file(made_up(base).save(tmp_path / "a.safetensors")), tmp_path / "bare.safetensors")
+    save_file(load_file(made_up(base).save(tmp_path / "a.safetensors", "diffusers")), tmp_path / "bare.safetensors")
     for (lora,) in load_adapter(tmp_path / "bare.safetensors").deltas.values():
         assert lora.alpha == lora.leaves["lora_down"].shape[0]
 

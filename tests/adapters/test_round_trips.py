@@ -11,6 +11,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import WRITTEN, load_adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.compare import compare
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 
@@ -51,6 +52,11 @@ def test_there_and_back_to_the_bit(name: str, tmp_path: Path) -> None:
             assert back is not None
             before, after = tensors(start), tensors(back)
             assert before.keys() == after.keys()
+            if two == "diffusers" != one:  # whose layout has the scale in the factors
+                errors = compare(load_adapter(start), load_adapter(back)).errors
+                assert max(errors.values()) < 1e-6
+                ways += 1
+                continue
             for key, value in before.items():
                 assert value.dtype == after[key].dtype
                 assert torch.equal(value, after[key]), f"{key}, through {two}"
