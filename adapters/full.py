@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lowrank import Size, nearest
-from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, parts_of, refuse
+from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, is_embedding, parts_of, refuse
 from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
@@ -51,7 +51,7 @@ class FullOptions(Options):
     """How the difference is kept."""
 
     rank: int | None = Field(None, ge=1)
-    """Reduce the difference of each matrix to a LoRA of this rank; changes of biases and norms are dropped then"""
+    """Reduce each layer's difference to a LoRA of this rank; changes of biases, norms and embeddings are dropped"""
     energy: float | None = Field(None, gt=0, lt=1)
     """Reduce it to the least rank that holds this share of its squared norm"""
 
@@ -93,7 +93,11 @@ class AttachedFull(Attached):
         options = self._options
         if options.rank is None and options.energy is None:
             return {path: FullDelta(leaves) for path, leaves in differences.items()}
-        matrices = {path: leaves["diff"] for path, leaves in differences.items() if leaves["diff"].ndim > 1}
+        matrices = {
+            path: leaves["diff"]
+            for path, leaves in differences.items()
+            if leaves["diff"].ndim > 1 and not is_embedding(canonical(path))  # no tool applies a LoRA to those
+        }
         size = Size(options.rank, options.energy)
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}

@@ -274,6 +274,11 @@ def is_of_text(path: str) -> bool:
     return path.startswith("text_encoder")
 
 
+def is_embedding(path: str) -> bool:
+    """Whether the module at `path` is a text encoder's table of words or positions, whose rows are looked up."""
+    return is_of_text(path) and ".embeddings." in path
+
+
 def canonical(path: str) -> str:
     """A path without the level ``text_model``, which only some text encoders have."""
     return path.replace(".text_model.", ".", 1)

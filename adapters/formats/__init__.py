@@ -123,7 +123,8 @@ def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     """
     if not (adapter.deltas or adapter.tokens or adapter.networks):
         raise DiffgraftError(f"There is nothing to write into {path}: the adapter changes no layer and holds no word.")
-    module, content = _written(adapter, dialect)
+    name, content = _written(adapter, dialect)
+    module = DIALECTS[name]
     if content is None:
         try:
             saved: Path = module.save(adapter, path)
@@ -163,8 +164,17 @@ def check_dialect(adapter: Adapter, dialect: str) -> None:
     _written(adapter, dialect)
 
 
-def _written(adapter: Adapter, dialect: str) -> tuple[ModuleType, tuple[dict[str, Tensor], dict[str, str]] | None]:
-    """The dialect that holds the adapter, and tensors and header; None of those where it writes its files itself."""
+def dialect_of(adapter: Adapter, dialect: str) -> str:
+    """Name of the dialect that `save_adapter` writes: `dialect` itself, or what ``auto`` stands for.
+
+    Raises:
+        DiffgraftError: it cannot hold the adapter.
+    """
+    return dialect if dialect != "auto" else _written(adapter, dialect)[0]
+
+
+def _written(adapter: Adapter, dialect: str) -> tuple[str, tuple[dict[str, Tensor], dict[str, str]] | None]:
+    """Name of the dialect that holds the adapter, with tensors and header; None where it writes its files itself."""
     if dialect not in (*WRITTEN, "auto"):
         raise DiffgraftError(f"There is no adapter format {dialect!r} to write: {nearest(dialect, WRITTEN)}")
     for name in _preferred(adapter) if dialect == "auto" else (dialect,):
@@ -172,7 +182,7 @@ def _written(adapter: Adapter, dialect: str) -> tuple[ModuleType, tuple[dict[str
         try:
             if adapter.networks and name not in ("diffgraft", "webui"):
                 raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")
-            return module, None if hasattr(module, "save") else module.write(adapter)
+            return name, None if hasattr(module, "save") else module.write(adapter)
         except ValueError as error:
             last = error
     raise _cannot(dialect, last) from last

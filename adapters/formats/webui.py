@@ -12,8 +12,10 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
+from diffgraft.adapters.formats.elsewhere import is_unread
 from diffgraft.files import check_suffix, replacing, write_safetensors
 
+_LAST_NORM = "lora_unet_conv_norm_out."
 _READ = ("lora", "loha", "lokr", "full", "oft", "boft")
 
 
@@ -48,18 +50,22 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         return embedding.write_nameless(adapter)
     for path, deltas in adapter.deltas.items():
         for delta in deltas:
-            if reason := _trouble(delta):
+            if reason := _trouble(path, delta):
                 raise ValueError(f"{path} is {reason}")
     _refuse_torn_attention(adapter)
-    return kohya.write(adapter)
+    tensors, header = kohya.write(adapter)
+    # webui knows this one norm of diffusers' UNet by the original's name alone, and ComfyUI knows both
+    return {key.replace(_LAST_NORM, "lora_unet_out_0."): value for key, value in tensors.items()}, header
 
 
-def _trouble(delta: Delta) -> str | None:
+def _trouble(path: str, delta: Delta) -> str | None:
     """Why one of the two would not do what it should; None where both do."""
     if delta.kind not in _READ:
         return f"{delta.kind}, which webui or ComfyUI does not read"
     if isinstance(delta, DoraDelta) and not delta.of_inputs:
         return "a DoRA by outputs, which webui takes for one by inputs, without saying so"
+    if delta.kind == "full" and is_unread(path):
+        return "a full difference of a norm or an embedding in a text encoder, which webui and ComfyUI leave out"
     if "lokr_t2" in delta.leaves:
         return "a LoKr in its Tucker variant, with which ComfyUI fails"
     if delta.kind in ("oft", "boft") and (delta.alpha or "rescale" in delta.leaves):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import following
-from diffgraft.adapters.formats import WRITTEN, load_adapter, only_word, save_adapter
+from diffgraft.adapters.formats import WRITTEN, dialect_of, load_adapter, only_word, save_adapter
+from diffgraft.adapters.formats.elsewhere import remarks
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import read_delta, read_network
 from diffgraft.adapters.ops.compare import Comparison, compare
@@ -30,9 +31,9 @@ class Converted:
     approximated: bool
     """Whether modules became LoRAs because the dialect cannot hold what they were"""
     dropped: tuple[str, ...]
-    """What approximating left away, as no LoRA can hold it: differences of biases and of norms"""
-    tools_differ: bool
-    """Whether it holds what tools take differently at strengths other than 1: DoRA"""
+    """What approximating left out, as no LoRA can hold it: differences of biases, of norms and of embeddings"""
+    remarks: tuple[str, ...]
+    """What other programs make of the new file, where it is not what the adapter does"""
 
 
 def convert(
@@ -77,9 +78,9 @@ def convert(
         found = resize(adapter, approximate, weights, device)
         save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, path, dialect)
     again = load_adapter(path)
-    differ = any(delta.follows for deltas in again.deltas.values() for delta in deltas)
     comparison = compare(adapter, again, weights, device)
-    return Converted(path, comparison, found is not None, found.dropped if found else (), differ)
+    said = tuple(remarks(again, dialect_of(again, dialect)))
+    return Converted(path, comparison, found is not None, found.dropped if found else (), said)
 
 
 def part_of(adapter: Adapter, only: str) -> Adapter:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
+from diffgraft.adapters.method import is_embedding
 from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -24,7 +25,7 @@ class Reduced:
     lost: Mapping[str, float]
     """Path of a module → ‖difference‖ / ‖what it was‖"""
     dropped: tuple[str, ...] = ()
-    """What has no LoRA and was left away: differences of biases and of norms"""
+    """What has no LoRA and was left out: differences of biases, of norms and of embeddings"""
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -61,13 +62,13 @@ def reduced(
 ) -> Reduced:
     """Each module's steps as one LoRA; metadata, words and networks are those of `like`.
 
-    Differences of biases and of norms have no LoRA; they are left away, and listed.
+    Differences of biases, norms and embeddings have no LoRA that programs apply; they are left out, and listed.
     """
     deltas: dict[str, tuple[Delta, ...]] = {}
     lost: dict[str, float] = {}
     dropped: list[str] = []
     for path, own in tqdm(steps.items(), "modules", leave=False, disable=len(steps) < 20):
-        if len(shapes[path]) < 2:
+        if len(shapes[path]) < 2 or is_embedding(path):
             dropped.append(path)
             continue
         if any("diff_b" in delta.leaves for delta, _ in own):

@@ -34,8 +34,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="kohya, webui, lycoris, diffusers, peft, embedding (words), diffgraft; auto: the first that holds it "
-            "of diffusers, lycoris, embedding, diffgraft."
+            help="kohya, webui (and ComfyUI), lycoris, diffusers, peft, embedding (words), diffgraft; auto: the one "
+            "that most programs open, of those that hold it."
         ),
     ] = "auto",
     only: Annotated[str, typer.Option(help="`weights`, `words`, or one word of the file: the rest is left out.")] = "",
@@ -71,12 +71,12 @@ def convert(
     if done.approximated:
         typer.echo(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
     if done.dropped:
-        typer.echo(f"left away, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
+        typer.echo(f"left out, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
     typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else ""))
     if errors := done.comparison.errors:
         typer.echo(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
-    if done.tools_differ:
-        typer.echo("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
+    for remark in done.remarks:
+        typer.echo(f"note: {remark}")
 
 
 def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
@@ -275,7 +275,7 @@ def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
     path, lost = found.worst
     typer.echo(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
     if found.dropped:
-        typer.echo(f"left away, as LoRA cannot hold it: {len(found.dropped)}, such as {found.dropped[0]}")
+        typer.echo(f"left out, as LoRA cannot hold it: {len(found.dropped)}, such as {found.dropped[0]}")
 
 
 COMMANDS = (convert, combine, extract, resize, inspect, diff)

@@ -121,7 +121,7 @@ def test_what_full_training_leaves_goes_into_the_names_of_lycoris(
     assert "largest relative error: 0\n" in capsys.readouterr().out
     assert call(monkeypatch, "convert", file, tmp_path / "b.safetensors", "--to", "diffusers", "--rank", 1) == 0
     said = capsys.readouterr().out
-    assert "left away, as LoRA cannot hold it" in said
+    assert "left out, as LoRA cannot hold it" in said
     assert "in text_encoder.final_layer_norm" not in said
 
 
