@@ -2,11 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import leveled
 from diffgraft.bases import Base
 from diffgraft.bases.original import original_weights
 from diffgraft.bases.prediction import marks
@@ -62,7 +65,22 @@ def _write_folder(base: Base, folder: Path) -> Path:
             parts = {name: part for name, part in pipe.components.items() if part is not None}
             for name, part in tqdm(parts.items(), "writing the checkpoint", leave=False):
                 part.save_pretrained(partial / name)
+                if name.startswith("text_encoder"):
+                    _add_level(partial / name / "model.safetensors", part)
+                elif name.startswith("tokenizer"):
+                    part.backend_tokenizer.model.save(str(partial / name))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _add_level(path: Path, encoder: Any) -> None:
+    """Give the weights of a CLIP text encoder the names that every version of transformers reads.
+
+    Version 5 writes those of a ``CLIPTextModel`` without the level ``text_model``, and reads them with it as well;
+    versions up to 5.5 know no other, and fill what they miss with random numbers.
+    """
+    if type(encoder).__name__ == "CLIPTextModel":
+        weights = {leveled(name.removeprefix("text_model.")): value for name, value in load_file(path).items()}
+        write_safetensors(path, weights, {"format": "pt"})

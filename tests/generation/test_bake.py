@@ -33,6 +33,29 @@ def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp
     assert np.array_equal(np.asarray(draw(load_base(folder))), np.asarray(wanted))
 
 
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
+def test_a_folder_has_the_names_and_files_that_every_version_of_transformers_reads(
+    family: str, folders: Path, tmp_path: Path
+) -> None:
+    """Of versions before 5.5: ``text_model.`` before all weights of CLIP, and the tokenizer as words and merges."""
+    base = load_base(folders / family)
+    folder = bake(base, {}, tmp_path / "whole")
+    for name, part in base.parts():
+        if not name.startswith("text_encoder"):
+            continue
+        found = load_file(folder / name / "model.safetensors")
+        plain = {key.removeprefix("text_model."): value for key, value in part.state_dict().items()}
+        assert {key.removeprefix("text_model."): value.shape for key, value in found.items()} == {
+            key: value.shape for key, value in plain.items() if "position_ids" not in key
+        }
+        assert all(torch.equal(value, plain[key.removeprefix("text_model.")]) for key, value in found.items())
+        without = {key for key in found if not key.startswith("text_model.")}
+        assert without <= {"text_projection.weight"} if family != "taiyi" else len(without) == len(found)
+        files = {path.name for path in (folder / name.replace("text_encoder", "tokenizer")).iterdir()}
+        assert files >= ({"vocab.txt"} if family == "taiyi" else {"vocab.json", "merges.txt"})
+    assert load_base(folder).hash == base.hash
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_single_file_holds_what_the_graft_makes(
     family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
