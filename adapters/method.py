@@ -18,12 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
+from diffgraft.adapters.listing import GROUP
 from diffgraft.bases.base import PARTS
 from diffgraft.errors import DiffgraftError, nearest
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
-GROUP = "diffgraft.methods"
 NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
 """`Method.without` of methods that are not made of factors."""
 

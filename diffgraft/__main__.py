@@ -1,5 +1,5 @@
 """``python -m diffgraft`` is the command line."""
 
-from diffgraft.cli.main import main
+from diffgraft.cli.startup import run
 
-main()
+run()

@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import room_for
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PARTIAL = ".partial-"
 """What names begin with while something is not whole yet, or no longer: a killed process may leave such"""
@@ -123,8 +124,10 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
+def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", header: Mapping[str, str]) -> Path:
     """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
+    from safetensors.torch import save_file  # brings torch, which other files are written without
+
     with replacing(path, sum(value.nbytes for value in tensors.values())) as partial:
         save_file(apart(tensors), partial, dict(header))
         _sort_header(partial)
@@ -137,7 +140,7 @@ def check_suffix(path: Path) -> None:
         raise DiffgraftError(f"{path.name} would be a safetensors file: give {path.with_suffix('.safetensors').name}.")
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """`tensors` by name in order, each in plain order and none in another's memory: safetensors refuses all else."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}

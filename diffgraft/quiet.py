@@ -1,8 +1,18 @@
 """Libraries that talk while they load, asked to keep it to errors."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+
+def import_bitsandbytes() -> Any:
+    """The package bitsandbytes, also where the command line hides it from libraries that would load it unasked."""
+    if sys.modules.get("bitsandbytes", bool) is None:
+        del sys.modules["bitsandbytes"]
+    return import_module("bitsandbytes")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.quiet import import_bitsandbytes
 from diffgraft.trainers.average import Average
 from diffgraft.trainers.interrupts import undisturbed
 from diffgraft.trainers.recipe import Recipe
@@ -26,9 +27,7 @@ def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _bitsandbytes(name: str) -> Callable[[Groups, Recipe], torch.optim.Optimizer]:
     def make(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
-        import bitsandbytes
-
-        kind = getattr(bitsandbytes.optim, name)
+        kind = getattr(import_bitsandbytes().optim, name)
         optimizer: torch.optim.Optimizer = kind(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
         return optimizer
 

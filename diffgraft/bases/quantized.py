@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from diffgraft.quiet import import_bitsandbytes
+
 if TYPE_CHECKING:
     from diffgraft.bases.base import Base
 
@@ -81,7 +83,8 @@ def quantized(base: "Base", to: Quantize) -> "Base":
     """`base`, which lies in the processor's memory, with its linear layers changed in place."""
     if to == "none":
         return base
-    from diffgraft.bases.bits import KINDS  # bitsandbytes takes seconds to import
+    import_bitsandbytes()  # takes seconds
+    from diffgraft.bases.bits import KINDS
 
     places = [
         (owner, name)

@@ -240,13 +240,15 @@ def methods(
     name: Annotated[str, typer.Argument(help="Tell of this one: the layers it adapts, and its own options.")] = "",
 ) -> None:
     """List the adapter methods, or the options of one."""
-    from diffgraft.adapters.method import get_method
-    from diffgraft.adapters.method import methods as known
-
     if not name:
-        for method in known().values():
-            typer.echo(f"{method.name:20} {method.summary}")
+        from diffgraft.adapters.listing import summaries
+
+        for known, summary in summaries().items():
+            typer.echo(f"{known:20} {summary}")
         return
+
+    from diffgraft.adapters.method import get_method
+
     method = get_method(name)
     typer.echo(f"{method.name}: {method.summary}")
     options = method.read_options({})

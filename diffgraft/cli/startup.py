@@ -1,0 +1,30 @@
+"""How the command line starts and ends quickly: what a command does not need is neither loaded nor taken apart."""
+
+import atexit
+import os
+import sys
+from typing import NoReturn
+
+from diffgraft.cli.main import main
+
+
+def run() -> NoReturn:
+    """The program `diffgraft`: run the command line, and leave with its exit status.
+
+    diffusers and peft import bitsandbytes wherever it is installed, which takes longer than torch does; until something
+    asks `diffgraft.quiet.import_bitsandbytes` for it, it looks as if it were not. At the end the process leaves without
+    taking the libraries' modules apart one by one, which takes a second.
+    """
+    sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # None: importing it fails
+    status: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it has closed it
+            status = status or 1
+    os._exit(status if isinstance(status, int) else int(status is not None))

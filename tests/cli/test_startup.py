@@ -1,0 +1,43 @@
+"""What the program loads before it answers, and how it leaves."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffgraft.adapters.listing import summaries
+from diffgraft.adapters.method import methods
+
+
+def said(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", ["methods", "recipes", "--help", "--version"])
+def test_lists_are_answered_without_torch(command: str) -> None:
+    code = f"import sys; sys.argv = ['diffgraft', {command!r}]\nimport diffgraft.cli.main as m\n"
+    code += "try: m.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert said(code).splitlines()[-1] == "False False"
+
+
+def test_the_list_of_methods_is_that_of_the_methods() -> None:
+    assert summaries() == {name: method.summary for name, method in sorted(methods().items())}
+
+
+def test_bitsandbytes_is_loaded_where_it_is_asked_for_alone() -> None:
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None\nfrom diffusers import StableDiffusionPipeline\nimport peft\n"
+    )
+    code += "print(sys.modules['bitsandbytes'])\nfrom diffgraft.quiet import import_bitsandbytes\n"
+    code += "print(import_bitsandbytes().optim.AdamW8bit.__name__)"
+    assert said(code).split()[-2:] == ["None", "AdamW8bit"]
+
+
+@pytest.mark.parametrize(("words", "status"), [(["methods"], 0), (["methods", "nope"], 1), (["nope"], 2)])
+def test_the_program_leaves_with_its_status_and_all_that_it_said(words: list[str], status: int, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run([sys.executable, "-m", "diffgraft", *words], stdout=out, stderr=out, check=False)
+    assert done.returncode == status
+    assert ("textual-inversion" if status < 2 else "nope") in (tmp_path / "out").read_text("utf-8")
