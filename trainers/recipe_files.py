@@ -204,7 +204,14 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 
 def _unknown(key: str, kind: type[Recipe]) -> str:
-    return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {nearest(key, _keys(kind))}"
+    """There is no such key; the hint is ours for what other tools call so, else the nearest."""
+    from diffgraft.trainers.imports.synonyms import synonym
+
+    known = _keys(kind)
+    ours = synonym(key)
+    is_here = ours in known or ours.partition(".")[0] in ("options", "rates")
+    hint = f"here it is called {ours!r}." if ours and is_here else nearest(key, known)
+    return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {hint}"
 
 
 def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:

@@ -6,14 +6,30 @@ from diffgraft.errors import DiffgraftError
 
 
 def key_values(words: Sequence[str]) -> dict[str, str]:
-    """``key=value`` words as a mapping."""
+    """``key=value`` words as a mapping.
+
+    Raises:
+        DiffgraftError: a word is something else; of options in other tools' manner it says how they are written here.
+    """
     out = {}
-    for word in words:
+    for place, word in enumerate(words):
+        if word.startswith("-"):
+            option, equals, value = word.lstrip("-").partition("=")
+            follows = next(iter(words[place + 1 : place + 2]), "true")
+            value = value if equals else "true" if follows.startswith("-") or "=" in follows else follows
+            raise DiffgraftError(f"Settings have no dashes: write {_named(option)}={value} in the place of {word}.")
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise DiffgraftError(f"{word!r} is no setting: write key=value, such as steps=300 or images=my_dog/.")
         out[key] = value
     return out
+
+
+def _named(option: str) -> str:
+    """The setting that an option of another tool stands for."""
+    from diffgraft.trainers.imports.synonyms import synonym
+
+    return synonym(option) or option.replace("-", "_")
 
 
 def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float] | list[float]]:

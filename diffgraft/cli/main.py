@@ -43,7 +43,11 @@ PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction,
 ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
 
 
-@app.command()
+_SETTINGS = {"ignore_unknown_options": True}
+"""What looks like an option of another tool comes among the settings, where its name here can be told"""
+
+
+@app.command(context_settings=_SETTINGS)
 def train(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")] = "",
     settings: Annotated[
@@ -94,7 +98,7 @@ def train(
     typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
 
 
-@app.command()
+@app.command(context_settings=_SETTINGS)
 def plan(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")],
     settings: Annotated[list[str] | None, typer.Argument(help="As for `train`: key=value.")] = None,
