@@ -29,6 +29,10 @@ class Delta(ABC):
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         """The module's weight [out, in, …] and bias [out] under this delta at `strength`. The inputs stay untouched."""
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {'×'.join(map(str, leaf.shape)) or 'scalar'}" for name, leaf in self.leaves.items())
+        return f"{type(self).__name__}({self.kind}: {sizes})"
+
     @abstractmethod
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         """Whether it can be applied to a weight of this shape."""
@@ -55,6 +59,9 @@ class Network(ABC):
     settings: Mapping[str, Any]
     """What else it takes to build it, in JSON's types."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.kind}: {len(self.tensors)} tensors)"
+
     @abstractmethod
     def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
         """Lay it over live parts of a base; what is returned takes it off again.
@@ -64,7 +71,7 @@ class Network(ABC):
         """
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Deltas by module path, networks, new words, and metadata.
 
@@ -80,6 +87,12 @@ class Adapter:
     """Networks that lie over the base, each seeing what the one before it made."""
     tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Words it adds to the tokenizers: word → part (`text_encoder`, `text_encoder_2`) → vectors [n, width]."""
+
+    def __repr__(self) -> str:
+        held = [f"{len(self.deltas)} modules"] if self.deltas else []
+        held += [f"{len(self.networks)} networks"] if self.networks else []
+        held += [f"word {word!r}" for word in self.tokens]
+        return f"Adapter({self.method}: {', '.join(held) or 'nothing'})"
 
     @property
     def method(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Network
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AestheticEmbedding(Network):
     """The mean embedding of the pictures that somebody liked."""
 

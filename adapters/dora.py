@@ -22,7 +22,7 @@ PEFT, LYCORIS = "peft", "lycoris"
 LEAF = "dora_scale"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DoraDelta(Delta):
     """W' = m · V / ‖V‖, with V = W + ΔW."""
 

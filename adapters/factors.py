@@ -55,7 +55,7 @@ class Factors(ABC):
         return torch.add(out, self.forward(leaves, layer, x).to(out.dtype), alpha=scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FactorDelta(LinearDelta):
     """Leaves, and how they are read."""
 

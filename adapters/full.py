@@ -23,7 +23,7 @@ NAMES = {"weight": "diff", "bias": "diff_b"}
 """Name of a module's parameter → that of its difference in files (LyCORIS, ``lycoris/modules/full.py``)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FullDelta(LinearDelta):
     """The difference of a weight and, where there is one, of a bias."""
 

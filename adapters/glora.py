@@ -15,7 +15,7 @@ from diffgraft.adapters.adapter import Delta
 _LEAVES = ("a1", "a2", "b1", "b2")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GloraDelta(Delta):
     """W' = W + strength · (alpha / r) · (W · a1 · a2 + b1 · b2)."""
 

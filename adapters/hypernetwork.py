@@ -222,7 +222,7 @@ class Overlay:
         return hook
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Hypernetwork(Network):
     """A trained set of context networks."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Delta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ia3Delta(Delta):
     """W' = W · (1 + strength · w), along the inputs or the outputs; the bias stays, as in LyCORIS' merging."""
 

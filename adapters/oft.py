@@ -25,7 +25,7 @@ def cayley(blocks: Tensor, bound: float) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OftDelta(Delta):
     """R · W block by block (in OFT Rᵀ), then each output by ``rescale`` where there is one."""
 

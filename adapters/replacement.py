@@ -12,7 +12,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Delta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReplacementDelta(Delta):
     """W' = W + strength · (R − W), and the bias alike where there is one."""
 

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffgraft.adapters.adapter import Adapter
     from diffgraft.adapters.formats import load_adapter
+    from diffgraft.api import combine, convert, extract, grid, inspect, merge, plan, resize
     from diffgraft.bases import Base, load_base
     from diffgraft.errors import DiffgraftError
+    from diffgraft.generation.draw import generate
     from diffgraft.generation.graft import graft
     from diffgraft.trainers.folder import Run
     from diffgraft.trainers.run import train
@@ -21,10 +23,30 @@ _HOMES = {
     "load_base": "diffgraft.bases",
     "DiffgraftError": "diffgraft.errors",
     "graft": "diffgraft.generation.graft",
+    "generate": "diffgraft.generation.draw",
+    **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
     "Run": "diffgraft.trainers.folder",
     "train": "diffgraft.trainers.run",
 }
-__all__ = ["Adapter", "Base", "DiffgraftError", "Run", "graft", "load_adapter", "load_base", "train"]
+__all__ = [
+    "Adapter",
+    "Base",
+    "DiffgraftError",
+    "Run",
+    "combine",
+    "convert",
+    "extract",
+    "generate",
+    "graft",
+    "grid",
+    "inspect",
+    "load_adapter",
+    "load_base",
+    "merge",
+    "plan",
+    "resize",
+    "train",
+]
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,12 @@
 """Errors that are written for the person who meets them."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MANY = 20
 """So many names are too many for a sentence"""
@@ -9,6 +14,31 @@ _MANY = 20
 
 class DiffgraftError(Exception):
     """Something a person can put right; its text says what was found, what was expected and what to do."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: PyTorch has a class of its own for GPUs, and a bare RuntimeError for processors."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def in_a_sentence(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, with what the system says of files, folders and memory as a `DiffgraftError`."""
+
+    @wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise DiffgraftError(f"A file or folder cannot be used: {error.strerror or error}{where}.") from error
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = "Take a smaller batch, size or resolution."
+            raise DiffgraftError(f"There is not enough memory. {advice}") from error
+
+    return told
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Writing files so that nothing half-written ever has the final name."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,19 @@ def cache_folder() -> Path:
     """Where what can be made again is kept: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffgraft"
     return Path(os.environ.get("DIFFGRAFT_CACHE", default)).expanduser()
+
+
+def check_folder(folder: Path) -> None:
+    """See whether files can be written into `folder`, or it can be made; nothing is.
+
+    Raises:
+        NotADirectoryError, PermissionError: they cannot, or it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from diffgraft.trainers.record import by_step, read_record
 from diffgraft.trainers.settings import Concept, Validation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """A finished run."""
+    """A finished run; as a path it is that of its adapter."""
 
     folder: Path
     recipe: Recipe
@@ -29,6 +29,12 @@ class Run:
     """One entry a step: step, lr, loss and the objective's terms"""
     was_finished: bool = False
     """Whether nothing was left to be trained"""
+
+    def __fspath__(self) -> str:
+        return str(self.adapter_file)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.recipe.task} by {self.recipe.method}, {self.steps} steps)"
 
     @property
     def steps(self) -> int:

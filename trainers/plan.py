@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
+from diffgraft.data.given import with_folders
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.data.source import counted_folders, unreadable
 from diffgraft.data.wording import is_fixed
@@ -274,6 +275,6 @@ def _alike(seen: Sequence[tuple[str, Fingerprint]]) -> Iterator[str]:
 
 def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them."""
-    plan = recipe_with(recipe, settings)
+    plan = recipe_with(recipe, with_folders(settings))
     check_trackers(plan)  # accelerate says less of those that are not there
     return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])

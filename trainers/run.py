@@ -8,7 +8,8 @@ import torch
 
 from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base, load_base
-from diffgraft.errors import DiffgraftError
+from diffgraft.data.given import with_folders
+from diffgraft.errors import DiffgraftError, in_a_sentence
 from diffgraft.files import alone_in, sweep
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.room import DiskFullError
@@ -32,6 +33,7 @@ from diffgraft.trainers.trackers import check_trackers
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@in_a_sentence
 def train(
     recipe: str | Path = "subject",
     /,
@@ -50,7 +52,7 @@ def train(
         resume: the folder of an earlier run to go on with, under the recipe that stands there.
         changed: with `resume`, that base, pictures or settings that decide what a step does differ on purpose.
         settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``. With `resume` they
-            become part of the run's recipe.
+            become part of the run's recipe. ``images`` may be a list of paths and of PIL's pictures, too.
 
     Returns:
         The run: ``adapter.safetensors``, ``recipe.yaml``, ``metrics.jsonl``, ``loss.png``, ``before-after.png`` and
@@ -59,6 +61,7 @@ def train(
     Raises:
         DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
     """
+    settings = with_folders(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
         plan, folder = earlier_run(Path(resume).expanduser(), {**settings, **other})

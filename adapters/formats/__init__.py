@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ from diffgraft.adapters.formats import (
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.bases.stored import is_checkpoint
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
 from diffgraft.files import check_suffix, write_safetensors
 
 DIALECTS: dict[str, ModuleType] = {
@@ -52,13 +53,17 @@ AUTO = ("embedding", "kohya", "diffusers", "diffgraft")
 """What is tried where nothing is said: what more tools open, first; the last one holds anything."""
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter file in any dialect known.
+@in_a_sentence
+def load_adapter(path: str | PathLike[str]) -> Adapter:
+    """Read an adapter file in any dialect known; of a run, the adapter that it left.
 
     Raises:
-        DiffgraftError: the file is missing, damaged, or holds a key that no dialect can place.
+        DiffgraftError: `path` is no path, or the file is missing, damaged, or holds a key that no dialect can place.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except TypeError as error:
+        raise DiffgraftError(f"{path!r} is no path of an adapter file.") from error
     if is_checkpoint(path):
         raise DiffgraftError(
             f"{path} is a whole checkpoint and no adapter. Draw with it by --base, or make an adapter of it with "

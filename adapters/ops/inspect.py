@@ -64,6 +64,9 @@ class Report:
     overflows: list[str] = field(default_factory=list)
     """Modules with numbers that float16 cannot hold, or whose ΔW has such"""
 
+    def __str__(self) -> str:
+        return "\n".join(summary(self))
+
     def as_json(self) -> dict[str, Any]:
         """In JSON's types."""
         return asdict(self)

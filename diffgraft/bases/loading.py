@@ -21,7 +21,7 @@ from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
 from diffgraft.bases.stored import files_of_part, precision
 from diffgraft.bases.taiyi import Taiyi
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
 from diffgraft.quiet import hushed
 
 FAMILIES: dict[str, Family] = {
@@ -35,6 +35,7 @@ _FIRST = f"{UNET}input_blocks.0.0.weight"
 _ADVICE = "An adapter is no base: `generate` takes it with --adapter, and `merge` before --into."
 
 
+@in_a_sentence
 def load_base(
     source: str | Path = "tiny",
     dtype: torch.dtype | None = torch.float32,

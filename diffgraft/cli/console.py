@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from diffgraft.errors import DiffgraftError
 
+_STRONGEST = 20
+"""Beyond it any adapter gives noise, or black pictures"""
+
 
 def key_values(words: Sequence[str]) -> dict[str, str]:
     """``key=value`` words as a mapping.
@@ -66,6 +69,8 @@ def _number(text: str, word: str) -> float:
             f"The strength in {word!r} is no number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, 12 to 26 numbers "
             "for the blocks, or FILE alone for strength 1."
         )
+    if abs(number) > _STRONGEST:
+        raise DiffgraftError(f"The strength in {word!r} is beyond ±{_STRONGEST}: 0 to 1 as a rule, and 1 was trained.")
     return number
 
 

@@ -19,7 +19,18 @@ RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
 ENERGY = typer.Option(
     help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs, at most --rank."
 )
-DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …")
+
+
+def _device(name: str) -> str:
+    """The name again, where there is such a device."""
+    if name != "cpu":
+        from diffgraft.devices import device_of
+
+        device_of(name)
+    return name
+
+
+DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …", callback=_device)
 OUTPUT = typer.Option("--output", "-o", help="The new file.")
 FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft, embedding or diffgraft.")
 

@@ -139,8 +139,11 @@ def generate(
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     denoise: Annotated[
-        float, typer.Option(help="With --image: how far it is taken back to noise; near 0 it stays, at 1 it is gone.")
-    ] = 0.7,
+        float | None,
+        typer.Option(
+            help="With --image: how far it is taken back to noise; near 0 it stays, at 1 it is gone. [default: 0.7]"
+        ),
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="With --image: a picture as large, white where it is drawn anew.")
     ] = None,
@@ -149,6 +152,14 @@ def generate(
     quantize: Annotated[
         str, typer.Option(help="Hold the base's linear layers in int8 or nf4: less memory, rounded weights.")
     ] = "none",
+    precision: Annotated[
+        str, typer.Option(help="float32, float16 or bfloat16. [default: float16 on a GPU, else float32]")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu, … [default: the GPU, where there is one]")] = "",
+    offload: Annotated[
+        str, typer.Option(help="model: only the part that computes is on the GPU; less memory, a little more time.")
+    ] = "none",
+    tiling: Annotated[bool, typer.Option("--tiling", help="Decode in tiles: less memory for large pictures.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
     """Draw pictures, with adapters or without; from noise, from a picture, or into one.
@@ -156,37 +167,43 @@ def generate(
     For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
     """
     from diffgraft.cli.console import strengths, width_height
-    from diffgraft.errors import DiffgraftError
 
-    if mask is not None and image is None:
-        raise DiffgraftError("--mask says where to draw into a picture, and there is none: add --image FILE.")
-    adapters = strengths(adapter or [])
-    width_and_height = width_height(size)
+    adapters, width_and_height = strengths(adapter or []), width_height(size)
 
-    from accelerate import PartialState
-
-    from diffgraft.bases import load_base
-    from diffgraft.data.pictures import read_picture
-    from diffgraft.files import unused
-    from diffgraft.generation.generate import Settings
-    from diffgraft.generation.generate import generate as draw
-    from diffgraft.generation.graft import graft
+    from diffgraft.files import check_folder, unused
+    from diffgraft.generation.draw import generate as draw
     from diffgraft.generation.plots import grid, save_image
-    from diffgraft.generation.source import Source
 
-    settings = Settings(width_and_height, steps, guidance, negative, scheduler)
-    source = Source(read_picture(image), denoise, read_picture(mask, "black") if mask else None) if image else None
-    more = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
-    held = load_base(base, **more).to(PartialState().device)  # type: ignore[arg-type]
-    seeds = [seed + number for number in range(count)]
+    check_folder(output)
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
 
     def keep(place: int, image: "Image.Image") -> None:
-        typer.echo(save_image(image, unused(output / f"{slug}-{seeds[place]}.png")))
-
-    with graft(held, adapters):
         output.mkdir(parents=True, exist_ok=True)
-        images = draw(held.pipeline(), [prompt] * count, settings, seeds, keep=keep, source=source)
+        typer.echo(save_image(image, unused(output / f"{slug}-{seed + place}.png")))
+
+    images = draw(
+        prompt,
+        adapters,
+        base=base,
+        count=count,
+        seed=seed,
+        size=width_and_height,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        scheduler=scheduler,
+        image=image,
+        denoise=denoise,
+        mask=mask,
+        precision=precision,
+        device=device,
+        offload=offload,
+        tiling=tiling,
+        prediction_type=prediction_type,
+        zero_snr=zero_snr,
+        quantize=quantize,
+        keep=keep,
+    )
     if count > 1:
         typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
 
@@ -220,17 +237,14 @@ def merge(
 
     adapters = strengths(adapter)
 
-    import torch
-
     from diffgraft.bases import load_base
-    from diffgraft.errors import DiffgraftError, nearest
+    from diffgraft.devices import device_of, dtype_of
     from diffgraft.generation.bake import bake
 
-    dtypes = {"": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if precision not in dtypes:
-        raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, dtypes)}")
-    base = load_base(into, dtypes[precision], prediction_type=prediction_type, zero_snr=zero_snr)
-    typer.echo(bake(base.to(device), adapters, output))
+    place = device_of(device)
+    dtype = dtype_of(precision, place) if precision else None
+    base = load_base(into, dtype, prediction_type=prediction_type, zero_snr=zero_snr)
+    typer.echo(bake(base.to(place), adapters, output))
 
 
 for step in preparing.COMMANDS:
@@ -297,28 +311,15 @@ def demo(
         typer.echo(line)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """PyTorch says it in a RuntimeError: a class of its own for GPUs, a bare one with these words for processors."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
-
-
 def main() -> None:
     """Run the command line; what a person can put right is said in a sentence, without a traceback."""
-    from diffgraft.errors import DiffgraftError
+    from diffgraft.errors import DiffgraftError, in_a_sentence
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
     warnings.showwarning = lambda message, *_, **__: typer.secho(f"warning: {message}", fg="yellow", err=True)
     try:
-        app()
+        in_a_sentence(app)()
     except DiffgraftError as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        typer.secho(f"error: A file or folder cannot be used: {error.strerror or error}{where}.", fg="red", err=True)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        typer.secho("error: There is not enough memory. Take a smaller batch, size or resolution.", fg="red", err=True)
     sys.exit(1)

@@ -31,6 +31,9 @@ SMALL, SMALL_GUIDANCE = 16, 3.0
 """Bases whose latents are at most this wide take this guidance: the 7.5 of large models burns their few colours."""
 
 
+_MOST_GUIDANCE, _LONGEST = 100, 8192
+
+
 @dataclass(frozen=True)
 class Settings:
     """How pictures are drawn. What is None is the base's own."""
@@ -47,6 +50,29 @@ class Settings:
     """A name of `SCHEDULERS`"""
     batch: int | None = None
     """Pictures drawn at once; it changes speed and memory, not what is drawn. Unset: by their size"""
+    tiling: bool = False
+    """Decode pictures in overlapping tiles: less memory for large ones, and edges of tiles may show"""
+
+    def __post_init__(self) -> None:
+        """Raises DiffgraftError for what no base can draw with, before one is loaded."""
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+        if self.steps < 1:
+            raise DiffgraftError(f"steps={self.steps} cannot be drawn: at least one is needed. Take 20 to 50.")
+        if self.guidance is not None and not 0 <= self.guidance <= _MOST_GUIDANCE:
+            raise DiffgraftError(
+                f"guidance={self.guidance} cannot be drawn with: it is 1 (none) to {_MOST_GUIDANCE}, and 5 to 9 as a "
+                "rule."
+            )
+        if self.size is not None and not all(0 < side <= _LONGEST for side in self.size):
+            width, height = self.size
+            raise DiffgraftError(f"A picture of {width}x{height} cannot be drawn: sides are 8 to {_LONGEST} pixels.")
+
+
+def check_scheduler(name: str) -> None:
+    """Raises DiffgraftError where there is no scheduler called `name`."""
+    if name not in SCHEDULERS:
+        raise DiffgraftError(f"There is no scheduler {name!r}: {nearest(name, SCHEDULERS)}")
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
@@ -57,8 +83,7 @@ def use_scheduler(pipe: Any, name: str) -> None:
     """
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise DiffgraftError(f"There is no scheduler {name!r}: {nearest(name, SCHEDULERS)}")
+    check_scheduler(name)
     class_name, more = SCHEDULERS[name]
     kind = getattr(diffusers, class_name)
     config = pipe.scheduler.config
@@ -148,10 +173,13 @@ def _set_up(
         if settings.scheduler is not None:
             use_scheduler(pipe, settings.scheduler)
         pipe.vae.enable_slicing()
+        if settings.tiling:
+            pipe.vae.enable_tiling()
         yield (pipe, None) if source is None else from_source(pipe, source, more)
     finally:
         pipe.scheduler = own_scheduler
         pipe.vae.disable_slicing()
+        pipe.vae.disable_tiling()
 
 
 def _options(pipe: Any, settings: Settings) -> dict[str, Any]:

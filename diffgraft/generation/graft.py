@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,20 +28,20 @@ from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError, nearest
 
 Grafts = Mapping[Any, Strength]
-"""A file's path or an `Adapter` → its strength, or strengths. (`Mapping` is invariant in its key, hence `Any`.)"""
+"""A file's path, a run or an `Adapter` → its strength or strengths. (`Mapping` is invariant in its key: `Any`.)"""
 
 _LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
 """The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
 
 
-def graft(target: Any, adapters: Grafts | str | Path | Adapter | None = None) -> "Graft":
+def graft(target: Any, adapters: Grafts | str | PathLike[str] | Adapter | None = None) -> "Graft":
     """Merge `adapters` (a file's path or an `Adapter` → strength) into `target`, in the order given.
 
     Args:
         target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
             UNet. A part that no adapter touches may be absent or None.
-        adapters: one file or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the bare
-            base, and negative strengths subtract. A strength may be given for each part,
+        adapters: one file, run or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the
+            bare base, and negative strengths subtract. A strength may be given for each part,
             ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second text encoder what
             the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or as a list of 12, 17,
             20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless their text encoders
@@ -53,7 +54,7 @@ def graft(target: Any, adapters: Grafts | str | Path | Adapter | None = None) ->
         DiffgraftError: an adapter cannot be read, or was made for another base; the target is then as it was.
     """
     grafted = Graft(target)
-    grafted.set({adapters: 1.0} if isinstance(adapters, str | Path | Adapter) else adapters or {})
+    grafted.set({adapters: 1.0} if isinstance(adapters, str | PathLike | Adapter) else adapters or {})
     return grafted
 
 
@@ -77,7 +78,7 @@ class Graft:
         words: list[tuple[str, Mapping[str, Mapping[str, Tensor]]]] = []
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source)
-            name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(source)
+            name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
             strengths = strengths_of(name, value)
             if idle := strengths.idle(adapter):
                 warnings.warn(f"{name} changes nothing in {', '.join(idle)}: that strength does nothing.", stacklevel=4)

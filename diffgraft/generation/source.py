@@ -21,6 +21,12 @@ class Source:
     mask: Image.Image | None = None
     """As large as the picture: white where it is drawn anew, black where it stays"""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.denoise <= 1:
+            raise DiffgraftError(
+                f"denoise={self.denoise} cannot be drawn with: it is above 0 and at most 1. Take 0.5 to 0.8."
+            )
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -89,8 +95,6 @@ def own_shape(pipe: Any, image: Image.Image) -> tuple[int, int]:
 
 def steps_from(source: Source, steps: int) -> int:
     """How many of the steps are left from where a source is taken back to."""
-    if not 0 < source.denoise <= 1:
-        raise DiffgraftError(f"denoise={source.denoise} will not do: it is above 0 and at most 1. Take 0.5 to 0.8.")
     if int(steps * source.denoise) < 1:
         raise DiffgraftError(f"denoise={source.denoise} leaves none of {steps} steps. Raise one of them.")
     return min(steps, int(steps * source.denoise))

@@ -87,7 +87,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["train", "subject", "--changed"], "add --resume"),
         (["generate", "x", "--size", "60x64"], "Take 64x64"),
         (["generate", "x", "--quantize", "nf8"], "did you mean 'nf4'"),
-        (["generate", "x", "--mask", "m.png"], "add --image FILE"),
+        (["generate", "x", "--mask", "m.png"], "there is none: give an image as well"),
         (["generate", "x", "--image", "/none.png"], "There is no picture /none.png"),
         (["generate", "x", "-a", "/none.safetensors:text=0.5"], "/none.safetensors"),
         (["generate", "x", "--size", "²x64"], "write WIDTHxHEIGHT"),

@@ -132,7 +132,6 @@ def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (Source(Image.new("RGB", (64, 64)), 0.0), "above 0 and at most 1"),
         (Source(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
         (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
         (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),

@@ -1,0 +1,254 @@
+"""The commands as functions, for scripts and notebooks: what `diffgraft plan`, `convert`, `combine` and others do."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.lowrank import Size
+from diffgraft.devices import device_of, dtype_of
+from diffgraft.errors import DiffgraftError, in_a_sentence
+
+if TYPE_CHECKING:
+    from diffgraft.adapters.ops.convert import Converted
+    from diffgraft.adapters.ops.inspect import Report
+    from diffgraft.bases import Base
+    from diffgraft.bases.weights import Weights
+    from diffgraft.trainers.plan import Plan
+
+File = str | PathLike[str] | Adapter
+"""A file, a run, or an adapter in memory"""
+
+
+@in_a_sentence
+def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
+    """What `train` would do with the same arguments, found out without doing it; printed, it reads as `diffgraft plan`.
+
+    Raises:
+        DiffgraftError: what `train` would refuse before it starts.
+    """
+    from diffgraft.trainers.plan import planned
+
+    return planned(recipe, settings)
+
+
+@in_a_sentence
+def convert(
+    source: str | PathLike[str],
+    path: str | Path,
+    format: str = "auto",  # noqa: A002  (the public face says `format`)
+    *,
+    only: str = "",
+    precision: str = "",
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | None = None,
+    device: str = "cpu",
+) -> "Converted":
+    """Write an adapter file in another format.
+
+    Args:
+        source: a file in any format, a run, or a folder of peft's.
+        path: of the new file.
+        format: a name of `diffgraft.adapters.formats.WRITTEN`, or ``auto``.
+        only: ``weights``, ``words``, or one word of the file.
+        precision: ``float16``, ``bfloat16`` or ``float32``; empty: as it is.
+        rank: of LoRAs that come near, where the format cannot hold the adapter.
+        energy: the share of each module's squared norm that those keep, in the place of a rank.
+        base: what the adapter is for, where its weights matter.
+        device: where it is computed.
+
+    Raises:
+        DiffgraftError: the format cannot hold the adapter, or something is at `path` already.
+    """
+    from diffgraft.adapters.ops.convert import convert as change
+
+    with _weights(base) as weights:
+        return change(
+            _path(source), path, format, _size(rank, energy), weights, str(device_of(device)), only, precision
+        )
+
+
+@in_a_sentence
+def combine(
+    adapters: Mapping[Any, Any],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    algorithm: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
+    base: str | None = None,
+    device: str = "cpu",
+) -> Adapter:
+    """One adapter of LoRAs that does what several do together.
+
+    Args:
+        adapters: file, run or `Adapter` → strength, or strengths by part or block.
+        rank: of the result; None: as large as it takes.
+        energy: the share of each module's squared norm that is kept, in the place of a rank.
+        algorithm: ``sum``, ``ties`` or ``dare``.
+        density: with ``ties`` and ``dare``, the share of entries that stays.
+        seed: with ``dare``, of the choice of entries.
+        base: what they are for, where its weights matter.
+        device: where it is computed.
+
+    Raises:
+        DiffgraftError: they do not go together, or something is no adapter.
+    """
+    from diffgraft.adapters.ops.combine import combine as together
+
+    given = [(_name(file), _loaded(file), strength) for file, strength in adapters.items()]
+    with _weights(base) as weights:
+        size = _size(rank, energy)
+        return together(given, size, algorithm, density, seed, weights, str(device_of(device))).adapter
+
+
+@in_a_sentence
+def resize(
+    adapter: File,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    base: str | None = None,
+    device: str = "cpu",
+) -> Adapter:
+    """An adapter of any method as LoRAs of a rank, or of as many ranks as keep a share of each squared norm.
+
+    Raises:
+        DiffgraftError: neither is given, or it needs a base.
+    """
+    from diffgraft.adapters.ops.resize import resize as smaller
+
+    with _weights(base) as weights:
+        return smaller(_loaded(adapter), _needed(rank, energy), weights, str(device_of(device))).adapter
+
+
+@in_a_sentence
+def extract(
+    tuned: str,
+    base: str,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    method: str = "locon",
+    device: str = "cpu",
+) -> Adapter:
+    """The difference of two checkpoints as an adapter: `tuned` is what was made of `base`, either in either layout.
+
+    Args:
+        tuned: a diffusers folder or a ``.safetensors`` checkpoint.
+        base: what it was trained from.
+        rank: of each module.
+        energy: the share of each module's squared norm that is kept, in the place of a rank.
+        method: ``lora``, ``locon`` or ``loha``.
+        device: where it is computed.
+
+    Raises:
+        DiffgraftError: they are of different kinds, or neither rank nor energy is given.
+    """
+    from diffgraft.adapters.ops.extract import extract as difference
+    from diffgraft.adapters.ops.extract import stated
+
+    with _weights(tuned) as of_tuned, _weights(base) as of_base:
+        assert of_tuned is not None
+        assert of_base is not None
+        size = _needed(rank, energy)
+        said = stated(tuned, base)
+        return difference(of_tuned, of_base, size, method, said, str(device_of(device))).adapter
+
+
+@in_a_sentence
+def merge(
+    adapters: Any,
+    output: str | Path,
+    *,
+    base: "str | Path | Base" = "tiny",
+    precision: str = "",
+    device: str = "cpu",
+) -> Path:
+    """Write a checkpoint: `base` with adapters merged into its weights.
+
+    Args:
+        adapters: a file, a run or an `Adapter`, or several with their strengths, as `graft` takes them.
+        output: a name that ends in ``.safetensors`` for one file, any other for a diffusers folder.
+        base: what `load_base` takes, or a base, which stays as it is.
+        precision: of the checkpoint: ``float32``, ``float16`` or ``bfloat16``; empty: that of the base's files.
+        device: where it is computed.
+
+    Raises:
+        DiffgraftError: something is there already, or an adapter holds what no weight can.
+    """
+    from diffgraft.bases import Base, load_base
+    from diffgraft.generation.bake import bake
+
+    place = device_of(device)
+    held = base if isinstance(base, Base) else load_base(base, dtype_of(precision, place) if precision else None)
+    given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
+    return bake(held if isinstance(base, Base) else held.to(place), given, output)
+
+
+@in_a_sentence
+def inspect(adapter: File, device: str = "cpu") -> "Report":
+    """What an adapter holds: method, base, words, and rank, norm and effective rank of every module.
+
+    Raises:
+        DiffgraftError: it is no adapter.
+    """
+    from diffgraft.adapters.ops.inspect import inspect as look
+
+    return look(_loaded(adapter), str(device_of(device)))
+
+
+@in_a_sentence
+def grid(pictures: Mapping[str, Sequence[Image.Image]] | Sequence[Image.Image]) -> Image.Image:
+    """One picture of many: rows under their labels, or a single row without one.
+
+    Raises:
+        DiffgraftError: there is none.
+    """
+    from diffgraft.generation.plots import grid as sheet
+
+    rows = pictures if isinstance(pictures, Mapping) else {"": pictures}
+    if not any(rows.values()):
+        raise DiffgraftError("There are no pictures to lay out.")
+    return sheet(rows)
+
+
+def _path(file: Any) -> Path:
+    try:
+        return Path(file)
+    except TypeError as error:
+        raise DiffgraftError(f"{file!r} is no path of a file.") from error
+
+
+def _loaded(file: Any) -> Adapter:
+    return file if isinstance(file, Adapter) else load_adapter(file)
+
+
+def _name(file: Any) -> str:
+    return f"The {file.method} adapter" if isinstance(file, Adapter) else str(_path(file))
+
+
+def _size(rank: int | None, energy: float | None) -> Size | None:
+    return Size(rank, energy) if rank is not None or energy is not None else None
+
+
+def _needed(rank: int | None, energy: float | None) -> Size:
+    size = _size(rank, energy)
+    if size is None:
+        raise DiffgraftError("Say how large it may be: rank=8, or energy=0.95.")
+    return size
+
+
+def _weights(base: str | None) -> "AbstractContextManager[Weights | None]":
+    if base is None:
+        return nullcontext()
+    from diffgraft.bases.weights import open_weights
+
+    return open_weights(base)

@@ -1,0 +1,126 @@
+"""Pictures in one call: a base, adapters over it, and prompts; the command `generate` and its counterpart in Python."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.bases import Base, load_base
+from diffgraft.data.pictures import read_picture
+from diffgraft.devices import device_of, dtype_of
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
+from diffgraft.generation.generate import Settings
+from diffgraft.generation.generate import generate as draw
+from diffgraft.generation.graft import Grafts, graft
+from diffgraft.generation.prompts import cut_prompt, unread_syntax
+from diffgraft.generation.source import Source
+
+OFFLOADS = ("none", "model")
+Picture = str | Path | Image.Image
+
+
+@in_a_sentence
+def generate(
+    prompt: str | Sequence[str],
+    adapters: Grafts | str | PathLike[str] | Adapter | None = None,
+    *,
+    base: str | Path | Base = "tiny",
+    count: int = 1,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    negative: str = "",
+    scheduler: str | None = None,
+    image: Picture | None = None,
+    denoise: float | None = None,
+    mask: Picture | None = None,
+    precision: str = "",
+    device: str = "",
+    offload: str = "none",
+    tiling: bool = False,
+    prediction_type: str | None = None,
+    zero_snr: bool | None = None,
+    quantize: str = "none",
+    keep: Callable[[int, Image.Image], None] | None = None,
+) -> list[Image.Image]:
+    """Draw `count` pictures of each prompt, with adapters or without; those of the first prompt come first.
+
+    Args:
+        prompt: what they should show, or several.
+        adapters: a file, a run or an `Adapter`, or several with their strengths, as `graft` takes them.
+        base: what `load_base` takes, or a base, which stays where and as it is.
+        count: how many.
+        seed: of the first picture of each prompt; the next ones count up.
+        size: (width, height) in pixels; the base's own where it is None.
+        steps: of denoising.
+        guidance: scale of classifier-free guidance; 1 is none.
+        negative: what they should not show.
+        scheduler: a name of `diffgraft.generation.generate.SCHEDULERS`.
+        image: a picture to start from; its path or the picture.
+        denoise: with `image`, how far it is taken back to noise, above 0 and at most 1; 0.7 where it is None.
+        mask: with `image`, a picture as large: white where it is drawn anew.
+        precision: ``float32``, ``float16`` or ``bfloat16``; half precision on a GPU and float32 on a processor where
+            it is empty.
+        device: ``cuda``, ``mps``, ``cpu`` and so on; the accelerator, where there is one, if it is empty.
+        offload: ``model`` keeps on the GPU only the part that computes: less memory, a little more time.
+        tiling: decode pictures in tiles: less memory for large ones.
+        prediction_type: as in `load_base`.
+        zero_snr: as in `load_base`.
+        quantize: as in `load_base`.
+        keep: called with the place of each picture and the picture as soon as it is drawn.
+
+    Raises:
+        DiffgraftError: something of it cannot be; what can be told from the arguments is, before a base is loaded.
+    """
+    settings = Settings(size, steps, guidance, negative, scheduler, tiling=tiling)
+    source = _source(image, denoise, mask)
+    if count < 1:
+        raise DiffgraftError(f"count={count}: at least one picture can be drawn.")
+    if offload not in OFFLOADS:
+        raise DiffgraftError(f"There is no offload={offload!r}: {nearest(offload, OFFLOADS)}")
+    for file in adapters if isinstance(adapters, Mapping) else [adapters]:
+        if isinstance(file, str | PathLike) and not Path(file).expanduser().exists():
+            load_adapter(file)  # which says so
+    if isinstance(base, Base):
+        held = base
+    else:
+        place = device_of(device)
+        if offload != "none" and place.type == "cpu":
+            raise DiffgraftError("offload=model moves parts to a GPU and back, and no GPU is used here: leave it out.")
+        more: dict[str, Any] = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
+        held = load_base(base, dtype_of(precision, place), **more)
+        if offload == "none":
+            held.to(place)
+    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
+    seeds = [seed + place % count for place in range(len(prompts))]
+    for sentence in unread_syntax([*prompts[::count], negative]):
+        warnings.warn(sentence, stacklevel=3)
+    with graft(held, adapters):
+        pipe = held.pipeline()
+        for sentence in cut_prompt(pipe.tokenizer, prompts[::count]):
+            warnings.warn(sentence, stacklevel=3)
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=place)
+        try:
+            return draw(pipe, prompts, settings, seeds, keep=keep, source=source)
+        finally:
+            pipe.remove_all_hooks()
+
+
+def _source(image: Picture | None, denoise: float | None, mask: Picture | None) -> Source | None:
+    if image is None:
+        for name, value in (("denoise", denoise), ("mask", mask)):
+            if value is not None:
+                raise DiffgraftError(
+                    f"{name} is for a picture to start from, and there is none: give an image as well."
+                )
+        return None
+    picture = image if isinstance(image, Image.Image) else read_picture(image)
+    where = mask if mask is None or isinstance(mask, Image.Image) else read_picture(mask, "black")
+    return Source(picture, 0.7 if denoise is None else denoise, where)

@@ -1,0 +1,178 @@
+"""The Python face: what the commands do, as functions; and how their results look in a console."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import diffgraft as dg
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.lora import low_rank
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.folder import Run
+from tests.conftest import SHORT
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in dg.__all__:
+        assert getattr(dg, name).__doc__, name
+    assert {"plan", "generate", "convert", "combine", "merge", "inspect", "resize", "extract", "grid"} <= set(
+        dg.__all__
+    )
+
+
+def test_a_run_is_given_where_a_file_is(base: Base, short_run: Run) -> None:
+    assert os.fspath(short_run) == str(short_run.adapter_file)
+    assert dg.load_adapter(short_run).modules == short_run.adapter.modules
+    bare = dg.generate("a sks dog", base=base, steps=2, seed=5)[0]
+    drawn = [
+        dg.generate("a sks dog", given, base=base, steps=2, seed=5)[0]
+        for given in (short_run, short_run.adapter_file, {short_run: 1.0}, short_run.adapter)
+    ]
+    assert all(np.array_equal(pixels(drawn[0]), pixels(one)) for one in drawn)
+    assert np.abs(pixels(bare) - pixels(drawn[0])).max() > 0
+    with dg.graft(base.pipeline(), short_run):
+        pass
+
+
+def test_several_prompts_have_the_same_seeds_each(base: Base) -> None:
+    four = dg.generate(["a dog", "a cat"], base=base, count=2, seed=7, steps=2)
+    assert len(four) == 4
+    assert np.abs(pixels(four[3]) - pixels(dg.generate("a cat", base=base, seed=8, steps=2)[0])).max() <= 2
+    sheet = dg.grid({"dogs": four[:2], "cats": four[2:]})
+    assert sheet.width > 2 * four[0].width
+    assert dg.grid(four).height < sheet.height
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"guidance": -3.0}, r"guidance=-3.0 cannot be drawn with: it is 1 \(none\) to 100"),
+        ({"guidance": float("inf")}, "guidance=inf cannot be drawn with"),
+        ({"steps": 0}, "steps=0 cannot be drawn"),
+        ({"scheduler": "eulr"}, "did you mean 'euler'"),
+        ({"size": (64, 10**6)}, "sides are 8 to 8192 pixels"),
+        ({"denoise": 0.5}, "denoise is for a picture to start from, and there is none"),
+        ({"image": Image.new("RGB", (64, 48)), "denoise": 1.5}, "denoise=1.5 cannot be drawn with"),
+        ({"count": 0}, "count=0"),
+        ({"device": "cuda:77"}, "The device 'cuda:77' cannot be used; there is cpu"),
+        ({"device": "nonsense"}, "The device 'nonsense' cannot be used"),
+        ({"device": "cpu", "offload": "model"}, "no GPU is used here: leave it out"),
+        ({"offload": "all"}, "There is no offload='all'"),
+        ({"precision": "fp16"}, "did you mean 'float16'"),
+        ({"adapters": "none.safetensors"}, "there is no file none.safetensors"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_a_base_is_loaded(settings: dict[str, Any], answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        dg.generate("a dog", base="no/such/base.safetensors", **settings)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("a dog <lora:ink:0.8>", r"<lora:ink:0.8> in a prompt means nothing here"),
+        ("a (red:1.4) dog", r"\(red:1.4\) in a prompt means nothing here"),
+        ("a [red:blue:0.5] dog", "prompts that change from step to step are not read"),
+        ("a {red|blue} dog", "one of several words is not chosen"),
+        ("a dog BREAK snow", "prompts are not divided there"),
+        ("a __colour__ dog", "wildcards are not filled in"),
+        ("a dog, " * 40, "The prompt is too long for this base, which never sees"),
+    ],
+)
+def test_prompts_of_other_programs_are_warned_of(base: Base, prompt: str, answer: str) -> None:
+    with pytest.warns(UserWarning, match=answer):
+        dg.generate(prompt, base=base, steps=1)
+
+
+def test_plain_prompts_are_not_warned_of(base: Base) -> None:
+    dg.generate("a dog (sitting) on a [wooden] chair, 1:2 scale, <sks>", base=base, steps=1)
+
+
+def test_precision_device_and_tiles(base: Base) -> None:
+    half = dg.generate("a dog", precision="bfloat16", device="cpu", tiling=True, steps=2, size=(96, 64))[0]
+    assert half.size == (96, 64)
+    whole = dg.generate("a dog", base=base, steps=2, size=(96, 64))[0]
+    assert 0 < np.abs(pixels(half) - pixels(whole)).mean() < 30
+
+
+def test_files_go_through_every_command(base: Base, short_run: Run, tmp_path: Path) -> None:
+    done = dg.convert(short_run, tmp_path / "half.safetensors", "diffusers", precision="float16")
+    assert done.path.exists()
+    assert next(iter(load_file(done.path).values())).dtype == torch.float16
+    both = dg.combine({short_run: 0.5, done.path: 0.5}, rank=4)
+    assert set(both.modules) == set(short_run.adapter.modules)
+    small = dg.resize(short_run, 2)
+    assert max(delta.leaves["lora_down"].shape[0] for (delta,) in small.deltas.values()) == 2
+    report = dg.inspect(short_run)
+    assert report.method == "lora"
+    assert "ranks" in str(report)
+    folder = dg.merge({short_run: 0.7}, tmp_path / "merged", base=base)
+    found = dg.extract(str(folder), "tiny", 4)
+    assert set(found.modules) == set(short_run.adapter.modules)
+    with pytest.raises(DiffgraftError, match="rank=8, or energy="):
+        dg.resize(short_run)
+    with pytest.raises(DiffgraftError, match="is there already"):
+        dg.merge(short_run, folder, base=base)
+
+
+def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "cache"))
+    files = sorted(pictures.glob("*.png"))[:3]
+    given = [files[0], str(files[1]), Image.open(files[2])]
+    plan = dg.plan("subject", images=given, subject="dog")
+    assert "pictures  3" in str(plan).replace("   ", "  ")
+    settings = {**SHORT, "steps": 2, "sample_prompts": "a dog"}
+    first = dg.train("subject", base=base, images=given, output=tmp_path / "a", **settings)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for place, file in enumerate(files):
+        Image.open(file).save(folder / f"{place}.png")
+    second = dg.train("subject", base=base, images=folder, output=tmp_path / "b", **settings)
+    assert first.metrics == second.metrics
+    for wrong, answer in (
+        ([], "empty list"),
+        ([5], "of type int, which is neither"),
+        (["no.png"], "no picture no.png"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            dg.train("subject", base=base, images=wrong, subject="dog")
+
+
+def test_results_are_short_in_a_console(short_run: Run) -> None:
+    for shown in (short_run, short_run.adapter, *short_run.adapter.deltas.values()):
+        assert len(repr(shown)) < 200
+    assert repr(short_run.adapter) == f"Adapter(lora: {len(short_run.adapter.modules)} modules)"
+    word = Adapter({}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 8)}})
+    assert repr(word) == "Adapter(unknown: word '<zorp>')"
+    assert repr(low_rank(torch.ones(2, 5), torch.ones(7, 2))) == "FactorDelta(lora: lora_down 2×5, lora_up 7×2)"
+
+
+@pytest.mark.parametrize("file", [5, None, object()])
+def test_what_is_no_path_is_said(file: Any) -> None:
+    with pytest.raises(DiffgraftError, match="is no path of an adapter file"):
+        dg.load_adapter(file)
+
+
+def test_the_system_s_refusals_are_said_in_a_sentence(short_run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(DiffgraftError, match=r"A file or folder cannot be used: .*file"):
+        dg.convert(short_run, tmp_path / "file" / "x.safetensors", "kohya")
+
+
+def test_importing_it_brings_nothing_large() -> None:
+    code = "import diffgraft, sys; dir(diffgraft); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
