@@ -10,10 +10,19 @@ T = TypeVar("T")
 
 _MANY = 20
 """So many names are too many for a sentence"""
+_LONGEST = 1200
+"""So many characters are too many for an error"""
 
 
 class DiffgraftError(Exception):
-    """Something a person can put right; its text says what was found, what was expected and what to do."""
+    """Something a person can put right; its text says what was found, what was expected and what to do.
+
+    Of a text that quotes more than a person reads, the beginning and the end are kept.
+    """
+
+    def __init__(self, text: str = "") -> None:
+        is_long = len(text) > _LONGEST
+        super().__init__(f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}" if is_long else text)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

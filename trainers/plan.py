@@ -19,6 +19,7 @@ from diffgraft.data.source import counted_folders, unreadable
 from diffgraft.data.wording import is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
+from diffgraft.terminal import printable
 from diffgraft.trainers.attach import attach, check_format
 from diffgraft.trainers.estimate import Cost, cost, speed
 from diffgraft.trainers.folder import recipe_with
@@ -53,10 +54,14 @@ class Plan:
     pitfalls: list[str]
     """What a person may not have meant"""
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """One for each fact and pitfall."""
         width = max(len(name) for name, _ in self.facts)
-        lines = [f"{name:{width}}  {said}" for name, said in self.facts]
-        return "\n".join([*lines, *(f"look at: {said}" for said in self.pitfalls)])
+        facts = [f"{name:{width}}  {said}" for name, said in self.facts]
+        return [printable(line) for line in (*facts, *(f"look at: {said}" for said in self.pitfalls))]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
 
 
 def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:

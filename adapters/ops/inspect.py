@@ -16,6 +16,7 @@ from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.formats.training_metadata import training_settings
 from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
 from diffgraft.bases.shapes import layer_shapes
+from diffgraft.terminal import printable
 
 HALF = 65504.0
 """The largest number of float16."""
@@ -65,7 +66,7 @@ class Report:
     """Modules with numbers that float16 cannot hold, or whose ΔW has such"""
 
     def __str__(self) -> str:
-        return "\n".join(summary(self))
+        return "\n".join(map(printable, summary(self)))
 
     def as_json(self) -> dict[str, Any]:
         """In JSON's types."""

@@ -1,11 +1,35 @@
 """What people type, taken apart: settings, adapters with strengths, sizes."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.terminal import printable
 
 _STRONGEST = 20
 """Beyond it any adapter gives noise, or black pictures"""
+
+
+def say(line: object) -> None:
+    """Show a line, whoever wrote what is in it."""
+    typer.echo(printable(line))
+
+
+def say_json(value: Any) -> None:
+    """Show a value as JSON; numbers that JSON does not have, infinite ones and NaN, are null."""
+    typer.echo(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_values(words: Sequence[str]) -> dict[str, str]:

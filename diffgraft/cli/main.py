@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffgraft.cli import files, preparing
+from diffgraft.cli.console import say
+from diffgraft.terminal import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +28,7 @@ def _say_version(wanted: bool) -> None:
     if wanted:
         from diffgraft import __version__
 
-        typer.echo(f"diffgraft {__version__}")
+        say(f"diffgraft {__version__}")
         raise typer.Exit
 
 
@@ -91,11 +93,11 @@ def train(
     if not PartialState().is_main_process:
         return
     if run.was_finished:
-        typer.echo(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
+        say(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
     else:
-        typer.echo(f"Trained {run.steps} steps.")
-    typer.echo(f"The adapter: {run.adapter_file}")
-    typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
+        say(f"Trained {run.steps} steps.")
+    say(f"The adapter: {run.adapter_file}")
+    say(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
 
 
 @app.command(context_settings=_SETTINGS)
@@ -110,7 +112,8 @@ def plan(
     from diffgraft.cli.console import key_values
     from diffgraft.trainers.plan import planned
 
-    typer.echo(planned(recipe, dict(key_values(settings or []))))
+    for line in planned(recipe, dict(key_values(settings or []))).lines():
+        say(line)
 
 
 @app.command()
@@ -179,7 +182,7 @@ def generate(
 
     def keep(place: int, image: "Image.Image") -> None:
         output.mkdir(parents=True, exist_ok=True)
-        typer.echo(save_image(image, unused(output / f"{slug}-{seed + place}.png")))
+        say(save_image(image, unused(output / f"{slug}-{seed + place}.png")))
 
     images = draw(
         prompt,
@@ -205,7 +208,7 @@ def generate(
         keep=keep,
     )
     if count > 1:
-        typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
+        say(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
 
 
 @app.command()
@@ -244,7 +247,7 @@ def merge(
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
     base = load_base(into, dtype, prediction_type=prediction_type, zero_snr=zero_snr)
-    typer.echo(bake(base.to(place), adapters, output))
+    say(bake(base.to(place), adapters, output))
 
 
 for step in preparing.COMMANDS:
@@ -262,23 +265,24 @@ def methods(
         from diffgraft.adapters.listing import summaries
 
         for known, summary in summaries().items():
-            typer.echo(f"{known:20} {summary}")
+            say(f"{known:20} {summary}")
         return
 
     from diffgraft.adapters.method import get_method
 
     method = get_method(name)
-    typer.echo(f"{method.name}: {method.summary}")
+    say(f"{method.name}: {method.summary}")
     options = method.read_options({})
     lacking = method.without_under(options)
     if "layers" not in lacking:
-        typer.echo(f"layers={method.layers_under(options)}")
+        say(f"layers={method.layers_under(options)}")
     for reason in dict.fromkeys(lacking.values()):
         keys = ", ".join(key for key, why in lacking.items() if why == reason)
-        typer.echo(f"without {keys}: {reason}")
+        say(f"without {keys}: {reason}")
     for key, field in method.options.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        typer.echo(f"options.{key}={'' if default is None else default}\n    {field.description}")
+        say(f"options.{key}={'' if default is None else default}")
+        say(f"    {' '.join((field.description or '').split())}")
 
 
 @app.command(rich_help_panel="What there is")
@@ -292,10 +296,11 @@ def recipes(
 
     if name:
         for key, value, meaning in explained(name):
-            typer.echo(f"{key}={value}\n    {meaning}")
+            say(f"{key}={value}")
+            say(f"    {meaning}")
         return
     for known, summary in recipe_names().items():
-        typer.echo(f"{known:16} {summary}")
+        say(f"{known:16} {summary}")
 
 
 @app.command()
@@ -308,7 +313,7 @@ def demo(
     from diffgraft.demo.demo import run_demo
 
     for line in run_demo(output):
-        typer.echo(line)
+        say(line)
 
 
 def main() -> None:
@@ -317,9 +322,11 @@ def main() -> None:
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
-    warnings.showwarning = lambda message, *_, **__: typer.secho(f"warning: {message}", fg="yellow", err=True)
+    warnings.showwarning = lambda message, *_, **__: typer.secho(
+        f"warning: {printable(message)}", fg="yellow", err=True
+    )
     try:
         in_a_sentence(app)()
     except DiffgraftError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        typer.secho(f"error: {printable(error)}", fg="red", err=True)
     sys.exit(1)

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 from diffgraft.cli.main import main
@@ -16,6 +17,9 @@ def run() -> NoReturn:
     taking the libraries' modules apart one by one, which takes a second.
     """
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # None: importing it fails
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a console of another encoding shows what it lacks written out
+            stream.reconfigure(errors="backslashreplace")
     status: object = 0
     try:
         main()
