@@ -11,12 +11,13 @@ from diffgraft.bases import Base
 from diffgraft.data.texts import Texts
 from diffgraft.generation.plots import grid, save_image
 from diffgraft.trainers.attach import attach
+from diffgraft.trainers.concepts import Read
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.header import header
 from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.loop import Loop, OnTheWay
-from diffgraft.trainers.materials import Materials, Read, gather
+from diffgraft.trainers.materials import Materials, gather
 from diffgraft.trainers.objectives import new_objective
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.record import by_step

@@ -84,7 +84,7 @@ def _explained(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[s
         inner, default = info.annotation, None if info.is_required() else info.get_default(call_default_factory=True)
         value = values.get(key, default)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            held = default.model_dump() if isinstance(default, BaseModel) else {}
+            held = dict(default) if isinstance(default, BaseModel) else {}
             own = {**held, **(value if isinstance(value, Mapping) else {})}
             found += [(f"{key}.{name}", said, meaning) for name, said, meaning in _explained(inner, own)]
         else:
@@ -161,8 +161,8 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
         inner = model.model_fields[level].annotation if level in model.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             raise DiffgraftError(_unknown(key, kind))
-        if not isinstance(values.get(level), dict):
-            values[level] = {}
+        if not isinstance(held := values.get(level), dict):
+            values[level] = {"use": held} if isinstance(held, bool) else {}
         values, model = values[level], inner
     if last not in model.model_fields:
         raise DiffgraftError(_unknown(key, kind))

@@ -80,11 +80,15 @@ def _pictures(account: Account, data: Data) -> None:
 def _words(account: Account, data: Data, kind: str) -> None:
     """Captions, the prompts of pictures without, and the word that calls what is learnt."""
     extension = "caption_extention" if account.text("caption_extention") else "caption_extension"
-    if account.text(extension).lstrip(".") != "txt":
-        account.recipe["captions"] = False
+    suffix = account.text(extension).lstrip(".")
+    if suffix == "caption":
+        account.lose(extension, ".caption files are read here, and .txt files before them: remove those not meant.")
+    elif suffix != "txt":
+        account.recipe["captions.use"] = False
         account.lose(
             extension,
-            "captions are read from .txt files alone, so captions=false is written: rename the files and leave it out.",
+            "captions are read from .txt and .caption files, so captions.use=false is written: rename the files and "
+            "leave it out.",
         )
     changed = account.flag("shuffle_caption") or bool(account.number("caption_tag_dropout_rate"))
     if changed and account.has("keep_tokens"):
@@ -130,7 +134,7 @@ def _word(account: Account, data: Data) -> None:
     account.recipe["templates"] = template
     if template != "none":
         account.take("templates", template, f"use_{template}_template", remark="in the place of captions")
-        account.recipe["captions"] = False
+        account.recipe["captions.use"] = False
     elif len(data.instance) == 1 and (says := data.instance[0].says):
         account.recipe["prompt"] = says.replace(word, "{trigger}")
     for key in ("caption_prefix", "caption_suffix"):
