@@ -1,5 +1,6 @@
 """One adapter is learnt: attached, trained, detached and saved."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.loop import Loop, OnTheWay
 from diffgraft.trainers.materials import Materials, gather
 from diffgraft.trainers.objectives import new_objective
+from diffgraft.trainers.prediction_check import odd_prediction
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.record import by_step
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
@@ -40,6 +42,8 @@ def learn(
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         materials = gather(plan, base, read)
     lead = accelerator.is_main_process
+    if lead and (said := odd_prediction(base, materials.learnt)):
+        warnings.warn(said, stacklevel=3)
     with spare_unet(plan, base), _ready(plan, base, materials, start) as (live, denoiser, away):
 
         def learnt() -> Adapter:

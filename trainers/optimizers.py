@@ -174,6 +174,12 @@ def _resting(optimizer: Any, average: Average | None) -> Iterator[None]:
                 value.copy_(kept)
 
 
+def found_rate(optimizer: Any) -> float | None:
+    """The rate at which the last step was made, where the optimiser finds a factor on it by itself: Prodigy's d."""
+    group = optimizer.param_groups[0]
+    return float(group["d"]) * float(group["lr"]) if "d" in group else None
+
+
 def _has_modes(optimizer: Any) -> bool:
     return "train_mode" in optimizer.param_groups[0]
 

@@ -19,7 +19,7 @@ from diffgraft.trainers.attach import attach
 from diffgraft.trainers.checks import check_attached, check_base, check_pictures, check_settings
 from diffgraft.trainers.concepts import Read, read_concepts
 from diffgraft.trainers.estimate import Cost, cost, speed
-from diffgraft.trainers.folder import recipe_with
+from diffgraft.trainers.folder import check_output, recipe_with
 from diffgraft.trainers.materials import Item, collect, prior_of, side_of, split, step_of
 from diffgraft.trainers.pitfalls import conflicts, likenesses, looked_at, squares, triggers
 from diffgraft.trainers.processes import new_accelerator
@@ -181,5 +181,6 @@ def _time(seconds: float) -> str:
 def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them."""
     plan = recipe_with(recipe, settings)
+    check_output(plan)
     check_trackers(plan)  # accelerate says less of those that are not there
     return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])

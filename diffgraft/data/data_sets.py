@@ -1,5 +1,7 @@
 """Pictures of data sets that the library `datasets` reads: saved to a folder, or on the hub."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,15 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
     Raises:
         DiffgraftError: there is no such data set, or it has no column of images.
     """
-    from datasets import Dataset, DatasetDict, DownloadConfig, load_dataset, load_from_disk
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
     from datasets import Image as ImageFeature
 
     try:
         if isinstance(where, Path):
             found = load_from_disk(str(where))
         else:
-            reachable = _is_on_hub(where)
-            found = load_dataset(where, download_config=DownloadConfig(local_files_only=not reachable, max_retries=1))
+            with nullcontext() if _is_on_hub(where) else _offline():
+                found = load_dataset(where)
     except Exception as error:  # the hub's client and the library raise what they will
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise DiffgraftError(
@@ -51,6 +53,20 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
     said = found[column] if column else [None] * len(found)
     captions = [as_captions(value, f"The data set {where}, row {n}, column {column}") for n, value in enumerate(said)]
     return [Picture(f"row {n}", reader(n), captions[n]) for n in range(len(found))]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Within the block data sets are looked for among those that were brought earlier alone."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _is_on_hub(name: str) -> bool:

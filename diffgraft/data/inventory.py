@@ -14,7 +14,7 @@ from diffgraft.errors import DiffgraftError
 
 FolderLayout = Literal["auto", "flat", "kohya"]
 """How a folder is read: by what it holds, as pictures that lie in it, or as numbered folders of them (`10_sks dog`)"""
-_COUNTED = re.compile(r"(\d+)_(.+)")
+NUMBERED = re.compile(r"(\d+)_(.+)")
 """kohya's folders: how often the pictures come in a round, and what they show"""
 _UNREADABLE = (
     *(".heic", ".heif", ".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
@@ -65,7 +65,7 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
     """
     folder = Path(folder).expanduser()
     for root in (folder, folder / "img") if layout != "flat" else ():
-        found = [(one, match) for one in _folders(root) if (match := _COUNTED.fullmatch(one.name))]
+        found = [(one, match) for one in _folders(root) if (match := NUMBERED.fullmatch(one.name))]
         counted = [Counted(one, int(match[1]), match[2].strip()) for one, match in found if int(match[1])]
         inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
         if not any(inside.values()):

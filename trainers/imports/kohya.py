@@ -10,7 +10,7 @@ from diffgraft.trainers.imports.kohya_data import Data, from_arguments, from_dat
 from diffgraft.trainers.imports.kohya_keys import NOTHING, PLAIN
 from diffgraft.trainers.imports.kohya_network import NETWORK, take_network
 from diffgraft.trainers.imports.kohya_training import take_training
-from diffgraft.trainers.imports.reading import beside, read_config
+from diffgraft.trainers.imports.reading import beside, read_config, read_text
 
 
 def convert(account: Account, config: Path, data_config: Path | None) -> None:
@@ -263,7 +263,7 @@ def _samples(account: Account, config: Path) -> None:
     if (file is None and is_named) or (file is not None and file.suffix.lower() != ".txt"):
         account.lose("sample_prompts", "it is no .txt file that can be read from here: list them under sample_prompts.")
         return
-    text = file.read_text("utf-8-sig", errors="replace") if file is not None else named
+    text = read_text(file) if file is not None else named
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     prompts = [line.split(" --")[0].strip() for line in lines]
     if prompts:
