@@ -97,6 +97,14 @@ class Noising:
         target = self._scheduler.get_velocity(latents, noise, times) if self.predicts == "v_prediction" else noise
         return noisy, target
 
+    def kept(self, time: int) -> float:
+        """ᾱ at a timestep: the share of a latent's variance that is the picture's."""
+        return float(self._scheduler.alphas_cumprod[time])
+
+    def time_of(self, kept: float) -> int:
+        """The timestep at which ᾱ is nearest to `kept`."""
+        return int((self._scheduler.alphas_cumprod - kept).abs().argmin())
+
     def at_places(self, latents: Tensor, seed: int, places: Sequence[int], kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy latents and targets [n, c, h, w] and timesteps [n] for `latents` [n, c, h, w] at these n places."""
         shape, device = latents.shape[1:], latents.device

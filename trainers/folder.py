@@ -11,10 +11,12 @@ from safetensors import safe_open
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.header import told
+from diffgraft.data.inventory import NUMBERED
 from diffgraft.errors import DiffgraftError
+from diffgraft.files import PARTIAL
 from diffgraft.trainers.materials import local
 from diffgraft.trainers.recipe import Recipe
-from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.recipe_files import is_saved, load_recipe
 from diffgraft.trainers.record import by_step, read_record
 from diffgraft.trainers.settings import Concept, Validation
 
@@ -75,15 +77,24 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     return plan
 
 
-def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
-    """Recipe and folder of a run that begins; nothing is written yet.
+def check_output(recipe: Recipe) -> None:
+    """Refuse a folder for a new run in which a person's own files lie, or pictures that are learnt from.
 
     Raises:
-        DiffgraftError: as `recipe_with`, and where there is a run in the folder already.
+        DiffgraftError: the recipe's `output` is such a folder, or there is a run in it already.
     """
-    plan = recipe_with(recipe, settings)
-    folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    if (folder / "adapter.safetensors").exists():
+    if not recipe.output:
+        return
+    folder = Path(recipe.output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise DiffgraftError(f"output={folder} is a file: give the name of a folder that is not there yet.")
+    read = [Path(one).expanduser() for one in folders_read(recipe)]
+    if any(one.is_dir() and _same(one, folder) for one in read):
+        raise DiffgraftError(
+            f"output={folder} is a folder of pictures that are read, and the next run would learn from what this one "
+            "draws: choose another output=…"
+        )
+    if (folder / "adapter.safetensors").exists() and (folder / "recipe.yaml").exists():
         raise DiffgraftError(
             f"{folder} already holds a finished run. Choose another output=…, or remove it to train again."
         )
@@ -92,6 +103,48 @@ def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]
         raise DiffgraftError(
             f"{folder} holds an unfinished run. Go on with it: --resume {folder}, or choose another output=…"
         )
+    if own := _files_of_others(folder):
+        more = f" and {len(own) - 1} more" if len(own) > 1 else ""
+        raise DiffgraftError(
+            f"output={folder} holds files that are of no run ({own[0]}{more}), and a run might replace them: choose "
+            "another output=…, a folder that is empty or not there yet."
+        )
+
+
+def folders_read(recipe: Recipe) -> list[str]:
+    """All folders with pictures that a recipe names, numbered ones in kohya's layout as well."""
+    parts = recipe.parts()
+    priors = [prior for part in (recipe, *parts) if (prior := getattr(part, "prior", None)) is not None]
+    said = [recipe.images, *(part.images for part in parts), recipe.validation.images, *(one.folder for one in priors)]
+    named = [Path(one).expanduser() for one in dict.fromkeys(said) if one]
+    inside = [path for one in named if one.is_dir() for path in (*one.iterdir(), *(one / "img").glob("*"))]
+    return [*map(str, named), *(str(path) for path in inside if NUMBERED.fullmatch(path.name))]
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
+def _files_of_others(folder: Path) -> list[str]:
+    """What lies in a folder, but for what a run leaves that was refused or killed before its first step."""
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    is_ours = (folder / "recipe.yaml").is_file() and is_saved(folder / "recipe.yaml")
+    ours = {".lock", *(("recipe.yaml", "logs", "samples", "adapters") if is_ours else ())}
+    has_begun = is_ours or ".lock" in names
+    return [name for name in names if name not in ours and not (has_begun and name.startswith(PARTIAL))]
+
+
+def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
+    """Recipe and folder of a run that begins; nothing is written yet.
+
+    Raises:
+        DiffgraftError: as `recipe_with` and `check_output`.
+    """
+    plan = recipe_with(recipe, settings)
+    check_output(plan)
+    folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     return _placed(plan, folder), folder
 
 

@@ -1,5 +1,6 @@
 """One adapter is learnt: attached, trained, detached and saved."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,15 @@ from diffgraft.bases import Base
 from diffgraft.data.texts import Texts
 from diffgraft.generation.plots import grid, save_image
 from diffgraft.trainers.attach import attach
+from diffgraft.trainers.concepts import Read
 from diffgraft.trainers.denoising import Denoiser
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.header import header
 from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.loop import Loop, OnTheWay
-from diffgraft.trainers.materials import Materials, Read, gather
+from diffgraft.trainers.materials import Materials, gather
 from diffgraft.trainers.objectives import new_objective
+from diffgraft.trainers.prediction_check import odd_prediction
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.record import by_step
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
@@ -40,6 +43,8 @@ def learn(
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         materials = gather(plan, base, read)
     lead = accelerator.is_main_process
+    if lead and (said := odd_prediction(base, materials.learnt)):
+        warnings.warn(said, stacklevel=3)
     with spare_unet(plan, base), _ready(plan, base, materials, start) as (live, denoiser, away):
 
         def learnt() -> Adapter:

@@ -19,7 +19,7 @@ from diffgraft.trainers.gradients import Objective, accumulate, shown_in
 from diffgraft.trainers.health import Health, broken, diverged
 from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.interrupts import undisturbed
-from diffgraft.trainers.optimizers import at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.optimizers import at_rest, found_rate, new_optimizer, rate, settle
 from diffgraft.trainers.pace import Pace, PacedBar
 from diffgraft.trainers.processes import check_together
 from diffgraft.trainers.rates import factors, stop_text
@@ -182,7 +182,8 @@ class Loop:
             if self.average is not None:
                 self.average.step()
             self.optimizer.zero_grad()
-            self._note({"step": step + 1, "lr": rate(self.recipe, step), **terms})
+            found = {} if (own := found_rate(self.optimizer)) is None else {"effective_lr": own}
+            self._note({"step": step + 1, "lr": rate(self.recipe, step), **found, **terms})
             self.done, self.is_stepping = step + 1, False
         return terms["loss"]
 

@@ -2,36 +2,34 @@
 
 import hashlib
 import math
-import re
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
-from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base
-from diffgraft.bases.sd1 import lost_words
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import Frame, frames, mirrored
 from diffgraft.data.latents import encode_kept
-from diffgraft.data.pictures import Picture
-from diffgraft.data.source import counted_folders, read_source
+from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.data.wording import Wording, is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
+from diffgraft.trainers.concepts import Read, read_part
 from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Example, Examples, generator
-from diffgraft.trainers.recipe import Recipe, StyleRecipe
+from diffgraft.trainers.holdout import read_held_out, rows_held_out
+from diffgraft.trainers.prompts import captions_of, check_prompts, wording_of
+from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import meaningless
 from diffgraft.trainers.settings import Prior
-from diffgraft.trainers.templates import TEMPLATES
 from diffgraft.trainers.validation import HeldOut, held_out
 
-_NAMED = 3
-"""So many pictures are named where more of them have the same fault"""
+_BLACK = 4
+"""Of 255; less than that is black that was compressed"""
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,6 @@ class Item:
     class_wording: Wording
     """The same of its class"""
     frames: list[Frame]
-
-
-Read = list[tuple[Recipe, list[Picture]]]
-"""The recipe of each concept, and its pictures"""
 
 
 @dataclass(frozen=True)
@@ -75,47 +69,8 @@ def gather(plan: Recipe, base: Base, read: Read) -> Materials:
     prior = class_examples(plan, base, learnt)
     aside = examples_of(plan, base, held, "encoding held-out pictures") if held else None
     trial = held_out(Noising(base), aside.encoded, aside.examples, plan.validation.pairs) if aside else None
-    by_prediction = [prior_of(part) for part, _ in read]
-    weights = {one.weight for one in by_prediction if one is not None and one.by == "prediction"}
-    if weights and (prior is not None or len(weights) > 1):
-        raise DiffgraftError(
-            "Prior preservation is by prediction for some concepts and otherwise for others: give all of them the same "
-            "prior.by and, by prediction, the same prior.weight."
-        )
     digest = data_digest(ours, prior)
-    return Materials(ours, prior, max(weights, default=0.0), trial, all_prompts(plan, ours, prior, aside), digest)
-
-
-def parts_of(plan: Recipe) -> list[Recipe]:
-    """The recipe of each concept: of those it names, or of each folder of kohya's layout, where it is laid out so."""
-    found: list[Recipe] = []
-    for part in plan.parts():
-        counted = counted_folders(part.images)
-        own = [
-            part.model_copy(
-                update={"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.says}
-            )
-            for one in counted
-        ]
-        found += own or [part]
-    return found
-
-
-def read_pictures(plan: Recipe) -> Read:
-    """The pictures of each concept.
-
-    Raises:
-        DiffgraftError: a folder or data set is not there, or holds no pictures; or the method cannot teach so many
-            words.
-    """
-    parts = parts_of(plan)
-    others = sorted({part.trigger for part in parts} - {plan.trigger})
-    if others and get_method(plan.method).teaches_word:
-        raise DiffgraftError(
-            f"{plan.method} teaches one word, {plan.trigger!r}, and concepts are called {', '.join(others)}: give all "
-            "of them the recipe's trigger, or take method=lora."
-        )
-    return [(part, read_source(part.images, part.caption_column, thorough=False)) for part in parts]
+    return Materials(ours, prior, weight_by_prediction(read), trial, all_prompts(plan, ours, prior, aside), digest)
 
 
 def side_of(plan: Recipe, base: Base) -> int:
@@ -132,82 +87,57 @@ def collect(plan: Recipe, read: Read, tokenizer: Any, side: int, step: int) -> l
     items = []
     for part, pictures in read:
         for picture in pictures:
-            wording, of_class = _wording(part, picture)
-            own = frames(
-                picture.size, side, plan.buckets, step, plan.crops, plan.crop == "random", int(picture.content[:8], 16)
-            )
+            wording, of_class = wording_of(part, picture)
+            at_random = plan.crop == "random"
+            seed = int(picture.content[:8], 16) if at_random else 0
+            own = frames(picture.size, side, plan.buckets, step, plan.crops, at_random, seed)
             items.append(Item(part, picture, wording, of_class, mirrored(own) if plan.flip else own))
-    _check_lengths(plan, items, tokenizer)
-    lacking: dict[str, list[str]] = {}
-    for one in items:
-        if any(one.part.trigger not in text for text in one.wording.prompts()):
-            lacking.setdefault(one.part.trigger, []).append(one.picture.name)
-    for trigger, names in lacking.items():
-        what = f"The caption of {_named(names)} lacks the trigger {trigger!r}."
-        warnings.warn(f"{what} insert_trigger=true puts it in front.", stacklevel=4)
+    check_prompts(plan, [(one.part, one.picture, one.wording) for one in items], tokenizer)
+    if plan.masks.use:
+        _check_masks(plan, items)
     return items
 
 
-def _wording(part: Recipe, picture: Picture) -> tuple[Wording, Wording]:
-    captions = picture.captions if part.captions else ()
-    if not captions:
-        texts = TEMPLATES[part.templates] if part.templates != "none" else (part.prompt,)
-        said = tuple(part.fill(text) for text in texts)
-        return Wording(said), Wording((part.class_text(None),) * len(said))
-    of_class = Wording(tuple(part.class_text(caption) for caption in captions))
-    calls = re.compile(rf"(?<!\w){re.escape(part.trigger)}(?!\w)").search
-    around = tuple("{caption}" if calls(caption) else _around(part) for caption in captions)
-    return Wording(captions, around), of_class
-
-
-def _around(part: Recipe) -> str:
-    """What a caption that lacks the trigger is put into."""
-    if part.insert_trigger:
-        return f"{part.trigger}{part.tags.separator} {{caption}}"
-    return part.fill(part.caption) if isinstance(part, StyleRecipe) else "{caption}"
-
-
-def _check_lengths(plan: Recipe, items: Sequence[Item], tokenizer: Any) -> None:
-    if plan.long_prompts == "chunk":
+def _check_masks(plan: Recipe, items: Sequence[Item]) -> None:
+    """Raises DiffgraftError where a mask leaves nothing of a picture to be learnt."""
+    if plan.masks.outside:
         return
-    lost: dict[str, str] = {}
     for one in items:
-        for prompt in one.wording.prompts():
-            if words := lost_words(tokenizer, prompt):
-                lost.setdefault(one.picture.name, words)
-    if not lost:
-        return
-    name, words = next(iter(lost.items()))
-    what = f"The prompt of {_named(list(lost))} is too long"
-    if plan.long_prompts == "refuse":
-        raise DiffgraftError(
-            f"{what}; of that of {name} the base would never see: {words}. Shorten it, or set long_prompts=chunk."
-        )
-    warnings.warn(f"{what}; the base never sees: {words}. long_prompts=chunk has it read in pieces.", stacklevel=5)
+        if (mask := _mask_of(one.picture)) is not None and all(_is_black(frame.show(mask)) for frame in one.frames):
+            of_file = f"The mask {one.picture.mask_file.name}" if one.picture.mask_file else "The transparency"
+            raise DiffgraftError(
+                f"{of_file} leaves nothing of {one.picture.name} to be learnt: it is black wherever the picture is "
+                "shown. Paint what counts white, remove it, or set masks.outside above 0."
+            )
 
 
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _mask_of(picture: Picture) -> Image.Image | None:
+    """Its mask, where it has one; a damaged picture is left out later, and its own transparency is not looked at."""
+    try:
+        return picture.mask() if picture.has_mask else None
+    except UnreadablePictureError:
+        if picture.mask_file is not None:
+            raise
+        return None
+
+
+def _is_black(mask: Image.Image) -> bool:
+    """Whether a mask in mode L is black all over, but for what JPEG makes of black."""
+    return mask.point([0] * (_BLACK + 1) + [255] * (255 - _BLACK)).getbbox() is None
 
 
 def split(plan: Recipe, items: Sequence[Item], base: Base) -> tuple[list[Item], list[Item]]:
-    """What is learnt from, and what is held out: a folder of its own, or those whose contents' hashes are the least."""
+    """What is learnt from, and what is held out: a folder of its own, or a share of each concept's pictures."""
     held = plan.validation
+    concepts = {id(one.part): one.part for one in items}
     if held.images:
-        part = plan.model_copy(update={"images": held.images, "concepts": []})
-        read = [(part, read_source(held.images, plan.caption_column, thorough=False))]
-        return list(items), collect(part, read, base.tokenizer, side_of(plan, base), step_of(base))
+        read = read_held_out(plan, list(concepts.values()))
+        return list(items), collect(plan, read, base.tokenizer, side_of(plan, base), step_of(base))
     if not held.share:
         return list(items), []
-    count = max(1, round(held.share * len(items)))
-    if count >= len(items):
-        raise DiffgraftError(
-            f"validation.share={held.share} of {len(items)} pictures leaves none to learn from: give more pictures, or "
-            "a folder of others as validation.images."
-        )
-    least = sorted(range(len(items)), key=lambda row: items[row].picture.content)[:count]
-    return [one for row, one in enumerate(items) if row not in least], [items[row] for row in sorted(least)]
+    numbers = [[*concepts].index(id(one.part)) for one in items]
+    rows = rows_held_out(plan, numbers, [one.picture.content for one in items])
+    return [one for row, one in enumerate(items) if row not in rows], [items[row] for row in sorted(rows)]
 
 
 def step_of(base: Base) -> int:
@@ -255,7 +185,7 @@ def class_examples(plan: Recipe, base: Base, items: Sequence[Item]) -> Examples 
         prior = prior_of(part)
         assert prior is not None
         weighted = part.model_copy(update={"weight": prior.weight})
-        kept = _own_class(weighted, prior) if prior.folder else _drawn_class(weighted, prior, base, own)
+        kept = own_class(weighted, prior) if prior.folder else _drawn_class(weighted, prior, base, own)
         for repeats, prompt, picture in kept:
             way = frames(picture.size, side_of(plan, base), plan.buckets, step_of(base))
             said = Wording((prompt,))
@@ -273,21 +203,41 @@ def prior_of(part: Recipe) -> Prior | None:
     return None if prior is None or prior.weight == 0 or "prior" in meaningless(part) else prior
 
 
-def _own_class(part: Recipe, prior: Prior) -> Iterable[tuple[int, str, Picture]]:
-    """Class images that a person has: repeats, prompt and picture; of kohya's folders as they say."""
-    for one in counted_folders(prior.folder):
-        for picture in read_source(one.folder, part.caption_column, thorough=False):
-            yield one.repeats, picture.caption or one.says, picture
-    if not counted_folders(prior.folder):
-        for picture in read_source(prior.folder, part.caption_column, thorough=False):
-            yield 1, picture.caption or part.class_text(None), picture
+def weight_by_prediction(read: Read) -> float:
+    """λ of prior preservation by what the bare base says; 0 where there is none such.
+
+    Raises:
+        DiffgraftError: concepts have their classes preserved in different ways.
+    """
+    priors = [prior for part, _ in read if (prior := prior_of(part)) is not None]
+    weights = {one.weight for one in priors if one.by == "prediction"}
+    if weights and (len(weights) > 1 or any(one.by == "pictures" for one in priors)):
+        raise DiffgraftError(
+            "Prior preservation is by prediction for some concepts and otherwise for others: give all of them the same "
+            "prior.by and, by prediction, the same prior.weight."
+        )
+    return max(weights, default=0.0)
+
+
+def own_class(part: Recipe, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
+    """Class images that a person has: repeats, prompt and picture; of kohya's folders as they say.
+
+    Raises:
+        DiffgraftError: there is no such folder, or no picture in it.
+    """
+    captions = part.captions.model_copy(update={"use": True})
+    own = {"images": prior.folder, "layout": "auto", "repeats": 1, "captions": captions}
+    own |= {"prompt": part.class_text(None), "trigger": ""}
+    for found, pictures in read_part(part.model_copy(update=own)):
+        for picture in pictures:
+            yield found.repeats, next(iter(captions_of(found, picture)), found.prompt), picture
 
 
 def _drawn_class(part: Recipe, prior: Prior, base: Base, items: Sequence[Item]) -> Iterable[tuple[int, str, Picture]]:
     """Class images that the base draws."""
     captions: list[str | None] = []
     for one in items:
-        captions += (one.picture.captions if part.captions else ()) or (None,)
+        captions += captions_of(one.part, one.picture) or (None,)
     texts = part.class_prompts(captions)
     if len(texts) > prior.images:  # each is drawn at least once
         rows = torch.randperm(len(texts), generator=generator(part.seed))[: prior.images]

@@ -1,7 +1,7 @@
 """Optimisers, each from its own library, and how the learning rate goes."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from diffgraft.trainers.recipe import Recipe
 
 Groups = list[dict[str, Any]]
 _FACTOR = 0.1
-"""A factor on the rate that Prodigy finds is hardly meant to be less"""
+"""A factor on the rate that Prodigy finds is hardly meant to be less, and another optimiser's rate not so much"""
 
 
 def _adamw(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
@@ -45,16 +45,6 @@ def _adafactor(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 def _prodigy(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    if len(groups) > 1:
-        raise DiffgraftError(
-            "optimizer=prodigy finds one rate for all, and here some parameters train at another: leave rates, "
-            "options.up_rate and options.word_rate at 1 (or a rate at 0), or use optimizer=adamw."
-        )
-    if recipe.text_encoder_stop is not None:
-        raise DiffgraftError(
-            "optimizer=prodigy finds its rate from all that trains, and it would leap where text encoders stop: leave "
-            f"text_encoder_stop={recipe.text_encoder_stop} out, or use optimizer=adamw."
-        )
     more = {"use_bias_correction": True, "safeguard_warmup": True}  # as its authors have it for diffusion models
     optimizer: torch.optim.Optimizer = Prodigy(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, **more)
     return optimizer
@@ -63,14 +53,6 @@ def _prodigy(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
 def _schedule_free(groups: Groups, recipe: Recipe) -> torch.optim.Optimizer:
     from schedulefree import AdamWScheduleFree
 
-    if recipe.lr_schedule != "constant":
-        raise DiffgraftError(
-            f"optimizer=schedule-free needs no schedule, and lr_schedule={recipe.lr_schedule}: leave it at constant."
-        )
-    if recipe.ema:
-        raise DiffgraftError(
-            f"optimizer=schedule-free averages by itself, and ema={recipe.ema}: leave one of them out."
-        )
     optimizer: torch.optim.Optimizer = AdamWScheduleFree(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     optimizer.train()  # type: ignore[attr-defined]
     return optimizer
@@ -95,6 +77,7 @@ def new_optimizer(
     Raises:
         DiffgraftError: it cannot go with the method or the schedule.
     """
+    check_optimizer(recipe, [rates.get(name, 1.0) for name in parameters])
     kinds = sorted({rates.get(name, 1.0) for name in parameters})
     groups = [
         {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
@@ -106,8 +89,42 @@ def new_optimizer(
     return optimizer
 
 
+def check_optimizer(recipe: Recipe, rates: Sequence[float]) -> None:
+    """Refuse settings that an optimiser cannot follow; `rates` are the factors on the rate of all that trains.
+
+    Raises:
+        DiffgraftError: there is such a setting.
+    """
+    if recipe.optimizer == "prodigy":
+        if len(set(rates)) > 1:
+            raise DiffgraftError(
+                "optimizer=prodigy finds one rate for all, and here some parameters train at another: leave rates, "
+                "options.up_rate and options.word_rate at 1 (or a rate at 0), or use optimizer=adamw."
+            )
+        if recipe.text_encoder_stop is not None:
+            raise DiffgraftError(
+                "optimizer=prodigy finds its rate from all that trains, and it would leap where text encoders stop: "
+                f"leave text_encoder_stop={recipe.text_encoder_stop} out, or use optimizer=adamw."
+            )
+    if recipe.optimizer == "schedule-free":
+        if recipe.lr_schedule != "constant":
+            raise DiffgraftError(
+                f"optimizer=schedule-free needs no schedule, and lr_schedule={recipe.lr_schedule}: leave it at "
+                "constant."
+            )
+        if recipe.ema:
+            raise DiffgraftError(
+                f"optimizer=schedule-free averages by itself, and ema={recipe.ema}: leave one of them out."
+            )
+
+
 def odd_rate(recipe: Recipe) -> str:
-    """What a person is told of a rate that this optimiser takes otherwise; empty where it is as one would have it."""
+    """What a person is told of a rate that hardly suits the optimiser; empty where it is as one would have it."""
+    if recipe.optimizer != "prodigy" and recipe.lr >= _FACTOR:
+        return (
+            f"lr={recipe.lr} is far more than optimizer={recipe.optimizer} takes: each step changes weights by about "
+            "as much, and what is learnt breaks. Rates are 0.01 and less; lr=1 is for prodigy."
+        )
     if recipe.optimizer != "prodigy" or recipe.lr >= _FACTOR:
         return ""
     return (
@@ -154,6 +171,12 @@ def _resting(optimizer: Any, average: Average | None) -> Iterator[None]:
         with torch.no_grad():
             for value, kept in before:
                 value.copy_(kept)
+
+
+def found_rate(optimizer: Any) -> float | None:
+    """The rate at which the last step was made, where the optimiser finds a factor on it by itself: Prodigy's d."""
+    group = optimizer.param_groups[0]
+    return float(group["d"]) * float(group["lr"]) if "d" in group else None
 
 
 def _has_modes(optimizer: Any) -> bool:

@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from diffgraft.data.settings import Buckets, Masks, Tags
+from diffgraft.data.inventory import FolderLayout
+from diffgraft.data.settings import Buckets, Captions, Masks, Tags
+from diffgraft.data.wording import without_word
 from diffgraft.strict import Strict
 from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, Validation
 
 FREE = (
-    *("images", "base", "init_from", "output", "cache"),
+    *("images", "layout", "outside", "base", "init_from", "output", "cache"),
     *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format"),
 )
 """Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
@@ -46,6 +48,10 @@ class Recipe(Strict):
     images: str = ""
     """The pictures to learn from: a folder, in kohya's layout (`10_sks dog/`) as well, or a data set of `datasets`, in
     a folder or by its id on the hub"""
+    layout: FolderLayout = "auto"
+    """How the folder is read: by what it holds, as the pictures in it (flat), or as numbered folders (kohya)"""
+    outside: bool = False
+    """Whether tables of captions and links may bring pictures from outside the folder"""
     concepts: list[Concept] = Field(default_factory=list)
     """Several things learnt at once, each with pictures and words of its own, in the place of `images`"""
     repeats: int = Field(1, ge=1)
@@ -131,13 +137,12 @@ class Recipe(Strict):
     """The word that calls what was learnt; a rare one, with little meaning of its own"""
     prompt: str = "{trigger}"
     """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
-    captions: bool = True
-    """Whether a picture's captions, in the `.txt` file beside it or in the folder's `metadata.jsonl` or `.csv`, replace
-    the prompt"""
+    captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
+    """What stands beside pictures"""
     caption_column: str = ""
     """Column of a table or data set that holds the captions; unset: text, caption, captions or prompt"""
     insert_trigger: bool = False
-    """Whether the trigger is put before captions that lack it"""
+    """Whether the trigger is put before captions, and names of kohya's folders, that lack it"""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the times that a picture is shown without any prompt"""
     tags: Tags = Field(default_factory=lambda: Tags.model_validate({}))
@@ -277,7 +282,7 @@ class StyleRecipe(Recipe):
 
     def class_text(self, caption: str | None) -> str:
         """A caption without the trigger, which class images must not know, and without the commas it leaves behind."""
-        without = re.sub(rf"(?<!\w){re.escape(self.trigger)}( style)?(?!\w)", "", caption or "")
+        without = without_word(caption or "", self.trigger, "( style)?")
         kept = ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
         return kept or "a picture"
 

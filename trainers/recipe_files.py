@@ -84,7 +84,7 @@ def _explained(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[s
         inner, default = info.annotation, None if info.is_required() else info.get_default(call_default_factory=True)
         value = values.get(key, default)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            held = default.model_dump() if isinstance(default, BaseModel) else {}
+            held = dict(default) if isinstance(default, BaseModel) else {}
             own = {**held, **(value if isinstance(value, Mapping) else {})}
             found += [(f"{key}.{name}", said, meaning) for name, said, meaning in _explained(inner, own)]
         else:
@@ -118,7 +118,18 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
     said = recipe.model_dump(mode="json", exclude={"output", *meaningless(recipe)})
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
-    write_text(path, f"# diffgraft train {path.name}\n{text}")
+    write_text(path, f"{_SAVED} {path.name}\n{text}")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file was written by `save_recipe`, in a run's folder, and no person's own."""
+    with path.open("rb") as file:
+        first, second = file.readline(200), file.readline(200)
+    return first.rstrip() == f"{_SAVED} {path.name}".encode() and not second.startswith(b"#")
+
+
+_SAVED = "# diffgraft train"
+"""How the recipe of a run begins"""
 
 
 def _read(name: str | Path) -> dict[str, Any]:
@@ -127,7 +138,7 @@ def _read(name: str | Path) -> dict[str, Any]:
     if known in shipped:
         text = (files("diffgraft.recipes") / f"{known}.yaml").read_text("utf-8")
     elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
-        text = Path(name).read_text("utf-8-sig", errors="replace")
+        text = _text_of(Path(name))
     else:
         raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
     try:
@@ -137,6 +148,16 @@ def _read(name: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
     return values
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DiffgraftError(
+            f"The recipe {path} is not written in UTF-8 (line {line}, {error.reason}). Save it as UTF-8."
+        ) from error
 
 
 def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
@@ -161,8 +182,8 @@ def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) 
         inner = model.model_fields[level].annotation if level in model.model_fields else None
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             raise DiffgraftError(_unknown(key, kind))
-        if not isinstance(values.get(level), dict):
-            values[level] = {}
+        if not isinstance(held := values.get(level), dict):
+            values[level] = {"use": held} if isinstance(held, bool) else {}
         values, model = values[level], inner
     if last not in model.model_fields:
         raise DiffgraftError(_unknown(key, kind))

@@ -9,7 +9,8 @@ from diffgraft.files import to_disk, write_text
 from diffgraft.room import room_for
 
 Entry = dict[str, float]
-"""`step`, and either its `lr`, `loss` and the objective's terms, or what was found after it, such as `validation`"""
+"""`step`, and either its `lr` (and the `effective_lr` that Prodigy makes of it), `loss` and the objective's terms, or
+what was found after it, such as `validation`"""
 
 
 class Record:
@@ -64,5 +65,5 @@ def by_step(entries: Sequence[Entry]) -> list[Entry]:
 
 def curves(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
     """Every loss in the entries of a run, with the steps it is of."""
-    names = dict.fromkeys(name for entry in entries for name in entry if name not in ("step", "lr"))
+    names = dict.fromkeys(name for entry in entries for name in entry if name not in ("step", "lr", "effective_lr"))
     return {name: {int(entry["step"]): entry[name] for entry in entries if name in entry} for name in names}

@@ -6,27 +6,25 @@ from typing import Any
 
 import torch
 
-from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.data.given import with_folders
 from diffgraft.errors import DiffgraftError, in_a_sentence
 from diffgraft.files import alone_in, sweep
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.room import DiskFullError
-from diffgraft.trainers.attach import attach, check_format
+from diffgraft.trainers.attach import attach
 from diffgraft.trainers.checkpoint import check_same
+from diffgraft.trainers.checks import check_attached, check_base, check_pictures, check_settings
+from diffgraft.trainers.concepts import read_concepts
 from diffgraft.trainers.folder import Run, earlier_run, finished, new_run
 from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.learn import learn
-from diffgraft.trainers.materials import read_pictures, side_of, step_of
-from diffgraft.trainers.objectives import noising_of
 from diffgraft.trainers.processes import new_accelerator, the_same_folder
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import save_recipe
 from diffgraft.trainers.record import curves
 from diffgraft.trainers.samples import before_after
 from diffgraft.trainers.shards import check_frozen, check_shards
-from diffgraft.trainers.speed import check_speed
 from diffgraft.trainers.start import hash_of, read_start
 from diffgraft.trainers.trackers import check_trackers
 
@@ -68,29 +66,28 @@ def train(
     else:
         named = base.name if isinstance(base, Base) else str(base)
         plan, folder = new_run(recipe, {**settings, "base": named} if named else settings)
-    get_method(plan.method).read_options(plan.options)
     is_done = (folder / "adapter.safetensors").exists()  # which can do without the file it began with
     needed = plan.init_from and not (is_done and not Path(plan.init_from).exists())
     start = read_start(plan.init_from) if needed else None
-    read = read_pictures(plan)
-    check_format(plan)
     check_trackers(plan)
     accelerator = new_accelerator(plan)
     folder = the_same_folder(accelerator, folder)
-    check_speed(plan, accelerator.device)
+    check_settings(plan, accelerator.device)
     check_shards(plan, accelerator)
+    plan, read = read_concepts(plan)
+    check_pictures(read)
     held = _held(plan, base)
     plan = plan.model_copy(update={"quantize": held.quantize})  # so that what is written says it, whoever loaded it
-    check_resolution(plan, held)
+    check_base(plan, held)
     was_on = held.device
     held.to(accelerator.device)
     try:
         live = attach(plan, held, start)  # what cannot be is refused before anything is drawn or written
         try:
             check_frozen(plan, held, live)
+            check_attached(plan, live)
         finally:
             live.detach()
-        noising_of(plan, held)
         with alone_in(folder) if accelerator.is_main_process else nullcontext():
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
             identity = identity_of(plan, held.hash, "", hash_of(plan, start), accelerator.num_processes)
@@ -134,11 +131,3 @@ def _held(plan: Recipe, base: str | Path | Base) -> Base:
             f"load_base(…, quantize={plan.quantize!r})."
         )
     return base
-
-
-def check_resolution(plan: Recipe, base: Base) -> None:
-    """Raises DiffgraftError where the base cannot have pictures of that resolution."""
-    side, step = side_of(plan, base), step_of(base)
-    if side % step:
-        better = max(step, round(side / step) * step)
-        raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")

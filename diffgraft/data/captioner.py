@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffgraft.data.inventory import counted_folders
 from diffgraft.data.opened_models import open_model, this_process
 from diffgraft.data.pictures import Picture
-from diffgraft.data.source import counted_folders, read_folder
+from diffgraft.data.source import read_folder
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
 

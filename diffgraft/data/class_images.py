@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from diffgraft.bases import Base
-from diffgraft.data.pictures import Picture
+from diffgraft.data.pictures import Picture, read_picture
+from diffgraft.errors import DiffgraftError
 from diffgraft.files import cache_folder, replacing, write_text
 from diffgraft.generation.generate import Settings, at_once, generate
 
@@ -32,7 +33,7 @@ def class_images(
     settings = replace(settings, batch=batch)
     wanted = [(prompt, _folder(base, prompt, settings, seed), number) for prompt in prompts for number in range(each)]
     paths = [folder / f"{number:04d}.png" for _, folder, number in wanted]
-    missing = {place for place, path in enumerate(paths) if not path.exists()}
+    missing = {place for place, path in enumerate(paths) if not _is_whole(path)}
     if missing:
         for prompt, folder in dict.fromkeys((prompt, folder) for prompt, folder, _ in (wanted[at] for at in missing)):
             write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
@@ -52,6 +53,14 @@ def class_images(
         (prompt, Picture(name, path.read_bytes))
         for name, (prompt, _, _), path in zip(names, wanted, paths, strict=True)
     ]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a class image is in the cache, and can be opened: a damaged one is drawn anew."""
+    try:
+        return path.is_file() and read_picture(path).size > (0, 0)
+    except DiffgraftError:
+        return False
 
 
 def _whole_batches(missing: Set[int], count: int, size: int) -> list[int]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.data.frames import Frame
-from diffgraft.data.pictures import Picture, square, to_tensor
+from diffgraft.data.pictures import Picture, UnreadablePictureError, square, to_tensor
 from diffgraft.data.source import warn_of
 from diffgraft.files import cache_folder, write_safetensors
 from diffgraft.quiet import hushed
@@ -105,8 +105,8 @@ def encode_kept(
             if None in kept:
                 try:
                     image = picture.image
-                except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
-                    warn_of(picture, error)
+                except UnreadablePictureError as error:
+                    warn_of(error)
                     continue
                 for number, frame in enumerate(own):
                     if kept[number] is None:

@@ -4,7 +4,9 @@ import hashlib
 import io
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +14,45 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
+)
+"""Names of pictures end so, in small letters or capitals"""
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
+"""What a picture's content may be, whatever its name: Pillow knows others, and runs a program for one (EPS)"""
+_MOVING = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Formats whose further frames are others to look at; a telephone's JPEG may have a depth map behind its picture"""
 _ORIENTATION = 0x0112
 """EXIF's tag for how the camera was turned"""
+_SIDEWAYS = (5, 6, 7, 8)
+"""Its values that let height and width change places"""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LONGEST_NOTE = 2**24
+"""Bytes of a chunk that is looked at"""
+_PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of a PNG that may say how the camera was turned"""
+
+
+class UnreadablePictureError(DiffgraftError):
+    """A picture file that no decoder can make anything of."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        """`name` is the picture's, `cause` what the decoder raised."""
+        if isinstance(cause, Image.DecompressionBombError):
+            most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            self.why = f"it claims more than {most / 1e6:.0f} million pixels"
+        elif isinstance(cause, UnidentifiedImageError):
+            self.why = "its content is of no format that is known here"
+        else:
+            self.why = f"{cause or type(cause).__name__}"
+        self.name = name
+        super().__init__(f"{name} cannot be read as a picture ({self.why}). Save it again as JPEG or PNG.")
 
 
 @dataclass(frozen=True)
@@ -34,11 +67,18 @@ class Picture:
     """What stands beside it; none, one, or several that take turns"""
     mask_file: Path | None = None
     """A picture of the same size, white where this one counts"""
+    file: Path | None = None
+    """Where it lies, if it is a file of its own: its size is then read without the rest of it"""
 
     @property
     def image(self) -> Image.Image:
-        """Upright, RGB, in its own size."""
-        return upright_rgb(io.BytesIO(self.read()))
+        """The picture, upright, RGB, in its own size.
+
+        Raises:
+            UnreadablePictureError: it is damaged, or no picture.
+        """
+        with _told_of(self.name):
+            return upright_rgb(io.BytesIO(self.read()))
 
     @property
     def caption(self) -> str | None:
@@ -55,12 +95,38 @@ class Picture:
         """SHA-256 of the mask's file; empty without one."""
         return hashlib.sha256(self.mask_file.read_bytes()).hexdigest() if self.mask_file else ""
 
-    @cached_property
+    @property
     def size(self) -> tuple[int, int]:
-        """(width, height), upright; read from the file's first bytes alone."""
-        with Image.open(io.BytesIO(self.read())) as file:
-            turned = _orientation(file) >= 5
-            return file.size[::-1] if turned else file.size
+        """(width, height), upright, as the file's header says it: no pixel is decoded.
+
+        Raises:
+            UnreadablePictureError: it is no picture.
+        """
+        return self._header[0]
+
+    @property
+    def moves(self) -> bool:
+        """Whether its file holds further frames, of an animation or further pages, which `image` leaves out."""
+        return self._header[1]
+
+    @cached_property
+    def _header(self) -> tuple[tuple[int, int], bool]:
+        with _told_of(self.name), self._stream() as stream, opened(_notes_first(stream)) as file:
+            # of a TIFF Pillow gives the upright size, and turns it as it decodes
+            turned = file.format != "TIFF" and _orientation(file) in _SIDEWAYS
+            moves = file.format in _MOVING and getattr(file, "is_animated", False)
+            return (file.size[::-1] if turned else file.size), moves
+
+    def _stream(self) -> IO[bytes]:
+        return io.BytesIO(self.read()) if self.file is None else self.file.open("rb")
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether `mask` has one to give."""
+        if self.mask_file is not None:
+            return True
+        with _told_of(self.name), self._stream() as stream, opened(stream) as file:
+            return bool(file.has_transparency_data)
 
     def mask(self) -> Image.Image | None:
         """Where it counts, in mode L and its own size: the mask file's, or its alpha channel; None without either.
@@ -69,7 +135,7 @@ class Picture:
             DiffgraftError: the mask is no picture, or has another shape.
         """
         if self.mask_file is None:
-            with Image.open(io.BytesIO(self.read())) as file:
+            with _told_of(self.name), opened(io.BytesIO(self.read())) as file:
                 return _upright(file).convert("RGBA").getchannel("A") if file.has_transparency_data else None
         mask = read_picture(self.mask_file, "black").convert("L")
         if abs(mask.width * self.size[1] - mask.height * self.size[0]) > max(*mask.size, *self.size):
@@ -89,16 +155,36 @@ def read_picture(path: str | Path, ground: str = "white") -> Image.Image:
     path = Path(path).expanduser()
     if not path.is_file():
         raise DiffgraftError(f"There is no picture {path}.")
-    try:
+    with _told_of(str(path)):
         return upright_rgb(path, ground)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DiffgraftError(f"{path} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP file.") from error
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """What a decoder raises within the block, told with the picture's name."""
+    try:
+        yield
+    except DiffgraftError:
+        raise
+    except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
+        raise UnreadablePictureError(name, error) from error
+
+
+@contextmanager
+def opened(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture file as Pillow opens it, its pixels not yet decoded.
+
+    Pillow's warnings are left out: those of damaged notes beside the pixels, and of sizes that cameras have.
+    """
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as found:
+        yield found
 
 
 def upright_rgb(path: Path | IO[bytes], ground: str = "white") -> Image.Image:
     """One picture file as an upright RGB image, what is transparent in it laid on `ground`."""
-    # Pillow's remarks on damaged notes beside the pixels are left out
-    with warnings.catch_warnings(action="ignore", category=UserWarning), Image.open(path) as file:
+    with opened(path) as file:
         image = _upright(file)
         if image.mode.startswith(("I", "F")):  # 16-bit and float grey: PIL's own conversion clips at 255
             values = np.asarray(image, dtype=np.float64)
@@ -120,11 +206,40 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 def _orientation(file: Image.Image) -> int:
-    """1 to 8, as EXIF has it; from 5 on, height and width change places."""
+    """1 to 8, as EXIF has it (other numbers mean nothing); 1 where nothing is said."""
     try:
-        return int(file.getexif().get(_ORIENTATION, 1))
+        # the plain method: that of PNGs decodes the pixels, for what may stand behind them
+        return int(Image.Image.getexif(file).get(_ORIENTATION, 1))
     except (struct.error, LookupError, ValueError, TypeError, SyntaxError, OverflowError):
         return 1
+
+
+def _notes_first(stream: IO[bytes]) -> IO[bytes]:
+    """A PNG without its pixels, what is noted behind them put in front; any other file as it is.
+
+    A chunk is its content's length, four letters, the content and a checksum (PNG 1.2, section 3.2).
+    """
+    if stream.read(len(_PNG)) != _PNG:
+        stream.seek(0)
+        return stream
+    kept, is_behind = [_PNG], False
+    while len(head := stream.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind == b"IEND":
+            break
+        if kind == b"IDAT":
+            is_behind = True
+            stream.seek(length + 4, io.SEEK_CUR)
+            continue
+        if length > _LONGEST_NOTE:
+            stream.seek(length + 4, io.SEEK_CUR)
+            continue
+        rest = stream.read(length + 4)
+        is_whole = zlib.crc32(kind + rest[:-4]) == int.from_bytes(rest[-4:], "big")
+        if not is_behind or (kind in _PNG_NOTES and is_whole):
+            kept.append(head + rest)
+    empty = b"\0\0\0\0IDAT"
+    return io.BytesIO(b"".join([*kept, empty, zlib.crc32(empty[4:]).to_bytes(4, "big")]))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:

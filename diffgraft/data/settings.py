@@ -1,6 +1,9 @@
-"""Groups of settings about pictures and captions: buckets, masks, tags."""
+"""Groups of settings about pictures and captions: buckets, masks, captions, tags."""
 
-from pydantic import Field
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from diffgraft.strict import Strict
 
@@ -31,6 +34,26 @@ class Masks(Strict):
     """Whether a picture's loss is the mean over its mask, so that small subjects count as much as large ones"""
 
 
+class Captions(Strict):
+    """What stands beside pictures; `captions=false` alone says that it is not used."""
+
+    use: bool = True
+    """Whether a picture's captions, in the `.txt` or `.caption` file beside it or in the folder's `metadata.jsonl` or
+    `.csv`, replace the prompt"""
+    lines: Literal["first", "random", "join"] = "first"
+    """Of a caption of several lines the first, each of them in turn and at random, or all of them as one prompt"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whether_alone(cls, said: Any) -> Any:
+        return said if isinstance(said, Mapping | Captions) else {"use": said}
+
+    @model_serializer(mode="wrap")
+    def _as_short_as_it_was(self, whole: SerializerFunctionWrapHandler) -> Any:
+        """One word where nothing is said of lines, as in files of earlier releases."""
+        return self.use if self.lines == "first" else whole(self)
+
+
 class Tags(Strict):
     """Captions as lists of tags, changed each time they come round."""
 
@@ -41,4 +64,4 @@ class Tags(Strict):
     keep: int = Field(0, ge=0)
     """So many at the front stay where they are, and are never dropped"""
     drop: float = Field(0.0, ge=0, lt=1)
-    """Share of the other tags that is left out each time"""
+    """Share of the other tags that is left out each time; one with the trigger in it never is"""

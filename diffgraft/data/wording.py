@@ -1,10 +1,37 @@
 """What is said of a picture: its captions, their tags in any order, and what is put around them."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from diffgraft.data.settings import Tags
+
+_LETTER = r"[^\W\u2e80-\ud7ff\uf900-\ufaff]"
+"""What a word does not end before; writing without spaces, such as Chinese, has no such letters"""
+
+
+def mentions(text: str, word: str) -> bool:
+    """Whether a text has a word, or several, as words of their own: "sks" is in "a Sks dog" and not in "tusks"."""
+    return bool(_as_word(word).search(text))
+
+
+def without_word(text: str, word: str, more: str = "") -> str:
+    """A text without each mention of a word, and of what the pattern `more` finds behind it."""
+    return _as_word(word, more).sub("", text)
+
+
+def _as_word(word: str, more: str = "") -> re.Pattern[str]:
+    return re.compile(rf"(?<!{_LETTER}){re.escape(word)}{more}(?!{_LETTER})", re.IGNORECASE)
+
+
+def lines_of(caption: str, how: str, separator: str = ",") -> tuple[str, ...]:
+    """The texts that a caption of several lines stands for: its first line, all of them, or all of them joined."""
+    lines = [line.strip() for line in caption.splitlines() if line.strip()]
+    if how == "join":
+        bare = (line.removesuffix(separator).rstrip() for line in lines)
+        return (f"{separator} ".join(line for line in bare if line),) if lines else ()
+    return tuple(lines if how == "random" else lines[:1])
 
 
 @dataclass(frozen=True)
@@ -15,12 +42,14 @@ class Wording:
     """They take turns"""
     around: tuple[str, ...] = ()
     """For each text what stands around its `{caption}`; none: nothing"""
+    kept: str = field(default="", repr=False)
+    """The word whose tags are never left out"""
 
     def prompt(self, number: int, tags: Tags, dropout: float, random: np.random.Generator) -> str:
         """The prompt made of text `number`, or nothing at all, which comes with the probability `dropout`."""
         if dropout and random.random() < dropout:
             return ""
-        return self._around(number, _changed(self.texts[number], tags, random))
+        return self._around(number, _changed(self.texts[number], tags, self.kept, random))
 
     def prompts(self) -> list[str]:
         """All prompts, each with its tags as they stand."""
@@ -35,7 +64,7 @@ def is_fixed(tags: Tags) -> bool:
     return not (tags.shuffle or tags.drop)
 
 
-def _changed(text: str, tags: Tags, random: np.random.Generator) -> str:
+def _changed(text: str, tags: Tags, kept: str, random: np.random.Generator) -> str:
     if is_fixed(tags):
         return text
     parts = [part.strip() for part in text.split(tags.separator) if part.strip()]
@@ -43,5 +72,5 @@ def _changed(text: str, tags: Tags, random: np.random.Generator) -> str:
     if tags.shuffle:
         rest = [rest[place] for place in random.permutation(len(rest))]
     if tags.drop:
-        rest = [part for part in rest if random.random() >= tags.drop]
+        rest = [part for part in rest if random.random() >= tags.drop or (kept and mentions(part, kept))]
     return f"{tags.separator} ".join([*first, *rest])

@@ -1,9 +1,9 @@
 """Pictures from prompts: a diffusers pipeline, run in small batches with one seed a picture."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import lcm
 from typing import Any
 
 import torch
@@ -133,7 +133,12 @@ def generate(
         tqdm(total=len(rounds) * count, desc=title, leave=False, unit="step") as bar,
     ):
 
-        def tick(_pipe: Any, _step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if not kept["latents"].isfinite().all():
+                raise DiffgraftError(
+                    f"Nothing can be drawn: after {step + 1} of {count} steps the picture is no longer of numbers. Take "
+                    "smaller strengths of adapters, less guidance, or float32."
+                )
             bar.update()
             return kept
 
@@ -186,7 +191,7 @@ def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
     """Size and guidance as keyword arguments of the pipeline, checked before anything is drawn."""
     own = pipe.unet.config.sample_size * pipe.vae_scale_factor
     width, height = settings.size or (own, own)
-    step = lcm(pipe.vae_scale_factor, 8)
+    step = math.lcm(pipe.vae_scale_factor, 8)
     if width % step or height % step:
         better = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
         raise DiffgraftError(
@@ -197,6 +202,8 @@ def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
         raise DiffgraftError(
             f"steps={settings.steps} cannot be drawn: this base has 1 to {longest} steps. Take 20 to 50."
         )
+    if settings.guidance is not None and not math.isfinite(settings.guidance):
+        raise DiffgraftError(f"guidance={settings.guidance} is no number to draw with: 1 is none, 3 to 10 are usual.")
     more: dict[str, Any] = {"width": width, "height": height}
     if settings.guidance is not None:
         more["guidance_scale"] = settings.guidance

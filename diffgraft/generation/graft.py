@@ -24,6 +24,7 @@ from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.bases.base import PARTS
+from diffgraft.bases.prediction import PREDICTIONS
 from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError, nearest
 
@@ -206,7 +207,18 @@ class Graft:
 
     def _warn_of_another_base(self, name: str, adapter: Adapter) -> None:
         made_for = adapter.metadata.get("base")
-        if self._hash and isinstance(made_for, Mapping) and made_for.get("hash", self._hash) != self._hash:
+        if not isinstance(made_for, Mapping):
+            return
+        scheduler = getattr(self._target, "scheduler", None)
+        here = scheduler.config.get("prediction_type") if scheduler is not None else None
+        trained = made_for.get("prediction_type")
+        if here in PREDICTIONS and trained in PREDICTIONS and here != trained:
+            warnings.warn(
+                f"{name} was trained on a base that predicts {trained}, and this one predicts {here}: if that is the "
+                f"same base, its files do not say it; load it with prediction_type={trained}.",
+                stacklevel=5,
+            )
+        if self._hash and made_for.get("hash", self._hash) != self._hash:
             other = made_for.get("name", "another base")
             warnings.warn(
                 f"{name} was trained on {other}, not on this base: it fits, but may not do the same.", stacklevel=5

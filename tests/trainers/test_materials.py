@@ -17,9 +17,10 @@ from diffgraft.data.settings import Masks, Tags
 from diffgraft.data.wording import Wording
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.captioned import draw_batch
+from diffgraft.trainers.concepts import read_pictures
 from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Example, Examples, Shown
-from diffgraft.trainers.materials import Materials, gather, read_pictures
+from diffgraft.trainers.materials import Materials, gather
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT

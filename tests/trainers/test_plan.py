@@ -205,7 +205,8 @@ def test_folders_of_several_things_are_no_concepts(tmp_path: Path) -> None:
     for name in ("10_sks dog", "2_zwx cat"):
         folder(tmp_path / "data" / name, 2, (64, 64), start=len(name))
     found = told("subject", tmp_path / "data", subject="dog", prior={"weight": 0})
-    assert "are all learnt as 'sks', a dog" in str(found)
+    assert "what is in 2_zwx cat is learnt as a dog, too" in str(found)
+    assert dict(found.facts)["trigger"] == "sks, zwx"
     concepts = [{"images": str(one), "subject": "dog"} for one in (tmp_path / "data").iterdir()]
     with pytest.raises(DiffgraftError, match=r"images=.* would be ignored, as each concept has images of its own"):
         told("subject", tmp_path / "data", concepts=concepts)

@@ -20,9 +20,10 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.trainers.concepts import read_pictures
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.heldout import make_probe
-from diffgraft.trainers.materials import collect, examples_of, read_pictures
+from diffgraft.trainers.materials import collect, examples_of
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 from diffgraft.trainers.templates import OBJECT, STYLE

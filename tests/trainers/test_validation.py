@@ -13,9 +13,10 @@ from diffgraft.bases import Base
 from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
+from diffgraft.trainers.concepts import read_pictures
 from diffgraft.trainers.denoising import Denoiser, Noising
 from diffgraft.trainers.heldout import make_probe
-from diffgraft.trainers.materials import gather, read_pictures
+from diffgraft.trainers.materials import gather
 from diffgraft.trainers.recipe_files import load_recipe
 from diffgraft.trainers.run import train
 from diffgraft.trainers.validation import Best

@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffgraft.data.pictures import SUFFIXES
+from diffgraft.data.inventory import pictures_in
 
 
 def count_pictures(folder: Path | None) -> int | None:
     """Picture files in a folder; None where it cannot be read."""
     if folder is None or not folder.is_dir():
         return None
-    return sum(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.iterdir())
+    return len(pictures_in(folder))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from diffgraft.trainers.imports.kohya_data import Data, from_arguments, from_dat
 from diffgraft.trainers.imports.kohya_keys import NOTHING, PLAIN
 from diffgraft.trainers.imports.kohya_network import NETWORK, take_network
 from diffgraft.trainers.imports.kohya_training import take_training
-from diffgraft.trainers.imports.reading import beside, read_config
+from diffgraft.trainers.imports.reading import beside, read_config, read_text
 
 
 def convert(account: Account, config: Path, data_config: Path | None) -> None:
@@ -80,11 +80,15 @@ def _pictures(account: Account, data: Data) -> None:
 def _words(account: Account, data: Data, kind: str) -> None:
     """Captions, the prompts of pictures without, and the word that calls what is learnt."""
     extension = "caption_extention" if account.text("caption_extention") else "caption_extension"
-    if account.text(extension).lstrip(".") != "txt":
-        account.recipe["captions"] = False
+    suffix = account.text(extension).lstrip(".")
+    if suffix == "caption":
+        account.lose(extension, ".caption files are read here, and .txt files before them: remove those not meant.")
+    elif suffix != "txt":
+        account.recipe["captions.use"] = False
         account.lose(
             extension,
-            "captions are read from .txt files alone, so captions=false is written: rename the files and leave it out.",
+            "captions are read from .txt and .caption files, so captions.use=false is written: rename the files and "
+            "leave it out.",
         )
     changed = account.flag("shuffle_caption") or bool(account.number("caption_tag_dropout_rate"))
     if changed and account.has("keep_tokens"):
@@ -130,7 +134,7 @@ def _word(account: Account, data: Data) -> None:
     account.recipe["templates"] = template
     if template != "none":
         account.take("templates", template, f"use_{template}_template", remark="in the place of captions")
-        account.recipe["captions"] = False
+        account.recipe["captions.use"] = False
     elif len(data.instance) == 1 and (says := data.instance[0].says):
         account.recipe["prompt"] = says.replace(word, "{trigger}")
     for key in ("caption_prefix", "caption_suffix"):
@@ -259,7 +263,7 @@ def _samples(account: Account, config: Path) -> None:
     if (file is None and is_named) or (file is not None and file.suffix.lower() != ".txt"):
         account.lose("sample_prompts", "it is no .txt file that can be read from here: list them under sample_prompts.")
         return
-    text = file.read_text("utf-8-sig", errors="replace") if file is not None else named
+    text = read_text(file) if file is not None else named
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     prompts = [line.split(" --")[0].strip() for line in lines]
     if prompts:

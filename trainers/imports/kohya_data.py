@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffgraft.data.source import counted_folders
+from diffgraft.data.inventory import counted_folders
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.imports.account import Account
 from diffgraft.trainers.imports.counting import count_pictures

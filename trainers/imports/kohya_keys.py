@@ -44,6 +44,9 @@ PLAIN = {
         int,
         "of any length, where there it ends",
     ),
+    "enable_wildcard": Key(
+        False, "captions.lines", {True: "random", False: None}, bool, "of {a|b} in a caption nothing is chosen here"
+    ),
     "validation_split": Key(0.0, "validation.share", kind=float),
     "validate_every_n_steps": Key(None, "validation.every", kind=int),
 }
@@ -58,7 +61,7 @@ NOTHING = {
     **nothing("there is no such term of the loss here.", v_pred_like_loss=None),
     **nothing(_PER_PICTURE, color_aug=False, face_crop_aug_range=None),
     **nothing("pictures are scaled with Lanczos' filter here.", resize_interpolation=None),
-    **nothing(_WORDS, secondary_separator=None, enable_wildcard=False, token_warmup_min=1, token_warmup_step=0),
+    **nothing(_WORDS, secondary_separator=None, token_warmup_min=1, token_warmup_step=0),
     **nothing("captions are left out by caption_dropout alone, at random.", caption_dropout_every_n_epochs=0),
     **nothing("an adapter counts the same in all data sets here.", network_multiplier=1.0),
     **nothing("prior.by=prediction preserves what the base says.", custom_attributes=None),

@@ -183,7 +183,10 @@ def _words(account: Account, found: Concepts, kind: str) -> None:
     """Prompts, and what is done to captions."""
     prompts = [prompt for prompt in found.prompts if prompt is not None]
     if prompts and len(prompts) == len(found.prompts):
-        account.recipe["captions"] = False
+        account.recipe["captions.use"] = False
+    if None in found.prompts:
+        remark = "of a file of several lines each comes in turn"
+        account.take_part("captions.lines", "random", "concept text.prompt_source", "sample", remark)
     word = account.text("embedding.placeholder") if kind == "EMBEDDING" else ""
 
     def ours(prompt: str | None) -> str:

@@ -9,7 +9,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.imports.account import Account, as_number
 from diffgraft.trainers.imports.counting import count_pictures
 from diffgraft.trainers.imports.onetrainer_keys import CONCEPT, CONCEPT_IMAGE, CONCEPT_TEXT, DEFAULTS
-from diffgraft.trainers.imports.reading import beside, read_config
+from diffgraft.trainers.imports.reading import beside, read_config, read_text
 
 _OWN = ("name", "path", "seed", "enabled", "type", "balancing", "balancing_strategy", "loss_weight", "concept_stats")
 """What each concept has of its own, or what has no effect"""
@@ -116,7 +116,7 @@ def _prompt(account: Account, concept: Mapping[str, Any], name: str, file: Path)
     where = f"concept {name}, text.prompt_source"
     path = beside(str(text.get("prompt_path") or ""), file)
     if source == "concept" and path is not None and path.is_file():
-        lines = [line for line in path.read_text("utf-8-sig", errors="replace").splitlines() if line.strip()]
+        lines = [line for line in read_text(path).splitlines() if line.strip()]
         if len(lines) == 1:
             return lines[0].strip()
     account.aside(where, source, "captions are read from .txt files, or there is one prompt for a folder: write them.")

@@ -17,7 +17,7 @@ def read_config(path: Path) -> Any:
     if not path.is_file():
         raise DiffgraftError(f"There is no configuration {path}. Give a .toml or .json file.")
     try:
-        text = path.read_text("utf-8-sig")
+        text = read_text(path)
         if path.suffix.lower() == ".toml":
             return tomllib.loads(text)
         if path.suffix.lower() == ".json":
@@ -25,11 +25,21 @@ def read_config(path: Path) -> Any:
             if isinstance(found, dict | list):
                 return found
             raise DiffgraftError(f"{path} holds {found!r}, where a configuration has keys and values.")
-    except UnicodeDecodeError as error:
-        raise DiffgraftError(f"{path} is not written in UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DiffgraftError(f"{path} cannot be read as {path.suffix.lstrip('.').upper()}: {error}.") from error
     raise DiffgraftError(f"{path} is called neither .toml nor .json, as configurations are.")
+
+
+def read_text(path: Path) -> str:
+    """What a text file says.
+
+    Raises:
+        DiffgraftError: it is not written in UTF-8.
+    """
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DiffgraftError(f"{path} is not written in UTF-8 ({error.reason}). Save it as UTF-8.") from error
 
 
 def beside(named: str, config: Path) -> Path | None:

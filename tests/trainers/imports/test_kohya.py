@@ -80,7 +80,12 @@ def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
     buckets = recipe.buckets
     assert (buckets.use, buckets.step, buckets.least, buckets.most, buckets.upscale) == (True, 32, 320, 1024, True)
     assert (recipe.tags.shuffle, recipe.tags.keep, recipe.tags.drop, recipe.caption_dropout) == (True, 2, 0.2, 0.1)
-    assert (recipe.captions, recipe.long_prompts, recipe.samples()[0]) == (True, "chunk", "a dog on the grass,  style")
+    words = recipe.captions.use, recipe.long_prompts, recipe.samples()[0]
+    assert words == (
+        True,
+        "chunk",
+        "a dog on the grass,  style",
+    )
     assert (recipe.noise.offset, recipe.noise.pyramid) == (0.06, 0.4)
     assert (recipe.timesteps.first, recipe.timesteps.last) == (20, 899)  # the end is not included there
     assert (recipe.loss.kind, recipe.loss.schedule, recipe.loss.delta, recipe.loss.snr_gamma) == (
@@ -96,8 +101,9 @@ def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
     """Defaults of sd-scripts that are not ours are written: a scale of 1 / 4, a rate of 2e-6, one picture a step."""
     recipe, account = make(bare_toml='network_module = "networks.lora"\ntrain_data_dir = "/nowhere"')
     assert (recipe.rank, recipe.scale_alpha(), recipe.lr, recipe.batch, recipe.steps) == (4, 1, 2e-6, 1, 1600)
-    assert (recipe.precision, recipe.captions, recipe.text_encoder, recipe.loss) == ("float32", False, True, Loss())
-    assert "rename the files" in told(account)["caption_extension"]  # .caption, by default
+    assert (recipe.precision, recipe.text_encoder, recipe.loss) == ("float32", True, Loss())
+    assert recipe.captions.use  # of .caption files, which are the default there
+    assert "remove those not meant" in told(account)["caption_extension"]  # .caption, by default
     assert any(line.key == "network_dim" and ", the default there" in str(line) for _, line in account.taken)
 
 
@@ -220,7 +226,7 @@ def test_a_dataset_config_given_beside_the_arguments(make: Make) -> None:
         ("img/3_sks dog", 7, "sks dog", "sks dog"),
         ("img/1_sks cat", 1, "sks cat", "sks cat"),
     ]
-    assert (recipe.batch, recipe.resolution, recipe.tags.shuffle, recipe.captions) == (5, 768, True, True)
+    assert (recipe.batch, recipe.resolution, recipe.tags.shuffle, recipe.captions.use) == (5, 768, True, True)
     assert (recipe.steps, recipe.buckets.use) == (3 * math.ceil((3 * 7 + 2) / 5), True)
     same, _ = make(lora_toml=lora + 'dataset_config = "data.toml"\n')  # or named by them
     assert same == recipe
@@ -254,7 +260,7 @@ def test_textual_inversion_and_full_training(make: Make) -> None:
     recipe, _ = make(word_toml=word + 'learning_rate = 5e-4\ntrain_data_dir = "/nowhere"')
     assert (recipe.task, recipe.method, recipe.trigger) == ("concept", "textual-inversion", "<cat>")
     assert recipe.options == {"vectors": 4, "start": "cat", "keep_norm": False}
-    assert (recipe.templates, recipe.captions, recipe.lr) == ("object", False, 5e-4)
+    assert (recipe.templates, recipe.captions.use, recipe.lr) == ("object", False, 5e-4)
     full = 'train_data_dir = "/nowhere"\nlearning_rate = 4e-6\nlearning_rate_te = 1e-6\n'
     recipe, account = make(full_toml=full + "stop_text_encoder_training = 200")
     assert (recipe.method, recipe.text_encoder, recipe.rates) == ("full", True, {"text_encoder": 0.25})

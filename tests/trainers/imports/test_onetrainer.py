@@ -161,7 +161,7 @@ def test_several_concepts(make: Make, kohya_folder: Path) -> None:
         ("img/1_sks cat", 1, None, "a sks cat"),
     ]
     assert recipe.steps == 10 * math.ceil(math.ceil((12 + 2) / 2) / 2)
-    assert (recipe.validation.images, recipe.flip, recipe.captions) == ("held", False, True)
+    assert (recipe.validation.images, recipe.flip, recipe.captions.use) == ("held", False, True)
     assert {"concepts.image.enable_random_flip", "concept class, type", "concept off, enabled"} <= set(told(account))
     inline, _ = make(config_json={**CONFIG, "validation": True, "concepts": concepts})
     assert inline == recipe

@@ -1,0 +1,362 @@
+"""What a folder of pictures holds: what will be learnt from, what lies there and will not be, and why."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from diffgraft.data.pictures import SUFFIXES
+from diffgraft.errors import DiffgraftError
+
+FolderLayout = Literal["auto", "flat", "kohya"]
+"""How a folder is read: by what it holds, as pictures that lie in it, or as numbered folders of them (`10_sks dog`)"""
+NUMBERED = re.compile(r"(\d+)_(.+)")
+"""kohya's folders: how often the pictures come in a round, and what they show"""
+_UNREADABLE = (
+    *(".heic", ".heif", ".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
+    *(".ico", ".exr", ".hdr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
+)
+"""Pictures and films that people keep among the others, and that are not read here"""
+_MASKS = ("_mask", "-masklabel")
+"""How the stems of masks end; the second is OneTrainer's"""
+_CONDITIONS = ("-condlabel",)
+"""How the stems of OneTrainer's conditioning pictures end, which nothing here learns from"""
+CAPTIONS = (".txt", ".caption")
+"""Suffixes of captions, in the order in which they are looked for; the second is that of sd-scripts"""
+TABLES = ("metadata.jsonl", "metadata.csv")
+"""As the image folders of `datasets` have them: a column `file_name`, and the captions"""
+_MANY_REPEATS = 1000
+_NAMED = 3
+"""So many files are named where more of them have the same fault"""
+_MOST_ENTRIES = 100_000
+"""Files that are looked at below a folder, at most: somebody may give a whole disk"""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One of kohya's folders, `10_sks dog`."""
+
+    folder: Path
+    repeats: int
+    says: str
+    """The prompt of pictures in it that have no caption"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The numbered folders that are learnt from; none where the pictures lie in the folder itself."""
+
+    counted: Sequence[Counted]
+    remarks: Sequence[str]
+    """Sentences on pictures that will not be learnt from"""
+
+
+def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collection[Path] = ()) -> Layout:
+    """How `folder` is laid out: in kohya's way, here or in its `img`, or flat; of `used` folders nothing is said.
+
+    Raises:
+        DiffgraftError: it can be read in both ways and `layout` does not say which is meant, or it has no numbered
+            folders and should be read as if it had.
+    """
+    folder = Path(folder).expanduser()
+    for root in (folder, folder / "img") if layout != "flat" else ():
+        found = [(one, match) for one in _folders(root) if (match := NUMBERED.fullmatch(one.name))]
+        counted = [Counted(one, int(match[1]), match[2].strip()) for one, match in found if int(match[1])]
+        inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
+        if not any(inside.values()):
+            continue
+        own = [path for place in dict.fromkeys((folder, root)) for path in pictures_in(place)]
+        if own and layout == "auto":
+            numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
+            raise DiffgraftError(
+                f"{folder} can be read in two ways: as the {_count(len(own), 'picture')} in it ({named(own)}), or in "
+                f"kohya's layout as those of its numbered folders: {numbered}. Set layout=flat or layout=kohya, or "
+                "move what is not meant to another place."
+            )
+        return Layout(counted, [*_outside_of(folder, counted, used), *_often(counted)])
+    if layout == "kohya":
+        raise DiffgraftError(
+            f"layout=kohya, and {folder} has no numbered folder with pictures in it: name them like 10_sks dog."
+        )
+    return Layout([], [])
+
+
+def counted_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[Counted]:
+    """The folders of kohya's layout in `folder`, or in its `img`; none where it is not laid out so."""
+    return list(layout_of(folder, layout).counted)
+
+
+def _often(counted: Sequence[Counted]) -> Iterator[str]:
+    for one in counted:
+        if one.repeats >= _MANY_REPEATS:
+            yield (
+                f"The folder {one.folder.name} is read in kohya's way: each picture in it comes {one.repeats:,} times "
+                "in a round. If its number is a year or the like, rename it, or set layout=flat."
+            )
+
+
+def _outside_of(folder: Path, counted: Sequence[Counted], used: Collection[Path]) -> Iterator[str]:
+    """What lies beside numbered folders and is therefore not learnt from."""
+    learnt = {one.folder for one in counted}
+    places: Counter[str] = Counter()
+    for path in _below(folder, used):
+        if path.parent not in learnt and not any(one in learnt for one in path.parents):
+            places[_first_level(path, folder)] += 1
+    if places:
+        yield (
+            f"{_count(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
+            f"in numbered folders are: {_listed(places)}."
+        )
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The files of one folder, sorted by what they are for."""
+
+    pictures: Sequence[Path]
+    """What is learnt from, in the order of their names"""
+    captions: dict[Path, str]
+    """Picture → what the file beside it says, its lines and all"""
+    masks: dict[Path, Path]
+    """Picture → its mask"""
+    remarks: Sequence[str]
+    """Sentences on what lies in the folder and is not used"""
+
+
+def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collection[Path] = ()) -> Inventory:
+    """Sort the files of a folder; `in_table` are pictures below it that a table names, `used` folders of other use.
+
+    Captions and masks belong to the picture whose name they have, `a.txt` or `a.jpg.txt` and `a_mask.png` or
+    `a-masklabel.png`, whatever the case of the suffix and the Unicode form of the name.
+
+    Raises:
+        DiffgraftError: a caption is not written in UTF-8.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("._"))
+    shown = [path for path in files if path.suffix.lower() in SUFFIXES]
+    aside = [path for path in shown if _is_aside(path)]
+    pictures = [path for path in shown if path not in set(aside)]
+    every = list(dict.fromkeys([*pictures, *in_table]))
+    masks, of_masks = _masks(every, aside)
+    captions, of_captions = _captions(every, files)
+    remarks = [
+        *_of_formats(files, folder),
+        *of_masks,
+        *of_captions,
+        *_of_other_words(every, files, folder),
+        *_in_subfolders(folder, {path.resolve() for path in in_table}, used),
+    ]
+    return Inventory(pictures, captions, masks, remarks)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files that lie in a folder itself, masks left out; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in found if not _is_aside(path) and not path.name.startswith("._"))
+
+
+def named(paths: Sequence[Path] | Sequence[str]) -> str:
+    """The first of some files' names, and how many more there are."""
+    names = [path.name if isinstance(path, Path) else path for path in paths]
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _is_aside(path: Path) -> bool:
+    """Whether it is by its name the mask, or the conditioning picture, of another."""
+    return path.stem.endswith((*_MASKS, *_CONDITIONS))
+
+
+class _ByName:
+    """Files by their stems, whatever the case and the Unicode form, those of the very same name first."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._exact: dict[tuple[Path, str], Path] = {}
+        self._folded: dict[tuple[Path, str], Path] = {}
+        for path in files:
+            self._exact.setdefault((path.parent, _plain(path.name, path.suffix)), path)
+            self._folded.setdefault((path.parent, _plain(path.name, path.suffix).casefold()), path)
+
+    def find(self, folder: Path, name: str) -> Path | None:
+        """The file of that name, if there is one."""
+        key = unicodedata.normalize("NFC", name)
+        return self._exact.get((folder, key)) or self._folded.get((folder, key.casefold()))
+
+
+def _plain(name: str, suffix: str) -> str:
+    """A name in its composed form, its suffix in small letters."""
+    return unicodedata.normalize("NFC", name.removesuffix(suffix) + suffix.lower())
+
+
+def _masks(pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+    elsewhere = {path.parent for path in pictures} - {path.parent for path in aside}
+    more = [path for folder in sorted(elsewhere) for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    there = _ByName([*aside, *(path for path in more if _is_aside(path))])
+    found: dict[Path, Path] = {}
+    used: set[Path] = set()
+    for picture in pictures:
+        names = [f"{picture.stem}{ending}{suffix}" for ending in _MASKS for suffix in SUFFIXES]
+        own = [mask for name in names if (mask := there.find(picture.parent, name)) is not None]
+        if own:
+            own.sort(key=lambda mask: [mask.stem.endswith(ending) for ending in _MASKS].index(True))
+            found[picture] = own[0]
+            used.add(own[0])
+    stems = {unicodedata.normalize("NFC", path.stem).casefold() for path in pictures}
+    left = [path for path in aside if path not in used]
+    conditions = [path for path in left if path.stem.endswith(_CONDITIONS)]
+    second = [path for path in left if path not in conditions and _stem_of(path) in stems]
+    orphans = [path for path in left if path not in conditions and path not in second]
+    remarks = []
+    if orphans:
+        remarks.append(
+            f"{_count(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not learnt "
+            f"from: {named(orphans)}. If {_it(len(orphans))} a picture to learn from, rename it."
+        )
+    if second:
+        remarks.append(f"Each picture has one mask, and there are more of them: {named(second)} not used.")
+    if conditions:
+        remarks.append(f"Conditioning pictures are not learnt from: {named(conditions)}.")
+    return found, remarks
+
+
+def _stem_of(mask: Path) -> str:
+    """The stem of the picture that a mask is of, by its name."""
+    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.endswith(one))
+    return unicodedata.normalize("NFC", mask.stem.removesuffix(ending)).casefold()
+
+
+def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+    beside = [path for path in files if path.suffix.lower() in CAPTIONS]
+    elsewhere = sorted({path.parent for path in pictures} - {path.parent for path in files})
+    more = [path for folder in elsewhere for path in folder.iterdir() if path.suffix.lower() in CAPTIONS]
+    there = _ByName([*beside, *more])
+    found: dict[Path, str] = {}
+    seen: set[Path] = set()
+    empty: list[Path] = []
+    others: list[Path] = []
+    for picture in pictures:
+        names = [f"{stem}{suffix}" for stem in (picture.stem, picture.name) for suffix in CAPTIONS]
+        own = [path for name in names if (path := there.find(picture.parent, name)) is not None]
+        said = {path: text for path in own if (text := _read(path))}
+        seen.update(own)
+        if said:
+            found[picture] = next(iter(said.values()))
+            others += [path for path, text in said.items() if text != found[picture]]
+        elif own:
+            empty.append(own[0])
+    remarks = []
+    if empty:
+        remarks.append(
+            f"{_count(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as if "
+            "there were none."
+        )
+    if others:
+        remarks.append(f"Of two captions beside a picture that differ only the first is used: {named(others)} not.")
+    if left := [path for path in beside if path not in seen]:
+        remarks.append(f"{_count(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
+    return found, remarks
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DiffgraftError(
+            f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
+        ) from error
+
+
+def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
+    if found := [path for path in files if path.suffix.lower() in _UNREADABLE]:
+        yield (
+            f"{_count(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
+            f"learnt from: {named(found)}. Save such pictures as JPEG or PNG."
+        )
+
+
+def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
+    """Files that may hold captions and are not looked into."""
+    stems = {unicodedata.normalize("NFC", one).casefold() for path in pictures for one in (path.stem, path.name)}
+    tables = [path.name for path in files if path.name in TABLES]
+    kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
+    beside = [
+        path
+        for path in files
+        if path.suffix.lower() in (*kinds, ".tags", ".cap", ".text")
+        and unicodedata.normalize("NFC", path.stem).casefold() in stems
+    ]
+    if beside:
+        yield (
+            f"What {named(beside)} says of the picture beside it is not read: captions are files that end in .txt or "
+            "in .caption."
+        )
+    strange = [path for path in files if path.suffix.lower() in kinds[:5] and path not in beside]
+    strange = [path for path in strange if path.name not in tables[:1]]
+    if strange:
+        yield f"{named(strange)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
+            f", and here {tables[0]} is the one." if tables else "."
+        )
+
+
+def _in_subfolders(folder: Path, in_table: Collection[Path], used: Collection[Path]) -> Iterator[str]:
+    places: Counter[str] = Counter()
+    for path in _below(folder, used):
+        if path.parent != folder and not (in_table and path.resolve() in in_table):
+            places[_first_level(path, folder)] += 1
+    if places:
+        yield (
+            f"{_count(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
+            f"{_listed(places)}. Move them up, name the folders as kohya does (10_sks dog), or give each as a concept."
+        )
+
+
+def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
+    """Picture files in a folder and all below it, but for hidden folders and those of other use; masks left out."""
+    resolved = {path.expanduser().resolve() for path in used}
+    seen = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(place, name).resolve() not in resolved
+        )
+        for name in sorted(names):
+            path = Path(place, name)
+            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not _is_aside(path):
+                yield path
+        if (seen := seen + len(names)) > _MOST_ENTRIES:
+            return
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _first_level(path: Path, folder: Path) -> str:
+    first, *rest = path.relative_to(folder).parts
+    return f"{first}/" if rest else "the folder itself"
+
+
+def _listed(places: Counter[str]) -> str:
+    return ", ".join(f"{count} in {place}" for place, count in places.items())
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _belong(number: int) -> str:
+    return "belongs" if number == 1 else "belong"
+
+
+def _it(number: int) -> str:
+    return "it is" if number == 1 else "one of them is"

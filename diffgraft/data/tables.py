@@ -1,0 +1,142 @@
+"""Tables of captions: `metadata.jsonl` or `metadata.csv` beside pictures, one row a picture, or several of one."""
+
+import csv
+import json
+import os
+import posixpath
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from diffgraft.data.inventory import TABLES, named
+from diffgraft.errors import DiffgraftError, nearest
+
+_CAPTIONS = ("text", "caption", "captions", "prompt")
+"""What columns of captions are usually called"""
+
+
+def read_table(folder: Path, caption_column: str = "", *, outside: bool = False) -> dict[Path, tuple[str, ...]]:
+    """Picture → its captions, of the folder's table; empty where it has none.
+
+    Names are paths from the folder on, or whole ones; several rows of one picture are its captions, in their order.
+
+    Args:
+        folder: where the table lies.
+        caption_column: the column with the captions; empty: text, caption, captions or prompt.
+        outside: whether rows may name pictures that lie elsewhere.
+
+    Raises:
+        DiffgraftError: the table cannot be read, lacks a column, or names what lies outside the folder.
+    """
+    path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    rows = list(_rows(path))
+    columns = list(dict.fromkeys(key for _, row in rows for key in row))
+    if not rows:
+        raise DiffgraftError(f"{path} cannot be read as a table: it is empty. Give it a row a picture, or remove it.")
+    if "file_name" not in columns:
+        raise DiffgraftError(f"{path} has the columns {', '.join(columns)}, and needs one called file_name.")
+    column = caption_column_of(columns, caption_column, str(path))
+    if not column:
+        what = f"{path} has no column of captions ({', '.join(_CAPTIONS)}), but: {', '.join(columns)}."
+        warnings.warn(f"{what} Name one as caption_column.", stacklevel=3)
+    found: dict[Path, list[str]] = {}
+    missing: list[str] = []
+    for line, row in rows:
+        place = _placed(folder, row.get("file_name"), f"{path}, line {line}", outside)
+        if not place.is_file():
+            missing.append(str(row["file_name"]))
+            continue
+        said = as_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
+        found.setdefault(place, []).extend(one for one in said if one not in found.get(place, ()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)
+    if column and (silent := [place.name for place, said in found.items() if not said]):
+        warnings.warn(f"The table in {folder} says nothing of {named(silent)}.", stacklevel=3)
+    return {place: tuple(said) for place, said in found.items()}
+
+
+def caption_column_of(columns: Sequence[str], wanted: str, where: str) -> str:
+    """The column with the captions: the one wanted or, if none is, one that is called as such; empty without.
+
+    Raises:
+        DiffgraftError: there is no column of the name wanted.
+    """
+    if wanted and wanted not in columns:
+        raise DiffgraftError(f"{where} has no column {wanted!r}: {nearest(wanted, columns)}")
+    return wanted or next((name for name in _CAPTIONS if name in columns), "")
+
+
+def as_captions(value: Any, where: str) -> tuple[str, ...]:
+    """A cell, which may hold one caption or a list of them.
+
+    Raises:
+        DiffgraftError: it holds something else.
+    """
+    listed = value if isinstance(value, list) else [value]
+    strange = [one for one in listed if isinstance(one, Mapping | list)]
+    if strange:
+        raise DiffgraftError(f"{where} holds {type(strange[0]).__name__}: write a caption, or a list of captions.")
+    return tuple(text for one in listed if one is not None and (text := str(one).strip()))
+
+
+def inside(folder: Path, path: Path) -> bool:
+    """Whether a file lies in a folder or below it, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def refuse_outside(folder: Path, path: Path, where: str) -> None:
+    """Raises DiffgraftError where a file leads out of a folder."""
+    if not inside(folder, path):
+        raise DiffgraftError(
+            f"{where} leads to {path.resolve()}, outside of {folder}. Move it there or, if that is meant, set "
+            "outside=true."
+        )
+
+
+def _placed(folder: Path, name: Any, where: str, outside: bool) -> Path:
+    """The file that a row names."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise DiffgraftError(f"{where} names no file: file_name is {name!r}.")
+    plain = name.strip() if os.sep == "\\" or (folder / name).exists() else name.strip().replace("\\", "/")
+    if not Path(plain).is_absolute():
+        plain = posixpath.normpath(plain)
+    forms = [folder / form for form in dict.fromkeys((plain, *(unicodedata.normalize(one, plain) for one in _FORMS)))]
+    try:
+        place = next((form for form in forms if form.is_file()), forms[0])
+        if not outside:
+            refuse_outside(folder, place, where)
+        if place.is_absolute() != folder.is_absolute() or not place.is_relative_to(folder):
+            place = folder / place.resolve().relative_to(folder.resolve()) if inside(folder, place) else place
+    except (OSError, RuntimeError) as error:
+        raise DiffgraftError(f"{where} names a file that cannot be looked at: {name[:80]!r} ({error}).") from error
+    return place
+
+
+_FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+"""Unicode's composed and decomposed forms, of which the table may have one and the disk the other"""
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number of its line and content of each row."""
+    try:
+        text = path.read_text("utf-8-sig")
+        if path.suffix == ".csv":
+            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"line {reader.line_num} has more cells than there are columns")
+                yield reader.line_num, row
+            return
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no JSON object")
+                yield number, row
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise DiffgraftError(f"{path} cannot be read as a table: {error}.") from error
