@@ -68,6 +68,8 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     for key, value in settings.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     plan = load_recipe(recipe, {key: str(value) if isinstance(value, Path) else value for key, value in flat.items()})
+    if (prompts := prompts_of(plan.sample_prompts)) is not plan.sample_prompts:
+        plan = plan.model_copy(update={"sample_prompts": prompts})
     if not plan.images and not plan.concepts:
         raise DiffgraftError(f"The recipe {recipe} needs pictures: add images=FOLDER (JPEG, PNG or WebP files).")
     if plan.images and plan.concepts and all(one.images for one in plan.concepts):
@@ -134,6 +136,27 @@ def _files_of_others(folder: Path) -> list[str]:
     ours = {".lock", *(("recipe.yaml", "logs", "samples", "adapters") if is_ours else ())}
     has_begun = is_ours or ".lock" in names
     return [name for name in names if name not in ours and not (has_begun and name.startswith(PARTIAL))]
+
+
+def prompts_of(given: list[str]) -> list[str]:
+    """Prompts as they are given, or, of a single name that ends in ``.txt``, the lines of that file.
+
+    Raises:
+        DiffgraftError: there is no such file, or it holds none.
+    """
+    if len(given) != 1 or not given[0].strip().endswith(".txt"):
+        return given
+    path = Path(given[0].strip()).expanduser()
+    if not path.is_file():
+        raise DiffgraftError(f"sample_prompts={given[0]} names a file that is not there.")
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DiffgraftError(f"{path} is no text in UTF-8: save it again as UTF-8.") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise DiffgraftError(f"{path} holds no prompts: write one on each line.")
+    return prompts
 
 
 def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:

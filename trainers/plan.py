@@ -17,6 +17,7 @@ from diffgraft.data.given import with_folders
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
 from diffgraft.terminal import printable
+from diffgraft.trainers.advice import advice
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.checks import check_attached, check_base, check_pictures, check_settings
 from diffgraft.trainers.concepts import Read, read_concepts
@@ -86,6 +87,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
             "recipe",
             f"{recipe.task} by {recipe.method} on {recipe.base} ({base.family.name}, {side_of(recipe, base)} px)",
         ),
+        ("computes", f"on {device}, in {recipe.precision}"),
         ("predicts", f"{base.prediction_type}, as {'the recipe says' if recipe.prediction_type else 'its files say'}"),
         *_pictures(recipe, learnt, held),
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
@@ -98,7 +100,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     ]
     told = dict.fromkeys(str(one.message) for one in caught)
     pitfalls = [*told, *broken.values(), *conflicts(recipe, learnt), *triggers(base, learnt), *likenesses(seen)]
-    return Plan(facts, [*pitfalls, *squares(recipe, learnt)])
+    return Plan(facts, [*pitfalls, *squares(recipe, learnt), *advice(recipe, base, learnt, seen)])
 
 
 def _attached(recipe: Recipe, base: Base, start: Start | None) -> Attached:

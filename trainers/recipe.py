@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
-from diffgraft.data.inventory import FolderLayout
-from diffgraft.data.settings import Buckets, Captions, Masks, Tags
+from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.data.wording import without_word
 from diffgraft.strict import Strict
 from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, Validation

@@ -10,13 +10,23 @@ import typer
 from diffgraft.errors import DiffgraftError
 from diffgraft.terminal import printable
 
+_SAID: list[str] = []
+"""Lines shown so far"""
 _STRONGEST = 20
 """Beyond it any adapter gives noise, or black pictures"""
 
 
 def say(line: object) -> None:
     """Show a line, whoever wrote what is in it."""
-    typer.echo(printable(line))
+    _SAID.append(printable(line))
+    typer.echo(_SAID[-1])
+
+
+def warn(message: object) -> None:
+    """Show a warning, unless a line before it has said the same."""
+    text = printable(message)
+    if not any(text in line for line in _SAID):
+        typer.secho(f"warning: {text}", fg="yellow", err=True)
 
 
 def say_json(value: Any) -> None:

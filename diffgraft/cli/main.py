@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffgraft.cli import files, preparing
-from diffgraft.cli.console import say
+from diffgraft.cli.console import say, warn
 from diffgraft.terminal import printable
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ def train(
     from diffgraft.trainers.run import train as run_training
 
     try:
+        if resume is None and os.environ.get("RANK", "0") == "0":
+            from diffgraft.trainers.plan import planned
+
+            for line in planned(recipe, dict(given)).lines():
+                say(line)
         run = run_training(recipe, resume=resume, changed=changed, **given)
     except KeyboardInterrupt as stop:
         if not stop.args:
@@ -322,9 +327,7 @@ def main() -> None:
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
-    warnings.showwarning = lambda message, *_, **__: typer.secho(
-        f"warning: {printable(message)}", fg="yellow", err=True
-    )
+    warnings.showwarning = lambda said, *_, **__: warn(said)
     try:
         in_a_sentence(app)()
     except DiffgraftError as error:

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from diffgraft.data.pictures import SUFFIXES
+from diffgraft.data.settings import FolderLayout
 from diffgraft.errors import DiffgraftError
 
-FolderLayout = Literal["auto", "flat", "kohya"]
-"""How a folder is read: by what it holds, as pictures that lie in it, or as numbered folders of them (`10_sks dog`)"""
 NUMBERED = re.compile(r"(\d+)_(.+)")
 """kohya's folders: how often the pictures come in a round, and what they show"""
 _UNREADABLE = (

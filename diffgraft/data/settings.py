@@ -7,6 +7,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from diffgraft.strict import Strict
 
+FolderLayout = Literal["auto", "flat", "kohya"]
+"""How a folder is read: by what it holds, as pictures that lie in it, or as numbered folders of them (`10_sks dog`)"""
+
 
 class Buckets(Strict):
     """Aspect-ratio buckets: pictures keep about their shape, and those of one size make a batch."""

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from diffgraft.data.settings import Tags
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _LETTER = r"[^\W\u2e80-\ud7ff\uf900-\ufaff]"
 """What a word does not end before; writing without spaces, such as Chinese, has no such letters"""
@@ -45,7 +47,7 @@ class Wording:
     kept: str = field(default="", repr=False)
     """The word whose tags are never left out"""
 
-    def prompt(self, number: int, tags: Tags, dropout: float, random: np.random.Generator) -> str:
+    def prompt(self, number: int, tags: Tags, dropout: float, random: "np.random.Generator") -> str:
         """The prompt made of text `number`, or nothing at all, which comes with the probability `dropout`."""
         if dropout and random.random() < dropout:
             return ""
@@ -64,7 +66,7 @@ def is_fixed(tags: Tags) -> bool:
     return not (tags.shuffle or tags.drop)
 
 
-def _changed(text: str, tags: Tags, kept: str, random: np.random.Generator) -> str:
+def _changed(text: str, tags: Tags, kept: str, random: "np.random.Generator") -> str:
     if is_fixed(tags):
         return text
     parts = [part.strip() for part in text.split(tags.separator) if part.strip()]

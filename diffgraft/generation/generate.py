@@ -136,7 +136,7 @@ def generate(
         def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
             if not kept["latents"].isfinite().all():
                 raise DiffgraftError(
-                    f"Nothing can be drawn: after {step + 1} of {count} steps the picture is no longer of numbers. Take "
+                    f"Nothing can be drawn: after {step + 1} of {count} steps the picture holds NaN or infinity. Take "
                     "smaller strengths of adapters, less guidance, or float32."
                 )
             bar.update()

@@ -16,6 +16,7 @@ from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.folder import Run
+from diffgraft.trainers.plan import Plan
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -127,8 +128,11 @@ def test_what_stops_a_run_is_said(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("diffgraft.trainers.run.train", stop)
-    assert call(monkeypatch, "train", "subject", "subject=dog") == 1
+    for name in ("run.train", "plan.planned"):
+        with monkeypatch.context() as patched:
+            patched.setattr("diffgraft.trainers.plan.planned", lambda *_: Plan([("pictures", "5")], []))
+            patched.setattr(f"diffgraft.trainers.{name}", stop)
+            assert call(monkeypatch, "train", "subject", "subject=dog") == 1
     assert answer in capsys.readouterr().err
 
 

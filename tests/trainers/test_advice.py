@@ -1,0 +1,108 @@
+"""What seldom trains well is told by `plan`, and by `train` before it starts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffgraft as dg
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.folder import prompts_of
+from tests.cli.test_cli import call
+
+
+def plan(images: Any, recipe: str = "subject", **settings: Any) -> str:
+    subject = {"subject": "dog"} if recipe == "subject" else {}
+    return str(dg.plan(recipe, images=images, **{**subject, **settings}))
+
+
+def test_usual_settings_are_not_advised_against(pictures: Path) -> None:
+    said = plan(pictures)
+    for word in ("far above", "no more than rank", "there is one picture", "trigger is empty", "a toy of", "backdrop"):
+        assert word not in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"lr": "10"}, "lr=10 is far above what trains with adamw"),
+        ({"lr": "0.01", "optimizer": "lion"}, "lr=0.01 is far above what trains with lion"),
+        ({"rank": "500"}, "rank=500 holds no more than rank 128"),
+        ({"trigger": ""}, "the trigger is empty"),
+        ({"resolution": "128"}, "resolution=128 is 2 times the 64 pixels"),
+    ],
+)
+def test_settings_far_from_any_that_work(pictures: Path, settings: dict[str, str], answer: str) -> None:
+    assert answer in plan(pictures, **settings)
+
+
+def test_prodigy_s_rate_and_a_word_s_rank_are_their_own(pictures: Path) -> None:
+    assert "far above" not in plan(pictures, lr="1", optimizer="prodigy")
+    assert "holds no more" not in plan(pictures, "concept", trigger="<zorp>")
+
+
+def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
+    first = sorted(pictures.glob("*.png"))[:1]
+    assert "there is one picture" in plan(first)
+    assert "no picture has a caption" in plan(pictures, "style")
+
+
+def test_photographs_on_the_toy_base(pictures: Path) -> None:
+    images = [Image.open(path).resize((400, 300)) for path in sorted(pictures.glob("*.png"))[:3]]
+    assert "`tiny` is a toy of 64 pixels for trying and tests" in plan(images)
+    images = [image.resize((90, 70)) for image in images]
+    assert "is a toy of" not in plan(images)
+
+
+def test_backdrops_that_are_all_the_same(tmp_path: Path) -> None:
+    chance = np.random.default_rng(3)
+    for place in range(4):
+        for name, ground in (("same", np.full((64, 64, 3), 230)), ("other", chance.integers(0, 255, (8, 8, 3)))):
+            values = np.kron(ground, np.ones((64 // len(ground),) * 2 + (1,))).astype(np.uint8)
+            values[16:48, 16 + place : 40] = chance.integers(0, 255, 3)
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.fromarray(values).save(tmp_path / name / f"{place}.png")
+    assert "nearly the same backdrop" in plan(tmp_path / "same")
+    assert "backdrop" not in plan(tmp_path / "other")
+
+
+def test_sample_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a {trigger} dog\n\n# a remark\na {trigger} dog at night\n", "utf-8")
+    assert prompts_of([str(tmp_path / "prompts.txt")]) == ["a {trigger} dog", "a {trigger} dog at night"]
+    assert prompts_of(["a dog", "b.txt"]) == ["a dog", "b.txt"]
+    (tmp_path / "empty.txt").write_text("\n", "utf-8")
+    (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
+    for name, answer in (
+        ("none.txt", "is not there"),
+        ("empty.txt", "holds no prompts"),
+        ("latin.txt", "no text in UTF"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            prompts_of([str(tmp_path / name)])
+
+
+def test_train_says_what_plan_says_and_each_warning_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "subject",
+        f"images={pictures}",
+        "subject=dog",
+        "steps=1",
+        "prior.weight=0",
+        "sample_prompts=a dog",
+        "lr=9",
+    ]
+    words += ["warmup=5"]
+    assert call(monkeypatch, "plan", *words) == 0
+    planned = capsys.readouterr().out
+    assert call(monkeypatch, "train", *words, f"output={tmp_path / 'run'}") == 0
+    told = capsys.readouterr()
+    for line in planned.splitlines():
+        assert line in told.out or line.startswith("time")
+    assert "Trained 1 steps" in told.out
+    pitfalls = [line.removeprefix("look at: ") for line in planned.splitlines() if line.startswith("look at: ")]
+    assert pitfalls
+    assert not any(pitfall in told.err for pitfall in pitfalls)
