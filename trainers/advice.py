@@ -12,8 +12,6 @@ from diffgraft.data.likeness import Fingerprint
 from diffgraft.trainers.materials import Item, side_of
 from diffgraft.trainers.recipe import Recipe
 
-_LARGEST_RATE = {"adamw": 0.05, "adamw8bit": 0.05, "lion": 0.005, "lion8bit": 0.005, "schedule-free": 0.1}
-"""Optimiser → the learning rate beyond which adapters diverge within a few steps, as a rule"""
 _TOY = "tiny"
 _BEYOND = 2
 """Times a base's own resolution, from which pictures or a resolution are for another base"""
@@ -35,7 +33,6 @@ def advice(
         seen: names and fingerprints of pictures.
     """
     yield from _sizes(recipe, base, learnt)
-    yield from _rates(recipe)
     yield from _rank(recipe, base)
     if len(learnt) == 1:
         yield "there is one picture: that picture is learnt, and not what it shows. Three to six are better."
@@ -59,12 +56,6 @@ def _sizes(recipe: Recipe, base: Base, learnt: Sequence[Item]) -> Iterator[str]:
             f"`{_TOY}` is a toy of {own} pixels for trying and tests: photographs become a blur there. For pictures of "
             "your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-subject."
         )
-
-
-def _rates(recipe: Recipe) -> Iterator[str]:
-    most = _LARGEST_RATE.get(recipe.optimizer)
-    if most is not None and recipe.lr > most:
-        yield f"lr={recipe.lr:g} is far above what trains with {recipe.optimizer}: 1e-4 to 5e-3 as a rule."
 
 
 def _rank(recipe: Recipe, base: Base) -> Iterator[str]:
