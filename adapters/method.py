@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.listing import GROUP
 from diffgraft.bases.base import PARTS
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, nearest, quoted
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
@@ -154,7 +154,9 @@ class Method:
         Raises:
             DiffgraftError: there is no such option (the nearest is named), or its value will not do.
         """
-        given = self._laid_out(given)
+        if not isinstance(given, Mapping):
+            raise DiffgraftError(f"options={quoted(given)} will not do: options have names, as options.NAME=VALUE.")
+        given = self._laid_out({str(key): value for key, value in given.items()})
         unknown = [key for key in given if key not in self.options.model_fields]
         if unknown:
             known = [f"options.{key}" for key in self.options.model_fields]
@@ -165,7 +167,9 @@ class Method:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise DiffgraftError(f"options.{key}={first['input']!r} will not do: {first['msg'].lower()}.") from error
+            raise DiffgraftError(
+                f"options.{key}={quoted(first['input'])} will not do: {first['msg'].lower()}."
+            ) from error
 
     def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """``{"ranks.unet": 4}``, as a command line gives it inside other options, as ``{"ranks": {"unet": 4}}``."""

@@ -10,6 +10,8 @@ T = TypeVar("T")
 
 _MANY = 20
 """So many names are too many for a sentence"""
+_LONG_VALUE = 80
+"""Characters of a value that an error quotes"""
 _LONGEST = 1200
 """So many characters are too many for an error"""
 
@@ -48,6 +50,12 @@ def in_a_sentence(function: Callable[P, T]) -> Callable[P, T]:
             raise DiffgraftError(f"There is not enough memory. {advice}") from error
 
     return told
+
+
+def quoted(value: object) -> str:
+    """`value` as Python writes it, the beginning of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONG_VALUE else f"{text[:_LONG_VALUE]}…"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

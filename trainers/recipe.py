@@ -33,9 +33,9 @@ class Recipe(Strict):
     """Hold the weights of its linear layers in 8 bits (int8) or about 4 (nf4): less memory, a little less exact"""
     method: str = "lora"
     """How the adapter is parametrised; `diffgraft methods` lists them"""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=8192)
     """Inner dimension of the low-rank factors"""
-    alpha: float | None = Field(None, gt=0)
+    alpha: float | None = Field(None, gt=0, le=1_000_000)
     """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
     layers: Literal["attention", "attention+feedforward", "all", None] = None
     """Layers that are adapted: the projections of the attention, with the feed-forward layers too, or also the
@@ -53,9 +53,9 @@ class Recipe(Strict):
     """Whether tables of captions and links may bring pictures from outside the folder"""
     concepts: list[Concept] = Field(default_factory=list)
     """Several things learnt at once, each with pictures and words of its own, in the place of `images`"""
-    repeats: int = Field(1, ge=1)
+    repeats: int = Field(1, ge=1, le=100_000)
     """How often each picture comes in a round"""
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, le=1000)
     """Factor on the loss of the pictures; for concepts that have their own"""
     init_from: str = ""
     """An adapter file of any tool that training starts from, or a run's folder; ranks, scales and values are those of
@@ -64,22 +64,22 @@ class Recipe(Strict):
     """Folder of the run; unset: runs/<recipe>-<time>"""
     format: Literal["auto", "kohya", "lycoris", "diffusers", "embedding", "diffgraft"] = "auto"
     """Format of the adapter files; auto: the one that most programs open, of those that hold what the method makes"""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(300, ge=1, le=10_000_000)
     """Optimiser steps"""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
-    checkpoint_every: int = Field(100, ge=0)
+    checkpoint_every: int = Field(100, ge=0, le=10_000_000)
     """Steps between checkpoints; 0: only when interrupted"""
-    sample_every: int = Field(100, ge=0)
+    sample_every: int = Field(100, ge=0, le=10_000_000)
     """Steps between sample pictures; 0: none"""
-    adapter_every: int = Field(0, ge=0)
+    adapter_every: int = Field(0, ge=0, le=10_000_000)
     """Steps between adapters that are kept on the way, in `adapters/` of the run's folder; 0: none"""
     trackers: list[str] = Field(default_factory=list)
     """Trackers of accelerate that are shown losses and samples: tensorboard (into `logs/` of the run's folder), wandb
     and others"""
     sample_prompts: list[str] = Field(default_factory=list)
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=100)
     """Peak learning rate"""
     rates: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or pattern of a module's path →
@@ -89,21 +89,21 @@ class Recipe(Strict):
     """Step from which on text encoders, and new words, train no more; unset: they train to the end"""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
     """How the rate goes after the warm-up"""
-    lr_cycles: int = Field(1, ge=1)
+    lr_cycles: int = Field(1, ge=1, le=10_000)
     """How often it falls to zero, with cosine_with_restarts"""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=10_000_000)
     """Steps over which the rate rises from zero"""
-    batch: int = Field(4, ge=1)
+    batch: int = Field(4, ge=1, le=4096)
     """Instance pictures in a step, on each process; class images come on top"""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(1, ge=1, le=10_000)
     """Batches whose gradients are added up for one optimiser step"""
-    resolution: int | None = Field(None, ge=8)
+    resolution: int | None = Field(None, ge=8, le=8192)
     """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
     buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
     """Sizes other than squares"""
     crop: Literal["center", "random"] = "center"
     """Which part of a picture is shown, where its shape is another: the middle, or places drawn at random"""
-    crops: int = Field(4, ge=1)
+    crops: int = Field(4, ge=1, le=256)
     """How many such places of each picture take turns"""
     flip: bool = False
     """Whether pictures are also shown mirrored, every other time they come round"""
@@ -112,7 +112,7 @@ class Recipe(Strict):
     optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule-free"] = "adamw"
     """AdamW of torch, or in 8 bits of bitsandbytes, whose Lion is, too; Adafactor of transformers; Prodigy, which finds
     the rate itself (lr=1); schedulefree's AdamW"""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1000)
     """Decoupled weight decay"""
     ema: float = Field(0.0, ge=0, lt=1)
     """Decay of a moving average of what trains, which is then what is saved and drawn with; 0: none. 0.999 for
@@ -247,7 +247,9 @@ class SubjectRecipe(Recipe):
     @classmethod
     def _named_by_its_concepts(cls, values: Any) -> Any:
         """Where all concepts say what they are, the recipe need not."""
-        named = [one.get("subject") for one in values.get("concepts") or [] if isinstance(one, dict)]
+        concepts = values.get("concepts")
+        concepts = concepts if isinstance(concepts, list) else []
+        named = [one.get("subject") for one in concepts if isinstance(one, dict)]
         return {"subject": named[0], **values} if named and all(named) else values
 
     def class_text(self, caption: str | None) -> str:  # noqa: ARG002
@@ -301,7 +303,7 @@ class ConceptRecipe(Recipe):
     """Prompt of a picture without a caption, where templates=none"""
     templates: Literal["none", "object", "style"] = "object"
     """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
-    lr: float = Field(5e-3, gt=0)
+    lr: float = Field(5e-3, gt=0, le=100)
     """Peak learning rate"""
 
     default_samples: ClassVar[tuple[str, ...]] = (

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, nearest, quoted
 from diffgraft.files import write_text
 from diffgraft.trainers.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
 from diffgraft.trainers.settings import Prior
@@ -245,8 +245,10 @@ def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
     inside = kind.model_fields[key].annotation if key in kind.model_fields else None
     if isinstance(inside, type) and issubclass(inside, BaseModel):
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
-        return f"The setting {key}={first['input']!r} will not do: it has keys of its own, {keys}."
-    return f"The setting {key}={first['input']!r} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
+        return f"The setting {key}={quoted(first['input'])} will not do: it has keys of its own, {keys}."
+    return (
+        f"The setting {key}={quoted(first['input'])} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
+    )
 
 
 def _meaning(kind: type[BaseModel], key: str) -> str:
@@ -256,4 +258,4 @@ def _meaning(kind: type[BaseModel], key: str) -> str:
         inner = info.annotation if info else None
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             kind = inner
-    return (info.description if info else None) or "see the recipe's documentation"
+    return " ".join(((info.description if info else None) or "see the recipe's documentation").split())

@@ -10,9 +10,9 @@ from diffgraft.strict import Strict
 class Prior(Strict):
     """Prior preservation (DreamBooth, arXiv:2208.12242, equation 2)."""
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, le=1000)
     """Factor λ of the loss on class images; 0 turns prior preservation off"""
-    images: int = Field(64, ge=1)
+    images: int = Field(64, ge=1, le=100_000)
     """Class images drawn by the base (and kept in a cache)"""
     folder: str = ""
     """Folder with class images of your own, in the place of those that the base draws"""
@@ -33,9 +33,9 @@ class Concept(Strict):
     """Prompt of its pictures without a caption"""
     class_prompt: str | None = None
     """Prompt of its class images"""
-    repeats: int | None = Field(None, ge=1)
+    repeats: int | None = Field(None, ge=1, le=100_000)
     """How often each of its pictures comes in a round"""
-    weight: float | None = Field(None, ge=0)
+    weight: float | None = Field(None, ge=0, le=1000)
     """Factor on the loss of its pictures"""
     prior: Prior | None = None
     """Its own prior preservation"""
@@ -50,7 +50,7 @@ class Validation(Strict):
     """Share of the pictures that is held out in place of such a folder, the same ones in every run"""
     every: int = Field(50, ge=1)
     """Steps from one validation to the next"""
-    pairs: int = Field(64, ge=1)
+    pairs: int = Field(64, ge=1, le=10_000)
     """Pairs of timestep and noise, the same ones in every run"""
     patience: int = Field(0, ge=0)
     """Validations without a new best after which training ends; 0: it goes on"""
@@ -63,11 +63,11 @@ class Validation(Strict):
 class Noise(Strict):
     """What is laid on latents beside plain noise; 0 leaves each away."""
 
-    offset: float = Field(0.0, ge=0)
+    offset: float = Field(0.0, ge=0, le=10)
     """Standard deviation of one number added to all of a channel (offset noise; 0.05 to 0.1 are common)"""
     pyramid: float = Field(0.0, ge=0, lt=1)
     """Factor from one level of coarser noise to the next (pyramid noise; 0.3 to 0.8 are common)"""
-    perturbation: float = Field(0.0, ge=0)
+    perturbation: float = Field(0.0, ge=0, le=10)
     """Share γ of further noise that is laid on the input alone (input perturbation; 0.1 in the paper)"""
 
 

@@ -16,11 +16,11 @@ class Buckets(Strict):
 
     use: bool = False
     """Whether pictures are sorted into sizes of about resolution² pixels, instead of cut to squares"""
-    step: int | None = Field(None, ge=8)
+    step: int | None = Field(None, ge=8, le=8192)
     """Pixels by which sides differ from one size to the next; unset: 64, or an eighth of smaller resolutions"""
-    least: int | None = Field(None, ge=8)
+    least: int | None = Field(None, ge=8, le=8192)
     """The shortest side in pixels; unset: half the resolution"""
-    most: int | None = Field(None, ge=8)
+    most: int | None = Field(None, ge=8, le=8192)
     """The longest side in pixels; unset: twice the resolution"""
     upscale: bool = True
     """Whether pictures smaller than their bucket are enlarged; if not, they make a bucket of their own size"""
@@ -64,7 +64,7 @@ class Tags(Strict):
     """What stands between tags"""
     shuffle: bool = False
     """Whether tags come in another order each time"""
-    keep: int = Field(0, ge=0)
+    keep: int = Field(0, ge=0, le=1000)
     """So many at the front stay where they are, and are never dropped"""
     drop: float = Field(0.0, ge=0, lt=1)
     """Share of the other tags that is left out each time; one with the trigger in it never is"""

@@ -20,15 +20,21 @@ def plan(images: Any, recipe: str = "subject", **settings: Any) -> str:
 
 def test_usual_settings_are_not_advised_against(pictures: Path) -> None:
     said = plan(pictures)
-    for word in ("far above", "no more than rank", "there is one picture", "trigger is empty", "a toy of", "backdrop"):
+    for word in (
+        "far more than",
+        "no more than rank",
+        "there is one picture",
+        "trigger is empty",
+        "a toy of",
+        "backdrop",
+    ):
         assert word not in said
 
 
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"lr": "10"}, "lr=10 is far above what trains with adamw"),
-        ({"lr": "0.01", "optimizer": "lion"}, "lr=0.01 is far above what trains with lion"),
+        ({"lr": "10"}, "lr=10.0 is far more than optimizer=adamw takes"),
         ({"rank": "500"}, "rank=500 holds no more than rank 128"),
         ({"trigger": ""}, "the trigger is empty"),
         ({"resolution": "128"}, "resolution=128 is 2 times the 64 pixels"),
@@ -39,7 +45,7 @@ def test_settings_far_from_any_that_work(pictures: Path, settings: dict[str, str
 
 
 def test_prodigy_s_rate_and_a_word_s_rank_are_their_own(pictures: Path) -> None:
-    assert "far above" not in plan(pictures, lr="1", optimizer="prodigy")
+    assert "far more than" not in plan(pictures, lr="1", optimizer="prodigy")
     assert "holds no more" not in plan(pictures, "concept", trigger="<zorp>")
 
 
@@ -93,7 +99,6 @@ def test_train_says_what_plan_says_and_each_warning_once(
         "steps=1",
         "prior.weight=0",
         "sample_prompts=a dog",
-        "lr=9",
     ]
     words += ["warmup=5"]
     assert call(monkeypatch, "plan", *words) == 0
