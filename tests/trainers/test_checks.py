@@ -118,14 +118,14 @@ def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp
 
 
 def test_the_rate_that_prodigy_finds_grows() -> None:
-    value = torch.nn.Parameter(torch.tensor([3.0, -2.0, 5.0]))
-    recipe = load_recipe("subject", {"subject": "dog", "optimizer": "prodigy", "lr": 0.5})
+    value, goal = torch.nn.Parameter(torch.zeros(3)), torch.tensor([3.0, -2.0, 5.0])
+    recipe = load_recipe("subject", {"subject": "dog", "optimizer": "prodigy", "lr": 1})
     optimizer = new_optimizer(recipe, {"value": value}, {})
-    for _ in range(40):
-        value.grad = 2 * value.detach()
+    for _ in range(150):
+        value.grad = 2 * (value.detach() - goal)
         optimizer.step()
     found = found_rate(optimizer)
-    assert found == optimizer.param_groups[0]["d"] * 0.5
+    assert found == optimizer.param_groups[0]["d"]
     assert found is not None
     assert found > 1e-4
     assert found_rate(torch.optim.SGD([value], lr=0.5)) is None
