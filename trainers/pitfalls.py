@@ -1,5 +1,7 @@
 """What a person may not have meant: settings that do nothing, triggers that mean something, pictures that repeat."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +23,8 @@ _COMMON = 20_000
 """CLIP's words are numbered by how common they were; those below mean something to it"""
 _LOOKED_AT = 500
 """Pictures that are opened and compared with one another, at most"""
+_FEW, _PIXELS = 40, 120e6
+"""So many are in any case, and others while all of them together have no more pixels: what PNGs take 4 seconds for"""
 
 
 def conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
@@ -110,7 +114,9 @@ def triggers(base: Base, learnt: Sequence[Item]) -> Iterator[str]:
 
 def looked_at(learnt: Sequence[Item]) -> tuple[list[tuple[str, Fingerprint]], dict[int, str]]:
     """Names and fingerprints of the first pictures, and of those that cannot be opened their rows, and what is said."""
-    looked, seen, broken = list(learnt)[:_LOOKED_AT], [], {}
+    pixels = itertools.accumulate(math.prod(one.picture.size) for one in learnt)
+    most = sum(count <= _PIXELS for count in pixels)
+    looked, seen, broken = list(learnt)[: min(_LOOKED_AT, max(_FEW, most))], [], {}
     for row, one in enumerate(tqdm(looked, "comparing pictures", leave=False, disable=len(looked) < 50)):
         try:
             seen.append((one.picture.name, fingerprint(one.picture.image)))

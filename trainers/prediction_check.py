@@ -11,7 +11,7 @@ _PICTURES = 4
 _KEPT = 0.05
 """ᾱ at which it is looked: little of a picture is left, so that ε is nearly the input, and v nearly the picture"""
 _IS_NOISE, _IS_NOT_NOISE = 0.8, 0.5
-"""ᾱ at which it is looked: of a picture little is left there, so that ε is nearly the input, v nearly the picture"""
+"""Cosines to ε that a UNet which predicts it exceeds there (it has 0.95 and more), or that one for v stays under"""
 _IS_V = 0.3
 """Cosine to v that no network has by chance"""
 

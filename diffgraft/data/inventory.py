@@ -140,7 +140,7 @@ def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collecti
     aside = [path for path in shown if _is_aside(path)]
     pictures = [path for path in shown if path not in set(aside)]
     every = list(dict.fromkeys([*pictures, *in_table]))
-    masks, of_masks = _masks(every, aside)
+    masks, of_masks = _masks(folder, every, aside)
     captions, of_captions = _captions(every, files)
     remarks = [
         *_of_formats(files, folder),
@@ -193,24 +193,28 @@ def _plain(name: str, suffix: str) -> str:
     return unicodedata.normalize("NFC", name.removesuffix(suffix) + suffix.lower())
 
 
-def _masks(pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
-    elsewhere = {path.parent for path in pictures} - {path.parent for path in aside}
-    more = [path for folder in sorted(elsewhere) for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-    there = _ByName([*aside, *(path for path in more if _is_aside(path))])
+def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+    elsewhere = sorted({path.parent for path in pictures} - {folder})
+    more = [path for place in elsewhere for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
+    every = [*aside, *(path for path in more if _is_aside(path))]
+    if not every:
+        return {}, []
+    of_stem: dict[tuple[Path, str], list[Path]] = {}
+    for path in pictures:
+        of_stem.setdefault((path.parent, _stem(path.stem)), []).append(path)
     found: dict[Path, Path] = {}
-    used: set[Path] = set()
-    for picture in pictures:
-        names = [f"{picture.stem}{ending}{suffix}" for ending in _MASKS for suffix in SUFFIXES]
-        own = [mask for name in names if (mask := there.find(picture.parent, name)) is not None]
-        if own:
-            own.sort(key=lambda mask: [mask.stem.endswith(ending) for ending in _MASKS].index(True))
-            found[picture] = own[0]
-            used.add(own[0])
-    stems = {unicodedata.normalize("NFC", path.stem).casefold() for path in pictures}
-    left = [path for path in aside if path not in used]
-    conditions = [path for path in left if path.stem.endswith(_CONDITIONS)]
-    second = [path for path in left if path not in conditions and _stem_of(path) in stems]
-    orphans = [path for path in left if path not in conditions and path not in second]
+    orphans, second, conditions = [], [], []
+    for path in sorted(every, key=lambda one: (not one.stem.endswith(_MASKS[0]), one)):
+        shown = of_stem.get((path.parent, _stem_of(path)), [])
+        if path.stem.endswith(_CONDITIONS):
+            conditions.append(path)
+        elif not shown:
+            orphans.append(path)
+        elif all(one in found for one in shown):
+            second.append(path)
+        else:
+            found |= {one: path for one in shown if one not in found}
+    orphans = [path for path in orphans if path.parent == folder]
     remarks = []
     if orphans:
         remarks.append(
@@ -227,7 +231,12 @@ def _masks(pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, 
 def _stem_of(mask: Path) -> str:
     """The stem of the picture that a mask is of, by its name."""
     ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.endswith(one))
-    return unicodedata.normalize("NFC", mask.stem.removesuffix(ending)).casefold()
+    return _stem(mask.stem.removesuffix(ending))
+
+
+def _stem(said: str) -> str:
+    """A stem to be compared, whatever its case and Unicode form."""
+    return unicodedata.normalize("NFC", said).casefold()
 
 
 def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
@@ -281,14 +290,13 @@ def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
 
 def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
     """Files that may hold captions and are not looked into."""
-    stems = {unicodedata.normalize("NFC", one).casefold() for path in pictures for one in (path.stem, path.name)}
+    stems = {_stem(one) for path in pictures for one in (path.stem, path.name)}
     tables = [path.name for path in files if path.name in TABLES]
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
     beside = [
         path
         for path in files
-        if path.suffix.lower() in (*kinds, ".tags", ".cap", ".text")
-        and unicodedata.normalize("NFC", path.stem).casefold() in stems
+        if path.suffix.lower() in (*kinds, ".tags", ".cap", ".text") and _stem(path.stem) in stems
     ]
     if beside:
         yield (

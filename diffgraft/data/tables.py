@@ -40,9 +40,6 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
     if "file_name" not in columns:
         raise DiffgraftError(f"{path} has the columns {', '.join(columns)}, and needs one called file_name.")
     column = caption_column_of(columns, caption_column, str(path))
-    if not column:
-        what = f"{path} has no column of captions ({', '.join(_CAPTIONS)}), but: {', '.join(columns)}."
-        warnings.warn(f"{what} Name one as caption_column.", stacklevel=3)
     found: dict[Path, list[str]] = {}
     missing: list[str] = []
     for line, row in rows:
@@ -55,6 +52,9 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)
+    if not column:
+        what = f"{path} has no column of captions ({', '.join(_CAPTIONS)}), but: {', '.join(columns)}."
+        warnings.warn(f"{what} Name one as caption_column.", stacklevel=3)
     if column and (silent := [place.name for place, said in found.items() if not said]):
         warnings.warn(f"The table in {folder} says nothing of {named(silent)}.", stacklevel=3)
     return {place: tuple(said) for place, said in found.items()}
@@ -102,18 +102,19 @@ def _placed(folder: Path, name: Any, where: str, outside: bool) -> Path:
     """The file that a row names."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise DiffgraftError(f"{where} names no file: file_name is {name!r}.")
-    plain = name.strip() if os.sep == "\\" or (folder / name).exists() else name.strip().replace("\\", "/")
-    if not Path(plain).is_absolute():
-        plain = posixpath.normpath(plain)
-    forms = [folder / form for form in dict.fromkeys((plain, *(unicodedata.normalize(one, plain) for one in _FORMS)))]
     try:
+        plain = name.strip() if os.sep == "\\" or (folder / name).exists() else name.strip().replace("\\", "/")
+        plain = plain if Path(plain).is_absolute() else posixpath.normpath(plain)
+        known = dict.fromkeys((plain, *(unicodedata.normalize(one, plain) for one in _FORMS)))
+        forms = [folder / form for form in known]
         place = next((form for form in forms if form.is_file()), forms[0])
         if not outside:
             refuse_outside(folder, place, where)
         if place.is_absolute() != folder.is_absolute() or not place.is_relative_to(folder):
             place = folder / place.resolve().relative_to(folder.resolve()) if inside(folder, place) else place
     except (OSError, RuntimeError) as error:
-        raise DiffgraftError(f"{where} names a file that cannot be looked at: {name[:80]!r} ({error}).") from error
+        why = getattr(error, "strerror", None) or "it leads in circles"
+        raise DiffgraftError(f"{where} names a file that cannot be looked at: {name[:80]!r} ({why}).") from error
     return place
 
 

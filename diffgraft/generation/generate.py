@@ -136,8 +136,8 @@ def generate(
         def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
             if not kept["latents"].isfinite().all():
                 raise DiffgraftError(
-                    f"Nothing can be drawn: after {step + 1} of {count} steps the picture holds NaN or infinity. Take "
-                    "smaller strengths of adapters, less guidance, or float32."
+                    f"Numbers overflowed in step {step + 1} of {count}, and the picture would be black. Use smaller "
+                    "strengths of adapters, less guidance, or float32."
                 )
             bar.update()
             return kept
@@ -202,8 +202,6 @@ def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
         raise DiffgraftError(
             f"steps={settings.steps} cannot be drawn: this base has 1 to {longest} steps. Take 20 to 50."
         )
-    if settings.guidance is not None and not math.isfinite(settings.guidance):
-        raise DiffgraftError(f"guidance={settings.guidance} is no number to draw with: 1 is none, 3 to 10 are usual.")
     more: dict[str, Any] = {"width": width, "height": height}
     if settings.guidance is not None:
         more["guidance_scale"] = settings.guidance

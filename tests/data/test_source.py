@@ -82,6 +82,36 @@ def test_a_data_set_that_nobody_has_is_told() -> None:
         read_source("no/such-set")
 
 
+def test_the_hub_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it does not answer, what was brought earlier is looked for, and no library tries again and again."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    asked: list[object] = []
+
+    def dataset_info(_self: HfApi, name: str, *, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise TimeoutError
+
+    def load_dataset(name: str) -> None:
+        asked.append((name, datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        raise OSError("nothing")
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for module in (datasets.config, constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    with pytest.raises(DiffgraftError, match="The data set some/set cannot be read"):
+        read_source("some/set")
+    assert asked == [("some/set", 5), ("some/set", True, True)]
+    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DiffgraftError, match="picture folder data/dogs does not exist"):  # its parent is here
+        read_source("data/dogs")
+    assert len(asked) == 2
+
+
 def test_folders_of_kohyas_layout(tmp_path: Path) -> None:
     for name in ("img/10_sks dog/a.png", "img/2_zwx cat/b.png", "img/0_unused/c.png", "log/d.png"):
         picture(tmp_path / name)

@@ -192,3 +192,20 @@ def test_keys_with_few_values_tell_them() -> None:
     assert meanings["prior.by"].endswith("(pictures, prediction)")
     assert meanings["attention"].endswith("(default, plain, xformers, sliced)")
     assert not meanings["lr"].endswith(")")
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("task: style\nprompt: a café, {trigger}\n".encode("latin-1"))
+    with pytest.raises(DiffgraftError, match=r"mine\.yaml is not written in UTF-8 \(line 2, .*Save it as UTF-8"):
+        load_recipe(path, {})
+
+
+def test_captions_have_a_word_and_keys_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: style\ncaptions: false\n", "utf-8")
+    found = load_recipe(path, {"captions.lines": "join"})
+    assert (found.captions.use, found.captions.lines) == (False, "join")
+    save_recipe(found, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml", {}).captions == found.captions
+    assert {"captions.use", "captions.lines"} <= {key for key, _, _ in explained("style")}

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Line:
     @property
     def left(self) -> str:
         """Key and value."""
-        value = "(kept to itself)" if _SECRET.search(self.key) and self.value else _short(self.value)
+        value = "(kept to itself)" if _SECRET.search(self.key) and self.value else short(self.value)
         return f"{self.key} = {value}"
 
     def __str__(self) -> str:
@@ -102,7 +103,7 @@ class Account:
     def take(self, ours: str, value: Any, *of: str, remark: str = "") -> None:
         """Write one of our keys, made of these of theirs."""
         self.recipe[ours] = value
-        said = f" → {ours}: {_short(value)}" + (f" ({remark})" if remark else "")
+        said = f" → {ours}: {short(value)}" + (f" ({remark})" if remark else "")
         stated = [key for key in of if self.given.get(key) not in (None, "")]
         self.taken += [(ours, Line(self.name(key), self._there(key), said)) for key in stated]
         if of and not stated:
@@ -111,7 +112,7 @@ class Account:
     def take_part(self, ours: str, value: Any, name: str, there: Any, remark: str = "") -> None:
         """The same, of what is no key of its own, but a part of one that is called `name` and has the value `there`."""
         self.recipe[ours] = value
-        said = f" → {ours}: {_short(value)}" + (f" ({remark})" if remark else "")
+        said = f" → {ours}: {short(value)}" + (f" ({remark})" if remark else "")
         self.taken.append((ours, Line(name, there, said)))
 
     def lose(self, key: str, why: str) -> None:
@@ -217,11 +218,18 @@ def as_number(name: str, value: Any) -> float | None:
     """
     if value is None or value is False:
         return None
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if isinstance(value, str) and _NUMBER.fullmatch(value) and math.isfinite(float(value)):
-        return float(value)
-    raise DiffgraftError(f"{name}={value!r} in this file should be a number.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and _NUMBER.fullmatch(value)):
+        with suppress(OverflowError):  # a whole number of hundreds of digits
+            if math.isfinite(found := float(value)):
+                return found
+    raise DiffgraftError(f"{name}={short(value)!r} in this file should be a number.")
+
+
+def as_side(value: Any) -> int | None:
+    """A value as the side of pictures in pixels; None where it is something else."""
+    text = str(value).strip() if isinstance(value, int | str) else ""
+    return int(text) if re.fullmatch("[0-9]{1,6}", text) else None
 
 
 def pairs(words: Iterable[Any], where: str) -> dict[str, str]:
@@ -234,7 +242,7 @@ def pairs(words: Iterable[Any], where: str) -> dict[str, str]:
     for word in words:
         key, equals, value = str(word).partition("=")
         if not equals or not key.strip():
-            raise DiffgraftError(f"{where} should be a list of key=value, and holds {word!r}.")
+            raise DiffgraftError(f"{where} should be a list of key=value, and holds {short(word)!r}.")
         found[key.strip()] = value.strip().strip("\"'")
     return found
 
@@ -246,7 +254,8 @@ def _same(value: Any, default: Any) -> bool:
     return bool(value == default) or (value in empty and default in empty)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value on one line, cut where it is long."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return f"{len(value)} of them"
     text = (str(value).lower() if isinstance(value, bool) else str(value)).replace("\n", " ⏎ ")

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffgraft.data.inventory import counted_folders
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports.account import Account
+from diffgraft.trainers.imports.account import Account, short
 from diffgraft.trainers.imports.counting import count_pictures
 from diffgraft.trainers.imports.reading import beside
 
@@ -136,7 +136,7 @@ def _subset(levels: Sequence[Mapping[str, Any]]) -> Subset:
     said = {key: _first(key, levels) for key in PER_SUBSET}
     repeats = said["num_repeats"]
     if repeats is not None and (not isinstance(repeats, int) or isinstance(repeats, bool)):
-        raise DiffgraftError(f"num_repeats={repeats!r} in the dataset_config should be a whole number.")
+        raise DiffgraftError(f"num_repeats={short(repeats)} in the dataset_config should be a whole number.")
     return Subset(
         str(said["image_dir"] or ""),
         1 if repeats is None else repeats,

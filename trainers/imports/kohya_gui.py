@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports.account import Account
+from diffgraft.trainers.imports.account import Account, short
 from diffgraft.trainers.imports.kohya_keys import DEFAULTS
 
 RENAMED = {
@@ -146,7 +146,7 @@ def _network(config: Mapping[str, Any], found: Account) -> None:
         return
     if kind not in NETWORKS:
         raise DiffgraftError(
-            f"LoRA_type={kind!r} is no network for Stable Diffusion 1.x, 2.x or XL that is known here."
+            f"LoRA_type={short(kind)!r} is no network for Stable Diffusion 1.x, 2.x or XL that is known here."
         )
     module, algorithm, keys = NETWORKS[kind]
     words = [f"algo={algorithm}", f"preset={config.get('LyCORIS_preset') or 'full'}"] if algorithm else []
@@ -202,7 +202,7 @@ def _command_line(text: str) -> dict[str, Any]:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise DiffgraftError(f"additional_parameters={text!r} cannot be read: {error}.") from error
+        raise DiffgraftError(f"additional_parameters={short(text)!r} cannot be read: {error}.") from error
     found: dict[str, Any] = {}
     name = ""
     for word in words:
@@ -224,7 +224,7 @@ def _set(found: Account, argument: str, value: Any, key: str, config: Mapping[st
 def _number(value: Any) -> float | None:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
 

@@ -3,7 +3,7 @@
 from ast import literal_eval
 from typing import Any
 
-from diffgraft.trainers.imports.account import Account, as_number, pairs
+from diffgraft.trainers.imports.account import Account, as_number, as_side, pairs
 from diffgraft.trainers.imports.kohya_keys import OPTIMIZERS, SCHEDULES
 from diffgraft.trainers.imports.optimizers import NO_CLIPPING, take_optimizer
 from diffgraft.trainers.imports.rates import take_rates
@@ -181,7 +181,7 @@ def _timesteps(account: Account) -> None:
 def _sizes(account: Account) -> None:
     said = account.get("resolution")
     words = said if isinstance(said, list) else [] if said is None else str(said).split(",")
-    sides = [int(word) for word in words if str(word).strip().isdigit()]
+    sides = [side for word in words if (side := as_side(word)) is not None]
     if sides and len(set(sides)) == 1:
         account.take("resolution", sides[0], "resolution")
     elif words:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports.account import Account, as_number, walk
+from diffgraft.trainers.imports.account import Account, as_number, short, walk
 from diffgraft.trainers.imports.counting import Epochs
 from diffgraft.trainers.imports.onetrainer_concepts import Concepts, read_concepts
 from diffgraft.trainers.imports.onetrainer_keys import APART, DEFAULTS, NOTHING, PLAIN
@@ -87,10 +87,12 @@ def _check(account: Account) -> tuple[str, bool]:
     """What kind of training it is, and whether of XL."""
     kind, model = account.text("training_method"), account.text("model_type")
     if not model.startswith("STABLE_DIFFUSION_") or model.startswith("STABLE_DIFFUSION_3") or "DEPTH" in model:
-        raise DiffgraftError(f"model_type={model} is another kind: here are Stable Diffusion 1.x, 2.x and XL alone.")
+        raise DiffgraftError(
+            f"model_type={short(model)} is another kind: here are Stable Diffusion 1.x, 2.x and XL alone."
+        )
     if kind not in ("LORA", "FINE_TUNE", "EMBEDDING"):
         raise DiffgraftError(
-            f"training_method={kind} is nothing that is trained here: LORA, FINE_TUNE and EMBEDDING are."
+            f"training_method={short(kind)} is nothing that is trained here: LORA, FINE_TUNE and EMBEDDING are."
         )
     return kind, "_XL_" in model
 
@@ -213,7 +215,8 @@ def _words(account: Account, found: Concepts, kind: str) -> None:
 def _on_the_way(account: Account, file: Path, epochs: Epochs, found: Concepts) -> None:
     """The average, what is saved, drawn, held out and followed."""
     if account.text("ema") != "OFF":
-        decay, every = account.number("ema_decay") or 0.0, account.whole("ema_update_step_interval") or 1
+        decay = max(0.0, account.number("ema_decay") or 0.0)
+        every = max(1, account.whole("ema_update_step_interval") or 1)
         remark = f"{decay:g} every {every} steps" if every > 1 else ""
         account.take("ema", decay ** (1 / every), "ema_decay", remark=remark)
         account.take("ema", decay ** (1 / every), "ema")

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from diffgraft.trainers.imports.account import Account
+from diffgraft.trainers.imports.account import Account, as_side
 from diffgraft.trainers.imports.counting import Epochs
 from diffgraft.trainers.imports.onetrainer_keys import (
     OPTIMIZER,
@@ -207,9 +207,8 @@ def _timesteps(account: Account) -> None:
 
 
 def _sizes(account: Account) -> None:
-    side = account.text("resolution")
-    if side.strip().isdigit():
-        account.take("resolution", int(side), "resolution")
+    if (side := as_side(account.get("resolution"))) is not None:
+        account.take("resolution", side, "resolution")
     else:
         account.lose("resolution", "it is one side here, that of squares and of as many pixels in buckets: set it.")
     if account.flag("aspect_ratio_bucketing"):

@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def read_config(path: Path) -> Any:
             found = json.loads(text)
             if isinstance(found, dict | list):
                 return found
-            raise DiffgraftError(f"{path} holds {found!r}, where a configuration has keys and values.")
+            raise DiffgraftError(f"{path} holds {str(found)[:80]}, where a configuration has keys and values.")
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DiffgraftError(f"{path} cannot be read as {path.suffix.lstrip('.').upper()}: {error}.") from error
     raise DiffgraftError(f"{path} is called neither .toml nor .json, as configurations are.")
@@ -44,8 +45,9 @@ def read_text(path: Path) -> str:
 
 def beside(named: str, config: Path) -> Path | None:
     """The file or folder that a configuration names, from here or from where the configuration lies, if it exists."""
-    given = Path(named).expanduser()
-    for path in (given, config.parent / given):
-        if named and path.exists():
-            return path
+    with suppress(OSError, ValueError, RuntimeError):  # no name that a file may have
+        given = Path(named).expanduser()
+        for path in (given, config.parent / given):
+            if named and path.exists():
+                return path
     return None

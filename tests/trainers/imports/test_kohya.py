@@ -441,3 +441,18 @@ def test_files_that_do_not_go_together_are_answered(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"a = '\xff'")
     with pytest.raises(DiffgraftError, match="UTF-8"):
         convert([tmp_path / "c.toml"])
+
+
+@pytest.mark.parametrize(
+    ("more", "use", "lines"),
+    [
+        ('caption_extension = ".txt"', True, "first"),
+        ('caption_extension = ".caption"', True, "first"),
+        ('caption_extension = ".tags"', False, "first"),
+        ('caption_extension = ".tags"\nenable_wildcard = true', False, "random"),
+        ("enable_wildcard = true", True, "random"),
+    ],
+)
+def test_captions_are_read_as_there(make: Make, more: str, use: bool, lines: str) -> None:
+    recipe, _ = make(a_toml=f'network_module = "networks.lora"\ntrain_data_dir = "/nowhere"\n{more}')
+    assert (recipe.captions.use, recipe.captions.lines) == (use, lines)

@@ -237,3 +237,10 @@ def test_a_recipe_is_not_written_over(make: Make, tmp_path: Path) -> None:
         write_recipe(account, tmp_path / "recipe.yaml", "config.json")
     with pytest.raises(DiffgraftError, match="should end in"):
         write_recipe(account, tmp_path / "recipe.txt", "config.json")
+
+
+@pytest.mark.usefixtures("kohya_folder")
+def test_captions_of_several_lines_come_in_turn_as_there(make: Make) -> None:
+    recipe, account = make(config_json=CONFIG, concepts_json=CONCEPTS)
+    assert recipe.captions.lines == "random"
+    assert any(line.key == "concept text.prompt_source" for _, line in account.taken)

@@ -1,0 +1,167 @@
+"""What a folder of pictures holds is accounted for: learnt from, or named, or refused with both of its readings."""
+
+import unicodedata
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffgraft.data.inventory import layout_of, take_inventory
+from diffgraft.data.source import read_folder
+from diffgraft.errors import DiffgraftError
+from tests.data.test_source import picture
+
+
+def text(path: Path, said: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(said, "utf-8")
+    return path
+
+
+def test_pictures_beside_a_numbered_folder_can_be_read_in_two_ways(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "2023_holiday/z.png"):
+        picture(tmp_path / name)
+    with pytest.raises(DiffgraftError, match=r"two ways: as the 2 pictures in it \(a.png, b.png\).*2023_holiday \(1 x"):
+        layout_of(tmp_path)
+    assert layout_of(tmp_path, "flat").counted == []
+    (only,) = layout_of(tmp_path, "kohya").counted
+    assert (only.folder.name, only.repeats, only.says) == ("2023_holiday", 2023, "holiday")
+    said = " ".join(layout_of(tmp_path, "kohya").remarks)
+    assert "2 pictures in" in said
+    assert "2 in the folder itself" in said
+    assert "2,023 times" in said
+    with pytest.warns(UserWarning, match=r"1 picture in subfolders of .* is not learnt from: 1 in 2023_holiday/"):
+        assert [one.name for one in read_folder(tmp_path)] == ["a.png", "b.png"]
+
+
+def test_a_picture_beside_img_is_a_conflict_as_well(tmp_path: Path) -> None:
+    picture(tmp_path / "img" / "3_sks dog" / "a.png")
+    picture(tmp_path / "img" / "stray.png")
+    with pytest.raises(DiffgraftError, match=r"two ways.*stray\.png"):
+        layout_of(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["0_unused", "reg", "plain/deep"])
+def test_what_lies_beside_numbered_folders_is_counted(tmp_path: Path, beside: str) -> None:
+    picture(tmp_path / "3_sks dog" / "a.png")
+    for name in ("b.png", "c.png"):
+        picture(tmp_path / beside / name)
+    (said,) = layout_of(tmp_path).remarks
+    assert said.startswith(f"2 pictures in {tmp_path} are not learnt from")
+    assert f"2 in {beside.partition('/')[0]}/" in said
+    assert layout_of(tmp_path, used=[tmp_path / beside]).remarks == []
+
+
+def test_a_numbered_folder_without_pictures_takes_nothing_over(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    text(tmp_path / "10_sks dog" / "notes.txt", "none yet")
+    assert layout_of(tmp_path).counted == []
+    assert [one.name for one in read_folder(tmp_path)] == ["a.png"]
+    with pytest.raises(DiffgraftError, match=r"layout=kohya, and .* no numbered folder"):
+        layout_of(tmp_path, "kohya")
+
+
+def test_every_format_that_is_read_is_learnt_and_others_are_named(tmp_path: Path) -> None:
+    names = ["a.jpg", "b.JPEG", "c.bmp", "d.gif", "e.tiff", "f.avif", "g.jfif", "h.webp", "i.png", "j.jp2", "k.ppm"]
+    for number, name in enumerate(names):
+        size = (30 + number, 20)
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / name, format="JPEG" if name.endswith("jfif") else None)
+    for name in ("x.heic", "y.JXL"):
+        (tmp_path / name).write_bytes(b"something")
+    (tmp_path / "._a.jpg").write_bytes(b"what macOS leaves")
+    with pytest.warns(UserWarning, match=r"2 files .* of a format that cannot be read, .*: x\.heic, y\.JXL") as seen:
+        found = read_folder(tmp_path)
+    assert len(seen) == 1
+    assert [one.name for one in found] == names
+    assert [one.size for one in found] == [one.image.size for one in found] == [(30 + n, 20) for n in range(len(names))]
+
+
+def test_moving_pictures_are_told_of(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (30, 20), (shade, 0, 0)) for shade in (0, 90, 200)]
+    for name in ("a.gif", "b.png", "c.tiff", "d.webp"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    picture(tmp_path / "e.png")
+    with pytest.warns(UserWarning, match=r"the first is learnt: a\.gif, b\.png, c\.tiff and 1 more") as seen:
+        read_folder(tmp_path)
+    assert len(seen) == 1
+
+
+def test_captions_are_found_under_all_their_names(tmp_path: Path) -> None:
+    names = ("a.png", "b.png", "c.png", "d.PNG", "e.png", unicodedata.normalize("NFC", "café") + ".png")
+    for name in names:
+        picture(tmp_path / name)
+    text(tmp_path / "a.caption", "of sd-scripts")
+    text(tmp_path / "b.TXT", "in capitals")
+    text(tmp_path / "c.png.txt", "after the whole name")
+    text(tmp_path / "D.txt", "of Windows")
+    text(tmp_path / (unicodedata.normalize("NFD", "café") + ".txt"), "of macOS")
+    text(tmp_path / "e.txt", "the first")
+    text(tmp_path / "e.caption", "the first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = {unicodedata.normalize("NFC", one.name): one.caption for one in read_folder(tmp_path)}
+    assert [found[name] for name in names] == [
+        "of sd-scripts", "in capitals", "after the whole name", "of Windows", "the first", "of macOS",
+    ]  # fmt: skip
+
+
+def test_captions_that_are_not_used_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        picture(tmp_path / name)
+    text(tmp_path / "a.txt", " \n")
+    text(tmp_path / "b.txt", "one thing")
+    text(tmp_path / "b.caption", "another")
+    text(tmp_path / "gone.txt", "of no picture")
+    text(tmp_path / "c.json", '{"caption": "in JSON"}')
+    text(tmp_path / "captions.csv", "a,b")
+    said = take_inventory(tmp_path).remarks
+    wanted = ["1 caption is empty (a.txt)", "b.caption not", "1 text file belongs to no picture: gone.txt"]
+    wanted += ["What c.json says of the picture beside it is not read", "captions.csv in"]
+    assert len(said) == len(wanted)
+    for text_of, part in zip(said, wanted, strict=True):
+        assert part in text_of
+    with warnings.catch_warnings(action="ignore"):
+        assert [one.captions for one in read_folder(tmp_path)] == [(), ("one thing",), ()]
+
+
+@pytest.mark.parametrize("name", ["gone_mask.png", "gone-masklabel.png", "gone-condlabel.png", "gone_mask.jpg"])
+def test_masks_of_no_picture_are_not_learnt_from(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / name)
+    with pytest.warns(UserWarning, match=f"not learnt from: {name}"):
+        assert [one.name for one in read_folder(tmp_path)] == ["a.png"]
+
+
+def test_masks_are_found_whatever_their_format(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "a_mask.JPG")
+    picture(tmp_path / "b.jpg")
+    picture(tmp_path / "B_mask.png")
+    picture(tmp_path / "b-masklabel.png")
+    with pytest.warns(UserWarning, match="one mask, and there are more of them: b-masklabel.png not used"):
+        found = read_folder(tmp_path)
+    assert [(one.name, one.mask_file and one.mask_file.name) for one in found] == [
+        ("a.png", "a_mask.JPG"),
+        ("b.jpg", "B_mask.png"),
+    ]
+
+
+def test_links_lead_out_of_a_folder_only_where_that_is_meant(tmp_path: Path) -> None:
+    picture(tmp_path / "secret" / "x.png")
+    text(tmp_path / "secret" / "x.txt", "a secret")
+    picture(tmp_path / "own" / "a.png")
+    (tmp_path / "own" / "b.png").symlink_to("a.png")
+    assert len(read_folder(tmp_path / "own")) == 2
+    for name in ("c.png", "a_mask.png"):
+        (tmp_path / "own" / name).symlink_to(tmp_path / "secret" / "x.png")
+        with pytest.raises(DiffgraftError, match=rf"{name} leads to .*x\.png, outside of .*outside=true"):
+            read_folder(tmp_path / "own")
+        assert len(read_folder(tmp_path / "own", outside=True)) == (3 if name == "c.png" else 2)
+        (tmp_path / "own" / name).unlink()
+    (tmp_path / "own" / "a.txt").symlink_to(tmp_path / "secret" / "x.txt")
+    with pytest.raises(DiffgraftError, match=r"a\.txt leads to"):
+        read_folder(tmp_path / "own")
+    (tmp_path / "linked").symlink_to(tmp_path / "own")  # the folder itself may be one
+    (tmp_path / "own" / "a.txt").unlink()
+    assert len(read_folder(tmp_path / "linked")) == 2

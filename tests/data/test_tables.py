@@ -1,0 +1,94 @@
+"""Tables of captions name pictures in any spelling of their paths, and nothing outside their folder."""
+
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffgraft.data.source import read_folder
+from diffgraft.errors import DiffgraftError
+from tests.data.test_source import picture
+
+
+def table(folder: Path, *rows: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "spelling", ["./deep/a.png", "deep//a.png", "deep/../deep/a.png", "deep\\a.png", "{}/deep/a.png"]
+)
+def test_a_picture_is_one_however_its_path_is_written(tmp_path: Path, spelling: str) -> None:
+    picture(tmp_path / "deep" / "a.png")
+    picture(tmp_path / "b.png")
+    table(
+        tmp_path, {"file_name": spelling.format(tmp_path), "text": "a dog"}, {"file_name": "./b.png", "text": "a cat"}
+    )
+    assert [(one.name, one.captions) for one in read_folder(tmp_path)] == [
+        ("b.png", ("a cat",)),
+        ("deep/a.png", ("a dog",)),
+    ]
+
+
+def test_names_are_one_in_both_of_unicodes_forms(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    picture(tmp_path / composed)
+    table(tmp_path, {"file_name": decomposed, "text": "a dog"})
+    assert [one.captions for one in read_folder(tmp_path)] == [("a dog",)]
+
+
+def test_rows_of_one_picture_are_its_captions(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    rows = [{"file_name": name, "text": said} for name, said in (("a.png", "one"), ("./a.png", ["two", "one"]))]
+    assert [one.captions for one in read_folder(table(tmp_path, *rows))] == [("one", "two")]
+
+
+@pytest.mark.parametrize("name", ["../secret/x.png", "{}/secret/x.png", "link/x.png"])
+def test_pictures_outside_are_read_only_where_that_is_meant(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "secret" / "x.png")
+    own = tmp_path / "own"
+    picture(own / "a.png")
+    (own / "link").symlink_to(tmp_path / "secret")
+    table(own, {"file_name": name.format(tmp_path), "text": "a secret"})
+    with pytest.raises(DiffgraftError, match=r"metadata\.jsonl, line 1 leads to .*x\.png, outside of .*outside=true"):
+        read_folder(own)
+    assert sorted(one.captions for one in read_folder(own, outside=True)) == [(), ("a secret",)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "answer"),
+    [
+        ("", "is empty"),
+        ('{"file_name": null}\n', "line 1 names no file: file_name is None"),
+        ('{"file_name": 3}\n', "line 1 names no file: file_name is 3"),
+        ('{"file_name": "a.png", "text": "x"}\n\n["a"]\n', "line 3 is no JSON object"),
+        ('{"file_name": "a.png", "text": {"x": 1}}\n', "line 1, column text holds dict"),
+        ("[" * 100_000, "cannot be read as a table"),
+        ('{"file_name": "a\\u0000.png"}\n', "names no file"),
+        (json.dumps({"file_name": "x" * 5000, "text": ""}), "cannot be looked at"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, rows: str, answer: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(rows, "utf-8")
+    with pytest.raises(DiffgraftError, match=answer) as told:
+        read_folder(tmp_path)
+    assert len(str(told.value)) < 500
+
+
+def test_a_table_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,café\n".encode("latin-1"))
+    with pytest.raises(DiffgraftError, match="cannot be read as a table: 'utf-8' codec"):
+        read_folder(tmp_path)
+
+
+def test_rows_without_words_and_tables_without_captions_are_named(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    with pytest.warns(UserWarning, match=r"says nothing of a\.png"):
+        read_folder(table(tmp_path, {"file_name": "a.png", "text": " "}))
+    with pytest.warns(UserWarning, match="no column of captions .*but: file_name, said"):
+        read_folder(table(tmp_path, {"file_name": "a.png", "said": "a dog"}))

@@ -1,0 +1,169 @@
+"""What cannot be trained is refused by `plan` and by `train` alike, before anything is drawn or written."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers import learn
+from diffgraft.trainers.optimizers import found_rate, new_optimizer, odd_rate
+from diffgraft.trainers.plan import planned
+from diffgraft.trainers.recipe_files import load_recipe, save_recipe
+from diffgraft.trainers.run import train
+from tests.conftest import SHORT
+from tests.trainers.test_materials import folder
+
+
+def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, settings: dict[str, Any]) -> None:
+    """Both refuse it, in the same words, and nothing is encoded, drawn or written."""
+    monkeypatch.setattr(learn, "gather", None)
+    said = []
+    for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+        with pytest.raises(DiffgraftError, match=answer) as told:
+            ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), **settings})
+        said.append(str(told.value))
+    assert said[0] == said[1]
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "rates": {"text_encoder": 0.5}}, "one rate for all"),
+        ({"optimizer": "prodigy", "lr": 1, "options": {"up_rate": 4}}, "one rate for all"),
+        ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "text_encoder_stop": 2}, "would leap where text"),
+        ({"optimizer": "schedule-free", "lr_schedule": "cosine"}, "needs no schedule"),
+        ({"optimizer": "schedule-free", "ema": 0.9}, "averages by itself"),
+        ({"timesteps": {"first": 800, "last": 200}}, "first may not come after the last"),
+        ({"timesteps": {"last": 1000}}, "goes from 0 to 999"),
+        ({"prior": {"folder": "/no/such"}}, "picture folder /no/such does not exist"),
+        ({"rates": {"OUT33": 2}}, "OUT33"),
+        ({"resolution": 60}, "no multiple of 8"),
+        ({"validation": {"share": 0.95}}, "leaves none to learn from"),
+        ({"validation": {"images": "/no/such"}}, "picture folder /no/such does not exist"),
+    ],
+)
+def test_what_train_refuses_plan_refuses(
+    base: Base,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    answer: str,
+) -> None:
+    if "validation" in settings:  # which is looked at as pictures are gathered, before anything is drawn
+        for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+            with pytest.raises(DiffgraftError, match=answer):
+                ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), "images": pictures, **settings})
+        return
+    refused(base, monkeypatch, tmp_path, answer, {"images": pictures, **settings})
+
+
+def test_class_images_are_looked_at_before_the_run(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "reg"
+    broken.mkdir()
+    (broken / "a.jpg").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"a\.jpg is left out"):
+        refused(
+            base,
+            monkeypatch,
+            tmp_path,
+            "none of its 1 picture files",
+            {"images": pictures, "prior": {"folder": broken}},
+        )
+
+
+def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [
+        {"images": str(folder(tmp_path / name, 1, start=n)), "subject": name} for n, name in enumerate(("cat", "dog"))
+    ]
+    own[0]["prior"] = {"by": "prediction"}  # type: ignore[assignment]
+    settings = {"concepts": own, "output": str(tmp_path / "run")}
+    monkeypatch.setattr(learn, "gather", None)
+    for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+        with pytest.raises(DiffgraftError, match="by prediction for some concepts"):
+            ask("subject", settings)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule-free"])
+def test_a_rate_of_prodigys_is_warned_of_elsewhere(optimizer: str, pictures: Path) -> None:
+    recipe = load_recipe("subject", {"subject": "dog", "optimizer": optimizer, "lr": 1})
+    assert "lr=1.0 is far more than" in odd_rate(recipe)
+    assert odd_rate(recipe.model_copy(update={"lr": 0.01})) == ""
+    if optimizer == "adamw":
+        assert "far more than" in str(planned("subject", {"images": pictures, "subject": "dog", "lr": 1}))
+
+
+def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        **SHORT,
+        "prior": {"weight": 0},
+        "sample_prompts": "a dog",
+        "optimizer": "prodigy",
+        "lr": 1,
+    }
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    found = [entry["effective_lr"] for entry in run.metrics]
+    assert len(found) == 6
+    assert all(entry["lr"] == 1 for entry in run.metrics)
+    assert found[0] == pytest.approx(1e-6)  # where it starts from
+    assert found == sorted(found)
+
+
+def test_the_rate_that_prodigy_finds_grows() -> None:
+    value, goal = torch.nn.Parameter(torch.zeros(3)), torch.tensor([3.0, -2.0, 5.0])
+    recipe = load_recipe("subject", {"subject": "dog", "optimizer": "prodigy", "lr": 1})
+    optimizer = new_optimizer(recipe, {"value": value}, {})
+    for _ in range(150):
+        value.grad = 2 * (value.detach() - goal)
+        optimizer.step()
+    found = found_rate(optimizer)
+    assert found == optimizer.param_groups[0]["d"]
+    assert found is not None
+    assert found > 1e-4
+    assert found_rate(torch.optim.SGD([value], lr=0.5)) is None
+
+
+def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {**SHORT, "prior": {"weight": 0}}
+    data = folder(tmp_path / "data", 2)
+    nested = folder(tmp_path / "kohya" / "3_sks dog", 1).parent
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "recipe.yaml").write_text("# diffgraft train recipe.yaml\n# made of config.toml\ntask: subject\n", "utf-8")
+    file = tmp_path / "file"
+    file.write_text("mine", "utf-8")
+    cases = [
+        (data, data, "is a folder of pictures that are read"),
+        (nested, nested / "3_sks dog", "is a folder of pictures that are read"),
+        (pictures, data, r"holds files that are of no run \(00\.png and 1 more\)"),
+        (pictures, own, r"holds files that are of no run \(recipe\.yaml\)"),
+        (pictures, file, "is a file"),
+    ]
+    for images, output, answer in cases:
+        before = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+        for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+            with pytest.raises(DiffgraftError, match=answer):
+                ask("subject", {**settings, "images": images, "output": output})
+        assert (sorted(path.name for path in output.iterdir()) if output.is_dir() else []) == before
+    with pytest.raises(DiffgraftError, match="is a folder of pictures that are read"):
+        planned("subject", {**settings, "images": pictures, "output": data, "validation": {"images": data}})
+
+
+def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("subject", {"subject": "dog", "images": str(pictures)})
+    empty, left = tmp_path / "empty", tmp_path / "left"
+    for place in (empty, left):
+        place.mkdir()
+    (left / ".lock").touch()
+    (left / ".partial-recipe-xyz.yaml").touch()
+    save_recipe(recipe, left / "recipe.yaml")
+    for place in (empty, left, tmp_path / "new"):
+        planned("subject", {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})

@@ -1,0 +1,243 @@
+"""Triggers come from where the words do; prompts have them as words; what is validated with is each concept's own."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffgraft.bases import Base
+from diffgraft.data.settings import Tags
+from diffgraft.data.wording import Wording, lines_of, mentions
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.concepts import read_concepts
+from diffgraft.trainers.materials import Item, collect, split
+from diffgraft.trainers.plan import planned
+from diffgraft.trainers.recipe import Recipe
+from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.run import train
+from tests.conftest import SHORT
+from tests.trainers.test_materials import folder
+
+PLAIN: dict[str, Any] = {"subject": "man", "prior.weight": 0}
+
+
+def read(recipe: str, images: Path, **settings: Any) -> tuple[Recipe, list[tuple[str, str]]]:
+    """The recipe as it comes to be, and of each concept its trigger and the prompt without a caption."""
+    found, parts = read_concepts(load_recipe(recipe, {"images": str(images), **settings}))
+    return found, [(part.trigger, part.prompt) for part, _ in parts]
+
+
+def items_of(base: Base, recipe: str, **settings: Any) -> tuple[Recipe, list[Item]]:
+    found, parts = read_concepts(load_recipe(recipe, settings))
+    return found, collect(found, parts, base.tokenizer, 64, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "subject", "trigger"),
+    [
+        ("10_ohwx man", "subject", "man", "ohwx"),
+        ("10_a photo of ohwx man", "subject", "man", "ohwx"),
+        ("10_john smith man", "subject", "man", "john smith"),
+        ("10_ohwx", "subject", "man", "ohwx"),
+        ("10_ohwx woman", "subject", "man", "ohwx"),
+        ("10_sks man", "subject", "man", "sks"),
+        ("10_man", "subject", "man", "sks"),
+        ("10_inkwash style", "style", "", "inkwash"),
+        ("10_an old man who sits in the garden", "subject", "man", "sks"),
+    ],
+)
+def test_the_trigger_is_the_word_of_the_folder(
+    tmp_path: Path, name: str, recipe: str, subject: str, trigger: str
+) -> None:
+    folder(tmp_path / name, 1)
+    given = {"subject": subject} if subject else {}
+    found, parts = read(recipe, tmp_path, **given)
+    assert (found.trigger, parts) == (trigger, [(trigger, name.partition("_")[2])])
+    assert any(mentions(prompt, trigger) for prompt in found.samples())
+    explicit, _ = read(recipe, tmp_path, **given, trigger="zwx")
+    assert explicit.trigger == "zwx"
+
+
+def test_captions_that_have_the_trigger_come_before_the_name_of_their_folder(tmp_path: Path) -> None:
+    folder(tmp_path / "10_ohwx man", 1)
+    (tmp_path / "10_ohwx man" / "00.txt").write_text("a sks man", "utf-8")
+    assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
+    (tmp_path / "10_ohwx man" / "00.txt").write_text("ohwx man at sea", "utf-8")
+    assert read("subject", tmp_path, subject="man")[0].trigger == "ohwx"
+    (tmp_path / "10_ohwx man" / "00.txt").write_text("a man at sea", "utf-8")
+    assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
+
+
+def test_folders_that_are_called_differently_are_concepts(tmp_path: Path) -> None:
+    folder(tmp_path / "3_ohwx man", 1)
+    folder(tmp_path / "2_zwx man", 1, start=4)
+    found, _ = read("subject", tmp_path, subject="man", repeats=2)
+    assert [(one.trigger, one.prompt, one.repeats) for one in found.concepts] == [
+        ("zwx", "zwx man", 4),
+        ("ohwx", "ohwx man", 6),
+    ]
+    assert [prompt for prompt in found.samples() if "snow" in prompt] == [
+        "a zwx man in the snow",
+        "a ohwx man in the snow",
+    ]
+    again, parts = read_concepts(found)  # as a run that goes on reads it
+    assert again == found
+    assert [(part.repeats, part.trigger) for part, _ in parts] == [(4, "zwx"), (6, "ohwx")]
+
+
+def test_a_run_is_called_as_its_folder_is(base: Base, tmp_path: Path) -> None:
+    folder(tmp_path / "data" / "2_ohwx man", 2)
+    settings: dict[str, Any] = {**SHORT, "subject": "man", "steps": 1, "prior": {"weight": 0}}
+    run = train("subject", base=base, images=tmp_path / "data", output=tmp_path / "run", **settings)
+    assert run.adapter.metadata["trigger"] == "ohwx"
+    assert run.recipe.samples()[0] == "a ohwx man"
+    assert "trigger: ohwx" in (tmp_path / "run" / "recipe.yaml").read_text("utf-8")
+
+
+def test_words_are_found_as_words() -> None:
+    assert not mentions("an elephant with tusks at its desks", "sks")
+    assert mentions("Sks, sitting", "sks")
+    assert mentions("a <my-dog>, sitting", "<my-dog>")
+    assert mentions("一只sks狗", "sks")
+    assert not mentions("a sks2 dog", "sks")
+
+
+def test_prompts_without_the_trigger_are_told_of_and_the_advice_holds(base: Base, tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 2)
+    (data / "00.txt").write_text("an elephant with white tusks", "utf-8")
+    (data / "01.txt").write_text("a {trigger} {subject} by a lake", "utf-8")
+    with pytest.warns(UserWarning, match=r"caption of 00\.png lacks the trigger 'sks'\. insert_trigger=true"):
+        _, items = items_of(base, "subject", images=str(data), **PLAIN)
+    assert [one.wording.prompts() for one in items] == [["an elephant with white tusks"], ["a sks man by a lake"]]
+    _, items = items_of(base, "subject", images=str(data), **PLAIN, insert_trigger=True)
+    assert items[0].wording.prompts() == ["sks, an elephant with white tusks"]
+    folder(tmp_path / "kohya" / "3_man", 1)
+    with pytest.warns(UserWarning, match="'man', lacks the trigger 'sks'. insert_trigger=true"):
+        items_of(base, "subject", images=str(tmp_path / "kohya"), **PLAIN)
+    told = planned("subject", {"images": tmp_path / "kohya", **PLAIN, "insert_trigger": True})
+    assert "lacks" not in str(told)
+    assert "does nothing" not in str(told)
+    assert "such as: sks, man" in str(told)
+
+
+def test_a_class_prompt_of_a_style_has_no_filled_trigger(base: Base, tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 1)
+    (data / "00.txt").write_text("a {trigger} house, Sks style", "utf-8")
+    _, (item,) = items_of(base, "style", images=str(data))
+    assert item.wording.prompts() == ["a sks house, Sks style"]
+    assert item.class_wording.texts == ("a house",)
+
+
+def test_tags_with_the_trigger_are_never_dropped() -> None:
+    import numpy as np
+
+    tags = Tags(separator=",", shuffle=True, drop=0.9)
+    wording = Wording(("tree, SKS dog, tusks, lake, sky",), kept="sks")
+    said = [wording.prompt(0, tags, 0.0, np.random.default_rng(n)) for n in range(60)]
+    assert all("SKS dog" in one for one in said)
+    assert sum("tusks" in one for one in said) < 20
+    bare = Wording(("tree, SKS dog, tusks, lake, sky",))
+    for n, one in enumerate(said):  # what else is dropped is as it was without
+        others = bare.prompt(0, tags, 0.0, np.random.default_rng(n)).split(", ")
+        assert [tag for tag in one.split(", ") if tag != "SKS dog"] == [
+            tag for tag in others if tag not in ("SKS dog", "")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("how", "texts"),
+    [
+        ("first", ["a sks dog"]),
+        ("random", ["a sks dog", "sks, sunny", "on grass"]),
+        ("join", ["a sks dog, sks, sunny, on grass"]),
+    ],
+)
+def test_captions_of_several_lines(base: Base, tmp_path: Path, how: str, texts: list[str]) -> None:
+    data = folder(tmp_path / "data", 1)
+    (data / "00.txt").write_text(
+        "a sks dog\r\n\n  sks, sunny,\non grass\n".replace("sunny,", "sunny," if how == "join" else "sunny"), "utf-8"
+    )
+    assert lines_of("a\n\nb", "random") == ("a", "b")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _, (item,) = items_of(base, "subject", images=str(data), subject="dog", **{"captions.lines": how})
+    assert any("has several lines" in str(one.message) for one in seen)
+    assert list(item.wording.texts) == texts
+
+
+def test_a_word_for_captions_is_written_as_it_was() -> None:
+    plain, off = (load_recipe("style", {"captions": value}) for value in (True, "false"))
+    assert (plain.captions.use, off.captions.use) == (True, False)
+    assert (plain.model_dump()["captions"], off.header()["captions"]) == (True, False)
+    assert "captions" not in plain.header()
+    random = load_recipe("style", {"captions.lines": "random"})
+    assert random.header()["captions"] == {"lines": "random"}
+    with pytest.raises(DiffgraftError, match=r"captions\.lines='some' will not do"):
+        load_recipe("style", {"captions.lines": "some"})
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("a {red|blue} sks dog", "alternatives in braces"),
+        ("a (sks dog:1.3)", "weights in brackets"),
+        ("sks dog <lora:ink:0.8>", "adapters"),
+        ("sks dog in {place}", "placeholders that nothing fills"),
+    ],
+)
+def test_captions_written_as_for_drawing_are_told_of(base: Base, tmp_path: Path, caption: str, said: str) -> None:
+    data = folder(tmp_path / "data", 1)
+    (data / "00.txt").write_text(caption, "utf-8")
+    with pytest.warns(UserWarning, match=f"caption of 00.png has {said}"):
+        items_of(base, "subject", images=str(data), subject="dog")
+
+
+def test_a_mask_that_leaves_nothing_is_refused(base: Base, tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 2, (64, 64))
+    Image.new("L", (64, 64), 0).save(data / "00_mask.png")
+    with pytest.raises(DiffgraftError, match=r"mask 00_mask\.png leaves nothing of 00\.png to be learnt"):
+        items_of(base, "style", images=str(data), **{"masks.use": True})
+    assert len(items_of(base, "style", images=str(data), **{"masks.use": True, "masks.outside": 0.1})[1]) == 2
+    assert "masks of 00.png are not used" in str(planned("style", {"images": data}))
+    wide = folder(tmp_path / "wide", 1, (128, 64))
+    mask = Image.new("L", (128, 64), 0)
+    mask.paste(255, (0, 0, 20, 64))  # white where a square from the middle does not reach
+    mask.save(wide / "00_mask.png")
+    with pytest.raises(DiffgraftError, match="leaves nothing"):
+        items_of(base, "style", images=str(wide), **{"masks.use": True})
+    assert items_of(base, "style", images=str(wide), **{"masks.use": True, "buckets.use": True})
+
+
+def test_each_concept_gives_its_share_to_validation(base: Base, tmp_path: Path) -> None:
+    names = {"ohwx": 6, "zwx": 3, "qwx": 1}
+    for number, (name, count) in enumerate(names.items()):
+        folder(tmp_path / "data" / f"1_{name} man", count, start=10 * number)
+    recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.34})
+    learnt, held = split(recipe, items, base)
+    counts = {name: sum(one.part.trigger == name for one in held) for name in names}
+    assert counts == {"ohwx": 2, "zwx": 1, "qwx": 0}
+    assert len(learnt) + len(held) == 10
+    assert all(one.wording.prompts() == [f"{one.part.trigger} man"] for one in held)
+    recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
+    assert [one.part.trigger for one in split(recipe, items, base)[1]] == ["ohwx"]
+
+
+def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_path: Path) -> None:
+    for number, name in enumerate(("ohwx man", "zwx man")):
+        folder(tmp_path / "data" / f"1_{name}", 2, start=10 * number)
+        folder(tmp_path / "held" / f"1_{name}", 1, start=10 * number + 5)
+    given: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN}
+    recipe, items = items_of(base, "subject", **given, **{"validation.images": str(tmp_path / "held")})
+    _, held = split(recipe, items, base)
+    assert [one.wording.prompts() for one in held] == [["ohwx man"], ["zwx man"]]
+    flat = folder(tmp_path / "flat", 2, start=30)
+    (flat / "30.txt").write_text("zwx man at sea", "utf-8")
+    recipe, items = items_of(base, "subject", **given, **{"validation.images": str(flat)})
+    with pytest.raises(DiffgraftError, match=r"without a caption \(31\.png\), and several concepts are learnt"):
+        split(recipe, items, base)
+    one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
+    folder(tmp_path / "noun" / "1_man", 1, start=40)
+    recipe, items = items_of(base, "subject", **one, **{"validation.images": str(tmp_path / "noun")})
+    assert [one.wording.prompts() for one in split(recipe, items, base)[1]] == [["a ohwx man"]]
