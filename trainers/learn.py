@@ -25,7 +25,7 @@ from diffgraft.trainers.prediction_check import odd_prediction
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.record import by_step
 from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
-from diffgraft.trainers.samples import draw
+from diffgraft.trainers.samples import draw, told_of_overflow
 from diffgraft.trainers.shards import cut_up, held_apart, spare_unet
 from diffgraft.trainers.speed import sped_up
 from diffgraft.trainers.start import Start, hash_of, with_start
@@ -58,10 +58,10 @@ def learn(
         def sample(step: int, file: Path) -> None:
             base.unet.eval()
             live.eval()
-            with at_hand(base, away):
+            with at_hand(base, away), told_of_overflow(f"There are no samples of step {step}."):
                 sheet = grid(draw(plan, base, f"samples at step {step}", count=2))
-            if lead:
-                save_image(sheet, file)
+                if lead:
+                    save_image(sheet, file)
             base.unet.train(plan.gradient_checkpointing)
             live.train()
 

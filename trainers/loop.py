@@ -234,7 +234,7 @@ class Loop:
         file = due.file(self.done)
         with self.pace.pause(due.folder.name, due.every), at_rest(self.optimizer, self.average):
             due.make(self.done, file)
-        if self.lead and due.suffix == ".png":
+        if self.lead and due.suffix == ".png" and file.exists():
             track_picture(self.accelerator, due.folder.name, file, self.done)
 
     def _note(self, entry: Entry) -> None:

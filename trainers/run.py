@@ -23,7 +23,7 @@ from diffgraft.trainers.processes import new_accelerator, the_same_folder
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import save_recipe
 from diffgraft.trainers.record import curves
-from diffgraft.trainers.samples import before_after
+from diffgraft.trainers.samples import before_after, told_of_overflow
 from diffgraft.trainers.shards import check_frozen, check_shards
 from diffgraft.trainers.start import hash_of, read_start
 from diffgraft.trainers.trackers import check_trackers
@@ -102,7 +102,8 @@ def train(
                 run = learn(plan, held, folder, accelerator, read, start, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(curves(run.metrics), folder / "loss.png")
-                save_image(before_after(plan, held, run.adapter), run.before_after)
+                with told_of_overflow("There is no before-after.png."):
+                    save_image(before_after(plan, held, run.adapter), run.before_after)
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume

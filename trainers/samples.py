@@ -1,10 +1,14 @@
 """Pictures that a run draws: samples on the way, and the same without and with what was learnt."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
-from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid
 from diffgraft.trainers.materials import side_of
@@ -12,6 +16,15 @@ from diffgraft.trainers.recipe import Recipe
 
 _SEEDS = 50_000
 """Samples count their seeds from here, so that none is a class image that training has seen."""
+
+
+@contextmanager
+def told_of_overflow(lacking: str) -> Iterator[None]:
+    """Within the block a picture whose numbers overflow is warned of: training is worth more than its samples."""
+    try:
+        yield
+    except OverflowedPictureError as error:
+        warnings.warn(f"{lacking} {error}", stacklevel=4)
 
 
 def draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:

@@ -57,13 +57,14 @@ def scheduled(scheduler: Any, prediction_type: str | None = None, zero_snr: bool
             from diffusers import DDIMScheduler
 
             more["timestep_spacing"] = "trailing"
-            if {**scheduler.config, **more}["prediction_type"] == "epsilon":
-                raise DiffgraftError(
-                    "A schedule that ends in pure noise cannot go with a UNet that predicts ε: from noise alone it "
-                    "learns nothing. Set prediction_type=v_prediction, if that is what this base predicts."
-                )
             if "rescale_betas_zero_snr" not in kind().config:
                 kind = DDIMScheduler
+    whole = {**scheduler.config, **more}
+    if whole.get("rescale_betas_zero_snr") and whole["prediction_type"] == "epsilon":
+        raise DiffgraftError(
+            "A schedule that ends in pure noise cannot go with a UNet that predicts ε: from noise alone it learns "
+            "nothing. Set prediction_type=v_prediction, if that is what this base predicts, or else zero_snr=false."
+        )
     return kind.from_config(scheduler.config, **more)
 
 

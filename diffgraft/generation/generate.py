@@ -27,6 +27,10 @@ SCHEDULERS = {
 """Name → diffusers class and what is set on it beside the base's own schedule."""
 
 
+class OverflowedPictureError(DiffgraftError):
+    """A picture that would be black, as its numbers became too large to be held."""
+
+
 SMALL, SMALL_GUIDANCE = 16, 3.0
 """Bases whose latents are at most this wide take this guidance: the 7.5 of large models burns their few colours."""
 
@@ -135,7 +139,7 @@ def generate(
 
         def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
             if not kept["latents"].isfinite().all():
-                raise DiffgraftError(
+                raise OverflowedPictureError(
                     f"Numbers overflowed in step {step + 1} of {count}, and the picture would be black. Use smaller "
                     "strengths of adapters, less guidance, or float32."
                 )

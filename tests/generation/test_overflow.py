@@ -1,14 +1,20 @@
 """Numbers that overflow are refused, and leave no black pictures behind."""
 
+import warnings
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run import train
+from tests.conftest import SHORT
 
 
 @pytest.mark.parametrize("guidance", [float("inf"), float("-inf"), float("nan")])
@@ -34,3 +40,32 @@ def test_strengths_that_overflow_are_refused_as_well(base: Base, short_run: Run)
     adapter: Adapter = short_run.adapter
     with graft(base, {adapter: 1e30}), pytest.raises(DiffgraftError, match="overflowed in step 1 of 2"):
         generate(base.pipeline(), ["a dog"], Settings(steps=2), [1])
+
+
+def test_training_goes_on_without_samples_that_overflow(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(*_: Any) -> None:
+        raise OverflowedPictureError("Numbers overflowed.")
+
+    monkeypatch.setattr("diffgraft.trainers.samples.generate", overflow)
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}}
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    said = [str(one.message) for one in seen]
+    assert said == [
+        "There are no samples of step 1. Numbers overflowed.",
+        "There are no samples of step 2. Numbers overflowed.",
+        "There is no before-after.png. Numbers overflowed.",
+    ]
+    assert run.steps == 2
+    assert run.adapter.deltas
+    assert not run.before_after.exists()
+
+
+def test_a_schedule_that_ends_in_noise_goes_with_no_prediction_of_noise() -> None:
+    """The embedded base has such a schedule: from its last step a prediction of ε leads to infinity."""
+    with pytest.raises(DiffgraftError, match=r"ends in pure noise cannot go with .*zero_snr=false"):
+        load_base("tiny", prediction_type="epsilon")
+    assert load_base("tiny", prediction_type="epsilon", zero_snr=False).prediction_type == "epsilon"
