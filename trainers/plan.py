@@ -16,7 +16,7 @@ from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.data.source import counted_folders, unreadable
 from diffgraft.data.wording import is_fixed
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, printable
 from diffgraft.room import said_size
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.estimate import Cost, cost, speed
@@ -52,10 +52,13 @@ class Plan:
     pitfalls: list[str]
     """What a person may not have meant"""
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """Facts and pitfalls, a line each."""
         width = max(len(name) for name, _ in self.facts)
-        lines = [f"{name:{width}}  {said}" for name, said in self.facts]
-        return "\n".join([*lines, *(f"look at: {said}" for said in self.pitfalls)])
+        return [*(f"{name:{width}}  {said}" for name, said in self.facts), *(f"look at: {s}" for s in self.pitfalls)]
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.lines()))
 
 
 def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:

@@ -1,8 +1,21 @@
-"""What people type, taken apart: settings, adapters with strengths, sizes."""
+"""What people type, taken apart: settings, adapters with strengths, sizes; and lines for them to read."""
 
 from collections.abc import Sequence
 
-from diffgraft.errors import DiffgraftError
+import typer
+
+from diffgraft.errors import DiffgraftError, printable
+
+
+def say(*lines: object) -> None:
+    """Print lines; what could steer a terminal in them, names and texts of files being anyone's, is spelled out."""
+    for line in lines:
+        typer.echo(printable(line))
+
+
+def complain(text: str, colour: str) -> None:
+    """Print a line in a colour, where errors go, in the same way."""
+    typer.secho(printable(text), fg=colour, err=True)
 
 
 def key_values(words: Sequence[str]) -> dict[str, str]:

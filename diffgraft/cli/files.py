@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffgraft.cli.console import say
+
 if TYPE_CHECKING:
     from diffgraft.adapters.lowrank import Size
     from diffgraft.adapters.ops.resize import Reduced
@@ -67,16 +69,16 @@ def convert(
         done = change(source, output, to, approximate, weights, device, only, precision)
     kept = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
     path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))
-    typer.echo(done.path)
+    say(done.path)
     if done.approximated:
-        typer.echo(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
+        say(f"approximated: {done.path.name} holds LoRAs in the place of what {to} cannot hold")
     if done.dropped:
-        typer.echo(f"left away, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
-    typer.echo(f"largest relative error: {error:.2g}" + (f", in {path}" if error else ""))
+        say(f"left away, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
+    say(f"largest relative error: {error:.2g}" + (f", in {path}" if error else ""))
     if errors := done.comparison.errors:
-        typer.echo(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
+        say(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
     if done.tools_differ:
-        typer.echo("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
+        say("it holds DoRA: every tool does the same with it at strength 1, and something else at others")
 
 
 def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
@@ -91,7 +93,7 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
     from diffgraft.bases import load_base
     from diffgraft.generation.bake import bake
 
-    typer.echo(bake(load_base(source, None), {}, output))
+    say(bake(load_base(source, None), {}, output))
 
 
 def combine(
@@ -189,8 +191,7 @@ def inspect(
     from diffgraft.adapters.ops.inspect import summary
 
     report = look(load_adapter(file), device)
-    for line in [json.dumps(report.as_json(), indent=1)] if as_json else summary(report):
-        typer.echo(line)
+    say(*(json.dumps(report.as_json(), indent=1, allow_nan=False).splitlines() if as_json else summary(report)))
 
 
 def diff(
@@ -216,24 +217,24 @@ def diff(
     if as_json:
         said = asdict(found)
         said["errors"] = {path: error if isfinite(error) else None for path, error in found.errors.items()}
-        typer.echo(json.dumps(said, indent=1, default=str))
+        say(*json.dumps(said, indent=1, default=str).splitlines())
         return
     if found.same:
-        typer.echo("They do the same, to the bit.")
+        say("They do the same, to the bit.")
     alone = {*found.only_first, *found.only_second}
     apart = sorted(((error, path) for path, error in found.errors.items() if error and path not in alone), reverse=True)
-    typer.echo(f"{len(apart)} of {len(found.errors) - len(alone)} modules that both have differ")
+    say(f"{len(apart)} of {len(found.errors) - len(alone)} modules that both have differ")
     for error, path in apart[:10]:
-        typer.echo(f"{error:8.2g}  {path}")
+        say(f"{error:8.2g}  {path}")
     for name, paths in ((first, found.only_first), (second, found.only_second)):
         if paths:
-            typer.echo(f"only in {name}: {len(paths)} modules, such as {paths[0]}")
+            say(f"only in {name}: {len(paths)} modules, such as {paths[0]}")
     if found.words:
-        typer.echo(f"words that differ: {', '.join(found.words)}")
+        say(f"words that differ: {', '.join(found.words)}")
     if found.networks_differ:
-        typer.echo("their networks differ")
+        say("their networks differ")
     for key, (one, two) in found.metadata.items():
-        typer.echo(f"{key}: {_short(one)} | {_short(two)}")
+        say(f"{key}: {_short(one)} | {_short(two)}")
 
 
 def _short(value: object) -> str:
@@ -268,14 +269,14 @@ def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
 
     if output.exists():
         raise DiffgraftError(f"{output} is there already. Choose another name, or remove it.")
-    typer.echo(found.adapter.save(output, to))
+    say(found.adapter.save(output, to))
     for path, lost in found.lost.items() if every else ():
         rank = found.adapter.deltas[path][0].leaves["lora_down"].shape[0] if path in found.adapter.deltas else 0
-        typer.echo(f"rank {rank:4}  relative error {lost:.2g}  {path}")
+        say(f"rank {rank:4}  relative error {lost:.2g}  {path}")
     path, lost = found.worst
-    typer.echo(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
+    say(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
     if found.dropped:
-        typer.echo(f"left away, as LoRA cannot hold it: {len(found.dropped)}, such as {found.dropped[0]}")
+        say(f"left away, as LoRA cannot hold it: {len(found.dropped)}, such as {found.dropped[0]}")
 
 
 COMMANDS = (convert, combine, extract, resize, inspect, diff)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffgraft.cli import files, preparing
+from diffgraft.cli.console import complain, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +27,7 @@ def _say_version(wanted: bool) -> None:
     if wanted:
         from diffgraft import __version__
 
-        typer.echo(f"diffgraft {__version__}")
+        say(f"diffgraft {__version__}")
         raise typer.Exit
 
 
@@ -87,11 +88,11 @@ def train(
     if not PartialState().is_main_process:
         return
     if run.was_finished:
-        typer.echo(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
+        say(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
     else:
-        typer.echo(f"Trained {run.steps} steps.")
-    typer.echo(f"The adapter: {run.adapter_file}")
-    typer.echo(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
+        say(f"Trained {run.steps} steps.")
+    say(f"The adapter: {run.adapter_file}")
+    say(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
 
 
 @app.command()
@@ -106,7 +107,7 @@ def plan(
     from diffgraft.cli.console import key_values
     from diffgraft.trainers.plan import planned
 
-    typer.echo(planned(recipe, dict(key_values(settings or []))))
+    say(*planned(recipe, dict(key_values(settings or []))).lines())
 
 
 @app.command()
@@ -178,13 +179,13 @@ def generate(
     slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
 
     def keep(place: int, image: "Image.Image") -> None:
-        typer.echo(save_image(image, unused(output / f"{slug}-{seeds[place]}.png")))
+        say(save_image(image, unused(output / f"{slug}-{seeds[place]}.png")))
 
     with graft(held, adapters):
         output.mkdir(parents=True, exist_ok=True)
         images = draw(held.pipeline(), [prompt] * count, settings, seeds, keep=keep, source=source)
     if count > 1:
-        typer.echo(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
+        say(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
 
 
 @app.command()
@@ -226,7 +227,7 @@ def merge(
     if precision not in dtypes:
         raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, dtypes)}")
     base = load_base(into, dtypes[precision], prediction_type=prediction_type, zero_snr=zero_snr)
-    typer.echo(bake(base.to(device), adapters, output))
+    say(bake(base.to(device), adapters, output))
 
 
 for step in preparing.COMMANDS:
@@ -245,20 +246,20 @@ def methods(
 
     if not name:
         for method in known().values():
-            typer.echo(f"{method.name:20} {method.summary}")
+            say(f"{method.name:20} {method.summary}")
         return
     method = get_method(name)
-    typer.echo(f"{method.name}: {method.summary}")
+    say(f"{method.name}: {method.summary}")
     options = method.read_options({})
     lacking = method.without_under(options)
     if "layers" not in lacking:
-        typer.echo(f"layers={method.layers_under(options)}")
+        say(f"layers={method.layers_under(options)}")
     for reason in dict.fromkeys(lacking.values()):
         keys = ", ".join(key for key, why in lacking.items() if why == reason)
-        typer.echo(f"without {keys}: {reason}")
+        say(f"without {keys}: {reason}")
     for key, field in method.options.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        typer.echo(f"options.{key}={'' if default is None else default}\n    {field.description}")
+        say(f"options.{key}={'' if default is None else default}", f"    {field.description}")
 
 
 @app.command(rich_help_panel="What there is")
@@ -272,10 +273,10 @@ def recipes(
 
     if name:
         for key, value, meaning in explained(name):
-            typer.echo(f"{key}={value}\n    {meaning}")
+            say(f"{key}={value}", f"    {meaning}")
         return
     for known, summary in recipe_names().items():
-        typer.echo(f"{known:16} {summary}")
+        say(f"{known:16} {summary}")
 
 
 @app.command()
@@ -288,7 +289,7 @@ def demo(
     from diffgraft.demo.demo import run_demo
 
     for line in run_demo(output):
-        typer.echo(line)
+        say(line)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -303,16 +304,16 @@ def main() -> None:
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
-    warnings.showwarning = lambda message, *_, **__: typer.secho(f"warning: {message}", fg="yellow", err=True)
+    warnings.showwarning = lambda message, *_, **__: complain(f"warning: {message}", "yellow")
     try:
         app()
     except DiffgraftError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        complain(f"error: {error}", "red")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        typer.secho(f"error: A file or folder cannot be used: {error.strerror or error}{where}.", fg="red", err=True)
+        complain(f"error: A file or folder cannot be used: {error.strerror or error}{where}.", "red")
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        typer.secho("error: There is not enough memory. Take a smaller batch, size or resolution.", fg="red", err=True)
+        complain("error: There is not enough memory. Take a smaller batch, size or resolution.", "red")
     sys.exit(1)

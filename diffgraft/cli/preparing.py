@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from diffgraft.cli.console import say
+
 
 def import_config(
     file: Annotated[
@@ -29,10 +31,10 @@ def import_config(
     account = convert(file)
     write_recipe(account, recipe, " and ".join(one.name for one in file))
     for title, lines in account.report():
-        typer.echo(f"{title}:")
+        say(f"{title}:")
         for line in lines:
-            typer.echo(f"  {line}")
-    typer.echo(f"Written: {recipe}. Train with: diffgraft train {recipe}")
+            say(f"  {line}")
+    say(f"Written: {recipe}. Train with: diffgraft train {recipe}")
 
 
 IMAGES = typer.Argument(help="Folder of pictures, in kohya's layout (10_sks dog/) as well.")
@@ -89,7 +91,7 @@ def mask(
 
 def _say(written: int, kept: int, what: str) -> None:
     left = f", {kept} kept that were there (--overwrite replaces them)" if kept else ""
-    typer.echo(f"{written} {what} written{left}")
+    say(f"{written} {what} written{left}")
 
 
 COMMANDS = (import_config, caption, mask)
