@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -21,6 +21,7 @@ from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of, refuse
 from diffgraft.adapters.patch import as_input, copied
 from diffgraft.adapters.shared import SharedLinear
+from diffgraft.errors import one_line
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
     "linear": None,
@@ -75,8 +76,15 @@ class HypernetworkOptions(Options):
     @field_validator("structure")
     @classmethod
     def _whole(cls, value: list[float]) -> list[float]:
-        if len(value) < 2 or value[0] != 1 or value[-1] != 1 or min(value) <= 0:
-            raise ValueError("it needs at least two numbers above 0, the first and the last of them 1")
+        if (
+            len(value) < 2
+            or value[0] != 1
+            or value[-1] != 1
+            or min(value) <= 0
+            or not max(value) <= 64
+            or len(value) > 64
+        ):
+            raise ValueError("it needs 2 to 64 numbers above 0 and up to 64, the first and the last of them 1")
         return value
 
 
@@ -247,11 +255,15 @@ class Hypernetwork(Network):
 
     def build(self) -> dict[str, ContextNetwork]:
         """The networks by name, frozen. Raises ValueError where tensors and settings do not fit together."""
-        options = HypernetworkOptions.model_validate(dict(self.settings))
+        try:
+            options = HypernetworkOptions.model_validate(dict(self.settings))
+        except ValidationError as error:
+            raise ValueError(f"its settings are not those of a hypernetwork: {one_line(error)}") from error
         networks: dict[str, ContextNetwork] = {}
         for name in dict.fromkeys(key.partition(".")[0] for key in self.tensors):
+            width = _width(name, self.tensors.get(f"{name}.linear.0.weight"))
             with torch.device("meta"):  # shapes alone: what a file claims takes no memory before it is checked
-                network = ContextNetwork(int(name.partition("-")[0]), options)
+                network = ContextNetwork(width, options)
             start = f"{name}."
             state = {key.removeprefix(start): v.float() for key, v in self.tensors.items() if key.startswith(start)}
             try:
@@ -260,6 +272,16 @@ class Hypernetwork(Network):
                 raise ValueError(f"the weights of {name} do not fit a structure of {options.structure}") from error
             networks[name] = network.eval().requires_grad_(False)
         return networks
+
+
+def _width(name: str, first: Tensor | None) -> int:
+    """The width of contexts that a network's name tells, if its first layer has it too. Raises ValueError if not."""
+    width, _, side = name.partition("-")
+    if not (width.isdecimal() and len(width) < 7 and side in ("k", "v")) or first is None or first.ndim != 2:
+        raise ValueError(f"its network {name} has no first layer, or is not called by its width and k or v")
+    if first.shape[1] != int(width):
+        raise ValueError(f"its network {name} takes contexts as wide as {first.shape[1]}")
+    return int(width)
 
 
 class AttachedHypernetwork(Attached):

@@ -67,3 +67,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if len(names) > _MANY:
         return f"the nearest are: {', '.join(difflib.get_close_matches(word, names, 3, 0.0))}."
     return f"known are: {', '.join(names)}."
+
+
+def one_line(error: BaseException | str, longest: int = 400) -> str:
+    """What an error says, in a line of at most `longest` characters; of pydantic's, its first complaint."""
+    if hasattr(error, "errors") and (listed := error.errors()):
+        text = f"{'.'.join(map(str, listed[0]['loc'])) or 'it'}: {listed[0]['msg']}"
+    else:
+        text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} … {text[-longest // 4 :]}"

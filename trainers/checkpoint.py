@@ -1,6 +1,11 @@
-"""Checkpoints: adapter, optimiser state and step, in safetensors and JSON; written whole or not at all."""
+"""Checkpoints: adapter, optimiser state and step, in safetensors and JSON; written whole or not at all.
 
+``state.json`` has the SHA-256 of the other files and of itself: a flipped bit would train on as another adapter.
+"""
+
+import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +24,11 @@ from diffgraft.trainers.identity import Identity, after, differences
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
+_NAME = re.compile(r"step-\d{6,12}")
+"""The folder of a checkpoint; what a person has copied beside it under another name is left alone"""
+_FILE = re.compile(r"\w+\.safetensors")
+_STATE = {"step": int, "is_due": bool, "identity": dict, "optimizer": dict, "groups": list}
+"""What a checkpoint's state has at least, and of which type"""
 _PLAIN = (bool, int, float)
 """What is kept of an optimiser's groups: some count their steps there, or find their rate"""
 _OF_RECIPE = ("lr", "rate", "weight_decay")
@@ -66,7 +76,8 @@ def save_checkpoint(
         write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
         if averaged:
             write_safetensors(partial / "average.safetensors", averaged, {"format": "pt"})
-        write_text(partial / "state.json", json.dumps(said, sort_keys=True))
+        said["sha256"] = {file.name: _sum_of(file) for file in sorted(partial.glob("*.safetensors"))}
+        _write_state(partial, said)
     older = checkpoints(run)[: checkpoints(run).index(folder)]
     staying = [old for old in older if _was_due(old)][1 - keep :]
     for old in older:
@@ -77,7 +88,8 @@ def save_checkpoint(
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def restore(
@@ -99,8 +111,11 @@ def restore(
     for folder in reversed(checkpoints(run)):
         try:
             said = _state(folder)
+            _verify_files(folder, said)
             values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
             averaged = load_file(file) if (file := folder / "average.safetensors").exists() else None
+            if not differences(said["identity"], identity) and (misfit := _misfit(folder, parameters)):
+                raise ValueError(misfit)
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
@@ -160,7 +175,7 @@ def adopt(run: Path, identity: Identity) -> None:
     for folder in checkpoints(run):
         with suppress(OSError, ValueError):  # damaged
             if (said := _state(folder))["identity"] != identity:
-                write_text(folder / "state.json", json.dumps({**said, "identity": identity}, sort_keys=True))
+                _write_state(folder, {**said, "identity": identity})
 
 
 def _compare(
@@ -204,8 +219,42 @@ def _names(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimi
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "state.json").read_text("utf-8"))
+    """What a checkpoint says of itself. Raises OSError or ValueError where that is not what was written."""
+    try:
+        found = json.loads((folder / "state.json").read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("state.json is nested too deeply") from error
+    if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in _STATE.items()):
+        raise ValueError("state.json does not say what a checkpoint says")
+    # those of earlier releases have no sums
+    if "sha256" in found and (not isinstance(found["sha256"], dict) or found["sha256"].get("state") != _sum(found)):
+        raise ValueError("state.json is not what was written")
     return found
+
+
+def _write_state(folder: Path, said: dict[str, Any]) -> None:
+    if "sha256" in said:
+        said = {**said, "sha256": {**said["sha256"], "state": _sum(said)}}
+    write_text(folder / "state.json", json.dumps(said, sort_keys=True))
+
+
+def _sum(said: Mapping[str, Any]) -> str:
+    """SHA-256 of a state, without its own."""
+    others = {name: value for name, value in said["sha256"].items() if name != "state"}
+    return hashlib.sha256(json.dumps({**said, "sha256": others}, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _verify_files(folder: Path, said: Mapping[str, Any]) -> None:
+    """Raises OSError or ValueError where the files of a checkpoint are not those that were written."""
+    kept = {name: value for name, value in said.get("sha256", {}).items() if name != "state"}
+    for name, wanted in kept.items():
+        if not _FILE.fullmatch(name) or _sum_of(folder / name) != wanted:
+            raise ValueError(f"{name} is not what was written")
 
 
 def _was_due(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
@@ -178,6 +178,8 @@ def earlier_run(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
         DiffgraftError: there is no run, or it is to go on elsewhere.
     """
     path = folder / "recipe.yaml"
+    if folder.is_file():
+        raise DiffgraftError(f"{folder} is a file; --resume takes the folder of a run.")
     if not path.is_file():
         raise DiffgraftError(
             f"There is no run to resume in {folder}: it holds no recipe.yaml. Give the folder of a run."
@@ -196,8 +198,18 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
     run = Run(folder, plan, by_step(read_record(folder)), was_finished=True)
     if not run.adapter_file.exists():
         return None
-    with safe_open(run.adapter_file, "pt") as file:
-        said = told(file.metadata())["recipe"]
+    try:
+        with safe_open(run.adapter_file, "pt") as file:
+            said = told(file.metadata() or {}).get("recipe")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DiffgraftError(
+            f"{run.adapter_file} is damaged ({error}): remove it, and the run goes on from its last checkpoint."
+        ) from error
+    if not isinstance(said, dict) or type(said.get("steps", 0)) is not int:
+        raise DiffgraftError(
+            f"{run.adapter_file} was not written by this run, as its header has no recipe: move it away, and the "
+            "run goes on from its last checkpoint."
+        )
     steps = said.get("steps", type(plan).model_fields["steps"].default)
     is_finished = f"{folder} is finished after {steps} steps"
     if steps == plan.steps and changed:

@@ -9,11 +9,13 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from diffgraft.errors import DiffgraftError, nearest, quoted
+from diffgraft.errors import DiffgraftError, nearest, one_line, quoted
 from diffgraft.files import write_text
 from diffgraft.trainers.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
 from diffgraft.trainers.settings import Prior
 
+_LARGEST = 2**20
+"""Bytes of a recipe's file"""
 ALIASES = {"dreambooth-lora": "subject"}
 
 
@@ -141,23 +143,47 @@ def _read(name: str | Path) -> dict[str, Any]:
         text = _text_of(Path(name))
     else:
         raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DiffgraftError(f"The recipe {name} is not readable YAML: {error}") from error
+    values = _parsed(name, text)
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
     return values
 
 
 def _text_of(path: Path) -> str:
+    """A recipe's text, which is UTF-8: other encodings would change the words in it."""
+    if path.stat().st_size > _LARGEST:
+        raise DiffgraftError(f"The recipe {path} is larger than {_LARGEST:,} bytes, which no recipe is.")
+    content = path.read_bytes()
     try:
-        return path.read_text("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise DiffgraftError(
-            f"The recipe {path} is not written in UTF-8 (line {line}, {error.reason}). Save it as UTF-8."
+            f"The recipe {path} is not UTF-8 (line {line}): save it as UTF-8, so that its words stay what they are."
         ) from error
+
+
+def _parsed(name: str | Path, text: str) -> Any:
+    """What a recipe's text says.
+
+    Raises:
+        DiffgraftError: it is not YAML, or refers back to its own parts, of which a few lines can make gigabytes.
+    """
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken):
+                raise DiffgraftError(
+                    f"The recipe {name} refers to *{token.value} (line {token.start_mark.line + 1}); recipes take no "
+                    "anchors and aliases: write the value out."
+                )
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        where = f" (line {at.line + 1}, column {at.column + 1})" if at else ""
+        what = error.problem or error.context or "it cannot be parsed"
+        raise DiffgraftError(f"The recipe {name} is not readable YAML{where}: {one_line(what, 200)}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DiffgraftError(f"The recipe {name} is not readable YAML: {one_line(error, 200)}.") from error
 
 
 def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
@@ -166,7 +192,8 @@ def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
 
     if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
         raise DiffgraftError(
-            f"Under methods: the recipe {name} should say `method: {{key: value}}`, and says {said!r}."
+            f"Under methods: the recipe {name} should say `method: {{key: value}}`, and says "
+            f"{one_line(repr(said), 100)}."
         )
     return {get_method(str(method)).name: own for method, own in said.items()}
 

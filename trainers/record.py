@@ -2,6 +2,7 @@
 
 import errno
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,10 +50,23 @@ class Record:
 
 
 def read_record(folder: Path) -> list[Entry]:
-    """The whole lines of a run's file; none where there is no such file yet."""
+    """The whole lines of a run's file; none where there is no such file yet. Damaged lines are told of and left out."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    found = [entry for line in lines if (entry := _entry(line)) is not None]
+    # the end of the file may be half a line, where a process was killed
+    if lacking := len(lines) - len(found) - (bool(lines) and _entry(lines[-1]) is None):
+        warnings.warn(f"{lacking} of the {len(lines)} lines of {path} are damaged and left out.", stacklevel=2)
+    return found
+
+
+def _entry(line: str) -> Entry | None:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    are_numbers = isinstance(found, dict) and all(type(value) in (int, float) for value in found.values())
+    return found if are_numbers and "step" in found else None
 
 
 def by_step(entries: Sequence[Entry]) -> list[Entry]:

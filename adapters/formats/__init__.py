@@ -1,5 +1,6 @@
 """Adapter files: found by looking at their keys, read whole or refused, written under a temporary name first."""
 
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from diffgraft.adapters.formats import (
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.bases.stored import is_checkpoint
-from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
 
 DIALECTS: dict[str, ModuleType] = {
@@ -79,25 +80,42 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
     if is_for_a_transformer(tensors):
         raise DiffgraftError(
             f"{path} is for a base whose denoiser is a transformer, such as Flux or Stable Diffusion 3 (first key: "
-            f"{next(iter(tensors))}). Known here are bases with a UNet: Stable Diffusion 1.x, 2.x and XL."
+            f"{one_line(next(iter(tensors)), 100)}). "
+            "Known here are bases with a UNet: Stable Diffusion 1.x, 2.x and XL."
         )
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):
             try:
                 found = dialect.read(tensors, header)
+                _check(found)
                 if strange := misspelt(found.modules):
                     warnings.warn(f"{path}: {strange}", stacklevel=2)
                 return _following(found)
             except UnknownKeyError as error:
                 rest = made_for(dialect.read, tensors, header, error)
-                raise DiffgraftError(f"{path} cannot be read: {error}{rest}.") from error
-            except ValueError as error:
-                raise DiffgraftError(f"{path} cannot be read: {error}.") from error
-    sample = ", ".join(list(tensors)[:3]) or "none"
+                raise DiffgraftError(f"{path} cannot be read: {one_line(error)}{rest}.") from error
+            except (ValueError, RuntimeError, ArithmeticError) as error:  # shapes that PyTorch cannot have say so thus
+                raise DiffgraftError(f"{path} cannot be read: {one_line(error).rstrip('.')}.") from error
+    sample = one_line(", ".join(list(tensors)[:3]) or "none")
     raise DiffgraftError(
         f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
         f"Read are: {', '.join(DIALECTS)}."
     )
+
+
+def _check(adapter: Adapter) -> None:
+    """Raises ValueError where something is empty, or no list of vectors, whatever the dialect lets through."""
+    for path, deltas in adapter.deltas.items():
+        for delta in deltas:
+            for name, leaf in delta.leaves.items():
+                if leaf.numel() == 0:
+                    raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
+            if delta.alpha is not None and not math.isfinite(delta.alpha):
+                raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
+    for word, vectors in adapter.tokens.items():
+        for part, rows in vectors.items():
+            if rows.ndim != 2 or rows.numel() == 0:
+                raise ValueError(f"the word {word} has {list(rows.shape)} for {part}, which is no list of vectors")
 
 
 def _following(adapter: Adapter) -> Adapter:

@@ -4,11 +4,14 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.opened import STEM
 from diffgraft.adapters.formats.training_metadata import read_training
+from diffgraft.errors import one_line
 
 OURS = "diffgraft"
 """The key under which every file of ours, in any dialect, tells about itself."""
@@ -16,6 +19,32 @@ FOREIGN = "foreign"
 """The key of an adapter's metadata under which stands what the headers of other tools say, word for word."""
 _PLAIN = re.compile(r"[\w.\\]*")
 _KNOWN = (OURS, STEM, "format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
+
+
+class _OfBase(BaseModel):
+    """What our entry says of the base."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str = ""
+    family: str | None = None
+    hash: str = ""
+    prediction_type: str | None = None
+
+
+class _Ours(BaseModel):
+    """The types of what our entry says, as far as anything reads it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    method: str | None = None
+    trigger: str | None = None
+    rank: int | None = None
+    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    base: _OfBase | str | None = None
+    recipe: dict[str, Any] | None = None
+    foreign: dict[str, str] | None = None
+    dora: str | None = None
 
 
 def told(header: Mapping[str, str], **otherwise: Any) -> dict[str, Any]:
@@ -31,6 +60,11 @@ def read_json(header: Mapping[str, str], key: str) -> dict[str, Any]:
     value = parsed(header, key, "{}")
     if not isinstance(value, dict):
         raise ValueError(f"its header entry {key!r} holds no JSON object")
+    if key == OURS:
+        try:
+            _Ours.model_validate(value)
+        except ValidationError as error:
+            raise ValueError(f"its header entry {key!r} has something else where it says {one_line(error)}") from error
     return value
 
 
@@ -39,7 +73,7 @@ def parsed(header: Mapping[str, str], key: str, otherwise: str = "null") -> Any:
     try:
         return json.loads(header.get(key, otherwise))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its header entry {key!r} is no JSON ({error})") from error
+        raise ValueError(f"its header entry {key!r} is no JSON ({one_line(error, 100)})") from error
 
 
 def write_ours(adapter: Adapter) -> dict[str, str]:

@@ -7,7 +7,6 @@ dots, and its numbers and texts entries of the header, as JSON.
 
 import json
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffgraft.errors import DiffgraftError
+from diffgraft.adapters.formats import pickles
+from diffgraft.errors import DiffgraftError, one_line
 
 STEM = "file_stem"
 """Header entry with the file's name without its ending; some tools take it for the word that the file teaches."""
 _DEEPEST = 8
+_MOST_AXES = 6
+"""Convolutions have four, in video models five"""
 _ADVICE = "It may have been cut off or be of another kind; download or export it again."
 
 
@@ -38,58 +40,71 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors, header = _pickled(path)
     else:
         tensors, header = _safetensors(path)
-    return tensors, {STEM: path.stem, **header}
+    for key, value in tensors.items():
+        is_number = value.numel() == 1 and value.dtype is not torch.bool  # such as an alpha, or the place of a word
+        if value.is_complex() or not (value.is_floating_point() or is_number):
+            raise DiffgraftError(
+                f"{path} holds {one_line(key, 100)} as {str(value.dtype).removeprefix('torch.')}; adapters are made of "
+                "floating-point numbers. It is of another kind, or was damaged: download or export it again."
+            )
+        if value.ndim > _MOST_AXES:
+            raise DiffgraftError(
+                f"{path} holds {one_line(key, 100)} with {value.ndim} axes; at most {_MOST_AXES}. {_ADVICE}"
+            )
+    # PyTorch computes with no numbers of eight bits; float32 holds all of them
+    wide = {key: value.float() if _is_fp8(value) else value for key, value in tensors.items()}
+    return wide, {STEM: path.stem, **header}
+
+
+def _is_fp8(value: Tensor) -> bool:
+    return value.is_floating_point() and value.itemsize == 1
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118  (not a mapping)
+                if len(file.get_slice(key).get_shape()) > _MOST_AXES:
+                    raise ValueError(f"{one_line(key, 100)} has more than {_MOST_AXES} axes")
             # copies: what safetensors hands out is a view of the file, and changes with it
             return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}). {_ADVICE}") from error
-
-
-class _ParameterDict:
-    """What stands in the place of PyTorch's ``ParameterDict``, in which the first words of textual inversion lie.
-
-    Its pickled attributes are kept as they are; no method of the real class runs.
-    """
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise DiffgraftError(f"{path} is not a readable .safetensors file ({one_line(error)}). {_ADVICE}") from error
 
 
 def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(
-                    item.compress_type != zipfile.ZIP_STORED or item.file_size > size for item in archive.infolist()
-                ):
-                    raise ValueError("it is compressed, which files of PyTorch are not")
-        with torch.serialization.safe_globals([(_ParameterDict, "torch.nn.modules.container.ParameterDict")]):
-            held = torch.load(path, map_location="cpu", weights_only=True)
+        held = pickles.load(path)
         tensors: dict[str, Tensor] = {}
         header: dict[str, str] = {}
-        _lay_flat(held, "", tensors, header, _DEEPEST)
+        _lay_flat(held, "", tensors, header, _DEEPEST, [size])
         if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
             raise ValueError("it claims to hold more than it is long")
         return {key: value.detach().clone() for key, value in tensors.items()}, header
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error):
+    except (pickles.StrangePickleError, pickle.UnpicklingError) as error:
+        if not isinstance(error, pickles.StrangePickleError) and "weights_only" not in str(error):
             raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error
         raise DiffgraftError(
             f"{path} holds more than tensors, numbers and texts, which may be code that runs on opening: it was not "
             "opened. Get it as .safetensors, from someone you trust."
         ) from error
     except Exception as error:  # a damaged pickle raises anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DiffgraftError(f"{path} was not opened as a file of PyTorch's ({reason}). {_ADVICE}") from error
+        raise DiffgraftError(f"{path} was not opened as a file of PyTorch's ({one_line(error)}). {_ADVICE}") from error
 
 
-def _lay_flat(held: Any, name: str, tensors: dict[str, Tensor], header: dict[str, str], deeper: int) -> None:
-    """Put what `held` consists of into `tensors` and `header`, under names that begin with `name`."""
-    if isinstance(held, _ParameterDict):
+def _lay_flat(
+    held: Any, name: str, tensors: dict[str, Tensor], header: dict[str, str], deeper: int, room: list[int]
+) -> None:
+    """Put what `held` consists of into `tensors` and `header`, under names that begin with `name`.
+
+    The one number in `room` is how many bytes may still come of it: a pickle can hold one list a billion times.
+    """
+    room[0] -= len(held) if isinstance(held, str) else 1
+    if room[0] < 0:
+        raise ValueError("it claims to hold more than it is long")
+    if isinstance(held, pickles.ParameterDict):
         held = vars(held).get("_parameters")
     if isinstance(held, Tensor):
         if held.layout != torch.strided or held.is_quantized or held.device.type != "cpu":
@@ -99,7 +114,7 @@ def _lay_flat(held: Any, name: str, tensors: dict[str, Tensor], header: dict[str
         if deeper == 0:
             raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):
-            _lay_flat(value, f"{name}.{key}" if name else str(key), tensors, header, deeper - 1)
+            _lay_flat(value, f"{name}.{key}" if name else str(key), tensors, header, deeper - 1, room)
     elif held is None or isinstance(held, str | int | float | bool):
         header[name] = json.dumps(held)
     else:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.ops.effect import shapes_of
+from diffgraft.adapters.ops.effect import as_product, shapes_of
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
@@ -60,6 +60,9 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         if _same_leaves(one, two):
             errors[path] = 0.0
             continue
+        if (apart := _products_apart(one, two, shape, device)) is not None:
+            errors[path] = apart
+            continue
         weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
         errors[path] = _apart(one, two, weight.to(device))
     keys = {*first.metadata, *second.metadata}
@@ -74,12 +77,39 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
     )
 
 
+_ROUNDED = 1e-14
+"""Relative difference below which nothing but the rounding of float64 is left"""
+
+
 def probe(shape: Shape, seed: int) -> Tensor:
     """A random weight as large as those of trained layers are."""
     generator = torch.Generator().manual_seed(seed)
     fan_in = max(1, int(torch.tensor(shape[1:]).prod()))
     found: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
     return found
+
+
+def _products_apart(one: tuple[Delta, ...], two: tuple[Delta, ...], shape: Shape, device: str) -> float | None:
+    """The same for products of thin factors, in float64 and without forming them; None where they are something else.
+
+    A file of a few kilobytes can hold a LoRA whose ΔW takes gigabytes.
+    """
+    steps = [(delta, 1.0) for delta in one]
+    norms = []
+    for own in ([*steps, *((delta, -1.0) for delta in two)], steps):
+        product = as_product(own, shape) if own else (torch.zeros(1, 1), torch.zeros(1, 1))
+        if product is None:
+            return None
+        norms.append(_norm(*(factor.to(device).double() for factor in product)))
+    apart, whole = norms
+    if apart <= _ROUNDED * whole:
+        return 0.0
+    return apart / whole if whole > 0 else float("inf")
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    """‖up · down‖ of up [out, r] and down [r, n]."""
+    return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm())
 
 
 def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor) -> float:

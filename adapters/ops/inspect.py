@@ -1,5 +1,6 @@
 """What an adapter file holds, in figures: for people to read and, as JSON, for programs."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,9 @@ from diffgraft.terminal import printable
 
 HALF = 65504.0
 """The largest number of float16."""
+
+_AT_ONCE = 2**24
+"""Entries of ΔW that are formed at a time"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,17 @@ class Report:
         return "\n".join(map(printable, summary(self)))
 
     def as_json(self) -> dict[str, Any]:
-        """In JSON's types."""
-        return asdict(self)
+        """In JSON's types; numbers that are none, or beyond all bounds, are null."""
+        found: dict[str, Any] = _in_json(asdict(self))
+        return found
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _in_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect(adapter: Adapter, device: str = "cpu") -> Report:
@@ -87,7 +100,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
         for delta in deltas:
             module, most = _module(path, delta, own_shape(delta) or there.get(path), device)
             modules.append(module)
-            if max(module.largest, most) > HALF:
+            if not max(module.largest, most) <= HALF:
                 overflows.append(path)
     foreign = adapter.metadata.get(FOREIGN) or {}
     follow = {delta.follows for deltas in adapter.deltas.values() for delta in deltas if delta.follows}
@@ -121,7 +134,7 @@ def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[
         effective = effective_rank(squares)
         most = norm  # no entry is larger than that; only where it could matter is the matrix itself looked at
         if norm > HALF:
-            most = float(delta.delta(shape).abs().max())
+            most = _largest_entry(delta, shape)
     return Module(path, delta.kind, rank, delta.alpha, norm, effective, largest), most
 
 
@@ -134,12 +147,28 @@ def _squares(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor
     if product is not None:
         up, down = (factor.to(device).double() for factor in product)
         core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
-        found: Tensor = torch.linalg.svdvals(core).square()
+        found: Tensor = torch.linalg.svdvals(core).square() if core.isfinite().all() else _beyond(core)
         return found
     matrix = as_matrix(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    if not gram.isfinite().all():
+        return _beyond(gram)
     squares: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
     return squares
+
+
+def _beyond(matrix: Tensor) -> Tensor:
+    """What is told of a ΔW that is larger than any number: one singular value without bounds."""
+    return torch.full((1,), float("inf"), dtype=matrix.dtype)
+
+
+def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
+    """The largest entry of ΔW; of a product it is looked for in some rows at a time, and never formed as a whole."""
+    product = as_product([(delta, 1.0)], shape)
+    if product is None:
+        return float(delta.delta(shape).abs().max())
+    up, down = product
+    return max(float((rows @ down).abs().max()) for rows in torch.split(up, max(1, _AT_ONCE // down.shape[1])))
 
 
 def effective_rank(squares: Tensor) -> float:
@@ -147,6 +176,8 @@ def effective_rank(squares: Tensor) -> float:
     total = squares.sum()
     if total <= 0:
         return 0.0
+    if not total.isfinite():
+        return float("nan")
     shares = squares / total
     return float(torch.special.entr(shares).sum().exp())
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import PARTS, Base, Family, inpainting
-from diffgraft.bases.original import UNET, VAE, is_open_clip
+from diffgraft.bases.folder import pipeline_of
+from diffgraft.bases.original import UNET, VAE, is_open_clip, original_weights
 from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.quantized import Quantize, quantized
 from diffgraft.bases.sd1 import StableDiffusion1
 from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
-from diffgraft.bases.stored import files_of_part, precision
+from diffgraft.bases.stored import FLOATS, files_of_part, precision
 from diffgraft.bases.taiyi import Taiyi
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
 from diffgraft.quiet import hushed
@@ -28,6 +29,11 @@ FAMILIES: dict[str, Family] = {
     family.name: family for family in (Taiyi(), StableDiffusion2(), StableDiffusion1(), StableDiffusionXL())
 }
 """Name → family; the first that holds a pipeline is the one."""
+
+PIPELINES: Mapping[str, bool] = {
+    family.pipeline_class: "text_encoder_2" in family.in_single_files for family in FAMILIES.values()
+}
+"""Class of a pipeline of diffusers → whether it has two text encoders"""
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
@@ -66,7 +72,7 @@ def load_base(
         raise DiffgraftError(f"There is no quantize={quantize!r}: {nearest(quantize, get_args(Quantize))}")
     with hushed():
         path = located(source)
-        pipe = _from_file(path, family) if path.is_file() else _from_folder(path)
+        pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, PIPELINES, "files")
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
     found = FAMILIES[family] if family else next(one for one in FAMILIES.values() if one.holds(pipe))
     if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
@@ -106,47 +112,6 @@ def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dty
 def _parts(pipe: Any) -> dict[str, Any]:
     names = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     return {name: getattr(pipe, name, None) for name in names}
-
-
-def index_of(folder: Path) -> dict[str, Any]:
-    """What the index of a diffusers folder says: the class of its pipeline, and of each of its parts.
-
-    Raises:
-        DiffgraftError: it has none that can be read, or is of a family that is not known here.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise DiffgraftError(
-            f"{folder} is no diffusers folder: it holds no model_index.json. Give the folder that "
-            "`save_pretrained` wrote, a single .safetensors checkpoint, a hub id, or `tiny`."
-        )
-    try:
-        parts = json.loads(index.read_text("utf-8"))
-    except ValueError as error:
-        raise DiffgraftError(f"{index} cannot be read as JSON: {error}. Copy the model's folder again.") from error
-    if not isinstance(parts, dict):
-        raise DiffgraftError(f"{index} holds no JSON object, so {folder} is no diffusers folder.")
-    kind = parts.get("_class_name", "model without a class")
-    known = sorted({family.pipeline_class for family in FAMILIES.values()})
-    if kind not in (*known, *map(inpainting, known)):
-        raise DiffgraftError(f"{folder} is a {kind}; the families known here are drawn with: {', '.join(known)}.")
-    return parts
-
-
-def _from_folder(folder: Path) -> Any:
-    import diffusers
-
-    parts = index_of(folder)
-    more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None} if "safety_checker" in parts else {}
-    if not _holds_plain_weights(folder) and any(folder.glob("unet/*.fp16.safetensors")):
-        more["variant"] = "fp16"
-    try:
-        # in its own precision: in memory it is then never larger than the files, or than what it is wanted in
-        dtypes = {"default": torch.float32, **_precisions(folder)}
-        more |= {"local_files_only": True, "use_safetensors": True, "dtype": dtypes}
-        return getattr(diffusers, parts["_class_name"]).from_pretrained(folder, **more)
-    except Exception as error:  # the libraries raise whatever their parsing stumbles over
-        raise DiffgraftError(f"The base in {folder} cannot be loaded: {_first_line(error)}") from error
 
 
 def _holds_plain_weights(folder: Path) -> bool:
@@ -207,6 +172,7 @@ def _from_file(path: Path, family: str | None) -> Any:
         more["safety_checker"] = None
     if len(dtypes) == 1:
         more["dtype"] = dtypes.pop()
+    _check_names(path, found)
     try:
         with configuration(CONFIGS / found.family, found.channels) as config:
             pipe = found.pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
@@ -216,6 +182,39 @@ def _from_file(path: Path, family: str | None) -> Any:
         ) from error
     pipe.scheduler = scheduled(pipe.scheduler, **found.told)
     return pipe
+
+
+def _check_names(path: Path, found: SingleFile) -> None:
+    """Hold a single file's header against the family's configuration, for the loader fills what is missing at random.
+
+    Raises:
+        DiffgraftError: a weight is missing, has another shape, or belongs to a UNet of another configuration.
+    """
+    with configuration(CONFIGS / found.family, found.channels) as folder:
+        pipe = pipeline_of(folder, PIPELINES, "nowhere", found.tokenizers())
+    family = FAMILIES[found.family]
+    wanted = {
+        name: tuple(value.shape)
+        for name, value in original_weights(Base(name=str(path), family=family, **_parts(pipe))).items()
+    }
+    with safe_open(path, framework="pt") as file:
+        held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        what = f"{path} is no whole checkpoint of {found.family}"
+        if missing := [name for name in wanted if name not in held]:
+            raise DiffgraftError(f"{what}: it lacks {len(missing)} of its weights, such as {missing[0]}. {_ADVICE}")
+        if others := [name for name in held if name.startswith(UNET) and name not in wanted]:
+            raise DiffgraftError(f"{what}: {others[0]} belongs to a UNet of another configuration. {_ADVICE}")
+        for name, shape in wanted.items():
+            there = tuple(held[name].get_shape())
+            if _without_ones(there) != _without_ones(shape):
+                raise DiffgraftError(f"{what}: {name} has the shape {[*there]}, and should have {[*shape]}. {_ADVICE}")
+            if held[name].get_dtype() not in FLOATS:
+                raise DiffgraftError(f"{what}: {name} is in {held[name].get_dtype()}; weights are floating-point.")
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A 1 x 1 convolution and a linear layer hold the same numbers, and files have either."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 @contextmanager

@@ -6,13 +6,15 @@ DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, section 3.3) supervises the mode
 import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 
 from diffgraft.bases import Base
-from diffgraft.data.pictures import Picture, read_picture
-from diffgraft.errors import DiffgraftError
+from diffgraft.data.cache import optional_write
+from diffgraft.data.pictures import Picture
 from diffgraft.files import cache_folder, replacing, write_text
 from diffgraft.generation.generate import Settings, at_once, generate
 
@@ -33,33 +35,49 @@ def class_images(
     settings = replace(settings, batch=batch)
     wanted = [(prompt, _folder(base, prompt, settings, seed), number) for prompt in prompts for number in range(each)]
     paths = [folder / f"{number:04d}.png" for _, folder, number in wanted]
-    missing = {place for place, path in enumerate(paths) if not _is_whole(path)}
+    missing = {place for place, path in enumerate(paths) if not _is_whole(path, size)}
+    unsaved: dict[int, bytes] = {}
     if missing:
         for prompt, folder in dict.fromkeys((prompt, folder) for prompt, folder, _ in (wanted[at] for at in missing)):
-            write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
+            with optional_write():
+                write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
         places = _whole_batches(missing, len(wanted), batch)
 
         def keep(number: int, image: Image.Image) -> None:
             if (place := places[number]) in missing:
                 missing.remove(place)
-                with replacing(paths[place]) as partial:
-                    image.save(partial)
+                image.save(written := BytesIO(), "PNG")
+                with optional_write() as done, replacing(paths[place]) as file:
+                    file.write_bytes(written.getvalue())
+                    done.append(file)
+                if not done:
+                    unsaved[place] = written.getvalue()
 
         texts = [wanted[place][0] for place in places]
         seeds = [seed * 100_003 % 2**31 + wanted[place][2] for place in places]
         generate(base.pipeline(), texts, settings, seeds, "drawing class images", keep)
-    names = [f"class image {number}" for number in range(len(paths))]
     return [
-        (prompt, Picture(name, path.read_bytes))
-        for name, (prompt, _, _), path in zip(names, wanted, paths, strict=True)
+        (
+            prompt,
+            Picture(
+                f"class image {place}", partial(unsaved.__getitem__, place) if place in unsaved else path.read_bytes
+            ),
+        )
+        for place, ((prompt, _, _), path) in enumerate(zip(wanted, paths, strict=True))
     ]
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a class image is in the cache, and can be opened: a damaged one is drawn anew."""
+def _is_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Whether the cache has a picture of `size` that can be read to its end; a damaged one is drawn again."""
     try:
-        return path.is_file() and read_picture(path).size > (0, 0)
-    except DiffgraftError:
+        if not path.is_file():  # a pipe would be waited for
+            return False
+        with Image.open(path, formats=["PNG"]) as image:
+            if image.size != size:  # before it is decoded
+                return False
+            image.load()
+        return True
+    except Exception:  # what the decoder stumbles over in a damaged file is of many kinds
         return False
 
 

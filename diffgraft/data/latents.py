@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from diffgraft.bases import Base
+from diffgraft.data.cache import read_tensors, write_tensors
 from diffgraft.data.frames import Frame
 from diffgraft.data.pictures import Picture, UnreadablePictureError, square, to_tensor
 from diffgraft.data.source import warn_of
-from diffgraft.files import cache_folder, write_safetensors
+from diffgraft.files import cache_folder
 from diffgraft.quiet import hushed
 
 _IN_MEMORY = 2**31
@@ -102,6 +102,7 @@ def encode_kept(
         for place, (picture, own) in enumerate(tqdm(pairs, title, leave=False, disable=len(pairs) < 2)):
             files = [_file(picture, frame, of_vae) for frame in own]
             kept = [_read(file) if keep else None for file in files]
+            is_kept = True
             if None in kept:
                 try:
                     image = picture.image
@@ -112,13 +113,14 @@ def encode_kept(
                     if kept[number] is None:
                         kept[number] = fresh = distribution(frame.show(image))
                         if keep:
-                            _write(files[number], fresh, picture)
+                            mean, std = fresh
+                            is_kept = write_tensors(files[number], {"mean": mean, "std": std}, picture.name) and is_kept
             mask = picture.mask() if masked else None
             rows[place] = range(len(found), len(found) + len(own))
             for file, now, frame in zip(files, kept, own, strict=True):
                 assert now is not None
                 held += sum(value.nbytes for value in now)
-                found.append(file if keep and held > _IN_MEMORY else now)
+                found.append(file if keep and is_kept and held > _IN_MEMORY else now)
                 masks.append(None if mask is None else _small(frame.show(mask), now[0].shape[-2:]))
             frames += own
     return Encoded(Latents(found), frames, masks, rows)
@@ -154,26 +156,10 @@ def _file(picture: Picture, frame: Frame, of_vae: str) -> Path:
     return cache_folder() / "latents" / name[:2] / f"{name}.safetensors"
 
 
-def _write(file: Path, distribution: Distribution, picture: Picture) -> None:
-    tensors = dict(zip(("mean", "std"), distribution, strict=True))
-    write_safetensors(file, tensors, {"of": picture.name, "sha256": _digest(distribution)})
-
-
 def _read(file: Path) -> Distribution | None:
     """What a file of the cache holds; None where there is none, or it is not what was written."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            found = opened.get_tensor("mean"), opened.get_tensor("std")
-            return found if opened.metadata()["sha256"] == _digest(found) else None
-    except (OSError, SafetensorError, LookupError, TypeError):
-        return None
-
-
-def _digest(distribution: Distribution) -> str:
-    digest = hashlib.sha256()
-    for value in distribution:
-        digest.update(f"{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    tensors = read_tensors(file)
+    return (tensors["mean"], tensors["std"]) if tensors is not None and tensors.keys() == {"mean", "std"} else None
 
 
 def _small(mask: Image.Image, size: Sequence[int]) -> Tensor:

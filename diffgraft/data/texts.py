@@ -6,13 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffgraft.bases import Base, Conditioning
-from diffgraft.files import cache_folder, write_safetensors
+from diffgraft.data.cache import read_tensors, write_tensors
+from diffgraft.files import cache_folder
 
 _VERSION = "texts 1"
 _STATES = "hidden_states"
@@ -38,7 +37,7 @@ class Texts:
             if found is None:
                 found = self._ask(prompt)
                 if self._keep:
-                    _write(self._file(prompt), found, prompt)
+                    write_tensors(self._file(prompt), {_STATES: found.hidden_states, **found.added}, prompt)
             self._held[prompt] = _to(found, self._base.device)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
@@ -83,15 +82,9 @@ def _to(one: Conditioning, device: torch.device) -> Conditioning:
     return Conditioning(one.hidden_states.to(device), added)
 
 
-def _write(file: Path, one: Conditioning, prompt: str) -> None:
-    tensors = {_STATES: one.hidden_states, **one.added}
-    write_safetensors(file, {name: value.cpu().contiguous() for name, value in tensors.items()}, {"of": prompt})
-
-
 def _read(file: Path) -> Conditioning | None:
     """What a file of the cache holds; None where there is none, or it is damaged."""
-    try:
-        tensors = load_file(file)
-        return Conditioning(tensors.pop(_STATES), tensors)
-    except (OSError, SafetensorError, LookupError):
+    tensors = read_tensors(file)
+    if tensors is None or _STATES not in tensors:
         return None
+    return Conditioning(tensors.pop(_STATES), tensors)

@@ -125,6 +125,12 @@ class Graft:
         new_weight, new_bias = _applied(
             deltas, weight.detach().float(), None if bias is None else bias.detach().float()
         )
+        for now, kept in ((new_weight, weight), (new_bias, bias)):
+            if now is not None and kept is not None and not now.to(kept.dtype).isfinite().all():
+                raise DiffgraftError(
+                    f"The adapters make {path} larger than {str(kept.dtype).removeprefix('torch.')} can hold, and "
+                    "pictures would be black. Take smaller strengths, or look at the files with `diffgraft inspect`."
+                )
         weight.copy_(new_weight)
         if bias is not None and new_bias is not None:
             bias.copy_(new_bias)

@@ -1,6 +1,8 @@
 """Thousands of damaged and doctored files: each is read, or refused in one sentence; nothing else happens."""
 
+import io
 import json
+import os
 import random
 import resource
 import signal
@@ -8,17 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 
 from benchmarks.formats import samples
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.errors import DiffgraftError
 
 FILES = 10_500
+RETYPED = 700
+"""`DIFFGRAFT_FUZZ` in the environment asks for more"""
 SECONDS = 5
 """For one file; a healthy one takes a few milliseconds"""
 MEGABYTES = 100
@@ -117,6 +123,117 @@ def doctored(content: bytes, chance: random.Random) -> bytes:
             header[name] = {**entry, "data_offsets": odd}
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+
+def retyped(content: bytes, chance: random.Random) -> bytes:
+    """A safetensors file with tensors of another kind or number of axes, or fields of another type in its header."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    tensors = load(content)
+    name = chance.choice(sorted(tensors))
+    value = tensors[name]
+    way = chance.randrange(9)
+    if way == 0:
+        dtypes = [torch.bool, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64]
+        tensors[name] = value.to(chance.choice(dtypes))
+    elif way == 1:
+        axes = chance.choice([5, 8, 60])
+        tensors[name] = value.reshape(*value.shape, *[1] * (axes - value.ndim))
+    elif way == 2:
+        tensors[name] = value.flatten()
+    elif way == 3:
+        tensors[name] = value[:0] if value.ndim else torch.zeros(0)
+    elif way == 4:
+        tensors[name] = torch.full_like(value, 3e38 if value.dtype == torch.float32 else 6e4)
+    elif way == 5:
+        tensors[name] = value.repeat(2, *[1] * (value.ndim - 1)) if value.ndim else value.repeat(2)
+    else:
+        odd = chance.choice([None, -1, 2**70, 1.5, True, "x", "\u001b]0;x\u0007", [], {}, [[1]], {"a": [1]}])
+        listed = [key for key, text in metadata.items() if text[:1] in "{["]
+        key = chance.choice(listed or ["diffgraft"])
+        metadata[key] = json.dumps(replaced(json.loads(metadata.get(key, "{}")), odd, chance))
+    return save(tensors, metadata)
+
+
+def replaced(held: Any, odd: Any, chance: random.Random) -> Any:
+    """`held` with something else in the place of one of the values in it."""
+    keys = sorted(held) if isinstance(held, dict) else list(range(len(held))) if isinstance(held, list) else []
+    if not keys or chance.random() < 0.1:
+        return odd
+    key = chance.choice(keys)
+    inner = dict(held) if isinstance(held, dict) else list(held)
+    inner[key] = replaced(inner[key], odd, chance) if chance.random() < 0.7 else odd
+    return inner
+
+
+def repickled(content: bytes, chance: random.Random) -> bytes:
+    """A file of PyTorch's whose containers and values are others than a tool writes."""
+    held = torch.load(io.BytesIO(content), weights_only=True)
+    odd = chance.choice(
+        [
+            None,
+            0,
+            -1,
+            2**60,
+            1.5,
+            True,
+            "x" * 50,
+            [],
+            {},
+            torch.ones(2, 3, dtype=torch.int32),
+            torch.zeros(0, 4),
+            torch.ones([1] * 40),
+            torch.ones(3).bool(),
+            torch.ones(1).expand(10**6, 10**3),
+            {"a": {"b": torch.ones(2)}},
+        ]
+    )
+    out = io.BytesIO()
+    torch.save(swapped(held, odd, chance), out, _use_new_zipfile_serialization=chance.random() < 0.5)
+    return out.getvalue()
+
+
+def swapped(held: Any, odd: Any, chance: random.Random) -> Any:
+    if isinstance(held, tuple):
+        return tuple(swapped(list(held), odd, chance))
+    if isinstance(held, dict | list) and held and chance.random() < 0.9:
+        inner = dict(held) if isinstance(held, dict) else list(held)
+        key = chance.choice(list(inner)) if isinstance(inner, dict) else chance.randrange(len(inner))
+        inner[key] = swapped(inner[key], odd, chance) if chance.random() < 0.7 else odd
+        return inner
+    return odd
+
+
+def used(adapter: Adapter) -> None:
+    """What `inspect` makes of an adapter: lines and JSON."""
+    report = inspect(adapter)
+    summary(report)
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # of odd values
+def test_other_types_and_structures_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    """What bytes turned over hardly ever hit: fields, dtypes, axes and containers; what is read can be inspected."""
+    healthy = small_files(tmp_path / "healthy")
+    contents = [(path.suffix, path.read_bytes()) for path in healthy]
+    files = int(os.environ.get("DIFFGRAFT_FUZZ", RETYPED))
+    chance = random.Random(files)
+    refused = 0
+    for number in range(files):
+        suffix, content = contents[number % len(contents)]
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes((retyped if suffix == ".safetensors" else repickled)(content, chance))
+        try:
+            with at_most(SECONDS):
+                used(load_adapter(path))
+        except DiffgraftError as error:
+            said = str(error)
+            refused += 1 if "\n" not in said and len(said) < 1200 and "pydantic" not in said else -files
+        except BaseException as error:
+            kept = tmp_path / f"bad{suffix}"
+            kept.write_bytes(path.read_bytes())
+            raise AssertionError(f"file {number}, of {healthy[number % len(contents)].name}: {error!r}") from error
+    assert refused > files // 4
 
 
 @contextmanager

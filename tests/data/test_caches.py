@@ -1,5 +1,6 @@
 """Latents and text states are computed once; what has changed is computed anew, and what is broken is made again."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffgraft.bases import Base, load_base
+from diffgraft.data.cache import checksum
+from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import frames, mirrored
 from diffgraft.data.latents import Encoded, encode, encode_kept
 from diffgraft.data.pictures import Picture, square
 from diffgraft.data.settings import Buckets
 from diffgraft.data.source import read_folder, read_source
 from diffgraft.data.texts import Texts
+from diffgraft.generation.generate import Settings
 
 
 class Asked:
@@ -225,3 +229,65 @@ def test_texts_are_known_by_what_says_them(base: Base, monkeypatch: pytest.Monke
         with torch.no_grad():
             wanted = held.family.condition(held, [prompt], whole).hidden_states
         assert torch.equal(texts([prompt]).hidden_states, wanted)
+
+
+def flipped(content: bytes, at: int) -> bytes:
+    """One bit of the byte at `at`, from the end."""
+    return content[: len(content) - at] + bytes([content[-at] ^ 64]) + content[len(content) - at + 1 :]
+
+
+def test_a_flipped_bit_in_text_states_is_noticed(base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["a dog", "a cat in the snow"]
+    texts = Texts(base, keep=True)
+    texts.prepare(prompts)
+    wanted = texts(prompts).hidden_states
+    files = sorted((cache / "texts").rglob("*.safetensors"))
+    whole = files[0].read_bytes()
+    files[0].write_bytes(flipped(whole, 11))
+    files[1].unlink()
+    os.mkfifo(files[1])  # who reads it waits for ever
+    asked = Asked(base.text_encoder, "forward", monkeypatch)
+    again = Texts(base, keep=True)
+    again.prepare(prompts)
+    assert torch.equal(again(prompts).hidden_states, wanted)
+    assert asked.count == 2
+    assert files[0].read_bytes() == whole
+
+
+def test_half_precision_has_a_checksum_too() -> None:
+    values = {"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor(2.0)}
+    sums = {checksum({name: value.to(dtype) for name, value in values.items()}) for dtype in (torch.bfloat16, None)}
+    assert len(sums) == 2
+    assert checksum(values) != checksum({**values, "b": torch.tensor(-2.0)})
+    assert checksum({"a": torch.zeros(2, 3)}) != checksum({"a": torch.zeros(3, 2)})
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "file" / "cache"))
+    found = read_folder(pictures)[:2]
+    bare = encoded(base, found, keep=False)
+    monkeypatch.setattr("diffgraft.data.latents._IN_MEMORY", 0)
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert same(bare, encoded(base, found))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        Texts(base, keep=True).prepare(["a dog"])
+    with pytest.warns(UserWarning, match="cannot be written"):
+        drawn = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+    assert [picture.image.size for _, picture in drawn] == [(64, 64)] * 3
+
+
+def test_a_damaged_class_image_is_drawn_again(base: Base, cache: Path) -> None:
+    drawn = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+    wanted = [picture.read() for _, picture in drawn]
+    files = sorted(cache.rglob("*.png"))
+    files[0].write_bytes(flipped(wanted[0], len(wanted[0]) // 2))
+    files[1].write_bytes(wanted[1][:100])
+    files[2].unlink()
+    files[2].mkdir()
+    files[2].rmdir()
+    os.mkfifo(files[2])
+    again = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+    assert [picture.read() for _, picture in again] == wanted

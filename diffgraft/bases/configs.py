@@ -1,0 +1,234 @@
+"""Typed reading of the configurations in a base's folder: plain values within bounds, or a sentence that names them.
+
+A folder may come from anyone. Only the fields listed here, and those of the same type as the library's own defaults,
+reach the libraries; sizes are bounded, so that nothing absurd is ever built, and what our training and drawing do not
+support (a class embedding, a shifted VAE, a flow) is refused instead of being ignored.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffgraft.errors import DiffgraftError
+
+LARGEST_JSON = 2**22
+"""Bytes of a configuration; real ones have a few thousand"""
+_SHOWN = 60
+"""Characters of a strange value that are shown"""
+
+Depth = Annotated[int, Field(ge=0, le=64)]
+Layers = Annotated[int, Field(ge=1, le=64)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+Side = Annotated[int, Field(ge=1, le=2**12)]
+Levels = Annotated[list[Width], Field(min_length=1, max_length=8)]
+Epsilon = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**22)] | None
+
+
+class _Config(BaseModel):
+    """What a configuration may say; fields it does not give keep the library's defaults."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+
+class UNetConfig(_Config):
+    """A ``UNet2DConditionModel`` that is told timesteps, text, and, in XL, a pooled embedding and sizes."""
+
+    sample_size: Side
+    in_channels: Side = 4
+    out_channels: Side = 4
+    down_block_types: list[Literal["DownBlock2D", "CrossAttnDownBlock2D"]] = []
+    up_block_types: list[Literal["UpBlock2D", "CrossAttnUpBlock2D"]] = []
+    block_out_channels: Levels = []
+    layers_per_block: Layers | list[Layers] = 2
+    transformer_layers_per_block: Depth | list[Depth | list[Depth]] = 1
+    reverse_transformer_layers_per_block: Depth | list[Depth | list[Depth]] | None = None
+    attention_head_dim: Width | list[Width] = 8
+    num_attention_heads: Width | list[Width] | None = None
+    cross_attention_dim: Width
+    norm_num_groups: Width = 32
+    norm_eps: Epsilon = 1e-5
+    time_embedding_dim: Width | None = None
+    time_cond_proj_dim: Width | None = None
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: Width | None = None
+    projection_class_embeddings_input_dim: Width | None = None
+    class_embed_type: None = None
+    num_class_embeds: None = None
+    encoder_hid_dim: None = None
+    encoder_hid_dim_type: None = None
+
+
+class VAEConfig(_Config):
+    """An ``AutoencoderKL`` of pictures, whose latents are scaled and not shifted."""
+
+    in_channels: Literal[3] = 3
+    out_channels: Literal[3] = 3
+    latent_channels: Annotated[int, Field(ge=1, le=128)] = 4
+    down_block_types: list[Literal["DownEncoderBlock2D"]] = []
+    up_block_types: list[Literal["UpDecoderBlock2D"]] = []
+    block_out_channels: Levels = []
+    layers_per_block: Layers = 1
+    norm_num_groups: Width = 32
+    scaling_factor: Annotated[float, Field(gt=0, le=1000)] = 0.18215
+    shift_factor: Literal[0] | None = None
+    latents_mean: None = None
+    latents_std: None = None
+
+
+class ClipConfig(_Config):
+    """A ``CLIPTextConfig``; without `model_type` and whatever else only the library's own loading reads."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 49408
+    hidden_size: Width = 512
+    intermediate_size: Width = 2048
+    projection_dim: Width | None = 512
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 8
+    max_position_embeddings: Width = 77
+    hidden_act: Literal["quick_gelu", "gelu", "gelu_new", "gelu_fast", "relu", "silu"] = "quick_gelu"
+    layer_norm_eps: Epsilon = 1e-5
+    attention_dropout: Share = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+    pad_token_id: TokenId = 1
+    bos_token_id: TokenId = 49406
+    eos_token_id: TokenId = 49407
+
+
+class BertConfig(_Config):
+    """A ``BertConfig`` of an encoder with absolute positions."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 30522
+    hidden_size: Width = 768
+    intermediate_size: Width = 3072
+    num_hidden_layers: Layers = 12
+    num_attention_heads: Width = 12
+    max_position_embeddings: Width = 512
+    type_vocab_size: Width = 2
+    hidden_act: Literal["gelu", "gelu_new", "gelu_fast", "relu", "silu"] = "gelu"
+    layer_norm_eps: Epsilon = 1e-12
+    hidden_dropout_prob: Share = 0.1
+    attention_probs_dropout_prob: Share = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: TokenId = 0
+    position_embedding_type: Literal["absolute"] = "absolute"
+    is_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+
+
+class SchedulerConfig(_Config):
+    """A noise schedule of a diffusion, whose UNet predicts ε or v."""
+
+    num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: Annotated[list[Beta], Field(min_length=2, max_length=100_000)] | None = None
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
+    solver_order: Annotated[int, Field(ge=1, le=3)] = 2
+
+
+def read_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
+    """The JSON object in a file of at most `largest` bytes.
+
+    Raises:
+        DiffgraftError: the file is missing, too large, not JSON, or holds something else.
+    """
+    if not path.is_file():
+        raise DiffgraftError(f"{path} is missing, or is not a file; copy the model's folder again.")
+    if path.stat().st_size > largest:
+        raise DiffgraftError(f"{path} is larger than {largest:,} bytes, which no such file is; copy it again.")
+    try:
+        found = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DiffgraftError(f"{path} cannot be read as JSON ({error}); copy the model's folder again.") from error
+    if not isinstance(found, dict):
+        raise DiffgraftError(f"{path} holds no JSON object; copy the model's folder again.")
+    return found
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def checked(path: Path, given: Mapping[str, Any], model: type[_Config], kind: type | None = None) -> dict[str, Any]:
+    """Those values of a configuration that may reach the library, each of the right type and within its bounds.
+
+    Args:
+        path: file they were read from, for messages.
+        given: the JSON object.
+        model: what is known about its fields.
+        kind: the library's class; its further arguments pass if they have the type of their defaults.
+
+    Raises:
+        DiffgraftError: a value is of another type, out of bounds or not supported.
+    """
+    if given.get("quantization_config") is not None:
+        raise DiffgraftError(
+            f"{path} says that the weights are quantized already (quantization_config); take the model in float32 or "
+            "half precision, and quantize=int8 or nf4."
+        )
+    if model is SchedulerConfig and given.get("prediction_type") in ("sample", "flow_prediction", "flow"):
+        raise DiffgraftError(
+            f"{path} says prediction_type={given['prediction_type']}: adapters are trained on bases that predict the "
+            "noise (epsilon) or the velocity (v_prediction); take such a base."
+        )
+    fields = model.model_fields
+    defaults = {} if kind is None else _defaults(kind)
+    values = {key: value for key, value in given.items() if key in fields or key in defaults}
+    try:
+        model.model_validate({key: value for key, value in values.items() if key in fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        said = f"gives {key}={short(values[key])}" if key in values else f"gives no {key}"
+        raise DiffgraftError(f"{path} {said}, which is not supported: {_reason(first)}.") from error
+    for key, value in values.items():
+        if key not in fields and not _is_alike(value, defaults[key]):
+            raise DiffgraftError(f"{path} gives {key}={short(value)} where a value like {defaults[key]!r} belongs.")
+    return {key: value for key, value in values.items() if key in defaults or kind is None}
+
+
+def _reason(error: Any) -> str:
+    text = str(error["msg"])
+    return text[0].lower() + text[1:]
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
+
+
+def _is_alike(value: Any, default: Any) -> bool:
+    """Whether a JSON value has the type of an argument's default; numbers are small, texts short."""
+    if value is None or (default is None and not isinstance(value, dict)):
+        return value is None or _is_alike(value, value)
+    if isinstance(value, bool) or isinstance(default, bool):
+        return isinstance(value, bool) and (isinstance(default, bool) or default is None)
+    if isinstance(value, str):
+        return isinstance(default, str) and len(value) < 100
+    if isinstance(value, int | float):
+        return isinstance(default, int | float | tuple | list) and math.isfinite(value) and abs(value) <= 2**20
+    if isinstance(value, list):
+        return isinstance(default, list | tuple | int) and len(value) < 100 and all(_is_alike(v, v) for v in value)
+    return False
+
+
+def short(value: object) -> str:
+    """A strange value, as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
