@@ -66,6 +66,8 @@ def test_captions_that_have_the_trigger_come_before_the_name_of_their_folder(tmp
     assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
     (tmp_path / "10_ohwx man" / "00.txt").write_text("ohwx man at sea", "utf-8")
     assert read("subject", tmp_path, subject="man")[0].trigger == "ohwx"
+    (tmp_path / "10_ohwx man" / "00.txt").write_text("sks, an ohwx man", "utf-8")
+    assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
     (tmp_path / "10_ohwx man" / "00.txt").write_text("a man at sea", "utf-8")
     assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
 
