@@ -14,7 +14,7 @@ from torch import Tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import room_for
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
 """What names begin with while something is not whole yet, or no longer: a killed process may leave such"""
 
 
@@ -35,7 +35,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
     """
     with room_for(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{_PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
         partial = Path(name)
         try:
@@ -51,7 +51,7 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """The same for a folder with all that is in it."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     with room_for(path, size):
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -68,14 +68,14 @@ def replacing_folder(path: Path, size: int = 0) -> Iterator[Path]:
 def discard(folder: Path) -> None:
     """Delete a folder, if it is there: it loses its name before it loses what it holds."""
     if folder.is_dir():
-        going = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder.parent))
+        going = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         folder.rename(going / folder.name)
         shutil.rmtree(going)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written below `folder`; nobody else may be writing there."""
-    for left in list(folder.rglob(f"{_PARTIAL}*")):
+    for left in list(folder.rglob(f"{PARTIAL}*")):
         if left.is_dir():
             shutil.rmtree(left)
         else:

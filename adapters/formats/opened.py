@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffgraft.adapters.formats import float8
 from diffgraft.errors import DiffgraftError
 
 STEM = "file_stem"
@@ -46,7 +47,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             # copies: what safetensors hands out is a view of the file, and changes with it
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118  (not a mapping)
+            held = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            return float8.widened(held), header
     except (SafetensorError, OSError, ValueError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}). {_ADVICE}") from error
 
@@ -66,7 +68,7 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         _lay_flat(held, "", tensors, header, _DEEPEST)
         if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
             raise ValueError("it claims to hold more than it is long")
-        return {key: value.detach().clone() for key, value in tensors.items()}, header
+        return float8.widened({key: value.detach().clone() for key, value in tensors.items()}), header
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error):
             raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error
