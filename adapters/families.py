@@ -5,7 +5,7 @@ writer and operation asks here.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,14 @@ def family_of(adapter: Adapter) -> str | None:
 def with_family(adapter: Adapter) -> Adapter:
     """The adapter with its family in the metadata, as far as names and widths tell at a glance."""
     family = None if _said(adapter, "family") else _by_names(adapter.deltas)
+    return with_base(adapter, family=family) if family else adapter
+
+
+def with_known_family(adapter: Adapter) -> Adapter:
+    """The adapter with its family in the metadata, where there is any way to know it: `family_of`."""
+    if _said(adapter, "family"):
+        return adapter
+    family = family_of(adapter)
     return with_base(adapter, family=family) if family else adapter
 
 
@@ -104,8 +112,8 @@ def may_be_xl(deltas: Deltas) -> bool:
 def read_names(theirs: Mapping[str, Sequence[Delta]], layers: int | None = None) -> tuple[dict[str, str], int]:
     """Names of the original UNet → diffusers', and how many layers of a block they are counted by.
 
-    The original numbers through all blocks, so that its names alone do not always tell: then the base does whose
-    layers they fit.
+    The original numbers through all blocks, so that its names alone do not always tell: then the known base does whose
+    layers they fit, or that only one reading leaves out no layer between two others.
 
     Args:
         theirs: name of a module → what is done to it.
@@ -130,11 +138,23 @@ def read_names(theirs: Mapping[str, Sequence[Delta]], layers: int | None = None)
     for count, names in readings.items():
         if fitting({f"unet.{names[name]}": tuple(own) for name, own in theirs.items()}):
             return names, count
+    gapless = [count for count, names in readings.items() if not _has_gaps(names.values())]
+    if len(gapless) == 1:
+        return readings[gapless[0]], gapless[0]
     counts = " or ".join(map(str, sorted(readings)))
     raise ValueError(
         f"the numbers in its names count layers through all blocks, and may be those of a UNet with {counts} layers in "
         "a block: apply it to the base it is for, which tells"
     )
+
+
+def _has_gaps(paths: Iterable[str]) -> bool:
+    """Whether there is a layer in a level without the one before it, as no tool leaves it that adapts all of a kind."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if found := _NUMBERED.match(f"unet.{path}."):
+            numbers.setdefault((found["side"], found["level"]), set()).add(int(found["number"]))
+    return any(of_level != set(range(len(of_level))) for of_level in numbers.values())
 
 
 def layers_of(adapter: Adapter) -> int:

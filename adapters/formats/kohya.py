@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.families import with_known_family
 from diffgraft.adapters.formats import lycoris
 from diffgraft.adapters.formats.training_metadata import write_training
 
@@ -14,5 +15,6 @@ def recognises(*_: object) -> bool:
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    adapter = with_known_family(adapter)
     tensors, header = lycoris.write(adapter)
     return tensors, {**header, **write_training(adapter, tensors)}
