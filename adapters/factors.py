@@ -18,6 +18,7 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.method import Options, Spec, canonical
 from diffgraft.adapters.patch import AttachedPatches, Make, Patch, as_input, copied, run_layer, weight_shape
 from diffgraft.adapters.patterns import check_keys, chosen
+from diffgraft.adapters.projections import laid_out
 
 Leaves = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -76,10 +77,12 @@ class FactorDelta(LinearDelta):
         return self.factors.scale(self.leaves, self.alpha)
 
     def delta(self, shape: Shape) -> Tensor:
-        return self.scale * self.factors.weight({name: leaf.float() for name, leaf in self.leaves.items()}, shape)
+        leaves = {name: leaf.float() for name, leaf in laid_out(self.leaves, shape).items()}
+        return self.scale * self.factors.weight(leaves, shape)
 
     def fits(self, weight_shape: Shape) -> bool:
-        shadows = {name: leaf.to("meta") for name, leaf in self.leaves.items()}  # shapes only: nothing is computed
+        leaves = laid_out(self.leaves, weight_shape)
+        shadows = {name: leaf.to("meta") for name, leaf in leaves.items()}  # shapes only: nothing is computed
         try:
             return tuple(self.factors.weight(shadows, weight_shape).shape) == tuple(weight_shape)
         except (ValueError, RuntimeError, IndexError):
@@ -158,7 +161,8 @@ class FactorPatch(Patch):
         if not delta.fits(shape):
             raise ValueError(f"is for a layer of another shape than {' × '.join(map(str, shape))}, which this base has")
         device = next(self.parameters()).device
-        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in sorted(delta.leaves.items())}
+        leaves = sorted(laid_out(delta.leaves, shape).items())
+        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in leaves}
         self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in values.items()})
         self._alpha, self._scale = delta.alpha, delta.scale
 

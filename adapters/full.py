@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lowrank import Size, nearest
 from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, is_embedding, parts_of, refuse
+from diffgraft.adapters.projections import same_layer
 from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
@@ -28,12 +29,14 @@ class FullDelta(LinearDelta):
     """The difference of a weight and, where there is one, of a bias."""
 
     leaves: Mapping[str, Tensor]
-    """``diff`` in the shape of the weight, ``diff_b`` in that of the bias"""
+    """``diff`` in the shape of the weight, ``diff_b`` in that of the bias; either may be missing"""
 
     kind = "full"
     alpha = None
 
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
+        if "diff" not in self.leaves:
+            return torch.zeros(weight_shape)
         return self.leaves["diff"].float().view(weight_shape)
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
@@ -44,7 +47,7 @@ class FullDelta(LinearDelta):
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         bias_fits = "diff_b" not in self.leaves or self.leaves["diff_b"].shape == weight_shape[:1]
-        return tuple(self.leaves["diff"].shape) == tuple(weight_shape) and bias_fits
+        return bias_fits and ("diff" not in self.leaves or same_layer(tuple(self.leaves["diff"].shape), weight_shape))
 
 
 class FullOptions(Options):
@@ -145,7 +148,7 @@ class AttachedFull(Attached):
 
 def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
     """A difference from its leaves."""
-    if "diff" not in leaves or not set(leaves) <= set(NAMES.values()):
+    if not leaves or not set(leaves) <= set(NAMES.values()):
         raise ValueError(f"{', '.join(sorted(leaves))} are not the leaves of a full difference")
     return FullDelta(dict(leaves))
 

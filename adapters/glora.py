@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.projections import same_layer
 
 _LEAVES = ("a1", "a2", "b1", "b2")
 
@@ -58,7 +59,7 @@ class GloraDelta(Delta):
         a1, a2, b1, b2 = self._factors()
         kernel = self.leaves["bm"].shape[2:] if "bm" in self.leaves else b2.shape[2:]
         sizes = (a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1])
-        return sizes == (width, width, out, width) and tuple(kernel) == tuple(weight_shape[2:])
+        return sizes == (width, width, out, width) and same_layer((out, width, *kernel), weight_shape)
 
 
 def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:

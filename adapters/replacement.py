@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.projections import same_layer
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,14 +25,14 @@ class ReplacementDelta(Delta):
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         weight = weight.float()
-        found = weight + strength * (self.leaves["weight"].float().to(weight.device) - weight)
+        found = weight + strength * (self.leaves["weight"].float().to(weight.device).view(weight.shape) - weight)
         if bias is not None and "bias" in self.leaves:
             bias = bias.float() + strength * (self.leaves["bias"].float().to(bias.device) - bias.float())
         return found, bias
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         bias_fits = "bias" not in self.leaves or self.leaves["bias"].shape == weight_shape[:1]
-        return tuple(self.leaves["weight"].shape) == tuple(weight_shape) and bias_fits
+        return same_layer(tuple(self.leaves["weight"].shape), tuple(weight_shape)) and bias_fits
 
 
 def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)

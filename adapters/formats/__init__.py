@@ -13,11 +13,13 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import DoraDelta, following
+from diffgraft.adapters.families import as_diffusers, with_family
 from diffgraft.adapters.formats import (
     aesthetic_embedding,
     cloneofsimo,
     custom_diffusion,
     diffusers_lora,
+    dotted,
     embedding,
     kohya,
     lycoris,
@@ -33,11 +35,12 @@ from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
 
 DIALECTS: dict[str, ModuleType] = {
+    "diffgraft": native,
     "peft": peft_folder,
+    "comfyui": dotted,
     "diffusers": diffusers_lora,
     "lycoris": lycoris,
     "embedding": embedding,
-    "diffgraft": native,
     "webui-hypernetwork": webui_hypernetwork,
     "cloneofsimo": cloneofsimo,
     "custom-diffusion": custom_diffusion,
@@ -55,8 +58,13 @@ AUTO = ("embedding", "kohya", "diffusers", "diffgraft")
 
 
 @in_a_sentence
-def load_adapter(path: str | PathLike[str]) -> Adapter:
+def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapter:
     """Read an adapter file in any dialect known; of a run, the adapter that it left.
+
+    Args:
+        path: a file, a folder of peft's, or a run's.
+        layers: layers in a block of the UNet of the base it is for, where that is known: names of the original layout
+            are counted by it.
 
     Raises:
         DiffgraftError: `path` is no path, or the file is missing, damaged, or holds a key that no dialect can place.
@@ -86,11 +94,11 @@ def load_adapter(path: str | PathLike[str]) -> Adapter:
     for dialect in DIALECTS.values():
         if dialect.recognises(tensors, header):
             try:
-                found = dialect.read(tensors, header)
+                found = _read(dialect, tensors, header, layers)
                 _check(found)
                 if strange := misspelt(found.modules):
                     warnings.warn(f"{path}: {strange}", stacklevel=2)
-                return _following(found)
+                return as_diffusers(with_family(_following(found)))
             except UnknownKeyError as error:
                 rest = made_for(dialect.read, tensors, header, error)
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error)}{rest}.") from error
@@ -118,6 +126,14 @@ def _check(adapter: Adapter) -> None:
                 raise ValueError(f"the word {word} has {list(rows.shape)} for {part}, which is no list of vectors")
 
 
+def _read(module: ModuleType, tensors: dict[str, Tensor], header: dict[str, str], layers: int | None) -> Adapter:
+    """By the dialect of `module`; those in which names may be counted by layers are told how many there are."""
+    found: Adapter = (
+        module.read(tensors, header, layers) if module in (lycoris, dotted) else module.read(tensors, header)
+    )
+    return found
+
+
 def _following(adapter: Adapter) -> Adapter:
     """The adapter, with strengths as the tool has them that wrote it, where tools differ in them."""
     tool = adapter.metadata.get("dora")
@@ -134,7 +150,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     parts = peft_folder.folders(path) if path.is_dir() else {}
     if not parts:
         return open_file(path)
-    found = {part: open_file(folder / peft_folder.WEIGHTS) for part, folder in parts.items()}
+    found = {part: open_file(peft_folder.weights_in(folder)) for part, folder in parts.items()}
     return peft_folder.gathered(path, found)
 
 
@@ -225,7 +241,8 @@ def _cannot(dialect: str, error: ValueError) -> DiffgraftError:
 
 def _refuse_broken_values(path: Path, tensors: dict[str, Tensor]) -> None:
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        # an alpha is checked where it is read: of a LoKr of whole factors it means nothing, and may be infinite
+        if value.is_floating_point() and not key.endswith(".alpha") and not value.isfinite().all():
             raise DiffgraftError(
                 f"{path} holds values that are no numbers (NaN or infinite) in {key}; a picture made with it would be "
                 "black. The training run it came from diverged: use an earlier checkpoint or a lower learning rate."

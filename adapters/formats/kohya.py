@@ -6,6 +6,7 @@ A word alone becomes the file of vectors that sd-scripts writes; see `embedding`
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.families import with_known_family
 from diffgraft.adapters.formats import embedding, lycoris
 from diffgraft.adapters.formats.training_metadata import write_training
 
@@ -19,5 +20,6 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something that has no name here."""
     if not adapter.deltas:
         return embedding.write_nameless(adapter)
+    adapter = with_known_family(adapter)
     tensors, header = lycoris.write(adapter)
     return tensors, {**header, **write_training(adapter, tensors)}

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import LEAF, LYCORIS
+from diffgraft.adapters.families import family_of, layers_of, may_be_xl, with_base
 from diffgraft.adapters.formats import embedding
-from diffgraft.adapters.formats.header import number, told, write_ours
+from diffgraft.adapters.formats.header import told, write_ours
+from diffgraft.adapters.formats.joined import joined
+from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled, read_delta
+from diffgraft.adapters.method import leveled
 from diffgraft.bases.original import Blocks
 
 PREFIXES = {
@@ -31,22 +34,7 @@ PREFIXES = {
     "oft_unet": "unet",
     "lycoris": "unet",
 }
-_KINDS = {
-    "lora": ("lora_down", "lora_up", "lora_mid", "dora_scale"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale"),
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"),
-    "full": ("diff", "diff_b"),
-    "ia3": ("weight", "on_input"),
-    "glora": ("a1", "a2", "b1", "b2", "bm"),
-    "oft": ("oft_blocks", "rescale"),
-    "boft": ("oft_blocks", "rescale"),
-}
-"""Kind of delta → its leaves. Those of LoRA and GLoRA stand for layers and end in ``.weight``; the others are bare."""
-
-_LEAVES = {"alpha", *(leaf for leaves in _KINDS.values() for leaf in leaves)}
-_LAYERS = {*_KINDS["lora"], *_KINDS["glora"]} - {LEAF}
 _BEGINS = [f"{prefix}_" for prefix in PREFIXES]
-_ENDINGS = [f".{leaf}.weight" if leaf in _LAYERS else f".{leaf}" for leaf in sorted(_LEAVES)]
 _OF_TEXT = ("text_model.", "encoder.", "embeddings.", "final_layer_norm", "text_projection")
 """What the paths of text encoders begin with."""
 
@@ -64,12 +52,6 @@ _SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, revers
 """One level of a path: names that hold underscores themselves first."""
 
 
-_XL = Blocks(2, (False, True, True))
-_ANY = Blocks(2, (True, True, True, True))
-"""For reading: how the original's numbers come back does not depend on where the attentions are."""
-_ORIGINAL = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
-
-
 def flat(path: str) -> str:
     """A module's path as these names have it."""
     return path.replace(".", "_")
@@ -85,56 +67,62 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(key.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) and "." in key for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
-    """Every key is used, or named in a ValueError."""
-    modules: dict[str, dict[str, Tensor]] = {}
+def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layers: int | None = None) -> Adapter:
+    """Every key is used, or named in a ValueError.
+
+    Args:
+        tensors: by key.
+        header: of the file.
+        layers: layers in a block of the UNet that the file is for, where that is known.
+    """
+    modules: dict[str, Module] = {}
     bundled: dict[str, Tensor] = {}
-    stilled: set[str] = set()
-    """Modules whose rotations kohya's OFT bounds by 0, which in LyCORIS' files means no bound"""
     for key, value in tensors.items():
         if embedding.is_bundled(key):
             bundled[key] = value
             continue
-        name, _, leaf = key.partition(".")
+        name, _, ending = key.partition(".")
         prefix = next((prefix for prefix in PREFIXES if name.startswith(f"{prefix}_")), None)
-        leaf = leaf.removesuffix(".weight")
-        leaf = next((ours for ours, theirs in _OF_NORMS.items() if leaf == theirs), leaf)
-        if prefix is None or leaf not in _LEAVES:
-            raise UnknownKeyError(key, f"<prefix>_<module>.<leaf> of {', '.join(_KINDS)}", _BEGINS, _ENDINGS)
-        path = _path(prefix, dotted(name.removeprefix(f"{prefix}_")))
-        modules.setdefault(path, {})[leaf] = value
-        if prefix == "oft_unet" and leaf == "alpha" and not value.any():
-            stilled.add(path)
-    deltas: dict[str, tuple[Delta, ...]] = {}
-    for path, leaves in modules.items():
-        alpha = leaves.pop("alpha", None)
-        if path in stilled:
-            leaves = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        kind = next((kind for kind, names in _KINDS.items() if leaves and set(leaves) <= set(names)), None)
-        if kind is None:
-            raise ValueError(f"{path} has the leaves {', '.join(sorted(leaves)) or 'alpha alone'}: of no one method")
-        try:
-            delta = read_delta(kind, leaves, None if alpha is None else number(alpha.float().item()))
-            deltas[path] = (delta,)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"the factors of {path} do not fit together: {error}") from error
-    if not deltas:
+        leaf = leaf_of(ending)
+        if prefix is None or leaf is None:
+            raise UnknownKeyError(key, f"<prefix>_<module>.<leaf> of {', '.join(KINDS)}", _BEGINS, ENDINGS)
+        module = modules.setdefault(name, Module(*_placed(prefix, dotted(name.removeprefix(f"{prefix}_")))))
+        module.put(key, leaf, value)
+        module.stilled |= prefix == "oft_unet" and leaf == "alpha" and not value.any()
+    return read_adapter(modules, bundled, header, layers, by_kohya=True)
+
+
+def read_adapter(
+    modules: Mapping[str, Module],
+    bundled: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None,
+    *,
+    by_kohya: bool,
+) -> Adapter:
+    """The adapter of a file's modules, and of the keys of words. Raises ValueError where they do not fit together.
+
+    `by_kohya` tells that names are those of kohya's tools, which have the original layout's for XL alone.
+    """
+    if not modules:
         raise ValueError("it holds words alone, which these files only bring along with weights")
     tokens = embedding.read(bundled, {}).tokens if bundled else {}
-    said = {"method": _method(deltas, bool(tokens))}
-    if any(LEAF in delta.leaves for found in deltas.values() for delta in found):
+    found = read_modules(modules, layers)
+    said = {"method": _method(found.deltas, bool(tokens))}
+    if any(LEAF in delta.leaves for own in found.deltas.values() for delta in own):
         said["dora"] = LYCORIS
-    return Adapter(deltas, told(header, **said), tokens=tokens)
+    adapter = Adapter(found.deltas, told(header, **said), tokens=tokens)
+    if by_kohya and found.layers is not None and family_of(adapter) is None and may_be_xl(found.deltas):
+        adapter = with_base(adapter, family="sdxl")
+    return with_base(adapter, layers_per_block=found.layers) if found.layers not in (None, 2) else adapter
 
 
-def _path(prefix: str, inside: str) -> str:
-    """The module's path in adapters, from the prefix and what stands behind it, with dots."""
-    part = PREFIXES[prefix]
+def _placed(prefix: str, inside: str) -> tuple[str, str]:
+    """The part and the path inside it, from the prefix and what stands behind it, with dots."""
     if prefix == "lycoris" and inside.startswith(_OF_TEXT):
-        part = "text_encoder"
-    if part == "unet" and inside.startswith(_ORIGINAL):
-        inside = _ANY.diffusers(inside)
-    return f"{part}.{inside.removeprefix('text_model.')}"
+        return "text_encoder", inside.removeprefix("text_model.")
+    part = PREFIXES[prefix]
+    return part, inside if part == "unet" else inside.removeprefix("text_model.")
 
 
 def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
@@ -144,7 +132,7 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     kinds = {delta.kind for found in deltas.values() for delta in found}
     if kinds != {"lora"}:
         return next(iter(kinds)) if len(kinds) == 1 else "mixed"
-    wide = (leaf for found in deltas.values() for name, leaf in found[0].leaves.items() if name != LEAF)
+    wide = (leaf for found in deltas.values() for delta in found for name, leaf in delta.leaves.items() if name != LEAF)
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"
 
 
@@ -153,31 +141,42 @@ def _lengths(leaf: Tensor, delta: Delta) -> Tensor:
     return leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if leaf.ndim == 1 else leaf
 
 
+def _written_alpha(adapter: Adapter, delta: Delta) -> float:
+    """Alpha as files have it. A LoKr of whole factors has no scale here; other tools divide it by the rank.
+
+    LyCORIS writes the rank as the alpha of such layers, and OneTrainer scales by alpha / rank as everywhere.
+    """
+    assert delta.alpha is not None
+    rank = adapter.metadata.get("rank")
+    is_whole = {"lokr_w1", "lokr_w2"} <= set(delta.leaves)
+    return float(rank) if is_whole and isinstance(rank, int) and rank > 0 else float(delta.alpha)
+
+
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something that has no name here."""
     if not adapter.deltas:
         raise ValueError("it holds no weights, and these files are for weights, with or without words")
-    two_encoders = any(path.startswith("text_encoder_2.") for path in adapter.deltas)
-    base = adapter.metadata.get("base")
-    is_xl = two_encoders or (isinstance(base, Mapping) and base.get("family") == "sdxl")
+    is_xl = family_of(adapter) == "sdxl"
+    blocks = Blocks(layers_of(adapter), (False, True, True)) if is_xl else None
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_xl else "lora_te", "text_encoder_2": "lora_te2"}
     tensors: dict[str, Tensor] = {}
     for path, found in adapter.deltas.items():
         part, _, inside = path.partition(".")
-        if is_xl and part == "unet":
-            inside = _XL.original(inside)
+        if blocks is not None and part == "unet":
+            inside = blocks.original(inside)
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
-        if len(found) != 1 or found[0].kind not in _KINDS:
-            raise ValueError(f"{path} holds no single delta of {', '.join(_KINDS)}")
-        delta, start = found[0], f"{prefixes[part]}_{flat(inside if part == 'unet' else leveled(inside))}"
-        of_norm = delta.kind == "full" and delta.leaves["diff"].ndim == 1
-        for name, leaf in delta.leaves.items():
-            column = _lengths(leaf, delta) if name == LEAF else leaf
-            key = f"{start}.{_OF_NORMS[name] if of_norm else name}"
-            tensors[key + (".weight" if name in _LAYERS else "")] = column.contiguous()
-        if delta.alpha is not None:
-            tensors[f"{start}.alpha"] = torch.tensor(float(delta.alpha))
+        start = f"{prefixes[part]}_{flat(inside if part == 'unet' else leveled(inside))}"
+        for delta in joined(path, found):
+            if delta.kind not in KINDS:
+                raise ValueError(f"{path} holds a {delta.kind}; these files have {', '.join(KINDS)}")
+            of_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
+            for name, leaf in delta.leaves.items():
+                column = _lengths(leaf, delta) if name == LEAF else leaf
+                key = f"{start}.{_OF_NORMS[name] if of_norm else name}"
+                tensors[key + (".weight" if name in LAYERS else "")] = column.contiguous()
+            if delta.alpha is not None:
+                tensors[f"{start}.alpha"] = torch.tensor(_written_alpha(adapter, delta))
     for word, vectors in adapter.tokens.items():
         if set(vectors) == {"text_encoder"}:
             tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors["text_encoder"].contiguous()

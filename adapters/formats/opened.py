@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffgraft.adapters.formats import pickles
+from diffgraft.adapters.formats import float8, pickles
 from diffgraft.errors import DiffgraftError, one_line
 
 STEM = "file_stem"
@@ -68,7 +68,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 if len(file.get_slice(key).get_shape()) > _MOST_AXES:
                     raise ValueError(f"{one_line(key, 100)} has more than {_MOST_AXES} axes")
             # copies: what safetensors hands out is a view of the file, and changes with it
-            return {key: file.get_tensor(key).clone() for key in file.keys()}, header  # noqa: SIM118  (not a mapping)
+            held = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            return float8.widened(held), header
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file ({one_line(error)}). {_ADVICE}") from error
 
@@ -82,7 +83,7 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         _lay_flat(held, "", tensors, header, _DEEPEST, [size])
         if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
             raise ValueError("it claims to hold more than it is long")
-        return {key: value.detach().clone() for key, value in tensors.items()}, header
+        return float8.widened({key: value.detach().clone() for key, value in tensors.items()}), header
     except (pickles.StrangePickleError, pickle.UnpicklingError) as error:
         if not isinstance(error, pickles.StrangePickleError) and "weights_only" not in str(error):
             raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error

@@ -8,6 +8,7 @@ Source: peft 0.21.2, ``utils/save_and_load.py`` and ``tuners``.
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -29,7 +30,11 @@ from diffgraft.bases.base import PARTS
 from diffgraft.files import write_safetensors, write_text
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OLD_WEIGHTS = "adapter_model.bin"
+"""The file that peft before 0.7 wrote, a pickle: opened for weights alone."""
 _START = "base_model.model."
+_NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+))\.default(?=\.weight$|$)")
+"""A leaf with the name that peft gives to the adapter in memory, which `state_dict` of the model leaves in its keys."""
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _LEAVES = {
     "lora_A.weight": "lora_down",
@@ -46,6 +51,12 @@ def folders(path: Path) -> dict[str, Path]:
     if (path / CONFIG).is_file():
         return {"": path}
     return {part: path / part for part in PARTS if (path / part / CONFIG).is_file()}
+
+
+def weights_in(folder: Path) -> Path:
+    """The file of weights in one of `folders`: today's, or the one that peft wrote before."""
+    old = folder / _OLD_WEIGHTS
+    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def gathered(path: Path, found: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> tuple[Any, dict[str, str]]:
@@ -74,16 +85,22 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     modules: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, found, rest = key.partition(_START)
+        rest = _NAMED.sub(r"\1", rest)
         ending = next((end for end in sorted(_LEAVES, key=len, reverse=True) if rest.endswith("." + end)), None)
         if not found or ending is None:
             expected = f"{_START}<module>.<leaf> of peft's LoRA, LoHa or LoKr"
             raise UnknownKeyError(key, expected, [f"{part}{_START}"], [f".{leaf}" for leaf in _LEAVES])
-        modules.setdefault((part, rest.removesuffix("." + ending)), {})[_LEAVES[ending]] = value
+        leaves = modules.setdefault((part, rest.removesuffix("." + ending)), {})
+        if _LEAVES[ending] in leaves:
+            raise ValueError(f"its key {key} is the second of that kind for its module")
+        leaves[_LEAVES[ending]] = value
     deltas: dict[str, tuple[Delta, ...]] = {}
     configs = {part: _config(header, part) for part, _ in modules}
     for (part, inside), leaves in modules.items():
         path = f"{part or ('unet.' if inside.startswith(OF_UNET) else 'text_encoder.')}{inside}"
         path = path.replace(".text_model.", ".", 1)
+        if path in deltas:
+            raise ValueError(f"{path} stands in it twice, under two names")
         try:
             deltas[path] = (_read_one(inside, leaves, configs[part]),)
         except (ValueError, RuntimeError) as error:

@@ -7,7 +7,8 @@ Stability AI.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +56,43 @@ def read_training(header: Mapping[str, str]) -> dict[str, Any]:
     if phrase := header.get("modelspec.trigger_phrase"):
         said["trigger"] = phrase
     return said
+
+
+_OF_NETWORK = re.compile(
+    r"ss_(network_.+|output_name|session_id|training_(started|finished)_at|new_sd_model_hash|scale_weight_norms"
+    r"|dim_from_weights|lowram)|sshs_.+|modelspec\.(title|date|hash_.+|sai_model_spec|implementation|architecture)"
+)
+"""Entries about the network in the file, or that one file, which are another's after it was changed."""
+_COUNTED = ("ss_tag_frequency", "ss_dataset_dirs")
+"""Entries with JSON objects of folders, of which several adapters together have all."""
+
+
+def still_true(foreign: Any) -> dict[str, str]:
+    """Header entries that stay true of an adapter of other factors: of pictures and the settings of the training."""
+    entries = foreign.items() if isinstance(foreign, Mapping) else ()
+    return {str(key): str(value) for key, value in entries if not _OF_NETWORK.fullmatch(str(key))}
+
+
+def of_all(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Header entries that are true of adapters together: those all agree in, and the folders and tags of each."""
+    first, *others = entries
+    kept = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    for key in _COUNTED:
+        if merged := _merged([entry[key] for entry in entries if key in entry]):
+            kept[key] = merged
+    return kept
+
+
+def _merged(texts: Sequence[str]) -> str:
+    """JSON objects by folder as one; of a folder that several have, the first's. Empty where there are none."""
+    together: dict[str, Any] = {}
+    for text in texts:
+        try:
+            folders = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        together = {**folders, **together} if isinstance(folders, dict) else together
+    return json.dumps(together) if together else ""
 
 
 def training_settings(header: Mapping[str, str]) -> dict[str, str]:

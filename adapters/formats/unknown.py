@@ -27,7 +27,8 @@ pooler LayerNorm
 """What modules are called in the UNets and text encoders known here: those of CLIP, and of BERT"""
 _WORDS = frozenset(_NAMES.split())
 _TRANSFORMERS = re.compile(
-    r"(base_model\.model\.)?(transformer|diffusion_model)\.|lora_(transformer|te3)_"
+    r"(base_model\.model\.)?(transformer\.|diffusion_model\.(?!input_|output_|middle_block|time_embed|label_emb|out\.))"
+    r"|lora_(transformer|te3)_"
     r"|(lora_unet|lycoris)_(double|single|joint)_blocks?_"
 )
 """What keys of adapters for transformers begin with: Stable Diffusion 3, Flux, and video models."""

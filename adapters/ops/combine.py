@@ -14,10 +14,14 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
+from diffgraft.adapters.families import family_of
+from diffgraft.adapters.formats.header import FOREIGN
+from diffgraft.adapters.formats.training_metadata import of_all, still_true
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
 from diffgraft.adapters.ops.resize import Reduced, reduced
+from diffgraft.adapters.projections import same_layer
 from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
@@ -58,7 +62,7 @@ def combine(
     shapes: dict[str, Shape] = {}
     for name, adapter, _ in read:
         for path, shape in shapes_of(adapter, weights).items():
-            if shapes.setdefault(path, shape) != shape:
+            if not same_layer(shapes.setdefault(path, shape), shape):
                 raise DiffgraftError(
                     f"{name} has {path} of shape {list(shape)}, an earlier adapter of {list(shapes[path])}: they are "
                     "for different bases."
@@ -121,5 +125,11 @@ def _together(read: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
     triggers = [str(adapter.metadata["trigger"]) for _, adapter, _ in read if adapter.metadata.get("trigger")]
     said |= {"trigger": ", ".join(dict.fromkeys(triggers))} if triggers else {}
     said |= {"base": bases[0]} if bases[0] and all(base == bases[0] for base in bases) else {}
+    families = {family_of(adapter) for _, adapter, _ in read}
+    if "base" not in said and len(families) == 1 and (family := families.pop()):
+        said["base"] = {"family": family}
+    foreign = [still_true(adapter.metadata.get(FOREIGN)) for _, adapter, _ in read]
+    if kept := of_all(foreign):
+        said[FOREIGN] = kept
     unused: dict[str, tuple[Delta, ...]] = {}
     return Adapter(unused, said, tuple(networks), tokens)

@@ -1,7 +1,7 @@
 """Where two adapters differ in what they do, module by module."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.ops.effect import as_product, shapes_of
+from diffgraft.adapters.ops.effect import as_product, matrix_shape, shapes_of
+from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
@@ -47,19 +48,22 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
     Raises:
         DiffgraftError: the shapes of the layers cannot be told, or are not the same.
     """
-    others, shapes = shapes_of(second, weights), shapes_of(first, weights)
-    for path, shape in others.items():
-        if shapes.setdefault(path, shape) != shape:
+    paths = {*first.deltas, *second.deltas}
+    differing = {p for p in paths if not _same_leaves(first.deltas.get(p, ()), second.deltas.get(p, ()))}
+    shapes = _shapes(first, differing, weights)
+    for path, shape in _shapes(second, differing, weights).items():
+        if not same_layer(shapes.setdefault(path, shape), shape):
             raise DiffgraftError(
                 f"The one has {path} of shape {list(shapes[path])}, the other of {list(shape)}: they are for different "
                 "bases."
             )
     errors: dict[str, float] = {}
-    for place, (path, shape) in enumerate(tqdm(shapes.items(), "modules", leave=False, disable=len(shapes) < 20)):
-        one, two = first.deltas.get(path, ()), second.deltas.get(path, ())
-        if _same_leaves(one, two):
+    order = [*first.deltas, *(path for path in second.deltas if path not in first.deltas)]
+    for place, path in enumerate(tqdm(order, "modules", leave=False, disable=len(order) < 20)):
+        if path not in differing:
             errors[path] = 0.0
             continue
+        one, two, shape = first.deltas.get(path, ()), second.deltas.get(path, ()), shapes[path]
         if (apart := _products_apart(one, two, shape, device)) is not None:
             errors[path] = apart
             continue
@@ -79,6 +83,18 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
 
 _ROUNDED = 1e-14
 """Relative difference below which nothing but the rounding of float64 is left"""
+
+
+def _shapes(adapter: Adapter, paths: set[str], weights: Weights | None) -> dict[str, Shape]:
+    """Shapes of the weights at `paths`; where no base tells, [out, in · kernel], in which factors compare as well."""
+    part = replace(adapter, deltas={path: own for path, own in adapter.deltas.items() if path in paths})
+    try:
+        return shapes_of(part, weights)
+    except DiffgraftError:
+        flat = {path: matrix_shape(own) for path, own in part.deltas.items()}
+        if weights is not None or not all(flat.values()):
+            raise
+        return {path: shape for path, shape in flat.items() if shape is not None}
 
 
 def probe(shape: Shape, seed: int) -> Tensor:

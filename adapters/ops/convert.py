@@ -1,5 +1,6 @@
 """From one dialect to another, and how near the new file comes to the old one."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,15 @@ from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.files import PARTIAL
 
-PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+PRECISIONS = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 
 
 @dataclass(frozen=True)
@@ -62,24 +70,32 @@ def convert(
         DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such word
             or precision.
     """
-    adapter = part_of(load_adapter(source), only) if only else load_adapter(source)
+    layers = weights.layers_in_block if weights is not None else None
+    adapter = load_adapter(source, layers)
+    adapter = part_of(adapter, only) if only else adapter
     rounded = in_precision(adapter, precision) if precision else adapter
     path = Path(path).expanduser()
     if path.exists():
         raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     found: Reduced | None = None
-    try:
-        save_adapter(rounded, path, dialect)
-    except DiffgraftError as error:
-        if not _can_be_approximated(adapter, dialect):
-            raise
-        if approximate is None:
-            raise DiffgraftError(f"{error} With --rank or --energy it is approximated by LoRAs.") from error
-        found = resize(adapter, approximate, weights, device)
-        save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, path, dialect)
-    again = load_adapter(path)
-    comparison = compare(adapter, again, weights, device)
-    said = tuple(remarks(again, dialect_of(again, dialect)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # all checks are made on a file in a folder beside, under the very name that some tools read a word from
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        try:
+            save_adapter(rounded, new, dialect)
+        except DiffgraftError as error:
+            reason = str(error).replace(str(new), str(path))
+            if not _can_be_approximated(adapter, dialect):
+                raise DiffgraftError(reason) from error
+            if approximate is None:
+                raise DiffgraftError(f"{reason} With --rank or --energy it is approximated by LoRAs.") from error
+            found = resize(adapter, approximate, weights, device)
+            save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, new, dialect)
+        again = load_adapter(new, layers)
+        said = tuple(remarks(again, dialect_of(again, dialect)))
+        comparison = compare(adapter, again, weights, device)
+        new.rename(path)
     return Converted(path, comparison, found is not None, found.dropped if found else (), said)
 
 
@@ -100,12 +116,23 @@ def part_of(adapter: Adapter, only: str) -> Adapter:
 
 
 def in_precision(adapter: Adapter, precision: str) -> Adapter:
-    """With every number rounded to a key of `PRECISIONS`."""
+    """With every number rounded to a key of `PRECISIONS`.
+
+    Raises:
+        DiffgraftError: there is no such precision, or a number is beyond its range.
+    """
     if precision not in PRECISIONS:
         raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, PRECISIONS)}")
     dtype = PRECISIONS[precision]
 
+    largest = torch.finfo(dtype).max
+
     def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, value in tensors.items():
+            if value.is_floating_point() and value.numel() and float(value.float().abs().max()) > largest:
+                raise DiffgraftError(
+                    f"A number in {name} is beyond {largest:g}, the largest of {precision}: take another precision."
+                )
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
     def again(delta: Delta) -> Delta:

@@ -22,7 +22,7 @@ def own_shape(delta: Delta) -> Shape | None:
     """The shape of the weight a delta is for, where its leaves tell: those of LoRA, full differences and Tucker do."""
     leaves = {name: leaf.to("meta") for name, leaf in delta.leaves.items()}
     if isinstance(delta, FullDelta):
-        return tuple(leaves["diff"].shape)
+        return tuple(leaves["diff"].shape) if "diff" in leaves else None
     if isinstance(delta, ReplacementDelta):
         return tuple(leaves["weight"].shape)
     if "lora_down" in leaves:
@@ -32,6 +32,21 @@ def own_shape(delta: Delta) -> Shape | None:
         kernel = leaves["hada_t1" if "hada_t1" in leaves else "lokr_t2"].shape[2:]
         found = delta.factors.weight(leaves, (0, 0, *kernel))
         return tuple(found.shape)
+    return None
+
+
+def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
+    """The shape [out, in · kernel] of a module's LoHa or LoKr as a matrix; of other deltas their own shape."""
+    for delta in deltas:
+        shapes = {name: tuple(leaf.shape) for name, leaf in delta.leaves.items()}
+        if (own := own_shape(delta)) is not None:
+            return own
+        if "hada_w1_a" in shapes:
+            return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
+        if isinstance(delta, FactorDelta) and delta.kind == "lokr" and "lokr_t2" not in shapes:
+            one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
+            two = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
+            return (one[0] * two[0], one[1] * two[1], *two[2:])
     return None
 
 
@@ -51,7 +66,7 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
                 here = f"of shape {list(there[path])}" if path in there else "not there"
                 raise DiffgraftError(f"The adapter does not fit this base: {path} is {here}. Name the base it is for.")
         return {path: there[path] for path in adapter.deltas}
-    told = {path: own_shape(deltas[0]) for path, deltas in adapter.deltas.items()}
+    told = {path: _told(deltas) for path, deltas in adapter.deltas.items()}
     if all(shape is not None for shape in told.values()):
         return {path: shape for path, shape in told.items() if shape is not None}
     for name in _likely(adapter):
@@ -63,6 +78,11 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
         f"The shape of {lacking} cannot be told from the file, and the adapter fits none of {', '.join(KNOWN)}: "
         "name the base it is for (--base)."
     )
+
+
+def _told(deltas: Sequence[Delta]) -> Shape | None:
+    """The shape of a module's weight, where one of its deltas tells."""
+    return next((shape for delta in deltas if (shape := own_shape(delta)) is not None), None)
 
 
 def _likely(adapter: Adapter) -> list[str]:

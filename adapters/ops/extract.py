@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
+from diffgraft.adapters.families import family_of_weights, with_base
 from diffgraft.adapters.loha import HADAMARD
 from diffgraft.adapters.lowrank import Size, nearest
 from diffgraft.adapters.ops.resize import Reduced
@@ -18,6 +19,8 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.errors import nearest as nearest_name
 
 METHODS = ("lora", "locon", "loha")
+_FIRST, _CHANNELS = "unet.conv_in.weight", {4, 9}
+"""The layer in which a base for inpainting has more input channels: those of the picture and of the mask"""
 _SWEEPS = 20
 """Rounds of alternating least squares for LoHa"""
 
@@ -41,14 +44,17 @@ def extract(
         device: where the decompositions run.
 
     Raises:
-        DiffgraftError: the two differ in shape, or do not differ at all; there is no such method.
+        DiffgraftError: the two differ in shape, or do not differ at all; there is no such method. (Where one of them
+            is for inpainting, its first layer alone is left out.)
     """
     if method not in METHODS:
         raise DiffgraftError(f"{method!r} cannot be extracted: {nearest_name(method, METHODS)}")
     if method == "loha" and size.rank is None:
         raise DiffgraftError("LoHa is fitted to a rank: give --rank.")
     names = [name for name in base if name in tuned]
-    if misshapen := [name for name in names if tuned.shape(name) != base.shape(name)]:
+    misshapen = [name for name in names if tuned.shape(name) != base.shape(name)]
+    inpainting = misshapen == [_FIRST] and {tuned.shape(_FIRST)[1], base.shape(_FIRST)[1]} == _CHANNELS
+    if misshapen and not inpainting:
         name = misshapen[0]
         raise DiffgraftError(
             f"{name} is {list(tuned.shape(name))} in one checkpoint and {list(base.shape(name))} in the other: they "
@@ -58,7 +64,8 @@ def extract(
         raise DiffgraftError("The two checkpoints have no weight in common.")
     deltas: dict[str, tuple[Delta, ...]] = {}
     lost: dict[str, float] = {}
-    dropped = [name for name in tuned if name not in base]
+    dropped = [*misshapen, *(name for name in tuned if name not in base)]
+    names = [name for name in names if name not in misshapen]
     for name in tqdm(names, "layers", leave=False):
         shape = base.shape(name)
         path = name.removesuffix(".weight")
@@ -75,8 +82,9 @@ def extract(
             deltas[path] = (found,)
     if not deltas:
         raise DiffgraftError("The two checkpoints do not differ in any layer that such an adapter could hold.")
-    said = {"method": method, **(metadata or {})}
-    return Reduced(Adapter(deltas, said), lost, tuple(dropped))
+    found_all = Adapter(deltas, {"method": method, **(metadata or {})})
+    family = family_of_weights(base)
+    return Reduced(with_base(found_all, family=family) if family else found_all, lost, tuple(dropped))
 
 
 def _same(one: Tensor, two: Tensor) -> bool:

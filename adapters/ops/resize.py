@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
+from diffgraft.adapters.formats.header import FOREIGN
+from diffgraft.adapters.formats.training_metadata import still_true
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
 from diffgraft.adapters.method import is_embedding
 from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
@@ -78,7 +80,9 @@ def reduced(
         lost[path] = found.lost
         if lora is not None:
             deltas[path] = (lora,)
-    said = {key: value for key, value in like.metadata.items() if key not in ("rank", "alpha", "foreign")}
+    said = {key: value for key, value in like.metadata.items() if key not in ("rank", "alpha", FOREIGN)}
+    if kept := still_true(like.metadata.get(FOREIGN)):
+        said[FOREIGN] = kept
     method = "locon" if any(len(shapes[path]) > 2 and max(shapes[path][2:]) > 1 for path in deltas) else "lora"
     ranks = {next(iter(own)).leaves["lora_down"].shape[0] for own in deltas.values() if own[0].kind == "lora"}
     said |= {"method": "pivotal" if like.tokens else method}

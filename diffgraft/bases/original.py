@@ -21,6 +21,11 @@ from diffgraft.errors import DiffgraftError
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 """What the names of their weights begin with in single files."""
 
+LEVELS = 6
+"""So many levels names are read of; UNets have three or four."""
+ORIGINAL = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
+"""What paths inside the original UNet begin with."""
+
 _ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
@@ -115,6 +120,13 @@ class Blocks:
                 kind = "attentions" if slot else "resnets"
                 return f"{side}_blocks.{level}.{kind}.{number}{_outer(kind, rest)}"
         raise ValueError(f"{path} is no path in a UNet of the original layout")
+
+
+def layers_in_block(target: Any) -> int | None:
+    """Layers in a block of the UNet of a base or a pipeline, or of a UNet; None where it has no one such number."""
+    config = getattr(getattr(target, "unet", target), "config", None)
+    layers = getattr(config, "layers_per_block", None)
+    return layers if isinstance(layers, int) else None
 
 
 def _under(rest: str, start: str) -> bool:

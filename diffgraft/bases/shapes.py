@@ -14,6 +14,9 @@ Shape = tuple[int, ...]
 KNOWN: dict[str, Path] = {"tiny": TINY, **{name: CONFIGS / name for name in ("sd1", "sd2", "sdxl")}}
 """Name of a base, or of the family whose usual configuration it is → where its configuration lies."""
 
+FAMILY = {name: "sd1" if name == "tiny" else name for name in KNOWN}
+"""Name of a known base → its family."""
+
 
 @cache
 def layer_shapes(name: str) -> dict[str, Shape]:

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from diffgraft.bases.base import PARTS
 from diffgraft.bases.loading import CONFIGS, FAMILIES, TINY
-from diffgraft.bases.original import UNET, Blocks, is_open_clip, our_open_clip_names
+from diffgraft.bases.original import LEVELS, UNET, Blocks, is_open_clip, our_open_clip_names
 from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
 
-_COUNTED = Blocks(2, (True, True, True, True))
-"""All single files are of UNets with two layers a level; where the attentions are, makes no difference in reading."""
+_COUNTS = (2, 1, 3, 4)
+"""Layers in a block that UNets may have, the usual first."""
+_LAYER = re.compile(r"unet\.down_blocks\.\d+\.resnets\.(\d+)\.")
 
 
 class Weights(Mapping[str, Tensor]):
@@ -44,6 +45,12 @@ class Weights(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one weight; it is not read for that."""
         return self._shapes[name]
+
+    @property
+    def layers_in_block(self) -> int | None:
+        """Layers in a block of the UNet; None where there is no UNet."""
+        numbers = [int(found[1]) + 1 for name in self if (found := _LAYER.match(name))]
+        return max(numbers, default=None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Path of a module → shape of its ``weight``; nothing is read for it."""
@@ -108,12 +115,8 @@ def open_weights(source: str | Path) -> Weights:
 def _add_single_file(weights: Weights, path: Path) -> None:
     held = weights.open(path)
     keys = list(held.keys())
-    for key in keys:
-        if key.startswith(UNET):
-            try:
-                weights.add(f"unet.{_COUNTED.diffusers(key.removeprefix(UNET))}", held, key)
-            except ValueError as error:
-                raise DiffgraftError(f"{path} holds {key}, which is no weight of a UNet known here.") from error
+    for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET)]).items():
+        weights.add(f"unet.{name}", held, key)
     for family in FAMILIES.values():
         starts = family.in_single_files
         if not starts or not all(any(key.startswith(start) for key in keys) for start in starts.values()):
@@ -124,6 +127,18 @@ def _add_single_file(weights: Weights, path: Path) -> None:
                 if key.startswith(start):
                     _add_text(weights, held, part, key, start, layers)
         return
+
+
+def _unet_names(path: Path, keys: list[str]) -> dict[str, str]:
+    """Key → diffusers' name; the layers in a block, by which keys are counted, are those that all keys fit."""
+    reason: ValueError | None = None
+    for count in _COUNTS:
+        blocks = Blocks(count, (True,) * LEVELS)
+        try:
+            return {key: blocks.diffusers(key.removeprefix(UNET)) for key in keys}
+        except ValueError as error:
+            reason = reason or error
+    raise DiffgraftError(f"{path} holds weights of a UNet that is not known here: {reason}.") from reason
 
 
 def _add_text(weights: Weights, held: Any, part: str, key: str, start: str, layers: int) -> None:

@@ -11,7 +11,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import leveled
 from diffgraft.bases import Base
-from diffgraft.bases.original import original_weights
+from diffgraft.bases.original import layers_in_block, original_weights
 from diffgraft.bases.prediction import marks
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
@@ -36,8 +36,10 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
         )
     if path.exists():
         raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
+    layers = layers_in_block(base)
     loaded = {
-        source if isinstance(source, Adapter) else load_adapter(source): value for source, value in adapters.items()
+        source if isinstance(source, Adapter) else load_adapter(source, layers): value
+        for source, value in adapters.items()
     }
     for adapter in loaded:
         if adapter.tokens or adapter.networks:

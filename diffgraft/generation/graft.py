@@ -24,6 +24,7 @@ from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.bases.base import PARTS
+from diffgraft.bases.original import layers_in_block
 from diffgraft.bases.prediction import PREDICTIONS
 from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError, nearest
@@ -78,7 +79,7 @@ class Graft:
         networks: list[tuple[str, Network, float]] = []
         words: list[tuple[str, Mapping[str, Mapping[str, Tensor]]]] = []
         for source, value in adapters.items():
-            adapter = source if isinstance(source, Adapter) else load_adapter(source)
+            adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_in_block(self._target))
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
             strengths = strengths_of(name, value)
             if idle := strengths.idle(adapter):

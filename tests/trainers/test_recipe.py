@@ -197,7 +197,7 @@ def test_keys_with_few_values_tell_them() -> None:
 def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes("task: style\nprompt: a café, {trigger}\n".encode("latin-1"))
-    with pytest.raises(DiffgraftError, match=r"mine\.yaml is not written in UTF-8 \(line 2, .*Save it as UTF-8"):
+    with pytest.raises(DiffgraftError, match=r"mine\.yaml is not UTF-8 \(line 2\): save it as UTF-8"):
         load_recipe(path, {})
 
 

@@ -1,0 +1,350 @@
+"""How files name layers: several names for one, layouts of other tools, counts of layers, families and projections."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats.lycoris import flat
+from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.ops.combine import combine
+from diffgraft.adapters.ops.convert import convert
+from diffgraft.adapters.ops.extract import extract
+from diffgraft.adapters.ops.resize import resize
+from diffgraft.bases.original import Blocks
+from diffgraft.bases.shapes import layer_shapes
+from diffgraft.bases.weights import open_weights
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+
+MIDDLE = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def filled(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(name: str, seed: int, out: int = 14, width: int = 10, rank: int = 2, alpha: float = 1.0) -> dict[str, Tensor]:
+    """A LoRA in kohya's leaves, half precision."""
+    return {
+        f"{name}.lora_down.weight": filled(seed, rank, width).half(),
+        f"{name}.lora_up.weight": filled(seed + 1, out, rank).half(),
+        f"{name}.alpha": torch.tensor(alpha),
+    }
+
+
+def product(tensors: dict[str, Tensor], name: str) -> np.ndarray:
+    """Its ΔW in float64."""
+    down, up = (tensors[f"{name}.{leaf}.weight"].double().numpy() for leaf in ("lora_down", "lora_up"))
+    alpha = float(tensors[f"{name}.alpha"]) if f"{name}.alpha" in tensors else down.shape[0]
+    found: np.ndarray = alpha / down.shape[0] * up.reshape(up.shape[0], -1) @ down.reshape(down.shape[0], -1)
+    return found
+
+
+def effect(adapter: Adapter, path: str, *shape: int) -> np.ndarray:
+    """What it adds to a weight of zeros."""
+    weight, bias = torch.zeros(shape), torch.zeros(shape[0])
+    for delta in adapter.deltas[path]:
+        weight, _ = delta.apply(weight, bias, 1.0)
+    return weight.double().numpy().reshape(shape[0], -1)
+
+
+def written(path: Path, tensors: dict[str, Tensor], **header: str) -> Path:
+    save_file(tensors, path, header or None)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "path"),
+    [
+        (f"lora_unet_{flat(MIDDLE)}", "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", f"unet.{MIDDLE}"),
+        (f"lora_unet_{flat(MIDDLE)}", f"lycoris_{flat(MIDDLE)}", f"unet.{MIDDLE}"),
+        (f"lora_unet.{MIDDLE}", "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q", f"unet.{MIDDLE}"),
+        (
+            "lora_te_text_model_encoder_layers_3_mlp_fc1",
+            "lora_te1_encoder_layers_3_mlp_fc1",
+            "text_encoder.encoder.layers.3.mlp.fc1",
+        ),
+    ],
+)
+def test_a_layer_under_two_names_is_the_sum_of_both(tmp_path: Path, one: str, two: str, path: str) -> None:
+    tensors = {**pair(one, 1), **pair(two, 5, rank=3, alpha=7)}
+    adapter = load_adapter(written(tmp_path / "both.safetensors", tensors))
+    want = product(tensors, one) + product(tensors, two)
+    assert np.abs(effect(adapter, path, 14, 10) - want).max() < 1e-5
+    for dialect in ("kohya", "diffgraft"):
+        done = convert(tmp_path / "both.safetensors", tmp_path / f"{dialect}.safetensors", dialect)
+        assert done.comparison.worst[1] < 1e-6
+        assert np.abs(effect(load_adapter(done.path), path, 14, 10) - want).max() < 1e-5
+
+
+def test_the_same_numbers_under_two_names_count_once_and_what_is_no_sum_is_refused(tmp_path: Path) -> None:
+    one, two = "lora_te_text_model_encoder_layers_0_mlp_fc2", "lora_te1_text_model_encoder_layers_0_mlp_fc2"
+    adapter = load_adapter(written(tmp_path / "copy.safetensors", {**pair(one, 1), **pair(two, 1)}))
+    want = product(pair(one, 1), one)
+    assert np.abs(effect(adapter, "text_encoder.encoder.layers.0.mlp.fc2", 14, 10) - want).max() < 1e-5
+    dora = {**pair(one, 1), **pair(two, 5), f"{two}.dora_scale": filled(3, 14, 1).abs()}
+    with pytest.raises(DiffgraftError, match="twice, under two names, and one of them is DoRA"):
+        load_adapter(written(tmp_path / "dora.safetensors", dora))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_path: Path, layers: int) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=layers,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    blocks = Blocks(layers, (True, True))
+    modules = {name: module for name, module in unet.named_modules() if name.endswith(("attn1.to_q", "attn2.to_v"))}
+    tensors: dict[str, Tensor] = {}
+    for seed, (name, module) in enumerate(modules.items()):
+        out, width = module.weight.shape
+        tensors |= pair(f"lora_unet_{flat(blocks.original(name))}", 3 * seed, out, width)
+    whole = written(tmp_path / "whole.safetensors", tensors)
+    assert set(load_adapter(whole).deltas) == {f"unet.{name}" for name in modules}  # all names together tell
+    before = {name: module.weight.detach().clone() for name, module in modules.items()}
+    late = {key: value for key, value in tensors.items() if "output_blocks" in key}
+    some = written(tmp_path / "some.safetensors", late)
+    with graft(SimpleNamespace(unet=unet), {str(some): 1.0}):
+        for name, module in modules.items():
+            theirs = f"lora_unet_{flat(blocks.original(name))}"
+            want = product(tensors, theirs) if name.startswith("up_blocks") else 0
+            assert np.abs((module.weight - before[name]).detach().double().numpy() - want).max() < 1e-5
+    with pytest.raises(DiffgraftError, match="apply it to the base it is for"):
+        load_adapter(some)
+
+
+XL = "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_k"
+"""A layer of XL that names alone do not tell from others."""
+
+
+def test_the_family_is_known_from_shapes_and_kept_by_every_operation(tmp_path: Path) -> None:
+    out, width = layer_shapes("sdxl")[f"unet.{XL}"]
+    tensors = {
+        f"unet.{XL}.lora_A.weight": filled(1, 1, width).half(),
+        f"unet.{XL}.lora_B.weight": filled(2, out, 1).half(),
+    }
+    source = written(tmp_path / "xl.safetensors", tensors)
+    theirs = "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_k"
+    done = convert(source, tmp_path / "kohya.safetensors", "kohya")
+    together = combine([("a", load_adapter(done.path), 1.0), ("b", load_adapter(source), 1.0)], Size(rank=1))
+    resized = resize(load_adapter(done.path), Size(rank=1))
+    files = [
+        done.path,
+        together.adapter.save(tmp_path / "together.safetensors", "webui"),
+        resized.adapter.save(tmp_path / "resized.safetensors", "webui"),
+        convert(done.path, tmp_path / "again.safetensors", "kohya").path,
+    ]
+    for file in files:
+        assert {key.partition(".")[0] for key in load_file(file)} == {theirs}
+        foreign = load_adapter(file).metadata["base"]
+        assert foreign["family"] == "sdxl"
+    bare = written(tmp_path / "bare.safetensors", load_file(done.path))
+    assert load_file(convert(bare, tmp_path / "bare-2.safetensors", "kohya").path).keys() == load_file(bare).keys()
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "full", "dora"])
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_projections_are_the_same_layer_on_two_axes_and_on_four(tmp_path: Path, family: str, kind: str) -> None:
+    path = "down_blocks.0.attentions.0.proj_in"
+    shape = layer_shapes(family)[f"unet.{path}"]
+    name, loaded = f"lora_unet_{flat(path)}", []
+    for axes in (2, 4):
+        ones = [1] * (axes - 2)
+        tensors = {
+            "lora": {"lora_down.weight": filled(1, 2, 320, *ones), "lora_up.weight": filled(2, 320, 2, *ones)},
+            "lokr": {"lokr_w1": filled(3, 4, 5), "lokr_w2": filled(4, 80, 64, *ones)},
+            "full": {"diff": filled(5, 320, 320, *ones)},
+        }
+        tensors["dora"] = {**tensors["lora"], "dora_scale": filled(6, 320, 1, *ones).abs()}
+        file = written(
+            tmp_path / f"{axes}.safetensors",
+            {f"{name}.{leaf}": value for leaf, value in tensors[kind].items()},
+            ss_base_model_version="sd_v1" if family == "sd1" else "sd_v2",
+        )
+        adapter = load_adapter(file)
+        (delta,) = adapter.deltas[f"unet.{path}"]
+        assert delta.fits(shape)
+        loaded.append(delta.apply(filled(7, *shape), None, 1.0)[0])
+        if kind == "lora":
+            done = convert(file, tmp_path / f"{axes}-new.safetensors", "diffusers")
+            assert load_file(done.path)[f"unet.{path}.lora_A.weight"].ndim == len(shape)
+    assert torch.equal(*loaded)
+
+
+def test_biases_and_sparse_rests_stand_beside_a_lora(tmp_path: Path) -> None:
+    name = "diffusion_model.middle_block.0.in_layers.2"
+    tensors = {
+        f"{name}.lora_down.weight": filled(1, 2, 10, 3, 3),
+        f"{name}.lora_up.weight": filled(2, 14, 2, 1, 1),
+        f"{name}.diff_b": filled(3, 14),
+    }
+    adapter = load_adapter(written(tmp_path / "comfy.safetensors", tensors))
+    weight, bias = torch.zeros(14, 10, 3, 3), torch.zeros(14)
+    for delta in adapter.deltas["unet.mid_block.resnets.0.conv1"]:
+        weight, changed = delta.apply(weight, bias, 0.5)
+        bias = bias if changed is None else changed
+    assert np.abs(weight.double().numpy().reshape(14, -1) - 0.5 * product(tensors, name)).max() < 1e-5
+    assert torch.equal(bias, 0.5 * tensors[f"{name}.diff_b"])
+
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    sparse = {
+        f"{name}.lora_down.weight": filled(1, 2, 10, 3, 3),
+        f"{name}.lora_up.weight": filled(2, 14, 2, 1, 1),
+        f"{name}.bias_indices": torch.tensor([[0, 13], [89, 4]], dtype=torch.int16),
+        f"{name}.bias_values": torch.tensor([2.0, -3.0]).half(),
+        f"{name}.bias_size": torch.tensor([14, 90], dtype=torch.int16),
+    }
+    want = product(sparse, name)
+    want[0, 89] += 2
+    want[13, 4] -= 3
+    found = effect(
+        load_adapter(written(tmp_path / "s.safetensors", sparse)), "unet.mid_block.resnets.0.conv1", 14, 10, 3, 3
+    )
+    assert np.abs(found - want).max() < 1e-5
+
+
+def test_names_and_leaves_of_onetrainer(tmp_path: Path) -> None:
+    conv = "unet.middle_block.0.skip_connection"
+    tensors = {
+        **{f"{conv}.hada_{leaf}": filled(n, 14, 2, 1, 1) for n, leaf in enumerate(("w1_a", "w2_a"))},
+        **{f"{conv}.hada_{leaf}": filled(n, 2, 10, 1, 1) for n, leaf in enumerate(("w1_b", "w2_b"), 5)},
+        **pair("clip_g.text_model.encoder.layers.0.mlp.fc1", 9),
+    }
+    adapter = load_adapter(written(tmp_path / "omi.safetensors", tensors))
+    one, two = (
+        (tensors[f"{conv}.hada_w{n}_a"].flatten(1) @ tensors[f"{conv}.hada_w{n}_b"].flatten(1)).numpy() for n in (1, 2)
+    )
+    found = effect(adapter, "unet.mid_block.resnets.0.conv_shortcut", 14, 10, 1, 1)
+    assert np.abs(found - one * two).max() < 1e-5
+    assert "text_encoder_2.encoder.layers.0.mlp.fc1" in adapter.deltas
+
+    dora = {
+        f"unet.{MIDDLE}.lora_down.weight": filled(1, 2, 10),
+        f"unet.{MIDDLE}.lora_up.weight": filled(2, 14, 2),
+        f"unet.{MIDDLE}.dora_scale": filled(3, 1, 10).abs(),
+    }
+    weight = filled(4, 14, 10).double().numpy()
+    v = weight + product(dora, f"unet.{MIDDLE}")
+    want = v / np.linalg.norm(v, axis=0, keepdims=True) * dora[f"unet.{MIDDLE}.dora_scale"].double().numpy()
+    (delta,) = load_adapter(written(tmp_path / "dora.safetensors", dora)).deltas[f"unet.{MIDDLE}"]
+    assert np.abs(delta.apply(torch.from_numpy(weight).float(), None, 1.0)[0].numpy() - want).max() < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_rotations_of_inputs(tmp_path: Path, blocks: int) -> None:
+    above = 0.1 * filled(1, blocks, 6)  # squares of 4 rows
+    (delta,) = load_adapter(written(tmp_path / "oft.safetensors", {f"unet.{MIDDLE}.oft_R.weight": above})).deltas[
+        f"unet.{MIDDLE}"
+    ]
+    weight = filled(2, 14, 12).double().numpy()
+    turned = np.zeros((12, 12))
+    for n in range(3):
+        q = np.zeros((4, 4))
+        q[np.triu_indices(4, 1)] = above[n % blocks].double().numpy()
+        q = q - q.T
+        turned[4 * n : 4 * n + 4, 4 * n : 4 * n + 4] = np.eye(4) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+    # inputs x are turned before the layer, x · R, so that the layer's weight is W · Rᵀ
+    assert np.abs(delta.apply(torch.from_numpy(weight).float(), None, 1.0)[0].numpy() - weight @ turned.T).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_read_exactly_and_written_on_request(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = f"lora_unet_{flat(MIDDLE)}"
+    tensors = {key: value if key.endswith("alpha") else value.to(dtype) for key, value in pair(name, 1).items()}
+    file = written(tmp_path / "small.safetensors", tensors)
+    wide = {key: value.float() for key, value in tensors.items()}
+    assert np.abs(effect(load_adapter(file), f"unet.{MIDDLE}", 14, 10) - product(wide, name)).max() < 1e-5
+    again = convert(file, tmp_path / "again.safetensors", "kohya", precision=str(dtype).removeprefix("torch."))
+    assert load_file(again.path)[f"{name}.lora_up.weight"].dtype == dtype
+    assert again.comparison.worst[1] == 0
+    scaled = {**tensors, f"{name}.lora_up.scale_weight": torch.tensor(0.3), "scaled_fp8": torch.zeros(2).to(dtype)}
+    found = load_adapter(written(tmp_path / "scaled.safetensors", scaled))
+    assert np.abs(effect(found, f"unet.{MIDDLE}", 14, 10) - 0.3 * product(wide, name)).max() < 1e-5
+
+
+def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    loha = {
+        **{f"{name}.hada_{leaf}": filled(n, 14, 2) for n, leaf in enumerate(("w1_a", "w2_a"))},
+        **{f"{name}.hada_{leaf}": filled(n, 2, 90) for n, leaf in enumerate(("w1_b", "w2_b"), 5)},
+    }
+    file = written(tmp_path / "loha.safetensors", loha)
+    assert convert(file, tmp_path / "same.safetensors", "lycoris").comparison.worst[1] == 0
+    half = convert(file, tmp_path / "half.safetensors", "lycoris", precision="float16")
+    assert 0 < half.comparison.worst[1] < 1e-2
+    large = {**loha, f"{name}.hada_w1_a": 1e6 * loha[f"{name}.hada_w1_a"]}
+    with pytest.raises(DiffgraftError, match="largest of float16"):
+        convert(
+            written(tmp_path / "large.safetensors", large),
+            tmp_path / "none.safetensors",
+            "lycoris",
+            precision="float16",
+        )
+    assert {path.stem for path in tmp_path.iterdir()} == {"loha", "same", "half", "large"}
+
+
+def test_an_infinite_alpha_of_whole_factors_means_nothing(tmp_path: Path) -> None:
+    name = f"lora_unet_{flat(MIDDLE)}"
+    one, two = filled(1, 2, 5), filled(2, 7, 2)
+    tensors = {f"{name}.lokr_w1": one, f"{name}.lokr_w2": two, f"{name}.alpha": torch.tensor(1e10).half()}
+    adapter = load_adapter(written(tmp_path / "lokr.safetensors", tensors))
+    found = effect(adapter, f"unet.{MIDDLE}", 14, 10)
+    assert np.abs(found - np.kron(one.double().numpy(), two.double().numpy())).max() < 1e-5
+    lora = {**pair(name, 1), f"{name}.alpha": torch.tensor(float("inf"))}
+    with pytest.raises(DiffgraftError, match="alpha, which is no number"):
+        load_adapter(written(tmp_path / "lora.safetensors", lora))
+
+
+@pytest.mark.parametrize("named", [".default", ""])
+def test_older_folders_of_peft(tmp_path: Path, named: str) -> None:
+    start = f"base_model.model.{MIDDLE}"
+    tensors = {
+        f"{start}.lora_A{named}.weight": filled(1, 2, 10),
+        f"{start}.lora_B{named}.weight": filled(2, 14, 2),
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}), "utf-8")
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    want = 1.5 * (tensors[f"{start}.lora_B{named}.weight"].double() @ tensors[f"{start}.lora_A{named}.weight"].double())
+    assert np.abs(effect(load_adapter(tmp_path), f"unet.{MIDDLE}", 14, 10) - want.numpy()).max() < 1e-5
+
+
+def test_what_stays_true_of_the_training_is_kept(tmp_path: Path) -> None:
+    name = f"lora_unet_{flat(MIDDLE)}"
+    header = {"ss_tag_frequency": '{"5_dog": {"dog": 3}}', "ss_network_dim": "2", "ss_clip_skip": "2"}
+    one = load_adapter(written(tmp_path / "1.safetensors", pair(name, 1), **header))
+    header |= {"ss_tag_frequency": '{"2_cat": {"cat": 4}}', "ss_clip_skip": "1"}
+    two = load_adapter(written(tmp_path / "2.safetensors", pair(name, 5), **header))
+    kept = resize(one, Size(rank=1)).adapter.metadata["foreign"]
+    assert kept == {"ss_tag_frequency": '{"5_dog": {"dog": 3}}', "ss_clip_skip": "2"}
+    both = combine([("1", one, 1.0), ("2", two, 1.0)]).adapter.metadata["foreign"]
+    assert json.loads(both["ss_tag_frequency"]) == {"5_dog": {"dog": 3}, "2_cat": {"cat": 4}}
+    assert "ss_clip_skip" not in both
+
+
+def test_a_base_for_inpainting_has_another_first_layer(tmp_path: Path) -> None:
+    start = "model.diffusion_model."
+    first, inner = f"{start}input_blocks.0.0.weight", f"{start}middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    plain = {first: filled(1, 8, 4, 3, 3), inner: filled(2, 14, 10)}
+    tuned = {first: filled(3, 8, 9, 3, 3), inner: plain[inner] + filled(4, 14, 1) @ filled(5, 1, 10)}
+    files = [written(tmp_path / f"{n}.safetensors", weights) for n, weights in enumerate((tuned, plain))]
+    with open_weights(files[0]) as one, open_weights(files[1]) as two:
+        found = extract(one, two, Size(rank=1))
+    assert found.dropped == ("unet.conv_in.weight",)
+    want = (filled(4, 14, 1).double() @ filled(5, 1, 10).double()).numpy()
+    assert np.abs(effect(found.adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-4
