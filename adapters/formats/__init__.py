@@ -109,7 +109,9 @@ def _check(adapter: Adapter) -> None:
             for name, leaf in delta.leaves.items():
                 if leaf.numel() == 0:
                     raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
-            own_shape(delta)  # which raises where leaves have too many axes, or too few
+            shape = own_shape(delta)  # which raises where leaves have too many axes, or too few
+            if shape is not None and not delta.fits(shape):
+                raise ValueError(f"the leaves of {path} do not fit together")
             if delta.alpha is not None and not math.isfinite(delta.alpha):
                 raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
     for word, vectors in adapter.tokens.items():
