@@ -97,6 +97,11 @@ class Kronecker(Factors):
         return 1.0 if whole else super().scale(leaves, alpha)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
+        one, two = self.pair(leaves, shape)
+        return torch.kron(one.view(*one.shape, *[1] * len(shape[2:])), two)
+
+    def pair(self, leaves: Leaves, shape: Shape) -> tuple[Tensor, Tensor]:
+        """w1 [out_1, in_1] and w2 [out_2, in_2, …kernel] for a weight of `shape`."""
         one, kernel = self._one(leaves), shape[2:]
         if "lokr_w2" in leaves:
             two = leaves["lokr_w2"]
@@ -105,7 +110,7 @@ class Kronecker(Factors):
             two = torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
         else:
             two = (leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]).view(leaves["lokr_w2_a"].shape[0], -1, *kernel)
-        return torch.kron(one.view(*one.shape, *[1] * len(kernel)), two)
+        return one, two
 
     def _one(self, leaves: Leaves) -> Tensor:
         """w1 [out_1, in_1]."""

@@ -30,6 +30,7 @@ from diffgraft.adapters.formats import (
 )
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
+from diffgraft.adapters.ops.effect import own_shape
 from diffgraft.bases.stored import is_checkpoint
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
@@ -102,7 +103,12 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
             except UnknownKeyError as error:
                 rest = made_for(dialect.read, tensors, header, error)
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error)}{rest}.") from error
-            except (ValueError, RuntimeError, ArithmeticError) as error:  # shapes that PyTorch cannot have say so thus
+            except (
+                ValueError,
+                RuntimeError,
+                ArithmeticError,
+                LookupError,
+            ) as error:
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error).rstrip('.')}.") from error
     sample = one_line(", ".join(list(tensors)[:3]) or "none")
     raise DiffgraftError(
@@ -118,6 +124,9 @@ def _check(adapter: Adapter) -> None:
             for name, leaf in delta.leaves.items():
                 if leaf.numel() == 0:
                     raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
+            shape = own_shape(delta)  # which raises where leaves have too many axes, or too few
+            if shape is not None and not delta.fits(shape):
+                raise ValueError(f"the leaves of {path} do not fit together")
             if delta.alpha is not None and not math.isfinite(delta.alpha):
                 raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
     for word, vectors in adapter.tokens.items():

@@ -15,6 +15,7 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.formats.training_metadata import training_settings
+from diffgraft.adapters.lokr import Kronecker
 from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.terminal import printable
@@ -149,6 +150,13 @@ def _squares(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor
         core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
         found: Tensor = torch.linalg.svdvals(core).square() if core.isfinite().all() else _beyond(core)
         return found
+    if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
+        # the singular values of w1 ⊗ w2 are all products of theirs
+        one, two = delta.factors.pair({name: leaf.to(device).double() for name, leaf in delta.leaves.items()}, shape)
+        if not (one.isfinite().all() and two.isfinite().all()):
+            return _beyond(one)
+        products = torch.outer(torch.linalg.svdvals(one).square(), torch.linalg.svdvals(two.flatten(1)).square())
+        return products.flatten() * delta.scale**2
     matrix = as_matrix(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     if not gram.isfinite().all():

@@ -1,0 +1,149 @@
+"""Small files that would take much memory, or hold something else than they should: each is refused, or cheap."""
+
+import json
+import resource
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.compare import compare
+from diffgraft.adapters.ops.inspect import inspect
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import graft
+
+PATH = "unet.mid_block.attentions.0.proj_in"
+
+
+def answer(path: Path) -> str:
+    with pytest.raises(DiffgraftError) as caught:
+        load_adapter(path)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert len(said) < 1000
+    return said
+
+
+def megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.ones(2, 3, dtype=torch.bool), "as bool"),
+        (torch.ones(2, 3, dtype=torch.int64), "as int64"),
+        (torch.ones(2, 3, *[1] * 60), "axes"),
+        (torch.ones(0, 3), "[0, 3]"),
+    ],
+)
+def test_tensors_that_no_adapter_has(value: torch.Tensor, said: str, tmp_path: Path) -> None:
+    key = f"{PATH}.lora_A.weight"
+    save_file({key: value, f"{PATH}.lora_B.weight": torch.ones(5, max(1, value.shape[0]))}, tmp_path / "x.safetensors")
+    assert said in answer(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"base": {"family": 3}}, {"recipe": "text"}, {"method": 1}, {"rank": "8"}, {"alpha": []}, {"foreign": {"a": 1}}],
+)
+def test_fields_of_another_type(said: dict[str, Any], tmp_path: Path) -> None:
+    tensors = {f"{PATH}.lora_A.weight": torch.ones(2, 3), f"{PATH}.lora_B.weight": torch.ones(5, 2)}
+    save_file(tensors, tmp_path / "x.safetensors", {"diffgraft": json.dumps(said)})
+    assert next(iter(said)) in answer(tmp_path / "x.safetensors")
+
+
+def test_words_are_lists_of_vectors(tmp_path: Path) -> None:
+    header = {"diffgraft_tokens": json.dumps(["<a>"])}
+    save_file({"token.0.text_encoder": torch.ones(5)}, tmp_path / "x.safetensors", header)
+    assert "the word <a> has [5] for text_encoder, which is no list of vectors" in answer(tmp_path / "x.safetensors")
+
+
+def test_pickles_that_ask_for_gigabytes(tmp_path: Path) -> None:
+    path, before = tmp_path / "x.pt", megabytes()
+    path.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.")
+    assert "may be code" in answer(path)
+    path.write_bytes(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x70\x85R.")
+    assert "no plain tensor" in answer(path)
+    one: list[Any] = [0] * 100
+    for _ in range(5):
+        one = [one] * 100  # ten thousand million entries in a few hundred bytes
+    torch.save({"a": one}, path)
+    assert "claims to hold more than it is long" in answer(path)
+    torch.save({"a": ["x" * 5000] * 5000}, path)
+    assert "claims to hold more than it is long" in answer(path)
+    torch.save({"emb_params": torch.ones(2, 3)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    six = content.index(b"K\x06")
+    path.write_bytes(content[:six] + b"J" + struct.pack("<i", 2**30) + content[six + 2 :])
+    assert "claims to hold more than it is long" in answer(path)
+    assert megabytes() - before < 200
+
+
+def test_an_archive_with_two_tables_of_contents(tmp_path: Path) -> None:
+    """PyTorch must not read another one than was looked at."""
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        torch.save({"emb_params": torch.full((2, 3), value)}, tmp_path / f"{name}.pt")
+    both = (tmp_path / "a.pt").read_bytes() + (tmp_path / "b.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(both)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert any(item.filename.startswith("b/") for item in archive.infolist())
+    ((word, vectors),) = load_adapter(tmp_path / "x.pt").tokens.items()
+    assert word == "x"
+    assert (vectors["text_encoder"] == 2).all()
+
+
+def wide(side: int, seed: int, by: float = 1.0) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(1, side + 3, generator=generator), torch.randn(side, 1, generator=generator) * by
+    return Adapter({PATH: (low_rank(down, up, 1.0),)}, {"base": {"family": "sd1"}})
+
+
+def test_norms_come_from_the_factors() -> None:
+    """A ΔW of 25,000 × 25,003 would take 2.5 GB."""
+    big, before = wide(25_000, 1, by=30.0), megabytes()
+    (module,) = inspect(big).modules
+    leaves = big.deltas[PATH][0].leaves
+    up, down = leaves["lora_up"].double(), leaves["lora_down"].double()
+    assert module.norm == pytest.approx(float(up.norm() * down.norm()), rel=1e-6)
+    assert module.effective_rank == pytest.approx(1.0)
+    errors = compare(big, wide(25_000, 1, by=33.0)).errors
+    assert errors[PATH] == pytest.approx(0.1, rel=1e-5)
+    assert megabytes() - before < 300
+
+
+def test_the_spectrum_of_lokr_is_that_of_its_matrix() -> None:
+    generator = torch.Generator().manual_seed(3)
+    leaves = {"lokr_w1": torch.randn(3, 2, generator=generator), "lokr_w2_a": torch.randn(5, 2, generator=generator)}
+    leaves["lokr_w2_b"] = torch.randn(2, 7 * 9, generator=generator)
+    delta = read_delta("lokr", leaves, 3.0)
+    shape = (15, 14, 3, 3)
+    matrix = delta.delta(shape).flatten(1).double()  # type: ignore[attr-defined]
+    path = "unet.mid_block.resnets.0.conv1"
+    from diffgraft.adapters.ops.inspect import _squares
+
+    found = _squares(path, delta, shape, "cpu").sqrt().sort(descending=True).values[:6]  # type: ignore[arg-type]
+    torch.testing.assert_close(found, torch.linalg.svdvals(matrix)[:6], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_base_cannot_hold_is_not_written_into_it(base: Base) -> None:
+    weight = base.unet.mid_block.attentions[0].proj_in.weight
+    before = weight.clone()
+    down, up = torch.full((1, *weight.shape[1:]), 1e20), torch.full((weight.shape[0], 1, 1, 1), 1e20)
+    huge = Adapter({PATH: (low_rank(down, up, 1.0),)}, {})
+    with pytest.raises(DiffgraftError, match="larger than float32 can hold"):
+        graft(base, {huge: 1.0})
+    assert torch.equal(weight, before)
+    (module,) = inspect(huge).modules
+    text = json.dumps(inspect(huge).as_json(), allow_nan=False)
+    assert PATH in text
+    assert module.norm is not None
