@@ -144,6 +144,16 @@ def is_low_rank(delta: Delta) -> bool:
     return isinstance(delta, FactorDelta) and delta.kind in ("lora", "loha")
 
 
+def _without_core(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoHa in Tucker's variant as a plain one: w_a [out, r], and the core t [r, r, …] contracted with w_b [r, in]."""
+    plain: dict[str, Tensor] = {}
+    for side in (1, 2):
+        core, out, inner = (leaves[f"hada_{name}"] for name in (f"t{side}", f"w{side}_a", f"w{side}_b"))
+        plain[f"hada_w{side}_a"] = out.T
+        plain[f"hada_w{side}_b"] = torch.einsum("rs...,si->ri...", core, inner).flatten(1)
+    return plain
+
+
 def _pair(delta: Delta, strength: float) -> tuple[Tensor, Tensor] | None:
     if not isinstance(delta, FactorDelta):
         return None
@@ -153,8 +163,8 @@ def _pair(delta: Delta, strength: float) -> tuple[Tensor, Tensor] | None:
         if "lora_mid" in leaves:
             down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
         down = down.flatten(1)
-    elif delta.kind == "loha" and "hada_t1" not in leaves:
-        up, down = khatri_rao(leaves)
+    elif delta.kind == "loha":
+        up, down = khatri_rao(_without_core(leaves) if "hada_t1" in leaves else leaves)
     else:
         return None
     return strength * delta.scale * up, down

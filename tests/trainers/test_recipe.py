@@ -209,3 +209,24 @@ def test_captions_have_a_word_and_keys_of_their_own(tmp_path: Path) -> None:
     save_recipe(found, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml", {}).captions == found.captions
     assert {"captions.use", "captions.lines"} <= {key for key, _, _ in explained("style")}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"task: subject\n  lr: [1, 2\nsteps: 3\n", r"not readable YAML \(line 2, column"),
+        (b"task: \x00", "not readable YAML"),
+        ("task: subject\nsubject: Häuschen".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"refers to \*a \(line 2\)"),
+        (b"[" * 5000, "not readable YAML"),
+        (b"a: 1\n" * 300_000, "is larger than"),
+        (b"- a\n- b\n", "holds no keys"),
+    ],
+)
+def test_recipes_that_cannot_be_read(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(DiffgraftError, match=said) as caught:
+        load_recipe(path, {})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500

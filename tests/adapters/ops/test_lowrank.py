@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
+from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.effect import as_product
 from diffgraft.errors import DiffgraftError
 
 
@@ -87,3 +89,22 @@ def test_of_nothing_nothing_is_left() -> None:
     for wrong in ({"rank": 0}, {"energy": 0.0}, {"energy": 1.5}):
         with pytest.raises(DiffgraftError, match="will not do"):
             Size(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_loha_in_tucker_s_variant_is_a_product_of_thin_factors() -> None:
+    """So that its norm and spectrum need no matrix of a convolution's size."""
+    random = torch.Generator().manual_seed(3)
+    leaves = {f"hada_t{side}": torch.randn(2, 2, 3, 1, generator=random) for side in (1, 2)}
+    leaves |= {f"hada_w{side}_a": torch.randn(2, 30, generator=random) for side in (1, 2)}
+    leaves |= {f"hada_w{side}_b": torch.randn(2, 20, generator=random) for side in (1, 2)}
+    product = as_product([(read_delta("loha", leaves, 1.5), 0.7)], (30, 20, 3, 1))
+    assert product is not None
+    up, down = (factor.double() for factor in product)
+    assert up.shape == (30, 4)
+    sides = [
+        torch.einsum(
+            "ij...,ip,jq->pq...", *(leaves[f"hada_{name}"].double() for name in (f"t{n}", f"w{n}_a", f"w{n}_b"))
+        )
+        for n in (1, 2)
+    ]
+    torch.testing.assert_close(up @ down, 0.7 * 1.5 / 2 * (sides[0] * sides[1]).flatten(1), rtol=1e-5, atol=1e-5)
