@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.opened import STEM
-from diffgraft.adapters.formats.training_metadata import read_training
+from diffgraft.adapters.training_metadata import read_training
 from diffgraft.errors import one_line
 
 OURS = "diffgraft"

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.families import with_known_family
 from diffgraft.adapters.formats import embedding, lycoris
-from diffgraft.adapters.formats.training_metadata import write_training
+from diffgraft.adapters.formats.training_written import write_training
 
 
 def recognises(*_: object) -> bool:

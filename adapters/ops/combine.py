@@ -16,13 +16,13 @@ from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.families import family_of
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.formats.training_metadata import of_all, still_true
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
 from diffgraft.adapters.ops.resize import Reduced, reduced
 from diffgraft.adapters.projections import same_layer
 from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
+from diffgraft.adapters.training_metadata import of_all, still_true
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
 

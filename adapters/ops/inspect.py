@@ -14,9 +14,9 @@ from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.formats.training_metadata import training_settings
 from diffgraft.adapters.lokr import Kronecker
 from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
+from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.terminal import printable
 
@@ -66,6 +66,8 @@ class Report:
     """Word → text encoder → number and width of its vectors"""
     strengths: str
     """Whose way of strengths other than 1 it follows, where tools differ; empty where they do not"""
+    tags: Sequence[tuple[str, int]] = ()
+    """Tags of the captions it was trained with, and how often each stood there, from headers of other tools"""
     dead: list[str] = field(default_factory=list)
     overflows: list[str] = field(default_factory=list)
     """Modules with numbers that float16 cannot hold, or whose ΔW has such"""
@@ -117,6 +119,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
         ],
         words={word: {part: [*rows.shape] for part, rows in own.items()} for word, own in adapter.tokens.items()},
         strengths=", ".join(sorted(follow)),
+        tags=tags(foreign),
         dead=[module.path for module in modules if module.is_dead],
         overflows=overflows,
     )
@@ -219,6 +222,8 @@ def summary(report: Report) -> list[str]:
             f"overflow {len(report.overflows)} modules are too large for float16, such as {report.overflows[0]}"
         )
     lines += [f"{key:8} {value}" for key, value in report.training.items()]
+    if report.tags:
+        lines.append(f"tags     {', '.join(f'{tag} ({count})' for tag, count in report.tags[:12])}")
     return lines
 
 

@@ -188,13 +188,24 @@ def resize(
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="An adapter file.")],
+    figures: Annotated[
+        bool, typer.Option("--figures", help="Norms, effective ranks and dead modules as well, of all tensors.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All figures of every module, for programs.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Say what an adapter file holds: method, base, ranks, norms, trigger, and how it was trained.
+    """Say what an adapter file holds: method, base, ranks, trigger, tags, and how it was trained.
 
     For example: diffgraft inspect dog.safetensors
     """
+    from diffgraft.adapters.ops.glance import glance
+
+    held = file / "adapter.safetensors" if (file / "adapter.safetensors").is_file() else file
+    if not figures and not as_json and (lines := glance(held)) is not None:
+        for line in lines:
+            say(line)
+        return
+
     from diffgraft.adapters.formats import load_adapter
     from diffgraft.adapters.ops.inspect import inspect as look
     from diffgraft.adapters.ops.inspect import summary

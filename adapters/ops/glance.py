@@ -1,0 +1,124 @@
+"""What the header of an adapter file tells, without reading its tensors: no torch is loaded, which takes a second."""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from diffgraft.adapters.training_metadata import read_training, tags, training_settings
+
+_LARGEST = 100_000_000
+"""Bytes of a header, at most; safetensors itself refuses longer ones"""
+_PARTS = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "lora_te2_": "text_encoder_2",
+    "text_encoder_2.": "text_encoder_2",
+    "lora_te1_": "text_encoder",
+    "lora_te_": "text_encoder",
+    "text_encoder.": "text_encoder",
+}
+"""What keys begin with → the part of the base"""
+_KINDS = {
+    "lora_down": "lora",
+    "lora_A": "lora",
+    "hada_w1_a": "loha",
+    "lokr_w1": "lokr",
+    "lokr_w1_a": "lokr",
+    "diff": "full",
+}
+"""Leaf → method; one for each module"""
+_WORDS = ("emb_params", "clip_l", "clip_g")
+_NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+"""Dtype of a single number → how its bytes are read"""
+_TAGS = 12
+"""Tags that are listed"""
+
+
+def glance(path: Path) -> list[str] | None:
+    """Lines on an adapter file, from its header alone.
+
+    Returns:
+        None where the header does not tell enough, or `path` is no safetensors file: the tensors have to be read.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_LARGEST, path.stat().st_size):
+                return None
+            entries = json.loads(file.read(length))
+            header = entries.pop("__metadata__", {})
+            return _lines(path, entries, header, 8 + length, file)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError, struct.error):
+        return None  # whoever reads all of it says what is wrong
+
+
+def _lines(
+    path: Path, entries: Mapping[str, Any], header: Mapping[str, str], start: int, file: BinaryIO
+) -> list[str] | None:
+    own = json.loads(header.get("diffgraft", "{}"))
+    said: dict[str, Any] = own or read_training(header)
+    modules = {key: entry for key, entry in entries.items() if _leaf(key) in _KINDS and _part(key)}
+    bundled = {key.split(".")[1] for key in entries if key.startswith("bundle_emb.")}
+    words = {key: entry for key, entry in entries.items() if key in _WORDS or (len(entries) == 1 and "." not in key)}
+    if not said or not (modules or words) or not isinstance(said.get("base", {}), Mapping):
+        return None
+    kinds = Counter(_kind(key, entry) for key, entry in modules.items())
+    base = said.get("base") or {}
+    lines = [f"method   {said.get('method') or ' and '.join(sorted(kinds)) or 'textual-inversion'}"]
+    lines += [f"{name:8} {said[name]}" for name in ("rank", "alpha", "trigger", "class", "seed") if said.get(name)]
+    if base:
+        known = ", ".join(str(word) for word in (base.get("family"), str(base.get("hash", ""))[:12]) if word)
+        lines.append(f"base     {base.get('name', '–')} ({known})")
+    if isinstance(said.get("recipe"), Mapping):
+        lines.append(f"recipe   {', '.join(f'{key}={value}' for key, value in said['recipe'].items())}")
+    if modules:
+        parts = Counter(_part(key) for key in modules)
+        lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")
+        lines.append(f"kinds    {', '.join(f'{kind} × {count}' for kind, count in kinds.items())}")
+    ranks = Counter(entry["shape"][0] for key, entry in modules.items() if _leaf(key) in ("lora_down", "lora_A"))
+    lines += [f"ranks    {_counted(ranks)}"] if ranks else []
+    alphas = Counter(_alphas(entries, start, file))
+    lines += [f"alphas   {_counted(alphas)}"] if alphas else []
+    lines += [f"word     {key}: {' × '.join(map(str, entry['shape']))}" for key, entry in words.items()]
+    lines += [f"word     {word}" for word in sorted(bundled)]
+    dtypes = Counter(entry["dtype"] for entry in entries.values())
+    lines.append(f"file     {path.stat().st_size / 1000:,.0f} kB, {', '.join(sorted(dtypes))}")
+    lines += [f"{name:8} {value}" for name, value in training_settings(header).items()] if not own else []
+    if counted := tags(header):
+        more = f" and {len(counted) - _TAGS} more" if len(counted) > _TAGS else ""
+        lines.append(f"tags     {', '.join(f'{tag} ({count})' for tag, count in counted[:_TAGS])}{more}")
+    return [*lines, "norms, effective ranks and dead modules: --figures"]
+
+
+def _counted(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{value:g} × {count}" for value, count in sorted(counts.items()))
+
+
+def _part(key: str) -> str:
+    return next((part for start, part in _PARTS.items() if key.startswith(start)), "")
+
+
+def _leaf(key: str) -> str:
+    return key.removesuffix(".weight").rpartition(".")[2]
+
+
+def _kind(key: str, entry: Mapping[str, Any]) -> str:
+    kind, shape = _KINDS[_leaf(key)], entry["shape"]
+    return "locon" if kind == "lora" and len(shape) == 4 and max(shape[2:]) > 1 else kind
+
+
+def _alphas(entries: Mapping[str, Any], start: int, file: BinaryIO) -> Iterator[float]:
+    """The numbers of a file that are called alpha."""
+    for key, entry in entries.items():
+        if key.endswith(".alpha") and not entry["shape"]:
+            first, last = entry["data_offsets"]
+            file.seek(start + first)
+            content = file.read(last - first)
+            if entry["dtype"] == "BF16":
+                content, code = b"\0\0" + content, "<f"
+            else:
+                code = _NUMBERS[entry["dtype"]]
+            yield float(struct.unpack(code, content)[0])
