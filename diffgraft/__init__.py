@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from diffgraft.adapters.formats import load_adapter
     from diffgraft.api import combine, convert, extract, grid, inspect, merge, plan, resize
     from diffgraft.bases import Base, load_base
+    from diffgraft.draw import generate
     from diffgraft.errors import DiffgraftError
-    from diffgraft.generation.draw import generate
     from diffgraft.generation.graft import graft
     from diffgraft.trainers.folder import Run
     from diffgraft.trainers.run import train
@@ -23,7 +23,7 @@ _HOMES = {
     "load_base": "diffgraft.bases",
     "DiffgraftError": "diffgraft.errors",
     "graft": "diffgraft.generation.graft",
-    "generate": "diffgraft.generation.draw",
+    "generate": "diffgraft.draw",
     **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
     "Run": "diffgraft.trainers.folder",
     "train": "diffgraft.trainers.run",

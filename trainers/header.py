@@ -9,10 +9,14 @@ from diffgraft.trainers.identity import Identity
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import meaningless
 
+_USUAL_LAYERS = 2
+"""Layers in a block of all UNets of Stable Diffusion; files say it of others, as some names are counted by it"""
+
 
 def header(plan: Recipe, base: Base, identity: Identity) -> dict[str, Any]:
     """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
+    layers = base.unet.config.layers_per_block
     has_rank = "rank" not in meaningless(plan)
     return {
         "method": plan.method,
@@ -26,6 +30,7 @@ def header(plan: Recipe, base: Base, identity: Identity) -> dict[str, Any]:
             "family": base.family.name,
             "hash": base.hash,
             "prediction_type": base.prediction_type,
+            **({"layers_per_block": layers} if isinstance(layers, int) and layers != _USUAL_LAYERS else {}),
         },
         "recipe": plan.header(),
         "seed": plan.seed,

@@ -178,8 +178,8 @@ def generate(
 
     adapters, width_and_height = strengths(adapter or []), width_height(size)
 
+    from diffgraft.draw import generate as draw
     from diffgraft.files import check_folder, unused
-    from diffgraft.generation.draw import generate as draw
     from diffgraft.generation.plots import grid, save_image
 
     check_folder(output)

@@ -50,6 +50,7 @@ def test_a_run_leaves_what_it_promises(base: Base, short_run: Run) -> None:
         "name": "tiny",
         "family": "sd1",
         "hash": base.hash,
+        "layers_per_block": 1,
         "prediction_type": "v_prediction",
     }
     assert header["seed"] == 3

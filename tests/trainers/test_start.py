@@ -240,7 +240,7 @@ def test_a_file_of_kohya_s_for_xl_goes_on_with_what_does_not_reach_the_loss(
     last = "text_encoder.encoder.layers.1."
     assert any(path.startswith(last) for path in adapter.modules)
     file = adapter.save(tmp_path / "theirs.safetensors", "kohya")
-    settings = {**FAST, "steps": 2, "rank": 3, "text_encoder": True, "resolution": 32}
+    settings = {**FAST, "steps": 2, "rank": 3, "text_encoder": True, "resolution": 64}
     on = train("subject", base=base, images=pictures, output=tmp_path / "on", init_from=file, **settings)
     assert set(on.adapter.modules) == set(adapter.modules)
     assert (on.adapter.metadata["rank"], on.adapter.metadata["alpha"]) == (3, 1.5)
