@@ -242,10 +242,10 @@ def original_weights(base: Base) -> dict[str, Tensor]:
     """
     if not base.family.in_single_files:
         raise DiffgraftError(f"Bases of the family {base.family.name} have no single-file layout: write a folder.")
-    if base.unet.config.layers_per_block != 2:
+    if not isinstance(base.unet.config.layers_per_block, int):
         raise DiffgraftError(
-            f"{base.name} has a smaller UNet than its family, and single files are taken to be as large as that: write "
-            "a folder, under a name without .safetensors."
+            f"{base.name} has levels of different depth, for which single files have no names: write a folder, under a "
+            "name without .safetensors."
         )
     blocks, levels = Blocks.of(base.unet.config), len(base.vae.config.block_out_channels)
     weights = {f"{UNET}{blocks.original(name)}": value for name, value in base.unet.state_dict().items()}

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base, loading
+from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
@@ -118,7 +120,20 @@ def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_base_that_no_single_file_could_tell_is_written_as_a_folder_alone(base: Base, tmp_path: Path) -> None:
-    with pytest.raises(DiffgraftError, match="has a smaller UNet than its family"):
-        bake(base, {}, tmp_path / "tiny.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader_finds_it(
+    base: Base, tmp_path: Path
+) -> None:
+    """Such a file is opened layer by layer; as a base it is refused, for it does not tell the number of heads."""
+    file = bake(base, {lora(1): 1.0}, tmp_path / "tiny.safetensors")
+    (path,) = lora(1).deltas
+    with graft(base, {lora(1): 1.0}):
+        wanted = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    read = convert_ldm_unet_checkpoint(load_file(file), base.unet.config)
+    assert set(read) == set(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in read.items())
+    with open_weights(file) as ours, open_weights("tiny") as bare:
+        assert set(ours) == set(bare)
+        assert torch.equal(ours[f"{path}.weight"], wanted[f"{path.removeprefix('unet.')}.weight"])
+    with pytest.raises(DiffgraftError) as caught:
+        load_base(file)
+    assert "\n" not in str(caught.value)
