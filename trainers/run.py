@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from diffgraft.bases import Base, load_base
 from diffgraft.data.given import with_folders
@@ -15,7 +16,7 @@ from diffgraft.room import DiskFullError
 from diffgraft.trainers.attach import attach
 from diffgraft.trainers.checkpoint import check_same
 from diffgraft.trainers.checks import check_attached, check_base, check_pictures, check_settings
-from diffgraft.trainers.concepts import read_concepts
+from diffgraft.trainers.concepts import Read, read_concepts
 from diffgraft.trainers.folder import Run, earlier_run, finished, new_run
 from diffgraft.trainers.identity import identity_of
 from diffgraft.trainers.learn import learn
@@ -28,6 +29,8 @@ from diffgraft.trainers.shards import check_frozen, check_shards
 from diffgraft.trainers.start import hash_of, read_start
 from diffgraft.trainers.trackers import check_trackers
 
+_MOST_SHOWN = 8
+"""Pictures that were learnt from, in before-after.png"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,7 +106,7 @@ def train(
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(curves(run.metrics), folder / "loss.png")
                 with told_of_overflow("There is no before-after.png."):
-                    save_image(before_after(plan, held, run.adapter), run.before_after)
+                    save_image(before_after(plan, held, run.adapter, _shown(read)), run.before_after)
             accelerator.wait_for_everyone()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
@@ -114,6 +117,12 @@ def train(
     finally:
         held.to(was_on)
     return run
+
+
+def _shown(read: Read) -> list[Image.Image]:
+    """A few of the pictures that are learnt, of each concept some."""
+    each = max(1, _MOST_SHOWN // len(read))
+    return [picture.image for _, pictures in read for picture in pictures[:each]][:_MOST_SHOWN]
 
 
 def _held(plan: Recipe, base: str | Path | Base) -> Base:

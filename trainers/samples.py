@@ -1,10 +1,10 @@
 """Pictures that a run draws: samples on the way, and the same without and with what was learnt."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
@@ -37,9 +37,12 @@ def draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, list
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
 
-def before_after(plan: Recipe, base: Base, adapter: Adapter) -> Image.Image:
-    """The grid of both, the same seeds beside one another."""
+def before_after(plan: Recipe, base: Base, adapter: Adapter, learnt: Sequence[Image.Image] = ()) -> Image.Image:
+    """A grid of both, the same seeds beside one another, under a row of pictures that were learnt from."""
     before = draw(plan, base, "pictures before")
     with graft(base, {adapter: 1.0}):
         after = draw(plan, base, "pictures after")
-    return grid({f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})
+    size = next(iter(before.values()))[0].size
+    shown = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in learnt]
+    rows = {"learnt from": shown} if shown else {}
+    return grid(rows | {f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})

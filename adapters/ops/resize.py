@@ -91,6 +91,11 @@ def reduced(
     return Reduced(Adapter(deltas, said, like.networks, like.tokens), lost, tuple(dropped))
 
 
+def rank_of(delta: Delta) -> int:
+    """The rank of a LoRA, with or without DoRA; 0 of other kinds, whose rank as a LoRA is another."""
+    return delta.leaves["lora_down"].shape[0] if delta.kind == "lora" else 0
+
+
 def smaller(path: str, steps: Steps, shape: Shape, size: Size | None, weights: Weights | None, device: str) -> Nearest:
     """The nearest matrix of that size to what all steps add to one weight."""
     product = as_product(steps, shape)

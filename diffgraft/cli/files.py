@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffgraft.cli.console import say, say_json
+from diffgraft.cli.console import say, say_json, warn
 
 if TYPE_CHECKING:
     from diffgraft.adapters.lowrank import Size
@@ -19,6 +19,13 @@ RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
 ENERGY = typer.Option(
     help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs, at most --rank."
 )
+
+
+def adapter_size(path: Path) -> int:
+    """Bytes of a file, of the adapter in a run's folder, or of all files in a folder."""
+    if (path / "adapter.safetensors").is_file():
+        path = path / "adapter.safetensors"
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _device(name: str) -> str:
@@ -179,11 +186,18 @@ def resize(
     For example: diffgraft resize dog.safetensors -o small-dog.safetensors --energy 0.95
     """
     from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.ops.resize import rank_of
     from diffgraft.adapters.ops.resize import resize as smaller
 
     size = _size(rank, energy)
+    given = load_adapter(adapter)
+    most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
+    if rank is not None and 0 < most <= rank:
+        warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
     with opened(base) as weights:
-        _save(smaller(load_adapter(adapter), size, weights, device), output, to, every=True)
+        _save(smaller(given, size, weights, device), output, to, every=True)
+    before, after = adapter_size(adapter), adapter_size(output)
+    say(f"size: {before / 1000:,.1f} kB before, {after / 1000:,.1f} kB now")
 
 
 def inspect(

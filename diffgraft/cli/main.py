@@ -19,7 +19,7 @@ app = typer.Typer(
     name="diffgraft",
     help="Teach a frozen diffusion model something new with a few pictures and a few megabytes.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 

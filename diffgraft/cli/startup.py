@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 from io import TextIOWrapper
 from typing import NoReturn
@@ -20,6 +21,8 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a console of another encoding shows what it lacks written out
             stream.reconfigure(errors="backslashreplace")
+    # whatever ends the process by a request ends a run as Ctrl-C does: with a checkpoint, and how to go on
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     status: object = 0
     try:
         main()

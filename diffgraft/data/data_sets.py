@@ -5,12 +5,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from diffgraft.data.hub import answers, offline
 from diffgraft.data.pictures import Picture
 from diffgraft.data.tables import as_captions, caption_column_of
 from diffgraft.errors import DiffgraftError
-
-_SECONDS = 5
-"""So long the hub may take to say whether it has a data set"""
 
 
 def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
@@ -26,7 +24,7 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
         if isinstance(where, Path):
             found = load_from_disk(str(where))
         else:
-            with nullcontext() if _is_on_hub(where) else _offline():
+            with nullcontext() if answers("dataset", where) else _offline():
                 found = load_dataset(where)
     except Exception as error:  # the hub's client and the library raise what they will
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -57,31 +55,13 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Within the block data sets are looked for among those that were brought earlier alone."""
+    """`offline`, of the library `datasets` as well, which has a switch of its own."""
     import datasets
-    from huggingface_hub import constants
 
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True
     try:
-        yield
+        with offline():
+            yield
     finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _is_on_hub(name: str) -> bool:
-    """Whether the hub can be asked for it: its own client would try for half a minute where it cannot.
-
-    Raises:
-        RepositoryNotFoundError: the hub has none of that name.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        HfApi().dataset_info(name, timeout=_SECONDS)
-    except RepositoryNotFoundError:
-        raise
-    except Exception:  # no network, no answer in time, told to stay offline: what was brought earlier may be there
-        return False
-    return True
+        datasets.config.HF_HUB_OFFLINE = before

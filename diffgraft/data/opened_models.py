@@ -1,9 +1,11 @@
 """Models of transformers that look at pictures, by hub id or folder; nothing of theirs is run or unpickled."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from diffgraft.data.hub import answers, offline
 from diffgraft.errors import DiffgraftError
 from diffgraft.quiet import hushed
 
@@ -21,9 +23,10 @@ def open_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, Any
     """
     from transformers import AutoConfig, AutoProcessor
 
-    place = str(Path(where).expanduser()) if Path(where).expanduser().exists() else where
+    is_local = Path(where).expanduser().exists()
+    place = str(Path(where).expanduser()) if is_local else where
     try:
-        with hushed():
+        with hushed(), nullcontext() if is_local or answers("model", where) else offline():
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             kind = next((kind for kind in kinds if _knows(kind, config)), None)
             if kind is None:

@@ -1,0 +1,86 @@
+"""Things that a person notices at once: help, stopping, sizes, an answer without a connection."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.lora import low_rank
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.run import train
+from tests.cli.test_cli import call
+from tests.conftest import SHORT
+
+
+@pytest.mark.parametrize("words", [["-h"], ["train", "-h"], ["generate", "-h"], ["plan", "-h"]])
+def test_help_answers_to_its_short_name(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = low_rank(torch.randn(4, 30), torch.randn(20, 4), 1.0)
+    file = Adapter({"unet.mid_block.attentions.0.proj_in": (lora,)}).save(tmp_path / "a.safetensors")
+    assert call(monkeypatch, "resize", file, "-o", tmp_path / "b.safetensors", "--rank", 2) == 0
+    told = capsys.readouterr()
+    assert f"size: {file.stat().st_size / 1000:,.1f} kB before" in told.out
+    assert "makes nothing smaller" not in told.err
+    assert call(monkeypatch, "resize", file, "-o", tmp_path / "c.safetensors", "--rank", 8) == 0
+    assert "has more than rank 4, so that --rank 8 makes nothing smaller" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
+    from transformers import AutoModel
+
+    from diffgraft.data.opened_models import open_model
+
+    def model_info(_self: HfApi, _name: str, *, timeout: float) -> None:
+        assert timeout <= 5
+        raise TimeoutError
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(DiffgraftError, match="There is no model 'some/model' in a folder, in the cache, or on the hub"):
+        open_model([AutoModel], "some/model", "look")
+    assert time.monotonic() - started < 10
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_pictures_that_were_learnt_stand_above_before_and_after(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "steps": 1, "sample_prompts": "a dog", "prior": {"weight": 0}}
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    with Image.open(run.before_after) as sheet:
+        assert sheet.height == 2 * (128 + 20 + 6)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM to be caught there")
+def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -> None:
+    words = ["train", "subject", f"images={pictures}", "subject=dog", "prior.weight=0", f"output={tmp_path / 'run'}"]
+    words += ["steps=5000", "sample_every=0", "checkpoint_every=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffgraft", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.read_text("utf-8").count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"Go on with: diffgraft train --resume {tmp_path / 'run'}" in told
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
