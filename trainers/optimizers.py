@@ -120,7 +120,7 @@ def check_optimizer(recipe: Recipe, rates: Sequence[float]) -> None:
 
 def odd_rate(recipe: Recipe) -> str:
     """What a person is told of a rate that hardly suits the optimiser; empty where it is as one would have it."""
-    if recipe.optimizer != "prodigy" and recipe.lr >= _FACTOR:
+    if recipe.optimizer != "prodigy" and recipe.lr > _FACTOR:
         return (
             f"lr={recipe.lr} is far more than optimizer={recipe.optimizer} takes: each step changes weights by about "
             "as much, and what is learnt breaks. Rates are 0.01 and less; lr=1 is for prodigy."

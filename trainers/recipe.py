@@ -79,7 +79,7 @@ class Recipe(Strict):
     and others"""
     sample_prompts: list[str] = Field(default_factory=list)
     """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
-    lr: float = Field(1e-3, gt=0, le=100)
+    lr: float = Field(1e-3, gt=0)
     """Peak learning rate"""
     rates: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or pattern of a module's path →
@@ -303,7 +303,7 @@ class ConceptRecipe(Recipe):
     """Prompt of a picture without a caption, where templates=none"""
     templates: Literal["none", "object", "style"] = "object"
     """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
-    lr: float = Field(5e-3, gt=0, le=100)
+    lr: float = Field(5e-3, gt=0)
     """Peak learning rate"""
 
     default_samples: ClassVar[tuple[str, ...]] = (

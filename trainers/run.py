@@ -98,9 +98,10 @@ def train(
             if done > plan.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={plan.steps}.")
             run = finished(folder, plan, done, changed=changed)
+            if accelerator.is_main_process:
+                sweep(folder)
             if run is None:
                 if accelerator.is_main_process:
-                    sweep(folder)
                     save_recipe(plan, folder / "recipe.yaml")
                 run = learn(plan, held, folder, accelerator, read, start, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():

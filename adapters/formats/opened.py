@@ -41,7 +41,10 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     else:
         tensors, header = _safetensors(path)
     for key, value in tensors.items():
-        is_number = value.numel() == 1 and value.dtype is not torch.bool  # such as an alpha, or the place of a word
+        is_number = value.numel() == 1 or key.endswith(
+            ("_indices", "_size")
+        )  # such as an alpha, or places in a sparse remainder
+        is_number &= value.dtype is not torch.bool
         if value.is_complex() or not (value.is_floating_point() or is_number):
             raise DiffgraftError(
                 f"{path} holds {one_line(key, 100)} as {str(value.dtype).removeprefix('torch.')}; adapters are made of "

@@ -53,9 +53,9 @@ def test_what_a_format_cannot_hold_is_approximated_on_request(
     adapter = load_adapter(file)
     twice = type(adapter)({path: (*own, *own) for path, own in adapter.deltas.items()}, adapter.metadata)
     stacked = twice.save(tmp_path / "stacked.safetensors", "diffgraft")
-    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "kohya") == 1
+    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "diffusers") == 1
     assert "With --rank or --energy it is approximated" in capsys.readouterr().err
-    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "kohya", "--energy", 0.9) == 0
+    assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "diffusers", "--energy", 0.9) == 0
     said = capsys.readouterr().out
     assert "approximated: x.safetensors holds LoRAs" in said
     error = float(said.split("largest relative error: ")[1].split(",")[0])

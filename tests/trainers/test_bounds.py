@@ -58,7 +58,7 @@ def refusal(recipe: str, settings: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "setting", ["rank", "batch", "resolution", "accumulate", "crops", "repeats", "prior.images", "buckets.most", "lr"]
+    "setting", ["rank", "batch", "resolution", "accumulate", "crops", "repeats", "prior.images", "buckets.most"]
 )
 def test_numbers_beyond_any_machine_are_refused(setting: str) -> None:
     with pytest.raises(DiffgraftError, match=rf"{setting}='1000000' will not do: input should be less than or equal"):

@@ -37,6 +37,7 @@ def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradie
     assert broken(values, paths) == "unet.b"
 
 
+@pytest.mark.filterwarnings("ignore:lr=.* is far more than")
 def test_a_run_that_diverges_says_where_and_keeps_what_it_had(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 5, "checkpoint_every": 0, "sample_prompts": "a dog", "lr": 1e30}
     with pytest.raises(DiffgraftError) as caught:
