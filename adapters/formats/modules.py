@@ -2,9 +2,8 @@
 
 How a module is written, with dots or underscores, in diffusers' names or in the original layout's, is up to a dialect;
 what its leaves mean is the same in all of them and stands here. One layer may stand in a file under several names: a
-merge of two files that keeps the keys of both side by side leaves it so (sd-scripts, ``networks/sdxl_merge_lora.py``,
-merges by name). What such a file means is the sum. Where both hold the very same numbers it is one copy under a second
-name, for programs that know only that one, and counts once.
+merge of two files that goes by the names of keys leaves it so. What such a file means is the sum. Where both hold the
+very same numbers it is one copy under a second name, for programs that know only that one, and counts once.
 Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``utils``; ComfyUI, ``comfy/lora.py``; OneTrainer, ``LoRAModule.py``.
 """
 
