@@ -312,7 +312,8 @@ def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
     path, lost = found.worst
     say(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
     if found.dropped:
-        say(f"left out, as LoRA cannot hold it, or its layer has other inputs: {len(found.dropped)}, such as {found.dropped[0]}")
+        why = "as LoRA cannot hold it, or its layer has other inputs"
+        say(f"left out, {why}: {len(found.dropped)}, such as {found.dropped[0]}")
 
 
 COMMANDS = (convert, combine, extract, resize, inspect, diff)

@@ -37,6 +37,8 @@ _LONGEST_NOTE = 2**24
 """Bytes of a chunk that is looked at"""
 _PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 """Chunks of a PNG that may say how the camera was turned"""
+_STRIP = 64
+"""Rows of a picture that are worked on at once"""
 
 
 class UnreadablePictureError(DiffgraftError):
@@ -187,13 +189,21 @@ def upright_rgb(path: Path | IO[bytes], ground: str = "white") -> Image.Image:
     with opened(path) as file:
         image = _upright(file)
         if image.mode.startswith(("I", "F")):  # 16-bit and float grey: PIL's own conversion clips at 255
-            values = np.asarray(image, dtype=np.float64)
-            top = 65535.0 if values.max() > 255 else 255.0
-            return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return _in_eight_bits(np.asarray(image)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
         return image.convert("RGB")
+
+
+def _in_eight_bits(values: np.ndarray) -> Image.Image:
+    """Grey values [h, w] up to 255 or 65535 as an image, in strips: 8 bytes for every pixel would be gigabytes."""
+    top = 65535.0 if values.max(initial=0) > 255 else 255.0
+    found = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), _STRIP):
+        strip = values[start : start + _STRIP].astype(np.float64)
+        found[start : start + _STRIP] = (strip / top * 255).clip(0, 255)
+    return Image.fromarray(found)
 
 
 def _upright(file: Image.Image) -> Image.Image:
