@@ -54,7 +54,8 @@ def generate(
     Args:
         prompt: what they should show, or several.
         adapters: a file, a run or an `Adapter`, or several with their strengths, as `graft` takes them.
-        base: what `load_base` takes, or a base, which stays where and as it is.
+        base: what `load_base` takes, or a loaded base, which stays where and as it is: nothing below of how it is
+            loaded can be told then.
         count: how many.
         seed: of the first picture of each prompt; the next ones count up.
         size: (width, height) in pixels; the base's own where it is None.
@@ -87,13 +88,20 @@ def generate(
     for file in adapters if isinstance(adapters, Mapping) else [adapters]:
         if isinstance(file, str | PathLike) and not Path(file).expanduser().exists():
             load_adapter(file)  # which says so
+    more: dict[str, Any] = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
     if isinstance(base, Base):
+        loading = {"precision": precision, "device": device, "offload": offload, **more}
+        for name, value in loading.items():
+            if value not in ("", "none", None):
+                raise DiffgraftError(
+                    f"{name}={value} tells how a base is loaded, and a loaded one was given: leave it out, or give the "
+                    "base's name."
+                )
         held = base
     else:
         place = device_of(device)
         if offload != "none" and place.type == "cpu":
             raise DiffgraftError("offload=model moves parts to a GPU and back, and no GPU is used here: leave it out.")
-        more: dict[str, Any] = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
         held = load_base(base, dtype_of(precision, place), **more)
         if offload == "none":
             held.to(place)

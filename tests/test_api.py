@@ -81,6 +81,15 @@ def test_what_cannot_be_drawn_is_told_before_a_base_is_loaded(settings: dict[str
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"offload": "model"}, {"device": "cpu"}, {"precision": "float16"}, {"zero_snr": False}, {"quantize": "int8"}],
+)
+def test_how_a_base_is_loaded_cannot_be_told_of_a_loaded_one(base: Base, settings: dict[str, Any]) -> None:
+    with pytest.raises(DiffgraftError, match=f"{next(iter(settings))}=.* tells how a base is loaded, and a loaded one"):
+        dg.generate("a dog", base=base, **settings)
+
+
+@pytest.mark.parametrize(
     ("prompt", "answer"),
     [
         ("a dog <lora:ink:0.8>", r"<lora:ink:0.8> in a prompt means nothing here"),
