@@ -17,6 +17,7 @@ from diffgraft.adapters.projections import laid_out
 from diffgraft.bases.original import LEVELS, Blocks
 from diffgraft.bases.shapes import FAMILY
 from diffgraft.bases.weights import Weights
+from diffgraft.errors import DiffgraftError
 
 Deltas = Mapping[str, tuple[Delta, ...]]
 _WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
@@ -59,6 +60,27 @@ def with_base(adapter: Adapter, **more: Any) -> Adapter:
     return replace(adapter, metadata={**adapter.metadata, "base": base})
 
 
+def common_base(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The family, and the layers in a block, that all `adapters` are for, as far as they say it and agree.
+
+    Raises:
+        DiffgraftError: they say different numbers of layers, so that no one base takes all of them.
+        ValueError: what one of them says is no number of layers.
+    """
+    families = {family_of(adapter) for adapter in adapters}
+    layers = {said for adapter in adapters if (said := _said_layers(adapter)) is not None}
+    if len(layers) > 1:
+        raise DiffgraftError(
+            f"The adapters are for UNets with {' and '.join(map(str, sorted(layers)))} layers in a block; "
+            "combine those that are for the same base."
+        )
+    family = families.pop() if len(families) == 1 else None
+    return {
+        **({"family": family} if family else {}),
+        **({"layers_per_block": layers.pop()} if layers else {}),
+    }
+
+
 def _said(adapter: Adapter, key: str) -> Any:
     said = adapter.metadata.get("base")
     return said.get(key) if isinstance(said, Mapping) else None
@@ -84,6 +106,16 @@ def _widths(deltas: Deltas) -> set[str]:
             if shape is not None and len(shape) > 1 and shape[1] in _WIDTHS:
                 found.add(_WIDTHS[shape[1]])
     return found
+
+
+def made_for(adapter: Adapter, weights: Weights) -> Adapter:
+    """The adapter with the family of a base in its metadata, and the layers in a block where there are not two."""
+    family, layers = family_of_weights(weights), weights.layers_in_block
+    said = {
+        **({"family": family} if family else {}),
+        **({"layers_per_block": layers} if layers not in (None, 2) else {}),
+    }
+    return with_base(adapter, **said) if said else adapter
 
 
 def family_of_weights(weights: Weights) -> str | None:
@@ -163,9 +195,7 @@ def layers_of(adapter: Adapter) -> int:
     Raises:
         ValueError: it does not say, and its modules are those of several UNets.
     """
-    if (said := _said(adapter, "layers_per_block")) is not None:
-        if not isinstance(said, int) or isinstance(said, bool) or said < 1:
-            raise ValueError(f"its header gives {said!r} as the layers in a block, which is no number of layers")
+    if (said := _said_layers(adapter)) is not None:
         return said
     last: dict[str, dict[str, int]] = {"down": {}, "up": {}}
     for path in adapter.deltas:
@@ -177,6 +207,13 @@ def layers_of(adapter: Adapter) -> int:
         return least
     is_whole = set(last["down"].values()) == {0} and set(last["up"].values()) == {1}
     return 1 if is_whole and len(last["down"]) > 1 and len(last["up"]) > 1 else 2
+
+
+def _said_layers(adapter: Adapter) -> int | None:
+    said = _said(adapter, "layers_per_block")
+    if said is None or (isinstance(said, int) and not isinstance(said, bool) and said >= 1):
+        return said
+    raise ValueError(f"its header gives {said!r} as the layers in a block, which is no number of layers")
 
 
 def as_diffusers(adapter: Adapter) -> Adapter:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats import load_for_base
 from diffgraft.adapters.lowrank import Size
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, in_a_sentence
@@ -103,8 +103,8 @@ def combine(
     """
     from diffgraft.adapters.ops.combine import combine as together
 
-    given = [(_name(file), _loaded(file), strength) for file, strength in adapters.items()]
     with _weights(base) as weights:
+        given = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
         size = _size(rank, energy)
         return together(given, size, algorithm, density, seed, weights, str(device_of(device))).adapter
 
@@ -126,7 +126,7 @@ def resize(
     from diffgraft.adapters.ops.resize import resize as smaller
 
     with _weights(base) as weights:
-        return smaller(_loaded(adapter), _needed(rank, energy), weights, str(device_of(device))).adapter
+        return smaller(_loaded(adapter, weights), _needed(rank, energy), weights, str(device_of(device))).adapter
 
 
 @in_a_sentence
@@ -227,8 +227,8 @@ def _path(file: Any) -> Path:
         raise DiffgraftError(f"{file!r} is no path of a file.") from error
 
 
-def _loaded(file: Any) -> Adapter:
-    return file if isinstance(file, Adapter) else load_adapter(file)
+def _loaded(file: Any, weights: "Weights | None" = None) -> Adapter:
+    return file if isinstance(file, Adapter) else load_for_base(file, weights)
 
 
 def _name(file: Any) -> str:

@@ -80,7 +80,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     largest = max(sizes, key=math.prod)
     prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
     passes = 2 if any(prior_of(part) is not None for part, _ in read) else 1
-    start = read_start(recipe.init_from) if recipe.init_from else None
+    start = read_start(recipe.init_from, base) if recipe.init_from else None
     found = cost(recipe, base, lambda: _attached(recipe, base, start), largest, prompts, passes)
     facts = [
         (

@@ -71,7 +71,6 @@ def train(
         plan, folder = new_run(recipe, {**settings, "base": named} if named else settings)
     is_done = (folder / "adapter.safetensors").exists()  # which can do without the file it began with
     needed = plan.init_from and not (is_done and not Path(plan.init_from).exists())
-    start = read_start(plan.init_from) if needed else None
     check_trackers(plan)
     accelerator = new_accelerator(plan)
     folder = the_same_folder(accelerator, folder)
@@ -82,6 +81,7 @@ def train(
     held = _held(plan, base)
     plan = plan.model_copy(update={"quantize": held.quantize})  # so that what is written says it, whoever loaded it
     check_base(plan, held)
+    start = read_start(plan.init_from, held) if needed else None
     was_on = held.device
     held.to(accelerator.device)
     try:

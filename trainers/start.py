@@ -20,6 +20,7 @@ from diffgraft.adapters.method import (
     parts_of,
 )
 from diffgraft.bases import Base
+from diffgraft.bases.original import layers_in_block
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe import Recipe
 from diffgraft.trainers.recipe_files import meaningless
@@ -42,14 +43,14 @@ class Start:
             warnings.warn(text, stacklevel=5)
 
 
-def read_start(path: str) -> Start:
-    """The file, or the folder of peft's or of a run, at `path`.
+def read_start(path: str, base: Base) -> Start:
+    """The file, or the folder of peft's or of a run, at `path`, its names counted as in `base`.
 
     Raises:
         DiffgraftError: it is missing, or no adapter.
     """
     place = Path(path).expanduser()
-    adapter = load_adapter(place)
+    adapter = load_adapter(place, layers_in_block(base))
     run = place / "adapter.safetensors"
     files = [run] if run.is_file() else sorted(place.rglob("adapter_*")) if place.is_dir() else [place]
     digest = hashlib.sha256()

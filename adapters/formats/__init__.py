@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import DoraDelta, following
-from diffgraft.adapters.families import as_diffusers, with_family
+from diffgraft.adapters.families import as_diffusers, with_base, with_family
 from diffgraft.adapters.formats import (
     aesthetic_embedding,
     cloneofsimo,
@@ -32,6 +32,7 @@ from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.adapters.ops.effect import own_shape
 from diffgraft.bases.stored import is_checkpoint
+from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
 
@@ -99,7 +100,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
                 _check(found)
                 if strange := misspelt(found.modules):
                     warnings.warn(f"{path}: {strange}", stacklevel=2)
-                return as_diffusers(with_family(_following(found)))
+                return as_diffusers(with_family(_with_layers(_following(found), layers)))
             except UnknownKeyError as error:
                 rest = made_for(dialect.read, tensors, header, error)
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error)}{rest}.") from error
@@ -115,6 +116,18 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
         f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
         f"Read are: {', '.join(DIALECTS)}."
     )
+
+
+def load_for_base(path: str | PathLike[str], weights: Weights | None) -> Adapter:
+    """Read an adapter file like `load_adapter`, its names counted as in the base whose `weights` are given."""
+    return load_adapter(path, weights.layers_in_block if weights is not None else None)
+
+
+def _with_layers(adapter: Adapter, layers: int | None) -> Adapter:
+    """The adapter with the layers in a block of its base in the metadata, where there are not two, as usual."""
+    if layers in (None, 2) or not any(path.startswith("unet.") for path in adapter.deltas):
+        return adapter
+    return with_base(adapter, layers_per_block=layers)
 
 
 def _check(adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.families import family_of
+from diffgraft.adapters.families import common_base
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lowrank import Size
@@ -125,9 +125,8 @@ def _together(read: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
     triggers = [str(adapter.metadata["trigger"]) for _, adapter, _ in read if adapter.metadata.get("trigger")]
     said |= {"trigger": ", ".join(dict.fromkeys(triggers))} if triggers else {}
     said |= {"base": bases[0]} if bases[0] and all(base == bases[0] for base in bases) else {}
-    families = {family_of(adapter) for _, adapter, _ in read}
-    if "base" not in said and len(families) == 1 and (family := families.pop()):
-        said["base"] = {"family": family}
+    if "base" not in said and (common := common_base([adapter for _, adapter, _ in read])):
+        said["base"] = common
     foreign = [still_true(adapter.metadata.get(FOREIGN)) for _, adapter, _ in read]
     if kept := of_all(foreign):
         said[FOREIGN] = kept

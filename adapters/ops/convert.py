@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import following
-from diffgraft.adapters.formats import WRITTEN, dialect_of, load_adapter, only_word, save_adapter
+from diffgraft.adapters.formats import WRITTEN, dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import read_delta, read_network
@@ -70,8 +70,7 @@ def convert(
         DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such word
             or precision.
     """
-    layers = weights.layers_in_block if weights is not None else None
-    adapter = load_adapter(source, layers)
+    adapter = load_for_base(source, weights)
     adapter = part_of(adapter, only) if only else adapter
     rounded = in_precision(adapter, precision) if precision else adapter
     path = Path(path).expanduser()
@@ -92,7 +91,7 @@ def convert(
                 raise DiffgraftError(f"{reason} With --rank or --energy it is approximated by LoRAs.") from error
             found = resize(adapter, approximate, weights, device)
             save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, new, dialect)
-        again = load_adapter(new, layers)
+        again = load_for_base(new, weights)
         said = tuple(remarks(again, dialect_of(again, dialect)))
         comparison = compare(adapter, again, weights, device)
         new.rename(path)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.families import family_of_weights, with_base
+from diffgraft.adapters.families import made_for
 from diffgraft.adapters.loha import HADAMARD
 from diffgraft.adapters.lowrank import Size, nearest
 from diffgraft.adapters.ops.resize import Reduced
@@ -83,8 +83,7 @@ def extract(
     if not deltas:
         raise DiffgraftError("The two checkpoints do not differ in any layer that such an adapter could hold.")
     found_all = Adapter(deltas, {"method": method, **(metadata or {})})
-    family = family_of_weights(base)
-    return Reduced(with_base(found_all, family=family) if family else found_all, lost, tuple(dropped))
+    return Reduced(made_for(found_all, base), lost, tuple(dropped))
 
 
 def _same(one: Tensor, two: Tensor) -> bool:

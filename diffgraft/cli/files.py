@@ -134,14 +134,14 @@ def combine(
     of others 0.999 of the squared norm is kept. For a small file, give --rank.
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
     """
-    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.lowrank import Size
     from diffgraft.adapters.ops.combine import combine as together
     from diffgraft.cli.console import strengths
 
-    given = [(file, load_adapter(file), strength) for file, strength in strengths(adapter).items()]
     size = Size(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
+        given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
         _save(together(given, size, way, density, seed, weights, device), output, to)
 
 
@@ -185,16 +185,16 @@ def resize(
 
     For example: diffgraft resize dog.safetensors -o small-dog.safetensors --energy 0.95
     """
-    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.ops.resize import rank_of
     from diffgraft.adapters.ops.resize import resize as smaller
 
     size = _size(rank, energy)
-    given = load_adapter(adapter)
-    most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
-    if rank is not None and 0 < most <= rank:
-        warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
     with opened(base) as weights:
+        given = load_for_base(adapter, weights)
+        most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
+        if rank is not None and 0 < most <= rank:
+            warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
         _save(smaller(given, size, weights, device), output, to, every=True)
     before, after = adapter_size(adapter), adapter_size(output)
     say(f"size: {before / 1000:,.1f} kB before, {after / 1000:,.1f} kB now")
@@ -247,11 +247,11 @@ def diff(
     """
     from dataclasses import asdict
 
-    from diffgraft.adapters.formats import load_adapter
+    from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.ops.compare import compare
 
     with opened(base) as weights:
-        found = compare(load_adapter(first), load_adapter(second), weights, device)
+        found = compare(load_for_base(first, weights), load_for_base(second, weights), weights, device)
     if as_json:
         say_json(asdict(found))
         return

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import diffgraft as dg
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.families import with_base
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.lycoris import flat
 from diffgraft.adapters.lowrank import Size
@@ -95,11 +98,10 @@ def test_the_same_numbers_under_two_names_count_once_and_what_is_no_sum_is_refus
         load_adapter(written(tmp_path / "dora.safetensors", dora))
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_path: Path, layers: int) -> None:
+def small_unet(layers: int) -> Any:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=layers,
@@ -109,6 +111,11 @@ def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_path: Path, layers: int) -> None:
+    unet = small_unet(layers)
     blocks = Blocks(layers, (True, True))
     modules = {name: module for name, module in unet.named_modules() if name.endswith(("attn1.to_q", "attn2.to_v"))}
     tensors: dict[str, Tensor] = {}
@@ -127,6 +134,42 @@ def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_
             assert np.abs((module.weight - before[name]).detach().double().numpy() - want).max() < 1e-5
     with pytest.raises(DiffgraftError, match="apply it to the base it is for"):
         load_adapter(some)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_every_operation_counts_names_by_the_layers_of_the_base_and_keeps_the_count(
+    tmp_path: Path, layers: int
+) -> None:
+    unet = small_unet(layers)
+    unet.save_pretrained(tmp_path / "base" / "unet")
+    blocks = Blocks(layers, (True, True))
+    tensors: dict[str, Tensor] = {}
+    for seed, (name, module) in enumerate(unet.named_modules()):
+        if name.startswith("up_blocks") and name.endswith("attn2.to_v"):
+            tensors |= pair(f"lora_unet_{flat(blocks.original(name))}", 3 * seed, *module.weight.shape)
+    late = written(tmp_path / "late.safetensors", tensors)
+    with open_weights(tmp_path / "base") as weights:
+        resized = dg.resize(late, 1, base=str(tmp_path / "base"))
+        together = dg.combine({late: 0.5, str(late): 0.5}, base=str(tmp_path / "base"))
+        converted = convert(late, tmp_path / "diffusers.safetensors", "diffusers", weights=weights)
+    (tmp_path / "tuned" / "unet").mkdir(parents=True)
+    tuned = {name: value.clone() for name, value in unet.state_dict().items()}
+    path = next(name for name in tuned if name.startswith("up_blocks.1") and name.endswith("attn2.to_v.weight"))
+    tuned[path] += 1
+    save_file(tuned, tmp_path / "tuned" / "unet" / "diffusion_pytorch_model.safetensors")
+    extracted = dg.extract(str(tmp_path / "tuned"), str(tmp_path / "base"), 1)
+    for adapter in (resized, together, load_adapter(converted.path, layers)):
+        new = adapter.save(tmp_path / "new.safetensors", "kohya")
+        assert {key.partition(".")[0] for key in load_file(new)} == {key.partition(".")[0] for key in tensors}
+        new.unlink()
+    assert extracted.metadata["base"]["layers_per_block"] == layers
+    two = SimpleNamespace(unet=small_unet(2))
+    foreign = load_adapter(late, layers)
+    both = f"UNets with {min(2, layers)} and {max(2, layers)} layers in a block"
+    with pytest.raises(DiffgraftError, match=both):
+        dg.combine({foreign: 1.0, with_base(foreign, layers_per_block=2): 1.0})
+    with pytest.raises(DiffgraftError), graft(two, late):
+        pass
 
 
 XL = "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_k"
