@@ -36,9 +36,9 @@ from diffgraft.bases import Base, load_base
 from diffgraft.data.latents import Latents
 from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
+from diffgraft.diffusion.forward import ForwardProcess, Noised
 from diffgraft.files import write_text
 from diffgraft.trainers import loop
-from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Examples
 from diffgraft.trainers.folder import Run
 from diffgraft.trainers.run import train
@@ -119,17 +119,17 @@ class Draws:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        sample, add, said = Latents.sample, Noising.__call__, Examples.prompt
+        sample, add, said = Latents.sample, ForwardProcess.at_timesteps, Examples.prompt
 
         def watched_sample(latents: Latents, rows: Sequence[int], noise: Tensor) -> Tensor:
             self.rows.append(list(rows))
             self.spread.append(noise)
             return sample(latents, rows, noise)
 
-        def watched_add(noising: Noising, latents: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        def watched_add(process: ForwardProcess, latents: Tensor, noise: Tensor, times: Tensor) -> Noised:
             self.noise.append(noise)
             self.times.append(times)
-            return add(noising, latents, noise, times)
+            return add(process, latents, noise, times)
 
         def watched_prompt(examples: Examples, *which: Any) -> str:
             self.prompts.append(said(examples, *which))
@@ -137,7 +137,7 @@ class Draws:
 
         with (
             patch.object(Latents, "sample", watched_sample),
-            patch.object(Noising, "__call__", watched_add),
+            patch.object(ForwardProcess, "at_timesteps", watched_add),
             patch.object(Examples, "prompt", watched_prompt),
         ):
             yield

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from diffgraft.bases import Framing
-from diffgraft.trainers.denoising import Noising
-from diffgraft.trainers.examples import Examples, Shown, normal
+from diffgraft.diffusion.forward import ForwardProcess
+from diffgraft.rng import normal
+from diffgraft.trainers.examples import Examples, Shown
 
 
 class Predict(Protocol):
@@ -29,18 +30,18 @@ class Batch:
     prompts: list[str]
     frames: list[Framing]
     mask: Tensor | None
-    """Where each counts, [n, 1, h, w]"""
+    """Factor on the error at each place of each sample, [n, 1, h, w]; None: all count alike"""
     weight: Tensor
     """Factor on the loss of each, [n]"""
     shown: list[Shown]
 
-    def loss(self, noising: Noising, said: Tensor) -> Tensor:
+    def loss(self, process: ForwardProcess, said: Tensor) -> Tensor:
         """Mean over the batch of what `said` [n, c, h, w] is off."""
-        return (noising.errors(said, self.target, self.times, self.mask) * self.weight).mean()
+        return (process.loss_per_sample(said, self.target, self.times, self.mask) * self.weight).mean()
 
 
 def draw_batch(
-    examples: Examples, noising: Noising, seed: int, place: int, count: int, kind: int, device: torch.device
+    examples: Examples, process: ForwardProcess, seed: int, place: int, count: int, kind: int, device: torch.device
 ) -> Batch:
     """Examples at `place` … of the shuffled line, with noise and timesteps of their own; `kind` keeps streams apart.
 
@@ -51,9 +52,9 @@ def draw_batch(
     shape, places = examples.encoded.latents.shape(rows[0]), range(place, place + count)
     spread = torch.stack([normal(shape, seed, at, kind, 1) for at in places]).to(device)
     latents = examples.encoded.latents.sample(rows, spread)
-    noisy, target, times = noising.at_places(latents, seed, places, kind)
+    noisy, target, times = process.at_places(latents, [(seed, at, kind) for at in places])
     prompts = [examples.prompt(one, seed, at, kind) for one, at in zip(shown, places, strict=True)]
-    mask, weight = examples.mask(shown), torch.tensor([one.example.weight for one in shown])
+    mask, weight = examples.weight_map(shown), torch.tensor([one.example.weight for one in shown])
     mask = None if mask is None else mask.to(device)
     return Batch(noisy, target, times, prompts, examples.framing(shown), mask, weight.to(device), shown)
 
@@ -63,7 +64,7 @@ class Captioned:
     """E‖ε − ε_θ(x_t, t, prompt)‖² over the examples (or the same in v)."""
 
     examples: Examples
-    noising: Noising
+    process: ForwardProcess
     seed: int
     device: torch.device
 
@@ -73,5 +74,5 @@ class Captioned:
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """The loss of the `count` examples at `place`, under the key "loss"; further keys are for the record."""
-        batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0, self.device)
-        return {"loss": batch.loss(self.noising, predict(batch.noisy, batch.times, batch.prompts, batch.frames))}
+        batch = draw_batch(self.examples, self.process, self.seed, place, count, 0, self.device)
+        return {"loss": batch.loss(self.process, predict(batch.noisy, batch.times, batch.prompts, batch.frames))}

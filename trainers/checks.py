@@ -7,8 +7,8 @@ from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.attach import check_format
 from diffgraft.trainers.concepts import Read
+from diffgraft.trainers.denoising import forward_process
 from diffgraft.trainers.materials import own_class, prior_of, side_of, step_of, weight_by_prediction
-from diffgraft.trainers.objectives import noising_of
 from diffgraft.trainers.optimizers import check_optimizer
 from diffgraft.trainers.rates import factors
 from diffgraft.trainers.recipe import Recipe
@@ -54,7 +54,7 @@ def check_base(recipe: Recipe, base: Base) -> None:
     if side % step:
         better = max(step, round(side / step) * step)
         raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
-    noising_of(recipe, base)
+    forward_process(base, recipe.noise, recipe.timesteps, recipe.loss)
 
 
 def check_attached(recipe: Recipe, live: Attached) -> None:

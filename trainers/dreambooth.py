@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.captioned import Predict, draw_batch
-from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Examples
 
 
@@ -21,7 +21,7 @@ class DreamBooth:
     instance: Examples
     prior: Examples
     """Each has its λ for a weight"""
-    noising: Noising
+    process: ForwardProcess
     seed: int
     device: torch.device
 
@@ -32,8 +32,8 @@ class DreamBooth:
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """Under "loss" L_instance + λ · L_prior; the two terms stand beside it, the second without its λ."""
-        ours = draw_batch(self.instance, self.noising, self.seed, place, count, 0, self.device)
-        kept = draw_batch(self.prior, self.noising, self.seed, place, count, 1, self.device)
+        ours = draw_batch(self.instance, self.process, self.seed, place, count, 0, self.device)
+        kept = draw_batch(self.prior, self.process, self.seed, place, count, 1, self.device)
         if ours.noisy.shape == kept.noisy.shape:
             noisy, times = torch.cat([ours.noisy, kept.noisy]), torch.cat([ours.times, kept.times])
             both = predict(noisy, times, ours.prompts + kept.prompts, ours.frames + kept.frames)
@@ -41,8 +41,8 @@ class DreamBooth:
         else:
             said_of_ours = predict(ours.noisy, ours.times, ours.prompts, ours.frames)
             said_of_kept = predict(kept.noisy, kept.times, kept.prompts, kept.frames)
-        instance = ours.loss(self.noising, said_of_ours)
-        errors = self.noising.errors(said_of_kept, kept.target, kept.times)
+        instance = ours.loss(self.process, said_of_ours)
+        errors = self.process.loss_per_sample(said_of_kept, kept.target, kept.times)
         return {
             "loss": instance + (errors * kept.weight).mean(),
             "instance": instance,

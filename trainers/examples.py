@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffgraft.bases import Framing
 from diffgraft.data.latents import Encoded
-from diffgraft.data.settings import Tags
+from diffgraft.data.settings import Masks, Tags
 from diffgraft.data.wording import Wording
+from diffgraft.rng import numpy_generator, permutation
 
 _WAYS, _WORDS, _TURNS = 1_000_003, 1_000_005, 1_000_007
 """Streams of random numbers beside those of the buckets, which are counted from 0"""
@@ -54,6 +54,8 @@ class Examples:
     tags: Tags = field(default_factory=lambda: Tags.model_validate({}))
     dropout: float = 0.0
     """Probability that nothing is said"""
+    masks: Masks = field(default_factory=lambda: Masks.model_validate({}))
+    """How much what a mask leaves out counts"""
 
     @cached_property
     def _turns(self) -> list[tuple[int, int]]:
@@ -78,7 +80,7 @@ class Examples:
         cycle, at = divmod(place // count, len(bucket_of))
         bucket, earlier = 0, at
         if len(buckets) > 1:
-            order = _order(seed, _TURNS, cycle, len(bucket_of))
+            order = permutation(len(bucket_of), seed, _TURNS, cycle)
             bucket = bucket_of[order[at]]
             earlier = sum(bucket_of[other] == bucket for other in order[:at])
         own = buckets[bucket]
@@ -88,12 +90,12 @@ class Examples:
     def _shown(self, seed: int, own: list[int], bucket: int, place: int) -> Shown:
         """What stands at a place of a bucket's line."""
         turn, at = divmod(place, len(own))
-        index, repeat = self._turns[own[_order(seed, bucket, turn, len(own))[at]]]
+        index, repeat = self._turns[own[permutation(len(own), seed, bucket, turn)[at]]]
         one = self.examples[index]
         ways = len(one.rows) * len(one.wording.texts)
         again, way = divmod(turn * one.repeats + repeat, ways)
         if ways > 1:
-            way = _order(seed + index, _WAYS, again, ways)[way]
+            way = permutation(ways, seed + index, _WAYS, again)[way]
         return Shown(one, one.rows[way % len(one.rows)], way // len(one.rows))
 
     def prompt(self, shown: Shown, seed: int, place: int, kind: int) -> str:
@@ -105,34 +107,20 @@ class Examples:
         return self._said(shown.example.class_wording, shown, seed, place, kind)
 
     def _said(self, wording: Wording, shown: Shown, seed: int, place: int, kind: int) -> str:
-        return wording.prompt(
-            shown.text, self.tags, self.dropout, np.random.default_rng([seed, _WORDS, place, kind + 1])
-        )
+        return wording.prompt(shown.text, self.tags, self.dropout, numpy_generator(seed, _WORDS, place, kind + 1))
 
     def framing(self, shown: Sequence[Shown]) -> list[Framing]:
         """How each was cut."""
         return [self.encoded.frames[one.row].told() for one in shown]
 
-    def mask(self, shown: Sequence[Shown]) -> Tensor | None:
-        """Where each counts, [n, 1, h, w]; None where all of all do."""
+    def weight_map(self, shown: Sequence[Shown]) -> Tensor | None:
+        """Factor on the error at each place of each sample, [n, 1, h, w]; None where none of them has a mask."""
         masks = [self.encoded.masks[one.row] for one in shown]
         if not any(mask is not None for mask in masks):
             return None
         shape = self.encoded.latents.shape(shown[0].row)[1:]
-        return torch.stack([torch.ones(shape) if mask is None else mask for mask in masks]).unsqueeze(1)
-
-
-@lru_cache(4096)
-def _order(seed: int, stream: int, turn: int, count: int) -> tuple[int, ...]:
-    return tuple(np.random.default_rng([seed, stream, turn]).permutation(count).tolist())
-
-
-def generator(seed: int, *what: int) -> torch.Generator:
-    """A generator for this purpose alone; `what` says which (step, kind of noise, …)."""
-    state = np.random.SeedSequence([seed, *what]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
-
-
-def normal(shape: Sequence[int], seed: int, *what: int) -> Tensor:
-    """Standard normal noise on the CPU, the same wherever it is used."""
-    return torch.randn(tuple(shape), generator=generator(seed, *what))
+        mask = torch.stack([torch.ones(shape) if mask is None else mask for mask in masks]).unsqueeze(1)
+        weight = self.masks.outside + (1 - self.masks.outside) * mask
+        if self.masks.normalize:
+            weight = weight / weight.flatten(1).mean(1).clamp_min(1e-6).view(-1, 1, 1, 1)
+        return weight

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from diffgraft.rng import generator
 from diffgraft.trainers.captioned import Predict
-from diffgraft.trainers.examples import generator
 from diffgraft.trainers.processes import shared_mean
 from diffgraft.trainers.recipe import Recipe
 

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from diffgraft.bases import Base
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import square, to_tensor
-from diffgraft.trainers.denoising import Denoiser, Noising
-from diffgraft.trainers.examples import generator, normal
+from diffgraft.diffusion.forward import ForwardProcess
+from diffgraft.rng import generator, normal
+from diffgraft.trainers.denoising import Denoiser, forward_process
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,15 @@ def make_probe(
     if masks is not None:
         shown = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
         weight = F.adaptive_avg_pool2d(shown, (latents.shape[-2], latents.shape[-1]))[:, 0]
-    return probe_of(Noising(base), latents, weight, pairs, seed)
+    return probe_of(forward_process(base), latents, weight, pairs, seed)
 
 
-def probe_of(noising: Noising, latents: Tensor, weight: Tensor, pairs: int, seed: int) -> Probe:
+def probe_of(process: ForwardProcess, latents: Tensor, weight: Tensor, pairs: int, seed: int) -> Probe:
     """A probe on `latents` [n, c, h, w], each counting where its `weight` [n, h, w] says."""
     rows = torch.arange(pairs) % len(latents)
     jitter = torch.rand(pairs, generator=generator(seed, 0))
     order = torch.randperm(pairs, generator=generator(seed, 1))  # no picture is tied to one part of the schedule
-    times = ((order + jitter) / pairs * noising.steps).long()
-    noisy, target = noising(latents[rows], normal(latents[rows].shape, seed, 2), times)
+    times = ((order + jitter) / pairs * process.parameterization.num_timesteps).long()
+    noisy, target, _ = process.at_timesteps(latents[rows], normal(latents[rows].shape, seed, 2), times)
     weight = (weight / weight.flatten(1).sum(1).view(-1, 1, 1)).unsqueeze(1)
     return Probe(noisy, target, times, weight[rows], rows.tolist())

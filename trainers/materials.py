@@ -18,9 +18,10 @@ from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.data.wording import Wording, is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
+from diffgraft.rng import generator
 from diffgraft.trainers.concepts import Read, read_part
-from diffgraft.trainers.denoising import Noising
-from diffgraft.trainers.examples import Example, Examples, generator
+from diffgraft.trainers.denoising import forward_process
+from diffgraft.trainers.examples import Example, Examples
 from diffgraft.trainers.holdout import read_held_out, rows_held_out
 from diffgraft.trainers.prompts import captions_of, check_prompts, wording_of
 from diffgraft.trainers.recipe import Recipe
@@ -68,7 +69,7 @@ def gather(plan: Recipe, base: Base, read: Read) -> Materials:
     ours = examples_of(plan, base, learnt, "encoding pictures")
     prior = class_examples(plan, base, learnt)
     aside = examples_of(plan, base, held, "encoding held-out pictures") if held else None
-    trial = held_out(Noising(base), aside.encoded, aside.examples, plan.validation.pairs) if aside else None
+    trial = held_out(forward_process(base), aside.encoded, aside.examples, plan.validation.pairs) if aside else None
     digest = data_digest(ours, prior)
     return Materials(ours, prior, weight_by_prediction(read), trial, all_prompts(plan, ours, prior, aside), digest)
 
@@ -168,7 +169,7 @@ def examples_of(plan: Recipe, base: Base, items: Sequence[Item], title: str) -> 
         for place, one in enumerate(items)
         if place in encoded.rows
     ]
-    return Examples(encoded, examples, plan.tags, plan.caption_dropout)
+    return Examples(encoded, examples, plan.tags, plan.caption_dropout, plan.masks)
 
 
 def class_examples(plan: Recipe, base: Base, items: Sequence[Item]) -> Examples | None:

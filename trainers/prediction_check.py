@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from diffgraft.bases import Base
-from diffgraft.trainers.denoising import Noising
-from diffgraft.trainers.examples import Examples, normal
+from diffgraft.rng import normal
+from diffgraft.trainers.examples import Examples
 
 _PICTURES = 4
 _KEPT = 0.05
@@ -44,12 +44,12 @@ def odd_prediction(base: Base, examples: Examples) -> str:
 @torch.no_grad()
 def cosines(base: Base, latents: Tensor) -> tuple[float, float]:
     """How near what the UNet says of noisy `latents` [n, c, h, w] is to ε and to v, as cosines."""
-    noising = Noising(base)
-    time = noising.time_of(_KEPT)
+    parameterization = base.parameterization
+    time = parameterization.nearest_timestep(_KEPT)
     noise = normal(latents.shape, 0, 1)
     times = torch.full((len(latents),), time)
-    noisy = noising(latents, noise, times)[0]
-    kept = noising.kept(time)
+    noisy = parameterization.noised(latents, noise, times)
+    kept = float(parameterization.signal(times)[0])
     v = kept**0.5 * noise - (1 - kept) ** 0.5 * latents
     size = (latents.shape[-2] * base.factor, latents.shape[-1] * base.factor)
     told = base.condition([""] * len(latents), size)

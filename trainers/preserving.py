@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.captioned import Predict, draw_batch
-from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Examples
 
 
@@ -24,7 +24,7 @@ class Preserving:
     """What the base says without the adapter"""
     prior_weight: float
     """λ"""
-    noising: Noising
+    process: ForwardProcess
     seed: int
     device: torch.device
 
@@ -34,7 +34,7 @@ class Preserving:
 
     def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
         """Under "loss" the whole; the two terms stand beside it."""
-        batch = draw_batch(self.examples, self.noising, self.seed, place, count, 0, self.device)
+        batch = draw_batch(self.examples, self.process, self.seed, place, count, 0, self.device)
         of_class = [
             self.examples.class_prompt(one, self.seed, at, 0)
             for one, at in zip(batch.shown, range(place, place + count), strict=True)
@@ -43,6 +43,6 @@ class Preserving:
             kept = self.bare(batch.noisy, batch.times, of_class, batch.frames)
         noisy, times = torch.cat([batch.noisy] * 2), torch.cat([batch.times] * 2)
         both = predict(noisy, times, batch.prompts + of_class, batch.frames * 2)
-        instance = batch.loss(self.noising, both[:count])
-        prior = self.noising.errors(both[count:], kept, batch.times).mean()
+        instance = batch.loss(self.process, both[:count])
+        prior = self.process.loss_per_sample(both[count:], kept, batch.times).mean()
         return {"loss": instance + self.prior_weight * prior, "instance": instance, "prior": prior}

@@ -8,8 +8,9 @@ from pydantic import Field, NonNegativeFloat, field_validator, model_validator
 
 from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.data.wording import without_word
+from diffgraft.diffusion.settings import Loss, Noise, Timesteps
 from diffgraft.strict import Strict
-from diffgraft.trainers.settings import Concept, Loss, Noise, Prior, Timesteps, Validation
+from diffgraft.trainers.settings import Concept, Prior, Validation
 
 FREE = (
     *("images", "layout", "outside", "base", "init_from", "output", "cache"),

@@ -8,8 +8,8 @@ import torch
 
 from diffgraft.bases import Framing
 from diffgraft.data.latents import Encoded
+from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.captioned import Predict
-from diffgraft.trainers.denoising import Noising
 from diffgraft.trainers.examples import Example
 from diffgraft.trainers.heldout import Probe, probe_of
 from diffgraft.trainers.settings import Validation
@@ -42,7 +42,7 @@ class HeldOut:
         return total / count
 
 
-def held_out(noising: Noising, encoded: Encoded, examples: Sequence[Example], pairs: int) -> HeldOut:
+def held_out(process: ForwardProcess, encoded: Encoded, examples: Sequence[Example], pairs: int) -> HeldOut:
     """The pairs of `examples`: about `pairs`, dealt out evenly, at least one for each."""
     sizes = sorted({encoded.frames[one.rows[0]].size for one in examples})
     probes = []
@@ -53,7 +53,7 @@ def held_out(noising: Noising, encoded: Encoded, examples: Sequence[Example], pa
         masks = [encoded.masks[row] for row in rows]
         weight = torch.stack([torch.ones(latents.shape[-2:]) if mask is None else mask for mask in masks])
         each = max(1, round(pairs / len(examples)))
-        probe = probe_of(noising, latents, weight, each * len(own), _SEED)
+        probe = probe_of(process, latents, weight, each * len(own), _SEED)
         prompts = [one.wording.prompts()[0] for one in own]
         probes.append((probe, prompts, [encoded.frames[row].told() for row in rows]))
     return HeldOut(probes)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.quiet import hushed
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -32,6 +33,9 @@ class Family(Protocol):
 
     def framing(self, frames: Sequence["Framing"]) -> dict[str, Tensor]:
         """What it is told about how n pictures are cut, as `Conditioning.added`; empty where it is told nothing."""
+
+    def parameterization(self, scheduler: Any) -> Parameterization:
+        """What the denoiser predicts, on the schedule of a diffusers scheduler."""
 
     def reaches(self, base: "Base", part: str, path: str) -> bool:
         """Whether what the module at `path` of a text encoder computes reaches the UNet at all."""
@@ -177,6 +181,11 @@ class Base:
     def prediction_type(self) -> str:
         """What the UNet predicts: `epsilon` or `v_prediction`."""
         return str(self.scheduler.config.prediction_type)
+
+    @property
+    def parameterization(self) -> Parameterization:
+        """What the denoiser predicts, on the schedule it was trained with."""
+        return self.family.parameterization(self.scheduler)
 
     @property
     def zero_snr(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffgraft.diffusion.parameterizations import Parameterization, parameterization
 from diffgraft.errors import DiffgraftError, nearest
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -66,6 +67,18 @@ def scheduled(scheduler: Any, prediction_type: str | None = None, zero_snr: bool
             "nothing. Set prediction_type=v_prediction, if that is what this base predicts, or else zero_snr=false."
         )
     return kind.from_config(scheduler.config, **more)
+
+
+def ddpm_parameterization(scheduler: Any) -> Parameterization:
+    """What a UNet of Stable Diffusion predicts, on the schedule of its diffusers `scheduler`.
+
+    Raises:
+        DiffgraftError: the scheduler names another prediction type than ``epsilon`` and ``v_prediction``.
+    """
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler.from_config(scheduler.config)
+    return parameterization(str(scheduler.config.prediction_type), schedule.alphas_cumprod)
 
 
 def marks(family: str, predicts: str, zero_snr: bool) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from diffgraft.bases.base import Base, Conditioning, Framing, inpainting
+from diffgraft.bases.prediction import ddpm_parameterization
+from diffgraft.diffusion.parameterizations import Parameterization
 
 
 class StableDiffusion1:
@@ -27,6 +29,10 @@ class StableDiffusion1:
     def framing(self, frames: Sequence[Framing]) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """This family is not told."""
         return {}
+
+    def parameterization(self, scheduler: Any) -> Parameterization:
+        """ε or v, on the schedule of DDPM."""
+        return ddpm_parameterization(scheduler)
 
     def reaches(self, base: Base, part: str, path: str) -> bool:  # noqa: ARG002
         """All of the text encoder reaches the UNet."""

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 
 from diffgraft.bases.base import Base, Conditioning, Framing, inpainting
+from diffgraft.bases.prediction import ddpm_parameterization
 from diffgraft.bases.sd1 import token_ids
+from diffgraft.diffusion.parameterizations import Parameterization
 
 
 class StableDiffusionXL:
@@ -37,6 +39,10 @@ class StableDiffusionXL:
     def framing(self, frames: Sequence[Framing]) -> dict[str, torch.Tensor]:
         """Original size, corner of what is shown, and its size; in float32, as larger numbers need it."""
         return {"time_ids": torch.tensor([[*one.original, *one.corner, *one.shown] for one in frames]).float()}
+
+    def parameterization(self, scheduler: Any) -> Parameterization:
+        """ε or v, on the schedule of DDPM."""
+        return ddpm_parameterization(scheduler)
 
     def reaches(self, base: Base, part: str, path: str) -> bool:
         """The end of the first encoder does not: of it the states before its last layer are used alone."""

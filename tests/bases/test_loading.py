@@ -17,7 +17,7 @@ from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
 from diffgraft.generation.bake import bake
-from diffgraft.trainers.denoising import Noising
+from diffgraft.trainers.denoising import forward_process
 from tests.conftest import UNETS
 
 
@@ -116,9 +116,9 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(
     assert "predicts v_prediction, zero terminal SNR" in repr(held)
     assert (held.prediction_type, held.zero_snr) == ("v_prediction", True)
     assert held.scheduler.config.timestep_spacing == "trailing"
-    noising = Noising(held)
+    process = forward_process(held)
     x, noise = torch.ones(1, 4, 6, 8), torch.randn(1, 4, 6, 8)
-    noisy, target = noising(x, noise, torch.tensor([999]))
+    noisy, target, _ = process.at_timesteps(x, noise, torch.tensor([999]))
     torch.testing.assert_close(noisy, noise, atol=1e-4, rtol=0)
     torch.testing.assert_close(target, -x, atol=1e-4, rtol=0)
     file = bake(held, {}, tmp_path / "model.safetensors")

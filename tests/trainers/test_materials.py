@@ -18,7 +18,7 @@ from diffgraft.data.wording import Wording
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.captioned import draw_batch
 from diffgraft.trainers.concepts import read_pictures
-from diffgraft.trainers.denoising import Noising
+from diffgraft.trainers.denoising import forward_process
 from diffgraft.trainers.examples import Example, Examples, Shown
 from diffgraft.trainers.materials import Materials, gather
 from diffgraft.trainers.recipe_files import load_recipe
@@ -144,18 +144,26 @@ def test_kohyas_layout_is_understood_with_its_own_class_images(base: Base, tmp_p
 
 
 def test_masks_weigh_the_loss(base: Base) -> None:
-    apart, target = torch.randn(3, 4, 6, 5), torch.zeros(3, 4, 6, 5)
+    diff, target = torch.randn(3, 4, 6, 5), torch.zeros(3, 4, 6, 5)
     mask = (torch.rand(3, 1, 6, 5) > 0.6).float()
-    times = torch.tensor([10, 500, 900])
-    squares, shown = apart.double().numpy() ** 2, mask.double().numpy()
+    times, rows = torch.tensor([10, 500, 900]), range(3)
+    squares, shown = diff.double().numpy() ** 2, mask.double().numpy()
+    latents = Latents([(one, torch.zeros_like(one)) for one in target])
+    frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
+    encoded = Encoded(latents, [frame] * 3, list(mask[:, 0]), {})
+    examples = [Example(f"{row}", range(row, row + 1), Wording(("",))) for row in rows]
+    places = [Shown(one, row, 0) for row, one in enumerate(examples)]
     for outside, normalize in ((0.0, True), (0.2, True), (0.2, False)):
-        noising = Noising(base, masks=Masks(use=True, outside=outside, normalize=normalize))
+        masks = Masks(use=True, outside=outside, normalize=normalize)
+        weight = Examples(encoded, examples, masks=masks).weight_map(places)
         counts = outside + (1 - outside) * shown
         wanted = (squares * counts).mean((1, 2, 3)) / (counts.mean((1, 2, 3)) if normalize else 1)
-        np.testing.assert_allclose(noising.errors(apart, target, times, mask).numpy(), wanted, rtol=1e-5)
-    plain = Noising(base)
+        found = forward_process(base).loss_per_sample(diff, target, times, weight)
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5)
+    process = forward_process(base)
     torch.testing.assert_close(
-        plain.errors(apart, target, times, torch.ones_like(mask)), plain.errors(apart, target, times)
+        process.loss_per_sample(diff, target, times, torch.ones_like(mask)),
+        process.loss_per_sample(diff, target, times),
     )
 
 
@@ -166,16 +174,15 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     mask.save(data / "01_mask.png")
     settings: dict[str, Any] = {"images": str(data), "prior": {"weight": 0}}
     found = gathered(base, "style", **settings, masks={"use": True}).learnt
-    batch = draw_batch(found, Noising(base), 1, 0, 3, 0, CPU)
+    batch = draw_batch(found, forward_process(base), 1, 0, 3, 0, CPU)
     names = [one.example.name for one in batch.shown]
     assert batch.mask is not None
-    assert [one.mean().item() for one in batch.mask] == pytest.approx(
-        [24 / 64 if name == "01.png" else 1.0 for name in names], rel=0.01
-    )
+    shares = [float((one > 0.5 * one.max()).float().mean()) for one in batch.mask]
+    assert shares == pytest.approx([24 / 64 if name == "01.png" else 1.0 for name in names], rel=0.01)
     errors = (0.3 * batch.noisy - batch.target).double().square().mean(1, keepdim=True)
     wanted = [float((own * shown).sum() / shown.sum()) for own, shown in zip(errors, batch.mask, strict=True)]
-    assert float(batch.loss(Noising(base), 0.3 * batch.noisy)) == pytest.approx(np.mean(wanted), rel=1e-4)
-    assert draw_batch(gathered(base, "style", **settings).learnt, Noising(base), 1, 0, 3, 0, CPU).mask is None
+    assert float(batch.loss(forward_process(base), 0.3 * batch.noisy)) == pytest.approx(np.mean(wanted), rel=1e-4)
+    assert draw_batch(gathered(base, "style", **settings).learnt, forward_process(base), 1, 0, 3, 0, CPU).mask is None
 
 
 def test_a_share_is_held_out_the_same_in_every_run(base: Base, tmp_path: Path) -> None:

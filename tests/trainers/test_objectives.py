@@ -12,11 +12,13 @@ from diffgraft.bases import Base, Framing
 from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.wording import Wording
+from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.errors import DiffgraftError
+from diffgraft.rng import normal
 from diffgraft.trainers.captioned import Captioned, draw_batch
-from diffgraft.trainers.denoising import Denoiser, Noising
+from diffgraft.trainers.denoising import Denoiser, forward_process
 from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.examples import Example, Examples, normal
+from diffgraft.trainers.examples import Example, Examples
 from diffgraft.trainers.recipe_files import load_recipe
 
 CPU = torch.device("cpu")
@@ -46,11 +48,11 @@ def alphas(base: Base) -> np.ndarray:
     return root**2
 
 
-def test_noising_is_the_formula(base: Base) -> None:
-    noising = Noising(base)
+def test_noised_latents_and_targets_are_the_formula(base: Base) -> None:
+    process = forward_process(base)
     x, noise = torch.randn(5, 4, 6, 5), torch.randn(5, 4, 6, 5)
     times = torch.tensor([0, 10, 500, 900, 999])
-    noisy, target = noising(x, noise, times)
+    noisy, target, _ = process.at_timesteps(x, noise, times)
     a = alphas(base)[times.numpy()][:, None, None, None]
     x64, e64 = x.double().numpy(), noise.double().numpy()
     np.testing.assert_allclose(noisy.numpy(), np.sqrt(a) * x64 + np.sqrt(1 - a) * e64, atol=2e-4)
@@ -60,29 +62,29 @@ def test_noising_is_the_formula(base: Base) -> None:
 
 def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
     ours, kept = examples(5, 1), examples(7, 2, weight=0.4)
-    noising = Noising(base)
+    process = forward_process(base)
 
     def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str], _: Sequence[Framing]) -> Tensor:
         words = torch.tensor([int(prompt[-1]) for prompt in prompts]) * 0.1
         return 0.3 * noisy + (times / 1000 + words).view(-1, 1, 1, 1)
 
-    found = DreamBooth(ours, kept, noising, 9, CPU).losses(predict, 21, 3)
+    found = DreamBooth(ours, kept, process, 9, CPU).losses(predict, 21, 3)
     terms = []
     for data, kind in ((ours, 0), (kept, 1)):
-        batch = draw_batch(data, noising, 9, 21, 3, kind, CPU)
+        batch = draw_batch(data, process, 9, 21, 3, kind, CPU)
         guess = predict(batch.noisy, batch.times, batch.prompts, batch.frames).double().numpy()
         terms.append(((guess - batch.target.double().numpy()) ** 2).mean())
     assert found["instance"].item() == pytest.approx(terms[0], rel=1e-5)
     assert found["prior"].item() == pytest.approx(terms[1], rel=1e-5)
     assert found["loss"].item() == pytest.approx(terms[0] + 0.4 * terms[1], rel=1e-5)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
-    shown = DreamBooth(ours, kept, noising, 9, CPU).shown(21, 3)
+    shown = DreamBooth(ours, kept, process, 9, CPU).shown(21, 3)
     assert shown == [f"{row}.png" for row in rows(ours, 9, 21, 3) + rows(kept, 10, 21, 3)]
-    two = [draw_batch(ours, noising, 9, 21, 3, kind, CPU) for kind in (0, 1)]
+    two = [draw_batch(ours, process, 9, 21, 3, kind, CPU) for kind in (0, 1)]
     assert not torch.equal(two[0].times, two[1].times)
-    light = Captioned(examples(5, 1, weight=0.25), noising, 9, CPU).losses(predict, 21, 3)
+    light = Captioned(examples(5, 1, weight=0.25), process, 9, CPU).losses(predict, 21, 3)
     assert light["loss"].item() == pytest.approx(0.25 * terms[0], rel=1e-5)
-    alone = Captioned(ours, noising, 9, CPU).losses(predict, 21, 3)
+    alone = Captioned(ours, process, 9, CPU).losses(predict, 21, 3)
     assert alone["loss"].item() == pytest.approx(terms[0], rel=1e-5)
 
 
@@ -114,10 +116,10 @@ def test_the_denoiser_says_what_the_unet_says(base: Base) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def settled(base: Base, **settings: object) -> Noising:
-    """A base's noising under the settings of a recipe."""
+def settled(base: Base, **settings: object) -> ForwardProcess:
+    """A base's forward process under the settings of a recipe."""
     recipe = load_recipe("style", settings)
-    return Noising(base, recipe.noise, recipe.timesteps, recipe.loss)
+    return forward_process(base, recipe.noise, recipe.timesteps, recipe.loss)
 
 
 TIMES = torch.tensor([0, 10, 500, 900, 998])
@@ -126,7 +128,7 @@ TIMES = torch.tensor([0, 10, 500, 900, 998])
 def test_errors_are_means_over_all_but_the_first_axis(base: Base) -> None:
     a, b = torch.randn(5, 4, 6, 5), torch.randn(5, 4, 6, 5)
     wanted = ((a.double() - b.double()) ** 2).numpy().mean((1, 2, 3))
-    np.testing.assert_allclose(Noising(base).errors(a, b, TIMES).numpy(), wanted, rtol=1e-5)
+    np.testing.assert_allclose(forward_process(base).loss_per_sample(a, b, TIMES).numpy(), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
@@ -143,10 +145,10 @@ def test_weights_of_timesteps_are_those_of_the_papers(base: Base, predicts: str)
     of_v = predicts == "v_prediction"
     np.testing.assert_allclose(compute_snr(other.scheduler, TIMES).numpy(), snr, rtol=0.02)
     least = np.minimum(snr, 5.0) / (snr + 1 if of_v else snr)
-    found = settled(other, **{"loss.snr_gamma": 5}).errors(a, b, TIMES).numpy()
+    found = settled(other, **{"loss.snr_gamma": 5}).loss_per_sample(a, b, TIMES).numpy()
     np.testing.assert_allclose(found, plain * least, rtol=0.02)
     debiased = 1 / (snr + 1) if of_v else 1 / np.sqrt(np.minimum(snr, 1000))
-    found = settled(other, **{"loss.debiased": "true"}).errors(a, b, TIMES).numpy()
+    found = settled(other, **{"loss.debiased": "true"}).loss_per_sample(a, b, TIMES).numpy()
     np.testing.assert_allclose(found, plain * debiased, rtol=0.02)
 
 
@@ -161,8 +163,8 @@ def test_the_huber_loss_is_the_formula(base: Base, schedule: str) -> None:
     }[schedule][:, None, None, None]
     apart = (a - b).double().numpy()
     wanted = (2 * delta * (np.sqrt(apart**2 + delta**2) - delta)).mean((1, 2, 3))
-    noising = settled(base, **{"loss.kind": "huber", "loss.delta": 0.2, "loss.schedule": schedule})
-    np.testing.assert_allclose(noising.errors(a, b, TIMES).numpy(), wanted, rtol=2e-3)
+    process = settled(base, **{"loss.kind": "huber", "loss.delta": 0.2, "loss.schedule": schedule})
+    np.testing.assert_allclose(process.loss_per_sample(a, b, TIMES).numpy(), wanted, rtol=2e-3)
 
 
 def test_noise_of_the_ways_of_the_field(base: Base) -> None:
@@ -171,8 +173,8 @@ def test_noise_of_the_ways_of_the_field(base: Base) -> None:
 
     def laid(**settings: object) -> tuple[Tensor, Tensor]:
         """The noise that is to be found, and the noise in the input."""
-        noising = settled(base, **{"timesteps.first": 600, "timesteps.last": 600, **settings})
-        noisy, target, times = noising.at_places(zero, 3, places, 0)
+        process = settled(base, **{"timesteps.first": 600, "timesteps.last": 600, **settings})
+        noisy, target, times = process.at_places(zero, [(3, place, 0) for place in places])
         assert set(times.tolist()) == {600}
         a = float(alphas(base)[600])
         return target / (np.sqrt(a) if base.prediction_type == "v_prediction" else 1), noisy / np.sqrt(1 - a)
@@ -199,7 +201,7 @@ def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> Non
         ({"timesteps.first": 200, "timesteps.last": 300}, 200, 300),
         ({"timesteps.spread": "logit-normal", "timesteps.mean": 1, "timesteps.width": 0.5}, 250, 1000),
     ):
-        *_, times = settled(base, **settings).at_places(x, 5, range(4000), 0)
+        *_, times = settled(base, **settings).at_places(x, [(5, place, 0) for place in range(4000)])
         assert low <= int(times.min()) <= low + 120
         assert high - 120 <= int(times.max()) <= high
         if "timesteps.mean" in settings:

@@ -17,8 +17,8 @@ from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.wording import Wording
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.denoising import Noising
-from diffgraft.trainers.examples import Example, Examples, normal
+from diffgraft.rng import normal
+from diffgraft.trainers.examples import Example, Examples
 from diffgraft.trainers.prediction_check import cosines, odd_prediction
 from diffgraft.trainers.run import train
 from tests.conftest import SHORT
@@ -35,7 +35,7 @@ def examples_of(latents: Tensor) -> Examples:
 @contextmanager
 def predicting(base: Base, patch: pytest.MonkeyPatch, what: str, latents: Tensor) -> Iterator[None]:
     """Within the block the base's UNet says exactly what one that predicts `what` should, or nothing sensible."""
-    alphas = np.asarray(Noising(base)._scheduler.alphas_cumprod, dtype=np.float64)
+    alphas = np.asarray(base.parameterization.alphas_cumprod, dtype=np.float64)
 
     def forward(noisy: Tensor, times: Tensor, **_: Any) -> SimpleNamespace:
         kept = alphas[int(times[0])]

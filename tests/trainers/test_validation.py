@@ -14,7 +14,7 @@ from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.concepts import read_pictures
-from diffgraft.trainers.denoising import Denoiser, Noising
+from diffgraft.trainers.denoising import Denoiser, forward_process
 from diffgraft.trainers.heldout import make_probe
 from diffgraft.trainers.materials import gather
 from diffgraft.trainers.recipe_files import load_recipe
@@ -158,6 +158,6 @@ def test_prior_preservation_by_prediction_is_its_formula(base: Base, pictures: P
     assert np.isfinite(list(moved.values())).all()
 
 
-def test_noising_of_validation_is_plain(base: Base) -> None:
+def test_the_forward_process_of_validation_is_plain(base: Base) -> None:
     """Whatever the recipe's noise is: losses of different recipes can be compared."""
-    assert Noising(base)._noise.offset == 0
+    assert forward_process(base)._noise.offset == 0

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from diffgraft.diffusion.losses import distances, weights
+from diffgraft.diffusion.parameterizations import Epsilon, V
+from diffgraft.diffusion.settings import Loss
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.imports import convert
-from diffgraft.trainers.losses import distances, weights
-from diffgraft.trainers.settings import Loss
 from tests.trainers.imports.conftest import Make, told
 
 LORA = """
@@ -295,13 +296,13 @@ def test_huber_and_weights_are_the_same_numbers_as_there(make: Make) -> None:
     for schedule, c in thresholds.items():
         more = f'huber_schedule = "{schedule}"\n' + ("huber_scale = 2.0\n" if schedule == "constant" else "")
         recipe, _ = make(one_toml=head + more)
-        ours = distances(apart, torch.zeros_like(apart), times, alphas.float(), recipe.loss)
+        ours = distances(apart, torch.zeros_like(apart), times, Epsilon(alphas.float()), recipe.loss)
         c = c.view(-1, 1, 1, 1)
         torch.testing.assert_close(ours, 2 * c * ((apart**2 + c**2).sqrt() - c), rtol=1e-4, atol=1e-6)
     recipe, account = make(two_toml=head + 'huber_schedule = "exponential"\nhuber_scale = 2.0')
     assert "huber_scale" in told(account)
     recipe, _ = make(three_toml=head + "v_parameterization = true\nscale_v_pred_loss_like_noise_pred = true")
-    torch.testing.assert_close(weights(times, alphas, recipe.loss, "v_prediction").double(), snr / (snr + 1))
+    torch.testing.assert_close(weights(times, V(alphas), recipe.loss).double(), snr / (snr + 1))
 
 
 @pytest.mark.parametrize(

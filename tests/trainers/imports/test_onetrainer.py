@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from diffgraft.diffusion.losses import weights
+from diffgraft.diffusion.parameterizations import Epsilon
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.imports import convert
-from diffgraft.trainers.losses import weights
 from tests.trainers.imports.conftest import Make, told
 
 CONCEPTS: list[dict[str, Any]] = [
@@ -209,7 +210,7 @@ def test_debiased_weights_are_the_same_numbers_as_there(make: Make) -> None:
     head = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "loss_weight_fn": "DEBIASED_ESTIMATION"}
     recipe, account = make(config_json=head)
     snr = (alphas[times] / (1 - alphas[times])).clip(max=1e3)
-    torch.testing.assert_close(weights(times, alphas, recipe.loss, "epsilon").double(), snr.rsqrt())
+    torch.testing.assert_close(weights(times, Epsilon(alphas), recipe.loss).double(), snr.rsqrt())
     assert any("of v" in str(line) for _, line in account.taken)
 
 

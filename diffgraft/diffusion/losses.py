@@ -1,0 +1,59 @@
+"""How far a prediction is from its target, and how much each timestep counts."""
+
+import torch
+from torch import Tensor
+
+from diffgraft.diffusion.parameterizations import Flow, Parameterization
+from diffgraft.diffusion.settings import Loss
+from diffgraft.errors import DiffgraftError
+
+
+def check_loss(settings: Loss, parameterization: Parameterization) -> None:
+    """Raise DiffgraftError where a setting of the loss is undefined for what the denoiser predicts."""
+    timesteps = torch.zeros(1, dtype=torch.long)
+    distances(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), timesteps, parameterization, settings)
+    weights(timesteps, parameterization, settings)
+
+
+def distances(
+    prediction: Tensor, target: Tensor, timesteps: Tensor, parameterization: Parameterization, settings: Loss
+) -> Tensor:
+    """The error of each number of a `prediction` [n, c, h, w] of `target` at `timesteps` [n], in the same shape.
+
+    ``huber`` is the pseudo-Huber loss 2δ(√(d² + δ²) − δ): squared near zero, and proportional to the distance far from
+    it, so that damaged pictures count less. Its δ may shrink on the way to pure noise (Khrapov et al. 2024,
+    arXiv:2403.16728).
+    """
+    diff = prediction - target
+    if settings.kind == "squared":
+        return diff.square()
+    delta = _huber_delta(timesteps, parameterization, settings).view(-1, *[1] * (diff.ndim - 1))
+    return 2 * delta * ((diff.square() + delta.square()).sqrt() - delta)
+
+
+def _huber_delta(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
+    """δ at `timesteps` [n]."""
+    share = timesteps.float() / parameterization.num_timesteps
+    if settings.schedule == "exponential":
+        return settings.delta**share
+    if settings.schedule == "snr":
+        if isinstance(parameterization, Flow):
+            raise DiffgraftError("loss.schedule=snr is undefined for flow matching: use constant or exponential.")
+        signal = parameterization.signal(timesteps).float()
+        spread = ((1 - signal) / signal.clamp_min(1e-8)).sqrt()
+        return (1 - settings.delta) / (1 + spread) ** 2 + settings.delta
+    return torch.full_like(share, settings.delta)
+
+
+def weights(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
+    """Factor on the loss of each sample at `timesteps` [n], [n]: min-SNR, debiased estimation, or 1.
+
+    Raises:
+        DiffgraftError: it is undefined for what the denoiser predicts.
+    """
+    found = torch.ones(len(timesteps), device=timesteps.device)
+    if settings.snr_gamma is not None:
+        found = found * parameterization.min_snr_weight(timesteps, settings.snr_gamma)
+    if settings.debiased:
+        found = found * parameterization.debiased_weight(timesteps)
+    return found

@@ -1,0 +1,79 @@
+"""Noise and timesteps that training adds to latents: plain, or in one of the field's variants.
+
+A `place` is the tuple of integers (seed, …) of `diffgraft.rng`, so that every sample has the same noise in every run,
+however the samples are cut into batches.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffgraft.diffusion.settings import Noise, Timesteps
+from diffgraft.errors import DiffgraftError
+from diffgraft.rng import generator, normal
+
+_NOISE, _TIMES, _OFFSET, _PYRAMID, _PERTURBATION = 2, 3, 5, 6, 7
+"""Streams of random numbers at one place; 1 is what samples the VAE's distribution"""
+
+
+def draw_noise(shape: Sequence[int], settings: Noise, place: Sequence[int]) -> Tensor:
+    """Noise [c, h, w] for the sample at `place`: what the denoiser is to find again.
+
+    Offset noise adds one number to each channel, so that the brightness of a whole picture can be learnt (Guttenberg
+    2023, www.crosslabs.org/blog/diffusion-with-offset-noise). Pyramid noise adds coarser and coarser noise, each level
+    weaker by a factor, and scales the sum to unit variance (Whitaker 2023, "Multi-resolution noise for diffusion model
+    training").
+    """
+    noise = normal(shape, *place, _NOISE)
+    if settings.offset:
+        noise = noise + settings.offset * normal((shape[0], 1, 1), *place, _OFFSET)
+    if settings.pyramid:
+        noise = _pyramid(noise, settings.pyramid, place)
+    return noise
+
+
+def _pyramid(noise: Tensor, discount: float, place: Sequence[int]) -> Tensor:
+    channels, height, width = noise.shape
+    steps = torch.rand(10, generator=generator(*place, _PYRAMID)) * 2 + 2
+    for level, step in enumerate(steps.tolist()):
+        height, width = max(1, int(height / step**level)), max(1, int(width / step**level))
+        coarse = normal((1, channels, height, width), *place, _PYRAMID, level)
+        noise = noise + discount**level * F.interpolate(coarse, noise.shape[1:], mode="bilinear")[0]
+        if height == 1 or width == 1:
+            break
+    return noise / noise.std()
+
+
+def perturbed(noise: Tensor, settings: Noise, place: Sequence[int]) -> Tensor:
+    """The noise [c, h, w] that is added to latents where `noise` stays what is to be predicted.
+
+    Input perturbation (Ning et al. 2023, arXiv:2301.11706, equation 6): ε + γ · ξ, against exposure bias.
+    """
+    return noise + settings.perturbation * normal(noise.shape, *place, _PERTURBATION)
+
+
+def check_timesteps(settings: Timesteps, num_timesteps: int) -> None:
+    """Raise DiffgraftError where a schedule of `num_timesteps` does not have the timesteps of `settings`."""
+    last = num_timesteps - 1 if settings.last is None else settings.last
+    if settings.first > last or last >= num_timesteps:
+        raise DiffgraftError(
+            f"Invalid timesteps.first={settings.first} and timesteps.last={last}: this base's schedule goes from 0 "
+            f"to {num_timesteps - 1}, and the first may not be above the last."
+        )
+
+
+def draw_timestep(num_timesteps: int, settings: Timesteps, place: Sequence[int]) -> int:
+    """The timestep of the sample at `place`, on a schedule of `num_timesteps`.
+
+    ``logit-normal`` is the sigmoid of a normal number, scaled to the schedule (Esser et al. 2024, arXiv:2403.03206,
+    section 3.1).
+    """
+    first = settings.first
+    last = num_timesteps - 1 if settings.last is None else settings.last
+    drawn = generator(*place, _TIMES)
+    if settings.spread == "uniform":
+        return int(torch.randint(first, last + 1, (1,), generator=drawn))
+    share = float(torch.sigmoid(settings.mean + settings.width * torch.randn(1, generator=drawn)))
+    return min(last, first + int(share * (last + 1 - first)))
