@@ -39,9 +39,9 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.diffusion.forward import ForwardProcess, Noised
 from diffgraft.files import write_text
 from diffgraft.trainers import loop
-from diffgraft.trainers.examples import Examples
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.samples import Examples
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
 INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"
@@ -94,9 +94,9 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
         return [(prompts[0], picture) for picture in read_folder(CLASS)]
 
     with (
-        patch("diffgraft.trainers.run.before_after", lambda *_: Image.new("RGB", (8, 8))),  # nobody looks at it
+        patch("diffgraft.trainers.run.train.before_after", lambda *_: Image.new("RGB", (8, 8))),  # nobody looks at it
         patch("diffgraft.trainers.loop.new_optimizer", watched),
-        patch("diffgraft.trainers.materials.class_images", given_class),
+        patch("diffgraft.trainers.training_data.build.class_images", given_class),
     ):
         run = train(recipe, base=base, images=INSTANCE, output=folder, **settings)
     record.losses = [entry["loss"] for entry in run.metrics]

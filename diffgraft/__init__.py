@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from diffgraft.draw import generate
     from diffgraft.errors import DiffgraftError
     from diffgraft.generation.graft import graft
-    from diffgraft.trainers.folder import Run
-    from diffgraft.trainers.run import train
+    from diffgraft.trainers.run.folder import Run
+    from diffgraft.trainers.run.train import train
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,8 @@ _HOMES = {
     "graft": "diffgraft.generation.graft",
     "generate": "diffgraft.draw",
     **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
-    "Run": "diffgraft.trainers.folder",
-    "train": "diffgraft.trainers.run",
+    "Run": "diffgraft.trainers.run.folder",
+    "train": "diffgraft.trainers.run.train",
 }
 __all__ = [
     "Adapter",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffgraft.adapters.ops.inspect import Report
     from diffgraft.bases import Base
     from diffgraft.bases.weights import Weights
-    from diffgraft.trainers.plan import Plan
+    from diffgraft.trainers.planning.plan import Plan
 
 File = str | PathLike[str] | Adapter
 """A file, a run, or an adapter in memory"""
@@ -32,7 +32,7 @@ def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
     Raises:
         DiffgraftError: what `train` would refuse before it starts.
     """
-    from diffgraft.trainers.plan import planned
+    from diffgraft.trainers.planning.plan import planned
 
     return planned(recipe, settings)
 

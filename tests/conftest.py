@@ -16,8 +16,8 @@ import torch
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.generate import Settings
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 
 # a job in the background ignores Ctrl-C, and so does what it starts: here it is meant
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,7 +35,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _few_denoising_steps() -> Iterator[None]:
     """What runs draw on the way and in the end would take longer than the short trainings here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffgraft.trainers.samples.Settings", partial(Settings, steps=2))
+        patch.setattr("diffgraft.trainers.hooks.samples.Settings", partial(Settings, steps=2))
         yield
 
 

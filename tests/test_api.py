@@ -17,7 +17,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run.folder import Run
 from tests.conftest import SHORT
 
 

@@ -13,7 +13,7 @@ from benchmarks.scale import random_base
 from diffgraft.bases import Base
 from diffgraft.bases.quantized import quantized
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.optimizers import _MAKERS
+from diffgraft.trainers.optim.optimizers import _MAKERS
 from tests.trainers import anywhere
 from tests.trainers.anywhere import losses_of
 from tests.trainers.test_optimizers import parameters

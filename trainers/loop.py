@@ -12,22 +12,23 @@ import torch
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.plots import save_loss_plot
-from diffgraft.trainers.average import Average
-from diffgraft.trainers.checkpoint import adopt, restore, save_checkpoint, with_changes
-from diffgraft.trainers.denoising import Denoiser
-from diffgraft.trainers.gradients import Objective, accumulate, shown_in
-from diffgraft.trainers.health import Health, broken, diverged
-from diffgraft.trainers.identity import Identity
-from diffgraft.trainers.interrupts import undisturbed
-from diffgraft.trainers.optimizers import at_rest, found_rate, new_optimizer, rate, settle
-from diffgraft.trainers.pace import Pace, PacedBar
-from diffgraft.trainers.processes import check_together
-from diffgraft.trainers.rates import factors, stop_text
-from diffgraft.trainers.recipe import Recipe
-from diffgraft.trainers.record import Entry, Record, curves
-from diffgraft.trainers.sparing import Sparing
-from diffgraft.trainers.trackers import end_trackers, start_trackers, track, track_picture
-from diffgraft.trainers.validation import Trial
+from diffgraft.trainers.denoiser import Denoiser
+from diffgraft.trainers.hooks.checkpoint import adopt, restore, save_checkpoint, with_changes
+from diffgraft.trainers.hooks.ema import Average
+from diffgraft.trainers.hooks.eta import Pace, PacedBar
+from diffgraft.trainers.hooks.health import Health, broken, diverged
+from diffgraft.trainers.hooks.metrics import Entry, Record, curves
+from diffgraft.trainers.hooks.throttle import Sparing
+from diffgraft.trainers.hooks.trackers import end_trackers, start_trackers, track, track_picture
+from diffgraft.trainers.hooks.validation import Trial
+from diffgraft.trainers.objectives.objective import Objective
+from diffgraft.trainers.optim.gradients import accumulate, shown_in
+from diffgraft.trainers.optim.lr_scales import factors, stop_text
+from diffgraft.trainers.optim.optimizers import at_rest, found_rate, new_optimizer, rate, settle
+from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.fingerprint import Identity
+from diffgraft.trainers.runtime.interrupts import undisturbed
+from diffgraft.trainers.runtime.processes import check_together
 
 _PATIENCE = 20
 """Updates in a row that half precision may leave out: each halves the scale of the loss, from 65,536 to 1/16"""

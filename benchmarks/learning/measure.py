@@ -22,10 +22,10 @@ from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.heldout import Probe
+from diffgraft.trainers.hooks.validation_set import Probe
 from diffgraft.trainers.loop import Loop
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 
 TRIGGER, NEW_WORD = "sks", "<sks>"
 """A rare word that the base knows, and one that it does not, for methods that teach a word."""

@@ -21,7 +21,7 @@ from diffgraft.data.source import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
 from diffgraft.demo.subject import ALIEN, POODLE, Subject
 from diffgraft.generation.generate import Settings
-from diffgraft.trainers.heldout import Probe, make_probe
+from diffgraft.trainers.hooks.validation_set import Probe, make_probe
 
 UNSEEN_CLASS_SEED = 77_000
 """Seed of the class pictures that drift is measured on; training uses others."""

@@ -64,7 +64,7 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
 
 def _named(option: str) -> str:
     """The setting that an option of another tool stands for."""
-    from diffgraft.trainers.imports.synonyms import synonym
+    from diffgraft.trainers.recipe.synonyms import synonym
 
     return synonym(option) or option.replace("-", "_")
 

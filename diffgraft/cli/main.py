@@ -80,11 +80,11 @@ def train(
     if "resume" in given:
         raise DiffgraftError(f"An earlier run is taken up with an option: --resume {given['resume']}")
 
-    from diffgraft.trainers.run import train as run_training
+    from diffgraft.trainers.run.train import train as run_training
 
     try:
         if resume is None and os.environ.get("RANK", "0") == "0":
-            from diffgraft.trainers.plan import planned
+            from diffgraft.trainers.planning.plan import planned
 
             for line in planned(recipe, dict(given)).lines():
                 say(line)
@@ -115,7 +115,7 @@ def plan(
     For example: diffgraft plan sd15-subject base=path/to/stable-diffusion-v1-5 images=my_dog/ subject=dog
     """
     from diffgraft.cli.console import key_values
-    from diffgraft.trainers.plan import planned
+    from diffgraft.trainers.planning.plan import planned
 
     for line in planned(recipe, dict(key_values(settings or []))).lines():
         say(line)
@@ -297,7 +297,7 @@ def recipes(
     ] = "",
 ) -> None:
     """List the recipes, or the keys of one."""
-    from diffgraft.trainers.recipe_files import explained, recipe_names
+    from diffgraft.trainers.recipe.files import explained, recipe_names
 
     if name:
         for key, value, meaning in explained(name):

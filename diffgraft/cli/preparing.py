@@ -25,7 +25,7 @@ def import_config(
     Every key of it is told of: what was taken, what has no counterpart, and what only says the default.
     For example: diffgraft import-config config.toml dataset.toml -o dog.yaml
     """
-    from diffgraft.trainers.imports import convert, write_recipe
+    from diffgraft.imports import convert, write_recipe
 
     recipe = output or Path(f"{file[0].stem}.yaml")
     account = convert(file)

@@ -9,7 +9,7 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.train import train
 
 NEW_SETTINGS = ("in the snow", "at night", "in the jungle")
 COUNT = 5

@@ -12,7 +12,7 @@ from diffgraft.adapters.method import Spec, choose_layers, get_method, parts_of
 from diffgraft.adapters.patterns import check_keys, chosen
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.recipe.files import load_recipe
 from tests.adapters.toys import shake
 
 UP = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"

@@ -11,7 +11,7 @@ from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.source import Source
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.train import train
 from tests.conftest import small
 
 

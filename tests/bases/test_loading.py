@@ -17,7 +17,7 @@ from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
 from diffgraft.generation.bake import bake
-from diffgraft.trainers.denoising import forward_process
+from diffgraft.trainers.denoiser import forward_process
 from tests.conftest import UNETS
 
 
@@ -227,7 +227,7 @@ def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) ->
 
     from diffgraft.adapters.formats import load_adapter
     from diffgraft.generation.graft import graft
-    from diffgraft.trainers.run import train
+    from diffgraft.trainers.run.train import train
 
     sizes = {
         part: json.loads((loading.CONFIGS / "sd1" / part / "config.json").read_text("utf-8"))

@@ -20,10 +20,10 @@ from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.attach import attach
-from diffgraft.trainers.denoising import Denoiser
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.denoiser import Denoiser
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.attach import attach
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 
 KINDS = ("int8", "nf4")

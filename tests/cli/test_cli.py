@@ -15,8 +15,8 @@ from diffgraft.bases import load_base
 from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.plan import Plan
+from diffgraft.trainers.planning.plan import Plan
+from diffgraft.trainers.run.folder import Run
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -128,9 +128,9 @@ def test_what_stops_a_run_is_said(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    for name in ("run.train", "plan.planned"):
+    for name in ("run.train.train", "planning.plan.planned"):
         with monkeypatch.context() as patched:
-            patched.setattr("diffgraft.trainers.plan.planned", lambda *_: Plan([("pictures", "5")], []))
+            patched.setattr("diffgraft.trainers.planning.plan.planned", lambda *_: Plan([("pictures", "5")], []))
             patched.setattr(f"diffgraft.trainers.{name}", stop)
             assert call(monkeypatch, "train", "subject", "subject=dog") == 1
     assert answer in capsys.readouterr().err

@@ -15,7 +15,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.train import train
 from tests.cli.test_cli import call
 from tests.conftest import SHORT
 

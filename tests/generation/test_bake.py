@@ -16,7 +16,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run.folder import Run
 from tests.generation.test_graft import bits, lora
 
 

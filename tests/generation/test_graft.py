@@ -23,7 +23,7 @@ from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate, use_scheduler
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run.folder import Run
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 

@@ -12,8 +12,8 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 
 
@@ -48,7 +48,7 @@ def test_training_goes_on_without_samples_that_overflow(
     def overflow(*_: Any) -> None:
         raise OverflowedPictureError("Numbers overflowed.")
 
-    monkeypatch.setattr("diffgraft.trainers.samples.generate", overflow)
+    monkeypatch.setattr("diffgraft.trainers.hooks.samples.generate", overflow)
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

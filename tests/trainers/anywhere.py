@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from diffgraft.adapters.factors import FactorPatch
 from diffgraft.adapters.patch import Patch
 from diffgraft.bases import Base
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.optimizers import new_optimizer, settle
-from diffgraft.trainers.processes import new_accelerator
-from diffgraft.trainers.run import train
+from diffgraft.trainers.optim.optimizers import new_optimizer, settle
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.runtime.processes import new_accelerator
 from tests.bases.test_quantized import predict, whole
 from tests.trainers.test_optimizers import parameters, recipe_of, walk
 

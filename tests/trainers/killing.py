@@ -114,8 +114,9 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
 
     from diffgraft.adapters.adapter import Adapter
     from diffgraft.cli.main import main
-    from diffgraft.trainers import loop, run
-    from diffgraft.trainers.record import Record
+    from diffgraft.trainers import loop
+    from diffgraft.trainers.hooks.metrics import Record
+    from diffgraft.trainers.run import train as run
     from tests.trainers.preloaded import BASE
 
     def at(phase: str) -> None:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from diffgraft.bases import load_base
 from diffgraft.cli import main  # noqa: F401
-from diffgraft.trainers import run  # noqa: F401
+from diffgraft.trainers.run import train  # noqa: F401
 
 tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays where one is killed
 torch.set_num_threads(1)

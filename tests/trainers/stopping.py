@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from diffgraft.trainers.record import Entry, Record
+from diffgraft.trainers.hooks.metrics import Entry, Record
 
 
 @contextmanager

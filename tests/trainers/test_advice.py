@@ -9,7 +9,7 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.folder import prompts_of
+from diffgraft.trainers.run.folder import prompts_of
 from tests.cli.test_cli import call
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffgraft.bases import load_base
-from diffgraft.trainers.optimizers import _MAKERS
+from diffgraft.trainers.optim.optimizers import _MAKERS
 from tests.trainers import anywhere
 from tests.trainers.anywhere import losses_of
 

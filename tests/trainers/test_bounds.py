@@ -10,9 +10,9 @@ import pytest
 import diffgraft as dg
 from diffgraft.adapters.method import methods
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.folder import recipe_with
-from diffgraft.trainers.recipe import TASKS
-from diffgraft.trainers.recipe_files import _keys
+from diffgraft.trainers.recipe.files import _keys
+from diffgraft.trainers.recipe.recipe import TASKS
+from diffgraft.trainers.run.folder import recipe_with
 
 GROUPS = (
     "options",

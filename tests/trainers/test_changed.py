@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers import loop
-from diffgraft.trainers.checkpoint import checkpoints
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.identity import differences, identity_of
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.hooks.checkpoint import checkpoints
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.fingerprint import differences, identity_of
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 from tests.trainers.stopping import interrupted_after
 from tests.trainers.test_resumed import differing
 

@@ -8,11 +8,11 @@ import torch
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers import learn
-from diffgraft.trainers.optimizers import found_rate, new_optimizer, odd_rate
-from diffgraft.trainers.plan import planned
-from diffgraft.trainers.recipe_files import load_recipe, save_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.optim.optimizers import found_rate, new_optimizer, odd_rate
+from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.recipe.files import load_recipe, save_recipe
+from diffgraft.trainers.run import train_adapter as learn
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
 

@@ -11,12 +11,12 @@ from diffgraft.bases import Base
 from diffgraft.data.settings import Tags
 from diffgraft.data.wording import Wording, lines_of, mentions
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.concepts import read_concepts
-from diffgraft.trainers.materials import Item, collect, split
-from diffgraft.trainers.plan import planned
-from diffgraft.trainers.recipe import Recipe
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.build import Item, collect, split
+from diffgraft.trainers.training_data.concepts import read_concepts
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.checkpoint import checkpoints
-from diffgraft.trainers.record import read_record
-from diffgraft.trainers.run import train
+from diffgraft.trainers.hooks.checkpoint import checkpoints
+from diffgraft.trainers.hooks.metrics import read_record
+from diffgraft.trainers.run.train import train
 from tests.trainers.stopping import interrupted_after
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 1, "batch": 1, "sample_prompts": "a dog"}

@@ -13,9 +13,9 @@ import pytest
 from safetensors import SafetensorError
 
 from diffgraft.room import DiskFullError, room_for, said_size
-from diffgraft.trainers.checkpoint import checkpoints
-from diffgraft.trainers.record import Record, read_record
-from diffgraft.trainers.run import train
+from diffgraft.trainers.hooks.checkpoint import checkpoints
+from diffgraft.trainers.hooks.metrics import Record, read_record
+from diffgraft.trainers.run.train import train
 from tests.trainers.killing import SERVER, check_whole
 from tests.trainers.test_resumed import differing
 

@@ -12,10 +12,10 @@ from diffgraft.adapters.factors import FactorPatch
 from diffgraft.adapters.patch import AttachedPatches, Patch
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.checkpoint import checkpoints
-from diffgraft.trainers.health import Health, broken
-from diffgraft.trainers.optimizers import _MAKERS
-from diffgraft.trainers.run import train
+from diffgraft.trainers.hooks.checkpoint import checkpoints
+from diffgraft.trainers.hooks.health import Health, broken
+from diffgraft.trainers.optim.optimizers import _MAKERS
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.trainers.anywhere import overflowing, with_scaler
 
@@ -84,7 +84,7 @@ def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
 ) -> None:
     """A fused optimiser leaves an update out by itself, and says so to nobody: it is the gradients that are watched."""
     path = overflowing(base, overflows, monkeypatch)
-    monkeypatch.setattr("diffgraft.trainers.run.new_accelerator", with_scaler)
+    monkeypatch.setattr("diffgraft.trainers.run.train.new_accelerator", with_scaler)
     monkeypatch.setitem(_MAKERS, "adamw", lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, fused=fused))
     settings: dict[str, Any] = {**SHORT, "steps": 24, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}
     settings |= {"images": pictures, "output": tmp_path / "run", "sample_prompts": "a dog"}

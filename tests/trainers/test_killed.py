@@ -18,10 +18,10 @@ from torch import nn
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.checkpoint import checkpoints, restore, save_checkpoint
-from diffgraft.trainers.identity import identity_of
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.hooks.checkpoint import checkpoints, restore, save_checkpoint
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.fingerprint import identity_of
+from diffgraft.trainers.run.train import train
 from tests.trainers.killing import SERVER, Said, check_whole, run_and_kill, run_to_its_end, spread
 from tests.trainers.test_resumed import differing
 

@@ -16,13 +16,14 @@ from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.settings import Masks, Tags
 from diffgraft.data.wording import Wording
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.captioned import draw_batch
-from diffgraft.trainers.concepts import read_pictures
-from diffgraft.trainers.denoising import forward_process
-from diffgraft.trainers.examples import Example, Examples, Shown
-from diffgraft.trainers.materials import Materials, gather
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.denoiser import forward_process
+from diffgraft.trainers.hooks.validation import held_out
+from diffgraft.trainers.objectives.batch import SampleStream
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.build import Materials, gather
+from diffgraft.trainers.training_data.concepts import read_pictures
+from diffgraft.trainers.training_data.samples import Example, Examples, Shown
 from tests.conftest import SHORT
 
 CPU = torch.device("cpu")
@@ -174,7 +175,7 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     mask.save(data / "01_mask.png")
     settings: dict[str, Any] = {"images": str(data), "prior": {"weight": 0}}
     found = gathered(base, "style", **settings, masks={"use": True}).learnt
-    batch = draw_batch(found, forward_process(base), 1, 0, 3, 0, CPU)
+    batch = SampleStream(found, forward_process(base), 1, CPU, 0).batch(0, 3)
     names = [one.example.name for one in batch.shown]
     assert batch.mask is not None
     shares = [float((one > 0.5 * one.max()).float().mean()) for one in batch.mask]
@@ -182,7 +183,10 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     errors = (0.3 * batch.noisy - batch.target).double().square().mean(1, keepdim=True)
     wanted = [float((own * shown).sum() / shown.sum()) for own, shown in zip(errors, batch.mask, strict=True)]
     assert float(batch.loss(forward_process(base), 0.3 * batch.noisy)) == pytest.approx(np.mean(wanted), rel=1e-4)
-    assert draw_batch(gathered(base, "style", **settings).learnt, forward_process(base), 1, 0, 3, 0, CPU).mask is None
+    assert (
+        SampleStream(gathered(base, "style", **settings).learnt, forward_process(base), 1, CPU, 0).batch(0, 3).mask
+        is None
+    )
 
 
 def test_a_share_is_held_out_the_same_in_every_run(base: Base, tmp_path: Path) -> None:
@@ -193,7 +197,7 @@ def test_a_share_is_held_out_the_same_in_every_run(base: Base, tmp_path: Path) -
     assert len(names) == 7
     assert [one.name for one in other.learnt.examples] == names
     assert found.held_out is not None
-    assert sum(len(probe.times) for probe, _, _ in found.held_out.probes) == 12
+    assert sum(len(probe.times) for probe, _, _ in held_out(forward_process(base), found.held_out, 12).probes) == 12
     kept = {one.content for one in found.learnt.examples}
     for number, file in enumerate(sorted(data.iterdir())):  # the other way round
         file.rename(data / f"turned-{9 - number}.png")

@@ -15,8 +15,8 @@ from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 
 FAST: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
@@ -220,8 +220,8 @@ import torch
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import load_base
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
 
 pictures, folder = sys.argv[1:]
 base = load_base("tiny")

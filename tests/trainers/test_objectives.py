@@ -15,11 +15,13 @@ from diffgraft.data.wording import Wording
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
-from diffgraft.trainers.captioned import Captioned, draw_batch
-from diffgraft.trainers.denoising import Denoiser, forward_process
-from diffgraft.trainers.dreambooth import DreamBooth
-from diffgraft.trainers.examples import Example, Examples
-from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.denoiser import Denoiser, forward_process
+from diffgraft.trainers.objectives.batch import SampleStream
+from diffgraft.trainers.objectives.captioned import Captioned
+from diffgraft.trainers.objectives.dreambooth import DreamBooth
+from diffgraft.trainers.objectives.objective import ObjectiveInputs
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.training_data.samples import Example, Examples
 
 CPU = torch.device("cpu")
 
@@ -68,23 +70,24 @@ def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
         words = torch.tensor([int(prompt[-1]) for prompt in prompts]) * 0.1
         return 0.3 * noisy + (times / 1000 + words).view(-1, 1, 1, 1)
 
-    found = DreamBooth(ours, kept, process, 9, CPU).losses(predict, 21, 3)
+    dreambooth = DreamBooth(inputs(SampleStream(ours, process, 9, CPU), SampleStream(kept, process, 9, CPU, 1)))
+    found = dreambooth.losses(predict, 21, 3)
     terms = []
     for data, kind in ((ours, 0), (kept, 1)):
-        batch = draw_batch(data, process, 9, 21, 3, kind, CPU)
+        batch = SampleStream(data, process, 9, CPU, kind).batch(21, 3)
         guess = predict(batch.noisy, batch.times, batch.prompts, batch.frames).double().numpy()
         terms.append(((guess - batch.target.double().numpy()) ** 2).mean())
     assert found["instance"].item() == pytest.approx(terms[0], rel=1e-5)
     assert found["prior"].item() == pytest.approx(terms[1], rel=1e-5)
     assert found["loss"].item() == pytest.approx(terms[0] + 0.4 * terms[1], rel=1e-5)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
-    shown = DreamBooth(ours, kept, process, 9, CPU).shown(21, 3)
+    shown = dreambooth.names(21, 3)
     assert shown == [f"{row}.png" for row in rows(ours, 9, 21, 3) + rows(kept, 10, 21, 3)]
-    two = [draw_batch(ours, process, 9, 21, 3, kind, CPU) for kind in (0, 1)]
+    two = [SampleStream(ours, process, 9, CPU, kind).batch(21, 3) for kind in (0, 1)]
     assert not torch.equal(two[0].times, two[1].times)
-    light = Captioned(examples(5, 1, weight=0.25), process, 9, CPU).losses(predict, 21, 3)
+    light = Captioned(inputs(SampleStream(examples(5, 1, weight=0.25), process, 9, CPU))).losses(predict, 21, 3)
     assert light["loss"].item() == pytest.approx(0.25 * terms[0], rel=1e-5)
-    alone = Captioned(ours, process, 9, CPU).losses(predict, 21, 3)
+    alone = Captioned(inputs(SampleStream(ours, process, 9, CPU))).losses(predict, 21, 3)
     assert alone["loss"].item() == pytest.approx(terms[0], rel=1e-5)
 
 
@@ -120,6 +123,15 @@ def settled(base: Base, **settings: object) -> ForwardProcess:
     """A base's forward process under the settings of a recipe."""
     recipe = load_recipe("style", settings)
     return forward_process(base, recipe.noise, recipe.timesteps, recipe.loss)
+
+
+def inputs(instances: SampleStream, classes: SampleStream | None = None) -> ObjectiveInputs:
+    """What an objective is made of, without prior preservation by prediction."""
+
+    def bare(*_: object) -> Tensor:
+        raise AssertionError("the bare base is not asked")
+
+    return ObjectiveInputs(instances, classes, 0.0, bare)
 
 
 TIMES = torch.tensor([0, 10, 500, 900, 998])

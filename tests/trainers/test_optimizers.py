@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.average import Average
-from diffgraft.trainers.checkpoint import restore, save_checkpoint
-from diffgraft.trainers.identity import identity_of
-from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
-from diffgraft.trainers.recipe import Recipe
-from diffgraft.trainers.recipe_files import load_recipe
+from diffgraft.trainers.hooks.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.hooks.ema import Average
+from diffgraft.trainers.optim.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.fingerprint import identity_of
 
 RATES = {"prodigy": 1.0, "lion": 1e-2, "lion8bit": 1e-2}
 

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from diffgraft.trainers.pace import Pace, PacedBar
+from diffgraft.trainers.hooks.eta import Pace, PacedBar
 
 SAMPLES, CHECKPOINT = 10.0, 2.0
 

@@ -12,11 +12,11 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.attach import attach
-from diffgraft.trainers.estimate import _kept, cost, speed
-from diffgraft.trainers.plan import Plan, planned
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.planning.estimate import _kept, cost, speed
+from diffgraft.trainers.planning.plan import Plan, planned
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.attach import attach
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
 

@@ -18,9 +18,9 @@ from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.wording import Wording
 from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
-from diffgraft.trainers.examples import Example, Examples
-from diffgraft.trainers.prediction_check import cosines, odd_prediction
-from diffgraft.trainers.run import train
+from diffgraft.trainers.planning.prediction_check import cosines, odd_prediction
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.samples import Example, Examples
 from tests.conftest import SHORT
 
 

@@ -20,14 +20,14 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.attach import attach
-from diffgraft.trainers.checkpoint import checkpoints
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.processes import check_together, new_accelerator
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.record import read_record
-from diffgraft.trainers.run import train
-from diffgraft.trainers.shards import check_alone, check_frozen, check_shards
+from diffgraft.trainers.hooks.checkpoint import checkpoints
+from diffgraft.trainers.hooks.metrics import read_record
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.attach import attach
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.runtime.processes import check_together, new_accelerator
+from diffgraft.trainers.runtime.shards import check_alone, check_frozen, check_shards
 from tests.trainers.killing import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
@@ -55,11 +55,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffgraft.bases import load_base
-from diffgraft.trainers import learn
-from diffgraft.trainers.processes import check_together, new_accelerator
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
-from diffgraft.trainers.shards import check_alone, check_shards, cut_up
+from diffgraft.trainers.run import train_adapter as learn
+from diffgraft.trainers.runtime.processes import check_together, new_accelerator
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.runtime.shards import check_alone, check_shards, cut_up
 sys.path.insert(0, sys.argv[1])
 from tests.trainers.test_processes import COMMON, SETTINGS, local
 

@@ -20,16 +20,17 @@ from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import cache_folder
-from diffgraft.trainers import loop, run
-from diffgraft.trainers.average import Average
-from diffgraft.trainers.checkpoint import restore, save_checkpoint
-from diffgraft.trainers.denoising import Denoiser
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.identity import differences, identity_of
-from diffgraft.trainers.optimizers import _MAKERS, at_rest, new_optimizer, settle
-from diffgraft.trainers.rates import stop_text
-from diffgraft.trainers.recipe_files import load_recipe, save_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers import loop
+from diffgraft.trainers.denoiser import Denoiser
+from diffgraft.trainers.hooks.checkpoint import restore, save_checkpoint
+from diffgraft.trainers.hooks.ema import Average
+from diffgraft.trainers.optim.lr_scales import stop_text
+from diffgraft.trainers.optim.optimizers import _MAKERS, at_rest, new_optimizer, settle
+from diffgraft.trainers.recipe.files import load_recipe, save_recipe
+from diffgraft.trainers.run import train as run
+from diffgraft.trainers.run.fingerprint import differences, identity_of
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.trainers.stopping import interrupted_after
 from tests.trainers.test_optimizers import recipe_of, walk
@@ -134,7 +135,9 @@ def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
         return real(self, held, prompts, size)
 
     monkeypatch.setattr(type(base.family), "condition", condition)
-    monkeypatch.setattr("diffgraft.trainers.learn.odd_prediction", lambda *_: "")  # which asks for words of its own
+    monkeypatch.setattr(
+        "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
+    )  # which asks for words of its own
     start = base.text_encoder.get_input_embeddings().weight[base.tokenizer.convert_tokens_to_ids("dog</w>")].clone()
     done = go(steps=3, method="pivotal", rates={"text_encoder": 0})
     assert torch.equal(done.adapter.tokens["<zorp>"]["text_encoder"][0], start)
@@ -371,7 +374,9 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
 
     monkeypatch.setattr(loop, "save_checkpoint", save)
     monkeypatch.setattr(type(base.family), "condition", condition)
-    monkeypatch.setattr("diffgraft.trainers.learn.odd_prediction", lambda *_: "")  # which asks for words of its own
+    monkeypatch.setattr(
+        "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
+    )  # which asks for words of its own
     given = {**FAST, "steps": 7, "text_encoder_stop": 3, "checkpoint_every": 1, **settings}
     whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **given)
     accumulate = settings.get("accumulate", 1)

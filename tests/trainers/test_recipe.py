@@ -7,8 +7,8 @@ import pytest
 
 from diffgraft.adapters.method import get_method, methods
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe import TASKS, SubjectRecipe
-from diffgraft.trainers.recipe_files import explained, load_recipe, recipe_names, save_recipe
+from diffgraft.trainers.recipe.files import explained, load_recipe, recipe_names, save_recipe
+from diffgraft.trainers.recipe.recipe import TASKS, SubjectRecipe
 
 SHIPPED = list(recipe_names())
 SOURCES = Path(__file__).parents[2] / "recipes"

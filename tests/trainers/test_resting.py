@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffgraft.bases import Base, load_base
-from diffgraft.trainers.resting import at_hand, not_needed, put_away, take_back
+from diffgraft.trainers.runtime.offload import at_hand, not_needed, put_away, take_back
 
 
 class Elsewhere:

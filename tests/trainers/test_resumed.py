@@ -18,8 +18,8 @@ from diffgraft.data import class_images as drawing
 from diffgraft.data.class_images import class_images
 from diffgraft.generation.generate import Settings
 from diffgraft.trainers import loop
-from diffgraft.trainers.interrupts import undisturbed
-from diffgraft.trainers.run import train
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.runtime.interrupts import undisturbed
 
 WAYS: dict[str, dict[str, Any]] = {
     "average": {"ema": 0.9, "text_encoder": True},

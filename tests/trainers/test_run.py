@@ -20,13 +20,13 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.concepts import read_pictures
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.heldout import make_probe
-from diffgraft.trainers.materials import collect, examples_of
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
-from diffgraft.trainers.templates import OBJECT, STYLE
+from diffgraft.trainers.hooks.validation_set import make_probe
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.build import collect, examples_of
+from diffgraft.trainers.training_data.concepts import read_pictures
+from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
 from tests.trainers.stopping import interrupted_after
 

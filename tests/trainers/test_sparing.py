@@ -10,8 +10,8 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.generation.plots import running_mean
 from diffgraft.trainers import loop
-from diffgraft.trainers.run import train
-from diffgraft.trainers.sparing import Sparing
+from diffgraft.trainers.hooks.throttle import Sparing
+from diffgraft.trainers.run.train import train
 
 
 @pytest.mark.parametrize(("step", "cost", "growth"), [(0.5, 0.3, 1.0), (0.02, 0.3, 1.1), (40.0, 2.0, 1.0)])

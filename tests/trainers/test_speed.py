@@ -9,12 +9,12 @@ import torch
 
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers import speed
-from diffgraft.trainers.denoising import Denoiser
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
-from diffgraft.trainers.speed import sped_up
+from diffgraft.trainers.denoiser import Denoiser
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.runtime import speed
+from diffgraft.trainers.runtime.speed import sped_up
 from tests.conftest import SHORT
 
 FAST: dict[str, Any] = {**SHORT, "steps": 3, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}

@@ -20,11 +20,11 @@ from diffgraft.adapters.method import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from diffgraft.trainers import run
-from diffgraft.trainers.folder import Run
-from diffgraft.trainers.plan import planned
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run import train as run
+from diffgraft.trainers.run.folder import Run
+from diffgraft.trainers.run.train import train
 from tests.adapters.test_families import random_lora
 from tests.conftest import SHORT
 from tests.trainers.stopping import interrupted_after

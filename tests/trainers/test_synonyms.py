@@ -5,17 +5,24 @@ import pytest
 from diffgraft.adapters.method import methods
 from diffgraft.cli.console import key_values
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports.synonyms import _MORE, synonym
-from diffgraft.trainers.recipe import TASKS
-from diffgraft.trainers.recipe_files import _keys, load_recipe
+from diffgraft.imports.kohya_keys import PLAIN as KOHYA
+from diffgraft.imports.onetrainer_keys import PLAIN as ONETRAINER
+from diffgraft.trainers.recipe.files import _keys, load_recipe
+from diffgraft.trainers.recipe.recipe import TASKS
+from diffgraft.trainers.recipe.synonyms import _SYNONYMS, synonym
 
 
 def test_every_synonym_stands_for_a_setting_that_there_is() -> None:
     options = {f"options.{name}" for method in methods().values() for name in method.options.model_fields}
     known = {key for kind in TASKS.values() for key in _keys(kind)} | options
     known |= {"rates.text_encoder"}
-    assert {ours for theirs in _MORE if (ours := synonym(theirs))} <= known
-    assert not {theirs for theirs in _MORE if theirs in known}
+    assert {*_SYNONYMS.values()} <= known
+    assert not {*_SYNONYMS} & known
+
+
+def test_keys_of_imported_configurations_are_synonyms() -> None:
+    plain = {theirs: rule.to for table in (ONETRAINER, KOHYA) for theirs, rule in table.items() if rule.to}
+    assert {theirs for theirs, ours in plain.items() if theirs != ours and not synonym(theirs)} == set()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
 from tests.trainers.test_resumed import interrupted
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 5, "checkpoint_every": 2, "sample_every": 2, "batch": 2}

@@ -13,13 +13,13 @@ from diffgraft.bases import Base
 from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.concepts import read_pictures
-from diffgraft.trainers.denoising import Denoiser, forward_process
-from diffgraft.trainers.heldout import make_probe
-from diffgraft.trainers.materials import gather
-from diffgraft.trainers.recipe_files import load_recipe
-from diffgraft.trainers.run import train
-from diffgraft.trainers.validation import Best
+from diffgraft.trainers.denoiser import Denoiser, forward_process
+from diffgraft.trainers.hooks.validation import Best, held_out
+from diffgraft.trainers.hooks.validation_set import make_probe
+from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.run.train import train
+from diffgraft.trainers.training_data.build import gather
+from diffgraft.trainers.training_data.concepts import read_pictures
 from tests.conftest import SHORT
 
 CPU = torch.device("cpu")
@@ -35,8 +35,9 @@ def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
             "validation": {"images": str(POODLE.folder / "held-out"), "pairs": 16},
         },
     )
-    held = gather(plan, base, read_pictures(plan)).held_out
-    assert held is not None
+    aside = gather(plan, base, read_pictures(plan)).held_out
+    assert aside is not None
+    held = held_out(forward_process(base), aside, plan.validation.pairs)
     ((probe, prompts, _),) = held.probes
     assert set(prompts) == {"a sks dog"}
     asked = []
@@ -61,7 +62,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([0.5, 0.3, 0.4, 0.35, 0.2])
-    monkeypatch.setattr("diffgraft.trainers.validation.HeldOut.loss", lambda *_: next(losses))
+    monkeypatch.setattr("diffgraft.trainers.hooks.validation.HeldOut.loss", lambda *_: next(losses))
     settings: dict[str, Any] = {**SHORT, "steps": 20, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     validation = {"share": 0.2, "every": 2, "patience": 2}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", validation=validation, **settings)
@@ -90,7 +91,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(base: Base, pictures: 
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffgraft.trainers.validation.HeldOut.loss", interrupted)
+        patch.setattr("diffgraft.trainers.hooks.validation.HeldOut.loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train("subject", base=base, output=tmp_path / "cut", **given)
     again = train(base=base, resume=tmp_path / "cut")
@@ -113,7 +114,7 @@ def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
 
 @pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal"])
 def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
-    from diffgraft.trainers.attach import attach
+    from diffgraft.trainers.run.attach import attach
 
     trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
     plan = load_recipe("subject", {"subject": "dog", "method": method, **trigger})

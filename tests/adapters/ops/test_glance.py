@@ -14,7 +14,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import inspect, summary
-from diffgraft.trainers.folder import Run
+from diffgraft.trainers.run.folder import Run
 from tests.cli.test_cli import call
 
 FACTS = ("method", "rank ", "alpha ", "trigger", "class", "seed", "base", "modules", "kinds", "ranks", "alphas", "tags")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffgraft.trainers.imports import convert, write_recipe
-from diffgraft.trainers.imports.account import Account
-from diffgraft.trainers.recipe import Recipe
+from diffgraft.imports import convert, write_recipe
+from diffgraft.imports.account import Account
+from diffgraft.trainers.recipe.recipe import Recipe
 
 Made = tuple[Recipe, Account]
 Make = Callable[..., Made]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffgraft.trainers.imports.counting import Epochs
+from diffgraft.imports.counting import Epochs
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from diffgraft.trainers.imports import kohya_data, kohya_gui, kohya_keys, onetrainer_keys
-from diffgraft.trainers.imports.kohya_network import NETWORK
-from diffgraft.trainers.recipe import TASKS
+from diffgraft.imports import kohya_data, kohya_gui, kohya_keys, onetrainer_keys
+from diffgraft.imports.kohya_network import NETWORK
+from diffgraft.trainers.recipe.recipe import TASKS
 
 HERE = Path(__file__).parent
 OF_THE_GUI = {"num_processes", "num_machines", "multi_gpu", "gpu_ids", "train_inpainting", "epoch", "noise_offset_type"}

@@ -12,7 +12,7 @@ from diffgraft.diffusion.losses import distances, weights
 from diffgraft.diffusion.parameterizations import Epsilon, V
 from diffgraft.diffusion.settings import Loss
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports import convert
+from diffgraft.imports import convert
 from tests.trainers.imports.conftest import Make, told
 
 LORA = """

@@ -10,7 +10,7 @@ import torch
 from diffgraft.diffusion.losses import weights
 from diffgraft.diffusion.parameterizations import Epsilon
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports import convert
+from diffgraft.imports import convert
 from tests.trainers.imports.conftest import Make, told
 
 CONCEPTS: list[dict[str, Any]] = [
@@ -229,7 +229,7 @@ def test_configurations_that_will_not_do_are_answered(make: Make, content: dict[
 
 
 def test_a_recipe_is_not_written_over(make: Make, tmp_path: Path) -> None:
-    from diffgraft.trainers.imports import write_recipe
+    from diffgraft.imports import write_recipe
 
     config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
     make(config_json=config)

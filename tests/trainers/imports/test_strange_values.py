@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.imports import convert, kohya_gui, kohya_keys, onetrainer_keys
+from diffgraft.imports import convert, kohya_gui, kohya_keys, onetrainer_keys
 
 STRANGE: list[Any] = [
     [],

@@ -1,0 +1,207 @@
+"""What a step will take, found out on a base without weights: numbers that train, memory, arithmetic."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffgraft.adapters.method import Attached
+from diffgraft.bases import Base
+from diffgraft.bases.quantized import held_bytes
+from diffgraft.quiet import hushed
+from diffgraft.trainers.denoiser import Denoiser
+from diffgraft.trainers.recipe.recipe import Recipe
+
+STATES = {
+    "adamw": 8.0,
+    "adamw8bit": 2.0,
+    "lion": 4.0,
+    "lion8bit": 1.0,
+    "adafactor": 0.1,
+    "prodigy": 16.0,
+    "schedule-free": 8.0,
+}
+"""Optimiser → bytes it keeps for each number that trains; 8-bit ones keep small tensors in 32"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training takes; memory in bytes, of tensors alone."""
+
+    trained: int
+    """Numbers that train"""
+    weights: int
+    """Bytes of the frozen networks that stay while it trains"""
+    training: int
+    """Bytes of what trains: values, gradients, the optimiser's state, a moving average"""
+    activations: int
+    """Bytes kept for the backward pass, at their peak"""
+    step: float
+    """Floating-point operations of an optimiser step"""
+    picture: float
+    """Floating-point operations of one pass of the UNet without gradients, for one picture"""
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.training + self.activations
+
+
+def cost(
+    plan: Recipe, base: Base, attach: Callable[[], Attached], size: tuple[int, int], prompts: Sequence[str], passes: int
+) -> Cost:
+    """The cost of training what `attach` lays over an outline: pictures of `size`, `passes` times the batch of them."""
+    sizes = {name: held_bytes(part, plan.quantize if name != "vae" else "none") for name, part in base.parts()}
+    dtype, live = base.unet.dtype, attach()
+    trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
+    weights = sum(own for name, own in sizes.items() if name == "unet" or (live.changes_text and name != "vae"))
+    each = 4.0 + 4.0 + STATES[plan.optimizer] + (4.0 if plan.ema else 0.0)
+    live.to(dtype=dtype)  # as autocast has it
+    base.to(dtype=dtype)
+    denoiser = Denoiser(base, live, live.trains_text, whole=plan.long_prompts == "chunk")
+    width, height = (side // base.factor for side in size)
+    channels = int(base.vae.config.latent_channels)
+
+    def asked(count: int) -> tuple[Tensor, Tensor, list[str]]:
+        noisy = torch.empty(count, channels, height, width, device=base.device)
+        times = torch.zeros(count, dtype=torch.long, device=base.device)
+        return noisy, times, [prompts[number % len(prompts)] for number in range(count)]
+
+    with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
+        denoiser(*asked(1))
+    fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
+    at_once = 0
+    if plan.gradient_checkpointing:
+        with _fused_attention(), _kept(fixed) as kept, _growth(base.unet, kept) as grown:
+            denoiser(*asked(plan.batch * passes))
+        at_once = max(grown)  # on the way back one of them at a time has all of its own again
+        base.unet.enable_gradient_checkpointing()
+        base.unet.train()
+    with _fused_attention(), FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
+        denoiser(*asked(plan.batch * passes)).square().mean().backward()
+    live.detach()
+    step = whole.get_total_flops() * plan.accumulate
+    return Cost(trained, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
+
+
+def speed(base: Base, device: torch.device) -> float:
+    """Floating-point operations a second that a part of the UNet, with weights of no meaning, reaches on `device`."""
+    unet = base.unet
+    block, width = unet.down_blocks[0], int(unet.config.block_out_channels[0])
+    with hushed():
+        block = copy.deepcopy(block).to_empty(device=device)
+    for value in block.parameters():
+        nn.init.normal_(value, std=0.02)
+    side, dtype = int(unet.config.sample_size), unet.dtype
+    given: dict[str, Any] = {"temb": torch.randn(1, 4 * width, device=device, dtype=dtype)}
+    if getattr(block, "has_cross_attention", False):
+        context = int(unet.config.cross_attention_dim)
+        given["encoder_hidden_states"] = torch.randn(1, 77, context, device=device, dtype=dtype)
+    x = torch.randn(1, width, side, side, device=device, dtype=dtype)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counted:
+            block(x, **given)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            block(x, **given)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return float(counted.get_total_flops() / min(times))
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Within the block attention keeps on ``meta`` what it does on devices, where it is one operation.
+
+    PyTorch takes it apart there, into square matrices. Diffusers asks for it by its name in the module each time.
+    """
+    usual = F.scaled_dot_product_attention
+
+    def fused(*args: Any, **more: Any) -> Tensor:
+        is_plain = len(args) == 3 and more.get("attn_mask") is None
+        if is_plain and args[0].is_meta:
+            found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+            return found
+        return usual(*args, **more)
+
+    with patch.object(F, "scaled_dot_product_attention", fused):
+        yield
+
+
+_CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
+"""Modules of diffusers' UNets of which checkpointing keeps the input alone"""
+
+
+@contextmanager
+def _growth(unet: nn.Module, kept: "_Kept") -> Iterator[list[int]]:
+    """Within the block, what each of those modules adds to what is kept."""
+    grown: list[int] = []
+    before: list[int] = []
+    hooks = []
+    for module in unet.modules():
+        if type(module).__name__ in _CHECKPOINTED:
+            hooks.append(module.register_forward_pre_hook(lambda *_: before.append(kept.now)))
+            hooks.append(module.register_forward_hook(lambda *_: grown.append(kept.now - before.pop())))
+    try:
+        yield grown
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Kept:
+    """Bytes that autograd keeps, now and at their peak; each piece of memory counts once."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._holders: dict[int, int] = {}
+
+    def take(self, storage: Any) -> None:
+        key = storage._cdata
+        self._holders[key] = self._holders.get(key, 0) + 1
+        if self._holders[key] == 1:
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def give(self, storage: Any) -> None:
+        key = storage._cdata
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.now -= storage.nbytes()
+
+
+class _Held:
+    """One tensor that autograd keeps, until it lets go of it."""
+
+    def __init__(self, value: Tensor, kept: _Kept) -> None:
+        self.value, self._storage, self._kept = value, value.untyped_storage(), kept
+        kept.take(self._storage)
+
+    def __del__(self) -> None:
+        self._kept.give(self._storage)
+
+
+@contextmanager
+def _kept(fixed: set[int]) -> Iterator[_Kept]:
+    """Within the block, what autograd keeps is counted, but for storages in `fixed`, which are there anyway."""
+    kept = _Kept()
+
+    def pack(value: Tensor) -> Any:
+        return value if value.untyped_storage()._cdata in fixed else _Held(value, kept)
+
+    def unpack(held: Any) -> Tensor:
+        found: Tensor = held.value if isinstance(held, _Held) else held
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield kept

@@ -1,0 +1,194 @@
+"""What a run would do, told in seconds and without loading weights: its pictures, its steps, its cost, its pitfalls."""
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffgraft.adapters.method import Attached
+from diffgraft.bases import Base
+from diffgraft.bases.outline import outline
+from diffgraft.data.given import with_folders
+from diffgraft.errors import DiffgraftError
+from diffgraft.room import said_size
+from diffgraft.terminal import printable
+from diffgraft.trainers.hooks.trackers import check_trackers
+from diffgraft.trainers.planning.advice import advice
+from diffgraft.trainers.planning.estimate import Cost, cost, speed
+from diffgraft.trainers.planning.pitfalls import conflicts, likenesses, looked_at, squares, triggers
+from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.attach import attach
+from diffgraft.trainers.run.checks import check_attached, check_base, check_pictures, check_settings
+from diffgraft.trainers.run.folder import check_output, recipe_with
+from diffgraft.trainers.run.init_from import Start, read_start
+from diffgraft.trainers.run.train import DTYPES
+from diffgraft.trainers.runtime.processes import new_accelerator
+from diffgraft.trainers.training_data.build import Item, collect, prior_of, side_of, split, step_of
+from diffgraft.trainers.training_data.concepts import Read, read_concepts
+from diffgraft.trainers.training_data.prompts import captions_of
+
+_MUCH_CUT = 0.3
+"""Of a picture, so much cut away is worth a word"""
+_DRAWING = 25 * 2
+"""Passes of the UNet for a picture that is drawn: steps, with and without its prompt"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do."""
+
+    facts: list[tuple[str, str]]
+    """What it is about → what there is"""
+    pitfalls: list[str]
+    """What a person may not have meant"""
+
+    def lines(self) -> list[str]:
+        """One for each fact and pitfall."""
+        width = max(len(name) for name, _ in self.facts)
+        facts = [f"{name:{width}}  {said}" for name, said in self.facts]
+        return [printable(line) for line in (*facts, *(f"look at: {said}" for said in self.pitfalls))]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
+    """Plan a run of `recipe` on a device; of the base, only configuration and tokenizers are read.
+
+    Raises:
+        DiffgraftError: what `train` would refuse before it starts.
+    """
+    check_settings(recipe, device)
+    base = outline(recipe.base, dtype, prediction_type=recipe.prediction_type, zero_snr=recipe.zero_snr)
+    check_base(recipe, base)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recipe, read = read_concepts(recipe)
+        check_pictures(read)
+        items = collect(recipe, read, base.tokenizer, side_of(recipe, base), step_of(base))
+        learnt, held = split(recipe, items, base)
+    seen, broken = looked_at(learnt)
+    learnt = [one for row, one in enumerate(learnt) if row not in broken]
+    if not learnt:
+        raise DiffgraftError(f"None of the {len(broken)} pictures can be opened. Save them again as JPEG or PNG.")
+    sizes = Counter(one.frames[0].size for one in learnt)
+    largest = max(sizes, key=math.prod)
+    prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
+    passes = 2 if any(prior_of(part) is not None for part, _ in read) else 1
+    start = read_start(recipe.init_from, base) if recipe.init_from else None
+    found = cost(recipe, base, lambda: _attached(recipe, base, start), largest, prompts, passes)
+    facts = [
+        (
+            "recipe",
+            f"{recipe.task} by {recipe.method} on {recipe.base} ({base.family.name}, {side_of(recipe, base)} px)",
+        ),
+        ("computes", f"on {device}, in {recipe.precision}"),
+        ("predicts", f"{base.prediction_type}, as {'the recipe says' if recipe.prediction_type else 'its files say'}"),
+        *_pictures(recipe, learnt, held),
+        ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
+        *_cuts(learnt),
+        *_words(learnt),
+        ("trigger", ", ".join(dict.fromkeys(part.trigger for part, _ in read))),
+        *_class_images(read),
+        ("steps", _rounds(recipe, learnt)),
+        *_costs(recipe, base, found, read, device),
+    ]
+    told = dict.fromkeys(str(one.message) for one in caught)
+    pitfalls = [*told, *broken.values(), *conflicts(recipe, learnt), *triggers(base, learnt), *likenesses(seen)]
+    return Plan(facts, [*pitfalls, *squares(recipe, learnt), *advice(recipe, base, learnt, seen)])
+
+
+def _attached(recipe: Recipe, base: Base, start: Start | None) -> Attached:
+    live = attach(recipe, base, start)
+    try:
+        check_attached(recipe, live)
+    except BaseException:
+        live.detach()
+        raise
+    return live
+
+
+def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> Iterator[tuple[str, str]]:
+    ways = Counter(len(one.frames) for one in learnt)
+    shown = "" if set(ways) == {1} else f", each in {' or '.join(str(n) for n in sorted(ways))} ways (cuts, mirrored)"
+    concepts = len({id(one.part) for one in learnt})
+    yield "pictures", f"{len(learnt)}{f' of {concepts} concepts' if concepts > 1 else ''}{shown}"
+    if held:
+        yield "held out", f"{len(held)}, every {recipe.validation.every} steps"
+    if recipe.masks.use:
+        count = sum(one.picture.has_mask for one in learnt)
+        yield "masks", f"{count} of {len(learnt)} pictures have one"
+
+
+def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
+    cut = [1 - one.frames[0].shown for one in learnt]
+    most = max(range(len(cut)), key=cut.__getitem__)
+    if cut[most] > 0.005:
+        name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
+        said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
+        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {much} pictures" if much else "")
+    grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
+    if grown:
+        yield "enlarged", f"{len(grown)} pictures, such as {grown[0].picture.name}"
+
+
+def _words(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
+    with_own = sum(bool(captions_of(one.part, one.picture)) for one in learnt)
+    texts = Counter(prompt for one in learnt for prompt in one.wording.prompts())
+    first = next(iter(texts))
+    yield "captions", f"{with_own} of {len(learnt)} pictures have some; {len(texts)} prompts, such as: {first}"
+
+
+def _class_images(read: Read) -> Iterator[tuple[str, str]]:
+    for part, pictures in read:
+        if (prior := prior_of(part)) is None:
+            continue
+        if prior.by == "prediction":
+            yield "class", f"held by what the bare base says as: {part.class_text(None)}"
+        elif prior.folder:
+            yield "class", f"images of {prior.folder}"
+        else:
+            captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
+            texts = part.class_prompts(captions)
+            said = f"{prior.images} images, drawn if they are not in the cache, of {len(texts)} prompts"
+            yield "class", f"{said}, such as: {texts[0]}"
+
+
+def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
+    a_round = sum(one.part.repeats for one in learnt)
+    shown = recipe.steps * recipe.batch * recipe.accumulate
+    times = shown / a_round
+    return f"{recipe.steps}, of {recipe.batch * recipe.accumulate} pictures each: {times:.1f} rounds of {a_round}"
+
+
+def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.device) -> Iterator[tuple[str, str]]:
+    yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.trained * 4)}"
+    parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
+    listed = ", ".join(f"{said_size(count)} of {name}" for name, count in parts.items())
+    yield "memory", f"about {said_size(found.memory)} on each device: {listed}"
+    rate = speed(base, device)
+    priors = [prior for part, _ in read if (prior := prior_of(part)) is not None]
+    drawn = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
+    said = f"about {_time(recipe.steps * found.step / rate)} for the steps"
+    if drawn:
+        said += f", {_time(drawn * _DRAWING * found.picture / rate)} for class images"
+    yield "time", f"{said} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this UNet)"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
+    """The plan of a recipe by its name or path, with settings as `train` takes them."""
+    plan = recipe_with(recipe, with_folders(settings))
+    check_output(plan)
+    check_trackers(plan)  # accelerate says less of those that are not there
+    return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])

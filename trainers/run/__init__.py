@@ -1,0 +1,1 @@
+"""A training run: its folder, its settings checked, its adapter trained and exported."""

@@ -1,0 +1,1 @@
+"""Where training runs: processes, shards, memory, interrupts."""

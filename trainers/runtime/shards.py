@@ -1,0 +1,123 @@
+"""A frozen UNet in shards: each process holds a share of every weight, and the whole of one only while it computes.
+
+By PyTorch's `fully_shard`, or by stage 3 of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). What trains
+is small, and stays whole on every process.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffgraft.adapters.method import Attached
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.recipe.recipe import Recipe
+
+
+def check_shards(recipe: Recipe, accelerator: Any) -> None:
+    """Refuse what cannot be in shards.
+
+    Raises:
+        DiffgraftError: there is one process, the package is not there, or as `check_alone`.
+    """
+    from accelerate.utils import is_deepspeed_available
+
+    check_alone(recipe)
+    if recipe.shard == "none":
+        return
+    if accelerator.num_processes == 1:
+        raise DiffgraftError(
+            f"shard={recipe.shard} deals the UNet out to several processes, and this is one: start them by `torchrun "
+            "--nproc_per_node 2 -m diffgraft train …`, or leave shard out."
+        )
+    if recipe.shard == "zero3" and not is_deepspeed_available():
+        raise DiffgraftError("shard=zero3 needs the package deepspeed: python -m pip install deepspeed, or shard=fsdp.")
+
+
+def check_alone(recipe: Recipe) -> None:
+    """Refuse settings that need whole weights.
+
+    Raises:
+        DiffgraftError: there is one beside `shard`.
+    """
+    if recipe.shard == "none":
+        return
+    wanted = {"quantize": recipe.quantize != "none", "compile": recipe.compile, "channels_last": recipe.channels_last}
+    for key in (key for key, is_wanted in wanted.items() if is_wanted):
+        raise DiffgraftError(f"{key}={getattr(recipe, key)} does not go with shard={recipe.shard}: leave one out.")
+
+
+@contextmanager
+def spare_unet(recipe: Recipe, base: Base) -> Iterator[None]:
+    """Within the block the base has a copy of its UNet, to be cut up; its own waits in the processor's memory."""
+    if recipe.shard == "none":
+        yield
+        return
+    own, device = base.unet, base.device
+    spare = copy.deepcopy(own.to("cpu"))
+    base.unet = spare.to(device)
+    try:
+        yield
+    finally:
+        base.unet = own.to(device)
+
+
+def check_frozen(recipe: Recipe, base: Base, live: Attached) -> None:
+    """Refuse to deal out what is trained.
+
+    Raises:
+        DiffgraftError: the UNet's own weights are, in what is attached.
+    """
+    if recipe.shard == "none":
+        return
+    own = {id(value) for value in base.unet.parameters()}
+    if any(id(value) in own for value in live.trainable().values()):
+        raise DiffgraftError(
+            f"method={recipe.method} trains the UNet's own weights, and shard={recipe.shard} is for a frozen one: "
+            "leave shard out, or take a method that adds to it."
+        )
+
+
+def cut_up(recipe: Recipe, base: Base) -> None:
+    """Deal the UNet's weights out to the processes, which from here on must call it together, as before."""
+    if recipe.shard != "none":
+        _KINDS[recipe.shard](base.unet)
+
+
+def held_apart(recipe: Recipe, module: nn.Module) -> None:
+    """Have `DistributedDataParallel` take no notice of what is frozen in `module`, as its shards differ."""
+    if recipe.shard == "none":
+        return
+    names = [name for name, value in module.named_parameters() if not value.requires_grad]
+    names += [name for name, _ in module.named_buffers()]
+    ignore: Any = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(module, names)
+
+
+def _by_fsdp(unet: nn.Module) -> None:
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(unet.parameters()).device.type, (torch.distributed.get_world_size(),))
+    for block in unet.modules():
+        if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+            fully_shard(block, mesh=mesh)
+    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+
+
+def _by_zero3(unet: nn.Module) -> None:
+    import deepspeed
+
+    # it is asked to train nothing, and gathers and frees weights on both ways
+    few = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+    deepspeed.initialize(model=unet, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": few})
+
+
+_KINDS = {"fsdp": _by_fsdp, "zero3": _by_zero3}

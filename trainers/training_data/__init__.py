@@ -1,0 +1,1 @@
+"""Training data: pictures with prompts, in the order in which steps see them."""

@@ -1,0 +1,131 @@
+"""The things that a run learns: each with its pictures and the word that calls it, as recipe and folders tell."""
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from diffgraft.adapters.method import get_method
+from diffgraft.data.inventory import layout_of
+from diffgraft.data.pictures import Picture
+from diffgraft.data.source import read_source
+from diffgraft.data.tables import refuse_outside
+from diffgraft.data.wording import mentions, without_word
+from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.settings import Concept
+
+Read = list[tuple[Recipe, list[Picture]]]
+"""The recipe of each concept, and its pictures"""
+_FILLING = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "my",
+        "photo",
+        "photos",
+        "picture",
+        "pictures",
+        "image",
+        "portrait",
+        "painting",
+        "drawing",
+        "of",
+        "in",
+        "style",
+    ]
+)
+"""Words that a folder's name has around the one that calls what is in it"""
+_LONGEST_NAME = 3
+"""Words; more of them are a sentence"""
+
+
+def read_concepts(recipe: Recipe) -> tuple[Recipe, Read]:
+    """The recipe with the triggers that it comes to, and each concept's own recipe with its pictures.
+
+    Where the recipe does not say the trigger, and pictures are called otherwise by their folder (`10_ohwx man`), that
+    word is the trigger; folders that are called differently are concepts of their own.
+
+    Raises:
+        DiffgraftError: a folder or data set is not there, can be read in two ways, or holds no pictures; or the method
+            cannot teach so many words.
+    """
+    read = read_pictures(recipe)
+    triggers = list(dict.fromkeys(part.trigger for part, _ in read))
+    if recipe.concepts or triggers == [recipe.trigger]:
+        return recipe, read
+    if len(triggers) == 1:
+        return recipe.model_copy(update={"trigger": triggers[0]}), read
+    concepts = [
+        Concept(images=part.images, trigger=part.trigger, prompt=part.prompt, repeats=part.repeats, weight=part.weight)
+        for part, _ in read
+    ]
+    return recipe.model_copy(update={"trigger": triggers[0], "images": "", "repeats": 1, "concepts": concepts}), read
+
+
+def read_pictures(recipe: Recipe) -> Read:
+    """Each concept's own recipe, with its pictures.
+
+    Raises:
+        DiffgraftError: as `read_concepts`.
+    """
+    read = [one for part in recipe.parts() for one in read_part(part, used_by(recipe))]
+    others = sorted({part.trigger for part, _ in read} - {recipe.trigger})
+    if others and get_method(recipe.method).teaches_word:
+        raise DiffgraftError(
+            f"{recipe.method} teaches one word, {recipe.trigger!r}, and concepts are called {', '.join(others)}: give "
+            "all of them the recipe's trigger, or take method=lora."
+        )
+    return read
+
+
+def used_by(recipe: Recipe) -> list[Path]:
+    """All folders that a recipe names, whatever for."""
+    parts = [recipe, *recipe.parts()]
+    priors = [prior for part in parts if (prior := getattr(part, "prior", None)) is not None]
+    said = [recipe.output, recipe.validation.images, *(part.images for part in parts), *(one.folder for one in priors)]
+    return [Path(one) for one in dict.fromkeys(said) if one]
+
+
+def read_part(part: Recipe, used: Collection[Path] = ()) -> Iterator[tuple[Recipe, list[Picture]]]:
+    """The pictures of one concept, those of each numbered folder apart, where they are laid out so.
+
+    Warnings name what is there and not read, but for what is in folders `used` otherwise.
+    """
+    root = Path(part.images).expanduser()
+    layout = layout_of(root, part.layout, used)
+    for said in layout.remarks:
+        warnings.warn(said, stacklevel=5)
+    for one in layout.counted:
+        if not part.outside:
+            refuse_outside(root, one.folder, str(one.folder))
+        own = {"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.says, "layout": "flat"}
+        named = part.model_copy(update=own)
+        pictures = _pictures(named, used)
+        yield named.model_copy(update={"trigger": _trigger(named, one.says, pictures)}), pictures
+    if not layout.counted:
+        yield part, _pictures(part, used)
+
+
+def _pictures(part: Recipe, used: Collection[Path]) -> list[Picture]:
+    return read_source(part.images, part.caption_column, thorough=False, outside=part.outside, used=used)
+
+
+def _trigger(part: Recipe, says: str, pictures: Sequence[Picture]) -> str:
+    """The word that calls the pictures of a numbered folder: the recipe's, or the one that folder and captions have."""
+    if "trigger" in part.model_fields_set or get_method(part.method).teaches_word or part.templates != "none":
+        return part.trigger
+    texts = [text for one in pictures for text in ((one.captions if part.captions.use else ()) or (says,))]
+    found = _name_in(says, getattr(part, "subject", ""))
+    if found and not any(mentions(text, part.trigger) for text in texts):
+        return found if any(mentions(text, found) for text in texts) else part.trigger
+    return part.trigger
+
+
+def _name_in(says: str, noun: str) -> str:
+    """Of what a folder says, "ohwx man", the word that is not the class noun; empty where none stands out."""
+    rest = without_word(says, noun) if noun else says
+    words = [word for word in rest.split() if word.lower() not in _FILLING]
+    if noun and rest == says:  # another noun: by kohya's convention the last word
+        words = words[:-1] or words
+    return " ".join(words) if len(words) <= _LONGEST_NAME else ""
