@@ -41,7 +41,7 @@ from diffgraft.files import write_text
 from diffgraft.trainers import loop
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.samples import Examples
+from diffgraft.trainers.training_data.examples import Examples
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
 INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"

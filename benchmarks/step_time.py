@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from diffgraft.adapters.method import Spec, choose_layers, get_method
 from diffgraft.bases.loading import CONFIGS
-from diffgraft.files import replacing, write_text
+from diffgraft.files import atomic_write, write_text
 
 RANK = 8
 SLOW = 2.5
@@ -249,7 +249,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
 
 

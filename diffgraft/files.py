@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, size: int = 0) -> Iterator[Path]:
+def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
 
     It is on the disk before it has the name, so that not even a power cut leaves half a file there.
@@ -56,15 +56,15 @@ def replacing(path: Path, size: int = 0) -> Iterator[Path]:
         try:
             yield partial
             partial.chmod(0o644)
-            to_disk(partial)
+            fsync(partial)
             partial.replace(path)
-            to_disk(path.parent)
+            fsync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
-def replacing_folder(path: Path, size: int = 0) -> Iterator[Path]:
+def atomic_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """The same for a folder with all that is in it."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with room_for(path, size):
@@ -72,15 +72,15 @@ def replacing_folder(path: Path, size: int = 0) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            to_disk(partial)
-            discard(path)
+            fsync(partial)
+            remove_dir(path)
             partial.rename(path)
-            to_disk(path.parent)
+            fsync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def discard(folder: Path) -> None:
+def remove_dir(folder: Path) -> None:
     """Delete a folder, if it is there: it loses its name before it loses what it holds."""
     if folder.is_dir():
         going = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
@@ -88,7 +88,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(going)
 
 
-def sweep(folder: Path) -> None:
+def remove_partials(folder: Path) -> None:
     """Remove what a killed process left half-written below `folder`; nobody else may be writing there."""
     for left in list(folder.rglob(f"{PARTIAL}*")):
         if left.is_dir():
@@ -97,7 +97,7 @@ def sweep(folder: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def to_disk(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or which files a folder holds, is on the disk; Windows does not know this of folders."""
     if os.name == "nt" and path.is_dir():
         return
@@ -109,7 +109,7 @@ def to_disk(path: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """The folder, made where there is none, for this process alone; a process that dies gives it free.
 
     Raises:
@@ -133,7 +133,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> Path:
     """Write `text` as UTF-8, whole or not at all."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, "utf-8")
     return path
 
@@ -142,8 +142,8 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", header: Mappi
     """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
     from safetensors.torch import save_file  # brings torch, which other files are written without
 
-    with replacing(path, sum(value.nbytes for value in tensors.values())) as partial:
-        save_file(apart(tensors), partial, dict(header))
+    with atomic_write(path, sum(value.nbytes for value in tensors.values())) as partial:
+        save_file(unshared_contiguous(tensors), partial, dict(header))
         _sort_header(partial)
     return path
 
@@ -154,7 +154,7 @@ def check_suffix(path: Path) -> None:
         raise DiffgraftError(f"{path.name} would be a safetensors file: give {path.with_suffix('.safetensors').name}.")
 
 
-def apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+def unshared_contiguous(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """`tensors` by name in order, each in plain order and none in another's memory: safetensors refuses all else."""
     seen: set[int] = set()
     found: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def _sort_header(path: Path) -> None:
             file.write(text.ljust(length))
 
 
-def unused(path: Path) -> Path:
+def unique_path(path: Path) -> Path:
     """`path`, or where something is there already, the same name with the first free number behind it."""
     number, free = 2, path
     while free.exists():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import alone_in, replacing, unused, write_safetensors, write_text
+from diffgraft.files import atomic_write, exclusive_lock, unique_path, write_safetensors, write_text
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         partial.write_text("half", "utf-8")
         raise RuntimeError
 
-    with pytest.raises(RuntimeError), replacing(path) as partial:
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
         break_off(partial)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text("utf-8") == "old"
@@ -38,26 +38,26 @@ def test_equal_tensors_are_equal_bytes(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    assert unused(path) == path
+    assert unique_path(path) == path
     for name in ("a.png", "a-2.png"):
         (tmp_path / name).touch()
-    assert unused(path) == tmp_path / "a-3.png"
+    assert unique_path(path) == tmp_path / "a-3.png"
 
 
 def test_a_folder_is_one_process_s_alone(tmp_path: Path) -> None:
     """A second process is refused while the first is there, and let in once that was killed."""
     folder = tmp_path / "new" / "run"
     script = (
-        "import sys, time, pathlib; from diffgraft.files import alone_in\n"
-        "with alone_in(pathlib.Path(sys.argv[1])): print('there', flush=True); time.sleep(60)"
+        "import sys, time, pathlib; from diffgraft.files import exclusive_lock\n"
+        "with exclusive_lock(pathlib.Path(sys.argv[1])): print('there', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "there\n"
-        with pytest.raises(DiffgraftError, match="Another process is at work in"), alone_in(folder):
+        with pytest.raises(DiffgraftError, match="Another process is at work in"), exclusive_lock(folder):
             pass
         first.kill()
-    with alone_in(folder):
+    with exclusive_lock(folder):
         (folder / "a").touch()
-    with alone_in(folder):
+    with exclusive_lock(folder):
         assert (folder / "a").exists()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from diffgraft.bases import Base, Conditioning, Framing
 from diffgraft.data.texts import Texts
 from diffgraft.diffusion.forward import ForwardProcess
-from diffgraft.diffusion.settings import Loss, Noise, Timesteps
+from diffgraft.trainers.recipe.groups import ObjectiveSettings
 
 
 class Denoiser(nn.Module):
@@ -60,12 +60,12 @@ class Denoiser(nn.Module):
         return prediction.float()
 
 
-def forward_process(
-    base: Base, noise: Noise | None = None, timesteps: Timesteps | None = None, loss: Loss | None = None
-) -> ForwardProcess:
+def forward_process(base: Base, settings: ObjectiveSettings | None = None) -> ForwardProcess:
     """The forward process of a base, plain where no settings are given.
 
     Raises:
         DiffgraftError: the base's schedule has no such timesteps, or a loss is undefined for what it predicts.
     """
-    return ForwardProcess(base.parameterization, noise, timesteps, loss)
+    if settings is None:
+        return ForwardProcess(base.parameterization)
+    return ForwardProcess(base.parameterization, settings.noise, settings.timesteps, settings.loss)

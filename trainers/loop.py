@@ -1,255 +1,157 @@
 """The one training loop: every objective and every method goes through it."""
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 from diffgraft.adapters.method import Attached
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.plots import save_loss_plot
-from diffgraft.trainers.denoiser import Denoiser
-from diffgraft.trainers.hooks.checkpoint import adopt, restore, save_checkpoint, with_changes
-from diffgraft.trainers.hooks.ema import Average
-from diffgraft.trainers.hooks.eta import Pace, PacedBar
-from diffgraft.trainers.hooks.health import Health, broken, diverged
-from diffgraft.trainers.hooks.metrics import Entry, Record, curves
-from diffgraft.trainers.hooks.throttle import Sparing
-from diffgraft.trainers.hooks.trackers import end_trackers, start_trackers, track, track_picture
-from diffgraft.trainers.hooks.validation import Trial
+from diffgraft.progress import StoppedError, phase
+from diffgraft.rng import generator
+from diffgraft.room import DiskFullError
+from diffgraft.trainers.hooks.eta import Eta
+from diffgraft.trainers.hooks.health import diverged, first_nonfinite_grad
+from diffgraft.trainers.hooks.hook import Hook
+from diffgraft.trainers.hooks.metrics import Metrics
+from diffgraft.trainers.objectives.batch import Predict
 from diffgraft.trainers.objectives.objective import Objective
-from diffgraft.trainers.optim.gradients import accumulate, shown_in
-from diffgraft.trainers.optim.lr_scales import factors, stop_text
-from diffgraft.trainers.optim.optimizers import at_rest, found_rate, new_optimizer, rate, settle
-from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.fingerprint import Identity
-from diffgraft.trainers.runtime.interrupts import undisturbed
-from diffgraft.trainers.runtime.processes import check_together
+from diffgraft.trainers.optim.optimizers import effective_lr, load_eval_weights, lr_at
+from diffgraft.trainers.recipe.groups import OptimSettings
+from diffgraft.trainers.runtime.interrupts import defer_sigint
+from diffgraft.trainers.runtime.processes import shared_mean, shared_requests
+from diffgraft.trainers.state import TrainingState
 
 _PATIENCE = 20
 """Updates in a row that half precision may leave out: each halves the scale of the loss, from 65,536 to 1/16"""
-
-
-@dataclass(frozen=True)
-class OnTheWay:
-    """Files that are made every so many steps, while the parameters have the values that count: samples, adapters.
-
-    All processes make them together, as a UNet in shards needs, and one writes.
-    """
-
-    every: int
-    """0: never"""
-    folder: Path
-    suffix: str
-    make: Callable[[int, Path], None]
-    """Step and file → the file"""
-
-    def file(self, step: int) -> Path:
-        """That of a step."""
-        return self.folder / f"step-{step:06d}{self.suffix}"
+_DROPOUT = 4
+"""Stream of random numbers for what is left to PyTorch's own generators"""
 
 
 class Loop:
-    """Trains what is attached for the recipe's steps, going on from the newest checkpoint in the run's folder."""
+    """Takes the steps of a run, and calls its hooks between them."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        folder: Path,
-        identity: Identity,
-        accelerator: Any,
-        denoiser: Denoiser,
-        adapter: Attached,
+        optim: OptimSettings,
+        state: TrainingState,
+        predict: Predict,
         objective: Objective,
-        on_the_way: Sequence[OnTheWay],
-        trial: Trial | None = None,
-        *,
-        changed: bool = False,
+        adapter: Attached,
+        metrics: Metrics,
+        hooks: Sequence[Hook],
     ) -> None:
-        """Put everything back as the newest checkpoint has it.
-
-        Raises:
-            DiffgraftError: it belongs to another `identity`, and that was not `changed` on purpose; or processes would
-                go on from different steps.
-        """
-        self.recipe, self.folder = recipe, folder
-        self.accelerator, self.denoiser, self.adapter = accelerator, denoiser, adapter
-        self.objective, self.on_the_way, self.trial = objective, on_the_way, trial
-        self.lead = bool(accelerator.is_main_process)
-        self.paths = adapter.paths()
-        self.parameters = {name: value for name, value in adapter.trainable().items() if value.requires_grad}
-        optimizer = new_optimizer(recipe, self.parameters, factors(recipe, adapter))
-        self.average = Average(self.parameters, recipe.ema) if recipe.ema else None
-        scaler = accelerator.scaler
-        self.done = restore(folder, identity, self.parameters, optimizer, self.average, scaler, changed=changed)
-        self.saved, self.identity = self.done, with_changes(folder, identity)
-        check_together(accelerator, folder, self.done)
-        self.record = Record(folder, self.done, writes=self.lead)
-        if trial is not None:
-            trial.go_on(self.record.entries)
-        self.health = Health(self.parameters, self.paths)
-        self.pace = Pace(recipe.steps)
-        self.plot = Sparing(lambda: save_loss_plot(curves(self.record.entries), folder / "loss.png"))
-        self.text_stops = None if recipe.text_encoder_stop is None else max(recipe.text_encoder_stop, self.done)
-        self.is_stepping = False
+        """`state` is that of the newest checkpoint; `predict` is the denoiser as accelerate has prepared it."""
+        self.optim, self.state, self.predict, self.objective = optim, state, predict, objective
+        self.adapter, self.metrics, self.hooks = adapter, metrics, hooks
+        self.eta = Eta(state.steps)
+        self.is_updating = False
         """Whether some weights have moved in this step and others have not yet"""
-        self.lost = 0
+        self.skipped = 0
         """Updates in a row that could not be made"""
-        self.predict, self.optimizer = accelerator.prepare(denoiser, optimizer)
 
-    def run(self) -> list[Entry]:
-        """Take the steps that are left.
-
-        Returns:
-            What was recorded of all steps, as it stands in ``metrics.jsonl``.
+    def run(self) -> None:
+        """Take the steps that are left; whatever ends it, what was trained is in a checkpoint.
 
         Raises:
             DiffgraftError: the loss or a gradient is no number any more; the state before that is kept.
-            KeyboardInterrupt: passed on, after a checkpoint was written (unless it came in the middle of an update).
+            StoppedError: it was asked to stop.
+            KeyboardInterrupt: passed on.
         """
-        if self.lead:
-            adopt(self.folder, self.identity)
-            self.record.begin()
-            start_trackers(self.accelerator, self.recipe, self.done)
+        state = self.state
         try:
-            self._catch_up()
-            self._take_steps()
-        except KeyboardInterrupt:
-            if not self.is_stepping:
-                self._save_what_is_new()
-            if self.lead and self.record.entries:
-                save_loss_plot(curves(self.record.entries), self.folder / "loss.png")
+            self.metrics.begin()
+            for hook in self.hooks:
+                hook.begin(state)
+            missed = [hook for hook in self.hooks if hook.is_missed(state)]
+            state.accelerator.wait_for_everyone()  # all have looked before one of them writes
+            for hook in missed:
+                self._run_hook(hook)
+            with phase("training", state.steps, state.step) as tracker:
+                while not state.is_over:
+                    loss = self._step(state.step)
+                    self.eta.update()
+                    asked = shared_requests(state.accelerator, state.control)
+                    for hook in self.hooks:
+                        if hook.is_due(state, asked):
+                            self._run_hook(hook)
+                    if "stop" in asked and not state.is_over:
+                        raise StoppedError(f"Stopped after step {state.step} of {state.steps}, as was asked for.")
+                    tracker.advance(remaining=self.eta.remaining(state.step), values={"loss": loss})
+            load_eval_weights(state.optimizer, state.ema)
+            state.accelerator.free_memory()
+            for hook in self.hooks:
+                hook.end(state)
+        except DiskFullError:
+            raise  # there is no room for a checkpoint either
+        except BaseException:
+            if not self.is_updating:
+                for hook in self.hooks:
+                    hook.interrupted(state)
             raise
         finally:
-            end_trackers(self.accelerator)
-        settle(self.optimizer, self.average)
-        self.accelerator.free_memory()
-        if self.lead and (still := self.health.still()):
-            warnings.warn(
-                f"{len(still)} of the modules never moved, as what they compute never reached the loss: "
-                f"{', '.join(still)}.",
-                stacklevel=3,
-            )
-        return self.record.entries
+            for hook in self.hooks:
+                hook.close()
 
-    def _catch_up(self) -> None:
-        """Do what comes after the step that was last saved, if a run was stopped in between."""
-        if self._is_trial_due() and "validation" not in self.record.entries[-1]:
-            self._validate()
-        missing = [one for one in self.on_the_way if _due(one.every, self.done) and not one.file(self.done).exists()]
-        self.accelerator.wait_for_everyone()  # all have looked before one of them writes
-        for one in missing:
-            self._make(one)
-
-    def _take_steps(self) -> None:
-        first, end = self.done, self.recipe.steps
-        bar = PacedBar(range(first, end), "training", initial=first, total=end, leave=False, disable=not self.lead)
-        bar.pace = self.pace
-        with bar:
-            for step in bar:
-                if self._is_over():
-                    break
-                loss = self._step(step)
-                self.pace.stepped()
-                if self._is_trial_due():
-                    self._validate()
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                self._keep()
+    def _run_hook(self, hook: Hook) -> None:
+        with self.eta.pause(hook.name, hook.every) if hook.every else nullcontext():
+            hook.run(self.state)
 
     def _step(self, step: int) -> float:
         """One update, and its loss."""
-        if step == self.text_stops:
-            with undisturbed():
-                stop_text(self.adapter, self.optimizer, self.average)
-                self.denoiser.freeze_text()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * rate(self.recipe, step)
-        terms = accumulate(self.recipe, self.accelerator, self.predict, self.objective, step)
-        norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.recipe.max_grad_norm)
-        self.lost = 0 if torch.as_tensor(norm).isfinite() else self.lost + 1
+        state = self.state
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["rate"] * lr_at(self.optim, step)
+        terms = self._accumulate(step)
+        norm = state.accelerator.clip_grad_norm_(list(state.parameters.values()), self.optim.max_grad_norm)
+        self.skipped = 0 if torch.as_tensor(norm).isfinite() else self.skipped + 1
         # in half precision such updates are left out, and smaller numbers tried
-        lost_too_many = self.lost == (1 if self.accelerator.scaler is None else _PATIENCE)
-        if lost_too_many or not math.isfinite(terms["loss"]):
+        has_diverged = self.skipped == (1 if state.scaler is None else _PATIENCE)
+        if has_diverged or not math.isfinite(terms["loss"]):
             raise self._diverged(step, terms["loss"])
-        self.health.note()
-        with undisturbed():
-            self.is_stepping = True
-            self.optimizer.step()
+        for hook in self.hooks:
+            hook.after_backward()
+        with defer_sigint():
+            self.is_updating = True
+            state.optimizer.step()
             self.adapter.after_step()
-            if self.average is not None:
-                self.average.step()
-            self.optimizer.zero_grad()
-            found = {} if (own := found_rate(self.optimizer)) is None else {"effective_lr": own}
-            self._note({"step": step + 1, "lr": rate(self.recipe, step), **found, **terms})
-            self.done, self.is_stepping = step + 1, False
+            if state.ema is not None:
+                state.ema.step()
+            state.optimizer.zero_grad()
+            found = {} if (own := effective_lr(state.optimizer)) is None else {"effective_lr": own}
+            entry = {"step": step + 1, "lr": lr_at(self.optim, step), **found, **terms}
+            self.metrics.add(entry)
+            state.step, self.is_updating = step + 1, False
+        self.metrics.announce(entry)
         return terms["loss"]
 
+    def _accumulate(self, step: int) -> dict[str, float]:
+        """Add up the gradients of a step (counted from 0), and return the means of the loss and its terms.
+
+        How the samples of a step are dealt out to batches and processes changes no more than rounding.
+        """
+        optim, accelerator = self.optim, self.state.accelerator
+        share, device = optim.batch * accelerator.num_processes, accelerator.device
+        terms: dict[str, float] = {}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # what is left to PyTorch's own generators, such as dropout, is a function of seed, step and process, too
+            torch.manual_seed(generator(optim.seed, step, accelerator.process_index, _DROPOUT).initial_seed())
+            for part in range(optim.accumulate):
+                place = (step * optim.accumulate + part) * share + accelerator.process_index * optim.batch
+                last = part + 1 == optim.accumulate
+                with nullcontext() if last else accelerator.no_sync(self.predict):
+                    losses = self.objective.losses(self.predict, place, optim.batch)
+                    accelerator.backward(losses["loss"] / optim.accumulate)
+                for name, value in losses.items():
+                    terms[name] = terms.get(name, 0.0) + float(value.detach()) / optim.accumulate
+        return shared_mean(accelerator, terms)
+
     def _diverged(self, step: int, loss: float) -> DiffgraftError:
-        """Keep what was good, and find where numbers became none."""
-        self.optimizer.zero_grad()
-        accumulate(self.recipe, self.accelerator, self.predict, self.objective, step)  # clipping has spread it
-        self._save_what_is_new()
-        names = shown_in(self.recipe, self.accelerator, self.objective, step)
-        where = broken(self.parameters, self.paths)
-        return DiffgraftError(diverged(self.recipe, step, loss, self.lost, where, names))
-
-    def _validate(self) -> None:
-        """Record the held-out loss, the same number on all processes; a new best is kept."""
-        trial, accelerator = self.trial, self.accelerator
-        assert trial is not None
-        with self.pace.pause("validation", trial.settings.every), at_rest(self.optimizer, self.average):
-            own = torch.tensor(trial.loss(self.predict, accelerator.device), device=accelerator.device)
-            loss = float(accelerator.reduce(own.float(), "mean"))
-            if trial.best.take(self.done, loss):
-                trial.keep()
-        with undisturbed():
-            self._note({"step": self.done, "validation": loss})
-
-    def _keep(self) -> None:
-        """A checkpoint, samples, adapters and the plot, those that are due."""
-        if self.lead and (self._is_over() or _due(self.recipe.checkpoint_every, self.done)):
-            self._save()
-        for one in self.on_the_way:
-            if _due(one.every, self.done):
-                self._make(one)
-        if self.lead:
-            self.plot()
-
-    def _save(self) -> None:
-        with undisturbed(), self.pace.pause("checkpoint", self.recipe.checkpoint_every or self.recipe.steps):
-            self.record.to_disk()
-            state = (self.parameters, self.optimizer, self.average, self.accelerator.scaler)
-            is_due = self._is_over() or _due(self.recipe.checkpoint_every, self.done)
-            save_checkpoint(self.folder, self.done, self.identity, *state, is_due=is_due)
-            self.saved = self.done
-
-    def _save_what_is_new(self) -> None:
-        if self.lead and self.done > self.saved:
-            self._save()
-
-    def _make(self, due: OnTheWay) -> None:
-        file = due.file(self.done)
-        with self.pace.pause(due.folder.name, due.every), at_rest(self.optimizer, self.average):
-            due.make(self.done, file)
-        if self.lead and due.suffix == ".png" and file.exists():
-            track_picture(self.accelerator, due.folder.name, file, self.done)
-
-    def _note(self, entry: Entry) -> None:
-        self.record.add(entry)
-        if self.lead:
-            track(self.accelerator, entry)
-
-    def _is_trial_due(self) -> bool:
-        return self.trial is not None and self.done > 0 and self.trial.is_due(self.done, self.recipe.steps)
-
-    def _is_over(self) -> bool:
-        return self.done == self.recipe.steps or (self.trial is not None and self.trial.is_over())
-
-
-def _due(every: int, done: int) -> bool:
-    """Whether what comes every so many steps, where 0 is never, comes after this one."""
-    return every > 0 and done > 0 and done % every == 0
+        """Find where numbers became none; the state before that is what `run` keeps."""
+        self.state.optimizer.zero_grad()
+        self._accumulate(step)  # clipping has spread it
+        count = self.optim.batch * self.optim.accumulate * self.state.accelerator.num_processes
+        names = list(dict.fromkeys(self.objective.names(step * count, count)))
+        module = first_nonfinite_grad(self.state.parameters, self.adapter.paths())
+        return DiffgraftError(diverged(self.optim.lr, step, loss, self.skipped, module, names))

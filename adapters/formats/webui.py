@@ -13,7 +13,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
 from diffgraft.adapters.formats.elsewhere import is_unread
-from diffgraft.files import check_suffix, replacing, write_safetensors
+from diffgraft.files import atomic_write, check_suffix, write_safetensors
 
 _LAST_NORM = "lora_unet_conv_norm_out."
 _READ = ("lora", "loha", "lokr", "full", "oft", "boft")
@@ -36,7 +36,7 @@ def save(adapter: Adapter, path: Path) -> Path:
             raise ValueError(
                 "it is a hypernetwork with layer norms and no activation behind its last layer, where ComfyUI puts one"
             )
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             torch.save(held, partial)
         return path
     tensors, header = write(adapter)

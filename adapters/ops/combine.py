@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
@@ -25,6 +24,7 @@ from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
 from diffgraft.adapters.training_metadata import of_all, still_true
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.progress import track
 
 WAYS = ("sum", "ties", "dare")
 
@@ -77,7 +77,7 @@ def combine(
     if way != "sum":
         generator = torch.Generator().manual_seed(seed)
         paths = sorted(path for path in each if len(shapes[path]) > 1)
-        for path in tqdm(paths, way, leave=False, disable=len(paths) < 20):
+        for path in track(paths, way, least=20):
             changes = [as_matrix(path, own, shapes[path], weights) for own in each[path]]
             merged = ties(changes, density) if way == "ties" else dare(changes, density, generator)
             biases = [delta.leaves["diff_b"] for delta, _ in steps[path] if "diff_b" in delta.leaves]

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
@@ -13,6 +12,7 @@ from diffgraft.adapters.ops.effect import as_product, matrix_shape, shapes_of
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
+from diffgraft.progress import track
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
             )
     errors: dict[str, float] = {}
     order = [*first.deltas, *(path for path in second.deltas if path not in first.deltas)]
-    for place, path in enumerate(tqdm(order, "modules", leave=False, disable=len(order) < 20)):
+    for place, path in enumerate(track(order, "modules", least=20)):
         if path not in differing:
             errors[path] = 0.0
             continue

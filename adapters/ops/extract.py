@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
@@ -17,6 +16,7 @@ from diffgraft.adapters.ops.resize import Reduced
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.errors import nearest as nearest_name
+from diffgraft.progress import track
 
 METHODS = ("lora", "locon", "loha")
 _FIRST, _CHANNELS = "unet.conv_in.weight", {4, 9}
@@ -66,7 +66,7 @@ def extract(
     lost: dict[str, float] = {}
     dropped = [*misshapen, *(name for name in tuned if name not in base)]
     names = [name for name in names if name not in misshapen]
-    for name in tqdm(names, "layers", leave=False):
+    for name in track(names, "layers"):
         shape = base.shape(name)
         path = name.removesuffix(".weight")
         is_layer = name.endswith(".weight") and len(shape) in (2, 4) and not path.endswith("_embedding")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
@@ -18,6 +17,7 @@ from diffgraft.adapters.lokr import Kronecker
 from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
 from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
+from diffgraft.progress import track
 from diffgraft.terminal import printable
 
 HALF = 65504.0
@@ -99,7 +99,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     there = layer_shapes(fits[0]) if fits else {}
     modules: list[Module] = []
     overflows: list[str] = []
-    for path, deltas in tqdm(adapter.deltas.items(), "modules", leave=False, disable=len(adapter.deltas) < 20):
+    for path, deltas in track(adapter.deltas.items(), "modules", least=20):
         for delta in deltas:
             module, most = _module(path, delta, own_shape(delta) or there.get(path), device)
             modules.append(module)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tqdm import tqdm
-
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
@@ -14,6 +12,7 @@ from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_r
 from diffgraft.adapters.training_metadata import still_true
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
+from diffgraft.progress import track
 
 ALL, NEARLY_ALL = Size(energy=1.0), Size(energy=0.999)
 """What is kept where no size is asked for: of LoRAs and LoHas all; of others so much"""
@@ -69,7 +68,7 @@ def reduced(
     deltas: dict[str, tuple[Delta, ...]] = {}
     lost: dict[str, float] = {}
     dropped: list[str] = []
-    for path, own in tqdm(steps.items(), "modules", leave=False, disable=len(steps) < 20):
+    for path, own in track(steps.items(), "modules", least=20):
         if len(shapes[path]) < 2 or is_embedding(path):
             dropped.append(path)
             continue

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from diffgraft.progress import track
 from diffgraft.quiet import import_bitsandbytes
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def quantized(base: "Base", to: Quantize) -> "Base":
         for name, layer in owner.named_children()
         if type(layer) is nn.Linear  # what is more than that may have its weight used in other ways
     ]
-    for owner, name in tqdm(places, f"rounding weights to {to}", leave=False):
+    for owner, name in track(places, f"rounding weights to {to}"):
         setattr(owner, name, KINDS[to](getattr(owner, name)))
     base.quantize = to
     return base

@@ -2,12 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.progress import REPORTERS, Note, emit, reporting
 from diffgraft.terminal import printable
 
 _SAID: list[str] = []
@@ -27,6 +30,28 @@ def warn(message: object) -> None:
     text = printable(message)
     if not any(text in line for line in _SAID):
         typer.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+@contextmanager
+def shown_progress(name: str) -> Iterator[None]:
+    """Within the block progress is shown by a reporter of `diffgraft.progress.REPORTERS`; warnings are its notes.
+
+    Raises:
+        DiffgraftError: there is no such reporter.
+    """
+    if name not in REPORTERS:
+        raise DiffgraftError(f"Invalid --progress {name}: {nearest(name, REPORTERS)}")
+    if name == "auto":
+        yield
+        return
+    usual = warnings.showwarning
+    if name == "json":
+        warnings.showwarning = lambda said, *_, **__: emit(Note(str(said), is_warning=True))
+    try:
+        with reporting(REPORTERS[name]()):
+            yield
+    finally:
+        warnings.showwarning = usual
 
 
 def say_json(value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffgraft.cli import files, preparing
-from diffgraft.cli.console import say, warn
+from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.terminal import printable
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction,
 ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
 
 
+PROGRESS = typer.Option(help="How progress is shown on the error output: auto, bars, lines, json or none.")
 _SETTINGS = {"ignore_unknown_options": True}
 """What looks like an option of another tool comes among the settings, where its name here can be told"""
 
@@ -61,6 +62,7 @@ def train(
     changed: Annotated[
         bool, typer.Option("--changed", help="With --resume: go on though settings differ that decide what steps do.")
     ] = False,
+    progress: Annotated[str, PROGRESS] = "auto",
 ) -> None:
     """Train an adapter.
 
@@ -88,7 +90,8 @@ def train(
 
             for line in planned(recipe, dict(given)).lines():
                 say(line)
-        run = run_training(recipe, resume=resume, changed=changed, **given)
+        with shown_progress(progress):
+            run = run_training(recipe, resume=resume, changed=changed, **given)
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
@@ -102,7 +105,8 @@ def train(
     else:
         say(f"Trained {run.steps} steps.")
     say(f"The adapter: {run.adapter_file}")
-    say(f"Look at {run.before_after} and {run.folder / 'loss.png'}")
+    pictures = [file for file in (run.before_after, run.folder / "loss.png") if file.exists()]
+    say(f"Look at {' and '.join(map(str, pictures))}")
 
 
 @app.command(context_settings=_SETTINGS)
@@ -169,6 +173,7 @@ def generate(
     ] = "none",
     tiling: Annotated[bool, typer.Option("--tiling", help="Decode in tiles: less memory for large pictures.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
+    progress: Annotated[str, PROGRESS] = "auto",
 ) -> None:
     """Draw pictures, with adapters or without; from noise, from a picture, or into one.
 
@@ -179,7 +184,7 @@ def generate(
     adapters, width_and_height = strengths(adapter or []), width_height(size)
 
     from diffgraft.draw import generate as draw
-    from diffgraft.files import check_folder, unused
+    from diffgraft.files import check_folder, unique_path
     from diffgraft.generation.plots import grid, save_image
 
     check_folder(output)
@@ -187,33 +192,34 @@ def generate(
 
     def keep(place: int, image: "Image.Image") -> None:
         output.mkdir(parents=True, exist_ok=True)
-        say(save_image(image, unused(output / f"{slug}-{seed + place}.png")))
+        say(save_image(image, unique_path(output / f"{slug}-{seed + place}.png")))
 
-    images = draw(
-        prompt,
-        adapters,
-        base=base,
-        count=count,
-        seed=seed,
-        size=width_and_height,
-        steps=steps,
-        guidance=guidance,
-        negative=negative,
-        scheduler=scheduler,
-        image=image,
-        denoise=denoise,
-        mask=mask,
-        precision=precision,
-        device=device,
-        offload=offload,
-        tiling=tiling,
-        prediction_type=prediction_type,
-        zero_snr=zero_snr,
-        quantize=quantize,
-        keep=keep,
-    )
+    with shown_progress(progress):
+        images = draw(
+            prompt,
+            adapters,
+            base=base,
+            count=count,
+            seed=seed,
+            size=width_and_height,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            scheduler=scheduler,
+            image=image,
+            denoise=denoise,
+            mask=mask,
+            precision=precision,
+            device=device,
+            offload=offload,
+            tiling=tiling,
+            prediction_type=prediction_type,
+            zero_snr=zero_snr,
+            quantize=quantize,
+            keep=keep,
+        )
     if count > 1:
-        say(save_image(grid({prompt: images}), unused(output / f"{slug}-grid.png")))
+        say(save_image(grid({prompt: images}), unique_path(output / f"{slug}-grid.png")))
 
 
 @app.command()
@@ -325,8 +331,6 @@ def main() -> None:
     """Run the command line; what a person can put right is said in a sentence, without a traceback."""
     from diffgraft.errors import DiffgraftError, in_a_sentence
 
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars redraw themselves, which a log would keep
     warnings.showwarning = lambda said, *_, **__: warn(said)
     try:
         in_a_sentence(app)()

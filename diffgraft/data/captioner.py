@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from diffgraft.data.inventory import counted_folders
 from diffgraft.data.opened_models import open_model, this_process
@@ -15,6 +14,7 @@ from diffgraft.data.pictures import Picture
 from diffgraft.data.source import read_folder
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
+from diffgraft.progress import track
 
 DEFAULT = "Salesforce/blip-image-captioning-large"
 """A model whose weights are in safetensors"""
@@ -117,8 +117,8 @@ def all_pictures(folder: str | Path) -> list[tuple[Path, Picture]]:
 
 
 def shared(wanted: Sequence[tuple[Path, Picture]], title: str) -> Iterator[tuple[Path, Picture]]:
-    """Those that are this process's, with a progress bar."""
+    """Those that are this process's, reported as a phase called `title`."""
     state = this_process()
     state.wait_for_everyone()  # until all know what is wanted, which what is written changes
     mine = wanted[state.process_index :: state.num_processes]
-    yield from tqdm(mine, title, disable=None if state.is_main_process else True)
+    yield from track(mine, title) if state.is_main_process else mine

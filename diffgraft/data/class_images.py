@@ -15,7 +15,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.cache import optional_write
 from diffgraft.data.pictures import Picture
-from diffgraft.files import cache_folder, replacing, write_text
+from diffgraft.files import atomic_write, cache_folder, write_text
 from diffgraft.generation.generate import Settings, at_once, generate
 
 _AT_ONCE = 4
@@ -47,7 +47,7 @@ def class_images(
             if (place := places[number]) in missing:
                 missing.remove(place)
                 image.save(written := BytesIO(), "PNG")
-                with optional_write() as done, replacing(paths[place]) as file:
+                with optional_write() as done, atomic_write(paths[place]) as file:
                     file.write_bytes(written.getvalue())
                     done.append(file)
                 if not done:

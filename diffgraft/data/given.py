@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import cache_folder, replacing_folder
+from diffgraft.files import atomic_folder, cache_folder
 
 KEY = "images"
 """The setting that may be a list of pictures"""
@@ -48,7 +48,7 @@ def folder_of(pictures: Sequence[Any]) -> Path:
     folder = cache_folder() / "pictures" / digest.hexdigest()[:24]
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             for name, content in files:
                 (partial / name).write_bytes(content)
     return folder

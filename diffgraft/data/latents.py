@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.data.cache import read_tensors, write_tensors
@@ -19,6 +18,7 @@ from diffgraft.data.frames import Frame
 from diffgraft.data.pictures import Picture, UnreadablePictureError, square, to_tensor
 from diffgraft.data.source import warn_of
 from diffgraft.files import cache_folder
+from diffgraft.progress import track
 from diffgraft.quiet import hushed
 
 _IN_MEMORY = 2**31
@@ -60,8 +60,7 @@ class Latents:
 def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "encoding pictures") -> Latents:
     """Latents of `images`, each cut to a square of `side` pixels first."""
     with _encoder(base) as distribution:
-        bar = tqdm(images, title, leave=False, disable=len(images) < 2)
-        return Latents([distribution(square(image, side)) for image in bar])
+        return Latents([distribution(square(image, side)) for image in track(images, title, least=2)])
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def encode_kept(
     held = 0
     with _encoder(base) as distribution:
         pairs = list(zip(pictures, ways, strict=True))
-        for place, (picture, own) in enumerate(tqdm(pairs, title, leave=False, disable=len(pairs) < 2)):
+        for place, (picture, own) in enumerate(track(pairs, title, least=2)):
             files = [_file(picture, frame, of_vae) for frame in own]
             kept = [_read(file) if keep else None for file in files]
             is_kept = True

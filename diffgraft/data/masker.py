@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from diffgraft.data.captioner import all_pictures, shared
 from diffgraft.data.opened_models import open_model
 from diffgraft.errors import DiffgraftError, nearest
-from diffgraft.files import replacing
+from diffgraft.files import atomic_write
 
 DEFAULT = "CIDAS/clipseg-rd64-refined"
 """CLIPSeg (Lüddecke and Ecker 2021, arXiv:2112.10003)"""
@@ -109,7 +109,7 @@ def mask_files(folder: str | Path, masker: Masker, grow: int = 0, *, overwrite: 
         if mask.getextrema() == (0, 0):
             warnings.warn(f"{picture.name} gets no mask: nothing was found in it.", stacklevel=2)
             continue
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             (mask.filter(ImageFilter.MaxFilter(2 * grow + 1)) if grow else mask).save(partial)
         written.append(path)
     return written, len(found) - len(wanted)

@@ -5,13 +5,12 @@ import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffgraft.data.data_sets import from_data_set
 from diffgraft.data.inventory import CAPTIONS, TABLES, named, take_inventory
 from diffgraft.data.pictures import SUFFIXES, Picture, UnreadablePictureError
 from diffgraft.data.tables import read_table, refuse_outside
 from diffgraft.errors import DiffgraftError
+from diffgraft.progress import track
 
 
 def read_source(
@@ -116,7 +115,7 @@ def _refuse_links(folder: Path) -> None:
 
 def _readable(pictures: Sequence[Picture], thorough: bool) -> list[Picture]:
     kept = []
-    for picture in tqdm(pictures, "looking at pictures", leave=False, disable=len(pictures) < 100):
+    for picture in track(pictures, "looking at pictures", least=100):
         try:
             _ = picture.image if thorough else picture.size
         except UnreadablePictureError as error:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffgraft.bases import Base, Conditioning
 from diffgraft.data.cache import read_tensors, write_tensors
 from diffgraft.files import cache_folder
+from diffgraft.progress import track
 
 _VERSION = "texts 1"
 _STATES = "hidden_states"
@@ -32,7 +32,7 @@ class Texts:
         """Compute, or read from the cache, what these say: the text encoders are not asked for them again."""
         wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._held]
         self._limit = max(self._limit, len(self._held) + len(wanted))
-        for prompt in tqdm(wanted, "encoding prompts", leave=False, disable=len(wanted) < 2):
+        for prompt in track(wanted, "encoding prompts", least=2):
             found = _read(self._file(prompt)) if self._keep else None
             if found is None:
                 found = self._ask(prompt)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
@@ -16,6 +15,7 @@ from diffgraft.bases.prediction import marks
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
 from diffgraft.generation.graft import Grafts, graft
+from diffgraft.progress import track
 from diffgraft.quiet import hushed
 
 
@@ -65,7 +65,7 @@ def _write_folder(base: Base, folder: Path) -> Path:
             pipe = base.pipeline()
             pipe.save_config(partial)
             parts = {name: part for name, part in pipe.components.items() if part is not None}
-            for name, part in tqdm(parts.items(), "writing the checkpoint", leave=False):
+            for name, part in track(parts.items(), "writing the checkpoint"):
                 part.save_pretrained(partial / name)
                 if name.startswith("text_encoder"):
                     _add_level(partial / name / "model.safetensors", part)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.generation.source import Fitted, Source, for_inpainting, from_source, own_shape, steps_from
+from diffgraft.progress import phase
 
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", {}),
@@ -114,7 +114,7 @@ def generate(
     keep: Callable[[int, Image.Image], None] | None = None,
     source: Source | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed (two lists of one length); a bar titled `title` shows the steps.
+    """One picture for each prompt and seed (two lists of one length); the steps are a phase called `title`.
 
     `keep` is called with each picture's place in the lists as soon as it is drawn. With a `source` all of them start
     from its picture; where no size is set it keeps its shape, at about as many pixels as the base was made for. The
@@ -134,7 +134,7 @@ def generate(
     rounds = range(0, len(prompts), batch)
     with (
         _set_up(pipe, settings, source, more) as (drawing, fitted),
-        tqdm(total=len(rounds) * count, desc=title, leave=False, unit="step") as bar,
+        phase(title, len(rounds) * count) as tracker,
     ):
 
         def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def generate(
                     f"Numbers overflowed in step {step + 1} of {count}, and the picture would be black. Use smaller "
                     "strengths of adapters, less guidance, or float32."
                 )
-            bar.update()
+            tracker.advance()
             return kept
 
         for start in rounds:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from diffgraft.files import replacing
+from diffgraft.files import atomic_write
 
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Image.Image:
@@ -30,7 +30,7 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Imag
 
 def save_image(image: Image.Image, path: Path) -> Path:
     """Write a picture, whole or not at all."""
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         image.save(partial)
     return path
 
@@ -57,7 +57,7 @@ def save_loss_plot(curves: Mapping[str, Mapping[int, float]], path: Path) -> Pat
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=120)
     return path
 

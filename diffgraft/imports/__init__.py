@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import replacing, write_text
+from diffgraft.files import atomic_write, write_text
 from diffgraft.imports import kohya, kohya_gui, onetrainer
 from diffgraft.imports.account import Account
 from diffgraft.imports.kohya_keys import DEFAULTS
@@ -66,7 +66,7 @@ def write_recipe(account: Account, path: Path, source: str) -> Recipe:
         raise DiffgraftError(f"{path} is there already. Choose another name with -o, or remove it.")
     text = yaml.safe_dump(_nested(account.recipe), sort_keys=False, allow_unicode=True, width=120)
     head = f"# diffgraft train {path.name}\n# made of {source} of {account.tool}\n"
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         write_text(partial, head + text)
         return load_recipe(partial, {})
 

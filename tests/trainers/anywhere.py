@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.factors import FactorPatch
 from diffgraft.adapters.patch import Patch
 from diffgraft.bases import Base
-from diffgraft.trainers.optim.optimizers import new_optimizer, settle
+from diffgraft.trainers.optim.optimizers import load_eval_weights, new_optimizer
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.processes import new_accelerator
@@ -99,9 +99,9 @@ def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
     return path
 
 
-def with_scaler(recipe: Any) -> Any:
+def with_scaler(*settings: Any, **named: Any) -> Any:
     """Half precision as on a GPU, which a processor can do, too, though slowly."""
-    accelerator = new_accelerator(recipe)
+    accelerator = new_accelerator(*settings, **named)
     accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     accelerator.scaler = torch.amp.GradScaler("cpu")
     return accelerator
@@ -113,7 +113,7 @@ def walked(name: str, device: torch.device) -> tuple[Mapping[str, Tensor], torch
     values = {key: nn.Parameter(value.detach().to(device)) for key, value in parameters().items()}
     optimizer = new_optimizer(recipe, values, {})
     walk(recipe, values, optimizer, *range(40))
-    settle(optimizer)
+    load_eval_weights(optimizer)
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     assert all(value.device.type == device.type for value in states if value.ndim)
     return {key: value.detach().cpu() for key, value in values.items()}, optimizer

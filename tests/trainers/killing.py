@@ -109,13 +109,14 @@ def check_whole(folder: Path) -> int:
 
 def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     """In the child: the command line, with hooks that say what it is at."""
-    import tqdm
     from diffusers import StableDiffusionPipeline
 
     from diffgraft.adapters.adapter import Adapter
     from diffgraft.cli.main import main
+    from diffgraft.progress import Done, Event, Phase, reporting
     from diffgraft.trainers import loop
-    from diffgraft.trainers.hooks.metrics import Record
+    from diffgraft.trainers.hooks import checkpoint
+    from diffgraft.trainers.hooks.metrics import Metrics
     from diffgraft.trainers.run import train as run
     from tests.trainers.preloaded import BASE
 
@@ -134,35 +135,31 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
 
         return said
 
-    class Bar(tqdm.tqdm):  # type: ignore[type-arg]
-        def __init__(self, *words: Any, **named: Any) -> None:
-            title = named.get("desc") or (words[1] if len(words) > 1 else "")
-            self._phase = next((name for start, name in TITLES.items() if title.startswith(start)), "")
-            if self._phase:
-                at(self._phase)
-            super().__init__(*words, **named)
+    open_phases: list[bool] = []
 
-        def close(self) -> None:
-            if self._phase:
-                self._phase = ""
+    def reporter(event: Event) -> None:
+        match event:
+            case Phase(name):
+                phase = next((own for start, own in TITLES.items() if name.startswith(start)), "")
+                open_phases.append(bool(phase))
+                if phase:
+                    at(phase)
+            case Done() if open_phases and open_phases.pop():
                 at("other")
-            super().close()
 
     os.environ["DIFFGRAFT_CACHE"] = str(cache)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    for module in list(sys.modules.values()):
-        if module.__name__.startswith("diffgraft") and getattr(module, "tqdm", None) is tqdm.tqdm:
-            module.tqdm = Bar  # type: ignore[attr-defined]
     run.load_base = lambda *_, **__: BASE
     plain = StableDiffusionPipeline.__call__
     StableDiffusionPipeline.__call__ = lambda self, *w, **n: plain(self, *w, **{**n, "num_inference_steps": 3})
-    loop.accumulate = saying("step", loop.accumulate)
-    Record.add = saying("metrics", Record.add, slow=True)  # type: ignore[method-assign]
-    loop.save_checkpoint = saying("checkpoint", loop.save_checkpoint, slow=True)
+    loop.Loop._accumulate = saying("step", loop.Loop._accumulate)  # type: ignore[method-assign]
+    Metrics.add = saying("metrics", Metrics.add, slow=True)  # type: ignore[method-assign]
+    checkpoint.save_checkpoint = saying("checkpoint", checkpoint.save_checkpoint, slow=True)
     Adapter.save = saying("adapter", Adapter.save, slow=True)  # type: ignore[method-assign]
     sys.argv = ["diffgraft", *words]
-    main()
+    with reporting(reporter):
+        main()
 
 
 @contextmanager

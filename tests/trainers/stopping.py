@@ -7,20 +7,20 @@ from contextlib import contextmanager
 
 import pytest
 
-from diffgraft.trainers.hooks.metrics import Entry, Record
+from diffgraft.trainers.hooks.metrics import Entry, Metrics
 
 
 @contextmanager
 def interrupted_after(step: int) -> Iterator[None]:
     """A run within the block gets Ctrl-C as it records that step, and passes it on."""
-    real = Record.add
+    real = Metrics.add
 
-    def add(record: Record, entry: Entry) -> None:
+    def add(record: Metrics, entry: Entry) -> None:
         real(record, entry)
         if entry["step"] == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Record, "add", add)
+        patch.setattr(Metrics, "add", add)
         with pytest.raises(KeyboardInterrupt):
             yield

@@ -15,7 +15,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers import loop
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.recipe.files import load_recipe
-from diffgraft.trainers.run.fingerprint import differences, identity_of
+from diffgraft.trainers.run.fingerprint import differences, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.trainers.stopping import interrupted_after
@@ -51,7 +51,7 @@ def losses(run: Run) -> list[float]:
 def test_what_differs_is_told_by_its_key() -> None:
     def identity(base: str = "a", data: str = "b", **settings: Any) -> Any:
         settings = {"subject": "dog", **{key.replace("__", "."): value for key, value in settings.items()}}
-        return identity_of(load_recipe("subject", settings), base, data)
+        return run_fingerprint(load_recipe("subject", settings), base, data)
 
     assert differences(identity(), identity()) == []
     other = identity(lr="2e-3", prior__weight=0.5, flip=True, resolution=32, options__dora=True)
@@ -120,7 +120,7 @@ def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, 
 def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path) -> None:
     """It was stopped again before it wrote a checkpoint of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=run, changed=True, lr=0.03)
     assert [path.name for path in checkpoints(run)] == ["step-000002"]
@@ -170,7 +170,7 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
         train(base=base, resume=folder, lr=0.5)
     assert "lr: 0.02" in (folder / "recipe.yaml").read_text("utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=folder, steps="6")
     assert first.adapter_file.read_bytes() == old  # it stays until there is another

@@ -8,7 +8,7 @@ import torch
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.optim.optimizers import found_rate, new_optimizer, odd_rate
+from diffgraft.trainers.optim.optimizers import effective_lr, lr_warning, new_optimizer
 from diffgraft.trainers.planning.plan import planned
 from diffgraft.trainers.recipe.files import load_recipe, save_recipe
 from diffgraft.trainers.run import train_adapter as learn
@@ -19,7 +19,7 @@ from tests.trainers.test_materials import folder
 
 def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, settings: dict[str, Any]) -> None:
     """Both refuse it, in the same words, and nothing is encoded, drawn or written."""
-    monkeypatch.setattr(learn, "gather", None)
+    monkeypatch.setattr(learn, "build_training_data", None)
     said = []
     for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match=answer) as told:
@@ -37,7 +37,7 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
         ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "text_encoder_stop": 2}, "would leap where text"),
         ({"optimizer": "schedule-free", "lr_schedule": "cosine"}, "needs no schedule"),
         ({"optimizer": "schedule-free", "ema": 0.9}, "averages by itself"),
-        ({"timesteps": {"first": 800, "last": 200}}, "first may not come after the last"),
+        ({"timesteps": {"first": 800, "last": 200}}, "first may not be above the last"),
         ({"timesteps": {"last": 1000}}, "goes from 0 to 999"),
         ({"prior": {"folder": "/no/such"}}, "picture folder /no/such does not exist"),
         ({"rates": {"OUT33": 2}}, "OUT33"),
@@ -86,7 +86,7 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
     ]
     own[0]["prior"] = {"by": "prediction"}  # type: ignore[assignment]
     settings = {"concepts": own, "output": str(tmp_path / "run")}
-    monkeypatch.setattr(learn, "gather", None)
+    monkeypatch.setattr(learn, "build_training_data", None)
     for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match="by prediction for some concepts"):
             ask("subject", settings)
@@ -95,8 +95,8 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule-free"])
 def test_a_rate_of_prodigys_is_warned_of_elsewhere(optimizer: str, pictures: Path) -> None:
     recipe = load_recipe("subject", {"subject": "dog", "optimizer": optimizer, "lr": 1})
-    assert "lr=1.0 is far more than" in odd_rate(recipe)
-    assert odd_rate(recipe.model_copy(update={"lr": 0.01})) == ""
+    assert "lr=1.0 is far more than" in lr_warning(recipe)
+    assert lr_warning(recipe.model_copy(update={"lr": 0.01})) == ""
     if optimizer == "adamw":
         assert "far more than" in str(planned("subject", {"images": pictures, "subject": "dog", "lr": 1}))
 
@@ -124,11 +124,11 @@ def test_the_rate_that_prodigy_finds_grows() -> None:
     for _ in range(150):
         value.grad = 2 * (value.detach() - goal)
         optimizer.step()
-    found = found_rate(optimizer)
+    found = effective_lr(optimizer)
     assert found == optimizer.param_groups[0]["d"]
     assert found is not None
     assert found > 1e-4
-    assert found_rate(torch.optim.SGD([value], lr=0.5)) is None
+    assert effective_lr(torch.optim.SGD([value], lr=0.5)) is None
 
 
 def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from diffgraft.trainers.planning.plan import planned
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.build import Item, collect, split
+from diffgraft.trainers.training_data.build import Sample, collect, split
 from diffgraft.trainers.training_data.concepts import read_concepts
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
@@ -29,9 +29,9 @@ def read(recipe: str, images: Path, **settings: Any) -> tuple[Recipe, list[tuple
     return found, [(part.trigger, part.prompt) for part, _ in parts]
 
 
-def items_of(base: Base, recipe: str, **settings: Any) -> tuple[Recipe, list[Item]]:
+def items_of(base: Base, recipe: str, **settings: Any) -> tuple[Recipe, list[Sample]]:
     found, parts = read_concepts(load_recipe(recipe, settings))
-    return found, collect(found, parts, base.tokenizer, 64, 8)
+    return found, collect(found.data, parts, base)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +217,13 @@ def test_each_concept_gives_its_share_to_validation(base: Base, tmp_path: Path) 
     for number, (name, count) in enumerate(names.items()):
         folder(tmp_path / "data" / f"1_{name} man", count, start=10 * number)
     recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.34})
-    learnt, held = split(recipe, items, base)
+    learnt, held = split(recipe.data, recipe.validation, items, base)
     counts = {name: sum(one.part.trigger == name for one in held) for name in names}
     assert counts == {"ohwx": 2, "zwx": 1, "qwx": 0}
     assert len(learnt) + len(held) == 10
     assert all(one.wording.prompts() == [f"{one.part.trigger} man"] for one in held)
     recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
-    assert [one.part.trigger for one in split(recipe, items, base)[1]] == ["ohwx"]
+    assert [one.part.trigger for one in split(recipe.data, recipe.validation, items, base)[1]] == ["ohwx"]
 
 
 def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_path: Path) -> None:
@@ -232,14 +232,14 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
         folder(tmp_path / "held" / f"1_{name}", 1, start=10 * number + 5)
     given: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN}
     recipe, items = items_of(base, "subject", **given, **{"validation.images": str(tmp_path / "held")})
-    _, held = split(recipe, items, base)
+    _, held = split(recipe.data, recipe.validation, items, base)
     assert [one.wording.prompts() for one in held] == [["ohwx man"], ["zwx man"]]
     flat = folder(tmp_path / "flat", 2, start=30)
     (flat / "30.txt").write_text("zwx man at sea", "utf-8")
     recipe, items = items_of(base, "subject", **given, **{"validation.images": str(flat)})
     with pytest.raises(DiffgraftError, match=r"without a caption \(31\.png\), and several concepts are learnt"):
-        split(recipe, items, base)
+        split(recipe.data, recipe.validation, items, base)
     one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
     folder(tmp_path / "noun" / "1_man", 1, start=40)
     recipe, items = items_of(base, "subject", **one, **{"validation.images": str(tmp_path / "noun")})
-    assert [one.wording.prompts() for one in split(recipe, items, base)[1]] == [["a ohwx man"]]
+    assert [one.wording.prompts() for one in split(recipe.data, recipe.validation, items, base)[1]] == [["a ohwx man"]]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import checkpoints
-from diffgraft.trainers.hooks.metrics import read_record
+from diffgraft.trainers.hooks.metrics import read_metrics
 from diffgraft.trainers.run.train import train
 from tests.trainers.stopping import interrupted_after
 
@@ -116,7 +116,7 @@ def test_damaged_lines_of_metrics_are_left_out(run: Path, line: str) -> None:
     content = "\n".join([first, line, *others, '{"step": 3, "loss": 0.'])
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.warns(UserWarning, match=r"1 of the \d+ lines of .*metrics.jsonl are damaged"):
-        entries = read_record(run)
+        entries = read_metrics(run)
     assert [json.dumps(entry) for entry in entries] == [first, *others]
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from diffgraft.room import DiskFullError, room_for, said_size
 from diffgraft.trainers.hooks.checkpoint import checkpoints
-from diffgraft.trainers.hooks.metrics import Record, read_record
+from diffgraft.trainers.hooks.metrics import Metrics, read_metrics
 from diffgraft.trainers.run.train import train
 from tests.trainers.killing import SERVER, check_whole
 from tests.trainers.test_resumed import differing
@@ -108,7 +108,7 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(pictures: P
 
 def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
     """The file may grow by a few bytes still, and no further."""
-    record = Record(tmp_path, 0, writes=True)
+    record = Metrics(tmp_path, 9, 0, writes=True)
     record.add({"step": 1, "loss": 0.5})
     file = tmp_path / "metrics.jsonl"
     before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -120,7 +120,7 @@ def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before
     record.add({"step": 2, "loss": 0.4})
-    assert [entry["step"] for entry in read_record(tmp_path)] == [1, 2]
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_which_errors_are_those_of_a_full_disk(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffgraft.adapters.patch import AttachedPatches, Patch
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import checkpoints
-from diffgraft.trainers.hooks.health import Health, broken
+from diffgraft.trainers.hooks.health import GradMonitor, first_nonfinite_grad
 from diffgraft.trainers.optim.optimizers import _MAKERS
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
@@ -23,18 +23,18 @@ from tests.trainers.anywhere import overflowing, with_scaler
 def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradient() -> None:
     values = {name: nn.Parameter(torch.ones(3, 2)) for name in ("unet.a.down", "unet.a.up", "unet.b.down", "unet.b.up")}
     paths = {name: name.rpartition(".")[0] for name in values}
-    health = Health(values, paths)
-    assert health.still() == []
+    health = GradMonitor(values, paths)
+    assert health.modules_without_grad() == []
     values["unet.a.up"].grad = torch.zeros(3, 2)
     values["unet.b.down"].grad = torch.zeros(3, 2)
-    health.note()
-    assert health.still() == ["unet.a", "unet.b"]
+    health.after_backward()
+    assert health.modules_without_grad() == ["unet.a", "unet.b"]
     values["unet.a.up"].grad = torch.eye(3, 2)
-    health.note()
-    assert health.still() == ["unet.b"]
-    assert broken(values, paths) == ""
+    health.after_backward()
+    assert health.modules_without_grad() == ["unet.b"]
+    assert first_nonfinite_grad(values, paths) == ""
     values["unet.b.down"].grad = torch.full((3, 2), torch.inf)
-    assert broken(values, paths) == "unet.b"
+    assert first_nonfinite_grad(values, paths) == "unet.b"
 
 
 @pytest.mark.filterwarnings("ignore:lr=.* is far more than")
@@ -122,7 +122,7 @@ def test_modules_that_never_moved_are_named(
         return lambda layer, args, out: change(layer, args, out).detach() if layer in cut else change(layer, args, out)
 
     monkeypatch.setattr(AttachedPatches, "_hook", hooked)
-    with pytest.warns(UserWarning, match="2 of the modules never moved") as told:
+    with pytest.warns(UserWarning, match="2 modules never received a gradient") as told:
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
     assert str(told[0].message).endswith(f": {path}.to_q, {path}.to_v.")

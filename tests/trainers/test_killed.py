@@ -18,11 +18,12 @@ from torch import nn
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.hooks.checkpoint import checkpoints, restore, save_checkpoint
+from diffgraft.trainers.hooks.checkpoint import checkpoints, save_checkpoint
 from diffgraft.trainers.recipe.files import load_recipe
-from diffgraft.trainers.run.fingerprint import identity_of
+from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.train import train
 from tests.trainers.killing import SERVER, Said, check_whole, run_and_kill, run_to_its_end, spread
+from tests.trainers.states import restored_step, state_of
 from tests.trainers.test_resumed import differing
 
 SAVES = ("metrics", "checkpoint", "adapter")
@@ -33,7 +34,7 @@ METHODS = {
     "full": ["method=full", "lr=1e-5"],
 }
 TIMES = 3
-IDENTITY = identity_of(load_recipe("style", {}), "a base", "pictures")
+IDENTITY = run_fingerprint(load_recipe("style", {}), "a base", "pictures")
 
 
 def phases_of(said: list[Said], chain: int) -> list[str]:
@@ -143,7 +144,7 @@ def test_a_checkpoint_is_whole_wherever_its_writing_ends(tmp_path: Path) -> None
         assert process.exitcode == -signal.SIGKILL
         check_whole(folder)
         parameter = nn.Parameter(torch.zeros(3, 2))
-        step = restore(folder, IDENTITY, {"a": parameter}, torch.optim.AdamW([parameter]))
+        step = restored_step(folder, IDENTITY, state_of(0, {"a": parameter}, torch.optim.AdamW([parameter])))
         assert step == parameter[0, 0] in (3, 4)
         found.add(tuple(path.name[-1] for path in checkpoints(folder)))
         number += 1
@@ -155,7 +156,8 @@ def test_a_checkpoint_is_whole_wherever_its_writing_ends(tmp_path: Path) -> None
 def save_step(folder: Path, step: int, *, is_due: bool) -> None:
     """A checkpoint whose one parameter is the step."""
     parameter = nn.Parameter(torch.full((3, 2), float(step)))
-    save_checkpoint(folder, step, IDENTITY, {"a": parameter}, torch.optim.AdamW([parameter]), is_due=is_due)
+    state = state_of(step, {"a": parameter}, torch.optim.AdamW([parameter]))
+    save_checkpoint(folder, IDENTITY, state, is_due=is_due)
 
 
 def save_and_die(folder: Path, number: int) -> None:

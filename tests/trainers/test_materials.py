@@ -21,9 +21,9 @@ from diffgraft.trainers.hooks.validation import held_out
 from diffgraft.trainers.objectives.batch import SampleStream
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.build import Materials, gather
+from diffgraft.trainers.training_data.build import TrainingData, build_training_data
 from diffgraft.trainers.training_data.concepts import read_pictures
-from diffgraft.trainers.training_data.samples import Example, Examples, Shown
+from diffgraft.trainers.training_data.examples import Example, Examples, Shown
 from tests.conftest import SHORT
 
 CPU = torch.device("cpu")
@@ -100,9 +100,9 @@ def folder(where: Path, count: int, size: tuple[int, int] = (90, 60), start: int
     return where
 
 
-def gathered(base: Base, recipe: str, **settings: Any) -> Materials:
+def gathered(base: Base, recipe: str, **settings: Any) -> TrainingData:
     plan = load_recipe(recipe, settings)
-    return gather(plan, base, read_pictures(plan))
+    return build_training_data(plan.data, plan.validation, plan.seed, base, read_pictures(plan))
 
 
 def test_concepts_have_words_weights_and_class_images_of_their_own(base: Base, tmp_path: Path) -> None:

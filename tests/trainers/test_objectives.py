@@ -21,7 +21,7 @@ from diffgraft.trainers.objectives.captioned import Captioned
 from diffgraft.trainers.objectives.dreambooth import DreamBooth
 from diffgraft.trainers.objectives.objective import ObjectiveInputs
 from diffgraft.trainers.recipe.files import load_recipe
-from diffgraft.trainers.training_data.samples import Example, Examples
+from diffgraft.trainers.training_data.examples import Example, Examples
 
 CPU = torch.device("cpu")
 

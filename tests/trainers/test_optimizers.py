@@ -11,11 +11,12 @@ from torch import nn
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import restore, save_checkpoint
-from diffgraft.trainers.hooks.ema import Average
-from diffgraft.trainers.optim.optimizers import _MAKERS, at_rest, new_optimizer, rate, settle
+from diffgraft.trainers.hooks.ema import Ema
+from diffgraft.trainers.optim.optimizers import _MAKERS, eval_weights, load_eval_weights, lr_at, new_optimizer
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.fingerprint import identity_of
+from diffgraft.trainers.run.fingerprint import run_fingerprint
+from tests.trainers.states import restored_step, state_of
 
 RATES = {"prodigy": 1.0, "lion": 1e-2, "lion8bit": 1e-2}
 
@@ -24,7 +25,7 @@ def recipe_of(name: str, **more: Any) -> Recipe:
     return load_recipe("style", {"optimizer": name, "lr": RATES.get(name, 3e-2), "weight_decay": 0, **more})
 
 
-IDENTITY = identity_of(recipe_of("adamw"), "a base", "pictures")
+IDENTITY = run_fingerprint(recipe_of("adamw"), "a base", "pictures")
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -40,7 +41,7 @@ def distance(values: dict[str, nn.Parameter]) -> torch.Tensor:
 def walk(recipe: Recipe, values: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *steps: int) -> None:
     for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * rate(recipe, step)
+            group["lr"] = group["rate"] * lr_at(recipe, step)
         optimizer.zero_grad()
         torch.manual_seed(step)
         noises = [0.1 * torch.randn(70, 90).to(value.device) for value in values.values()]
@@ -61,7 +62,7 @@ def test_it_goes_downhill(name: str) -> None:
     before = float(distance(values).detach())
     optimizer = new_optimizer(recipe, values, {})
     walk(recipe, values, optimizer, *range(150))
-    settle(optimizer)
+    load_eval_weights(optimizer)
     assert float(distance(values).detach()) < 0.5 * before
 
 
@@ -70,16 +71,16 @@ def test_after_a_checkpoint_it_goes_on_as_if_never_stopped(name: str, tmp_path: 
     recipe, whole = recipe_of(name), parameters()
     optimizer = new_optimizer(recipe, whole, {})
     walk(recipe, whole, optimizer, *range(5))
-    save_checkpoint(tmp_path, 5, IDENTITY, whole, optimizer)
-    with at_rest(optimizer):  # as when samples are drawn
+    save_checkpoint(tmp_path, IDENTITY, state_of(5, whole, optimizer))
+    with eval_weights(optimizer):  # as when samples are drawn
         pass
     walk(recipe, whole, optimizer, *range(5, 12))
-    settle(optimizer)
+    load_eval_weights(optimizer)
     again = parameters()
     other = new_optimizer(recipe, again, {})
-    assert restore(tmp_path, IDENTITY, again, other) == 5
+    assert restored_step(tmp_path, IDENTITY, state_of(0, again, other)) == 5
     walk(recipe, again, other, *range(5, 12))
-    settle(other)
+    load_eval_weights(other)
     for key, value in whole.items():
         assert torch.equal(again[key], value)
 
@@ -89,14 +90,14 @@ def test_schedule_free_exports_its_average() -> None:
     optimizer = new_optimizer(recipe, values, {})
     walk(recipe, values, optimizer, *range(20))
     trained = {name: value.detach().clone() for name, value in values.items()}
-    with at_rest(optimizer):
+    with eval_weights(optimizer):
         assert not any(torch.equal(values[name], value) for name, value in trained.items())
     assert all(torch.equal(values[name], value) for name, value in trained.items())
 
 
 def test_a_moving_average_is_what_is_kept_and_goes_on_after_a_checkpoint(tmp_path: Path) -> None:
     recipe, values = recipe_of("adamw", ema=0.6), parameters()
-    optimizer, average = new_optimizer(recipe, values, {}), Average(values, recipe.ema)
+    optimizer, average = new_optimizer(recipe, values, {}), Ema(values, recipe.ema)
     wanted = {name: value.detach().double() for name, value in values.items()}
     for step in range(9):
         walk(recipe, values, optimizer, step)
@@ -104,21 +105,21 @@ def test_a_moving_average_is_what_is_kept_and_goes_on_after_a_checkpoint(tmp_pat
         decay = min(0.6, (1 + step) / (10 + step)) if step else 0.0  # as diffusers lets it grow
         wanted = {name: decay * kept + (1 - decay) * values[name].detach().double() for name, kept in wanted.items()}
         if step == 4:
-            save_checkpoint(tmp_path, 5, IDENTITY, values, optimizer, average)
+            save_checkpoint(tmp_path, IDENTITY, state_of(5, values, optimizer, average))
     trained = {name: value.detach().clone() for name, value in values.items()}
-    with at_rest(optimizer, average):
+    with eval_weights(optimizer, average):
         for name, value in values.items():
             torch.testing.assert_close(value.detach().double(), wanted[name], rtol=1e-5, atol=1e-6)
             assert not torch.equal(value, trained[name])
     assert all(torch.equal(values[name], value) for name, value in trained.items())
     again = parameters()
-    other, second = new_optimizer(recipe, again, {}), Average(again, recipe.ema)
-    assert restore(tmp_path, IDENTITY, again, other, second) == 5
+    other, second = new_optimizer(recipe, again, {}), Ema(again, recipe.ema)
+    assert restored_step(tmp_path, IDENTITY, state_of(0, again, other, second)) == 5
     for step in range(5, 9):
         walk(recipe, again, other, step)
         second.step()
-    settle(optimizer, average)
-    settle(other, second)
+    load_eval_weights(optimizer, average)
+    load_eval_weights(other, second)
     assert all(torch.equal(again[name], value) for name, value in values.items())
 
 
@@ -126,12 +127,12 @@ def test_moments_are_those_of_their_parameters_in_whatever_groups_these_are(tmp_
     recipe, values = recipe_of("adamw"), parameters()
     optimizer = new_optimizer(recipe, values, {"down": 4.0})
     walk(recipe, values, optimizer, *range(3))
-    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer)
+    save_checkpoint(tmp_path, IDENTITY, state_of(3, values, optimizer))
     again = parameters()
     other = new_optimizer(recipe_of("adamw", weight_decay=0.3), again, {"up": 2.0, "down": 1.0})
     assert list(optimizer.param_groups[0]["params"]) == [values["up"]]
     assert list(other.param_groups[0]["params"]) == [again["down"]]
-    assert restore(tmp_path, IDENTITY, again, other) == 3
+    assert restored_step(tmp_path, IDENTITY, state_of(0, again, other)) == 3
     for name, value in values.items():
         for key, moment in optimizer.state[value].items():
             assert torch.equal(other.state[again[name]][key], moment)
@@ -146,9 +147,9 @@ def test_the_scale_of_half_precision_goes_on(tmp_path: Path) -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer, None, scaler)
+    save_checkpoint(tmp_path, IDENTITY, state_of(3, values, optimizer, None, scaler))
     again, other = parameters(), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    restore(tmp_path, IDENTITY, again, new_optimizer(recipe, again, {}), None, other)
+    restore(tmp_path, IDENTITY, state_of(0, again, new_optimizer(recipe, again, {}), None, other))
     assert other.state_dict() == scaler.state_dict()
     assert (other.state_dict()["scale"], other.state_dict()["_growth_tracker"]) == (512.0, 2)
 
@@ -157,20 +158,20 @@ def test_another_optimiser_and_a_new_average_begin_where_the_parameters_are(tmp_
     recipe, values = recipe_of("adamw"), parameters()
     optimizer = new_optimizer(recipe, values, {})
     walk(recipe, values, optimizer, *range(3))
-    save_checkpoint(tmp_path, 3, IDENTITY, values, optimizer)
+    save_checkpoint(tmp_path, IDENTITY, state_of(3, values, optimizer))
     again, changed = parameters(), recipe_of("lion", ema=0.5)
-    other, average = new_optimizer(changed, again, {}), Average(again, changed.ema)
-    identity = identity_of(changed, "a base", "pictures")
+    other, average = new_optimizer(changed, again, {}), Ema(again, changed.ema)
+    identity = run_fingerprint(changed, "a base", "pictures")
     with pytest.raises(DiffgraftError, match=r"optimizer: adamw → lion; ema: 0.0 → 0.5.*--changed"):
-        restore(tmp_path, identity, again, other, average)
-    assert restore(tmp_path, identity, again, other, average, changed=True) == 3
+        restore(tmp_path, identity, state_of(0, again, other, average))
+    assert restored_step(tmp_path, identity, state_of(0, again, other, average), changed=True) == 3
     assert not other.state
     for now in (False, True):
-        with at_rest(other, average) if now else nullcontext():
+        with eval_weights(other, average) if now else nullcontext():
             assert all(torch.equal(again[name], value) for name, value in values.items())
     walk(changed, again, other, 3)
     average.step()
-    with at_rest(other, average):
+    with eval_weights(other, average):
         assert not any(torch.equal(again[name], value) for name, value in values.items())
 
 
@@ -185,7 +186,7 @@ def test_what_cannot_go_together_is_told() -> None:
 
 def test_the_rate_warms_up_and_goes_as_the_schedule_says() -> None:
     recipe = load_recipe("style", {"steps": 10, "warmup": 4, "lr": 0.1, "lr_schedule": "cosine"})
-    assert [rate(recipe, step) for step in range(4)] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert [lr_at(recipe, step) for step in range(4)] == pytest.approx([0.025, 0.05, 0.075, 0.1])
     wanted = {
         "cosine": [0.05 * (1 + np.cos(np.pi * k / 6)) for k in range(6)],
         "linear": [0.1 * (1 - k / 6) for k in range(6)],
@@ -194,4 +195,4 @@ def test_the_rate_warms_up_and_goes_as_the_schedule_says() -> None:
     }
     for name, rates in wanted.items():
         changed = recipe.model_copy(update={"lr_schedule": name, "lr_cycles": 2})
-        assert [rate(changed, step) for step in range(4, 10)] == pytest.approx(rates), name
+        assert [lr_at(changed, step) for step in range(4, 10)] == pytest.approx(rates), name

@@ -20,7 +20,7 @@ from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
 from diffgraft.trainers.planning.prediction_check import cosines, odd_prediction
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.samples import Example, Examples
+from diffgraft.trainers.training_data.examples import Example, Examples
 from tests.conftest import SHORT
 
 

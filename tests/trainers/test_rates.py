@@ -20,18 +20,20 @@ from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import cache_folder
-from diffgraft.trainers import loop
 from diffgraft.trainers.denoiser import Denoiser
-from diffgraft.trainers.hooks.checkpoint import restore, save_checkpoint
-from diffgraft.trainers.hooks.ema import Average
+from diffgraft.trainers.hooks import checkpoint
+from diffgraft.trainers.hooks.checkpoint import save_checkpoint
+from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.optim.lr_scales import stop_text
-from diffgraft.trainers.optim.optimizers import _MAKERS, at_rest, new_optimizer, settle
+from diffgraft.trainers.optim.optimizers import _MAKERS, eval_weights, load_eval_weights, new_optimizer
 from diffgraft.trainers.recipe.files import load_recipe, save_recipe
 from diffgraft.trainers.run import train as run
-from diffgraft.trainers.run.fingerprint import differences, identity_of
+from diffgraft.trainers.run.fingerprint import differences, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
+from diffgraft.trainers.state import TrainingState
 from tests.conftest import SHORT
+from tests.trainers.states import restored_step, state_of
 from tests.trainers.stopping import interrupted_after
 from tests.trainers.test_optimizers import recipe_of, walk
 
@@ -87,7 +89,7 @@ def test_the_text_encoder_may_be_all_that_trains(go: Any) -> None:
     assert all(size > 0 for size in moved(done).values())
 
 
-IDENTITY = identity_of(load_recipe("style", {}), "a base", "pictures")
+IDENTITY = run_fingerprint(load_recipe("style", {}), "a base", "pictures")
 FROZEN = {"*": 0.0, "*.attn2.*": 1.0}
 
 
@@ -97,20 +99,19 @@ def test_what_has_a_rate_of_zero_is_as_the_base_has_it_and_not_in_the_file(
 ) -> None:
     """Nothing of it trains, is kept in checkpoints, or is warned of as never moved."""
     seen: list[set[str]] = []
-    real = loop.save_checkpoint
+    real = checkpoint.save_checkpoint
 
-    def save(
-        folder: Path, step: int, identity: str, parameters: Mapping[str, nn.Parameter], *more: Any, **named: Any
-    ) -> Path:
+    def save(folder: Path, fingerprint: Any, state: TrainingState, **named: Any) -> Path:
+        parameters = state.parameters
         layers = {layer for layer in base.unet.modules() if layer._forward_hooks}
         seen.append({name for name, layer in base.unet.named_modules() if layer in layers})
         assert all(".attn2." in name for name in parameters)
         assert {name for name, value in base.unet.named_parameters() if value.requires_grad} <= {
             name.removeprefix("unet.") for name in parameters
         }
-        return real(folder, step, identity, parameters, *more, **named)
+        return real(folder, fingerprint, state, **named)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     settings = {**FAST, "steps": 2, "method": method, "lr": 1e-3, "rates": FROZEN}
     done = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     assert len(done.adapter.modules) == 4 * sum(".attn2." in path for path in _attentions(base)) / 4
@@ -249,7 +250,7 @@ def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
     assert [*again.rates] == ["*.attn2.*", "text_encoder", "text_encoder_2", "OUT05"]  # said last, it counts
     assert (again.options, again.text_encoder_stop) == ({"ranks": {"unet": 3}}, 7)
     assert load_recipe(tmp_path / "mine.yaml", {"text_encoder_stop": ""}).text_encoder_stop is None
-    assert recipe.essence() != load_recipe("subject", {"subject": "dog"}).essence()
+    assert recipe.fingerprint() != load_recipe("subject", {"subject": "dog"}).fingerprint()
     with pytest.raises(DiffgraftError, match="did you mean 'rates'"):
         load_recipe("subject", {"subject": "dog", "rats.unet": 1})
 
@@ -257,7 +258,7 @@ def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
 def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
     def told(key: str, before: str, after: str) -> list[str]:
         one, other = (
-            identity_of(
+            run_fingerprint(
                 load_recipe("subject", {"subject": "dog", **{f"{key}.{name}": 2 for name in order.split()}}), ""
             )
             for order in (before, after)
@@ -288,7 +289,7 @@ class Two(Attached):
     def detach(self) -> None: ...
 
 
-def step(held: Two, recipe: Any, optimizer: Any, average: Average | None, number: int) -> None:
+def step(held: Two, recipe: Any, optimizer: Any, average: Ema | None, number: int) -> None:
     values = {name: value for name, value in held.values.items() if value.requires_grad}
     walk(recipe, values, optimizer, number)
     if average is not None:
@@ -304,24 +305,25 @@ def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp
     recipe = recipe_of(name, weight_decay=0.1, **({"ema": ema} if ema else {}))
     stop, last = 4, 10
 
-    def run_through(held: Two, optimizer: Any, average: Average | None, first: int) -> dict[str, list[torch.Tensor]]:
+    def run_through(held: Two, optimizer: Any, average: Ema | None, first: int) -> dict[str, list[torch.Tensor]]:
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in held.values}
         for number in range(first, last):
             if number == max(stop, first):
                 stop_text(held, optimizer, average)
             step(held, recipe, optimizer, average, number)
-            with at_rest(optimizer, average):
+            with eval_weights(optimizer, average):
                 for key, value in held.values.items():
                     seen[key].append(value.detach().clone())
-            save_checkpoint(tmp_path / str(first), number + 1, IDENTITY, held.values, optimizer, average, keep=99)
-        settle(optimizer, average)
+            state = state_of(number + 1, held.values, optimizer, average)
+            save_checkpoint(tmp_path / str(first), IDENTITY, state, keep=99)
+        load_eval_weights(optimizer, average)
         for key, value in held.values.items():
             seen[key].append(value.detach().clone())
         return seen
 
-    def fresh() -> tuple[Two, Any, Average | None]:
+    def fresh() -> tuple[Two, Any, Ema | None]:
         held = Two()
-        return held, new_optimizer(recipe, held.values, {}), Average(held.values, ema) if ema else None
+        return held, new_optimizer(recipe, held.values, {}), Ema(held.values, ema) if ema else None
 
     whole = run_through(*fresh(), 0)
     text, unet = whole["text_encoder.b.down"], whole["unet.a.down"]
@@ -335,7 +337,7 @@ def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp
         place = tmp_path / str(first)
         shutil.copytree(tmp_path / "0" / f"checkpoints/step-{first:06d}", place / f"checkpoints/step-{first:06d}")
         held, optimizer, average = fresh()
-        assert restore(place, IDENTITY, held.values, optimizer, average) == first
+        assert restored_step(place, IDENTITY, state_of(0, held.values, optimizer, average)) == first
         again = run_through(held, optimizer, average, first)
         for key, values in again.items():
             assert all(torch.equal(one, other) for one, other in zip(values, whole[key][first:], strict=True)), key
@@ -360,19 +362,17 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     """Interrupted before, at and after the stop; from there on text does not move, and is worked out once."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
     asked: list[int] = []
-    real_save, real_condition = loop.save_checkpoint, type(base.family).condition
+    real_save, real_condition = checkpoint.save_checkpoint, type(base.family).condition
 
-    def save(
-        folder: Path, number: int, identity: str, parameters: Mapping[str, nn.Parameter], *more: Any, **named: Any
-    ) -> Path:
-        kept[number] = {name: value.detach().clone() for name, value in parameters.items()}
-        return real_save(folder, number, identity, parameters, *more, **named)
+    def save(folder: Path, fingerprint: Any, state: TrainingState, **named: Any) -> Path:
+        kept[state.step] = {name: value.detach().clone() for name, value in state.parameters.items()}
+        return real_save(folder, fingerprint, state, **named)
 
     def condition(self: Any, held: Base, prompts: Any, size: Any) -> Any:
         asked.append(max(kept, default=0))
         return real_condition(self, held, prompts, size)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     monkeypatch.setattr(type(base.family), "condition", condition)
     monkeypatch.setattr(
         "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""

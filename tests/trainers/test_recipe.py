@@ -166,7 +166,7 @@ def test_the_header_holds_neither_paths_nor_defaults() -> None:
 
 def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> None:
     def essence(**settings: object) -> str:
-        return load_recipe("subject", {"subject": "dog", **settings}).essence()
+        return load_recipe("subject", {"subject": "dog", **settings}).fingerprint()
 
     assert essence(steps=5) == essence(steps=6)
     assert essence(steps=5, lr_schedule="cosine") != essence(steps=6, lr_schedule="cosine")

@@ -19,7 +19,7 @@ from diffgraft.data.class_images import class_images
 from diffgraft.generation.generate import Settings
 from diffgraft.trainers import loop
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.runtime.interrupts import undisturbed
+from diffgraft.trainers.runtime.interrupts import defer_sigint
 
 WAYS: dict[str, dict[str, Any]] = {
     "average": {"ema": 0.9, "text_encoder": True},
@@ -50,7 +50,7 @@ def differing(one: Path, other: Path) -> set[str]:
 
 def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the gradients of this step, counted from 0, are computed."""
-    real = loop.accumulate
+    real = loop.Loop._accumulate
 
     def stop(*words: Any) -> Any:
         terms = real(*words)
@@ -58,7 +58,7 @@ def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return terms
 
-    monkeypatch.setattr(loop, "accumulate", stop)
+    monkeypatch.setattr(loop.Loop, "_accumulate", stop)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,13 +142,13 @@ def test_an_interruption_waits_for_the_end_of_the_block() -> None:
     done = []
 
     def update() -> None:
-        with undisturbed():
+        with defer_sigint():
             os.kill(os.getpid(), signal.SIGINT)
             done.append("update")
         done.append("never")
 
     def draw() -> None:
-        with undisturbed() as opened:
+        with defer_sigint() as opened:
             try:
                 with opened():
                     os.kill(os.getpid(), signal.SIGINT)
@@ -160,7 +160,7 @@ def test_an_interruption_waits_for_the_end_of_the_block() -> None:
     for work in (update, draw, lambda: os.kill(os.getpid(), signal.SIGINT)):
         with pytest.raises(KeyboardInterrupt):
             work()
-    with undisturbed(), undisturbed() as opened, opened():
+    with defer_sigint(), defer_sigint() as opened, opened():
         done.append("nothing came")
     assert done == ["update", "put back", "nothing came"]
 
@@ -169,7 +169,7 @@ def test_outside_of_the_main_thread_nothing_is_held_back() -> None:
     done = []
 
     def work() -> None:
-        with undisturbed() as opened, opened():
+        with defer_sigint() as opened, opened():
             done.append("work")
 
     thread = threading.Thread(target=work)

@@ -14,11 +14,11 @@ from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.denoiser import Denoiser, forward_process
-from diffgraft.trainers.hooks.validation import Best, held_out
+from diffgraft.trainers.hooks.validation import BestTracker, held_out
 from diffgraft.trainers.hooks.validation_set import make_probe
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.build import gather
+from diffgraft.trainers.training_data.build import build_training_data
 from diffgraft.trainers.training_data.concepts import read_pictures
 from tests.conftest import SHORT
 
@@ -35,7 +35,7 @@ def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
             "validation": {"images": str(POODLE.folder / "held-out"), "pairs": 16},
         },
     )
-    aside = gather(plan, base, read_pictures(plan)).held_out
+    aside = build_training_data(plan.data, plan.validation, plan.seed, base, read_pictures(plan)).held_out
     assert aside is not None
     held = held_out(forward_process(base), aside, plan.validation.pairs)
     ((probe, prompts, _),) = held.probes
@@ -101,8 +101,8 @@ def test_a_validation_that_was_interrupted_is_made_up_for(base: Base, pictures: 
 
 
 def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
-    best = Best()
-    assert [best.take(step, loss) for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0])] == [
+    best = BestTracker()
+    assert [best.update(step, loss) for step, loss in enumerate([3.0, 2.0, 2.0, 2.5, 1.0])] == [
         True,
         True,
         False,

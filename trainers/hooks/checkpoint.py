@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import discard, replacing_folder, write_safetensors, write_text
-from diffgraft.trainers.hooks.ema import Average
-from diffgraft.trainers.run.fingerprint import Identity, after, differences
+from diffgraft.files import atomic_folder, remove_dir, write_safetensors, write_text
+from diffgraft.progress import Artifact, emit
+from diffgraft.trainers.hooks.hook import Hook
+from diffgraft.trainers.hooks.metrics import Metrics
+from diffgraft.trainers.run.fingerprint import Fingerprint, after, differences
+from diffgraft.trainers.runtime.interrupts import defer_sigint
+from diffgraft.trainers.state import TrainingState
 
 _EIGHT_BIT = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
@@ -35,29 +39,59 @@ _OF_RECIPE = ("lr", "rate", "weight_decay")
 """What is not, as the recipe says it"""
 
 
+class CheckpointHook(Hook):
+    """Writes checkpoints: every so many steps, on request, at the end, and where a run is interrupted."""
+
+    name = "checkpoint"
+
+    def __init__(self, folder: Path, fingerprint: Fingerprint, every: int, metrics: Metrics) -> None:
+        """`fingerprint` is that of the run in `folder`; with `every` 0 one is written at the end alone."""
+        self._folder, self._fingerprint, self._metrics = folder, fingerprint, metrics
+        self._every = every
+        self._saved = 0
+
+    def begin(self, state: TrainingState) -> None:
+        self.every = self._every or state.steps
+        self._saved = state.step
+        if state.is_main:
+            accept_changes(self._folder, self._fingerprint)
+
+    def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:
+        return state.is_over or state.is_due(self._every) or "save" in asked
+
+    def run(self, state: TrainingState) -> None:
+        if state.is_main:
+            self._save(state)
+
+    def interrupted(self, state: TrainingState) -> None:
+        """Save what is new since the newest checkpoint."""
+        if state.is_main and state.step > self._saved:
+            self._save(state)
+
+    def _save(self, state: TrainingState) -> None:
+        with defer_sigint():
+            self._metrics.fsync()
+            is_due = state.is_over or state.is_due(self._every)
+            folder = save_checkpoint(self._folder, self._fingerprint, state, is_due=is_due)
+            self._saved = state.step
+        emit(Artifact("checkpoint", folder, state.step))
+
+
 def save_checkpoint(
-    run: Path,
-    step: int,
-    identity: Identity,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: Average | None = None,
-    scaler: Any = None,
-    *,
-    is_due: bool = True,
-    keep: int = 2,
+    run: Path, fingerprint: Fingerprint, state: TrainingState, *, is_due: bool = True, keep: int = 2
 ) -> Path:
     """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted.
 
     So are older ones that were not due, but came of an interruption: a run that was interrupted leaves the same
     checkpoints as one that was not.
     """
+    parameters, optimizer = state.parameters, state.optimizer
     tensors = {name: value.detach().cpu() for name, value in parameters.items()}
     moments: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     names = _names(parameters, optimizer)
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in {**state, **state.get(_EIGHT_BIT, {})}.items():
+    for index, held in optimizer.state_dict()["state"].items():
+        for key, value in {**held, **held.get(_EIGHT_BIT, {})}.items():
             if isinstance(value, Tensor):
                 moments[f"{key} {names[index]}"] = value.detach().cpu().contiguous().clone()
             elif key != _EIGHT_BIT:
@@ -66,12 +100,12 @@ def save_checkpoint(
         {key: value for key, value in group.items() if type(value) in _PLAIN and key not in _OF_RECIPE}
         for group in optimizer.param_groups
     ]
-    said = {"step": step, "is_due": is_due, "identity": identity, "optimizer": numbers, "groups": groups}
-    said["scaler"] = None if scaler is None else scaler.state_dict()
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    averaged = {} if average is None else average.tensors()
+    said = {"step": state.step, "is_due": is_due, "identity": fingerprint, "optimizer": numbers, "groups": groups}
+    said["scaler"] = None if state.scaler is None else state.scaler.state_dict()
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    averaged = {} if state.ema is None else state.ema.tensors()
     size = sum(value.nbytes for part in (tensors, moments, averaged) for value in part.values())
-    with replacing_folder(folder, size) as partial:
+    with atomic_folder(folder, size) as partial:
         write_safetensors(partial / "parameters.safetensors", tensors, {"format": "pt"})
         write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
         if averaged:
@@ -82,7 +116,7 @@ def save_checkpoint(
     staying = [old for old in older if _was_due(old)][1 - keep :]
     for old in older:
         if old not in staying:
-            discard(old)
+            remove_dir(old)
     return folder
 
 
@@ -92,46 +126,39 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def restore(
-    run: Path,
-    identity: Identity,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: Average | None = None,
-    scaler: Any = None,
-    *,
-    changed: bool = False,
-) -> int:
-    """Put back the values of the newest checkpoint that can be read, in place, and return its step; 0 without one.
+def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, changed: bool = False) -> None:
+    """Put the newest checkpoint that can be read back into `state`, in place; without one it is at step 0.
 
     Raises:
         DiffgraftError: it was made with another base, other pictures, or another recipe, and that is not `changed` on
             purpose; or its parameters are others.
     """
+    parameters = state.parameters
     for folder in reversed(checkpoints(run)):
         try:
             said = _state(folder)
             _verify_files(folder, said)
             values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
             averaged = load_file(file) if (file := folder / "average.safetensors").exists() else None
-            if not differences(said["identity"], identity) and (misfit := _misfit(folder, parameters)):
+            if not differences(said["identity"], fingerprint) and (misfit := _misfit(folder, parameters)):
                 raise ValueError(misfit)
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
-        _compare(folder, said, identity, parameters, changed=changed)
+        _compare(folder, said, fingerprint, parameters, changed=changed)
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
-        if average is not None:
-            average.load(averaged)
-        if scaler is not None and said["scaler"]:
-            scaler.load_state_dict(said["scaler"])
-        if said["identity"]["recipe"]["optimizer"] == identity["recipe"]["optimizer"]:
-            places = {name: place for place, name in enumerate(_names(parameters, optimizer))}
-            _restore_optimizer(optimizer, said, moments, places)
-        return int(said["step"])
-    return 0
+        if state.ema is not None:
+            state.ema.load(averaged)
+        if state.scaler is not None and said["scaler"]:
+            state.scaler.load_state_dict(said["scaler"])
+        if said["identity"]["recipe"]["optimizer"] == fingerprint["recipe"]["optimizer"]:
+            places = {name: place for place, name in enumerate(_names(parameters, state.optimizer))}
+            _restore_optimizer(state.optimizer, said, moments, places)
+        state.step = int(said["step"])
+        return
+    state.step = 0
 
 
 def _restore_optimizer(
@@ -147,7 +174,9 @@ def _restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def check_same(run: Path, identity: Identity, parameters: Mapping[str, nn.Parameter], *, changed: bool = False) -> int:
+def check_same(
+    run: Path, identity: Fingerprint, parameters: Mapping[str, nn.Parameter], *, changed: bool = False
+) -> int:
     """The step of the newest checkpoint, and 0 without one; what `restore` would refuse of it is refused at once.
 
     Raises:
@@ -161,7 +190,7 @@ def check_same(run: Path, identity: Identity, parameters: Mapping[str, nn.Parame
     return 0
 
 
-def with_changes(run: Path, identity: Identity) -> Identity:
+def with_changes(run: Path, identity: Fingerprint) -> Fingerprint:
     """`identity`, telling of what has changed since the newest checkpoint, and before."""
     for folder in reversed(checkpoints(run)):
         with suppress(OSError, ValueError):  # damaged
@@ -170,7 +199,7 @@ def with_changes(run: Path, identity: Identity) -> Identity:
     return identity
 
 
-def adopt(run: Path, identity: Identity) -> None:
+def accept_changes(run: Path, identity: Fingerprint) -> None:
     """Write into the checkpoints that what differs from `identity` was changed on purpose."""
     for folder in checkpoints(run):
         with suppress(OSError, ValueError):  # damaged
@@ -181,7 +210,7 @@ def adopt(run: Path, identity: Identity) -> None:
 def _compare(
     folder: Path,
     said: Mapping[str, Any],
-    identity: Identity,
+    identity: Fingerprint,
     parameters: Mapping[str, nn.Parameter],
     *,
     changed: bool,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 _STEP = "step"
 
 
-class Average:
+class Ema:
     """The exponential moving average of parameters, with the decay growing towards its value in the first steps."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -22,16 +22,16 @@ class Average:
         """Take in what the parameters are now."""
         self._kept.step(list(self._parameters.values()))
 
-    def settle(self) -> None:
+    def copy_to(self) -> None:
         """Give the parameters the average's values."""
         self._kept.copy_to(list(self._parameters.values()))
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """Within the block the parameters have the average's values; afterwards the very bits from before."""
         values = list(self._parameters.values())
         self._kept.store(values)
-        self.settle()
+        self.copy_to()
         try:
             yield
         finally:

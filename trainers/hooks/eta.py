@@ -5,15 +5,12 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
-
-from tqdm import tqdm
 
 _WINDOW = 100
 """So many of the last steps say how long one takes"""
 
 
-class Pace:
+class Eta:
     """Takes the time of steps and pauses; the first step, in which much is set up, counts while it is the only one."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -24,7 +21,7 @@ class Pace:
         """Steps between pauses of a kind → the kind → seconds of each"""
         self._since, self._paused = clock(), 0.0
 
-    def stepped(self) -> None:
+    def update(self) -> None:
         """A step is done, the time of which went by since the last one but for pauses."""
         now = self._clock()
         took, self._since, self._paused = now - self._since - self._paused, now, 0.0
@@ -41,7 +38,7 @@ class Pace:
         self._pauses[every][kind].append(took)
         self._paused += took
 
-    def left(self, done: int) -> float | None:
+    def remaining(self, done: int) -> float | None:
         """Seconds from after step `done` to the end; None as long as nothing is known."""
         if not self._first:
             return None
@@ -52,17 +49,3 @@ class Pace:
             for took in kinds.values()
         )
         return (self._steps - done) * step + pauses
-
-
-class PacedBar(tqdm):  # type: ignore[type-arg]
-    """A bar that says how much is left by a pace, rather than by the last moments."""
-
-    pace: Pace | None = None
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """What tqdm shows, without a rate, which stands for what the rest takes, pauses and all."""
-        shown = dict(super().format_dict)
-        left = self.pace.left(int(self.n)) if self.pace else None
-        bar = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        return {**shown, "bar_format": bar, **({"rate": (shown["total"] - self.n) / left} if left else {})}

@@ -3,10 +3,11 @@
 import errno
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffgraft.files import to_disk, write_text
+from diffgraft.files import fsync, write_text
+from diffgraft.progress import Step, emit
 from diffgraft.room import room_for
 
 Entry = dict[str, float]
@@ -14,13 +15,15 @@ Entry = dict[str, float]
 what was found after it, such as `validation`"""
 
 
-class Record:
+class Metrics:
     """The entries of a run, in memory and in its file."""
 
-    def __init__(self, folder: Path, done: int, *, writes: bool) -> None:
-        """Take up what stands there of the first `done` steps; of several processes one `writes`."""
-        self.entries = [entry for entry in read_record(folder) if entry["step"] <= done]
-        self._file, self._writes = folder / "metrics.jsonl", writes
+    def __init__(self, folder: Path, steps: int, done: int, *, writes: bool) -> None:
+        """Take up what stands there of the first `done` of `steps`; of several processes one `writes`."""
+        self.entries = [entry for entry in read_metrics(folder) if entry["step"] <= done]
+        self.listeners: list[Callable[[Entry], None]] = []
+        """Called with each entry that is announced"""
+        self._file, self._steps, self._writes = folder / "metrics.jsonl", steps, writes
 
     def begin(self) -> None:
         """Leave in the file what was taken up, and nothing of later steps."""
@@ -37,6 +40,14 @@ class Record:
             self._append((json.dumps(entry) + "\n").encode())
         self.entries.append(entry)
 
+    def announce(self, entry: Entry) -> None:
+        """Tell the reporter and the listeners of an entry that was added."""
+        values = {name: value for name, value in entry.items() if name != "step"}
+        emit(Step(int(entry["step"]), self._steps, values))
+        if self._writes:
+            for listener in self.listeners:
+                listener(entry)
+
     def _append(self, line: bytes) -> None:
         with room_for(self._file), self._file.open("ab", buffering=0) as file:
             before = file.tell()
@@ -44,12 +55,12 @@ class Record:
                 file.truncate(before)
                 raise OSError(errno.ENOSPC, "half a line")
 
-    def to_disk(self) -> None:
+    def fsync(self) -> None:
         """Wait until all of it is there: a checkpoint must not outlive what it has recorded."""
-        to_disk(self._file)
+        fsync(self._file)
 
 
-def read_record(folder: Path) -> list[Entry]:
+def read_metrics(folder: Path) -> list[Entry]:
     """The whole lines of a run's file; none where there is no such file yet. Damaged lines are told of and left out."""
     path = folder / "metrics.jsonl"
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []

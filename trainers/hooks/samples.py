@@ -11,8 +11,6 @@ from diffgraft.bases import Base
 from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid
-from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.training_data.build import side_of
 
 _SEEDS = 50_000
 """Samples count their seeds from here, so that none is a class image that training has seen."""
@@ -27,21 +25,21 @@ def told_of_overflow(lacking: str) -> Iterator[None]:
         warnings.warn(f"{lacking} {error}", stacklevel=4)
 
 
-def draw(plan: Recipe, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
-    """`count` pictures of each of the recipe's sample prompts, with the same seeds every time."""
-    prompts = plan.samples()
-    side = side_of(plan, base)
+def draw(prompts: Sequence[str], side: int, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
+    """`count` pictures of `side` pixels for each of `prompts`, with the same seeds every time."""
     listed = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_SEEDS + number for _ in prompts for number in range(count)]
     images = generate(base.pipeline(), listed, Settings(size=(side, side)), seeds, title)
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
 
-def before_after(plan: Recipe, base: Base, adapter: Adapter, learnt: Sequence[Image.Image] = ()) -> Image.Image:
+def before_after(
+    prompts: Sequence[str], side: int, base: Base, adapter: Adapter, learnt: Sequence[Image.Image] = ()
+) -> Image.Image:
     """A grid of both, the same seeds beside one another, under a row of pictures that were learnt from."""
-    before = draw(plan, base, "pictures before")
+    before = draw(prompts, side, base, "pictures before")
     with graft(base, {adapter: 1.0}):
-        after = draw(plan, base, "pictures after")
+        after = draw(prompts, side, base, "pictures after")
     size = next(iter(before.values()))[0].size
     shown = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in learnt]
     rows = {"learnt from": shown} if shown else {}

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 
-class Sparing:
+class Throttle:
     """`work`, done when it is called for after as long a pause as makes its cost a `share` of the time."""
 
     def __init__(

@@ -1,17 +1,22 @@
 """Validation: the loss on pictures never learnt from, at timesteps and noise that are the same in every run."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from diffgraft.bases import Framing
 from diffgraft.diffusion.forward import ForwardProcess
+from diffgraft.trainers.hooks.artifacts import PeriodicArtifact
+from diffgraft.trainers.hooks.hook import Hook
+from diffgraft.trainers.hooks.metrics import Entry, Metrics
 from diffgraft.trainers.hooks.validation_set import Probe, probe_of
 from diffgraft.trainers.objectives.batch import Predict
 from diffgraft.trainers.recipe.settings import Validation
-from diffgraft.trainers.training_data.samples import Examples
+from diffgraft.trainers.runtime.interrupts import defer_sigint
+from diffgraft.trainers.state import TrainingState
+from diffgraft.trainers.training_data.examples import Examples
 
 _SEED = 2026
 """Of the timesteps and noises, whatever the recipe's: losses of different runs can be compared"""
@@ -60,14 +65,14 @@ def held_out(process: ForwardProcess, data: Examples, pairs: int) -> HeldOut:
 
 
 @dataclass
-class Best:
+class BestTracker:
     """The least held-out loss so far, and for how many validations it has not been bettered."""
 
     step: int = 0
     loss: float = math.inf
-    since: int = field(default=0)
+    since: int = 0
 
-    def take(self, step: int, loss: float) -> bool:
+    def update(self, step: int, loss: float) -> bool:
         """Take in a validation; whether it is a new best."""
         if loss < self.loss:
             self.step, self.loss, self.since = step, loss, 0
@@ -75,27 +80,49 @@ class Best:
         self.since += 1
         return False
 
-
-@dataclass
-class Trial:
-    """Validation as the loop sees it."""
-
-    settings: Validation
-    loss: Callable[[Predict, torch.device], float]
-    keep: Callable[[], None]
-    """Called at each new best"""
-    best: Best = field(default_factory=Best)
-
-    def is_due(self, step: int, steps: int) -> bool:
-        """Whether it is time, after `step` of `steps`."""
-        return step % self.settings.every == 0 or step == steps
-
-    def is_over(self) -> bool:
-        """Whether nothing has got better for too long."""
-        return 0 < self.settings.patience <= self.best.since
-
-    def go_on(self, record: Sequence[dict[str, float]]) -> None:
+    def restore(self, entries: Sequence[Entry]) -> None:
         """Take up what an earlier part of the run has recorded."""
-        for entry in record:
+        for entry in entries:
             if "validation" in entry:
-                self.best.take(int(entry["step"]), entry["validation"])
+                self.update(int(entry["step"]), entry["validation"])
+
+
+class ValidationHook(Hook):
+    """Validates every so many steps, keeps the best adapter, and ends a run that gets no better."""
+
+    name = "validation"
+
+    def __init__(
+        self, settings: Validation, held: HeldOut, predict: Predict, metrics: Metrics, best: PeriodicArtifact
+    ) -> None:
+        """`best` writes the adapter of each new best."""
+        self.every, self._patience = settings.every, settings.patience
+        self._held, self._predict, self._metrics, self._keep = held, predict, metrics, best
+        self._best = BestTracker()
+
+    def begin(self, state: TrainingState) -> None:
+        self._best.restore(self._metrics.entries)
+        state.has_converged = self._is_over()
+
+    def is_missed(self, state: TrainingState) -> bool:
+        return self.is_due(state, ()) and "validation" not in self._metrics.entries[-1]
+
+    def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:  # noqa: ARG002
+        return state.step > 0 and (state.is_due(self.every) or state.step == state.steps)
+
+    def run(self, state: TrainingState) -> None:
+        """Record the held-out loss, the same number on all processes; a new best is kept."""
+        accelerator = state.accelerator
+        with state.eval_weights():
+            own = torch.tensor(self._held.loss(self._predict, accelerator.device), device=accelerator.device)
+            loss = float(accelerator.reduce(own.float(), "mean"))
+            if self._best.update(state.step, loss):
+                self._keep.write(state.step)
+        entry = {"step": float(state.step), "validation": loss}
+        with defer_sigint():
+            self._metrics.add({**entry, "step": state.step})
+        self._metrics.announce(entry)
+        state.has_converged = self._is_over()
+
+    def _is_over(self) -> bool:
+        return 0 < self._patience <= self._best.since

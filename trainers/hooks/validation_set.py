@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from diffgraft.bases import Base
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import square, to_tensor
 from diffgraft.diffusion.forward import ForwardProcess
+from diffgraft.progress import track
 from diffgraft.rng import generator, normal
 from diffgraft.trainers.denoiser import Denoiser, forward_process
 
@@ -37,7 +37,7 @@ class Probe:
         """What the base says of all pairs under `prompt`, one for all pictures or one for each: [pairs, c, h, w]."""
         prompts = [prompt if isinstance(prompt, str) else prompt[picture] for picture in self.pictures]
         denoiser, out = Denoiser(base), []
-        for start in tqdm(range(0, len(self.times), batch), "held-out loss", leave=False):
+        for start in track(range(0, len(self.times), batch), "held-out loss"):
             rows = slice(start, start + batch)
             noisy = self.noisy[rows].to(base.device)
             out.append(denoiser(noisy, self.times[rows].to(base.device), prompts[rows]).cpu())

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffgraft.bases import Framing
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.rng import normal
-from diffgraft.trainers.training_data.samples import Examples, Shown
+from diffgraft.trainers.training_data.examples import Examples, Shown
 
 _LATENT = 1
 """Stream of random numbers that samples the VAE's distribution; 2 and up are those of `diffgraft.diffusion.noise`"""

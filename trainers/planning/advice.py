@@ -9,8 +9,9 @@ import numpy as np
 from diffgraft.adapters.method import choose_layers, get_method
 from diffgraft.bases import Base
 from diffgraft.data.likeness import Fingerprint
+from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.training_data.build import Item, side_of
+from diffgraft.trainers.training_data.build import Sample, resolution_of
 
 _TOY = "tiny"
 _BEYOND = 2
@@ -22,7 +23,7 @@ _FEW = 3
 
 
 def advice(
-    recipe: Recipe, base: Base, learnt: Sequence[Item], seen: Sequence[tuple[str, Fingerprint]]
+    recipe: Recipe, base: Base, learnt: Sequence[Sample], seen: Sequence[tuple[str, Fingerprint]]
 ) -> Iterator[str]:
     """One sentence for each thing that a person may want to change.
 
@@ -32,8 +33,8 @@ def advice(
         learnt: the pictures with their words.
         seen: names and fingerprints of pictures.
     """
-    yield from _sizes(recipe, base, learnt)
-    yield from _rank(recipe, base)
+    yield from _sizes(resolution_of(recipe.data, base), base, learnt)
+    yield from _rank(recipe.adapter, base)
     if len(learnt) == 1:
         yield "there is one picture: that picture is learnt, and not what it shows. Three to six are better."
     if recipe.task == "style" and not any(one.picture.captions for one in learnt):
@@ -46,8 +47,8 @@ def advice(
     yield from _backdrops([one for _, one in seen])
 
 
-def _sizes(recipe: Recipe, base: Base, learnt: Sequence[Item]) -> Iterator[str]:
-    own, side = base.resolution, side_of(recipe, base)
+def _sizes(side: int, base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
+    own = base.resolution
     if side >= _BEYOND * own:
         yield f"resolution={side} is {side / own:.0f} times the {own} pixels that this base was made for."
     shown = median(min(one.frames[0].original) for one in learnt)
@@ -58,16 +59,16 @@ def _sizes(recipe: Recipe, base: Base, learnt: Sequence[Item]) -> Iterator[str]:
         )
 
 
-def _rank(recipe: Recipe, base: Base) -> Iterator[str]:
-    method = get_method(recipe.method)
-    options = method.read_options(recipe.options)
+def _rank(adapter: AdapterSettings, base: Base) -> Iterator[str]:
+    method = get_method(adapter.method)
+    options = method.read_options(adapter.options)
     if "rank" in method.without_under(options):
         return
-    layers = choose_layers("unet", base.unet, recipe.layers or method.layers_under(options))
+    layers = choose_layers("unet", base.unet, adapter.layers or method.layers_under(options))
     shapes = [base.unet.get_submodule(path).weight.shape for path in layers]
     most = max((min(shape[0], shape[1:].numel()) for shape in shapes), default=0)
-    if most and recipe.rank > most:
-        yield f"rank={recipe.rank} holds no more than rank {most}, the most that any layer here has; 4 to 64 is usual."
+    if most and adapter.rank > most:
+        yield f"rank={adapter.rank} holds no more than rank {most}, the most that any layer here has; 4 to 64 is usual."
 
 
 def _backdrops(seen: Sequence[Fingerprint]) -> Iterator[str]:

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
-from diffgraft.bases.quantized import held_bytes
+from diffgraft.bases.quantized import Quantize, held_bytes
 from diffgraft.quiet import hushed
 from diffgraft.trainers.denoiser import Denoiser
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import OptimSettings
 
 STATES = {
     "adamw": 8.0,
@@ -54,40 +54,55 @@ class Cost:
         return self.weights + self.training + self.activations
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a step computes."""
+
+    size: tuple[int, int]
+    """Width and height of its pictures in pixels"""
+    prompts: Sequence[str]
+    pictures: int
+    """How many of them are in a batch, class images included"""
+    accumulate: int
+    """Batches for one optimizer step"""
+    checkpointing: bool
+    """Whether activations are computed anew on the way back"""
+
+
 def cost(
-    plan: Recipe, base: Base, attach: Callable[[], Attached], size: tuple[int, int], prompts: Sequence[str], passes: int
+    base: Base, attach: Callable[[], Attached], work: Workload, optim: OptimSettings, quantize: Quantize, *, whole: bool
 ) -> Cost:
-    """The cost of training what `attach` lays over an outline: pictures of `size`, `passes` times the batch of them."""
-    sizes = {name: held_bytes(part, plan.quantize if name != "vae" else "none") for name, part in base.parts()}
+    """The cost of training what `attach` lays over an outline; `whole` prompts are read in pieces."""
+    sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.unet.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
     weights = sum(own for name, own in sizes.items() if name == "unet" or (live.changes_text and name != "vae"))
-    each = 4.0 + 4.0 + STATES[plan.optimizer] + (4.0 if plan.ema else 0.0)
+    each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)
-    denoiser = Denoiser(base, live, live.trains_text, whole=plan.long_prompts == "chunk")
-    width, height = (side // base.factor for side in size)
+    denoiser = Denoiser(base, live, live.trains_text, whole=whole)
+    width, height = (side // base.factor for side in work.size)
     channels = int(base.vae.config.latent_channels)
 
     def asked(count: int) -> tuple[Tensor, Tensor, list[str]]:
         noisy = torch.empty(count, channels, height, width, device=base.device)
         times = torch.zeros(count, dtype=torch.long, device=base.device)
-        return noisy, times, [prompts[number % len(prompts)] for number in range(count)]
+        return noisy, times, [work.prompts[number % len(work.prompts)] for number in range(count)]
 
     with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
         denoiser(*asked(1))
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
     at_once = 0
-    if plan.gradient_checkpointing:
+    if work.checkpointing:
         with _fused_attention(), _kept(fixed) as kept, _growth(base.unet, kept) as grown:
-            denoiser(*asked(plan.batch * passes))
+            denoiser(*asked(work.pictures))
         at_once = max(grown)  # on the way back one of them at a time has all of its own again
         base.unet.enable_gradient_checkpointing()
         base.unet.train()
-    with _fused_attention(), FlopCounterMode(display=False) as whole, _kept(fixed) as kept:
-        denoiser(*asked(plan.batch * passes)).square().mean().backward()
+    with _fused_attention(), FlopCounterMode(display=False) as all_of_it, _kept(fixed) as kept:
+        denoiser(*asked(work.pictures)).square().mean().backward()
     live.detach()
-    step = whole.get_total_flops() * plan.accumulate
+    step = all_of_it.get_total_flops() * work.accumulate
     return Cost(trained, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
 
 

@@ -5,16 +5,15 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffgraft.bases import Base
 from diffgraft.data.inventory import named
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.data.pictures import UnreadablePictureError
 from diffgraft.data.wording import is_fixed, mentions
-from diffgraft.trainers.optim.optimizers import odd_rate
+from diffgraft.progress import track
+from diffgraft.trainers.optim.optimizers import lr_warning
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.training_data.build import Item
+from diffgraft.trainers.training_data.build import Sample
 from diffgraft.trainers.training_data.prompts import captions_of
 
 _OFTEN_CUT = 0.1
@@ -27,7 +26,7 @@ _FEW, _PIXELS = 40, 120e6
 """So many are in any case, and others while all of them together have no more pixels: what PNGs take 4 seconds for"""
 
 
-def conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
+def conflicts(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
     """Settings that do not go together, or do nothing."""
     separated = any(recipe.tags.separator in text for one in learnt for text in one.wording.texts)
     if not is_fixed(recipe.tags) and not separated:
@@ -52,7 +51,7 @@ def conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
         yield f"text_encoder_stop={recipe.text_encoder_stop} comes after the {recipe.steps} steps, and does nothing."
     if recipe.adapter_every > recipe.steps:
         yield f"adapter_every={recipe.adapter_every} is more than the {recipe.steps} steps: none is kept on the way."
-    if said := odd_rate(recipe):
+    if said := lr_warning(recipe.optim):
         yield said
     if recipe.ema and recipe.ema**recipe.steps > 0.1:
         left = recipe.ema**recipe.steps
@@ -66,22 +65,21 @@ def conflicts(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
         yield "prior.images does nothing with prior.by=prediction, which draws none."
     if recipe.concepts and "trigger" in recipe.model_fields_set and all(one.trigger for one in recipe.concepts):
         yield f"trigger={recipe.trigger} is of no concept, as each has its own: samples alone are drawn with it."
-    yield from _one_noun(recipe, learnt)
+    yield from _one_noun(recipe.noun, learnt)
     if not any(text.strip() for one in learnt for text in one.wording.prompts()):
         yield "all prompts are empty: give captions, or a prompt."
     if recipe.caption_dropout and recipe.method == "textual-inversion":
         yield "caption_dropout leaves the word out as well, and nothing learns from such pictures."
 
 
-def _was_inserted(one: Item) -> bool:
+def _was_inserted(one: Sample) -> bool:
     """Whether the trigger was put before what is said of a picture."""
     said = captions_of(one.part, one.picture) or (one.part.fill(one.part.prompt),)
     return one.part.templates == "none" and any(not mentions(text, one.part.trigger) for text in said)
 
 
-def _one_noun(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
+def _one_noun(noun: str, learnt: Sequence[Sample]) -> Iterator[str]:
     """Numbered folders that say other nouns than the recipe's."""
-    noun = getattr(recipe, "subject", "")
     parts = {one.part.images: one.part for one in learnt}
     others = [one for one in parts.values() if one.layout == "flat" and not mentions(one.prompt, noun)]
     if noun and len(parts) > 1 and others:
@@ -91,11 +89,11 @@ def _one_noun(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
         )
 
 
-def triggers(base: Base, learnt: Sequence[Item]) -> Iterator[str]:
+def triggers(base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
     """Triggers that mean something already, or that two concepts share."""
     called: dict[str, set[str]] = {}
     for part in {id(one.part): one.part for one in learnt}.values():
-        called.setdefault(part.trigger, set()).add(getattr(part, "subject", ""))
+        called.setdefault(part.trigger, set()).add(part.noun)
     for trigger, nouns in called.items():
         if not trigger:
             continue
@@ -112,12 +110,12 @@ def triggers(base: Base, learnt: Sequence[Item]) -> Iterator[str]:
             yield f"the trigger {trigger!r} stands in a prompt of the class, so the class will learn it, too."
 
 
-def looked_at(learnt: Sequence[Item]) -> tuple[list[tuple[str, Fingerprint]], dict[int, str]]:
+def looked_at(learnt: Sequence[Sample]) -> tuple[list[tuple[str, Fingerprint]], dict[int, str]]:
     """Names and fingerprints of the first pictures, and of those that cannot be opened their rows, and what is said."""
     pixels = itertools.accumulate(math.prod(one.picture.size) for one in learnt)
     most = sum(count <= _PIXELS for count in pixels)
     looked, seen, broken = list(learnt)[: min(_LOOKED_AT, max(_FEW, most))], [], {}
-    for row, one in enumerate(tqdm(looked, "comparing pictures", leave=False, disable=len(looked) < 50)):
+    for row, one in enumerate(track(looked, "comparing pictures", least=50)):
         try:
             seen.append((one.picture.name, fingerprint(one.picture.image)))
         except UnreadablePictureError as error:
@@ -125,7 +123,7 @@ def looked_at(learnt: Sequence[Item]) -> tuple[list[tuple[str, Fingerprint]], di
     return seen, broken
 
 
-def squares(recipe: Recipe, learnt: Sequence[Item]) -> Iterator[str]:
+def squares(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
     """Shapes that squares do not suit."""
     share = sum(1 - one.frames[0].shown for one in learnt) / len(learnt)
     if share > _OFTEN_CUT and not recipe.buckets.use and recipe.crop == "center":

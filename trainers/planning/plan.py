@@ -19,17 +19,18 @@ from diffgraft.room import said_size
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.planning.advice import advice
-from diffgraft.trainers.planning.estimate import Cost, cost, speed
+from diffgraft.trainers.planning.estimate import Cost, Workload, cost, speed
 from diffgraft.trainers.planning.pitfalls import conflicts, likenesses, looked_at, squares, triggers
+from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.checks import check_attached, check_base, check_pictures, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
-from diffgraft.trainers.run.init_from import Start, read_start
+from diffgraft.trainers.run.init_from import InitAdapter, read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
-from diffgraft.trainers.training_data.build import Item, collect, prior_of, side_of, split, step_of
-from diffgraft.trainers.training_data.concepts import Read, read_concepts
+from diffgraft.trainers.training_data.build import Sample, collect, resolution_of, split
+from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
 from diffgraft.trainers.training_data.prompts import captions_of
 
 _MUCH_CUT = 0.3
@@ -64,14 +65,16 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
         DiffgraftError: what `train` would refuse before it starts.
     """
     check_settings(recipe, device)
-    base = outline(recipe.base, dtype, prediction_type=recipe.prediction_type, zero_snr=recipe.zero_snr)
-    check_base(recipe, base)
+    model, data = recipe.model, recipe.data
+    base = outline(model.base, dtype, prediction_type=model.prediction_type, zero_snr=model.zero_snr)
+    check_base(data, recipe.objective, base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recipe, read = read_concepts(recipe)
         check_pictures(read)
-        items = collect(recipe, read, base.tokenizer, side_of(recipe, base), step_of(base))
-        learnt, held = split(recipe, items, base)
+        data = recipe.data
+        samples = collect(data, read, base)
+        learnt, held = split(data, recipe.validation, samples, base)
     seen, broken = looked_at(learnt)
     learnt = [one for row, one in enumerate(learnt) if row not in broken]
     if not learnt:
@@ -79,53 +82,56 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     sizes = Counter(one.frames[0].size for one in learnt)
     largest = max(sizes, key=math.prod)
     prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
-    passes = 2 if any(prior_of(part) is not None for part, _ in read) else 1
-    start = read_start(recipe.init_from, base) if recipe.init_from else None
-    found = cost(recipe, base, lambda: _attached(recipe, base, start), largest, prompts, passes)
+    passes = 2 if any(part.prior_preservation for part, _ in read) else 1
+    start = read_init_adapter(recipe.init_from, base) if recipe.init_from else None
+    optim, is_whole = recipe.optim, data.long_prompts == "chunk"
+    checkpointing = recipe.runtime.gradient_checkpointing
+    work = Workload(largest, prompts, optim.batch * passes, optim.accumulate, checkpointing)
+    found = cost(base, lambda: _attached(recipe, base, start), work, optim, model.quantize, whole=is_whole)
     facts = [
         (
             "recipe",
-            f"{recipe.task} by {recipe.method} on {recipe.base} ({base.family.name}, {side_of(recipe, base)} px)",
+            f"{recipe.task} by {recipe.method} on {recipe.base} ({base.family.name}, {resolution_of(data, base)} px)",
         ),
         ("computes", f"on {device}, in {recipe.precision}"),
         ("predicts", f"{base.prediction_type}, as {'the recipe says' if recipe.prediction_type else 'its files say'}"),
-        *_pictures(recipe, learnt, held),
+        *_pictures(data.masks.use, recipe.validation.every, learnt, held),
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
         *_cuts(learnt),
         *_words(learnt),
         ("trigger", ", ".join(dict.fromkeys(part.trigger for part, _ in read))),
         *_class_images(read),
-        ("steps", _rounds(recipe, learnt)),
-        *_costs(recipe, base, found, read, device),
+        ("steps", _rounds(optim, learnt)),
+        *_costs(optim.steps, base, found, read, device),
     ]
     told = dict.fromkeys(str(one.message) for one in caught)
     pitfalls = [*told, *broken.values(), *conflicts(recipe, learnt), *triggers(base, learnt), *likenesses(seen)]
     return Plan(facts, [*pitfalls, *squares(recipe, learnt), *advice(recipe, base, learnt, seen)])
 
 
-def _attached(recipe: Recipe, base: Base, start: Start | None) -> Attached:
+def _attached(recipe: Recipe, base: Base, start: InitAdapter | None) -> Attached:
     live = attach(recipe, base, start)
     try:
-        check_attached(recipe, live)
+        check_attached(recipe.optim, live)
     except BaseException:
         live.detach()
         raise
     return live
 
 
-def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> Iterator[tuple[str, str]]:
+def _pictures(masked: bool, every: int, learnt: Sequence[Sample], held: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     ways = Counter(len(one.frames) for one in learnt)
     shown = "" if set(ways) == {1} else f", each in {' or '.join(str(n) for n in sorted(ways))} ways (cuts, mirrored)"
     concepts = len({id(one.part) for one in learnt})
     yield "pictures", f"{len(learnt)}{f' of {concepts} concepts' if concepts > 1 else ''}{shown}"
     if held:
-        yield "held out", f"{len(held)}, every {recipe.validation.every} steps"
-    if recipe.masks.use:
+        yield "held out", f"{len(held)}, every {every} steps"
+    if masked:
         count = sum(one.picture.has_mask for one in learnt)
         yield "masks", f"{count} of {len(learnt)} pictures have one"
 
 
-def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
+def _cuts(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     cut = [1 - one.frames[0].shown for one in learnt]
     most = max(range(len(cut)), key=cut.__getitem__)
     if cut[most] > 0.005:
@@ -137,16 +143,16 @@ def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
         yield "enlarged", f"{len(grown)} pictures, such as {grown[0].picture.name}"
 
 
-def _words(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
+def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     with_own = sum(bool(captions_of(one.part, one.picture)) for one in learnt)
     texts = Counter(prompt for one in learnt for prompt in one.wording.prompts())
     first = next(iter(texts))
     yield "captions", f"{with_own} of {len(learnt)} pictures have some; {len(texts)} prompts, such as: {first}"
 
 
-def _class_images(read: Read) -> Iterator[tuple[str, str]]:
+def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
     for part, pictures in read:
-        if (prior := prior_of(part)) is None:
+        if (prior := part.prior_preservation) is None:
             continue
         if prior.by == "prediction":
             yield "class", f"held by what the bare base says as: {part.class_text(None)}"
@@ -159,22 +165,22 @@ def _class_images(read: Read) -> Iterator[tuple[str, str]]:
             yield "class", f"{said}, such as: {texts[0]}"
 
 
-def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
+def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
-    shown = recipe.steps * recipe.batch * recipe.accumulate
+    shown = optim.steps * optim.batch * optim.accumulate
     times = shown / a_round
-    return f"{recipe.steps}, of {recipe.batch * recipe.accumulate} pictures each: {times:.1f} rounds of {a_round}"
+    return f"{optim.steps}, of {optim.batch * optim.accumulate} pictures each: {times:.1f} rounds of {a_round}"
 
 
-def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.device) -> Iterator[tuple[str, str]]:
+def _costs(steps: int, base: Base, found: Cost, read: ConceptImages, device: torch.device) -> Iterator[tuple[str, str]]:
     yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.trained * 4)}"
     parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
     listed = ", ".join(f"{said_size(count)} of {name}" for name, count in parts.items())
     yield "memory", f"about {said_size(found.memory)} on each device: {listed}"
     rate = speed(base, device)
-    priors = [prior for part, _ in read if (prior := prior_of(part)) is not None]
+    priors = [prior for part, _ in read if (prior := part.prior_preservation) is not None]
     drawn = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
-    said = f"about {_time(recipe.steps * found.step / rate)} for the steps"
+    said = f"about {_time(steps * found.step / rate)} for the steps"
     if drawn:
         said += f", {_time(drawn * _DRAWING * found.picture / rate)} for class images"
     yield "time", f"{said} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this UNet)"
@@ -190,5 +196,6 @@ def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them."""
     plan = recipe_with(recipe, with_folders(settings))
     check_output(plan)
-    check_trackers(plan)  # accelerate says less of those that are not there
-    return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])
+    check_trackers(plan.trackers)  # accelerate says less of those that are not there
+    device = new_accelerator(plan.runtime, plan.outputs).device
+    return make_plan(plan, device, DTYPES[plan.precision])

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.rng import normal
-from diffgraft.trainers.training_data.samples import Examples
+from diffgraft.trainers.training_data.examples import Examples
 
 _PICTURES = 4
 _KEPT = 0.05

@@ -109,7 +109,7 @@ def _as_typed(value: Any) -> str:
     return "" if value is None or value == {} else str(value)
 
 
-def meaningless(recipe: Recipe) -> Mapping[str, str]:
+def unsupported_keys(recipe: Recipe) -> Mapping[str, str]:
     """Keys of the recipe that mean nothing to its method → why."""
     from diffgraft.adapters.method import get_method
 
@@ -119,7 +119,7 @@ def meaningless(recipe: Recipe) -> Mapping[str, str]:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
-    said = recipe.model_dump(mode="json", exclude={"output", *meaningless(recipe)})
+    said = recipe.model_dump(mode="json", exclude={"output", *unsupported_keys(recipe)})
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
     write_text(path, f"{_SAVED} {path.name}\n{text}")
 

@@ -1,186 +1,84 @@
-"""Recipes: what to train and how, as data; a file states only what differs from the defaults here."""
+"""Recipes: what to train and how, as data; a file states only what differs from the defaults here.
 
-import re
+A recipe is flat for those who write it. Inside it is groups: `recipe.model`, `recipe.adapter`, `recipe.data`,
+`recipe.optim`, `recipe.objective`, `recipe.runtime` and `recipe.outputs`, each frozen, of which functions take those
+that they need.
+"""
+
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.data.wording import without_word
-from diffgraft.diffusion.settings import Loss, Noise, Timesteps
-from diffgraft.strict import Strict
-from diffgraft.trainers.recipe.settings import Concept, Prior, Validation
+from diffgraft.trainers.recipe.groups import (
+    AdapterSettings,
+    DataSettings,
+    Group,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    OutputSettings,
+    RuntimeSettings,
+)
+from diffgraft.trainers.recipe.settings import Concept, Prior
+
+G = TypeVar("G", bound=Group)
 
 FREE = (
     *("images", "layout", "outside", "base", "init_from", "output", "cache"),
-    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format"),
+    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format", "previews"),
 )
 """Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
 
 
-class Recipe(Strict):
+# pydantic takes the keys of the last class first
+class Recipe(
+    OutputSettings, RuntimeSettings, ObjectiveSettings, OptimSettings, DataSettings, AdapterSettings, ModelSettings
+):
     """The keys every recipe has."""
 
     task: str
     """What kind of training this is; fixed by the recipe's file"""
-    base: str = "tiny"
-    """`tiny`, a diffusers folder, a single .safetensors checkpoint, or a hub id"""
-    prediction_type: Literal["epsilon", "v_prediction", None] = None
-    """What the base's UNet predicts; unset: what its files say"""
-    zero_snr: bool | None = None
-    """Whether its noise schedule is rescaled to end in pure noise; unset: what its files say"""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """Hold the weights of its linear layers in 8 bits (int8) or about 4 (nf4): less memory, a little less exact"""
-    method: str = "lora"
-    """How the adapter is parametrised; `diffgraft methods` lists them"""
-    rank: int = Field(8, ge=1, le=8192)
-    """Inner dimension of the low-rank factors"""
-    alpha: float | None = Field(None, gt=0, le=1_000_000)
-    """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
-    layers: Literal["attention", "attention+feedforward", "all", None] = None
-    """Layers that are adapted: the projections of the attention, with the feed-forward layers too, or also the
-    convolutions; unset: what the method is made for"""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Settings that only the method has: options.dora=true; `diffgraft methods NAME` lists them"""
-    text_encoder: bool = False
-    """Whether the text encoder's attention is adapted too"""
-    images: str = ""
-    """The pictures to learn from: a folder, in kohya's layout (`10_sks dog/`) as well, or a data set of `datasets`, in
-    a folder or by its id on the hub"""
-    layout: FolderLayout = "auto"
-    """How the folder is read: by what it holds, as the pictures in it (flat), or as numbered folders (kohya)"""
-    outside: bool = False
-    """Whether tables of captions and links may bring pictures from outside the folder"""
     concepts: list[Concept] = Field(default_factory=list)
     """Several things learnt at once, each with pictures and words of its own, in the place of `images`"""
-    repeats: int = Field(1, ge=1, le=100_000)
-    """How often each picture comes in a round"""
-    weight: float = Field(1.0, ge=0, le=1000)
-    """Factor on the loss of the pictures; for concepts that have their own"""
-    init_from: str = ""
-    """An adapter file of any tool that training starts from, or a run's folder; ranks, scales and values are those of
-    the file, in the modules that it has"""
-    output: str = ""
-    """Folder of the run; unset: runs/<recipe>-<time>"""
-    format: Literal["auto", "kohya", "lycoris", "diffusers", "embedding", "diffgraft"] = "auto"
-    """Format of the adapter files; auto: the one that most programs open, of those that hold what the method makes"""
-    steps: int = Field(300, ge=1, le=10_000_000)
-    """Optimiser steps"""
-    seed: int = Field(0, ge=0, lt=2**31)
-    """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
-    checkpoint_every: int = Field(100, ge=0, le=10_000_000)
-    """Steps between checkpoints; 0: only when interrupted"""
-    sample_every: int = Field(100, ge=0, le=10_000_000)
-    """Steps between sample pictures; 0: none"""
-    adapter_every: int = Field(0, ge=0, le=10_000_000)
-    """Steps between adapters that are kept on the way, in `adapters/` of the run's folder; 0: none"""
-    trackers: list[str] = Field(default_factory=list)
-    """Trackers of accelerate that are shown losses and samples: tensorboard (into `logs/` of the run's folder), wandb
-    and others"""
-    sample_prompts: list[str] = Field(default_factory=list)
-    """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate"""
-    rates: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or pattern of a module's path →
-    factor on the rate of what it means: {"text_encoder": 0.5, "OUT*": 2}; where several mean a module, the last one
-    counts, and they do not multiply; 0: it does not train, and is left out of the adapter"""
-    text_encoder_stop: int | None = Field(None, ge=1)
-    """Step from which on text encoders, and new words, train no more; unset: they train to the end"""
-    lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
-    """How the rate goes after the warm-up"""
-    lr_cycles: int = Field(1, ge=1, le=10_000)
-    """How often it falls to zero, with cosine_with_restarts"""
-    warmup: int = Field(0, ge=0, le=10_000_000)
-    """Steps over which the rate rises from zero"""
-    batch: int = Field(4, ge=1, le=4096)
-    """Instance pictures in a step, on each process; class images come on top"""
-    accumulate: int = Field(1, ge=1, le=10_000)
-    """Batches whose gradients are added up for one optimiser step"""
-    resolution: int | None = Field(None, ge=8, le=8192)
-    """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
-    buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
-    """Sizes other than squares"""
-    crop: Literal["center", "random"] = "center"
-    """Which part of a picture is shown, where its shape is another: the middle, or places drawn at random"""
-    crops: int = Field(4, ge=1, le=256)
-    """How many such places of each picture take turns"""
-    flip: bool = False
-    """Whether pictures are also shown mirrored, every other time they come round"""
-    masks: Masks = Field(default_factory=lambda: Masks.model_validate({}))
-    """Where pictures count"""
-    optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule-free"] = "adamw"
-    """AdamW of torch, or in 8 bits of bitsandbytes, whose Lion is, too; Adafactor of transformers; Prodigy, which finds
-    the rate itself (lr=1); schedulefree's AdamW"""
-    weight_decay: float = Field(0.01, ge=0, le=1000)
-    """Decoupled weight decay"""
-    ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of a moving average of what trains, which is then what is saved and drawn with; 0: none. 0.999 for
-    thousands of steps, less for few"""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Norm the gradient is clipped to"""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen base and of the arithmetic; the adapter itself is trained in float32"""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time"""
-    attention: Literal["default", "plain", "xformers", "sliced"] = "default"
-    """How the UNet's attentions are computed: by PyTorch's fused attention, step by step, by the package xformers, or
-    one head after the other"""
-    channels_last: bool = False
-    """Lay the weights of the UNet's convolutions out with the channels last, as GPUs have it in half precision"""
-    compile: bool = False
-    """Compile the UNet (torch.compile): the first steps take minutes, the others less time"""
-    shard: Literal["none", "fsdp", "zero3"] = "none"
-    """Deal the frozen UNet out to the processes that train together, by PyTorch's FSDP or DeepSpeed's ZeRO, stage 3"""
-    trigger: str = "sks"
-    """The word that calls what was learnt; a rare one, with little meaning of its own"""
-    prompt: str = "{trigger}"
-    """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
-    captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
-    """What stands beside pictures"""
-    caption_column: str = ""
-    """Column of a table or data set that holds the captions; unset: text, caption, captions or prompt"""
-    insert_trigger: bool = False
-    """Whether the trigger is put before captions, and names of kohya's folders, that lack it"""
-    caption_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the times that a picture is shown without any prompt"""
-    tags: Tags = Field(default_factory=lambda: Tags.model_validate({}))
-    """Captions as lists of tags"""
-    long_prompts: Literal["cut", "refuse", "chunk"] = "cut"
-    """What to do with prompts that are longer than the text encoder reads: cut them, refuse them, or read them in
-    pieces of that length, as the webui does"""
-    templates: Literal["none", "object", "style"] = "none"
-    """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
-
-    objective: str = ""
-    """What the loss is: captioned, dreambooth, prior-prediction, or one of an outside package; unset: what the task and
-    its prior preservation ask for"""
-    noise: Noise = Field(default_factory=lambda: Noise.model_validate({}))
-    """What is laid on latents beside plain noise"""
-    validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
-    """Pictures held out, and what their loss decides"""
-    cache: bool = True
-    """Whether latents and text states are kept in the cache for other runs"""
-    timesteps: Timesteps = Field(default_factory=lambda: Timesteps.model_validate({}))
-    """At which timesteps training takes place"""
-    loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
-    """How errors are counted"""
 
     default_samples: ClassVar[tuple[str, ...]] = ()
+    data_group: ClassVar[type[DataSettings]] = DataSettings
+    """The group of pictures and prompts, with what the task has besides"""
 
-    @field_validator("trackers", mode="before")
-    @classmethod
-    def _taken_apart(cls, said: Any) -> Any:
-        """As a command line gives them, by commas or strokes."""
-        words = [said] if isinstance(said, str) else said
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            return said
-        return [part.strip() for word in words for part in re.split(r"[,|]", word) if part.strip()]
+    @property
+    def model(self) -> ModelSettings:
+        return self._group(ModelSettings)
 
-    def scale_alpha(self) -> float:
-        """Alpha, with the default filled in."""
-        return float(self.rank if self.alpha is None else self.alpha)
+    @property
+    def adapter(self) -> AdapterSettings:
+        return self._group(AdapterSettings)
+
+    @property
+    def data(self) -> DataSettings:
+        return self._group(self.data_group)
+
+    @property
+    def optim(self) -> OptimSettings:
+        return self._group(OptimSettings)
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        return self._group(ObjectiveSettings)
+
+    @property
+    def runtime(self) -> RuntimeSettings:
+        return self._group(RuntimeSettings)
+
+    @property
+    def outputs(self) -> OutputSettings:
+        return self._group(OutputSettings)
+
+    def _group(self, kind: type[G]) -> G:
+        values = {name: getattr(self, name) for name in kind.model_fields}
+        return kind.model_construct(_fields_set=self.model_fields_set & values.keys(), **values)
 
     def samples(self) -> list[str]:
         """The prompts to draw, filled in; some for each concept, where none are given."""
@@ -189,24 +87,19 @@ class Recipe(Strict):
         few = (*self.default_samples[:2], *self.default_samples[-1:])
         return list(dict.fromkeys(part.fill(prompt) for prompt in few for part in self.parts()))
 
-    def fill(self, template: str) -> str:
-        """A template with the recipe's trigger and subject."""
-        return template.replace("{trigger}", self.trigger).replace("{subject}", getattr(self, "subject", ""))
-
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002  (others need them)
-        """What class images show, given the pictures' captions; none where the task has no prior preservation."""
-        return []
-
-    def class_text(self, caption: str | None) -> str:  # noqa: ARG002  (others need it)
-        """What a picture with that caption shows, but for what is learnt; empty where the task does not know."""
-        return ""
-
-    def parts(self) -> list["Recipe"]:
-        """The recipe of each concept: itself, with the concept's own keys; itself alone where there are none."""
+    def parts(self) -> list[DataSettings]:
+        """Pictures and prompts of each concept: the recipe's own, with the concept's keys; itself without concepts."""
         own = ({key: getattr(one, key) for key in one.model_fields_set} for one in self.concepts)
-        return [self.model_copy(update={**keys, "concepts": []}) for keys in own] or [self]
+        return [self.data.model_copy(update=keys) for keys in own] or [self.data]
 
-    def essence(self) -> dict[str, Any]:
+    def folders(self) -> list[str]:
+        """All folders with pictures that it names: to learn from, to validate with, of classes."""
+        parts = self.parts()
+        priors = [prior for part in (self, *parts) if (prior := getattr(part, "prior", None)) is not None]
+        named = (self.images, *(part.images for part in parts), self.validation.images, *(one.folder for one in priors))
+        return [one for one in dict.fromkeys(named) if one]
+
+    def fingerprint(self) -> dict[str, Any]:
         """Everything in the recipe that decides what a step does; a run goes on under the same, unless one insists."""
         paths: dict[str, Any] = dict.fromkeys(FREE, True)
         if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
@@ -219,18 +112,43 @@ class Recipe(Strict):
     def header(self) -> dict[str, Any]:
         """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
         paths: dict[str, Any] = dict.fromkeys(
-            ("images", "output", "base", "init_from", "cache", "trackers", "format"), True
+            ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **said}
 
+    def with_absolute_paths(self, folder: Path) -> "Recipe":
+        """The recipe of a run in `folder`, its paths such that they hold wherever it is read again."""
 
-class SubjectRecipe(Recipe):
-    """DreamBooth: one subject from a few pictures of it."""
+        def placed(group: Any) -> Any:
+            update: dict[str, Any] = {"images": absolute(group.images)} if group.images else {}
+            prior = getattr(group, "prior", None)
+            if prior is not None and prior.folder:
+                update["prior"] = prior.model_copy(update={"folder": absolute(prior.folder)})
+            return update
 
-    task: Literal["subject"] = "subject"
-    """What kind of training this is; fixed by the recipe's file"""
+        return self.model_copy(
+            update={
+                **placed(self),
+                "init_from": absolute(self.init_from) if self.init_from else "",
+                "output": str(folder),
+                "base": self.base if self.base == "tiny" else absolute(self.base),
+                "concepts": [one.model_copy(update=placed(one)) for one in self.concepts],
+                "validation": self.validation.model_copy(update=placed(self.validation)),
+            }
+        )
+
+
+def absolute(path: str) -> str:
+    """The absolute path of a folder or file; what is neither, such as an id on the hub, as it is."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
+
+
+class SubjectData(DataSettings):
+    """Pictures of one subject."""
+
     subject: str = Field(..., min_length=1)
     """The class noun of what the pictures show: dog, backpack, teapot"""
     prompt: str = "a {trigger} {subject}"
@@ -240,12 +158,26 @@ class SubjectRecipe(Recipe):
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
     """Prior preservation: its weight and its pictures"""
 
+    def class_text(self, caption: str | None) -> str:  # noqa: ARG002
+        return self.fill(self.class_prompt)
+
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
+        return [self.class_text(None)] if captions else []
+
+
+class SubjectRecipe(SubjectData, Recipe):
+    """DreamBooth: one subject from a few pictures of it."""
+
+    task: Literal["subject"] = "subject"
+    """What kind of training this is; fixed by the recipe's file"""
+
     default_samples: ClassVar[tuple[str, ...]] = (
         "a {trigger} {subject}",
         "a {trigger} {subject} in the snow",
         "a {trigger} {subject} on the beach",
         "a {subject}",
     )
+    data_group: ClassVar[type[DataSettings]] = SubjectData
 
     @model_validator(mode="before")
     @classmethod
@@ -256,31 +188,16 @@ class SubjectRecipe(Recipe):
         named = [one.get("subject") for one in concepts if isinstance(one, dict)]
         return {"subject": named[0], **values} if named and all(named) else values
 
-    def class_text(self, caption: str | None) -> str:  # noqa: ARG002
-        return self.fill(self.class_prompt)
 
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
-        return [self.class_text(None)] if captions else []
+class StyleData(DataSettings):
+    """Captioned pictures of one style."""
 
-
-class StyleRecipe(Recipe):
-    """A style from captioned pictures."""
-
-    task: Literal["style"] = "style"
-    """What kind of training this is; fixed by the recipe's file"""
     prompt: str = "a picture, {trigger} style"
     """Prompt of a picture that has no caption"""
     caption: str = "{caption}, {trigger} style"
     """How a picture's caption becomes its prompt"""
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
     """Prior preservation, its pictures drawn from the captions alone: without the trigger, the style stays away"""
-
-    default_samples: ClassVar[tuple[str, ...]] = (
-        "a dog on the grass, {trigger} style",
-        "a house in the snow, {trigger} style",
-        "a teapot in the kitchen, {trigger} style",
-        "a teapot in the kitchen",
-    )
 
     def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
         return list(dict.fromkeys(self.class_text(caption) for caption in captions))
@@ -292,13 +209,24 @@ class StyleRecipe(Recipe):
         return kept or "a picture"
 
 
-class ConceptRecipe(Recipe):
-    """A new word for an object or a style, by textual inversion or pivotal tuning."""
+class StyleRecipe(StyleData, Recipe):
+    """A style from captioned pictures."""
 
-    task: Literal["concept"] = "concept"
+    task: Literal["style"] = "style"
     """What kind of training this is; fixed by the recipe's file"""
-    method: str = "textual-inversion"
-    """How the adapter is parametrised; `textual-inversion`, or `pivotal` where weights learn as well"""
+
+    default_samples: ClassVar[tuple[str, ...]] = (
+        "a dog on the grass, {trigger} style",
+        "a house in the snow, {trigger} style",
+        "a teapot in the kitchen, {trigger} style",
+        "a teapot in the kitchen",
+    )
+    data_group: ClassVar[type[DataSettings]] = StyleData
+
+
+class ConceptData(DataSettings):
+    """Pictures of what a new word stands for."""
+
     trigger: str = "<concept>"
     """The new word; one that the base does not know"""
     subject: str = ""
@@ -307,6 +235,15 @@ class ConceptRecipe(Recipe):
     """Prompt of a picture without a caption, where templates=none"""
     templates: Literal["none", "object", "style"] = "object"
     """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
+
+
+class ConceptRecipe(ConceptData, Recipe):
+    """A new word for an object or a style, by textual inversion or pivotal tuning."""
+
+    task: Literal["concept"] = "concept"
+    """What kind of training this is; fixed by the recipe's file"""
+    method: str = "textual-inversion"
+    """How the adapter is parametrised; `textual-inversion`, or `pivotal` where weights learn as well"""
     lr: float = Field(5e-3, gt=0)
     """Peak learning rate"""
 
@@ -316,6 +253,7 @@ class ConceptRecipe(Recipe):
         "a {trigger} on the beach",
         "a {subject}",
     )
+    data_group: ClassVar[type[DataSettings]] = ConceptData
 
 
 TASKS: dict[str, type[Recipe]] = {"subject": SubjectRecipe, "style": StyleRecipe, "concept": ConceptRecipe}

@@ -1,9 +1,10 @@
-"""Groups of settings inside recipes: prior preservation, concepts, validation."""
+"""Settings inside the groups of a recipe: prior preservation, concepts, validation, the loss."""
 
 from typing import Literal
 
 from pydantic import Field
 
+from diffgraft.diffusion.settings import Loss as LossOfErrors
 from diffgraft.strict import Strict
 
 
@@ -58,3 +59,11 @@ class Validation(Strict):
     @property
     def is_on(self) -> bool:
         return bool(self.images) or self.share > 0
+
+
+class Loss(LossOfErrors):
+    """What the loss is, and how errors are counted."""
+
+    objective: str = ""
+    """What the loss is made of: captioned, dreambooth, prior-prediction, or an objective of an outside package; unset:
+    what the task and its prior preservation ask for"""

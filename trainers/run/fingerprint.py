@@ -5,7 +5,7 @@ from typing import Any
 
 from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 
-Identity = Mapping[str, Any]
+Fingerprint = Mapping[str, Any]
 """`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
 `start`, the hash of the adapter file that it begins with; `processes`, how many share a step; `changes`, what was
 changed on purpose on the way, each with the step after which, where there was any"""
@@ -16,13 +16,15 @@ _TOLD = {
 }
 
 
-def identity_of(recipe: Recipe, base: str, data: str = "", start: str | None = "", processes: int = 1) -> Identity:
-    """The identity of a run; without `data` as long as the pictures have not been gathered."""
+def run_fingerprint(
+    recipe: Recipe, base: str, data: str = "", start: str | None = "", processes: int = 1
+) -> Fingerprint:
+    """The fingerprint of a run; without `data` as long as the pictures have not been gathered."""
     more = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
-    return {"recipe": recipe.essence(), "base": base, "processes": processes, **more}
+    return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **more}
 
 
-def differences(kept: Identity, now: Identity) -> list[str]:
+def differences(kept: Fingerprint, now: Fingerprint) -> list[str]:
     """What is not as it was, each in a few words; what one of them does not say is left out."""
     before, after = flat(kept["recipe"]), flat(now["recipe"])
     defaults = flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
@@ -36,8 +38,8 @@ def differences(kept: Identity, now: Identity) -> list[str]:
     return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
 
 
-def after(kept: Identity, step: int, now: Identity) -> Identity:
-    """The identity `now` of a run that had another one up to `step`: it tells of that change, and of earlier ones."""
+def after(kept: Fingerprint, step: int, now: Fingerprint) -> Fingerprint:
+    """The fingerprint `now` of a run that had another one up to `step`: it has that change, and earlier ones."""
     new = [{"after": step, "what": what}] if (what := differences(kept, now)) else []
     changes = [*kept.get("changes", []), *new]
     return {**now, "changes": changes} if changes else now

@@ -14,11 +14,9 @@ from diffgraft.adapters.formats.header import told
 from diffgraft.data.inventory import NUMBERED
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import PARTIAL
-from diffgraft.trainers.hooks.metrics import by_step, read_record
+from diffgraft.trainers.hooks.metrics import by_step, read_metrics
 from diffgraft.trainers.recipe.files import is_saved, load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.recipe.settings import Concept, Validation
-from diffgraft.trainers.training_data.build import local
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,10 +113,7 @@ def check_output(recipe: Recipe) -> None:
 
 def folders_read(recipe: Recipe) -> list[str]:
     """All folders with pictures that a recipe names, numbered ones in kohya's layout as well."""
-    parts = recipe.parts()
-    priors = [prior for part in (recipe, *parts) if (prior := getattr(part, "prior", None)) is not None]
-    said = [recipe.images, *(part.images for part in parts), recipe.validation.images, *(one.folder for one in priors)]
-    named = [Path(one).expanduser() for one in dict.fromkeys(said) if one]
+    named = [Path(one).expanduser() for one in recipe.folders()]
     inside = [path for one in named if one.is_dir() for path in (*one.iterdir(), *(one / "img").glob("*"))]
     return [*map(str, named), *(str(path) for path in inside if NUMBERED.fullmatch(path.name))]
 
@@ -168,7 +163,7 @@ def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]
     plan = recipe_with(recipe, settings)
     check_output(plan)
     folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
-    return _placed(plan, folder), folder
+    return plan.with_absolute_paths(folder), folder
 
 
 def earlier_run(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
@@ -186,7 +181,7 @@ def earlier_run(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
         )
     if "output" in settings:
         raise DiffgraftError(f"A run goes on where it is, in {folder}: leave output=… out.")
-    return _placed(recipe_with(path, settings), folder), folder
+    return recipe_with(path, settings).with_absolute_paths(folder), folder
 
 
 def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | None:
@@ -195,7 +190,7 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
     Raises:
         DiffgraftError: it has, and what is `changed` comes too late; or nothing is left to go on from.
     """
-    run = Run(folder, plan, by_step(read_record(folder)), was_finished=True)
+    run = Run(folder, plan, by_step(read_metrics(folder)), was_finished=True)
     if not run.adapter_file.exists():
         return None
     try:
@@ -217,17 +212,3 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
     if steps != plan.steps and not done:
         raise DiffgraftError(f"{is_finished}, and has no checkpoint to go on from.")
     return run if steps == plan.steps else None
-
-
-def _placed(plan: Recipe, folder: Path) -> Recipe:
-    """The recipe with whole paths, which hold wherever it is read again."""
-    found = plan.model_copy(deep=True)
-    found.init_from = local(plan.init_from) if plan.init_from else ""
-    found.output, found.base = str(folder), plan.base if plan.base == "tiny" else local(plan.base)
-    held: list[Recipe | Concept | Validation] = [found, *found.concepts, found.validation]
-    for part in held:
-        part.images = local(part.images) if part.images else ""
-    for one in (found, *found.concepts):
-        if (prior := getattr(one, "prior", None)) is not None and prior.folder:
-            prior.folder = local(prior.folder)
-    return found

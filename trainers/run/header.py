@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.bases import Base
-from diffgraft.trainers.recipe.files import meaningless
+from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.fingerprint import Identity
+from diffgraft.trainers.run.fingerprint import Fingerprint
 
 _USUAL_LAYERS = 2
 """Layers in a block of all UNets of Stable Diffusion; files say it of others, as some names are counted by it"""
 
 
-def header(plan: Recipe, base: Base, identity: Identity) -> dict[str, Any]:
+def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
     """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
     layers = base.unet.config.layers_per_block
-    has_rank = "rank" not in meaningless(plan)
+    has_rank = "rank" not in unsupported_keys(plan)
     return {
         "method": plan.method,
         **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),
@@ -34,8 +34,8 @@ def header(plan: Recipe, base: Base, identity: Identity) -> dict[str, Any]:
         },
         "recipe": plan.header(),
         "seed": plan.seed,
-        "data": identity["data"],
-        **({"changes": identity["changes"]} if "changes" in identity else {}),
+        "data": fingerprint["data"],
+        **({"changes": fingerprint["changes"]} if "changes" in fingerprint else {}),
         "versions": {name: version(name) for name in names},
     }
 

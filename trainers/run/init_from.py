@@ -12,6 +12,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import (
     LAYERS,
     Attached,
+    Options,
     canonical,
     choose_layers,
     get_method,
@@ -22,12 +23,11 @@ from diffgraft.adapters.method import (
 from diffgraft.bases import Base
 from diffgraft.bases.original import layers_in_block
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.files import meaningless
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import AdapterSettings
 
 
 @dataclass(frozen=True)
-class Start:
+class InitAdapter:
     """An adapter file, read."""
 
     path: Path
@@ -43,7 +43,7 @@ class Start:
             warnings.warn(text, stacklevel=5)
 
 
-def read_start(path: str, base: Base) -> Start:
+def read_init_adapter(path: str, base: Base) -> InitAdapter:
     """The file, or the folder of peft's or of a run, at `path`, its names counted as in `base`.
 
     Raises:
@@ -56,26 +56,28 @@ def read_start(path: str, base: Base) -> Start:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    return Start(place, adapter, digest.hexdigest())
+    return InitAdapter(place, adapter, digest.hexdigest())
 
 
-def hash_of(plan: Recipe, start: Start | None) -> str | None:
+def hash_of(init_from: str, start: InitAdapter | None) -> str | None:
     """That of the file a run begins with; empty where it begins with none, None where that file is gone."""
-    return start.hash if start else None if plan.init_from else ""
+    return start.hash if start else None if init_from else ""
 
 
-def begin(plan: Recipe, base: Base, live: Attached, start: Start) -> set[str]:
+def load_init_weights(
+    adapter: AdapterSettings, trigger: str, base: Base, live: Attached, start: InitAdapter
+) -> set[str]:
     """Give what is attached the values of `start`; returns the paths of the modules that have some of it.
 
     Raises:
         DiffgraftError: the file holds something that this recipe does not train, or that does not fit.
     """
-    adapter, before = start.adapter, {name: value.shape for name, value in live.trainable().items()}
+    held, before = start.adapter, {name: value.shape for name, value in live.trainable().items()}
     adapted = set(live.paths().values())
     try:
-        taken = live.load(adapter)
+        taken = live.load(held)
     except ValueError as error:
-        hint = _hint(plan, base, start, [path for path in adapter.deltas if path not in adapted])
+        hint = _hint(adapter, base, start, [path for path in held.deltas if path not in adapted])
         raise DiffgraftError(f"A run cannot start from {start.path}: {error}.{hint}") from error
     paths, name = live.paths(), start.path.name
     if fresh := sorted(adapted - taken):
@@ -83,9 +85,9 @@ def begin(plan: Recipe, base: Base, live: Attached, start: Start) -> set[str]:
     resized = {paths[key] for key, value in live.trainable().items() if before.get(key) != value.shape}
     if resized:
         start.note(f"{len(resized)} modules have the rank of {name}, and not the recipe's, such as {min(resized)}.")
-    if adapter.tokens and plan.trigger not in adapter.tokens:
-        start.note(f"The word {next(iter(adapter.tokens))!r} of {name} is called {plan.trigger!r} from now on.")
-    made_for = adapter.metadata.get("base")
+    if held.tokens and trigger not in held.tokens:
+        start.note(f"The word {next(iter(held.tokens))!r} of {name} is called {trigger!r} from now on.")
+    made_for = held.metadata.get("base")
     if isinstance(made_for, Mapping) and base.hash and made_for.get("hash", base.hash) != base.hash:
         start.note(
             f"{name} was trained on {made_for.get('name', 'another base')}, not on this base: it fits, and no more."
@@ -93,7 +95,7 @@ def begin(plan: Recipe, base: Base, live: Attached, start: Start) -> set[str]:
     return taken
 
 
-def with_start(adapter: Adapter, start: Start | None) -> Adapter:
+def with_init_metadata(adapter: Adapter, start: InitAdapter | None) -> Adapter:
     """A trained adapter, its header telling the hash of the file it began as, and the rank that it has from there."""
     if start is None:
         return adapter
@@ -107,15 +109,15 @@ def with_start(adapter: Adapter, start: Start | None) -> Adapter:
     return replace(adapter, metadata=said)
 
 
-def _hint(plan: Recipe, base: Base, start: Start, strange: Collection[str]) -> str:
+def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, strange: Collection[str]) -> str:
     """A sentence that says what to set, so that all of the file has a place; empty where nothing is known to help."""
     adapter = start.adapter
     kinds = sorted({delta.kind for deltas in adapter.deltas.values() for delta in deltas})
-    method = str(plan.options.get("weights", "lora")) if plan.method == "pivotal" else plan.method
+    method = str(settings.options.get("weights", "lora")) if settings.method == "pivotal" else settings.method
     trained = "lora" if method == "locon" else method  # of which it is made
     if adapter.networks:
-        return "" if plan.method == "hypernetwork" else " Set method=hypernetwork."
-    if adapter.tokens and plan.method not in ("pivotal", "" if kinds else "textual-inversion"):
+        return "" if settings.method == "hypernetwork" else " Set method=hypernetwork."
+    if adapter.tokens and settings.method not in ("pivotal", "" if kinds else "textual-inversion"):
         return f" Set method={'pivotal' if kinds else 'textual-inversion'}."
     if kinds not in ([], [trained]) and trained != "full":
         as_lora = f"make a LoRA of it: diffgraft resize {start.path} -o lora.safetensors"
@@ -126,15 +128,19 @@ def _hint(plan: Recipe, base: Base, start: Start, strange: Collection[str]) -> s
         return ""
     if lacking := sorted(set(strange) - _modules(base)):
         return f" This base has no {lacking[0]}; the file was made for another."
-    said = ["text_encoder=true"] if not plan.text_encoder and any(is_of_text(path) for path in strange) else []
-    if "layers" not in meaningless(plan):
+    said = ["text_encoder=true"] if not settings.text_encoder and any(is_of_text(path) for path in strange) else []
+    if "layers" not in get_method(settings.method).without_under(_options(settings)):
         wide = next((layers for layers in LAYERS if _modules(base, layers).issuperset(strange)), None)
         if wide is None:
             return " There is no choice of layers that has them all."
-        chosen = get_method(plan.method)
-        now = plan.layers or chosen.layers_under(chosen.read_options(plan.options))
+        chosen = get_method(settings.method)
+        now = settings.layers or chosen.layers_under(_options(settings))
         said += [f"layers={wide}"] if [*LAYERS].index(wide) > [*LAYERS].index(now) else []
     return f" Set {' '.join(said)}." if said else ""
+
+
+def _options(settings: AdapterSettings) -> Options:
+    return get_method(settings.method).read_options(settings.options)
 
 
 def _modules(base: Base, layers: str = "") -> set[str]:

@@ -8,11 +8,11 @@ from typing import Any
 
 
 @contextmanager
-def undisturbed() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def defer_sigint() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Ctrl-C within the block is raised at its end.
 
     What the block is given opens parts of it again: there Ctrl-C is raised at once, and what follows in the block's own
-    `finally` is undisturbed. Outside of the main thread, which alone gets signals, nothing is held back.
+    `finally` is deferred again. Outside of the main thread, which alone gets signals, nothing is held back.
     """
     usual = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(usual):

@@ -7,7 +7,7 @@ from diffgraft.bases import Base
 from diffgraft.quiet import hushed
 
 
-def not_needed(base: Base, *, has_texts: bool) -> list[str]:
+def offloadable(base: Base, *, has_texts: bool) -> list[str]:
     """Parts of the base that training can do without when latents, and texts if `has_texts`, are computed.
 
     On a processor there is no other memory for them to go to; the VAE of an inpainting base is asked on the way.
@@ -19,14 +19,14 @@ def not_needed(base: Base, *, has_texts: bool) -> list[str]:
     return names + (texts if has_texts else [])
 
 
-def put_away(base: Base, names: Sequence[str]) -> None:
+def offload(base: Base, names: Sequence[str]) -> None:
     """Move these parts to the processor's memory."""
     with hushed():
         for name in names:
             getattr(base, name).to("cpu")
 
 
-def take_back(base: Base, names: Sequence[str]) -> None:
+def onload(base: Base, names: Sequence[str]) -> None:
     """Move them to where the UNet is."""
     with hushed():
         for name in names:
@@ -34,10 +34,10 @@ def take_back(base: Base, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def at_hand(base: Base, names: Sequence[str]) -> Iterator[None]:
+def loaded(base: Base, names: Sequence[str]) -> Iterator[None]:
     """Within the block they are there, for drawing."""
-    take_back(base, names)
+    onload(base, names)
     try:
         yield
     finally:
-        put_away(base, names)
+        offload(base, names)

@@ -9,28 +9,32 @@ from typing import Any
 import torch
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.progress import Control
+from diffgraft.trainers.recipe.groups import OutputSettings, RuntimeSettings
 
 PATIENCE = timedelta(hours=12)
 """So long a process waits for the others, while one of them draws or saves; one that dies ends all at once"""
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def new_accelerator(recipe: Recipe) -> Any:
-    """Accelerate's view of devices, processes and precision; ``accelerate launch`` is how more than one takes part."""
+def new_accelerator(runtime: RuntimeSettings, outputs: OutputSettings, *, text_stops: bool = False) -> Any:
+    """Accelerate's view of devices, processes and precision; ``accelerate launch`` is how more than one takes part.
+
+    `text_stops` says that some parameters stop training on the way.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
-    wanted = _PRECISIONS[recipe.precision]
+    wanted = _PRECISIONS[runtime.precision]
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()  # it remembers the precision of an earlier run in this process
-    some_stop = DistributedDataParallelKwargs(find_unused_parameters=recipe.text_encoder_stop is not None)
+    some_stop = DistributedDataParallelKwargs(find_unused_parameters=text_stops)
     accelerator = Accelerator(
         mixed_precision=wanted,
         kwargs_handlers=[some_stop, InitProcessGroupKwargs(timeout=PATIENCE)],
-        log_with=recipe.trackers or None,
-        project_config=ProjectConfiguration(recipe.output or None, str(Path(recipe.output, "logs"))),
+        log_with=outputs.trackers or None,
+        project_config=ProjectConfiguration(outputs.output or None, str(Path(outputs.output, "logs"))),
     )
     if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
         raise DiffgraftError(
@@ -54,6 +58,16 @@ def shared_mean(accelerator: Any, terms: Mapping[str, float]) -> dict[str, float
         return dict(terms)
     own = torch.tensor(list(terms.values()), dtype=torch.float32, device=accelerator.device)
     return dict(zip(terms, accelerator.reduce(own, "mean").tolist(), strict=True))
+
+
+def shared_requests(accelerator: Any, control: Control) -> frozenset[str]:
+    """What was asked for by the main process's control since the last call: `stop`, `sample`, `save`; all get it."""
+    asked = {what for what in ("sample", "save") if control.take(what)} | ({"stop"} if control.is_stopping else set())
+    if accelerator.num_processes == 1:
+        return frozenset(asked)
+    from accelerate.utils import broadcast_object_list
+
+    return frozenset(broadcast_object_list([sorted(asked)])[0])
 
 
 def the_same_folder(accelerator: Any, folder: Path) -> Path:

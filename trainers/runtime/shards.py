@@ -15,46 +15,46 @@ from torch import nn
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import RuntimeSettings
 
 
-def check_shards(recipe: Recipe, accelerator: Any) -> None:
+def check_shards(shard: str, accelerator: Any) -> None:
     """Refuse what cannot be in shards.
 
     Raises:
-        DiffgraftError: there is one process, the package is not there, or as `check_alone`.
+        DiffgraftError: there is one process, the package is not there, or it cannot be loaded.
     """
     from accelerate.utils import is_deepspeed_available
 
-    check_alone(recipe)
-    if recipe.shard == "none":
+    if shard == "none":
         return
     if accelerator.num_processes == 1:
         raise DiffgraftError(
-            f"shard={recipe.shard} deals the UNet out to several processes, and this is one: start them by `torchrun "
+            f"shard={shard} deals the UNet out to several processes, and this is one: start them by `torchrun "
             "--nproc_per_node 2 -m diffgraft train …`, or leave shard out."
         )
-    if recipe.shard == "zero3" and not is_deepspeed_available():
+    if shard == "zero3" and not is_deepspeed_available():
         raise DiffgraftError("shard=zero3 needs the package deepspeed: python -m pip install deepspeed, or shard=fsdp.")
 
 
-def check_alone(recipe: Recipe) -> None:
+def check_compatible(runtime: RuntimeSettings, quantize: str) -> None:
     """Refuse settings that need whole weights.
 
     Raises:
         DiffgraftError: there is one beside `shard`.
     """
-    if recipe.shard == "none":
+    if runtime.shard == "none":
         return
-    wanted = {"quantize": recipe.quantize != "none", "compile": recipe.compile, "channels_last": recipe.channels_last}
+    wanted = {"quantize": quantize != "none", "compile": runtime.compile, "channels_last": runtime.channels_last}
     for key in (key for key, is_wanted in wanted.items() if is_wanted):
-        raise DiffgraftError(f"{key}={getattr(recipe, key)} does not go with shard={recipe.shard}: leave one out.")
+        value = quantize if key == "quantize" else "true"
+        raise DiffgraftError(f"{key}={value} does not go with shard={runtime.shard}: leave one out.")
 
 
 @contextmanager
-def spare_unet(recipe: Recipe, base: Base) -> Iterator[None]:
+def unet_copy(shard: str, base: Base) -> Iterator[None]:
     """Within the block the base has a copy of its UNet, to be cut up; its own waits in the processor's memory."""
-    if recipe.shard == "none":
+    if shard == "none":
         yield
         return
     own, device = base.unet, base.device
@@ -66,31 +66,31 @@ def spare_unet(recipe: Recipe, base: Base) -> Iterator[None]:
         base.unet = own.to(device)
 
 
-def check_frozen(recipe: Recipe, base: Base, live: Attached) -> None:
+def check_frozen(shard: str, base: Base, live: Attached) -> None:
     """Refuse to deal out what is trained.
 
     Raises:
         DiffgraftError: the UNet's own weights are, in what is attached.
     """
-    if recipe.shard == "none":
+    if shard == "none":
         return
     own = {id(value) for value in base.unet.parameters()}
     if any(id(value) in own for value in live.trainable().values()):
         raise DiffgraftError(
-            f"method={recipe.method} trains the UNet's own weights, and shard={recipe.shard} is for a frozen one: "
+            f"This method trains the UNet's own weights, and shard={shard} is for a frozen one: "
             "leave shard out, or take a method that adds to it."
         )
 
 
-def cut_up(recipe: Recipe, base: Base) -> None:
+def shard_unet(shard: str, base: Base) -> None:
     """Deal the UNet's weights out to the processes, which from here on must call it together, as before."""
-    if recipe.shard != "none":
-        _KINDS[recipe.shard](base.unet)
+    if shard != "none":
+        _KINDS[shard](base.unet)
 
 
-def held_apart(recipe: Recipe, module: nn.Module) -> None:
+def ignore_in_ddp(shard: str, module: nn.Module) -> None:
     """Have `DistributedDataParallel` take no notice of what is frozen in `module`, as its shards differ."""
-    if recipe.shard == "none":
+    if shard == "none":
         return
     names = [name for name, value in module.named_parameters() if not value.requires_grad]
     names += [name for name, _ in module.named_buffers()]

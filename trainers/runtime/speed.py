@@ -9,13 +9,13 @@ import torch
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import Denoiser
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import RuntimeSettings
 
 BACKEND = "inductor"
 """Of torch.compile; it needs a C++ compiler on processors"""
 
 
-def check_speed(recipe: Recipe, device: torch.device) -> None:
+def check_speed(runtime: RuntimeSettings, device: torch.device) -> None:
     """Refuse what cannot run here.
 
     Raises:
@@ -23,7 +23,7 @@ def check_speed(recipe: Recipe, device: torch.device) -> None:
     """
     from diffusers.utils import is_xformers_available
 
-    if recipe.attention != "xformers":
+    if runtime.attention != "xformers":
         return
     if not is_xformers_available():
         raise DiffgraftError(
@@ -37,7 +37,7 @@ def check_speed(recipe: Recipe, device: torch.device) -> None:
 
 
 @contextmanager
-def sped_up(recipe: Recipe, denoiser: Denoiser) -> Iterator[None]:
+def sped_up(runtime: RuntimeSettings, denoiser: Denoiser) -> Iterator[None]:
     """Within the block the UNet computes as the recipe says; afterwards processors, strides and bits are as before.
 
     A compiled UNet stands in the denoiser alone; what else uses the base's, like the drawing of samples, uses it as it
@@ -45,12 +45,12 @@ def sped_up(recipe: Recipe, denoiser: Denoiser) -> Iterator[None]:
     """
     unet = denoiser.unet
     processors = dict(unet.attn_processors)
-    strides = {value: value.stride() for value in unet.parameters()} if recipe.channels_last else {}
+    strides = {value: value.stride() for value in unet.parameters()} if runtime.channels_last else {}
     try:
-        _set_attention(unet, recipe.attention)
-        if recipe.channels_last:
+        _set_attention(unet, runtime.attention)
+        if runtime.channels_last:
             unet.to(memory_format=torch.channels_last)
-        with _compiled(unet) if recipe.compile else nullcontext(unet) as denoiser.unet:
+        with _compiled(unet) if runtime.compile else nullcontext(unet) as denoiser.unet:
             yield
     finally:
         denoiser.unet = unet

@@ -4,8 +4,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,24 +17,23 @@ from diffgraft.data.wording import Wording, is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
 from diffgraft.rng import generator
-from diffgraft.trainers.recipe.files import meaningless
-from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.recipe.settings import Prior
-from diffgraft.trainers.training_data.concepts import Read, read_part
+from diffgraft.trainers.recipe.groups import DataSettings
+from diffgraft.trainers.recipe.settings import Prior, Validation
+from diffgraft.trainers.training_data.concepts import ConceptImages, read_part
+from diffgraft.trainers.training_data.examples import Example, Examples
 from diffgraft.trainers.training_data.holdout import read_held_out, rows_held_out
 from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, wording_of
-from diffgraft.trainers.training_data.samples import Example, Examples
 
 _BLACK = 4
 """Of 255; less than that is black that was compressed"""
 
 
 @dataclass(frozen=True)
-class Item:
+class Sample:
     """A picture, what is said of it, and how it is shown."""
 
-    part: Recipe
-    """The recipe of its concept"""
+    part: DataSettings
+    """The settings of its concept"""
     picture: Picture
     wording: Wording
     class_wording: Wording
@@ -45,7 +42,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Materials:
+class TrainingData:
     """All that a run learns from."""
 
     learnt: Examples
@@ -61,47 +58,54 @@ class Materials:
     """SHA-256 over all that is learnt from"""
 
 
-def gather(plan: Recipe, base: Base, read: Read) -> Materials:
+def build_training_data(
+    data: DataSettings, validation: Validation, seed: int, base: Base, read: ConceptImages
+) -> TrainingData:
     """Encode the pictures that were read, and draw or read class images."""
-    items = collect(plan, read, base.tokenizer, side_of(plan, base), step_of(base))
-    learnt, held = split(plan, items, base)
-    ours = examples_of(plan, base, learnt, "encoding pictures")
-    prior = class_examples(plan, base, learnt)
-    aside = examples_of(plan, base, held, "encoding held-out pictures") if held else None
+    samples = collect(data, read, base)
+    learnt, held = split(data, validation, samples, base)
+    ours = examples_of(data, base, learnt, "encoding pictures")
+    prior = class_examples(data, seed, base, learnt)
+    aside = examples_of(data, base, held, "encoding held-out pictures") if held else None
     digest = data_digest(ours, prior)
-    return Materials(ours, prior, weight_by_prediction(read), aside, all_prompts(plan, ours, prior, aside), digest)
+    return TrainingData(ours, prior, weight_by_prediction(read), aside, all_prompts(data, ours, prior, aside), digest)
 
 
-def side_of(plan: Recipe, base: Base) -> int:
-    """Resolution in pixels."""
-    return plan.resolution or base.resolution
+def resolution_of(data: DataSettings, base: Base) -> int:
+    """Side in pixels that pictures are cut and scaled to."""
+    return data.resolution or base.resolution
 
 
-def collect(plan: Recipe, read: Read, tokenizer: Any, side: int, step: int) -> list[Item]:
+def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]:
     """Every picture with its prompts and frames; what a person may not have meant is said in warnings.
 
     Raises:
         DiffgraftError: a prompt is too long, and the recipe refuses those.
     """
-    items = []
+    samples = []
     for part, pictures in read:
         for picture in pictures:
             wording, of_class = wording_of(part, picture)
-            at_random = plan.crop == "random"
-            seed = int(picture.content[:8], 16) if at_random else 0
-            own = frames(picture.size, side, plan.buckets, step, plan.crops, at_random, seed)
-            items.append(Item(part, picture, wording, of_class, mirrored(own) if plan.flip else own))
-    check_prompts(plan, [(one.part, one.picture, one.wording) for one in items], tokenizer)
-    if plan.masks.use:
-        _check_masks(plan, items)
-    return items
+            own = _frames(data, picture, base)
+            samples.append(Sample(part, picture, wording, of_class, mirrored(own) if data.flip else own))
+    check_prompts(data.long_prompts, [(one.part, one.picture, one.wording) for one in samples], base.tokenizer)
+    if data.masks.use and not data.masks.outside:
+        _check_masks(samples)
+    return samples
 
 
-def _check_masks(plan: Recipe, items: Sequence[Item]) -> None:
+def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
+    """The cuts in which a picture is shown."""
+    at_random = data.crop == "random"
+    seed = int(picture.content[:8], 16) if at_random else 0
+    return frames(
+        picture.size, resolution_of(data, base), data.buckets, step_of(base), data.crops, at_random=at_random, seed=seed
+    )
+
+
+def _check_masks(samples: Sequence[Sample]) -> None:
     """Raises DiffgraftError where a mask leaves nothing of a picture to be learnt."""
-    if plan.masks.outside:
-        return
-    for one in items:
+    for one in samples:
         if (mask := _mask_of(one.picture)) is not None and all(_is_black(frame.show(mask)) for frame in one.frames):
             of_file = f"The mask {one.picture.mask_file.name}" if one.picture.mask_file else "The transparency"
             raise DiffgraftError(
@@ -125,17 +129,18 @@ def _is_black(mask: Image.Image) -> bool:
     return mask.point([0] * (_BLACK + 1) + [255] * (255 - _BLACK)).getbbox() is None
 
 
-def split(plan: Recipe, items: Sequence[Item], base: Base) -> tuple[list[Item], list[Item]]:
+def split(
+    data: DataSettings, validation: Validation, items: Sequence[Sample], base: Base
+) -> tuple[list[Sample], list[Sample]]:
     """What is learnt from, and what is held out: a folder of its own, or a share of each concept's pictures."""
-    held = plan.validation
     concepts = {id(one.part): one.part for one in items}
-    if held.images:
-        read = read_held_out(plan, list(concepts.values()))
-        return list(items), collect(plan, read, base.tokenizer, side_of(plan, base), step_of(base))
-    if not held.share:
+    if validation.images:
+        read = read_held_out(validation.images, list(concepts.values()))
+        return list(items), collect(data, read, base)
+    if not validation.share:
         return list(items), []
     numbers = [[*concepts].index(id(one.part)) for one in items]
-    rows = rows_held_out(plan, numbers, [one.picture.content for one in items])
+    rows = rows_held_out(validation.share, numbers, [one.picture.content for one in items])
     return [one for row, one in enumerate(items) if row not in rows], [items[row] for row in sorted(rows)]
 
 
@@ -144,14 +149,14 @@ def step_of(base: Base) -> int:
     return math.lcm(base.factor, 8)
 
 
-def examples_of(plan: Recipe, base: Base, items: Sequence[Item], title: str) -> Examples:
+def examples_of(data: DataSettings, base: Base, items: Sequence[Sample], title: str) -> Examples:
     """The items, encoded.
 
     Raises:
         DiffgraftError: none of them can be opened.
     """
     pictures, ways = [one.picture for one in items], [one.frames for one in items]
-    encoded = encode_kept(base, pictures, ways, masked=plan.masks.use, keep=plan.cache, title=title)
+    encoded = encode_kept(base, pictures, ways, masked=data.masks.use, keep=data.cache, title=title)
     if not encoded.rows:
         raise DiffgraftError(f"None of the {len(items)} pictures can be opened. Save them again as JPEG or PNG.")
     examples = [
@@ -162,53 +167,47 @@ def examples_of(plan: Recipe, base: Base, items: Sequence[Item], title: str) -> 
             one.class_wording,
             one.part.repeats,
             one.part.weight,
-            one.picture.content + (one.picture.mask_content if plan.masks.use else ""),
+            one.picture.content + (one.picture.mask_content if data.masks.use else ""),
         )
         for place, one in enumerate(items)
         if place in encoded.rows
     ]
-    return Examples(encoded, examples, plan.tags, plan.caption_dropout, plan.masks)
+    return Examples(encoded, examples, data.tags, data.caption_dropout, data.masks)
 
 
-def class_examples(plan: Recipe, base: Base, items: Sequence[Item]) -> Examples | None:
+def class_examples(data: DataSettings, seed: int, base: Base, items: Sequence[Sample]) -> Examples | None:
     """The class images of all concepts, each with its λ for a weight; None without such prior preservation."""
-    found: list[Item] = []
-    classes: dict[tuple[str, str, str], list[Item]] = {}
+    found: list[Sample] = []
+    classes: dict[tuple[str, str, str], list[Sample]] = {}
     for one in items:
-        if (prior := prior_of(one.part)) is not None and prior.by == "pictures":
+        if (prior := one.part.prior_preservation) is not None and prior.by == "pictures":
             # concepts of one class share its pictures
             key = (prior.model_dump_json(), one.part.class_text(None), one.part.trigger)
             classes.setdefault(key, []).append(one)
     for own in classes.values():
         part = own[0].part
-        prior = prior_of(part)
+        prior = part.prior_preservation
         assert prior is not None
         weighted = part.model_copy(update={"weight": prior.weight})
-        kept = own_class(weighted, prior) if prior.folder else _drawn_class(weighted, prior, base, own)
+        kept = own_class(weighted, prior) if prior.folder else _drawn_class(weighted, seed, base, own)
         for repeats, prompt, picture in kept:
-            way = frames(picture.size, side_of(plan, base), plan.buckets, step_of(base))
+            way = frames(picture.size, resolution_of(data, base), data.buckets, step_of(base))
             said = Wording((prompt,))
             each = weighted.model_copy(update={"repeats": repeats})
-            found.append(Item(each, picture, said, said, mirrored(way) if plan.flip else way))
+            found.append(Sample(each, picture, said, said, mirrored(way) if data.flip else way))
     if not found:
         return None
-    bare = plan.model_copy(update={"masks": plan.masks.model_copy(update={"use": False}), "caption_dropout": 0.0})
+    bare = data.model_copy(update={"masks": data.masks.model_copy(update={"use": False}), "caption_dropout": 0.0})
     return examples_of(bare, base, found, "encoding class images")
 
 
-def prior_of(part: Recipe) -> Prior | None:
-    """Its prior preservation, where there is any."""
-    prior: Prior | None = getattr(part, "prior", None)
-    return None if prior is None or prior.weight == 0 or "prior" in meaningless(part) else prior
-
-
-def weight_by_prediction(read: Read) -> float:
+def weight_by_prediction(read: ConceptImages) -> float:
     """λ of prior preservation by what the bare base says; 0 where there is none such.
 
     Raises:
         DiffgraftError: concepts have their classes preserved in different ways.
     """
-    priors = [prior for part, _ in read if (prior := prior_of(part)) is not None]
+    priors = [prior for part, _ in read if (prior := part.prior_preservation) is not None]
     weights = {one.weight for one in priors if one.by == "prediction"}
     if weights and (len(weights) > 1 or any(one.by == "pictures" for one in priors)):
         raise DiffgraftError(
@@ -218,7 +217,7 @@ def weight_by_prediction(read: Read) -> float:
     return max(weights, default=0.0)
 
 
-def own_class(part: Recipe, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
+def own_class(part: DataSettings, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
     """Class images that a person has: repeats, prompt and picture; of kohya's folders as they say.
 
     Raises:
@@ -232,28 +231,32 @@ def own_class(part: Recipe, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
             yield found.repeats, next(iter(captions_of(found, picture)), found.prompt), picture
 
 
-def _drawn_class(part: Recipe, prior: Prior, base: Base, items: Sequence[Item]) -> Iterable[tuple[int, str, Picture]]:
+def _drawn_class(
+    part: DataSettings, seed: int, base: Base, items: Sequence[Sample]
+) -> Iterable[tuple[int, str, Picture]]:
     """Class images that the base draws."""
+    prior = part.prior_preservation
+    assert prior is not None
     captions: list[str | None] = []
     for one in items:
         captions += captions_of(one.part, one.picture) or (None,)
     texts = part.class_prompts(captions)
     if len(texts) > prior.images:  # each is drawn at least once
-        rows = torch.randperm(len(texts), generator=generator(part.seed))[: prior.images]
+        rows = torch.randperm(len(texts), generator=generator(seed))[: prior.images]
         texts = [texts[row] for row in sorted(rows.tolist())]
-    side = side_of(part, base)
+    side = resolution_of(part, base)
     each = math.ceil(prior.images / len(texts)) if texts else 0
-    for prompt, picture in class_images(base, texts, each, Settings(size=(side, side)), part.seed) if texts else ():
+    for prompt, picture in class_images(base, texts, each, Settings(size=(side, side)), seed) if texts else ():
         yield 1, prompt, picture
 
 
-def all_prompts(plan: Recipe, *said: Examples | None) -> list[str] | None:
+def all_prompts(data: DataSettings, *said: Examples | None) -> list[str] | None:
     """Every prompt that can come up, None where they are without number."""
-    if not is_fixed(plan.tags):
+    if not is_fixed(data.tags):
         return None
-    found = [""] if plan.caption_dropout or plan.long_prompts == "chunk" else []
-    for data in said:
-        for one in data.examples if data else ():
+    found = [""] if data.caption_dropout or data.long_prompts == "chunk" else []
+    for examples in said:
+        for one in examples.examples if examples else ():
             found += one.wording.prompts() + one.class_wording.prompts()
     return list(dict.fromkeys(found))
 
@@ -269,9 +272,3 @@ def data_digest(*said: Examples | None) -> str:
                 f"{one.content} {shown} {one.wording} {one.class_wording} {one.repeats} {one.weight}\n".encode()
             )
     return digest.hexdigest()
-
-
-def local(path: str) -> str:
-    """A folder's whole path; what is no folder, such as an id on the hub, as it is."""
-    found = Path(path).expanduser()
-    return str(found.resolve()) if found.exists() else path

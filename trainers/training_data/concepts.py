@@ -11,11 +11,13 @@ from diffgraft.data.source import read_source
 from diffgraft.data.tables import refuse_outside
 from diffgraft.data.wording import mentions, without_word
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.recipe.files import unsupported_keys
+from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Concept
 
-Read = list[tuple[Recipe, list[Picture]]]
-"""The recipe of each concept, and its pictures"""
+ConceptImages = list[tuple[DataSettings, list[Picture]]]
+"""Pictures and prompts of each concept, and its pictures"""
 _FILLING = frozenset(
     [
         "a",
@@ -40,8 +42,8 @@ _LONGEST_NAME = 3
 """Words; more of them are a sentence"""
 
 
-def read_concepts(recipe: Recipe) -> tuple[Recipe, Read]:
-    """The recipe with the triggers that it comes to, and each concept's own recipe with its pictures.
+def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
+    """The recipe with the triggers that it comes to, and each concept's settings with its pictures.
 
     Where the recipe does not say the trigger, and pictures are called otherwise by their folder (`10_ohwx man`), that
     word is the trigger; folders that are called differently are concepts of their own.
@@ -63,15 +65,23 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, Read]:
     return recipe.model_copy(update={"trigger": triggers[0], "images": "", "repeats": 1, "concepts": concepts}), read
 
 
-def read_pictures(recipe: Recipe) -> Read:
-    """Each concept's own recipe, with its pictures.
+def read_pictures(recipe: Recipe) -> ConceptImages:
+    """Pictures and prompts of each concept.
 
     Raises:
         DiffgraftError: as `read_concepts`.
     """
-    read = [one for part in recipe.parts() for one in read_part(part, used_by(recipe))]
+    method = get_method(recipe.method)
+    lacks_prior = "prior" in unsupported_keys(recipe)
+    used = [Path(one) for one in (recipe.output, *recipe.folders()) if one]
+    read: ConceptImages = []
+    for part in recipe.parts():
+        # a word that a method teaches is the recipe's, whatever folders say
+        fixed = {"trigger": part.trigger} if method.teaches_word else {}
+        without = {"prior": None} if lacks_prior and hasattr(part, "prior") else {}
+        read += read_part(part.model_copy(update=fixed | without), used)
     others = sorted({part.trigger for part, _ in read} - {recipe.trigger})
-    if others and get_method(recipe.method).teaches_word:
+    if others and method.teaches_word:
         raise DiffgraftError(
             f"{recipe.method} teaches one word, {recipe.trigger!r}, and concepts are called {', '.join(others)}: give "
             "all of them the recipe's trigger, or take method=lora."
@@ -79,15 +89,7 @@ def read_pictures(recipe: Recipe) -> Read:
     return read
 
 
-def used_by(recipe: Recipe) -> list[Path]:
-    """All folders that a recipe names, whatever for."""
-    parts = [recipe, *recipe.parts()]
-    priors = [prior for part in parts if (prior := getattr(part, "prior", None)) is not None]
-    said = [recipe.output, recipe.validation.images, *(part.images for part in parts), *(one.folder for one in priors)]
-    return [Path(one) for one in dict.fromkeys(said) if one]
-
-
-def read_part(part: Recipe, used: Collection[Path] = ()) -> Iterator[tuple[Recipe, list[Picture]]]:
+def read_part(part: DataSettings, used: Collection[Path] = ()) -> Iterator[tuple[DataSettings, list[Picture]]]:
     """The pictures of one concept, those of each numbered folder apart, where they are laid out so.
 
     Warnings name what is there and not read, but for what is in folders `used` otherwise.
@@ -100,6 +102,7 @@ def read_part(part: Recipe, used: Collection[Path] = ()) -> Iterator[tuple[Recip
         if not part.outside:
             refuse_outside(root, one.folder, str(one.folder))
         own = {"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.says, "layout": "flat"}
+        # whether the recipe says the trigger is told by what was set in `part`
         named = part.model_copy(update=own)
         pictures = _pictures(named, used)
         yield named.model_copy(update={"trigger": _trigger(named, one.says, pictures)}), pictures
@@ -107,16 +110,16 @@ def read_part(part: Recipe, used: Collection[Path] = ()) -> Iterator[tuple[Recip
         yield part, _pictures(part, used)
 
 
-def _pictures(part: Recipe, used: Collection[Path]) -> list[Picture]:
+def _pictures(part: DataSettings, used: Collection[Path]) -> list[Picture]:
     return read_source(part.images, part.caption_column, thorough=False, outside=part.outside, used=used)
 
 
-def _trigger(part: Recipe, says: str, pictures: Sequence[Picture]) -> str:
+def _trigger(part: DataSettings, says: str, pictures: Sequence[Picture]) -> str:
     """The word that calls the pictures of a numbered folder: the recipe's, or the one that folder and captions have."""
-    if "trigger" in part.model_fields_set or get_method(part.method).teaches_word or part.templates != "none":
+    if "trigger" in part.model_fields_set or part.templates != "none":
         return part.trigger
     texts = [text for one in pictures for text in ((one.captions if part.captions.use else ()) or (says,))]
-    found = _name_in(says, getattr(part, "subject", ""))
+    found = _name_in(says, part.noun)
     if found and not any(mentions(text, part.trigger) for text in texts):
         return found if any(mentions(text, found) for text in texts) else part.trigger
     return part.trigger

@@ -6,23 +6,22 @@ from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
 from diffgraft.data.wording import mentions
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.training_data.concepts import Read, read_part
+from diffgraft.trainers.recipe.groups import DataSettings
+from diffgraft.trainers.training_data.concepts import ConceptImages, read_part
 from diffgraft.trainers.training_data.prompts import captions_of
 
 
-def rows_held_out(recipe: Recipe, concepts: Sequence[int], contents: Sequence[str]) -> set[int]:
+def rows_held_out(share: float, concepts: Sequence[int], contents: Sequence[str]) -> set[int]:
     """Rows of the pictures that are held out, of each concept the same share, those whose contents' hashes are least.
 
     Args:
-        recipe: with its `validation.share`.
+        share: of the pictures that is held out.
         concepts: for each picture a number that its concept has.
         contents: for each picture the hash of its content.
 
     Raises:
         DiffgraftError: too few pictures would be left to learn from.
     """
-    share = recipe.validation.share
     of_each = {key: [row for row, own in enumerate(concepts) if own == key] for key in dict.fromkeys(concepts)}
     counts = {key: min(round(share * len(rows)), len(rows) - 1) for key, rows in of_each.items()}
     if len(of_each) == 1 and share * len(concepts) >= len(concepts) - 0.5:
@@ -37,21 +36,21 @@ def rows_held_out(recipe: Recipe, concepts: Sequence[int], contents: Sequence[st
     return {row for key, rows in of_each.items() for row in sorted(rows, key=lambda row: contents[row])[: counts[key]]}
 
 
-def read_held_out(recipe: Recipe, learnt: Sequence[Recipe]) -> Read:
-    """The pictures of `validation.images`, numbered folders as well, each with the recipe of the concept it shows.
+def read_held_out(folder: str, learnt: Sequence[DataSettings]) -> ConceptImages:
+    """The pictures of `validation.images`, numbered folders as well, each with the settings of the concept it shows.
 
     Raises:
         DiffgraftError: there are none, or nothing says which concept they show.
     """
-    concepts = list({(one.trigger, one.prompt, getattr(one, "subject", "")): one for one in learnt}.values())
-    own = {"images": recipe.validation.images, "concepts": [], "layout": "auto", "repeats": 1}
+    concepts = list({(one.trigger, one.prompt, one.noun): one for one in learnt}.values())
+    own = {"images": folder, "layout": "auto", "repeats": 1}
     folders = list(read_part(concepts[0].model_copy(update=own)))
     if len(folders) == 1 and folders[0][0].prompt == concepts[0].prompt:  # a flat one
-        return _of_one_folder(recipe, concepts, folders[0][1])
-    found: Read = []
+        return _of_one_folder(folder, concepts, folders[0][1])
+    found: ConceptImages = []
     for part, pictures in folders:
         called = [one for one in concepts if mentions(part.prompt, one.trigger)]
-        nouns = [one for one in concepts if (noun := getattr(one, "subject", "")) and mentions(part.prompt, noun)]
+        nouns = [one for one in concepts if one.noun and mentions(part.prompt, one.noun)]
         if called:
             found.append((called[0].model_copy(update={"prompt": part.prompt}), pictures))
         elif len(concepts) == 1 or len(nouns) == 1:  # its name says which it is, and not how it is called
@@ -64,8 +63,8 @@ def read_held_out(recipe: Recipe, learnt: Sequence[Recipe]) -> Read:
     return found
 
 
-def _of_one_folder(recipe: Recipe, concepts: Sequence[Recipe], pictures: Sequence[Picture]) -> Read:
-    found: Read = [(one, []) for one in concepts]
+def _of_one_folder(folder: str, concepts: Sequence[DataSettings], pictures: Sequence[Picture]) -> ConceptImages:
+    found: ConceptImages = [(one, []) for one in concepts]
     silent: list[str] = []
     for picture in pictures:
         captions = captions_of(concepts[0], picture)
@@ -75,7 +74,7 @@ def _of_one_folder(recipe: Recipe, concepts: Sequence[Recipe], pictures: Sequenc
         found[shown[0] if shown else 0][1].append(picture)
     if silent:
         raise DiffgraftError(
-            f"validation.images={recipe.validation.images} has pictures without a caption ({named(silent)}), and "
+            f"validation.images={folder} has pictures without a caption ({named(silent)}), and "
             "several concepts are learnt: put them into numbered folders that are called as the concepts are "
             "(1_sks dog), or set validation.share instead."
         )

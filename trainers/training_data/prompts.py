@@ -10,11 +10,12 @@ from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
 from diffgraft.data.wording import Wording, lines_of, mentions
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.recipe import Recipe, StyleRecipe
+from diffgraft.trainers.recipe.groups import DataSettings
+from diffgraft.trainers.recipe.recipe import StyleData
 from diffgraft.trainers.training_data.templates import TEMPLATES
 
-Said = Sequence[tuple[Recipe, Picture, Wording]]
-"""The recipe of its concept, and what is said of it, for each picture"""
+Said = Sequence[tuple[DataSettings, Picture, Wording]]
+"""The settings of its concept, and what is said of it, for each picture"""
 _SYNTAX = {
     "alternatives in braces, {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
     "weights in brackets, (word:1.3)": re.compile(r"(?<!\\)[(\[][^()\[\]]+:\s*\d+(\.\d+)?[)\]]"),
@@ -24,7 +25,7 @@ _SYNTAX = {
 """What a caption may have from prompts for drawing, which training does not know"""
 
 
-def wording_of(part: Recipe, picture: Picture) -> tuple[Wording, Wording]:
+def wording_of(part: DataSettings, picture: Picture) -> tuple[Wording, Wording]:
     """What is said of a picture, and of its class."""
     captions = captions_of(part, picture)
     if not captions:
@@ -36,7 +37,7 @@ def wording_of(part: Recipe, picture: Picture) -> tuple[Wording, Wording]:
     return Wording(captions, around, part.trigger), of_class
 
 
-def captions_of(part: Recipe, picture: Picture) -> tuple[str, ...]:
+def captions_of(part: DataSettings, picture: Picture) -> tuple[str, ...]:
     """A picture's captions as they are used, their placeholders filled; none where the recipe wants none."""
     if not part.captions.use:
         return ()
@@ -44,39 +45,38 @@ def captions_of(part: Recipe, picture: Picture) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_filled(part, line) for line in lines))
 
 
-def _filled(part: Recipe, caption: str) -> str:
+def _filled(part: DataSettings, caption: str) -> str:
     filled = caption.replace("{trigger}", part.trigger)
-    noun = getattr(part, "subject", "")
-    return filled.replace("{subject}", noun) if noun else filled
+    return filled.replace("{subject}", part.noun) if part.noun else filled
 
 
-def _with_trigger(part: Recipe, prompt: str) -> str:
+def _with_trigger(part: DataSettings, prompt: str) -> str:
     """A prompt that is no caption, with the trigger in front where it lacks it and the recipe wants it."""
     if not part.insert_trigger or mentions(prompt, part.trigger):
         return prompt
     return f"{part.trigger}{part.tags.separator} {prompt}" if prompt.strip() else part.trigger
 
 
-def _around(part: Recipe) -> str:
+def _around(part: DataSettings) -> str:
     """What a caption that lacks the trigger is put into."""
     if part.insert_trigger:
         return f"{part.trigger}{part.tags.separator} {{caption}}"
-    return part.fill(part.caption) if isinstance(part, StyleRecipe) else "{caption}"
+    return part.fill(part.caption) if isinstance(part, StyleData) else "{caption}"
 
 
-def check_prompts(recipe: Recipe, said: Said, tokenizer: Any) -> None:
+def check_prompts(long_prompts: str, said: Said, tokenizer: Any) -> None:
     """Warn of what a person may not have meant in what is said of pictures.
 
     Raises:
         DiffgraftError: a prompt is too long, and the recipe refuses those.
     """
-    _check_lengths(recipe, said, tokenizer)
+    _check_lengths(long_prompts, said, tokenizer)
     for text in (*_lacking(said), *_of_lines(said), *_of_syntax(said)):
         warnings.warn(text, stacklevel=5)
 
 
-def _check_lengths(recipe: Recipe, said: Said, tokenizer: Any) -> None:
-    if recipe.long_prompts == "chunk":
+def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
+    if long_prompts == "chunk":
         return
     prompts = {prompt: "" for _, _, wording in said for prompt in wording.prompts()}
     prompts = {prompt: lost_words(tokenizer, prompt) for prompt in prompts}
@@ -90,7 +90,7 @@ def _check_lengths(recipe: Recipe, said: Said, tokenizer: Any) -> None:
         return
     name, words = next(iter(lost.items()))
     what = f"The prompt of {named(list(lost))} is too long"
-    if recipe.long_prompts == "refuse":
+    if long_prompts == "refuse":
         raise DiffgraftError(
             f"{what}; of that of {name} the base would never see: {words}. Shorten it, or set long_prompts=chunk."
         )

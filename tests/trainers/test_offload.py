@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffgraft.bases import Base, load_base
-from diffgraft.trainers.runtime.offload import at_hand, not_needed, put_away, take_back
+from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 
 
 class Elsewhere:
@@ -22,16 +22,16 @@ class Elsewhere:
 
 def test_vae_and_text_encoder_go_and_come(monkeypatch: pytest.MonkeyPatch) -> None:
     base = load_base("tiny")
-    assert not_needed(base, has_texts=True) == []
+    assert offloadable(base, has_texts=True) == []
     elsewhere = Elsewhere(base, monkeypatch, "cuda:0")
-    assert not_needed(base, has_texts=False) == ["vae"]
-    names = not_needed(base, has_texts=True)
+    assert offloadable(base, has_texts=False) == ["vae"]
+    names = offloadable(base, has_texts=True)
     assert names == ["vae", "text_encoder"]
-    put_away(base, names)
-    with at_hand(base, names):
+    offload(base, names)
+    with loaded(base, names):
         assert elsewhere.sent[2:] == [("vae", "cuda:0"), ("text_encoder", "cuda:0")]
     assert elsewhere.sent[:2] == elsewhere.sent[4:] == [("vae", "cpu"), ("text_encoder", "cpu")]
-    take_back(base, names)
+    onload(base, names)
     assert elsewhere.sent[6:] == elsewhere.sent[2:4]
 
 
@@ -39,4 +39,4 @@ def test_the_vae_of_an_inpainting_base_stays(monkeypatch: pytest.MonkeyPatch) ->
     base: Any = replace(load_base("tiny"))
     base.unet.register_to_config(in_channels=9)
     monkeypatch.setattr(type(base), "device", property(lambda _: torch.device("cuda:0")))
-    assert not_needed(base, has_texts=False) == []
+    assert offloadable(base, has_texts=False) == []

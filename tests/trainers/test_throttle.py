@@ -10,7 +10,8 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.generation.plots import running_mean
 from diffgraft.trainers import loop
-from diffgraft.trainers.hooks.throttle import Sparing
+from diffgraft.trainers.hooks import artifacts
+from diffgraft.trainers.hooks.throttle import Throttle
 from diffgraft.trainers.run.train import train
 
 
@@ -23,7 +24,7 @@ def test_it_takes_a_hundredth_of_the_time(step: float, cost: float, growth: floa
         took = cost * growth**times
         now, spent, times = now + took, spent + took, times + 1
 
-    sparing = Sparing(work, clock=lambda: now)
+    sparing = Throttle(work, clock=lambda: now)
     while now < 20_000:
         now += step
         sparing()
@@ -36,7 +37,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
 ) -> None:
     """With the held-out loss at the steps it is of."""
     drawn: list[Figure] = []
-    real, accumulate = Figure.savefig, loop.accumulate
+    real, accumulate = Figure.savefig, loop.Loop._accumulate
 
     def savefig(self: Figure, *words: Any, **named: Any) -> None:
         drawn.append(self)
@@ -50,8 +51,8 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
         return accumulate(*words)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    monkeypatch.setattr(loop, "accumulate", look)
-    monkeypatch.setattr(loop, "Sparing", lambda work: Sparing(work, expected=0, clock=lambda: 0.0))
+    monkeypatch.setattr(loop.Loop, "_accumulate", look)
+    monkeypatch.setattr(artifacts, "Throttle", lambda work: Throttle(work, expected=0, clock=lambda: 0.0))
     settings: dict[str, Any] = {"subject": "dog", "steps": 5, "batch": 2, "sample_every": 0, "sample_prompts": "a dog"}
     settings |= {"prior": {"images": 2}, "validation": {"share": 0.4, "every": 2, "pairs": 4}}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
