@@ -30,7 +30,7 @@ from diffgraft.adapters.formats import (
 )
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
-from diffgraft.adapters.ops.effect import own_shape
+from diffgraft.adapters.ops.effect import fit_together, own_shape
 from diffgraft.bases.stored import is_checkpoint
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
@@ -124,11 +124,12 @@ def _check(adapter: Adapter) -> None:
             for name, leaf in delta.leaves.items():
                 if leaf.numel() == 0:
                     raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
-            shape = own_shape(delta)  # which raises where leaves have too many axes, or too few
-            if shape is not None and not delta.fits(shape):
-                raise ValueError(f"the leaves of {path} do not fit together")
+            own_shape(delta)  # which raises where leaves have too many axes, or too few
             if delta.alpha is not None and not math.isfinite(delta.alpha):
                 raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
+        if not fit_together(deltas):
+            what = "the leaves of" if len(deltas) == 1 else f"the {len(deltas)} changes under different names of"
+            raise ValueError(f"{what} {path} are not for a weight of one shape")
     for word, vectors in adapter.tokens.items():
         for part, rows in vectors.items():
             if rows.ndim != 2 or rows.numel() == 0:

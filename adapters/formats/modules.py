@@ -8,7 +8,7 @@ Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``utils``; ComfyUI, ``comfy/lora
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.families import read_names
 from diffgraft.adapters.formats.header import number
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.projections import laid_out
 from diffgraft.bases.original import ORIGINAL
 
 KINDS = {
@@ -106,34 +107,37 @@ def read_modules(modules: Mapping[str, Module], layers: int | None) -> Read:
         if module.part == "unet" and module.inside.startswith(ORIGINAL)
     }
     names, layers = read_names(theirs, layers) if theirs else ({}, None)
-    found: dict[str, tuple[Delta, ...]] = {}
+    copies: dict[str, list[tuple[Delta, ...]]] = {}
     for name, module in modules.items():
         inside = names.get(module.inside, module.inside) if module.part == "unet" else module.inside
-        path = f"{module.part}.{inside.removeprefix('text_model.')}"
-        found[path] = _together(path, found[path], built[name]) if path in found else built[name]
-    return Read(found, layers)
+        earlier = copies.setdefault(f"{module.part}.{inside.removeprefix('text_model.')}", [])
+        if not any(_same(built[name], other) for other in earlier):
+            earlier.append(built[name])
+    return Read({path: _together(path, different) for path, different in copies.items()}, layers)
 
 
-def _together(path: str, one: tuple[Delta, ...], two: tuple[Delta, ...]) -> tuple[Delta, ...]:
-    """The deltas of a module under two names."""
-    if _same(one, two):
-        return one
-    if strange := next((delta for delta in (*one, *two) if not isinstance(delta, LinearDelta)), None):
+def _together(path: str, copies: Sequence[tuple[Delta, ...]]) -> tuple[Delta, ...]:
+    """The deltas of a module under as many names as there are `copies`, no two of which are the same."""
+    together = tuple(delta for own in copies for delta in own)
+    strange = next((delta for delta in together if not isinstance(delta, LinearDelta)), None)
+    if len(copies) > 1 and strange is not None:
         what = "DoRA" if LEAF in strange.leaves else strange.kind
         raise ValueError(
-            f"{path} stands in it twice, under two names, and one of them is {what}: what tools make of both together "
-            "differs, so leave one of them out"
+            f"{path} stands in it {len(copies)} times, under different names, and one of them is {what}: what tools "
+            "make of all together differs, so leave all but one of them out"
         )
-    return one + two
+    return together
 
 
 def _same(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
+    """Whether they hold the same numbers, in whatever precision, for a linear layer or for a 1 × 1 convolution."""
     return len(one) == len(two) and all(
         a.kind == b.kind
         and a.alpha == b.alpha
         and set(a.leaves) == set(b.leaves)
-        and all(torch.equal(leaf, b.leaves[name]) for name, leaf in a.leaves.items())
+        and all(torch.equal(leaf.float(), theirs[name].float()) for name, leaf in laid_out(a.leaves, (1, 1)).items())
         for a, b in zip(one, two, strict=True)
+        for theirs in [laid_out(b.leaves, (1, 1))]
     )
 
 

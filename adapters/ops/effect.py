@@ -1,5 +1,6 @@
 """What an adapter does to the weight of each module: its shape, and the matrix that is added to it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -48,6 +49,15 @@ def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
             two = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
             return (one[0] * two[0], one[1] * two[1], *two[2:])
     return None
+
+
+def fit_together(deltas: Sequence[Delta]) -> bool:
+    """Whether all deltas of a module are for a weight of one shape, as far as their leaves tell."""
+    shape = _told(deltas)
+    if shape is not None:
+        return all(delta.fits(shape) for delta in deltas)
+    flat = [shape for delta in deltas if (shape := matrix_shape([delta])) is not None]
+    return len({(shape[0], math.prod(shape[1:])) for shape in flat}) < 2
 
 
 def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Shape]:

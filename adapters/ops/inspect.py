@@ -229,7 +229,8 @@ def summary(report: Report) -> list[str]:
 
 def _of_modules(report: Report) -> list[str]:
     lines = []
-    parts = Counter(module.path.partition(".")[0] for module in report.modules)
+    # a module may be changed by several deltas, which are a figure each
+    parts = Counter(path.partition(".")[0] for path in dict.fromkeys(module.path for module in report.modules))
     kinds = Counter(module.kind for module in report.modules)
     lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")
     lines.append(f"kinds    {', '.join(f'{kind} × {count}' for kind, count in kinds.items())}")

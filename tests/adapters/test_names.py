@@ -17,6 +17,7 @@ from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
+from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases.original import Blocks
 from diffgraft.bases.shapes import layer_shapes
@@ -91,8 +92,49 @@ def test_the_same_numbers_under_two_names_count_once_and_what_is_no_sum_is_refus
     want = product(pair(one, 1), one)
     assert np.abs(effect(adapter, "text_encoder.encoder.layers.0.mlp.fc2", 14, 10) - want).max() < 1e-5
     dora = {**pair(one, 1), **pair(two, 5), f"{two}.dora_scale": filled(3, 14, 1).abs()}
-    with pytest.raises(DiffgraftError, match="twice, under two names, and one of them is DoRA"):
+    with pytest.raises(DiffgraftError, match="2 times, under different names, and one of them is DoRA"):
         load_adapter(written(tmp_path / "dora.safetensors", dora))
+
+
+THREE = (
+    f"lora_unet_{flat(MIDDLE)}",
+    "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
+    f"lycoris_{flat(MIDDLE)}",
+)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1, 5), (1, 5, 1), (5, 1, 1), (1, 5, 9)])
+def test_of_three_names_each_different_one_counts_once(tmp_path: Path, seeds: tuple[int, int, int]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, seed in zip(THREE, seeds, strict=True):
+        tensors |= pair(name, seed, rank=1 + seed)
+    adapter = load_adapter(written(tmp_path / "three.safetensors", tensors))
+    want = sum(product(tensors, name) for name, seed in dict(zip(THREE, seeds, strict=True)).items() if seed != 1)
+    want = want + product(pair(THREE[0], 1, rank=2), THREE[0])
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
+    assert "modules  1 in unet" in summary(inspect(adapter))
+
+
+def test_a_copy_in_another_precision_or_as_a_convolution_is_a_copy(tmp_path: Path) -> None:
+    one, two = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_middle_block_1_proj_in"
+    linear = pair(one, 1)
+    as_kernel = {
+        key.replace(one, two): value[:, :, None, None].float() if value.ndim else value.clone()
+        for key, value in linear.items()
+    }
+    adapter = load_adapter(written(tmp_path / "x.safetensors", {**linear, **as_kernel}))
+    got = effect(adapter, "unet.mid_block.attentions.0.proj_in", 14, 10)
+    assert np.abs(got - product(linear, one)).max() < 1e-5
+
+
+def test_two_names_for_layers_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    shapes = written(tmp_path / "shapes.safetensors", {**pair(THREE[0], 1), **pair(THREE[1], 5, out=12)})
+    with pytest.raises(DiffgraftError, match="the 2 changes under different names of"):
+        load_adapter(shapes)
+    kron = {f"{name}.lokr_w1": filled(1, side, 2) for name, side in zip(THREE[:2], (7, 5), strict=True)}
+    kron |= {f"{name}.lokr_w2": filled(2, 2, 5) for name in THREE[:2]}
+    with pytest.raises(DiffgraftError, match="not for a weight of one shape"):
+        load_adapter(written(tmp_path / "kron.safetensors", kron))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
