@@ -110,7 +110,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
                 LookupError,
             ) as error:
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error).rstrip('.')}.") from error
-    sample = one_line(", ".join(list(tensors)[:3]) or "none")
+    sample = ", ".join(one_line(key, 80) for key in list(tensors)[:3]) or "none"
     raise DiffgraftError(
         f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
         f"Read are: {', '.join(DIALECTS)}."

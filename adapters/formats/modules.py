@@ -152,9 +152,10 @@ def _deltas(module: Module) -> Iterator[Delta]:
     kind = next((kind for kind, names in KINDS.items() if leaves and set(leaves) <= set(names)), None)
     if (kind is None and (leaves or bias is None)) or (bias is not None and kind not in (None, *_BESIDE)):
         raise ValueError(f"{path} has the leaves {', '.join(sorted(module.leaves)) or 'alpha alone'}: of no one method")
-    if kind == "loha":  # OneTrainer's, of 1 × 1 convolutions, have the axes of a kernel
+    if kind in ("loha", "lokr"):  # OneTrainer's, of 1 × 1 convolutions, have the axes of a kernel
+        matrices = {name for name in leaves if "_w" in name and name != "lokr_w2"}
         leaves = {
-            name: leaf[:, :, 0, 0] if "_w" in name and leaf.ndim == 4 and leaf.shape[2:] == (1, 1) else leaf
+            name: leaf[:, :, 0, 0] if name in matrices and leaf.ndim == 4 and leaf.shape[2:] == (1, 1) else leaf
             for name, leaf in leaves.items()
         }
     try:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
+from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.loha import khatri_rao
@@ -44,7 +45,7 @@ def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
             return own
         if "hada_w1_a" in shapes:
             return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
-        if isinstance(delta, FactorDelta) and delta.kind == "lokr" and "lokr_t2" not in shapes:
+        if delta.kind == "lokr" and "lokr_t2" not in shapes:
             one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
             two = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
             return (one[0] * two[0], one[1] * two[1], *two[2:])
@@ -56,8 +57,14 @@ def fit_together(deltas: Sequence[Delta]) -> bool:
     shape = _told(deltas)
     if shape is not None:
         return all(delta.fits(shape) for delta in deltas)
-    flat = [shape for delta in deltas if (shape := matrix_shape([delta])) is not None]
-    return len({(shape[0], math.prod(shape[1:])) for shape in flat}) < 2
+    flat: list[Shape] = []
+    for delta in deltas:
+        own = matrix_shape([delta])
+        # lengths of inputs are for channels, which a matrix does not tell from the kernel
+        if own is not None and not (delta.direction if isinstance(delta, DoraDelta) else delta).fits(own):
+            return False
+        flat += [] if own is None else [(own[0], math.prod(own[1:]))]
+    return len(set(flat)) < 2
 
 
 def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Shape]:

@@ -51,7 +51,7 @@ def glance(path: Path) -> list[str] | None:
             entries = json.loads(file.read(length))
             header = entries.pop("__metadata__", {})
             return _lines(path, entries, header, 8 + length, file)
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError, struct.error):
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError, struct.error):
         return None  # whoever reads all of it says what is wrong
 
 

@@ -162,7 +162,7 @@ def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:
     torn = {f"text_encoder_2.encoder.layers.0.self_attn.{name}_proj": (lora,) for name in "qk"}
     for deltas, answer in (
         ({path: (DoraDelta(lora, torch.ones(14)),)}, "a DoRA by outputs"),
-        (torn, "webui needs all four"),
+        (torn, "it needs all four"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             Adapter(deltas).save(tmp_path / "x.safetensors", "webui")
