@@ -160,11 +160,11 @@ NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     [
         (
             {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (7, 2), "hada_w2_b": (2, 8)},
-            "not for a weight of one",
+            "and the others [7, 8]",
         ),
         (
             {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 3), "hada_w2_b": (2, 8)},
-            "not for a weight of one",
+            "which make no product",
         ),
         ({"lokr_w1": (2, 4), "lokr_w2_a": (3, 2), "lokr_w2_b": (1, 2)}, "not for a weight of one shape"),
         ({"lokr_w1_a": (2, 3), "lokr_w1_b": (2, 4), "lokr_w2": (3, 2)}, "not for a weight of one shape"),
