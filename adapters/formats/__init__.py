@@ -31,7 +31,7 @@ from diffgraft.adapters.formats import (
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.adapters.ops.effect import fit_together, own_shape
-from diffgraft.bases.stored import is_checkpoint
+from diffgraft.bases.stored import is_checkpoint, is_of_checkpoint
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
 
@@ -81,7 +81,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
         )
     tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
-    if any("model.diffusion_model." in key for key in tensors):
+    if any(map(is_of_checkpoint, (key.removeprefix("state_dict.") for key in tensors))):
         raise DiffgraftError(
             f"{path} is a whole checkpoint and no adapter; nor is it opened as a base, for {path.suffix} files can "
             "hold code: get it as .safetensors."

@@ -24,8 +24,6 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     scales = {_MARK, *(name for key in tensors for name in _scales_of(key))}
     small = [key for key, value in tensors.items() if value.dtype in TYPES and key not in scales]
-    if not small:
-        return dict(tensors)
     found = dict(tensors)
     found.pop(_MARK, None)
     for key in small:

@@ -178,7 +178,7 @@ def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> flo
     if alpha.numel() != 1:
         raise ValueError(f"alpha is {list(alpha.shape)}; one number was expected")
     value = alpha.float().item()
-    if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves) and math.isinf(value):
+    if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves) and not math.isfinite(value):
         return None
     return number(value)
 

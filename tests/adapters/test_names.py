@@ -349,7 +349,7 @@ def test_an_infinite_alpha_of_whole_factors_means_nothing(tmp_path: Path) -> Non
     found = effect(adapter, f"unet.{MIDDLE}", 14, 10)
     assert np.abs(found - np.kron(one.double().numpy(), two.double().numpy())).max() < 1e-5
     lora = {**pair(name, 1), f"{name}.alpha": torch.tensor(float("inf"))}
-    with pytest.raises(DiffgraftError, match="alpha, which is no number"):
+    with pytest.raises(DiffgraftError, match="which is no finite number"):
         load_adapter(written(tmp_path / "lora.safetensors", lora))
 
 
@@ -390,3 +390,53 @@ def test_a_base_for_inpainting_has_another_first_layer(tmp_path: Path) -> None:
     assert found.dropped == ("unet.conv_in.weight",)
     want = (filled(4, 14, 1).double() @ filled(5, 1, 10).double()).numpy()
     assert np.abs(effect(found.adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-4
+
+
+def test_keys_of_a_checkpoint_s_names_are_those_of_an_adapter_where_they_end_so(tmp_path: Path) -> None:
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+    adapter = load_adapter(written(tmp_path / "x.safetensors", pair(name, 1)))
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - product(pair(name, 1), name)).max() < 1e-5
+    with pytest.raises(DiffgraftError, match="is a whole checkpoint and no adapter"):
+        load_adapter(written(tmp_path / "y.safetensors", {f"{name}.weight": filled(1, 14, 10)}))
+
+
+@pytest.mark.parametrize("name", ["default", "default_0", "dog-1"])
+def test_names_of_adapters_in_memory_are_left_out_of_keys(tmp_path: Path, name: str) -> None:
+    tensors = {
+        f"unet.{MIDDLE}.lora_A.{name}.weight": filled(1, 2, 10),
+        f"unet.{MIDDLE}.lora_B.{name}.weight": filled(2, 14, 2),
+    }
+    adapter = load_adapter(written(tmp_path / "x.safetensors", tensors))
+    want = filled(2, 14, 2).double() @ filled(1, 2, 10).double()
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("leaf", ["magnitude", "dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
+@pytest.mark.parametrize("factors", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_lengths_beside_diffusers_factors_leave_the_alpha_of_the_header(
+    tmp_path: Path, leaf: str, factors: tuple[str, str]
+) -> None:
+    down, up, lengths = filled(1, 2, 10), filled(2, 14, 2), filled(3, 14).abs()
+    path = f"unet.{MIDDLE}"
+    tensors = {f"{path}.{factors[0]}.weight": down, f"{path}.{factors[1]}.weight": up, f"{path}.{leaf}": lengths}
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 1})
+    adapter = load_adapter(written(tmp_path / "x.safetensors", tensors, lora_adapter_metadata=config))
+    weight = filled(4, 14, 10)
+    v = weight.double().numpy() + 0.5 * (up.double() @ down.double()).numpy()
+    want = lengths.double().numpy()[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True)
+    got, _ = adapter.deltas[path][0].apply(weight, None, 1.0)
+    assert np.abs(got.double().numpy() - want).max() < 1e-5
+
+
+def test_an_alpha_that_is_no_number_is_refused_where_it_means_something(tmp_path: Path) -> None:
+    name = "lora_unet_" + flat(MIDDLE)
+    with pytest.raises(DiffgraftError, match="its alpha is inf, which is no finite number"):
+        load_adapter(written(tmp_path / "x.safetensors", {**pair(name, 1), f"{name}.alpha": torch.tensor(1e5).half()}))
+    whole = {
+        f"{name}.lokr_w1": filled(1, 7, 2),
+        f"{name}.lokr_w2": filled(2, 2, 5),
+        f"{name}.alpha": torch.tensor(np.nan),
+    }
+    adapter = load_adapter(written(tmp_path / "y.safetensors", whole))
+    want = np.kron(filled(1, 7, 2).double().numpy(), filled(2, 2, 5).double().numpy())
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
