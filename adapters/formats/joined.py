@@ -8,7 +8,7 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.ops.effect import own_shape
+from diffgraft.adapters.ops.effect import own_shape, refuse_vast
 from diffgraft.adapters.projections import laid_out
 
 
@@ -34,6 +34,7 @@ def joined(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
     linear = [delta for delta in of_weight if isinstance(delta, LinearDelta)]
     if shape is None or len(linear) < len(of_weight):
         raise ValueError(f"{path} holds {len(of_weight)} deltas, which have no name together in these files")
+    refuse_vast(path, shape, of_weight)
     whole = {"diff": torch.stack([delta.delta(shape) for delta in linear]).sum(0)}
     biases = [delta.leaves["diff_b"].float() for delta in (*linear, *bias) if "diff_b" in delta.leaves]
     if biases:

@@ -19,6 +19,7 @@ from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.families import read_names
 from diffgraft.adapters.formats.header import number
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import laid_out
 from diffgraft.bases.original import ORIGINAL
 
@@ -191,6 +192,8 @@ def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
     mid = delta.leaves.get("lora_mid", down)
     shape = (up.shape[0], down.shape[1], *mid.shape[2:])
     size = tuple(sparse["bias_size"].flatten().tolist())
+    if math.prod(shape) > LARGEST:
+        raise ValueError(f"its sparse rest is for a matrix of {list(shape)}, larger than the layers of any base known")
     indices, values = sparse["bias_indices"].long(), sparse["bias_values"]
     if math.prod(size) != math.prod(shape) or indices.ndim != 2 or indices.shape != (len(size), values.numel()):
         raise ValueError(f"its sparse rest is for a matrix of {list(size)}, and the layer is {list(shape)}")

@@ -16,6 +16,8 @@ from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
+LARGEST = 2**26
+"""Entries of a weight, at most: the largest known here, of XL's second table of tokens, has 2^25.9"""
 Steps = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 
@@ -118,12 +120,26 @@ def _fit(deltas: Mapping[str, Sequence[Delta]], there: Mapping[str, Shape]) -> b
     return all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items())
 
 
+def refuse_vast(path: str, shape: Shape, deltas: Sequence[Delta]) -> None:
+    """Raises DiffgraftError where a whole ΔW is larger than any layer, and than what the deltas themselves hold.
+
+    A file of a few kilobytes can stand for a matrix of many gigabytes.
+    """
+    held = sum(leaf.numel() for delta in deltas for leaf in delta.leaves.values())
+    if math.prod(shape) > max(LARGEST, 2 * held):
+        raise DiffgraftError(
+            f"What {path} adds is a matrix of {list(shape)}, larger than the layers of any base known here; it is not "
+            "formed. The file is damaged or for another kind of base."
+        )
+
+
 def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
     """What all steps together add to a weight, [out, …] in float32; those that are functions of it need `weights`.
 
     Raises:
-        DiffgraftError: there are such deltas, and no weights.
+        DiffgraftError: there are such deltas, and no weights; or ΔW is larger than any layer.
     """
+    refuse_vast(path, shape, [delta for delta, _ in steps])
     if all(isinstance(delta, LinearDelta) for delta, _ in steps):
         total = torch.zeros(shape, device=device)
         for delta, strength in steps:

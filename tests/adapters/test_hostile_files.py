@@ -16,6 +16,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import inspect
@@ -203,3 +204,29 @@ def test_scales_of_eight_bits_and_long_names(tmp_path: Path) -> None:
     flat = {f"{NAME}.lora_down.weight": torch.tensor(1.0), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
     save_file(flat, tmp_path / "flat.safetensors", header)
     assert glance(tmp_path / "flat.safetensors") is None
+
+
+def test_small_files_that_stand_for_vast_matrices(tmp_path: Path) -> None:
+    """What needs the whole matrix refuses it; what works on the factors goes on."""
+    far = 25_000
+    one = "lora_unet_mid_block_resnets_0_conv1"
+    kron = {"lokr_w1": torch.ones(100, 99), "lokr_t2": torch.ones(1, 1, 3, 3)}
+    kron |= {"lokr_w2_a": torch.ones(1, 80), "lokr_w2_b": torch.ones(1, 80)}
+    save_file({f"{one}.{name}": leaf for name, leaf in kron.items()}, tmp_path / "kron.safetensors")
+    before = megabytes()
+    adapter = load_adapter(tmp_path / "kron.safetensors")
+    for attempt in (lambda: resize(adapter, Size(rank=1)), lambda: combine([("a", adapter, 1.0)])):
+        with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
+            attempt()
+    sparse = {"lora_down.weight": torch.ones(1, far), "lora_up.weight": torch.ones(far, 1)}
+    sparse |= {"bias_indices": torch.zeros(2, 1).long(), "bias_values": torch.ones(1)}
+    sparse |= {"bias_size": torch.tensor([far, far])}
+    save_file({f"{NAME}.{name}": leaf for name, leaf in sparse.items()}, tmp_path / "sparse.safetensors")
+    assert "its sparse rest is for a matrix of [25000, 25000]" in answer(tmp_path / "sparse.safetensors")
+    both = {f"{NAME}.{name}": sparse[name] for name in ("lora_down.weight", "lora_up.weight")}
+    other = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    both |= {f"{other}.lokr_w1": torch.ones(200, 200), f"{other}.lokr_w2": torch.ones(125, 125)}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
+        load_adapter(tmp_path / "both.safetensors").save(tmp_path / "new.safetensors", "kohya")
+    assert megabytes() - before < 500
