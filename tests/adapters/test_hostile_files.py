@@ -19,7 +19,7 @@ from diffgraft.adapters.method import read_delta
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.glance import glance
-from diffgraft.adapters.ops.inspect import inspect
+from diffgraft.adapters.ops.inspect import _largest_entry, inspect
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
@@ -230,3 +230,13 @@ def test_small_files_that_stand_for_vast_matrices(tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
         load_adapter(tmp_path / "both.safetensors").save(tmp_path / "new.safetensors", "kohya")
     assert megabytes() - before < 500
+
+
+def test_the_largest_entry_of_lokr_is_that_of_its_matrix() -> None:
+    """Of 25,000 × 25,000 entries, none of which is formed."""
+    one, two = torch.full((250, 250), 3.0), torch.full((100, 100), 2e5)
+    one[3, 5] = -7.0
+    before = megabytes()
+    (delta,) = (read_delta("lokr", {"lokr_w1": one, "lokr_w2": two}, None),)
+    assert _largest_entry(delta, (25_000, 25_000)) == 1.4e6
+    assert megabytes() - before < 100
