@@ -47,6 +47,6 @@ def _side_by_side(loras: Sequence[Delta]) -> FactorDelta:
     assert shape is not None
     leaves = [laid_out(lora.leaves, shape) for lora in loras]
     scales = [lora.scale for lora in loras if isinstance(lora, FactorDelta)]
-    up = torch.cat([scale * own["lora_up"].float() for scale, own in zip(scales, leaves, strict=True)], 1)
+    up = torch.cat([scale * own["lora_up"].float().flatten(1) for scale, own in zip(scales, leaves, strict=True)], 1)
     down = torch.cat([own["lora_down"].float() for own in leaves])
-    return low_rank(down, up)
+    return low_rank(down, up.view(*up.shape, *[1] * (down.ndim - 2)))

@@ -191,7 +191,7 @@ def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]
     mid = delta.leaves.get("lora_mid", down)
     shape = (up.shape[0], down.shape[1], *mid.shape[2:])
-    size = tuple(sparse["bias_size"].flatten().tolist())
+    size = tuple(sparse["bias_size"].flatten().long().tolist())
     if math.prod(shape) > LARGEST:
         raise ValueError(f"its sparse rest is for a matrix of {list(shape)}, larger than the layers of any base known")
     indices, values = sparse["bias_indices"].long(), sparse["bias_values"]

@@ -127,6 +127,15 @@ def test_a_copy_in_another_precision_or_as_a_convolution_is_a_copy(tmp_path: Pat
     assert np.abs(got - product(linear, one)).max() < 1e-5
 
 
+def test_two_loras_whose_factors_have_axes_of_one_to_spare_stand_side_by_side(tmp_path: Path) -> None:
+    spare = pair(THREE[1], 5)
+    spare[f"{THREE[1]}.lora_up.weight"] = spare[f"{THREE[1]}.lora_up.weight"][:, :, None]
+    both = written(tmp_path / "x.safetensors", {**pair(THREE[0], 1), **spare})
+    done = convert(both, tmp_path / "y.safetensors", "kohya")
+    want = product(pair(THREE[0], 1), THREE[0]) + product(spare, THREE[1])
+    assert np.abs(effect(load_adapter(done.path), f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
+
+
 def test_two_names_for_layers_of_two_shapes_are_refused(tmp_path: Path) -> None:
     shapes = written(tmp_path / "shapes.safetensors", {**pair(THREE[0], 1), **pair(THREE[1], 5, out=12)})
     with pytest.raises(DiffgraftError, match="the 2 changes under different names of"):
@@ -259,6 +268,9 @@ def test_biases_and_sparse_rests_stand_beside_a_lora(tmp_path: Path) -> None:
         load_adapter(written(tmp_path / "s.safetensors", sparse)), "unet.mid_block.resnets.0.conv1", 14, 10, 3, 3
     )
     assert np.abs(found - want).max() < 1e-5
+    size = f"{name}.bias_size"  # in a file that was cast to another precision as a whole
+    cast = load_adapter(written(tmp_path / "cast.safetensors", {**sparse, size: sparse[size].float()}))
+    assert np.abs(effect(cast, "unet.mid_block.resnets.0.conv1", 14, 10, 3, 3) - want).max() < 1e-5
 
 
 def test_names_and_leaves_of_onetrainer(tmp_path: Path) -> None:
@@ -274,6 +286,13 @@ def test_names_and_leaves_of_onetrainer(tmp_path: Path) -> None:
     )
     found = effect(adapter, "unet.mid_block.resnets.0.conv_shortcut", 14, 10, 1, 1)
     assert np.abs(found - one * two).max() < 1e-5
+    shapes = {"lokr_w1": (7, 2, 1, 1), "lokr_w2_a": (2, 3, 1, 1), "lokr_w2_b": (3, 5, 1, 1)}
+    kron = {f"{conv}.{leaf}": filled(n, *shape) for n, (leaf, shape) in enumerate(shapes.items())}
+    found = effect(
+        load_adapter(written(tmp_path / "k.safetensors", kron)), "unet.mid_block.resnets.0.conv_shortcut", 14, 10
+    )
+    w1, a, b = (leaf.flatten(1).double().numpy() for leaf in kron.values())
+    assert np.abs(found - np.kron(w1, a @ b)).max() < 1e-5
     assert "text_encoder_2.encoder.layers.0.mlp.fc1" in adapter.deltas
 
     dora = {
