@@ -17,6 +17,7 @@ from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
+from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases.original import Blocks
@@ -113,6 +114,8 @@ def test_of_three_names_each_different_one_counts_once(tmp_path: Path, seeds: tu
     want = want + product(pair(THREE[0], 1, rank=2), THREE[0])
     assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
     assert "modules  1 in unet" in summary(inspect(adapter))
+    kohyas = written(tmp_path / "headed.safetensors", tensors, ss_base_model_version="sd_v1")
+    assert glance(kohyas) is None  # names alone would count three
 
 
 def test_a_copy_in_another_precision_or_as_a_convolution_is_a_copy(tmp_path: Path) -> None:
