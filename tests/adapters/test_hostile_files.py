@@ -240,3 +240,9 @@ def test_the_largest_entry_of_lokr_is_that_of_its_matrix() -> None:
     (delta,) = (read_delta("lokr", {"lokr_w1": one, "lokr_w2": two}, None),)
     assert _largest_entry(delta, (25_000, 25_000)) == 1.4e6
     assert megabytes() - before < 100
+
+
+def test_commands_to_terminals_in_names_are_written_out(tmp_path: Path) -> None:
+    for key in ("diffusion_model.\x1b[31mdouble.lora_A.weight", f"{NAME}.\x1b]0;x\x07", "\x1b[2Jx.y"):
+        save_file({key: torch.ones(2, 3)}, tmp_path / "x.safetensors")
+        assert answer(tmp_path / "x.safetensors").isprintable()
