@@ -135,6 +135,17 @@ def attach(target: Any, spec: Spec) -> Attached:
     return attach_factors(target, spec, make)
 
 
+def _product_shape(leaves: Leaves, number: int) -> tuple[int, ...]:
+    """The shape of the first or second of the two products. Raises ValueError where its factors do not fit."""
+    a, b = leaves[f"hada_w{number}_a"].shape, leaves[f"hada_w{number}_b"].shape
+    core = leaves.get(f"hada_t{number}")
+    if core is None and a[1] == b[0]:
+        return a[0], b[1]
+    if core is not None and core.shape[:2] == (a[0], b[0]):
+        return a[1], b[1], *core.shape[2:]
+    raise ValueError(f"hada_w{number}_a is {list(a)} and hada_w{number}_b {list(b)}, which make no product")
+
+
 @may_be_decomposed
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoHa from its leaves; without an alpha the scale is 1."""
@@ -143,6 +154,9 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
         raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoHa")
     if any(leaf.ndim != 2 for name, leaf in leaves.items() if name in plain):
         raise ValueError("the factors of a LoHa are matrices, and these are not")
+    one, two = _product_shape(leaves, 1), _product_shape(leaves, 2)
+    if one != two:  # which the elementwise product would stretch
+        raise ValueError(f"the first two factors make a matrix {list(one)}, and the others {list(two)}")
     return FactorDelta(HADAMARD, leaves, HADAMARD.rank(leaves) if alpha is None else alpha)
 
 

@@ -98,7 +98,7 @@ class Kronecker(Factors):
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         one, two = self.pair(leaves, shape)
-        return torch.kron(one.view(*one.shape, *[1] * len(shape[2:])), two)
+        return torch.kron(one.reshape(*one.shape, *[1] * len(shape[2:])), two)
 
     def pair(self, leaves: Leaves, shape: Shape) -> tuple[Tensor, Tensor]:
         """w1 [out_1, in_1] and w2 [out_2, in_2, …kernel] for a weight of `shape`."""
@@ -167,6 +167,8 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     tucker = split_two | {"lokr_t2"}
     if set(leaves) not in [one | two for one in (ones, split_one) for two in (twos, split_two, tucker)]:
         raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoKr")
+    if any(leaf.ndim < 2 or (leaf.ndim > 2 and name not in ("lokr_w2", "lokr_t2")) for name, leaf in leaves.items()):
+        raise ValueError("the factors of a LoKr are matrices, and these are not")
     return FactorDelta(KRONECKER, leaves, KRONECKER.rank(leaves) if alpha is None else alpha)
 
 

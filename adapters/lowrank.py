@@ -5,6 +5,7 @@ found by a randomised range finder (Halko, Martinsson and Tropp 2011, arXiv:0909
 the eigenvectors of the smaller Gram matrix in float64.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +59,27 @@ class Nearest:
     """‖difference‖ / ‖matrix‖"""
 
     def lora(self, shape: Shape) -> FactorDelta | None:
-        """As LoRA for a weight of `shape`, None where nothing is left."""
+        """As LoRA for a weight of `shape`, None where nothing is left.
+
+        Raises:
+            DiffgraftError: its numbers are beyond float32.
+        """
         rank = self.up.shape[1]
         if rank == 0:
             return None
         ones = [1] * (len(shape) - 2)
         up, down = self.up.float().cpu().contiguous(), self.down.float().cpu().contiguous()
+        _total(torch.cat([up.flatten(), down.flatten()]).double().square())
         return low_rank(down.view(rank, *shape[1:]), up.view(-1, rank, *ones), float(rank))
 
 
 def nearest(matrix: Tensor, size: Size) -> Nearest:
-    """The nearest matrix to one [out, n] of at most that size."""
-    total = float(matrix.double().square().sum())
+    """The nearest matrix to one [out, n] of at most that size.
+
+    Raises:
+        DiffgraftError: it holds values that are no numbers.
+    """
+    total = _total(matrix.double().square())
     rank, share = size.rank or _FIRST, size.energy or 1.0
     if rank * _THIN < min(matrix.shape) and (size.rank is not None or share < 1):
         u, s, v = _range_finder(matrix.float(), rank + _SPARE)
@@ -80,13 +90,29 @@ def nearest(matrix: Tensor, size: Size) -> Nearest:
 
 
 def nearest_to_product(up: Tensor, down: Tensor, size: Size) -> Nearest:
-    """The nearest matrix to up [out, r] · down [r, n]; exact, as a sum of LoRAs whose factors stand side by side is."""
+    """The nearest matrix to up [out, r] · down [r, n]; exact, as a sum of LoRAs whose factors stand side by side is.
+
+    Raises:
+        DiffgraftError: the factors hold values that are no numbers.
+    """
+    _total(torch.cat([up.double().square().flatten(), down.double().square().flatten()]))
     if up.shape[1] >= min(up.shape[0], down.shape[1]):
         return nearest(up @ down, size)
     q_up, r_up = torch.linalg.qr(up.double())
     q_down, r_down = torch.linalg.qr(down.double().T)
     u, s, v = torch.linalg.svd(r_up @ r_down.T)
     return _cut(q_up @ u, s, q_down @ v.T, float(s.square().sum()), size)
+
+
+def _total(squares: Tensor) -> float:
+    """Their sum. Raises DiffgraftError where it is no number."""
+    total = float(squares.sum())
+    if not math.isfinite(total):
+        raise DiffgraftError(
+            "What an adapter adds to a layer is beyond the largest number of float32, so that nothing comes near it: "
+            "the file is damaged, or its training diverged."
+        )
+    return total
 
 
 def _cut(u: Tensor, s: Tensor, v: Tensor, total: float, size: Size) -> Nearest:

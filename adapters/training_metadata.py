@@ -26,6 +26,14 @@ _SETTINGS = {
 """What `inspect` shows of them → where it stands."""
 
 
+_V_PREDICTION = {
+    "ss_base_model_version": "sd_v2_v",
+    "ss_v_parameterization": "True",
+    "modelspec.prediction_type": "v",
+}
+"""Entry → what it says where the base predicts v"""
+
+
 def read_training(header: Mapping[str, str]) -> dict[str, Any]:
     """What the header says in these keys, under the names that this project has for it; empty where it has none."""
     said: dict[str, Any] = {}
@@ -36,6 +44,8 @@ def read_training(header: Mapping[str, str]) -> dict[str, Any]:
     if family:
         name = header.get("ss_sd_model_name") or header.get("ss_base_model_version", "–")
         said["base"] = {"family": family, "name": name}
+        if any(header.get(key) == value for key, value in _V_PREDICTION.items()):
+            said["base"]["prediction_type"] = "v_prediction"
     if phrase := header.get("modelspec.trigger_phrase"):
         said["trigger"] = phrase
     return said
@@ -105,7 +115,7 @@ def _family(header: Mapping[str, str]) -> str | None:
     for family, (of_version, of_architecture) in starts.items():
         if version.startswith(of_version) or architecture.startswith(of_architecture):
             return family
-    return None
+    return "sd2" if header.get("ss_v2") == "True" else None  # all that kohya's older files say
 
 
 def _number(text: str | None) -> int | float | None:

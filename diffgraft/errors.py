@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from diffgraft.terminal import printable
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -75,4 +77,5 @@ def one_line(error: BaseException | str, longest: int = 400) -> str:
         text = f"{'.'.join(map(str, listed[0]['loc'])) or 'it'}: {listed[0]['msg']}"
     else:
         text = " ".join(str(error).split()) or type(error).__name__
+    text = printable(text)
     return text if len(text) <= longest else f"{text[: longest * 2 // 3]} … {text[-longest // 4 :]}"

@@ -30,8 +30,8 @@ from diffgraft.adapters.formats import (
 )
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
-from diffgraft.adapters.ops.effect import own_shape
-from diffgraft.bases.stored import is_checkpoint
+from diffgraft.adapters.ops.effect import fit_together, own_shape
+from diffgraft.bases.stored import is_checkpoint, is_of_checkpoint
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, one_line
 from diffgraft.files import check_suffix, write_safetensors
@@ -82,7 +82,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
         )
     tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
-    if any("model.diffusion_model." in key for key in tensors):
+    if any(map(is_of_checkpoint, (key.removeprefix("state_dict.") for key in tensors))):
         raise DiffgraftError(
             f"{path} is a whole checkpoint and no adapter; nor is it opened as a base, for {path.suffix} files can "
             "hold code: get it as .safetensors."
@@ -111,7 +111,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
                 LookupError,
             ) as error:
                 raise DiffgraftError(f"{path} cannot be read: {one_line(error).rstrip('.')}.") from error
-    sample = one_line(", ".join(list(tensors)[:3]) or "none")
+    sample = ", ".join(one_line(key, 80) for key in list(tensors)[:3]) or "none"
     raise DiffgraftError(
         f"{path} holds no adapter that is known here: its keys are of no known dialect (first keys: {sample}). "
         f"Read are: {', '.join(DIALECTS)}."
@@ -137,11 +137,12 @@ def _check(adapter: Adapter) -> None:
             for name, leaf in delta.leaves.items():
                 if leaf.numel() == 0:
                     raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
-            shape = own_shape(delta)  # which raises where leaves have too many axes, or too few
-            if shape is not None and not delta.fits(shape):
-                raise ValueError(f"the leaves of {path} do not fit together")
+            own_shape(delta)  # which raises where leaves have too many axes, or too few
             if delta.alpha is not None and not math.isfinite(delta.alpha):
                 raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
+        if not fit_together(deltas):
+            what = "the leaves of" if len(deltas) == 1 else f"the {len(deltas)} changes under different names of"
+            raise ValueError(f"{what} {path} are not for a weight of one shape")
     for word, vectors in adapter.tokens.items():
         for part, rows in vectors.items():
             if rows.ndim != 2 or rows.numel() == 0:

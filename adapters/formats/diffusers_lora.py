@@ -11,6 +11,7 @@ scale in lora_B, and alpha = r. The header key ``diffgraft`` is ours.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -37,12 +38,16 @@ _LEAVES = {
     "lora_B.weight": "lora_up",
     "lora_magnitude_vector": LENGTHS,
     "lora_magnitude_vector.weight": LENGTHS,
+    "magnitude": LENGTHS,
+    "dora_scale": LENGTHS,
 }
+_NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+))\.(?!weight$)[\w-]+(?=\.weight$|$)")
+"""A leaf with the name that peft gives to the adapter in memory, which `state_dict` of the model leaves in its keys."""
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether the keys look like this dialect."""
-    return any(key.endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
+    return any(unnamed(key).endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
 
 
 def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
@@ -58,7 +63,8 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
         path, leaf = found
         if leaf in modules.setdefault(path, {}):
             raise ValueError(f"its key {key} is the second of that kind for {path}, beside one in another form")
-        modules[path][leaf] = value.flatten() if leaf == LENGTHS else value
+        # of convolutions peft has the lengths of outputs as [1, out, 1, 1], which in other tools are those of inputs
+        modules[path][leaf] = value.flatten() if ".lora_magnitude_vector" in key else value
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, leaves in modules.items():
         if not {"lora_down", "lora_up"} <= set(leaves):
@@ -71,8 +77,14 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     return Adapter(deltas, told(header, method="lora", **_common(deltas)))
 
 
+def unnamed(key: str) -> str:
+    """`key` without the name that peft has given to an adapter in memory, such as ``default``."""
+    return _NAMED.sub(r"\1", key)
+
+
 def _placed(key: str) -> tuple[str, str] | None:
     """The path of the module, as adapters have it, and the leaf that `key` stands for; None where it is no such key."""
+    key = unnamed(key)
     part, _, rest = ("unet." + key if key.startswith(OF_UNET) else key).partition(".")
     ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
     if part not in PARTS or ending is None:

@@ -41,7 +41,10 @@ _STARTS = {
     "text_encoder_2.": "text_encoder_2",
 }
 """What a key begins with → the part, the longer before the shorter."""
-_OF_PEFT = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_OF_PEFT = (
+    *(".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),
+    *(".magnitude", ".dora_scale"),
+)
 _OF_DIFFUSERS = ("unet.", "text_encoder.", "text_encoder_2.")
 _KEY = re.compile(
     r"(?P<path>.+?)\.(?P<ending>[^.]+|(?:lora_\w+|[ab][12]|bm|oft_R|dora_scale|lora_magnitude_vector)\.weight"

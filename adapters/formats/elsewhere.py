@@ -8,30 +8,119 @@ from collections.abc import Iterator
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
+from diffgraft.adapters.families import family_of
 from diffgraft.adapters.method import is_embedding, is_of_text
 
 _KOHYA = ("kohya", "lycoris", "webui")
 """Dialects with kohya's names of modules"""
+_UNREAD = {
+    "diffusers": "webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
+    "peft": "Programs that draw do not open peft's folders, which are for peft itself: for those use --to kohya.",
+    "diffgraft": "No other program reads diffgraft's own layout: for others use --to kohya or webui.",
+}
+"""Dialect → which programs do not read its files"""
+_READ = ("lora", "loha", "lokr", "full", "oft", "boft")
+"""Kinds that webui and ComfyUI both read"""
+_SPELT = {
+    "full": "full differences",
+    "ia3": "(IA)³",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "glora": "GLoRA",
+    "oft": "OFT",
+    "boft": "BOFT",
+    "oft-inputs": "OFT of inputs",
+}
+"""Kind → what people call it"""
 
 
-def remarks(adapter: Adapter, dialect: str) -> list[str]:
-    """Sentences on `adapter` in a file of `dialect`, a name of `diffgraft.adapters.formats.DIALECTS`; often none."""
+def remarks(adapter: Adapter, dialect: str, name: str = "") -> list[str]:
+    """Sentences on `adapter` in a file of `dialect`, a name of `diffgraft.adapters.formats.DIALECTS`; often none.
+
+    `name` is that of the file, without its ending.
+    """
     deltas = [delta for found in adapter.deltas.values() for delta in found]
     found: list[str] = []
     if dialect in _KOHYA and deltas:
         found += [*_dora(deltas), *_tucker(deltas), *_alphas(deltas), *_text_without_output(adapter), *_full(adapter)]
-    if dialect == "diffusers" and deltas:
-        found.append("webui, ComfyUI, Forge and sd-scripts do not read diffusers' layout: for those use --to kohya.")
+        found += [*_other_kinds(deltas), *_misread(adapter)]
+    if dialect == "lycoris" and deltas and (family := family_of(adapter)) in ("sd2", "sdxl"):
+        found.append(
+            f"webui takes it for an adapter of Stable Diffusion 1.x, and its base is {family}: use --to kohya."
+        )
+    if dialect in _UNREAD:
+        found.append(_UNREAD[dialect])
     if dialect in _KOHYA and any(delta.kind in ("oft", "boft") for delta in deltas):
         found.append("ComfyUI squares the strength of OFT and BOFT.")
-    if deltas and adapter.tokens:
+    if dialect in _KOHYA and deltas and adapter.tokens:
         found.append(
             "diffusers refuses a file that holds words beside weights, and ComfyUI, Forge and InvokeAI take the "
             f"weights alone: `--only {next(iter(adapter.tokens))} --to webui` writes a word into a file of its own."
         )
-    if dialect == "embedding" and any(set(vectors) == {"text_encoder"} for vectors in adapter.tokens.values()):
-        found.append("InvokeAI reads words of one text encoder as emb_params alone: for it use --to webui.")
+    if dialect in ("embedding", "kohya", "webui") and not deltas:
+        found += _words(adapter, dialect, name)
     return found
+
+
+def _words(adapter: Adapter, dialect: str, name: str) -> Iterator[str]:
+    if dialect == "embedding" and any(set(vectors) == {"text_encoder"} for vectors in adapter.tokens.values()):
+        yield "InvokeAI reads words of one text encoder as emb_params alone: for it use --to webui."
+    if name and (others := [word for word in adapter.tokens if word != name]):
+        yield f"webui, ComfyUI and InvokeAI call the word by the file's name, {name}, and not {others[0]}."
+
+
+def _other_kinds(deltas: list[Delta]) -> Iterator[str]:
+    """Of what is no LoRA, and of what stands beside one."""
+    kinds = {delta.kind for delta in deltas if set(delta.leaves) != {"diff_b"}}
+    if others := sorted(_SPELT.get(kind, kind) for kind in kinds if kind != "lora"):
+        yield f"diffusers reads LoRA alone under these names, and not {' and '.join(others)}."
+    if kinds - {"full"} and any(set(delta.leaves) == {"diff_b"} for delta in deltas):
+        yield "webui leaves out differences of biases beside other factors, and so does diffusers."
+
+
+def _misread(adapter: Adapter) -> Iterator[str]:
+    """What `trouble` finds, once for each reason, without what has a sentence of its own."""
+    found: dict[str, list[str]] = {}
+    for path, deltas in adapter.deltas.items():
+        for delta in deltas:
+            is_told = isinstance(delta, DoraDelta) or (delta.kind == "full" and is_unread(path))
+            if not is_told and (reason := trouble(path, delta)):
+                found.setdefault(reason, []).append(path)
+    for reason, paths in found.items():
+        yield f"{len(paths)} of its modules, such as {paths[0]}, hold {reason}."
+    if torn := torn_attention(adapter):
+        yield f"webui leaves out {torn}."
+
+
+def trouble(path: str, delta: Delta) -> str | None:
+    """What a delta under kohya's names is that webui or ComfyUI takes for something else; None where both read it."""
+    if delta.kind not in _READ:
+        return f"{_SPELT.get(delta.kind, delta.kind)}, which webui or ComfyUI does not read"
+    if isinstance(delta, DoraDelta) and not delta.of_inputs:
+        return "a DoRA by outputs, which webui takes for one by inputs, without saying so"
+    if delta.kind == "full" and is_unread(path):
+        return "a full difference of a norm or an embedding in a text encoder, which webui and ComfyUI leave out"
+    if "lokr_t2" in delta.leaves:
+        return "a LoKr in its Tucker variant, with which ComfyUI fails"
+    if delta.kind in ("oft", "boft") and (delta.alpha or "rescale" in delta.leaves):
+        return f"{_SPELT[delta.kind]} with a bound or a rescaling, which ComfyUI leaves away"
+    return None
+
+
+def torn_attention(adapter: Adapter) -> str | None:
+    """Layers that webui leaves out: of OpenCLIP's attention it changes all four together, or none."""
+    layers: dict[str, set[str]] = {}
+    for path in adapter.deltas:
+        start, attention, name = path.partition(".self_attn.")
+        if attention:
+            layers.setdefault(start, set()).add(name)
+    some = {start: names for start, names in layers.items() if len(names) < 4}
+    open_clip = "text_encoder." if some and family_of(adapter) == "sd2" else "text_encoder_2."
+    torn = {start: names for start, names in some.items() if start.startswith(open_clip)}
+    if not torn:
+        return None
+    start, names = next(iter(torn.items()))
+    return f"{', '.join(sorted(names))} of {start}.self_attn, as it needs all four layers of an attention of OpenCLIP"
 
 
 def _dora(deltas: list[Delta]) -> Iterator[str]:

@@ -36,6 +36,10 @@ _MARKED = re.compile(r"<.+>")
 """Words that look like words of textual inversion; several may lie in one file"""
 _IDS = re.compile(r"(placeholder_)?string_to_token\..+|string_to_param_dict\..+")
 """Ids that a word had in the tokenizer of the tool that trained it; no other tokenizer has them"""
+_WIDTH_OF_BIG_G = 1280
+"""Width of vectors for OpenCLIP's bigG, which is the second text encoder wherever it is one; diffusers' scripts for XL
+write them into a file of their own, ``learned_embeds_2.safetensors``, under the word alone"""
+_OF_FIRST = ("clip_l", "text_encoders_0")
 _OUTPUTS = ("emp_params_out", "clip_l_out", "clip_g_out")
 """OneTrainer's vectors for the output of a text encoder"""
 
@@ -59,10 +63,16 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     ours = read_json(header, OURS)
     of_file = str(ours.get("trigger") or header.get(STEM, "<word>"))
     tokens: dict[str, dict[str, Tensor]] = {}
+    nameless = next((key for key in tensors if key in NAMELESS), None)
     for key, value in tensors.items():
         if _IDS.fullmatch(key):
             continue
         word, part = placed(key, of_file)
+        if nameless and word == key and key not in NAMELESS and not _MARKED.fullmatch(key):
+            known = ", ".join(NAMELESS)
+            raise ValueError(f"its key {key} is for no text encoder that is known here: beside {nameless} are {known}")
+        if part == "text_encoder" and value.shape[-1:] == (_WIDTH_OF_BIG_G,) and not key.endswith(_OF_FIRST):
+            part = "text_encoder_2"
         if value.ndim not in (1, 2) or 0 in value.shape or not value.is_floating_point():
             raise ValueError(f"its key {key} is {list(value.shape)} of {value.dtype}, which is no list of vectors")
         vectors = tokens.setdefault(word, {})

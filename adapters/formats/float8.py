@@ -22,15 +22,13 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a scale is no single number.
     """
-    small = [key for key, value in tensors.items() if value.dtype in TYPES and key != _MARK]
-    if not small:
-        return dict(tensors)
+    scales = {_MARK, *(name for key in tensors for name in _scales_of(key))}
+    small = [key for key, value in tensors.items() if value.dtype in TYPES and key not in scales]
     found = dict(tensors)
     found.pop(_MARK, None)
     for key in small:
         layer = key.removesuffix(".weight")
-        names = (f"{layer}.scale_weight", f"{layer}.weight_scale", f"{key}_scale")
-        name = next((name for name in names if name in found), None)
+        name = next((name for name in _scales_of(key) if name in found), None)
         found[key] = found[key].to(torch.float16)
         if name is not None:
             scale = found.pop(name)
@@ -40,3 +38,9 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for ending in _UNUSED:
             found.pop(f"{layer}{ending}", None)
     return found
+
+
+def _scales_of(key: str) -> tuple[str, ...]:
+    """Names under which the scale of the tensor `key` may stand."""
+    layer = key.removesuffix(".weight")
+    return f"{layer}.scale_weight", f"{layer}.weight_scale", f"{key}_scale"

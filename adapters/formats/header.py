@@ -100,8 +100,8 @@ def of_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def number(alpha: Any) -> float:
-    """`alpha` as a float. Raises ValueError where it is no finite number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"its header gives {alpha!r} as an alpha, which is no number")
-    return float(alpha)
+def number(value: Any, what: str = "alpha") -> float:
+    """`value` as a float. Raises ValueError where it is no finite number; `what` names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"its {what} is {one_line(repr(value), 80)}, which is no finite number")
+    return float(value)

@@ -8,7 +8,7 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.ops.effect import own_shape
+from diffgraft.adapters.ops.effect import own_shape, refuse_vast
 from diffgraft.adapters.projections import laid_out
 
 
@@ -34,6 +34,7 @@ def joined(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
     linear = [delta for delta in of_weight if isinstance(delta, LinearDelta)]
     if shape is None or len(linear) < len(of_weight):
         raise ValueError(f"{path} holds {len(of_weight)} deltas, which have no name together in these files")
+    refuse_vast(path, shape, of_weight)
     whole = {"diff": torch.stack([delta.delta(shape) for delta in linear]).sum(0)}
     biases = [delta.leaves["diff_b"].float() for delta in (*linear, *bias) if "diff_b" in delta.leaves]
     if biases:
@@ -46,6 +47,6 @@ def _side_by_side(loras: Sequence[Delta]) -> FactorDelta:
     assert shape is not None
     leaves = [laid_out(lora.leaves, shape) for lora in loras]
     scales = [lora.scale for lora in loras if isinstance(lora, FactorDelta)]
-    up = torch.cat([scale * own["lora_up"].float() for scale, own in zip(scales, leaves, strict=True)], 1)
+    up = torch.cat([scale * own["lora_up"].float().flatten(1) for scale, own in zip(scales, leaves, strict=True)], 1)
     down = torch.cat([own["lora_down"].float() for own in leaves])
-    return low_rank(down, up)
+    return low_rank(down, up.view(*up.shape, *[1] * (down.ndim - 2)))

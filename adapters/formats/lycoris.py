@@ -108,7 +108,7 @@ def read_adapter(
         raise ValueError("it holds words alone, which these files only bring along with weights")
     tokens = embedding.read(bundled, {}).tokens if bundled else {}
     found = read_modules(modules, layers)
-    said = {"method": _method(found.deltas, bool(tokens))}
+    said = {"method": _method(found.deltas, bool(tokens)), **({"trigger": next(iter(tokens))} if tokens else {})}
     if any(LEAF in delta.leaves for own in found.deltas.values() for delta in own):
         said["dora"] = LYCORIS
     adapter = Adapter(found.deltas, told(header, **said), tokens=tokens)

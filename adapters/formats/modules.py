@@ -8,7 +8,7 @@ Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``utils``; ComfyUI, ``comfy/lora
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,8 @@ from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.families import read_names
 from diffgraft.adapters.formats.header import number
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.effect import LARGEST
+from diffgraft.adapters.projections import laid_out
 from diffgraft.bases.original import ORIGINAL
 
 KINDS = {
@@ -106,34 +108,37 @@ def read_modules(modules: Mapping[str, Module], layers: int | None) -> Read:
         if module.part == "unet" and module.inside.startswith(ORIGINAL)
     }
     names, layers = read_names(theirs, layers) if theirs else ({}, None)
-    found: dict[str, tuple[Delta, ...]] = {}
+    copies: dict[str, list[tuple[Delta, ...]]] = {}
     for name, module in modules.items():
         inside = names.get(module.inside, module.inside) if module.part == "unet" else module.inside
-        path = f"{module.part}.{inside.removeprefix('text_model.')}"
-        found[path] = _together(path, found[path], built[name]) if path in found else built[name]
-    return Read(found, layers)
+        earlier = copies.setdefault(f"{module.part}.{inside.removeprefix('text_model.')}", [])
+        if not any(_same(built[name], other) for other in earlier):
+            earlier.append(built[name])
+    return Read({path: _together(path, different) for path, different in copies.items()}, layers)
 
 
-def _together(path: str, one: tuple[Delta, ...], two: tuple[Delta, ...]) -> tuple[Delta, ...]:
-    """The deltas of a module under two names."""
-    if _same(one, two):
-        return one
-    if strange := next((delta for delta in (*one, *two) if not isinstance(delta, LinearDelta)), None):
+def _together(path: str, copies: Sequence[tuple[Delta, ...]]) -> tuple[Delta, ...]:
+    """The deltas of a module under as many names as there are `copies`, no two of which are the same."""
+    together = tuple(delta for own in copies for delta in own)
+    strange = next((delta for delta in together if not isinstance(delta, LinearDelta)), None)
+    if len(copies) > 1 and strange is not None:
         what = "DoRA" if LEAF in strange.leaves else strange.kind
         raise ValueError(
-            f"{path} stands in it twice, under two names, and one of them is {what}: what tools make of both together "
-            "differs, so leave one of them out"
+            f"{path} stands in it {len(copies)} times, under different names, and one of them is {what}: what tools "
+            "make of all together differs, so leave all but one of them out"
         )
-    return one + two
+    return together
 
 
 def _same(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
+    """Whether they hold the same numbers, in whatever precision, for a linear layer or for a 1 × 1 convolution."""
     return len(one) == len(two) and all(
         a.kind == b.kind
         and a.alpha == b.alpha
         and set(a.leaves) == set(b.leaves)
-        and all(torch.equal(leaf, b.leaves[name]) for name, leaf in a.leaves.items())
+        and all(torch.equal(leaf.float(), theirs[name].float()) for name, leaf in laid_out(a.leaves, (1, 1)).items())
         for a, b in zip(one, two, strict=True)
+        for theirs in [laid_out(b.leaves, (1, 1))]
     )
 
 
@@ -148,9 +153,10 @@ def _deltas(module: Module) -> Iterator[Delta]:
     kind = next((kind for kind, names in KINDS.items() if leaves and set(leaves) <= set(names)), None)
     if (kind is None and (leaves or bias is None)) or (bias is not None and kind not in (None, *_BESIDE)):
         raise ValueError(f"{path} has the leaves {', '.join(sorted(module.leaves)) or 'alpha alone'}: of no one method")
-    if kind == "loha":  # OneTrainer's, of 1 × 1 convolutions, have the axes of a kernel
+    if kind in ("loha", "lokr"):  # OneTrainer's, of 1 × 1 convolutions, have the axes of a kernel
+        matrices = {name for name in leaves if "_w" in name and name != "lokr_w2"}
         leaves = {
-            name: leaf[:, :, 0, 0] if "_w" in name and leaf.ndim == 4 and leaf.shape[2:] == (1, 1) else leaf
+            name: leaf[:, :, 0, 0] if name in matrices and leaf.ndim == 4 and leaf.shape[2:] == (1, 1) else leaf
             for name, leaf in leaves.items()
         }
     try:
@@ -173,7 +179,7 @@ def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> flo
     if alpha.numel() != 1:
         raise ValueError(f"alpha is {list(alpha.shape)}; one number was expected")
     value = alpha.float().item()
-    if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves) and math.isinf(value):
+    if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves) and not math.isfinite(value):
         return None
     return number(value)
 
@@ -185,7 +191,9 @@ def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]
     mid = delta.leaves.get("lora_mid", down)
     shape = (up.shape[0], down.shape[1], *mid.shape[2:])
-    size = tuple(sparse["bias_size"].flatten().tolist())
+    size = tuple(sparse["bias_size"].flatten().long().tolist())
+    if math.prod(shape) > LARGEST:
+        raise ValueError(f"its sparse rest is for a matrix of {list(shape)}, larger than the layers of any base known")
     indices, values = sparse["bias_indices"].long(), sparse["bias_values"]
     if math.prod(size) != math.prod(shape) or indices.ndim != 2 or indices.shape != (len(size), values.numel()):
         raise ValueError(f"its sparse rest is for a matrix of {list(size)}, and the layer is {list(shape)}")

@@ -7,6 +7,7 @@ dots, and its numbers and texts entries of the header, as JSON.
 
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ STEM = "file_stem"
 _DEEPEST = 8
 _MOST_AXES = 6
 """Convolutions have four, in video models five"""
+_NUMBER = ".alpha"
+"""End of the keys whose tensors are single numbers, which some tools pickle as plain numbers"""
 _ADVICE = "It may have been cut off or be of another kind; download or export it again."
 
 
@@ -84,9 +87,7 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors: dict[str, Tensor] = {}
         header: dict[str, str] = {}
         _lay_flat(held, "", tensors, header, _DEEPEST, [size])
-        if sum(value.numel() * value.element_size() for value in tensors.values()) > size:
-            raise ValueError("it claims to hold more than it is long")
-        return float8.widened({key: value.detach().clone() for key, value in tensors.items()}), header
+        return float8.widened(_copied(tensors, size)), header
     except (pickles.StrangePickleError, pickle.UnpicklingError) as error:
         if not isinstance(error, pickles.StrangePickleError) and "weights_only" not in str(error):
             raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error
@@ -96,6 +97,22 @@ def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
     except Exception as error:  # a damaged pickle raises anything
         raise DiffgraftError(f"{path} was not opened as a file of PyTorch's ({one_line(error)}). {_ADVICE}") from error
+
+
+def _copied(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Copies of tensors from a file of `size` bytes; where one stands there under several names, a single copy."""
+    copies: dict[object, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    left = size
+    for key, value in tensors.items():
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if place not in copies:
+            left -= value.numel() * value.element_size()
+            if left < 0:
+                raise ValueError("it claims to hold more than it is long")
+            copies[place] = value.detach().clone()
+        found[key] = copies[place]
+    return found
 
 
 def _lay_flat(
@@ -119,6 +136,8 @@ def _lay_flat(
             raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
         for key, value in held.items() if isinstance(held, dict) else enumerate(held):
             _lay_flat(value, f"{name}.{key}" if name else str(key), tensors, header, deeper - 1, room)
+    elif name.endswith(_NUMBER) and isinstance(held, int | float) and not isinstance(held, bool):
+        tensors[name] = torch.tensor(float(held))
     elif held is None or isinstance(held, str | int | float | bool):
         header[name] = json.dumps(held)
     else:

@@ -8,7 +8,6 @@ Source: peft 0.21.2, ``utils/save_and_load.py`` and ``tuners``.
 """
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
-from diffgraft.adapters.formats.diffusers_lora import OF_UNET
+from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import leveled, read_delta
@@ -33,8 +32,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OLD_WEIGHTS = "adapter_model.bin"
 """The file that peft before 0.7 wrote, a pickle: opened for weights alone."""
 _START = "base_model.model."
-_NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+))\.default(?=\.weight$|$)")
-"""A leaf with the name that peft gives to the adapter in memory, which `state_dict` of the model leaves in its keys."""
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _LEAVES = {
     "lora_A.weight": "lora_down",
@@ -85,7 +82,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     modules: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, found, rest = key.partition(_START)
-        rest = _NAMED.sub(r"\1", rest)
+        rest = unnamed(rest)
         ending = next((end for end in sorted(_LEAVES, key=len, reverse=True) if rest.endswith("." + end)), None)
         if not found or ending is None:
             expected = f"{_START}<module>.<leaf> of peft's LoRA, LoHa or LoKr"
@@ -128,7 +125,7 @@ def _read_one(inside: str, leaves: dict[str, Tensor], config: Mapping[str, Any])
     if config.get("use_rslora"):
         alpha *= _factors(delta).rank ** 0.5
     if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves):
-        rank = number(of_pattern(config.get("rank_pattern"), inside, config.get("r")))
+        rank = number(of_pattern(config.get("rank_pattern"), inside, config.get("r")), "rank")
         if rank <= 0:
             raise ValueError(f"its configuration has the rank {rank:g}")
         return read_delta(kind, {**leaves, "lokr_w1": leaves["lokr_w1"] * (alpha / rank)}, None)  # no scale of its own

@@ -22,15 +22,17 @@ _STORAGES = frozenset(
 _KNOWN = _STORAGES | {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_tensor_v3",
     "torch._utils _rebuild_parameter",
     "torch Size",
     "torch.storage UntypedStorage",
     "torch float32",
     "torch float16",
     "torch bfloat16",
+    "torch float8_e4m3fn",
+    "torch float8_e5m2",
     "__builtin__ set",
     _DICTIONARY,
-    "torch.nn.modules.container ParameterDict",
 }
 """What files of weights name"""
 _LARGE = 2**25
@@ -97,17 +99,15 @@ def _packed_again(content: bytes) -> bytes:
 
 def _check(stream: io.BytesIO, size: int, *, is_sign: bool = False) -> None:
     """Read the instructions of one pickle in a file of `size` bytes, and leave the stream behind it."""
-    large, named = 0, ""
+    large, names = 0, set[str]()
     texts: list[str] = []
     for instruction, argument, _ in pickletools.genops(stream):
         name = instruction.name
         if name in ("GLOBAL", "INST"):
-            named = str(argument)
-            _check_name(named)
+            names.add(_checked(str(argument)))
         elif name == "STACK_GLOBAL":
-            named = " ".join(texts[-2:])
-            _check_name(named)
-        elif name == "NEWOBJ" and named == _DICTIONARY:
+            names.add(_checked(" ".join(texts[-2:])))
+        elif name == "NEWOBJ" and _DICTIONARY in names:
             continue
         elif name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID"):
             raise StrangePickleError(f"it has the instruction {name}")
@@ -121,8 +121,10 @@ def _check(stream: io.BytesIO, size: int, *, is_sign: bool = False) -> None:
                 raise ValueError("it claims to hold more than it is long")
 
 
-def _check_name(name: str) -> None:
+def _checked(name: str) -> str:
+    """`name` again. Raises ValueError where it is none of `_KNOWN`."""
     if name not in _KNOWN and name.startswith("torch"):
         raise ValueError(f"{name.replace(' ', '.')[:60]} is no plain tensor")
     if name not in _KNOWN:
         raise StrangePickleError(f"it names {name.replace(' ', '.')[:60]}")
+    return name

@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import DoraDelta
+from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
-from diffgraft.adapters.formats.elsewhere import is_unread
+from diffgraft.adapters.formats.elsewhere import torn_attention, trouble
 from diffgraft.files import atomic_write, check_suffix, write_safetensors
 
 _LAST_NORM = "lora_unet_conv_norm_out."
-_READ = ("lora", "loha", "lokr", "full", "oft", "boft")
 
 
 def recognises(*_: object) -> bool:
@@ -50,40 +48,12 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         return embedding.write_nameless(adapter)
     for path, deltas in adapter.deltas.items():
         for delta in deltas:
-            if reason := _trouble(path, delta):
+            if reason := trouble(path, delta):
                 raise ValueError(f"{path} is {reason}")
-    _refuse_torn_attention(adapter)
+        if len(deltas) > 1 and any(set(delta.leaves) == {"diff_b"} for delta in deltas):
+            raise ValueError(f"{path} has a difference of its bias beside other factors, which webui leaves out")
+    if torn := torn_attention(adapter):
+        raise ValueError(f"webui would leave out {torn}")
     tensors, header = kohya.write(adapter)
     # webui knows this one norm of diffusers' UNet by the original's name alone, and ComfyUI knows both
     return {key.replace(_LAST_NORM, "lora_unet_out_0."): value for key, value in tensors.items()}, header
-
-
-def _trouble(path: str, delta: Delta) -> str | None:
-    """Why one of the two would not do what it should; None where both do."""
-    if delta.kind not in _READ:
-        return f"{delta.kind}, which webui or ComfyUI does not read"
-    if isinstance(delta, DoraDelta) and not delta.of_inputs:
-        return "a DoRA by outputs, which webui takes for one by inputs, without saying so"
-    if delta.kind == "full" and is_unread(path):
-        return "a full difference of a norm or an embedding in a text encoder, which webui and ComfyUI leave out"
-    if "lokr_t2" in delta.leaves:
-        return "a LoKr in its Tucker variant, with which ComfyUI fails"
-    if delta.kind in ("oft", "boft") and (delta.alpha or "rescale" in delta.leaves):
-        return f"{delta.kind} with a bound or a rescaling, which ComfyUI leaves away"
-    return None
-
-
-def _refuse_torn_attention(adapter: Adapter) -> None:
-    """Webui changes the attention of OpenCLIP's text encoders only where all four layers come together."""
-    family = (adapter.metadata.get("base") or {}).get("family")
-    open_clip = {"sd2": "text_encoder", "sdxl": "text_encoder_2"}.get(str(family), "text_encoder_2")
-    layers: dict[str, set[str]] = {}
-    for path in adapter.deltas:
-        start, attention, name = path.partition(".self_attn.")
-        if attention and start.startswith(f"{open_clip}."):
-            layers.setdefault(start, set()).add(name)
-    for start, names in layers.items():
-        if len(names) < 4:
-            raise ValueError(
-                f"{start}.self_attn has {', '.join(sorted(names))} alone, and webui needs all four layers of it"
-            )

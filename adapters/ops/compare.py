@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.ops.effect import as_product, matrix_shape, shapes_of
+from diffgraft.adapters.ops.effect import as_product, matrix_shape, refuse_vast, shapes_of
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -67,6 +67,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         if (apart := _products_apart(one, two, shape, device)) is not None:
             errors[path] = apart
             continue
+        refuse_vast(path, shape, [*one, *two])
         weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
         errors[path] = _apart(one, two, weight.to(device))
     keys = {*first.metadata, *second.metadata}

@@ -92,7 +92,7 @@ def convert(
             found = resize(adapter, approximate, weights, device)
             save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, new, dialect)
         again = load_for_base(new, weights)
-        said = tuple(remarks(again, dialect_of(again, dialect)))
+        said = tuple(remarks(again, dialect_of(again, dialect), path.stem))
         comparison = compare(adapter, again, weights, device)
         new.rename(path)
     return Converted(path, comparison, found is not None, found.dropped if found else (), said)

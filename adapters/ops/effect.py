@@ -1,11 +1,13 @@
 """What an adapter does to the weight of each module: its shape, and the matrix that is added to it."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
+from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.loha import khatri_rao
@@ -14,6 +16,8 @@ from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
+LARGEST = 2**26
+"""Entries of a weight, at most: the largest known here, of XL's second table of tokens, has 2^25.9"""
 Steps = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 
@@ -43,11 +47,26 @@ def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
             return own
         if "hada_w1_a" in shapes:
             return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
-        if isinstance(delta, FactorDelta) and delta.kind == "lokr" and "lokr_t2" not in shapes:
+        if delta.kind == "lokr" and "lokr_t2" not in shapes:
             one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
             two = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
             return (one[0] * two[0], one[1] * two[1], *two[2:])
     return None
+
+
+def fit_together(deltas: Sequence[Delta]) -> bool:
+    """Whether all deltas of a module are for a weight of one shape, as far as their leaves tell."""
+    shape = _told(deltas)
+    if shape is not None:
+        return all(delta.fits(shape) for delta in deltas)
+    flat: list[Shape] = []
+    for delta in deltas:
+        own = matrix_shape([delta])
+        # lengths of inputs are for channels, which a matrix does not tell from the kernel
+        if own is not None and not (delta.direction if isinstance(delta, DoraDelta) else delta).fits(own):
+            return False
+        flat += [] if own is None else [(own[0], math.prod(own[1:]))]
+    return len(set(flat)) < 2
 
 
 def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Shape]:
@@ -101,12 +120,26 @@ def _fit(deltas: Mapping[str, Sequence[Delta]], there: Mapping[str, Shape]) -> b
     return all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items())
 
 
+def refuse_vast(path: str, shape: Shape, deltas: Sequence[Delta]) -> None:
+    """Raises DiffgraftError where a whole ΔW is larger than any layer, and than what the deltas themselves hold.
+
+    A file of a few kilobytes can stand for a matrix of many gigabytes.
+    """
+    held = sum(leaf.numel() for delta in deltas for leaf in delta.leaves.values())
+    if math.prod(shape) > max(LARGEST, 2 * held):
+        raise DiffgraftError(
+            f"What {path} adds is a matrix of {list(shape)}, larger than the layers of any base known here; it is not "
+            "formed. The file is damaged or for another kind of base."
+        )
+
+
 def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
     """What all steps together add to a weight, [out, …] in float32; those that are functions of it need `weights`.
 
     Raises:
-        DiffgraftError: there are such deltas, and no weights.
+        DiffgraftError: there are such deltas, and no weights; or ΔW is larger than any layer.
     """
+    refuse_vast(path, shape, [delta for delta, _ in steps])
     if all(isinstance(delta, LinearDelta) for delta, _ in steps):
         total = torch.zeros(shape, device=device)
         for delta, strength in steps:

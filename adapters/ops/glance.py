@@ -30,6 +30,11 @@ _KINDS = {
     "diff": "full",
 }
 """Leaf → method; one for each module"""
+_TWO_NAMES = (
+    *(("mid_block", "middle_block"), ("down_blocks", "input_blocks"), ("up_blocks", "output_blocks")),
+    *(("lora_te_", "lora_te1_"), ("lycoris_", "lora_unet_")),
+)
+"""Names that one layer may have in two forms; a file with both may hold layers twice, which only reading it tells"""
 _WORDS = ("emb_params", "clip_l", "clip_g")
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Dtype of a single number → how its bytes are read"""
@@ -51,7 +56,7 @@ def glance(path: Path) -> list[str] | None:
             entries = json.loads(file.read(length))
             header = entries.pop("__metadata__", {})
             return _lines(path, entries, header, 8 + length, file)
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError, struct.error):
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError, struct.error):
         return None  # whoever reads all of it says what is wrong
 
 
@@ -64,6 +69,8 @@ def _lines(
     bundled = {key.split(".")[1] for key in entries if key.startswith("bundle_emb.")}
     words = {key: entry for key, entry in entries.items() if key in _WORDS or (len(entries) == 1 and "." not in key)}
     if not said or not (modules or words) or not isinstance(said.get("base", {}), Mapping):
+        return None
+    if any(all(any(name in key for key in modules) for name in pair) for pair in _TWO_NAMES):
         return None
     kinds = Counter(_kind(key, entry) for key, entry in modules.items())
     base = said.get("base") or {}

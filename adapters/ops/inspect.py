@@ -176,6 +176,10 @@ def _beyond(matrix: Tensor) -> Tensor:
 def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
     """The largest entry of ΔW; of a product it is looked for in some rows at a time, and never formed as a whole."""
     product = as_product([(delta, 1.0)], shape)
+    if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
+        leaves = {name: leaf.double() for name, leaf in delta.leaves.items()}
+        one, two = (factor.abs().max() for factor in delta.factors.pair(leaves, shape))
+        return abs(delta.scale) * float(one * two)  # every entry is a product of one of each
     if product is None:
         return float(delta.delta(shape).abs().max())
     up, down = product
@@ -229,7 +233,8 @@ def summary(report: Report) -> list[str]:
 
 def _of_modules(report: Report) -> list[str]:
     lines = []
-    parts = Counter(module.path.partition(".")[0] for module in report.modules)
+    # a module may be changed by several deltas, which are a figure each
+    parts = Counter(path.partition(".")[0] for path in dict.fromkeys(module.path for module in report.modules))
     kinds = Counter(module.kind for module in report.modules)
     lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")
     lines.append(f"kinds    {', '.join(f'{kind} × {count}' for kind, count in kinds.items())}")

@@ -1,5 +1,6 @@
 """How the weights of a base lie on disk: in which files, and in which precision."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from math import prod
@@ -17,6 +18,8 @@ FLOATS = (*_DTYPES, "F8_E4M3", "F8_E5M2")
 """What safetensors calls the precisions in which a base may lie on disk"""
 """What safetensors calls them; whatever else there is in a file (numbers of positions) decides nothing"""
 
+_OF_LAYER = re.compile(r"(?<!\.lora_down)(?<!\.lora_up)(?<!\.lora_mid)(?<!\.lora_A)(?<!\.lora_B)\.(weight|bias)$")
+"""The end of a layer's own parameters"""
 _LARGEST_TABLE = 2**26
 """Bytes of a table of shards"""
 
@@ -29,9 +32,14 @@ def is_checkpoint(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return any(key.startswith(UNET) for key in file.keys())  # noqa: SIM118  (not a mapping)
+            return any(map(is_of_checkpoint, file.keys()))
     except (SafetensorError, OSError):
         return False
+
+
+def is_of_checkpoint(key: str) -> bool:
+    """Whether a key is that of a layer's own weight or bias in a single file; adapters may begin so as well."""
+    return key.startswith(UNET) and _OF_LAYER.search(key) is not None
 
 
 def files_of_part(folder: Path) -> list[Path]:

@@ -162,7 +162,7 @@ def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:
     torn = {f"text_encoder_2.encoder.layers.0.self_attn.{name}_proj": (lora,) for name in "qk"}
     for deltas, answer in (
         ({path: (DoraDelta(lora, torch.ones(14)),)}, "a DoRA by outputs"),
-        (torn, "webui needs all four"),
+        (torn, "it needs all four"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             Adapter(deltas).save(tmp_path / "x.safetensors", "webui")
@@ -289,3 +289,19 @@ def test_kohya_names_as_diffusers_writes_them(folders: Path, tmp_path: Path) -> 
     assert all(
         torch.equal(found.deltas[path][0].leaves["lora_up"], d.leaves["lora_up"]) for path, (d,) in plain.items()
     )
+
+
+@pytest.mark.parametrize(
+    "said", [{"ss_base_model_version": "sd_v2_v"}, {"ss_v2": "True", "ss_v_parameterization": "True"}]
+)
+def test_a_base_that_predicts_v_is_one_in_every_entry(said: dict[str, str], tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 1024), f"{name}.lora_up.weight": torch.ones(1280, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", said)
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.metadata["base"]["prediction_type"] == "v_prediction"
+    with safe_open(adapter.save(tmp_path / "b.safetensors", "kohya"), "pt") as file:
+        header = file.metadata()
+    assert header["modelspec.architecture"] == "stable-diffusion-v2-768-v/lora"
+    assert header["modelspec.resolution"] == "768x768"
+    assert header["modelspec.prediction_type"] == "v"

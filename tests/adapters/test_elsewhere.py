@@ -1,5 +1,6 @@
 """What is said of files that other programs take for something else, and what full differences become for them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffgraft.adapters.formats.elsewhere import remarks
 from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec, get_method, read_delta
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases import Base
@@ -53,12 +54,72 @@ def test_what_other_programs_misread_is_said(dialect: str) -> None:
     assert "`--only <zorp> --to webui` writes a word" in said(adapter_of(LORA, tokens=word), dialect)
     norm = FullDelta({"diff": torch.ones(7), "diff_b": torch.ones(7)})
     assert "1 of its modules are norms" in said(adapter_of(norm, path="text_encoder.final_layer_norm"), dialect)
-    assert said(adapter_of(norm, path="unet.conv_norm_out"), dialect) == ""
+    assert said(adapter_of(norm, path="unet.conv_norm_out"), dialect) == (
+        "diffusers reads LoRA alone under these names, and not full differences."
+    )
+
+
+KRON = {"lokr_w1": torch.ones(7, 2), "lokr_t2": torch.ones(3, 3, 3, 3), "lokr_w2_a": torch.ones(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaves", "others"),
+    [
+        (
+            "loha",
+            {
+                f"hada_w{s}": torch.ones(7, 3) if s[-1] == "a" else torch.ones(3, 5)
+                for s in ("1_a", "1_b", "2_a", "2_b")
+            },
+            "",
+        ),
+        (
+            "lokr",
+            {**KRON, "lokr_w2_b": torch.ones(3, 5)},
+            "hold a LoKr in its Tucker variant, with which ComfyUI fails",
+        ),
+        ("ia3", {"weight": torch.ones(7), "on_input": torch.tensor(0)}, "hold (IA)³, which webui or ComfyUI does not"),
+        (
+            "oft",
+            {"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(8, 1)},
+            "a rescaling, which ComfyUI leaves away",
+        ),
+        ("oft-inputs", {"oft_R": torch.ones(2, 3)}, "hold OFT of inputs, which webui or ComfyUI does not read"),
+    ],
+)
+def test_what_is_said_of_other_kinds_is_what_webui_s_files_are_refused_for(
+    kind: str, leaves: dict[str, torch.Tensor], others: str, tmp_path: Path
+) -> None:
+    adapter = adapter_of(read_delta(kind, leaves, 1.0), metadata={"base": {"family": "sd1"}})
+    assert "diffusers reads LoRA alone under these names" in said(adapter, "kohya")
+    assert others in said(adapter, "kohya")
+    if others:
+        with pytest.raises(DiffgraftError, match=re.escape(others.removeprefix("hold "))):
+            adapter.save(tmp_path / "a.safetensors", "webui")
+    else:
+        adapter.save(tmp_path / "a.safetensors", "webui")
+
+
+def test_a_bias_beside_a_lora_and_half_an_attention_of_openclip_are_left_out_by_webui(tmp_path: Path) -> None:
+    beside = Adapter({PATH: (LORA, FullDelta({"diff_b": torch.ones(7)}))}, {"base": {"family": "sd1"}})
+    assert "webui leaves out differences of biases beside other factors" in said(beside, "kohya")
+    half = adapter_of(LORA, path="text_encoder_2.encoder.layers.0.self_attn.q_proj")
+    assert "webui leaves out q_proj of text_encoder_2.encoder.layers.0.self_attn" in said(half, "kohya")
+    for adapter in (beside, half):
+        with pytest.raises(DiffgraftError, match="webui"):
+            adapter.save(tmp_path / "a.safetensors", "webui")
 
 
 def test_what_a_layout_is_not_read_by_is_said() -> None:
-    assert "do not read diffusers' layout: for those use --to kohya" in said(adapter_of(LORA), "diffusers")
-    assert remarks(adapter_of(DoraDelta(LORA, torch.ones(7))), "peft") == []
+    assert "do not read diffusers' layout: they need --to kohya" in said(adapter_of(LORA), "diffusers")
+    assert "do not open peft's folders" in said(adapter_of(DoraDelta(LORA, torch.ones(7))), "peft")
+    assert "No other program reads" in said(adapter_of(LORA), "diffgraft")
+    of_xl = adapter_of(LORA, metadata={"base": {"family": "sdxl"}})
+    assert "webui takes it for an adapter of Stable Diffusion 1.x, and its base is sdxl" in said(of_xl, "lycoris")
+    assert said(of_xl, "kohya") == ""
+    word = Adapter({}, tokens={"<x>": {"text_encoder": torch.ones(1, 8)}})
+    assert "call the word by the file's name, x, and not <x>" in " ".join(remarks(word, "webui", "x"))
+    assert remarks(word, "webui", "<x>") == []
     assert "InvokeAI reads words" in said(Adapter({}, tokens={"x": {"text_encoder": torch.ones(1, 8)}}), "embedding")
     assert remarks(Adapter({}, tokens={"x": {"text_encoder": torch.ones(1, 8)}}), "webui") == []
 
@@ -66,7 +127,7 @@ def test_what_a_layout_is_not_read_by_is_said() -> None:
 def test_converting_says_it(tmp_path: Path) -> None:
     file = adapter_of(DoraDelta(LORA, torch.ones(7))).save(tmp_path / "a.safetensors", "diffgraft")
     assert any("webui and InvokeAI" in one for one in convert(file, tmp_path / "b.safetensors", "kohya").remarks)
-    assert any("use --to kohya" in one for one in convert(file, tmp_path / "c.safetensors", "auto").remarks)
+    assert any("they need --to kohya" in one for one in convert(file, tmp_path / "c.safetensors", "auto").remarks)
 
 
 @pytest.fixture(scope="module")

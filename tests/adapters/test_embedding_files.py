@@ -13,6 +13,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.errors import DiffgraftError
 
 ONE, TWO = torch.randn(2, 20, generator=torch.Generator().manual_seed(1)), torch.arange(56.0).view(2, 28)
+BIG = torch.arange(2560.0).view(2, 1280)
 FIRST, SECOND = "text_encoder", "text_encoder_2"
 
 
@@ -25,6 +26,8 @@ FIRST, SECOND = "text_encoder", "text_encoder_2"
         ({"clip_l": ONE, "clip_g": TWO}, {"zorp": {FIRST: ONE, SECOND: TWO}}),
         ({"clip_l": ONE}, {"zorp": {FIRST: ONE}}),
         ({"clip_g": TWO}, {"zorp": {SECOND: TWO}}),
+        ({"<dog>": BIG}, {"<dog>": {SECOND: BIG}}),
+        ({"emb_params": BIG}, {"zorp": {SECOND: BIG}}),
         ({"text_encoders_0": ONE, "text_encoders_1": TWO}, {"zorp": {FIRST: ONE, SECOND: TWO}}),
         ({"text_encoders_1": TWO}, {"zorp": {SECOND: TWO}}),
         ({"<dog>": ONE}, {"<dog>": {FIRST: ONE}}),
@@ -98,6 +101,7 @@ def test_words_that_an_adapter_file_brings_along(tmp_path: Path) -> None:
         ({"emb_params": ONE, "emp_params": ONE + 1}, "holds a second set of vectors of the word 'zorp' for text_enc"),
         ({"emb_params": ONE[None]}, r"emb_params is \[1, 2, 20\] of torch.float32, which is no list of vectors"),
         ({"emb_params": ONE.long()}, "holds emb_params as int64"),
+        ({"clip_l": ONE, "clip_g": TWO, "t5xxl": ONE + 1}, "its key t5xxl is for no text encoder that is known here"),
         ({"emb_params": ONE, "unet.conv": ONE + 1}, "its key unet.conv is none of a textual inversion file"),
     ],
 )

@@ -14,9 +14,13 @@ from safetensors.torch import save_file
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.compare import compare
-from diffgraft.adapters.ops.inspect import inspect
+from diffgraft.adapters.ops.glance import glance
+from diffgraft.adapters.ops.inspect import _largest_entry, inspect
+from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -147,3 +151,98 @@ def test_what_a_base_cannot_hold_is_not_written_into_it(base: Base) -> None:
     text = json.dumps(inspect(huge).as_json(), allow_nan=False)
     assert PATH in text
     assert module.norm is not None
+
+
+NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("leaves", "said"),
+    [
+        (
+            {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (7, 2), "hada_w2_b": (2, 8)},
+            "and the others [7, 8]",
+        ),
+        (
+            {"hada_w1_a": (6, 2), "hada_w1_b": (2, 8), "hada_w2_a": (6, 3), "hada_w2_b": (2, 8)},
+            "which make no product",
+        ),
+        ({"lokr_w1": (2, 4), "lokr_w2_a": (3, 2), "lokr_w2_b": (1, 2)}, "not for a weight of one shape"),
+        ({"lokr_w1_a": (2, 3), "lokr_w1_b": (2, 4), "lokr_w2": (3, 2)}, "not for a weight of one shape"),
+        ({"lokr_w1": (4,), "lokr_w2": (3, 2)}, "the factors of a LoKr are matrices, and these are not"),
+    ],
+)
+def test_factors_that_do_not_fit_each_other(leaves: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    """They alone do not tell the shape of their layer, but that no layer is meant."""
+    save_file({f"{NAME}.{name}": torch.ones(shape) for name, shape in leaves.items()}, tmp_path / "x.safetensors")
+    assert said in answer(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("rank", [2, 9])
+def test_what_is_beyond_float32_comes_near_nothing(rank: int) -> None:
+    adapter = Adapter({PATH: (low_rank(torch.full((rank, 5), 3e38), torch.full((7, rank), 3e38)),)})
+    assert json.dumps(inspect(adapter).as_json(), allow_nan=False)
+    with pytest.raises(DiffgraftError, match="beyond the largest number of float32"):
+        resize(adapter, Size(rank=1))
+
+
+def test_scales_of_eight_bits_and_long_names(tmp_path: Path) -> None:
+    down = torch.arange(6.0).view(2, 3)
+    tensors = {
+        f"{NAME}.lora_down.weight": down.to(torch.float8_e4m3fn),
+        f"{NAME}.lora_down.weight_scale": torch.tensor(2.0).to(torch.float8_e5m2),
+        f"{NAME}.lora_up.weight": torch.ones(5, 2),
+        f"{NAME}.dora_scale": torch.tensor([[0.5, 1.0, 2.0]]).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    (delta,) = next(iter(load_adapter(tmp_path / "x.safetensors").deltas.values()))
+    assert torch.equal(delta.leaves["lora_down"], 2 * down)
+    assert torch.equal(delta.leaves["dora_scale"].float(), torch.tensor([[0.5, 1.0, 2.0]]))
+    save_file({"A" * 3000: torch.ones(2), "B" * 3000: torch.ones(3)}, tmp_path / "long.safetensors")
+    assert len(answer(tmp_path / "long.safetensors")) < 600
+    header = {"diffgraft": json.dumps({"method": "lora"})}
+    flat = {f"{NAME}.lora_down.weight": torch.tensor(1.0), f"{NAME}.lora_up.weight": torch.ones(5, 2)}
+    save_file(flat, tmp_path / "flat.safetensors", header)
+    assert glance(tmp_path / "flat.safetensors") is None
+
+
+def test_small_files_that_stand_for_vast_matrices(tmp_path: Path) -> None:
+    """What needs the whole matrix refuses it; what works on the factors goes on."""
+    far = 25_000
+    one = "lora_unet_mid_block_resnets_0_conv1"
+    kron = {"lokr_w1": torch.ones(100, 99), "lokr_t2": torch.ones(1, 1, 3, 3)}
+    kron |= {"lokr_w2_a": torch.ones(1, 80), "lokr_w2_b": torch.ones(1, 80)}
+    save_file({f"{one}.{name}": leaf for name, leaf in kron.items()}, tmp_path / "kron.safetensors")
+    before = megabytes()
+    adapter = load_adapter(tmp_path / "kron.safetensors")
+    for attempt in (lambda: resize(adapter, Size(rank=1)), lambda: combine([("a", adapter, 1.0)])):
+        with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
+            attempt()
+    sparse = {"lora_down.weight": torch.ones(1, far), "lora_up.weight": torch.ones(far, 1)}
+    sparse |= {"bias_indices": torch.zeros(2, 1).long(), "bias_values": torch.ones(1)}
+    sparse |= {"bias_size": torch.tensor([far, far])}
+    save_file({f"{NAME}.{name}": leaf for name, leaf in sparse.items()}, tmp_path / "sparse.safetensors")
+    assert "its sparse rest is for a matrix of [25000, 25000]" in answer(tmp_path / "sparse.safetensors")
+    both = {f"{NAME}.{name}": sparse[name] for name in ("lora_down.weight", "lora_up.weight")}
+    other = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
+    both |= {f"{other}.lokr_w1": torch.ones(200, 200), f"{other}.lokr_w2": torch.ones(125, 125)}
+    save_file(both, tmp_path / "both.safetensors")
+    with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
+        load_adapter(tmp_path / "both.safetensors").save(tmp_path / "new.safetensors", "kohya")
+    assert megabytes() - before < 500
+
+
+def test_the_largest_entry_of_lokr_is_that_of_its_matrix() -> None:
+    """Of 25,000 × 25,000 entries, none of which is formed."""
+    one, two = torch.full((250, 250), 3.0), torch.full((100, 100), 2e5)
+    one[3, 5] = -7.0
+    before = megabytes()
+    (delta,) = (read_delta("lokr", {"lokr_w1": one, "lokr_w2": two}, None),)
+    assert _largest_entry(delta, (25_000, 25_000)) == 1.4e6
+    assert megabytes() - before < 100
+
+
+def test_commands_to_terminals_in_names_are_written_out(tmp_path: Path) -> None:
+    for key in ("diffusion_model.\x1b[31mdouble.lora_A.weight", f"{NAME}.\x1b]0;x\x07", "\x1b[2Jx.y"):
+        save_file({key: torch.ones(2, 3)}, tmp_path / "x.safetensors")
+        assert answer(tmp_path / "x.safetensors").isprintable()

@@ -20,6 +20,8 @@ from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
+from diffgraft.adapters.ops.glance import glance
+from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases.original import Blocks
 from diffgraft.bases.shapes import layer_shapes
@@ -94,8 +96,60 @@ def test_the_same_numbers_under_two_names_count_once_and_what_is_no_sum_is_refus
     want = product(pair(one, 1), one)
     assert np.abs(effect(adapter, "text_encoder.encoder.layers.0.mlp.fc2", 14, 10) - want).max() < 1e-5
     dora = {**pair(one, 1), **pair(two, 5), f"{two}.dora_scale": filled(3, 14, 1).abs()}
-    with pytest.raises(DiffgraftError, match="twice, under two names, and one of them is DoRA"):
+    with pytest.raises(DiffgraftError, match="2 times, under different names, and one of them is DoRA"):
         load_adapter(written(tmp_path / "dora.safetensors", dora))
+
+
+THREE = (
+    f"lora_unet_{flat(MIDDLE)}",
+    "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q",
+    f"lycoris_{flat(MIDDLE)}",
+)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1, 5), (1, 5, 1), (5, 1, 1), (1, 5, 9)])
+def test_of_three_names_each_different_one_counts_once(tmp_path: Path, seeds: tuple[int, int, int]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, seed in zip(THREE, seeds, strict=True):
+        tensors |= pair(name, seed, rank=1 + seed)
+    adapter = load_adapter(written(tmp_path / "three.safetensors", tensors))
+    want = sum(product(tensors, name) for name, seed in dict(zip(THREE, seeds, strict=True)).items() if seed != 1)
+    want = want + product(pair(THREE[0], 1, rank=2), THREE[0])
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
+    assert "modules  1 in unet" in summary(inspect(adapter))
+    kohyas = written(tmp_path / "headed.safetensors", tensors, ss_base_model_version="sd_v1")
+    assert glance(kohyas) is None  # names alone would count three
+
+
+def test_a_copy_in_another_precision_or_as_a_convolution_is_a_copy(tmp_path: Path) -> None:
+    one, two = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_middle_block_1_proj_in"
+    linear = pair(one, 1)
+    as_kernel = {
+        key.replace(one, two): value[:, :, None, None].float() if value.ndim else value.clone()
+        for key, value in linear.items()
+    }
+    adapter = load_adapter(written(tmp_path / "x.safetensors", {**linear, **as_kernel}))
+    got = effect(adapter, "unet.mid_block.attentions.0.proj_in", 14, 10)
+    assert np.abs(got - product(linear, one)).max() < 1e-5
+
+
+def test_two_loras_whose_factors_have_axes_of_one_to_spare_stand_side_by_side(tmp_path: Path) -> None:
+    spare = pair(THREE[1], 5)
+    spare[f"{THREE[1]}.lora_up.weight"] = spare[f"{THREE[1]}.lora_up.weight"][:, :, None]
+    both = written(tmp_path / "x.safetensors", {**pair(THREE[0], 1), **spare})
+    done = convert(both, tmp_path / "y.safetensors", "kohya")
+    want = product(pair(THREE[0], 1), THREE[0]) + product(spare, THREE[1])
+    assert np.abs(effect(load_adapter(done.path), f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5
+
+
+def test_two_names_for_layers_of_two_shapes_are_refused(tmp_path: Path) -> None:
+    shapes = written(tmp_path / "shapes.safetensors", {**pair(THREE[0], 1), **pair(THREE[1], 5, out=12)})
+    with pytest.raises(DiffgraftError, match="the 2 changes under different names of"):
+        load_adapter(shapes)
+    kron = {f"{name}.lokr_w1": filled(1, side, 2) for name, side in zip(THREE[:2], (7, 5), strict=True)}
+    kron |= {f"{name}.lokr_w2": filled(2, 2, 5) for name in THREE[:2]}
+    with pytest.raises(DiffgraftError, match="not for a weight of one shape"):
+        load_adapter(written(tmp_path / "kron.safetensors", kron))
 
 
 def small_unet(layers: int) -> Any:
@@ -260,6 +314,9 @@ def test_biases_and_sparse_rests_stand_beside_a_lora(tmp_path: Path) -> None:
         load_adapter(written(tmp_path / "s.safetensors", sparse)), "unet.mid_block.resnets.0.conv1", 14, 10, 3, 3
     )
     assert np.abs(found - want).max() < 1e-5
+    size = f"{name}.bias_size"  # in a file that was cast to another precision as a whole
+    cast = load_adapter(written(tmp_path / "cast.safetensors", {**sparse, size: sparse[size].float()}))
+    assert np.abs(effect(cast, "unet.mid_block.resnets.0.conv1", 14, 10, 3, 3) - want).max() < 1e-5
 
 
 def test_names_and_leaves_of_onetrainer(tmp_path: Path) -> None:
@@ -275,6 +332,13 @@ def test_names_and_leaves_of_onetrainer(tmp_path: Path) -> None:
     )
     found = effect(adapter, "unet.mid_block.resnets.0.conv_shortcut", 14, 10, 1, 1)
     assert np.abs(found - one * two).max() < 1e-5
+    shapes = {"lokr_w1": (7, 2, 1, 1), "lokr_w2_a": (2, 3, 1, 1), "lokr_w2_b": (3, 5, 1, 1)}
+    kron = {f"{conv}.{leaf}": filled(n, *shape) for n, (leaf, shape) in enumerate(shapes.items())}
+    found = effect(
+        load_adapter(written(tmp_path / "k.safetensors", kron)), "unet.mid_block.resnets.0.conv_shortcut", 14, 10
+    )
+    w1, a, b = (leaf.flatten(1).double().numpy() for leaf in kron.values())
+    assert np.abs(found - np.kron(w1, a @ b)).max() < 1e-5
     assert "text_encoder_2.encoder.layers.0.mlp.fc1" in adapter.deltas
 
     dora = {
@@ -350,7 +414,7 @@ def test_an_infinite_alpha_of_whole_factors_means_nothing(tmp_path: Path) -> Non
     found = effect(adapter, f"unet.{MIDDLE}", 14, 10)
     assert np.abs(found - np.kron(one.double().numpy(), two.double().numpy())).max() < 1e-5
     lora = {**pair(name, 1), f"{name}.alpha": torch.tensor(float("inf"))}
-    with pytest.raises(DiffgraftError, match="alpha, which is no number"):
+    with pytest.raises(DiffgraftError, match="which is no finite number"):
         load_adapter(written(tmp_path / "lora.safetensors", lora))
 
 
@@ -391,3 +455,53 @@ def test_a_base_for_inpainting_has_another_first_layer(tmp_path: Path) -> None:
     assert found.dropped == ("unet.conv_in.weight",)
     want = (filled(4, 14, 1).double() @ filled(5, 1, 10).double()).numpy()
     assert np.abs(effect(found.adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-4
+
+
+def test_keys_of_a_checkpoint_s_names_are_those_of_an_adapter_where_they_end_so(tmp_path: Path) -> None:
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q"
+    adapter = load_adapter(written(tmp_path / "x.safetensors", pair(name, 1)))
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - product(pair(name, 1), name)).max() < 1e-5
+    with pytest.raises(DiffgraftError, match="is a whole checkpoint and no adapter"):
+        load_adapter(written(tmp_path / "y.safetensors", {f"{name}.weight": filled(1, 14, 10)}))
+
+
+@pytest.mark.parametrize("name", ["default", "default_0", "dog-1"])
+def test_names_of_adapters_in_memory_are_left_out_of_keys(tmp_path: Path, name: str) -> None:
+    tensors = {
+        f"unet.{MIDDLE}.lora_A.{name}.weight": filled(1, 2, 10),
+        f"unet.{MIDDLE}.lora_B.{name}.weight": filled(2, 14, 2),
+    }
+    adapter = load_adapter(written(tmp_path / "x.safetensors", tensors))
+    want = filled(2, 14, 2).double() @ filled(1, 2, 10).double()
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("leaf", ["magnitude", "dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
+@pytest.mark.parametrize("factors", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_lengths_beside_diffusers_factors_leave_the_alpha_of_the_header(
+    tmp_path: Path, leaf: str, factors: tuple[str, str]
+) -> None:
+    down, up, lengths = filled(1, 2, 10), filled(2, 14, 2), filled(3, 14).abs()
+    path = f"unet.{MIDDLE}"
+    tensors = {f"{path}.{factors[0]}.weight": down, f"{path}.{factors[1]}.weight": up, f"{path}.{leaf}": lengths}
+    config = json.dumps({"unet.r": 2, "unet.lora_alpha": 1})
+    adapter = load_adapter(written(tmp_path / "x.safetensors", tensors, lora_adapter_metadata=config))
+    weight = filled(4, 14, 10)
+    v = weight.double().numpy() + 0.5 * (up.double() @ down.double()).numpy()
+    want = lengths.double().numpy()[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True)
+    got, _ = adapter.deltas[path][0].apply(weight, None, 1.0)
+    assert np.abs(got.double().numpy() - want).max() < 1e-5
+
+
+def test_an_alpha_that_is_no_number_is_refused_where_it_means_something(tmp_path: Path) -> None:
+    name = "lora_unet_" + flat(MIDDLE)
+    with pytest.raises(DiffgraftError, match="its alpha is inf, which is no finite number"):
+        load_adapter(written(tmp_path / "x.safetensors", {**pair(name, 1), f"{name}.alpha": torch.tensor(1e5).half()}))
+    whole = {
+        f"{name}.lokr_w1": filled(1, 7, 2),
+        f"{name}.lokr_w2": filled(2, 2, 5),
+        f"{name}.alpha": torch.tensor(np.nan),
+    }
+    adapter = load_adapter(written(tmp_path / "y.safetensors", whole))
+    want = np.kron(filled(1, 7, 2).double().numpy(), filled(2, 2, 5).double().numpy())
+    assert np.abs(effect(adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-5

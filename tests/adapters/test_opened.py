@@ -40,6 +40,30 @@ def test_the_words_of_webui(tmp_path: Path) -> None:
     assert set(load_adapter(tmp_path / "xl.pt").tokens["xl"]) == {"text_encoder", "text_encoder_2"}
 
 
+def test_pickled_weights_of_kohya(tmp_path: Path) -> None:
+    """A plain number as alpha, numbers of 8 bits, and a tensor under two names."""
+    down, up = torch.arange(6.0).view(2, 3), torch.ones(5, 2)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    held = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": 1}
+    for content in (
+        held,
+        {key: value.to(torch.float8_e4m3fn) if key[-6:] != ".alpha" else 1.0 for key, value in held.items()},
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        (delta,) = next(iter(load_adapter(tmp_path / "x.pt").deltas.values()))
+        assert delta.alpha == 1.0
+        assert torch.equal(delta.leaves["lora_down"].float(), down)
+    torch.save({"<a>": up, "<b>": up}, tmp_path / "words.pt")
+    assert torch.equal(load_adapter(tmp_path / "words.pt").tokens["<b>"]["text_encoder"], up)
+
+
+def test_the_first_words_of_textual_inversion(tmp_path: Path) -> None:
+    vectors = torch.randn(2, 20)
+    params = [nn.ParameterDict({"*": nn.Parameter(vectors + number)}) for number in range(2)]
+    torch.save({"string_to_param": params[0], "placeholder_string_to_token": params[1]}, tmp_path / "zorp.pt")
+    assert torch.equal(load_adapter(tmp_path / "zorp.pt").tokens["zorp"]["text_encoder"], vectors)
+
+
 def _webui(width: int, structure: list[int], activation: nn.Module | None, last: bool, norm: bool) -> nn.Sequential:
     """The layers in webui's order: linear, activation, layer norm, dropout."""
     layers: list[nn.Module] = []
