@@ -101,7 +101,7 @@ def train(
             if accelerator.is_main_process:
                 sweep(folder)
             if run is None:
-                if accelerator.is_main_process:
+                if accelerator.is_main_process and not done:  # a run that goes on keeps its recipe until all is checked
                     save_recipe(plan, folder / "recipe.yaml")
                 run = learn(plan, held, folder, accelerator, read, start, changed=changed)
             if accelerator.is_main_process and not run.before_after.exists():

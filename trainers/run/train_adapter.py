@@ -23,6 +23,7 @@ from diffgraft.trainers.objectives.batch import SampleStream
 from diffgraft.trainers.objectives.objective import ObjectiveInputs
 from diffgraft.trainers.objectives.registry import new_objective
 from diffgraft.trainers.planning.prediction_check import odd_prediction
+from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.fingerprint import identity_of
@@ -98,6 +99,8 @@ def learn(
             Trial(plan.validation, held.loss, lambda: keep(folder / "best.safetensors")) if held else None,
             changed=changed,
         )
+        if lead:
+            save_recipe(plan, folder / "recipe.yaml")
         metrics = loop.run()
         adapter = learnt()
     run = Run(folder, plan, by_step(metrics))
