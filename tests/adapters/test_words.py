@@ -160,8 +160,9 @@ def test_a_word_that_two_files_teach_alike_is_taught_once(base: Base, tmp_path: 
     """As pivotal tuning leaves its word in two files; with other vectors it cannot be meant."""
     held = attach(base, "pivotal")
     shake(held, 1)
-    both, tokenizer = held.adapter({}), base.tokenizer
+    both = held.adapter({})
     held.detach()
+    tokenizer = base.tokenizer
     whole, word = both.save(tmp_path / "adapter.safetensors"), replace(both, deltas={}).save(tmp_path / "w.safetensors")
     with graft(base, {whole: 1.0}):
         wanted = states(base, f"a {WORD} on the beach")

@@ -54,7 +54,7 @@ def _sizes(recipe: Recipe, base: Base, learnt: Sequence[Item]) -> Iterator[str]:
     if base.name == _TOY and shown > _BEYOND * own:
         yield (
             f"`{_TOY}` is a toy of {own} pixels for trying and tests: photographs become a blur there. For pictures of "
-            "your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-subject."
+            f"your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-{recipe.task}."
         )
 
 

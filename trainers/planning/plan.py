@@ -28,6 +28,7 @@ from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.init_from import Start, read_start
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
+from diffgraft.trainers.runtime.shards import check_shards
 from diffgraft.trainers.training_data.build import Item, collect, prior_of, side_of, split, step_of
 from diffgraft.trainers.training_data.concepts import Read, read_concepts
 from diffgraft.trainers.training_data.prompts import captions_of
@@ -191,4 +192,6 @@ def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     plan = recipe_with(recipe, with_folders(settings))
     check_output(plan)
     check_trackers(plan)  # accelerate says less of those that are not there
-    return make_plan(plan, new_accelerator(plan).device, DTYPES[plan.precision])
+    accelerator = new_accelerator(plan)
+    check_shards(plan, accelerator)
+    return make_plan(plan, accelerator.device, DTYPES[plan.precision])

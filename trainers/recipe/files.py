@@ -147,7 +147,7 @@ def _read(name: str | Path) -> dict[str, Any]:
     elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
         text = _text_of(Path(name))
     else:
-        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
+        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), shipped)}")
     values = _parsed(name, text)
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
