@@ -162,7 +162,7 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
 
 METHOD = Method(
     name="loha",
-    summary="the elementwise product of two low-rank matrices: high rank in a small file",
+    summary="the elementwise product of two low-rank matrices: rank up to r², in a file twice as large",
     attach=attach,
     options=LohaOptions,
     layers="all",

@@ -1,4 +1,4 @@
-"""Pivotal tuning: a new word and weights learn together, and go into one file.
+"""Pivotal tuning: a new word and weights learn together, and go into one file (the word, into one beside it as well).
 
 The word takes what is a matter of naming, the weights what no word can say (Roich et al. 2021, arXiv:2106.05744, is
 where the name comes from; cloneofsimo's ``lora`` brought it to diffusion models).
@@ -98,7 +98,7 @@ def _without(options: PivotalOptions) -> Mapping[str, str]:
 
 METHOD = Method(
     name="pivotal",
-    summary="a new word and weights together, in one file",
+    summary="a new word and weights together; the word is saved in a file of its own, too",
     attach=AttachedPivotal,
     options=PivotalOptions,
     teaches_word=True,

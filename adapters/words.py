@@ -59,13 +59,15 @@ def _pattern(word: str) -> str:
     return f"(?i){before}{re.escape(text)}{after}"
 
 
+def _is_taught(tokenizer: Any, word: str) -> bool:
+    """Whether it is written out as tokens that were added to the tokenizer."""
+    return set(tokenizer.tokenize(word)) <= set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
+
+
 def _is_known(tokenizer: Any, word: str) -> bool:
-    """Whether it is one token already, on its own or with a mark that a word ends (or begins) there, or was taught."""
+    """Whether it is one token of the vocabulary, on its own or with a mark that a word ends (or begins) there."""
     tokens = tokenizer.tokenize(word)
-    taught = set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
-    return (
-        word in tokenizer.get_vocab() or set(tokens) <= taught or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
-    )
+    return word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
 
 
 class GrownTable(nn.Module):
@@ -126,6 +128,10 @@ class TaughtWords:
         for word, vectors in words.items():
             if part not in vectors:
                 raise DiffgraftError(f"The word {word!r} has no vectors for {part}, and others of the file have.")
+            if _is_taught(tokenizer, word):
+                raise DiffgraftError(
+                    f"The word {word!r} is taught already, by an adapter that is applied here: remove that one first."
+                )
             if _is_known(tokenizer, word):
                 raise DiffgraftError(f"The word {word!r} is known to the base already. Choose one like '<{word}>'.")
             if alike[word.casefold()] > 1:

@@ -1,7 +1,5 @@
 """From a name to a base: the embedded one, a diffusers folder, a hub id, or a single checkpoint file."""
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from diffgraft.bases.quantized import Quantize, quantized
 from diffgraft.bases.sd1 import StableDiffusion1
 from diffgraft.bases.sd2 import StableDiffusion2
 from diffgraft.bases.sdxl import StableDiffusionXL
+from diffgraft.bases.stated import Stated, copy_of, read_stated, write_stated
 from diffgraft.bases.stored import FLOATS, files_of_part, precision
 from diffgraft.bases.taiyi import Taiyi
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
@@ -127,6 +126,8 @@ class SingleFile:
     """What the UNet takes"""
     told: dict[str, Any]
     """`prediction_type` and `zero_snr`, as far as it tells"""
+    stated: Stated
+    """What of its configuration is not the family's, as files that were written here say it"""
 
     @property
     def pipeline(self) -> Any:
@@ -159,7 +160,7 @@ def read_single_file(path: Path, family: str | None = None) -> SingleFile:
             keys = set(file.keys())
             name = _family_of(path, keys, family)
             channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
-            return SingleFile(name, channels, told_by(name, file, keys))
+            return SingleFile(name, channels, told_by(name, file, keys), read_stated(path, file.metadata() or {}))
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
 
@@ -174,7 +175,7 @@ def _from_file(path: Path, family: str | None) -> Any:
         more["dtype"] = dtypes.pop()
     _check_names(path, found)
     try:
-        with configuration(CONFIGS / found.family, found.channels) as config:
+        with configuration(found) as config:
             pipe = found.pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
     except Exception as error:  # the loader raises whatever its parsing stumbles over
         raise DiffgraftError(
@@ -190,7 +191,7 @@ def _check_names(path: Path, found: SingleFile) -> None:
     Raises:
         DiffgraftError: a weight is missing, has another shape, or belongs to a UNet of another configuration.
     """
-    with configuration(CONFIGS / found.family, found.channels) as folder:
+    with configuration(found) as folder:
         pipe = pipeline_of(folder, PIPELINES, "nowhere", found.tokenizers())
     family = FAMILIES[found.family]
     wanted = {
@@ -218,15 +219,15 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @contextmanager
-def configuration(folder: Path, channels: int) -> Iterator[Path]:
-    """The family's configuration, of a UNet that takes so many channels."""
-    if channels == 4:
+def configuration(found: SingleFile) -> Iterator[Path]:
+    """A folder with the family's configuration, and what the file says of its own laid over it."""
+    folder = CONFIGS / found.family
+    if found.channels == 4 and not found.stated:
         yield folder
         return
     with TemporaryDirectory() as name:
-        copy = Path(shutil.copytree(folder, Path(name) / folder.name))
-        config = json.loads((copy / "unet" / "config.json").read_text("utf-8"))
-        (copy / "unet" / "config.json").write_text(json.dumps({**config, "in_channels": channels}), "utf-8")
+        copy = copy_of(folder, Path(name))
+        write_stated(copy, found.stated, found.channels)
         yield copy
 
 

@@ -6,7 +6,7 @@ import torch
 
 from diffgraft.bases.base import Base, inpainting
 from diffgraft.bases.folder import pipeline_of
-from diffgraft.bases.loading import CONFIGS, FAMILIES, PIPELINES, configuration, located, read_single_file
+from diffgraft.bases.loading import FAMILIES, PIPELINES, configuration, located, read_single_file
 from diffgraft.bases.prediction import scheduled
 from diffgraft.errors import DiffgraftError
 from diffgraft.quiet import hushed
@@ -35,7 +35,7 @@ def outline(
     with hushed():
         if path.is_file():
             file = read_single_file(path)
-            with configuration(CONFIGS / file.family, file.channels) as folder:
+            with configuration(file) as folder:
                 pipe = pipeline_of(folder, PIPELINES, "nowhere", tokenizers=file.tokenizers())
             pipe.scheduler = scheduled(pipe.scheduler, **file.told)
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffgraft.bases.base import PARTS
 from diffgraft.bases.loading import CONFIGS, FAMILIES, TINY
 from diffgraft.bases.original import LEVELS, UNET, Blocks, is_open_clip, our_open_clip_names
+from diffgraft.bases.stated import read_stated
 from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
 
@@ -122,7 +123,8 @@ def _add_single_file(weights: Weights, path: Path) -> None:
         if not starts or not all(any(key.startswith(start) for key in keys) for start in starts.values()):
             continue
         for part, start in starts.items():
-            layers = _layers(family.name, part)
+            said = read_stated(path, held.metadata() or {}).get(part, {})
+            layers = said.get("num_hidden_layers", _layers(family.name, part))
             for key in keys:
                 if key.startswith(start):
                     _add_text(weights, held, part, key, start, layers)

@@ -73,7 +73,7 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
     Raises:
         DiffgraftError: a word is something else; of options in other tools' manner it says how they are written here.
     """
-    out = {}
+    out: dict[str, str] = {}
     for place, word in enumerate(words):
         if word.startswith("-"):
             option, equals, value = word.lstrip("-").partition("=")
@@ -82,7 +82,14 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
             raise DiffgraftError(f"Settings have no dashes: write {_named(option)}={value} in the place of {word}.")
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise DiffgraftError(f"{word!r} is no setting: write key=value, such as steps=300 or images=my_dog/.")
+            hint = ""
+            if place and words[place - 1].endswith("="):
+                hint = f" After {words[place - 1]} there is a blank: write {words[place - 1]}{word} without it."
+            raise DiffgraftError(
+                f"{word!r} is not a setting: write key=value, such as steps=300 or images=my_dog/.{hint}"
+            )
+        if key in out:
+            raise DiffgraftError(f"{key} is given twice, as {key}={out[key]} and {key}={value}: leave one out.")
         out[key] = value
     return out
 

@@ -45,6 +45,18 @@ PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction,
 ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
 
 
+def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
+    """Raises DiffgraftError where the first word is a setting, as the recipe was forgotten or comes later."""
+    if "=" not in recipe or recipe.startswith("-") or Path(recipe).is_file():
+        return
+    from diffgraft.errors import DiffgraftError
+
+    names = [word for word in settings if "=" not in word and not word.startswith("-")]
+    others = [word for word in (recipe, *settings) if word not in names[:1]]
+    said = " ".join([command, *(names[:1] or ["subject"]), *others])
+    raise DiffgraftError(f"The recipe comes first: diffgraft {said} (`diffgraft recipes` lists them).")
+
+
 PROGRESS = typer.Option(help="How progress is shown on the error output: auto, bars, lines, json or none.")
 _SETTINGS = {"ignore_unknown_options": True}
 """What looks like an option of another tool comes among the settings, where its name here can be told"""
@@ -76,6 +88,10 @@ def train(
     words = [word for word in (recipe, *(settings or [])) if word]
     if resume is None and not recipe:
         raise DiffgraftError("Name a recipe: `diffgraft recipes` lists them; or --resume the folder of a run.")
+    if resume is None:
+        _check_recipe_first("train", recipe, settings or [])
+    elif recipe and not recipe.startswith("-") and "=" not in recipe:
+        raise DiffgraftError(f"--resume takes no recipe, as {resume} has its own: leave {recipe!r} out.")
     if changed and resume is None:
         raise DiffgraftError("--changed is said of an earlier run: add --resume and its folder.")
     given = key_values(words if resume is not None else words[1:])
@@ -118,6 +134,8 @@ def plan(
 
     For example: diffgraft plan sd15-subject base=path/to/stable-diffusion-v1-5 images=my_dog/ subject=dog
     """
+    _check_recipe_first("plan", recipe, settings or [])
+
     from diffgraft.cli.console import key_values
     from diffgraft.trainers.planning.plan import planned
 

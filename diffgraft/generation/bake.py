@@ -10,8 +10,10 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import leveled
 from diffgraft.bases import Base
+from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.original import layers_in_block, original_weights
 from diffgraft.bases.prediction import marks
+from diffgraft.bases.stated import stated_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
 from diffgraft.generation.graft import Grafts, graft
@@ -53,7 +55,8 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
             weights = {name: value.detach().contiguous() for name, value in original_weights(base).items()}
             weights |= marks(base.family.name, base.prediction_type, base.zero_snr)
             predicts = "v" if base.prediction_type == "v_prediction" else "epsilon"
-            return write_safetensors(path, weights, {"format": "pt", "modelspec.prediction_type": predicts})
+            said = stated_of(base, CONFIGS / base.family.name)
+            return write_safetensors(path, weights, {"format": "pt", "modelspec.prediction_type": predicts, **said})
         return _write_folder(base, path)
 
 

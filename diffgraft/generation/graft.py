@@ -4,6 +4,7 @@ Quantised weights cannot take a merge, as it would be lost in rounding; there th
 stand for and the adapters over it.
 """
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -31,6 +32,9 @@ from diffgraft.errors import DiffgraftError, nearest
 
 Grafts = Mapping[Any, Strength]
 """A file's path, a run or an `Adapter` → its strength or strengths. (`Mapping` is invariant in its key: `Any`.)"""
+
+Words = Mapping[str, Mapping[str, Tensor]]
+"""Word → text encoder → vectors [n, width]"""
 
 _LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
 """The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
@@ -77,7 +81,7 @@ class Graft:
             raise DiffgraftError(f"{adapters!r} are no adapters with strengths: write {{FILE: 0.8, OTHER: 0.5}}.")
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
         networks: list[tuple[str, Network, float]] = []
-        words: list[tuple[str, Mapping[str, Mapping[str, Tensor]]]] = []
+        words: list[tuple[str, Words]] = []
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_in_block(self._target))
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
@@ -93,6 +97,7 @@ class Graft:
             networks += [(name, network, of_networks) for network in adapter.networks if of_networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
+        words = _each_once(words)
         self.remove()
         try:
             for path, (module, steps) in merged.items():
@@ -263,6 +268,39 @@ def _on(device: torch.device, held: Any) -> Any:
     if is_dataclass(held) and not isinstance(held, type):
         return replace(held, **{one.name: _on(device, getattr(held, one.name)) for one in fields(held) if one.init})
     return held
+
+
+def _each_once(files: Sequence[tuple[str, Words]]) -> list[tuple[str, Words]]:
+    """Words by the file that teaches them; a word that a file before has with the same vectors is taught once.
+
+    Pivotal tuning leaves its word both beside its weights and in a file of its own.
+
+    Raises:
+        DiffgraftError: two files teach one word with different vectors.
+    """
+    first: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
+    found: list[tuple[str, Words]] = []
+    for name, words in files:
+        own = {}
+        for word, vectors in words.items():
+            key = unicodedata.normalize("NFC", word).casefold()  # prompts are read without capitals
+            other, known = first.setdefault(key, (name, vectors))
+            if (
+                known is vectors or other == name
+            ):  # of one file, words that differ in capitals alone are told apart later
+                own[word] = vectors
+            elif known.keys() != vectors.keys() or not all(_same(known[part], vectors[part]) for part in known):
+                raise DiffgraftError(
+                    f"{other} and {name} both teach the word {word!r}, with different vectors: leave one of them out, "
+                    "as a prompt can mean one of them only."
+                )
+        if own:
+            found.append((name, own))
+    return found
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.float().cpu(), other.float().cpu())
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:

@@ -1,5 +1,6 @@
 """New words: textual inversion and pivotal tuning, in live bases, in files, and as diffusers reads them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,29 @@ def test_words_and_weights_of_several_files_stack(base: Base) -> None:
     assert base.tokenizer is tokenizer
 
 
+def test_a_word_that_two_files_teach_alike_is_taught_once(base: Base, tmp_path: Path) -> None:
+    """As pivotal tuning leaves its word in two files; with other vectors it cannot be meant."""
+    held = attach(base, "pivotal")
+    shake(held, 1)
+    both = held.adapter({})
+    held.detach()
+    tokenizer = base.tokenizer
+    whole, word = both.save(tmp_path / "adapter.safetensors"), replace(both, deltas={}).save(tmp_path / "w.safetensors")
+    with graft(base, {whole: 1.0}):
+        wanted = states(base, f"a {WORD} on the beach")
+    for files in ({whole: 1.0, word: 1.0}, {word: 1.0, whole: 1.0}):
+        with graft(base, files):
+            assert torch.equal(states(base, f"a {WORD} on the beach"), wanted)
+            assert len(base.tokenizer) == len(tokenizer) + 1
+            with pytest.raises(DiffgraftError, match="taught already, by an adapter that is applied"):
+                graft(base, {word: 1.0})
+    other = replace(both, deltas={}, tokens={WORD.upper(): {"text_encoder": both.tokens[WORD]["text_encoder"] + 1}})
+    odd = other.save(tmp_path / "odd.safetensors")
+    with pytest.raises(DiffgraftError, match=r"adapter.safetensors and .*odd.safetensors both teach the word"):
+        graft(base, {whole: 1.0, odd: 1.0})
+    assert base.tokenizer is tokenizer
+
+
 def test_what_will_not_do_is_told_and_changes_nothing(base: Base) -> None:
     table, tokenizer = base.text_encoder.get_input_embeddings(), base.tokenizer
     with pytest.raises(DiffgraftError, match="'dog</w>' is known"):
@@ -251,7 +275,7 @@ def test_two_words_that_differ_in_capitals_alone_are_refused(base: Base) -> None
     with pytest.raises(DiffgraftError, match="'<Zorp>' comes twice, and capitals do not tell words apart"):
         graft(base, {Adapter({}, {}, tokens=both): 1.0})
     one, two = (Adapter({}, {}, tokens={word: found}) for word, found in both.items())
-    with pytest.raises(DiffgraftError, match="'<zorp>' is known to the base already"):
+    with pytest.raises(DiffgraftError, match="'<zorp>' is taught already"):
         graft(base, {one: 1.0, two: 1.0})
 
 

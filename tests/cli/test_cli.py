@@ -81,7 +81,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["train"], "Name a recipe"),
         (["train", "subjcet"], "did you mean 'subject'"),
         (["train", "subject", "subject=dog", "imags=x"], "did you mean 'images'"),
-        (["train", "subject", "steps"], "is no setting: write key=value"),
+        (["train", "subject", "steps"], "is not a setting: write key=value"),
         (["train", "subject", "subject=dog", "images=/none"], "does not exist"),
         (["train", "--resume", "/none"], "no run to resume"),
         (["train", "subject", "resume=x"], "--resume x"),

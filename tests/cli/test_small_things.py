@@ -84,3 +84,21 @@ def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -
     assert process.returncode == 1
     assert f"Go on with: diffgraft train --resume {tmp_path / 'run'}" in told
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["plan", "subject", "images=a", "subject=dog", "images=b"], "images is given twice, as images=a and images=b"),
+        (["plan", "subject", "images=", "my_dog/"], "After images= there is a blank: write images=my_dog/ without it"),
+        (["plan", "images=a", "subject=dog"], "The recipe comes first: diffgraft plan subject images=a subject=dog"),
+        (["train", "images=a", "style"], "The recipe comes first: diffgraft train style images=a"),
+        (["train", "subject", "--resume", "runs/x"], "--resume takes no recipe, as runs/x has its own"),
+        (["train", "--resume", "runs/x"], "There is no run to resume in runs/x"),
+    ],
+)
+def test_words_in_another_order_than_they_are_read_are_told(
+    words: list[str], answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *words) == 1
+    assert answer in capsys.readouterr().err

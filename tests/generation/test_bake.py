@@ -10,9 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.bases import Base, load_base, loading
+from diffgraft.bases import Base, load_base
+from diffgraft.bases.outline import outline
+from diffgraft.bases.stated import KEY
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
+from diffgraft.files import write_safetensors
 from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
@@ -59,15 +62,12 @@ def test_a_folder_has_the_names_and_files_that_every_version_of_transformers_rea
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_single_file_holds_what_the_graft_makes(
-    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_single_file_holds_what_the_graft_makes(family: str, folders: Path, tmp_path: Path) -> None:
     base = load_base(folders / family)
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     out, width = base.unet.get_submodule(path).weight.shape
     adapter = lora(1, (out, width), f"unet.{path}")
     whole = bake(base, {adapter: 0.5}, tmp_path / "whole.safetensors")
-    monkeypatch.setattr(loading, "CONFIGS", folders)
     found = load_base(whole)
     with graft(base, {adapter: 0.5}):
         assert torch.equal(found.unet.get_submodule(path).weight, base.unet.get_submodule(path).weight)
@@ -84,15 +84,12 @@ def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_from_a_folder_into_one_file_and_back_to_the_bit(
-    family: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_from_a_folder_into_one_file_and_back_to_the_bit(family: str, folders: Path, tmp_path: Path) -> None:
     """Parts in precisions of their own keep them; what an adapter does not touch is the same, too."""
     base = load_base(folders / family)
     dtypes = {"unet": torch.float16, "text_encoder": torch.bfloat16, "text_encoder_2": torch.float16}
     for name, part in base.parts():
         part.to(dtypes.get(name, torch.float32))
-    monkeypatch.setattr(loading, "CONFIGS", folders)
     folder = bake(base, {}, tmp_path / "folder")
     single = bake(load_base(folder, None), {}, tmp_path / "one.safetensors")
     again = bake(load_base(single, None), {}, tmp_path / "again")
@@ -123,7 +120,7 @@ def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
 def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader_finds_it(
     base: Base, tmp_path: Path
 ) -> None:
-    """Such a file is opened layer by layer; as a base it is refused, for it does not tell the number of heads."""
+    """Its header says how it is built, so that it is a base again: number of heads, noise schedule and all."""
     file = bake(base, {lora(1): 1.0}, tmp_path / "tiny.safetensors")
     (path,) = lora(1).deltas
     with graft(base, {lora(1): 1.0}):
@@ -134,6 +131,28 @@ def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader
     with open_weights(file) as ours, open_weights("tiny") as bare:
         assert set(ours) == set(bare)
         assert torch.equal(ours[f"{path}.weight"], wanted[f"{path.removeprefix('unet.')}.weight"])
-    with pytest.raises(DiffgraftError) as caught:
-        load_base(file)
-    assert "\n" not in str(caught.value)
+    found, planned = load_base(file), outline(file)
+    assert torch.equal(found.unet.state_dict()[f"{path.removeprefix('unet.')}.weight"], ours_of(wanted, path))
+    for part, other in base.parts():
+        own = dict(found.parts())[part].state_dict()
+        assert all(torch.equal(own[name], value) for name, value in other.state_dict().items() if part != "unet")
+    for one in (found, planned):
+        assert (one.resolution, one.prediction_type, one.zero_snr) == (64, "v_prediction", True)
+        assert dict(one.parts())["unet"].config.attention_head_dim == base.unet.config.attention_head_dim
+        assert one.vae.config.scaling_factor == base.vae.config.scaling_factor
+        assert type(one.scheduler) is type(base.scheduler)
+
+
+@pytest.mark.parametrize("said", ['["a"]', '{"unet": 3}', "{", "[" * 10_000, '{"unet": {"layers_per_block": "many"}}'])
+def test_a_header_that_says_no_configuration_is_refused_in_a_sentence(base: Base, tmp_path: Path, said: str) -> None:
+    file = bake(base, {}, tmp_path / "tiny.safetensors")
+    weights = load_file(file)
+    write_safetensors(tmp_path / "odd.safetensors", weights, {"format": "pt", KEY: said})
+    for read in (load_base, outline):
+        with pytest.raises(DiffgraftError) as caught:
+            read(tmp_path / "odd.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def ours_of(weights: dict[str, torch.Tensor], path: str) -> torch.Tensor:
+    return weights[f"{path.removeprefix('unet.')}.weight"]

@@ -62,9 +62,14 @@ def test_what_differs_is_told_by_its_key() -> None:
         "prior.weight: 2.0 → 0.5",
         "resolution: unset → 32",
     ]
-    told = ["the base differs", "the pictures, or what is said of them, differ"]
+    told = ["the base differs", "the pictures or their captions differ"]
     assert differences(identity(), identity("x", "y")) == told
     assert differences(identity(), identity("x", "")) == told[:1]
+    moved = identity("x", "y", images="new/", init_from="there")
+    assert differences(identity(images="old/"), moved) == [
+        "the base differs",
+        "the pictures or their captions differ (images: old/ → new/)",
+    ]
     free = {
         "checkpoint_every": 7,
         "sample_every": 7,
@@ -144,8 +149,10 @@ def test_what_decides_nothing_about_the_steps_may_be_set(base: Base, run: Path, 
 def test_other_pictures_and_another_base_are_told(base: Base, run: Path, pictures: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(pictures, tmp_path / "other"))
     Image.new("RGB", (80, 60), "red").save(other / "01.png")
-    with pytest.raises(DiffgraftError, match="the pictures, or what is said of them, differ"):
+    saved = (run / "recipe.yaml").read_bytes()
+    with pytest.raises(DiffgraftError, match=rf"\(images: {pictures} → {other}\)"):
         train(base=base, resume=run, images=other)
+    assert (run / "recipe.yaml").read_bytes() == saved  # so that a plain --resume goes on with the old ones
     other_base = load_base("tiny")
     other_base.unet.conv_in.bias.data += 0.1
     other_base.__post_init__()
@@ -169,6 +176,9 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
     with pytest.raises(DiffgraftError, match=r"lr: 0.02 → 0.5"):
         train(base=base, resume=folder, lr=0.5)
     assert "lr: 0.02" in (folder / "recipe.yaml").read_text("utf-8")
+    other = shutil.copytree(pictures, tmp_path / "other")
+    with pytest.raises(DiffgraftError, match=rf"finished after 4 steps on images={pictures}: .*other would not be"):
+        train(base=base, resume=folder, images=other)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):

@@ -167,3 +167,11 @@ def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tm
     save_recipe(recipe, left / "recipe.yaml")
     for place in (empty, left, tmp_path / "new"):
         planned("subject", {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})
+
+
+@pytest.mark.parametrize("shard", ["fsdp", "zero3"])
+def test_plan_refuses_shards_in_one_process_as_train_does(pictures: Path, shard: str) -> None:
+    settings = {"images": str(pictures), "subject": "dog", "shard": shard}
+    for start in (planned, train):
+        with pytest.raises(DiffgraftError, match="and this is one: start them by `torchrun"):
+            start("subject", **({"settings": settings} if start is planned else settings))

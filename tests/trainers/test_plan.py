@@ -12,13 +12,20 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.outline import outline
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.planning.estimate import _kept, cost, speed
+from diffgraft.trainers.planning.estimate import Cost, Workload, _kept, cost, speed
 from diffgraft.trainers.planning.plan import Plan, planned
 from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
+
+
+def cost_of(recipe: Recipe, base: Base, size: tuple[int, int], passes: int = 1) -> Cost:
+    """The cost of a recipe on pictures of a size, as a plan has it."""
+    work = Workload(size, ["a dog"], recipe.batch * passes, recipe.accumulate, recipe.gradient_checkpointing)
+    return cost(base, lambda: attach(recipe, base), work, recipe.optim, recipe.quantize, whole=False)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
@@ -51,10 +58,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     trigger = {"trigger": "<zorp>"} if method == "textual-inversion" else {}
     settings = {"subject": "dog", "method": method, "gradient_checkpointing": checkpointing, **trigger}
     plan = load_recipe("subject", settings)
-    found, wanted = (
-        cost(plan, base, lambda base=base: attach(plan, base), (64, 48), ["a dog"], 2)  # type: ignore[misc]
-        for base in (outline("tiny"), load_base("tiny"))
-    )
+    found, wanted = (cost_of(plan, base, (64, 48), passes=2) for base in (outline("tiny"), load_base("tiny")))
     assert (found.trained, found.weights, found.training) == (wanted.trained, wanted.weights, wanted.training)
     assert found.activations == pytest.approx(wanted.activations, rel=0.02)
     assert found.step == pytest.approx(wanted.step, rel=0.15)
@@ -64,7 +68,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
 def test_checkpointing_keeps_less_and_batches_more() -> None:
     def found(**settings: Any) -> Any:
         plan, base = load_recipe("subject", {"subject": "dog", **settings}), outline("tiny")
-        return cost(plan, base, lambda: attach(plan, base), (64, 64), ["a dog"], 1)
+        return cost_of(plan, base, (64, 64))
 
     one, two, spared = found(batch=2), found(batch=4), found(batch=4, gradient_checkpointing=True)
     assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
@@ -106,7 +110,7 @@ def test_class_images_double_a_step(pictures: Path) -> None:
 
 def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path) -> None:
     plan = load_recipe("subject", {"subject": "dog", "method": "loha"})
-    said = cost(plan, (frame := outline("tiny")), lambda: attach(plan, frame), (64, 64), ["a dog"], 1).trained * 4
+    said = cost_of(plan, outline("tiny"), (64, 64)).trained * 4
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", method="loha", **settings)
     assert run.adapter_file.stat().st_size == pytest.approx(said, rel=0.02)

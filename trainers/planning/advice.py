@@ -33,7 +33,7 @@ def advice(
         learnt: the pictures with their words.
         seen: names and fingerprints of pictures.
     """
-    yield from _sizes(resolution_of(recipe.data, base), base, learnt)
+    yield from _sizes(recipe.task, resolution_of(recipe.data, base), base, learnt)
     yield from _rank(recipe.adapter, base)
     if len(learnt) == 1:
         yield "there is one picture: that picture is learnt, and not what it shows. Three to six are better."
@@ -47,7 +47,7 @@ def advice(
     yield from _backdrops([one for _, one in seen])
 
 
-def _sizes(side: int, base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
+def _sizes(task: str, side: int, base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
     own = base.resolution
     if side >= _BEYOND * own:
         yield f"resolution={side} is {side / own:.0f} times the {own} pixels that this base was made for."
@@ -55,7 +55,7 @@ def _sizes(side: int, base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
     if base.name == _TOY and shown > _BEYOND * own:
         yield (
             f"`{_TOY}` is a toy of {own} pixels for trying and tests: photographs become a blur there. For pictures of "
-            "your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-subject."
+            f"your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-{task}."
         )
 
 

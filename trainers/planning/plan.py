@@ -29,6 +29,7 @@ from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.init_from import InitAdapter, read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
+from diffgraft.trainers.runtime.shards import check_compatible, check_shards
 from diffgraft.trainers.training_data.build import Sample, collect, resolution_of, split
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
 from diffgraft.trainers.training_data.prompts import captions_of
@@ -197,5 +198,7 @@ def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     plan = recipe_with(recipe, with_folders(settings))
     check_output(plan)
     check_trackers(plan.trackers)  # accelerate says less of those that are not there
-    device = new_accelerator(plan.runtime, plan.outputs).device
-    return make_plan(plan, device, DTYPES[plan.precision])
+    accelerator = new_accelerator(plan.runtime, plan.outputs)
+    check_compatible(plan.runtime, plan.quantize)
+    check_shards(plan.shard, accelerator)
+    return make_plan(plan, accelerator.device, DTYPES[plan.precision])

@@ -118,10 +118,14 @@ def unsupported_keys(recipe: Recipe) -> Mapping[str, str]:
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open."""
+    """Write the whole recipe, defaults filled in, so that it can be run again; the output folder is left open.
+
+    A file that says the same already is left alone, as a full disk may have no room for another.
+    """
     said = recipe.model_dump(mode="json", exclude={"output", *unsupported_keys(recipe)})
-    text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
-    write_text(path, f"{_SAVED} {path.name}\n{text}")
+    text = f"{_SAVED} {path.name}\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}"
+    if not path.is_file() or path.read_bytes() != text.encode():
+        write_text(path, text)
 
 
 def is_saved(path: Path) -> bool:
@@ -143,7 +147,7 @@ def _read(name: str | Path) -> dict[str, Any]:
     elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
         text = _text_of(Path(name))
     else:
-        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), [*shipped, *ALIASES])}")
+        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), shipped)}")
     values = _parsed(name, text)
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")

@@ -8,12 +8,14 @@ from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 Fingerprint = Mapping[str, Any]
 """`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
 `start`, the hash of the adapter file that it begins with; `processes`, how many share a step; `changes`, what was
-changed on purpose on the way, each with the step after which, where there was any"""
+changed on purpose on the way, each with the step after which, where there was any; `paths`, where base, pictures and
+file lay, which only messages tell"""
 _TOLD = {
-    "base": "the base differs",
-    "data": "the pictures, or what is said of them, differ",
-    "start": "the file of init_from differs",
+    "base": ("base", "the base differs"),
+    "data": ("images", "the pictures or their captions differ"),
+    "start": ("init_from", "the file of init_from differs"),
 }
+"""Part of an identity → its key in a recipe, and what is said where it differs"""
 
 
 def run_fingerprint(
@@ -21,7 +23,12 @@ def run_fingerprint(
 ) -> Fingerprint:
     """The fingerprint of a run; without `data` as long as the pictures have not been gathered."""
     more = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
-    return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **more}
+    paths = {
+        "base": recipe.base,
+        "images": ", ".join(part.images for part in recipe.parts()),
+        "init_from": recipe.init_from,
+    }
+    return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **more, "paths": paths}
 
 
 def differences(kept: Fingerprint, now: Fingerprint) -> list[str]:
@@ -35,7 +42,12 @@ def differences(kept: Fingerprint, now: Fingerprint) -> list[str]:
             found.append(f"{key}: {_said(old)} → {_said(new)}")
     if kept["processes"] != now["processes"]:
         found.append(f"processes: {kept['processes']} → {now['processes']}")
-    return found + [said for key, said in _TOLD.items() if key in kept and key in now and kept[key] != now[key]]
+    for part, (key, said) in _TOLD.items():
+        if part in kept and part in now and kept[part] != now[part]:
+            # checkpoints of earlier releases do not tell where it lay
+            old, new = (side.get("paths", {}).get(key) for side in (kept, now))
+            found.append(f"{said} ({key}: {_said(old)} → {_said(new)})" if old is not None and old != new else said)
+    return found
 
 
 def after(kept: Fingerprint, step: int, now: Fingerprint) -> Fingerprint:

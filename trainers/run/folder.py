@@ -211,4 +211,11 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
         raise DiffgraftError(f"{is_finished}: nothing is left to be changed. Give more steps=…")
     if steps != plan.steps and not done:
         raise DiffgraftError(f"{is_finished}, and has no checkpoint to go on from.")
+    before = recipe_with(folder / "recipe.yaml", {}).with_absolute_paths(folder)
+    old, new = ([part.images for part in one.parts()] for one in (before, plan))
+    if steps == plan.steps and old != new:
+        raise DiffgraftError(
+            f"{is_finished} on images={', '.join(old)}: images={', '.join(new)} would not be learned. Leave it out, or "
+            "pass a larger steps= to continue."
+        )
     return run if steps == plan.steps else None

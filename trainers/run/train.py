@@ -128,7 +128,7 @@ def _train(
             if accelerator.is_main_process:
                 remove_partials(folder)
             if run is None:
-                if accelerator.is_main_process:
+                if accelerator.is_main_process and not done:  # a run that goes on keeps its recipe until all is checked
                     save_recipe(recipe, folder / "recipe.yaml")
                 setup = Setup(held, folder, accelerator, read, start, control, changed)
                 run = AdapterTraining(recipe, setup).run()

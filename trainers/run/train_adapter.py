@@ -34,6 +34,7 @@ from diffgraft.trainers.objectives.registry import new_objective
 from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import new_optimizer
 from diffgraft.trainers.planning.prediction_check import odd_prediction
+from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.fingerprint import flat, run_fingerprint
@@ -112,6 +113,8 @@ class AdapterTraining:
             if recipe.text_encoder_stop is not None:
                 hooks.append(TextEncoderStopHook(recipe.text_encoder_stop, live, denoiser))
             objective = self._objective(data, live, denoiser)
+            if setup.is_main:
+                save_recipe(recipe, setup.folder / "recipe.yaml")
             Loop(recipe.optim, state, predict, objective, live, metrics, hooks).run()
             trained = export.adapter()
         run = Run(setup.folder, recipe, by_step(metrics.entries))
