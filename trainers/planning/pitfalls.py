@@ -121,7 +121,7 @@ def looked_at(learnt: Sequence[Item]) -> tuple[list[tuple[str, Fingerprint]], di
         try:
             seen.append((one.picture.name, fingerprint(one.picture.image)))
         except UnreadablePictureError as error:
-            broken[row] = f"{error.name} will be left out: it cannot be read as a picture ({error.why})."
+            broken[row] = f"{error.name} is left out: it cannot be read as a picture ({error.why})."
     return seen, broken
 
 

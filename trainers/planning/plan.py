@@ -14,6 +14,7 @@ from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
 from diffgraft.data.given import with_folders
+from diffgraft.data.inventory import counted
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
 from diffgraft.terminal import printable
@@ -123,7 +124,7 @@ def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> I
         yield "held out", f"{len(held)}, every {recipe.validation.every} steps"
     if recipe.masks.use:
         count = sum(one.picture.has_mask for one in learnt)
-        yield "masks", f"{count} of {len(learnt)} pictures have one"
+        yield "masks", f"{count} of {counted(len(learnt), 'picture')} with one"
 
 
 def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
@@ -132,17 +133,20 @@ def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
     if cut[most] > 0.005:
         name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
         said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
-        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {much} pictures" if much else "")
+        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {counted(much, 'picture')}" if much else "")
     grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
     if grown:
-        yield "enlarged", f"{len(grown)} pictures, such as {grown[0].picture.name}"
+        yield "enlarged", f"{counted(len(grown), 'picture')}, such as {grown[0].picture.name}"
 
 
 def _words(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
     with_own = sum(bool(captions_of(one.part, one.picture)) for one in learnt)
     texts = Counter(prompt for one in learnt for prompt in one.wording.prompts())
     first = next(iter(texts))
-    yield "captions", f"{with_own} of {len(learnt)} pictures have some; {len(texts)} prompts, such as: {first}"
+    yield (
+        "captions",
+        f"{with_own} of {counted(len(learnt), 'picture')}; {counted(len(texts), 'prompt')}, such as: {first}",
+    )
 
 
 def _class_images(read: Read) -> Iterator[tuple[str, str]]:
@@ -150,13 +154,13 @@ def _class_images(read: Read) -> Iterator[tuple[str, str]]:
         if (prior := prior_of(part)) is None:
             continue
         if prior.by == "prediction":
-            yield "class", f"held by what the bare base says as: {part.class_text(None)}"
+            yield "class", f"preserved by the frozen base's own prediction for: {part.class_text(None)}"
         elif prior.folder:
             yield "class", f"images of {prior.folder}"
         else:
             captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
             texts = part.class_prompts(captions)
-            said = f"{prior.images} images, drawn if they are not in the cache, of {len(texts)} prompts"
+            said = f"{counted(prior.images, 'image')}, drawn unless cached, of {counted(len(texts), 'prompt')}"
             yield "class", f"{said}, such as: {texts[0]}"
 
 
@@ -164,7 +168,8 @@ def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
     shown = recipe.steps * recipe.batch * recipe.accumulate
     times = shown / a_round
-    return f"{recipe.steps}, of {recipe.batch * recipe.accumulate} pictures each: {times:.1f} rounds of {a_round}"
+    each, rounds = counted(recipe.batch * recipe.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
+    return f"{recipe.steps}, of {each} each: {rounds} {'round' if times == 1 else 'rounds'} of {a_round}"
 
 
 def _costs(recipe: Recipe, base: Base, found: Cost, read: Read, device: torch.device) -> Iterator[tuple[str, str]]:
