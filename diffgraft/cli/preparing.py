@@ -45,7 +45,7 @@ def caption(
     model: Annotated[
         str,
         typer.Option(
-            help="Hub id or folder of a model that describes pictures. [default: Salesforce/blip-image-captioning-large]"
+            help="Hub id or folder of a model that describes them. [default: Salesforce/blip-image-captioning-large]"
         ),
     ] = "",
     prefix: Annotated[str, typer.Option(help='Put before each caption: "sks dog,".')] = "",
@@ -72,7 +72,7 @@ def mask(
     model: Annotated[
         str,
         typer.Option(
-            help="Hub id or folder of a CLIPSeg or a segmentation model with labels. [default: CIDAS/clipseg-rd64-refined]"
+            help="Hub id or folder of a CLIPSeg or a model with labels. [default: CIDAS/clipseg-rd64-refined]"
         ),
     ] = "",
     threshold: Annotated[float, typer.Option(min=0, max=1, help="How sure CLIPSeg has to be.")] = 0.3,

@@ -14,7 +14,7 @@ from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
 from diffgraft.data.given import with_folders
-from diffgraft.data.inventory import counted
+from diffgraft.data.inventory import count_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
 from diffgraft.terminal import printable
@@ -124,7 +124,7 @@ def _pictures(recipe: Recipe, learnt: Sequence[Item], held: Sequence[Item]) -> I
         yield "held out", f"{len(held)}, every {recipe.validation.every} steps"
     if recipe.masks.use:
         count = sum(one.picture.has_mask for one in learnt)
-        yield "masks", f"{count} of {counted(len(learnt), 'picture')} with one"
+        yield "masks", f"{count} of {count_of(len(learnt), 'picture')} with one"
 
 
 def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
@@ -133,10 +133,10 @@ def _cuts(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
     if cut[most] > 0.005:
         name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
         said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
-        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {counted(much, 'picture')}" if much else "")
+        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {count_of(much, 'picture')}" if much else "")
     grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
     if grown:
-        yield "enlarged", f"{counted(len(grown), 'picture')}, such as {grown[0].picture.name}"
+        yield "enlarged", f"{count_of(len(grown), 'picture')}, such as {grown[0].picture.name}"
 
 
 def _words(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
@@ -145,7 +145,7 @@ def _words(learnt: Sequence[Item]) -> Iterator[tuple[str, str]]:
     first = next(iter(texts))
     yield (
         "captions",
-        f"{with_own} of {counted(len(learnt), 'picture')}; {counted(len(texts), 'prompt')}, such as: {first}",
+        f"{with_own} of {count_of(len(learnt), 'picture')}; {count_of(len(texts), 'prompt')}, such as: {first}",
     )
 
 
@@ -160,7 +160,7 @@ def _class_images(read: Read) -> Iterator[tuple[str, str]]:
         else:
             captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
             texts = part.class_prompts(captions)
-            said = f"{counted(prior.images, 'image')}, drawn unless cached, of {counted(len(texts), 'prompt')}"
+            said = f"{count_of(prior.images, 'image')}, drawn unless cached, of {count_of(len(texts), 'prompt')}"
             yield "class", f"{said}, such as: {texts[0]}"
 
 
@@ -168,7 +168,7 @@ def _rounds(recipe: Recipe, learnt: Sequence[Item]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
     shown = recipe.steps * recipe.batch * recipe.accumulate
     times = shown / a_round
-    each, rounds = counted(recipe.batch * recipe.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
+    each, rounds = count_of(recipe.batch * recipe.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
     return f"{recipe.steps}, of {each} each: {rounds} {'round' if times == 1 else 'rounds'} of {a_round}"
 
 
