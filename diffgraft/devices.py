@@ -25,8 +25,8 @@ def device_of(name: str = "") -> "torch.device":
         found = torch.device(name)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = f"cpu and {accelerator}" if accelerator else "cpu alone"
-        raise DiffgraftError(f"The device {name!r} cannot be used; there is {here} here.") from error
+        here = f"cpu and {accelerator}" if accelerator else "only cpu"
+        raise DiffgraftError(f"Invalid value device={name!r}: this machine has {here}.") from error
     if found.type == "meta":
         raise DiffgraftError("The device 'meta' holds no numbers, so that nothing can be computed there.")
     return found

@@ -145,7 +145,7 @@ def save(adapter: Adapter, path: Path) -> Path:
     if adapter.tokens:
         raise ValueError(f"it holds words ({', '.join(adapter.tokens)}), and peft's folders are for weights alone")
     if path.suffix == ".safetensors" or path.exists():
-        raise ValueError(f"peft writes folders: {path} must be the name of a new one")
+        raise ValueError(f"peft writes a folder: give the name of a new one in the place of {path}")
     parts = {part: _write(adapter, part) for part in PARTS if any(p.startswith(f"{part}.") for p in adapter.deltas)}
     if strange := [found for found in adapter.deltas if found.partition(".")[0] not in PARTS]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}")

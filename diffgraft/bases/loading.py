@@ -68,7 +68,9 @@ def load_base(
     if family is not None and family not in FAMILIES:
         raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, FAMILIES)}")
     if quantize not in get_args(Quantize):
-        raise DiffgraftError(f"There is no quantize={quantize!r}: {nearest(quantize, get_args(Quantize))}")
+        known = ", ".join(get_args(Quantize))
+        hint = " For 4 bits take nf4." if "4" in str(quantize) else ""
+        raise DiffgraftError(f"Invalid value quantize={quantize!r}: must be one of {known}.{hint}")
     with hushed():
         path = located(source)
         pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, PIPELINES, "files")
@@ -240,7 +242,10 @@ def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
     if wanted in fitting:
         return str(wanted)
     named = wanted or ", ".join(starts)
-    raise DiffgraftError(f"{path} is no checkpoint of {named} in the original layout. {_ADVICE}")
+    raise DiffgraftError(
+        f"{path} is not a whole single-file checkpoint of {named}: it has no text encoder under the names of Stable "
+        f"Diffusion's own code. {_ADVICE}"
+    )
 
 
 def clip_tokenizer(padding: str) -> Any:

@@ -161,11 +161,15 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the first picture; the next ones count up.")] = 0,
     size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; the base's own if not given.")] = "",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; 1 is none. [default: the base's own]")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
     scheduler: Annotated[
         str | None,
-        typer.Option(help="ddim, ddpm, euler, euler-a, heun, pndm, dpm++, dpm++-karras, unipc."),
+        typer.Option(
+            help="ddim, ddpm, euler, euler-a, heun, pndm, dpm++, dpm++-karras, unipc. [default: the base's own]"
+        ),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     denoise: Annotated[

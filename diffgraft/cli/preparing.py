@@ -44,7 +44,9 @@ def caption(
     images: Annotated[Path, IMAGES],
     model: Annotated[
         str,
-        typer.Option(help="Hub id or folder of a model that writes about pictures. [default: a BLIP]"),
+        typer.Option(
+            help="Hub id or folder of a model that describes them. [default: Salesforce/blip-image-captioning-large]"
+        ),
     ] = "",
     prefix: Annotated[str, typer.Option(help='Put before each caption: "sks dog,".')] = "",
     ask: Annotated[
@@ -70,7 +72,7 @@ def mask(
     model: Annotated[
         str,
         typer.Option(
-            help="Hub id or folder of a CLIPSeg, or of a segmentation model with labels. [default: a CLIPSeg]"
+            help="Hub id or folder of a CLIPSeg or a model with labels. [default: CIDAS/clipseg-rd64-refined]"
         ),
     ] = "",
     threshold: Annotated[float, typer.Option(min=0, max=1, help="How sure CLIPSeg has to be.")] = 0.3,

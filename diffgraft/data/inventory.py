@@ -72,7 +72,7 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
         if own and layout == "auto":
             numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
             raise DiffgraftError(
-                f"{folder} can be read in two ways: as the {_count(len(own), 'picture')} in it ({named(own)}), or in "
+                f"{folder} can be read in two ways: as the {count_of(len(own), 'picture')} in it ({named(own)}), or in "
                 f"kohya's layout as those of its numbered folders: {numbered}. Set layout=flat or layout=kohya, or "
                 "move what is not meant to another place."
             )
@@ -107,7 +107,7 @@ def _outside_of(folder: Path, counted: Sequence[Counted], used: Collection[Path]
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{_count(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
+            f"{count_of(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
             f"in numbered folders are: {_listed(places)}."
         )
 
@@ -218,8 +218,8 @@ def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tup
     remarks = []
     if orphans:
         remarks.append(
-            f"{_count(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not learnt "
-            f"from: {named(orphans)}. If {_it(len(orphans))} a picture to learn from, rename it."
+            f"{count_of(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not "
+            f"learnt from: {named(orphans)}. If {_it(len(orphans))} a picture to learn from, rename it."
         )
     if second:
         remarks.append(f"Each picture has one mask, and there are more of them: {named(second)} not used.")
@@ -261,13 +261,13 @@ def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Pat
     remarks = []
     if empty:
         remarks.append(
-            f"{_count(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as if "
-            "there were none."
+            f"{count_of(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as "
+            "if there were none."
         )
     if others:
         remarks.append(f"Of two captions beside a picture that differ only the first is used: {named(others)} not.")
     if left := [path for path in beside if path not in seen]:
-        remarks.append(f"{_count(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
+        remarks.append(f"{count_of(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
     return found, remarks
 
 
@@ -283,7 +283,7 @@ def _read(path: Path) -> str:
 def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
     if found := [path for path in files if path.suffix.lower() in _UNREADABLE]:
         yield (
-            f"{_count(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
+            f"{count_of(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
             f"learnt from: {named(found)}. Save such pictures as JPEG or PNG."
         )
 
@@ -318,7 +318,7 @@ def _in_subfolders(folder: Path, in_table: Collection[Path], used: Collection[Pa
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{_count(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
+            f"{count_of(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
             f"{_listed(places)}. Move them up, name the folders as kohya does (10_sks dog), or give each as a concept."
         )
 
@@ -352,7 +352,8 @@ def _listed(places: Counter[str]) -> str:
     return ", ".join(f"{count} in {place}" for place, count in places.items())
 
 
-def _count(number: int, what: str) -> str:
+def count_of(number: int, what: str) -> str:
+    """A number of things: "1 picture", "1,200 pictures"."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 

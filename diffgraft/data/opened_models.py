@@ -64,5 +64,8 @@ def _why(where: str, error: Exception, purpose: str) -> str:
     if "safetensors" in str(error):
         return f"{where} holds no weights in safetensors, and others are not opened. Name another with --model."
     if isinstance(error, OSError):
-        return f"There is no model {where!r} in a folder, in the cache, or on the hub as far as can be reached: {said}."
+        return (
+            f"There is no model {where!r} in a folder, in the cache, or on the hub as far as can be reached: {said}. "
+            "Give the folder of one: --model FOLDER."
+        )
     return f"{where} is no model that can {purpose}: {said}. Name another with --model."

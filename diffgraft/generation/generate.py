@@ -62,11 +62,10 @@ class Settings:
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
         if self.steps < 1:
-            raise DiffgraftError(f"steps={self.steps} cannot be drawn: at least one is needed. Take 20 to 50.")
+            raise DiffgraftError(f"Invalid value steps={self.steps}: must be at least 1; 20 to 50 is usual.")
         if self.guidance is not None and not 0 <= self.guidance <= _MOST_GUIDANCE:
             raise DiffgraftError(
-                f"guidance={self.guidance} cannot be drawn with: it is 1 (none) to {_MOST_GUIDANCE}, and 5 to 9 as a "
-                "rule."
+                f"Invalid value guidance={self.guidance}: must be 0 to {_MOST_GUIDANCE}; 1 is none, 5 to 9 is usual."
             )
         if self.size is not None and not all(0 < side <= _LONGEST for side in self.size):
             width, height = self.size

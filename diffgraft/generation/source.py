@@ -24,7 +24,7 @@ class Source:
     def __post_init__(self) -> None:
         if not 0 < self.denoise <= 1:
             raise DiffgraftError(
-                f"denoise={self.denoise} cannot be drawn with: it is above 0 and at most 1. Take 0.5 to 0.8."
+                f"Invalid value denoise={self.denoise}: must be above 0 and at most 1; 0.5 to 0.8 is usual."
             )
 
 

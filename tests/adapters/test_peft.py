@@ -118,7 +118,7 @@ def test_it_reads_what_we_write(name: str, family: str, folders: Path, tmp_path:
         PeftModel.from_pretrained(module, written / part)
     assert (said(other) - bare).abs().max() > 1e-3
     torch.testing.assert_close(said(other), wanted, rtol=1e-3, atol=1e-4)
-    with pytest.raises(DiffgraftError, match="must be the name of a new one"):
+    with pytest.raises(DiffgraftError, match="give the name of a new one"):
         adapter.save(written, "peft")
 
 

@@ -129,7 +129,7 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders:
     for more, answer in (
         ({"prediction_type": "velocity"}, "There is no prediction type 'velocity'"),
         ({"prediction_type": "epsilon", "zero_snr": True}, "cannot go with a UNet that predicts ε"),
-        ({"family": "taiyi"}, "is no checkpoint of taiyi"),
+        ({"family": "taiyi"}, "is not a whole single-file checkpoint of taiyi"),
         ({"family": "sd3"}, "There is no family 'sd3'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):

@@ -19,7 +19,7 @@ from tests.conftest import SHORT
 
 @pytest.mark.parametrize("guidance", [float("inf"), float("-inf"), float("nan")])
 def test_guidance_is_a_number(base: Base, guidance: float) -> None:
-    with pytest.raises(DiffgraftError, match="cannot be drawn with"):
+    with pytest.raises(DiffgraftError, match="Invalid value guidance"):
         generate(base.pipeline(), ["a dog"], Settings(guidance=guidance, steps=2), [1])
 
 

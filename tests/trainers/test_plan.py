@@ -137,7 +137,7 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
     assert facts["pictures"].startswith("6, each in 2 ways")
     assert facts["held out"] == "2, every 20 steps"
     assert sum(int(part.split(": ")[1]) for part in facts["sizes"].split(", ")) == 6
-    assert facts["steps"] == "30, of 2 pictures each: 10.0 rounds of 6"
+    assert facts["steps"] == "30, of 2 pictures each: 10 rounds of 6"
     assert facts["trained"].startswith("107,520 numbers")
     assert "64 images" in facts["class"]
     assert str(found).count("\n") == len(found.facts) + len(found.pitfalls) - 1
@@ -190,8 +190,8 @@ def test_what_cannot_be_opened_is_not_counted(tmp_path: Path) -> None:
     whole = (data / "bad.jpg").read_bytes()
     (data / "bad.jpg").write_bytes(whole[: len(whole) // 2])
     found = told("subject", data, subject="dog", steps=30, batch=2, prior={"weight": 0})
-    assert dict(found.facts)["steps"] == "30, of 2 pictures each: 20.0 rounds of 3"
-    assert [said for said in found.pitfalls if said.startswith("bad.jpg will be left out: it cannot be read")]
+    assert dict(found.facts)["steps"] == "30, of 2 pictures each: 20 rounds of 3"
+    assert [said for said in found.pitfalls if said.startswith("bad.jpg is left out: it cannot be read")]
     for file in data.glob("*.png"):
         file.unlink()
     with pytest.raises(DiffgraftError, match="None of the 1 pictures can be opened"):

@@ -119,7 +119,7 @@ def looked_at(learnt: Sequence[Sample]) -> tuple[list[tuple[str, Fingerprint]], 
         try:
             seen.append((one.picture.name, fingerprint(one.picture.image)))
         except UnreadablePictureError as error:
-            broken[row] = f"{error.name} will be left out: it cannot be read as a picture ({error.why})."
+            broken[row] = f"{error.name} is left out: it cannot be read as a picture ({error.why})."
     return seen, broken
 
 

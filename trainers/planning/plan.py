@@ -14,6 +14,7 @@ from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.outline import outline
 from diffgraft.data.given import with_folders
+from diffgraft.data.inventory import count_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.room import said_size
 from diffgraft.terminal import printable
@@ -129,7 +130,7 @@ def _pictures(masked: bool, every: int, learnt: Sequence[Sample], held: Sequence
         yield "held out", f"{len(held)}, every {every} steps"
     if masked:
         count = sum(one.picture.has_mask for one in learnt)
-        yield "masks", f"{count} of {len(learnt)} pictures have one"
+        yield "masks", f"{count} of {count_of(len(learnt), 'picture')} with one"
 
 
 def _cuts(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
@@ -138,17 +139,20 @@ def _cuts(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     if cut[most] > 0.005:
         name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
         said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
-        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {much} pictures" if much else "")
+        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {count_of(much, 'picture')}" if much else "")
     grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
     if grown:
-        yield "enlarged", f"{len(grown)} pictures, such as {grown[0].picture.name}"
+        yield "enlarged", f"{count_of(len(grown), 'picture')}, such as {grown[0].picture.name}"
 
 
 def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     with_own = sum(bool(captions_of(one.part, one.picture)) for one in learnt)
     texts = Counter(prompt for one in learnt for prompt in one.wording.prompts())
     first = next(iter(texts))
-    yield "captions", f"{with_own} of {len(learnt)} pictures have some; {len(texts)} prompts, such as: {first}"
+    yield (
+        "captions",
+        f"{with_own} of {count_of(len(learnt), 'picture')}; {count_of(len(texts), 'prompt')}, such as: {first}",
+    )
 
 
 def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
@@ -156,13 +160,13 @@ def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
         if (prior := part.prior_preservation) is None:
             continue
         if prior.by == "prediction":
-            yield "class", f"held by what the bare base says as: {part.class_text(None)}"
+            yield "class", f"preserved by the frozen base's own prediction for: {part.class_text(None)}"
         elif prior.folder:
             yield "class", f"images of {prior.folder}"
         else:
             captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
             texts = part.class_prompts(captions)
-            said = f"{prior.images} images, drawn if they are not in the cache, of {len(texts)} prompts"
+            said = f"{count_of(prior.images, 'image')}, drawn unless cached, of {count_of(len(texts), 'prompt')}"
             yield "class", f"{said}, such as: {texts[0]}"
 
 
@@ -170,7 +174,8 @@ def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
     shown = optim.steps * optim.batch * optim.accumulate
     times = shown / a_round
-    return f"{optim.steps}, of {optim.batch * optim.accumulate} pictures each: {times:.1f} rounds of {a_round}"
+    each, rounds = count_of(optim.batch * optim.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
+    return f"{optim.steps}, of {each} each: {rounds} {'round' if times == 1 else 'rounds'} of {a_round}"
 
 
 def _costs(steps: int, base: Base, found: Cost, read: ConceptImages, device: torch.device) -> Iterator[tuple[str, str]]:
