@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.lowrank import Size, nearest
-from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, is_embedding, parts_of, refuse
+from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, refuse
 from diffgraft.adapters.projections import same_layer
+from diffgraft.bases.layers import is_embedding, parts_of
 from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}

@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of, refuse
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
 from diffgraft.adapters.patch import as_input, copied
 from diffgraft.adapters.shared import SharedLinear
+from diffgraft.bases.layers import parts_of
 from diffgraft.errors import one_line
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {

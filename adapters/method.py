@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.listing import GROUP
-from diffgraft.bases.base import PARTS
+from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError, nearest, quoted
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
@@ -267,22 +267,6 @@ def refuse(adapter: Adapter, *others: str) -> None:
             raise ValueError(f"it holds {what}, for which this method has no place")
 
 
-def parts_of(target: Any) -> dict[str, nn.Module]:
-    """The networks of a base, a pipeline, or anything with `.unet`, `.text_encoder` or `.text_encoder_2`."""
-    found = {name: getattr(target, name, None) for name in PARTS}
-    return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
-
-
-def is_of_text(path: str) -> bool:
-    """Whether a module's path, with its part, lies in a text encoder."""
-    return path.startswith("text_encoder")
-
-
-def is_embedding(path: str) -> bool:
-    """Whether the module at `path` is a text encoder's table of words or positions, whose rows are looked up."""
-    return is_of_text(path) and ".embeddings." in path
-
-
 def canonical(path: str) -> str:
     """A path without the level ``text_model``, which only some text encoders have."""
     return path.replace(".text_model.", ".", 1)
@@ -292,42 +276,3 @@ def leveled(inside: str) -> str:
     """A path inside a CLIP text encoder with that level, as files have it; the projection behind it never had it."""
     within = inside.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
     return f"text_model.{inside}" if within else inside
-
-
-_ATTENTION = {
-    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": (
-        *("q_proj", "k_proj", "v_proj", "out_proj"),  # of CLIP
-        *("self.query", "self.key", "self.value", "attention.output.dense"),  # of BERT
-    ),
-}
-_FEEDFORWARD = {
-    "unet": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    "text_encoder": ("fc1", "fc2", "intermediate.dense", "output.dense"),
-}
-_CONVOLUTIONS = {
-    "unet": ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
-    "text_encoder": (),
-}
-LAYERS = {
-    "attention": (_ATTENTION,),
-    "attention+feedforward": (_ATTENTION, _FEEDFORWARD),
-    "all": (_ATTENTION, _FEEDFORWARD, _CONVOLUTIONS),
-}
-"""Name of a choice of layers → what the paths of those layers end in, for each kind of part."""
-
-
-def choose_layers(part: str, module: nn.Module, layers: str) -> list[str]:
-    """Paths inside the part `module` of the layers that a key of `LAYERS` stands for."""
-    kind = "unet" if part == "unet" else "text_encoder"
-    return find_modules(module, tuple(ending for group in LAYERS[layers] for ending in group[kind]))
-
-
-def find_modules(root: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """Paths of the linear and convolution layers inside `root` whose path ends in one of `endings`."""
-    kinds = (nn.Linear, nn.Conv2d)
-    return [
-        path
-        for path, module in root.named_modules()
-        if isinstance(module, kinds) and any(path == end or path.endswith("." + end) for end in endings)
-    ]

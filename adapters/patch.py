@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.method import Attached, Spec, canonical, parts_of, refuse
+from diffgraft.adapters.method import Attached, Spec, canonical, refuse
+from diffgraft.bases.layers import parts_of
 
 Make = Callable[[str, nn.Module, torch.Generator], "Patch"]
 """Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""

@@ -1,9 +1,9 @@
 """Which modules a person means: by part of the base, by block of the UNet, or by a pattern.
 
-A key is a part (`unet`, `text_encoder`, `text_encoder_2`), a block by the names of `strengths` (`BASE`, `IN00`, `M00`,
+A key is a part (`unet`, `text_encoder` and so on), a block by the names of `strengths` (`BASE`, `IN00`, `M00`,
 `OUT00` and so on), a module's path with its part, or a pattern of any of these, in which `*` stands for anything:
-``OUT*``, ``unet.mid_block.*``, ``*.attn2.*``. `text_encoder` is both text encoders of XL, unless `text_encoder_2` is a
-key, too. Of several keys that mean one module the last counts, so that ``{"*": 0, "OUT*": 1}`` is the way up alone.
+``OUT*``, ``unet.mid_block.*``, ``*.attn2.*``. `text_encoder` is all text encoders, but for those that are keys
+themselves. Of several keys that mean one module the last counts, so that ``{"*": 0, "OUT*": 1}`` is the way up alone.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from diffgraft.adapters.strengths import block_of
+from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError, nearest
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def check_keys(setting: str, keys: Collection[str], paths: Collection[str]) -> N
 
 def _means(key: str, path: str, keys: Collection[str]) -> bool:
     part = path.partition(".")[0]
-    if key == "text_encoder" and part == "text_encoder_2":
+    first, *further = tokenizers()
+    if key == first and part in further:  # of several text encoders, all are meant
         return part not in keys
     return any(fnmatchcase(name, key) for name in (part, block_of(path), path))
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import SupportsFloat
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.bases.base import PARTS
 from diffgraft.bases.original import Blocks
+from diffgraft.bases.registry import has_blocks, part_names, tokenizers
 from diffgraft.errors import DiffgraftError, nearest
 
 Strength = float | Mapping[str, float] | Sequence[float]
@@ -41,7 +41,7 @@ _THEIRS = re.compile(r"(?P<side>input|output)_blocks\.(?P<number>\d+)\.|(?P<midd
 def block_of(path: str) -> str:
     """The block in which the module of an adapter's path lies: ``unet.mid_block.resnets.0.conv1`` → ``M00``."""
     part, _, inside = path.partition(".")
-    if part == "unet":
+    if has_blocks(part):
         try:
             found = _THEIRS.match(_COUNTED.original(inside))
         except ValueError:
@@ -87,16 +87,19 @@ def strengths_of(name: str, value: object) -> Strengths:
             known = ", ".join(map(str, LISTS))
             hint = " A fraction is written with a point, 0.8." if len(value) == 2 else ""
             raise DiffgraftError(f"{name} has a list of {len(value)} strengths; lists for blocks have {known}.{hint}")
-        return Strengths(dict.fromkeys(PARTS, 1.0), _checked(name, dict(zip(LISTS[len(value)], value, strict=True))))
-    given = value if isinstance(value, Mapping) else dict.fromkeys(PARTS, value)
+        return Strengths(
+            dict.fromkeys(part_names(), 1.0), _checked(name, dict(zip(LISTS[len(value)], value, strict=True)))
+        )
+    given = value if isinstance(value, Mapping) else dict.fromkeys(part_names(), value)
     checked = _checked(name, given)
     named = tuple(key for key in checked if key in BLOCKS)
-    if unknown := [key for key in checked if key not in (*PARTS, *BLOCKS)]:
-        hint = nearest(unknown[0], (*PARTS, *BLOCKS) if unknown[0][:1].isupper() else PARTS)
+    if unknown := [key for key in checked if key not in (*part_names(), *BLOCKS)]:
+        hint = nearest(unknown[0], (*part_names(), *BLOCKS) if unknown[0][:1].isupper() else part_names())
         raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {hint}")
-    if "text_encoder" in checked:  # of two, both are meant
-        checked = {"text_encoder_2": checked["text_encoder"], **checked}
-    parts = {part: checked.get(part, 1.0) for part in PARTS}
+    first, *further = tokenizers()
+    if first in checked:  # of several text encoders, all are meant
+        checked = {**dict.fromkeys(further, checked[first]), **checked}
+    parts = {part: checked.get(part, 1.0) for part in part_names()}
     return Strengths(parts, {key: number for key, number in checked.items() if key in BLOCKS}, named)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
-from diffgraft.adapters.words import TOKENIZERS, TaughtWords
+from diffgraft.adapters.words import TaughtWords
+from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError
 
 
@@ -40,7 +41,7 @@ class AttachedWord(Attached):
         start = self._options.start or spec.noun
         vectors = {
             part: _start(getattr(target, part), getattr(target, name), start, self._options.vectors)
-            for part, name in TOKENIZERS.items()
+            for part, name in tokenizers().items()
             if getattr(target, part, None) is not None
         }
         self._taught = TaughtWords(target, {self._word: vectors})

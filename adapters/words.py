@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError
 
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Text encoder → its tokenizer, as attributes of a base or a pipeline."""
 _INNER = "⟨{}⟩"
 """Name of the token with an id that belongs to a taught word."""
@@ -114,13 +114,13 @@ class TaughtWords:
             own = nn.Parameter(rows.to(next(encoder.parameters()).device))
             grown = GrownTable(table, len(tokenizer), own)
             encoder.set_input_embeddings(grown)
-            setattr(target, TOKENIZERS[part], grown_tokenizer)
+            setattr(target, tokenizers()[part], grown_tokenizer)
             self._encoders.append((encoder, table, grown))
-            self._tokenizers.append((TOKENIZERS[part], tokenizer))
+            self._tokenizers.append((tokenizers()[part], tokenizer))
             self.rows[part] = own
 
     def _plan(self, part: str, words: Mapping[str, Mapping[str, Tensor]]) -> tuple[Any, Any, Tensor]:
-        encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, TOKENIZERS[part], None)
+        encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, tokenizers()[part], None)
         if encoder is None or tokenizer is None:
             raise DiffgraftError(f"It has words for {part}, which this base does not have, or not with its tokenizer.")
         width = encoder.config.hidden_size

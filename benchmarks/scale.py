@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffgraft.adapters.method import Method, Spec, choose_layers, methods, parts_of
-from diffgraft.bases import FAMILIES, Base, load_base
+from diffgraft.adapters.method import Method, Spec, methods
+from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS, TINY
 from diffgraft.bases.original import original_weights
+from diffgraft.bases.registry import families
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.files import write_safetensors, write_text
 from diffgraft.generation.graft import graft
 from diffgraft.quiet import hushed
@@ -102,12 +105,12 @@ def random_base(family: str) -> Base:
         parts["vae"] = AutoencoderKL.from_config(read["vae"])
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         for part, kind in kinds.items():
-            if part in FAMILIES[family].in_single_files:
+            if part in families()[family].single_file_prefixes:
                 parts[part] = kind(CLIPTextConfig.from_pretrained(folder / part))
                 parts[part.replace("text_encoder", "tokenizer")] = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
     finally:
         torch.set_default_dtype(before)
-    return Base(name=family, family=FAMILIES[family], scheduler=DDIMScheduler(), **parts)
+    return Base(name=family, family=families()[family], scheduler=DDIMScheduler(), **parts)
 
 
 def measure(family: str, file: Path) -> Iterator[Loaded | Row]:
@@ -168,7 +171,7 @@ def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
     # in half precision as trainers have it
     with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(dtype)
-        told = base.condition(prompts, (8 * SIDE, 8 * SIDE)).kwargs()
+        told = unet_arguments(base.condition(prompts, (8 * SIDE, 8 * SIDE)))
         found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
     return found
 

@@ -153,8 +153,9 @@ def small(folder: Path, family: str, channels: int = 4) -> Path:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from diffgraft.bases import FAMILIES, loading
-    from diffgraft.bases.base import inpainting
+    from diffgraft.bases import loading
+    from diffgraft.bases.registry import families
+    from diffgraft.bases.unet import inpainting
 
     torch.manual_seed(8)
     source = loading.CONFIGS / (family if family != "taiyi" else "sd1")
@@ -186,7 +187,7 @@ def small(folder: Path, family: str, channels: int = 4) -> Path:
         parts |= chinese(folder.with_name(f"{folder.name}-vocabulary"))
     else:
         parts["text_encoder"] = CLIPTextModel(text("text_encoder", 20))
-    kind = FAMILIES[family].pipeline_class
+    kind = families()[family].pipeline_class
     pipe = getattr(diffusers, kind if channels == 4 else inpainting(kind))(
         vae=vae, unet=unet, scheduler=scheduler, **parts
     )

@@ -1,17 +1,17 @@
-"""The module that the loop runs: UNet and text encoders of a base as one forward."""
+"""The module that the loop runs: denoiser and text encoders of a base as one forward."""
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from diffgraft.bases import Base, Conditioning, Framing
+from diffgraft.bases import Base, Conditioning, SizeConditioning
 from diffgraft.data.texts import Texts
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.recipe.groups import ObjectiveSettings
 
 
 class Denoiser(nn.Module):
-    """A base's UNet, asked with prompts. Text states are computed once where the text encoder is frozen."""
+    """A base's denoiser, asked with prompts. Text states are computed once where the text encoder is frozen."""
 
     def __init__(
         self,
@@ -23,8 +23,8 @@ class Denoiser(nn.Module):
     ) -> None:
         """`texts` keeps what text encoders say, unless that is trained; `whole` prompts are read in pieces."""
         super().__init__()
-        self.unet = base.unet
-        self.text = nn.ModuleList(part for name, part in base.parts() if name.startswith("text_encoder"))
+        self.denoiser = base.denoiser
+        self.text = nn.ModuleList(base.text_encoders().values())
         self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
         self._base = base
         self._whole = whole
@@ -32,13 +32,13 @@ class Denoiser(nn.Module):
         # for an adapter that does something, and one that is bare
         self._texts = None if text_is_trained else {False: kept, True: kept}
 
-    def condition(self, prompts: Sequence[str], frames: Sequence[Framing]) -> Conditioning:
-        """What the UNet is told about n prompts, and about how their pictures were cut."""
+    def condition(self, prompts: Sequence[str], frames: Sequence[SizeConditioning]) -> Conditioning:
+        """What the denoiser is told about n prompts, and about how their pictures were cut."""
         if self._texts is None:
-            told = self._base.family.condition(self._base, prompts, self._whole)
+            told = self._base.family.encode(self._base, prompts, self._whole)
         else:
             told = self._texts[getattr(self.adapter, "is_bare", False)](prompts)
-        return told.framed(self._base.family.framing(frames))
+        return told.with_size(self._base.family.size_conditioning(frames))
 
     def freeze_text(self) -> None:
         """What text encoders say changes no more: from now on it is kept, with what is attached and without it."""
@@ -46,18 +46,17 @@ class Denoiser(nn.Module):
             self._texts = {bare: Texts(self._base, whole=self._whole) for bare in (False, True)}
 
     def forward(
-        self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Framing] | None = None
+        self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning] | None = None
     ) -> Tensor:
-        """Noisy latents [n, c, h, w], timesteps [n], n prompts → the UNet's prediction [n, c, h, w], float32.
+        """Noisy latents [n, c, h, w], timesteps [n], n prompts → the prediction [n, c, h, w], float32.
 
         Without `frames` the pictures are taken to be whole.
         """
         if frames is None:
-            height, width = (side * self._base.factor for side in noisy.shape[-2:])
-            frames = [Framing((height, width), (0, 0), (height, width))] * len(prompts)
+            height, width = (side * self._base.vae_scale_factor for side in noisy.shape[-2:])
+            frames = [SizeConditioning((height, width), (0, 0), (height, width))] * len(prompts)
         told = self.condition(prompts, frames)
-        prediction: Tensor = self.unet(self._base.unet_input(noisy), times, **told.kwargs()).sample
-        return prediction.float()
+        return self._base.family.denoise(self._base, self.denoiser, noisy, times, told).float()
 
 
 def forward_process(base: Base, settings: ObjectiveSettings | None = None) -> ForwardProcess:

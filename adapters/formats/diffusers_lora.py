@@ -28,7 +28,7 @@ from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.lora import read as build
 from diffgraft.adapters.lora import with_alpha
 from diffgraft.adapters.method import leveled
-from diffgraft.bases.base import PARTS
+from diffgraft.bases.registry import part_names
 
 METADATA = "lora_adapter_metadata"
 OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "time_embedding.", "add_embedding.")
@@ -57,9 +57,9 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     for key, value in tensors.items():
         found = _placed(key) or older_names.placed(key)
         if found is None:
-            expected = f"<part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(PARTS)}"
+            expected = f"<part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(part_names())}"
             endings = [*(f".{leaf}" for leaf in _LEAVES), *older_names.ENDINGS]
-            raise UnknownKeyError(key, expected, [f"{part}." for part in PARTS], endings)
+            raise UnknownKeyError(key, expected, [f"{part}." for part in part_names()], endings)
         path, leaf = found
         if leaf in modules.setdefault(path, {}):
             raise ValueError(f"its key {key} is the second of that kind for {path}, beside one in another form")
@@ -87,15 +87,17 @@ def _placed(key: str) -> tuple[str, str] | None:
     key = unnamed(key)
     part, _, rest = ("unet." + key if key.startswith(OF_UNET) else key).partition(".")
     ending = next((end for end in _LEAVES if rest.endswith("." + end)), None)
-    if part not in PARTS or ending is None:
+    if part not in part_names() or ending is None:
         return None
     return f"{part}.{rest.removesuffix('.' + ending).removeprefix('text_model.')}", _LEAVES[ending]
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header. Raises ValueError where a module holds something other than one LoRA."""
-    if strange := [path for path in adapter.deltas if path.partition(".")[0] not in PARTS]:
-        raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}, which are all the diffusers layout knows")
+    if strange := [path for path in adapter.deltas if path.partition(".")[0] not in part_names()]:
+        raise ValueError(
+            f"{strange[0]} is in none of {', '.join(part_names())}, which are all the diffusers layout knows"
+        )
     if not adapter.deltas:
         raise ValueError("it holds no weights, which is what the diffusers layout is for; words go into `embedding`")
     if adapter.tokens:
@@ -105,7 +107,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         )
     tensors: dict[str, Tensor] = {}
     config: dict[str, Any] = {}
-    for part in PARTS:
+    for part in part_names():
         loras = {
             path.removeprefix(part + "."): found
             for path, found in adapter.deltas.items()

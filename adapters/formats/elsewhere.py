@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.families import family_of
-from diffgraft.adapters.method import is_embedding, is_of_text
+from diffgraft.bases.layers import is_embedding, is_of_text
 
 _KOHYA = ("kohya", "lycoris", "webui")
 """Dialects with kohya's names of modules"""

@@ -25,7 +25,7 @@ from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import leveled, read_delta
-from diffgraft.bases.base import PARTS
+from diffgraft.bases.registry import part_names
 from diffgraft.files import write_safetensors, write_text
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -47,7 +47,7 @@ def folders(path: Path) -> dict[str, Path]:
     """Part (empty where the folder does not say) → folder of it; empty where `path` holds nothing of peft's."""
     if (path / CONFIG).is_file():
         return {"": path}
-    return {part: path / part for part in PARTS if (path / part / CONFIG).is_file()}
+    return {part: path / part for part in part_names() if (path / part / CONFIG).is_file()}
 
 
 def weights_in(folder: Path) -> Path:
@@ -146,9 +146,11 @@ def save(adapter: Adapter, path: Path) -> Path:
         raise ValueError(f"it holds words ({', '.join(adapter.tokens)}), and peft's folders are for weights alone")
     if path.suffix == ".safetensors" or path.exists():
         raise ValueError(f"peft writes a folder: give the name of a new one in the place of {path}")
-    parts = {part: _write(adapter, part) for part in PARTS if any(p.startswith(f"{part}.") for p in adapter.deltas)}
-    if strange := [found for found in adapter.deltas if found.partition(".")[0] not in PARTS]:
-        raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}")
+    parts = {
+        part: _write(adapter, part) for part in part_names() if any(p.startswith(f"{part}.") for p in adapter.deltas)
+    }
+    if strange := [found for found in adapter.deltas if found.partition(".")[0] not in part_names()]:
+        raise ValueError(f"{strange[0]} is in none of {', '.join(part_names())}")
     partial = path.with_name(f".{path.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

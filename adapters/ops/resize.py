@@ -7,9 +7,9 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
-from diffgraft.adapters.method import is_embedding
 from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
 from diffgraft.adapters.training_metadata import still_true
+from diffgraft.bases.layers import is_embedding
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import track

@@ -3,73 +3,14 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffgraft.bases.family import Conditioning, Family, LatentSpec, SizeConditioning
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.quiet import hushed
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""The networks of a base that adapters change."""
-
-
-class Family(Protocol):
-    """What differs between the families of bases; each is one file beside this one."""
-
-    name: str
-    """Short name, as it stands in the header of adapter files."""
-    pipeline_class: str
-    """Name of the diffusers pipeline that draws with such a base."""
-    in_single_files: Mapping[str, str]
-    """Text encoder → what the names of its weights begin with in single-file checkpoints; empty where there are none"""
-
-    def holds(self, pipe: Any) -> bool:
-        """Whether a loaded diffusers pipeline is of this family."""
-
-    def condition(self, base: "Base", prompts: Sequence[str], whole: bool) -> "Conditioning":
-        """What the UNet is told about `prompts`, of each only what fits the tokenizer, or the `whole` in pieces."""
-
-    def framing(self, frames: Sequence["Framing"]) -> dict[str, Tensor]:
-        """What it is told about how n pictures are cut, as `Conditioning.added`; empty where it is told nothing."""
-
-    def parameterization(self, scheduler: Any) -> Parameterization:
-        """What the denoiser predicts, on the schedule of a diffusers scheduler."""
-
-    def reaches(self, base: "Base", part: str, path: str) -> bool:
-        """Whether what the module at `path` of a text encoder computes reaches the UNet at all."""
-
-
-class Framing(NamedTuple):
-    """How a picture was cut, in pixels."""
-
-    original: tuple[int, int]
-    """(height, width) before it was scaled"""
-    corner: tuple[int, int]
-    """(top, left) of what is shown, in the scaled picture"""
-    shown: tuple[int, int]
-    """(height, width) of what is shown"""
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the UNet is told beside the noisy latents and the timestep, for n prompts."""
-
-    hidden_states: Tensor
-    """[n, tokens, width], for the cross-attention."""
-    added: dict[str, Tensor] = field(default_factory=dict)
-    """Further tensors, each [n, …], that the family's UNet takes as `added_cond_kwargs`."""
-
-    def framed(self, more: Mapping[str, Tensor]) -> "Conditioning":
-        """The same with `Family.framing`'s tensors added, where the states are."""
-        device = self.hidden_states.device
-        return Conditioning(self.hidden_states, {**self.added, **{name: at.to(device) for name, at in more.items()}})
-
-    def kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of the UNet's call."""
-        more = {"added_cond_kwargs": self.added} if self.added else {}
-        return {"encoder_hidden_states": self.hidden_states, **more}
 
 
 @dataclass(eq=False, repr=False)
@@ -79,13 +20,16 @@ class Base:
     name: str
     """What it was loaded from: `tiny`, a hub id, a folder or a file."""
     family: Family
-    unet: Any
     vae: Any
     scheduler: Any
-    text_encoder: Any
-    tokenizer: Any
+    unet: Any = None
+    transformer: Any = None
+    text_encoder: Any = None
+    tokenizer: Any = None
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Networks and tokenizers of other names, as the family has them; they are attributes, too"""
     hash: str = field(init=False)
     """SHA-256 over names, shapes and half-precision values of the UNet and the text encoders, as they were given.
 
@@ -103,84 +47,111 @@ class Base:
     def __repr__(self) -> str:
         more = (", zero terminal SNR" if self.zero_snr else "") + (", inpainting" if self.is_inpainting else "")
         told = f"family {self.family.name}, predicts {self.prediction_type}{more}"
-        held = self.unet.dtype if self.quantize == "none" else f"{self.unet.dtype} and {self.quantize}"
+        dtype = self.denoiser.dtype
+        held = dtype if self.quantize == "none" else f"{dtype} and {self.quantize}"
         return f"Base({self.name!r}, {told}, {held} on {self.device})"
 
     def __post_init__(self) -> None:
+        for name, part in self.others.items():
+            setattr(self, name, part)
         for _, part in self.parts():
             part.requires_grad_(False).eval()
-        is_outline = any(value.is_meta for value in self.unet.parameters())
+        is_outline = any(value.is_meta for value in self.denoiser.parameters())
         self.hash = "" if is_outline else _digest((name, part) for name, part in self.parts() if name != "vae")
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Name and module of each network there is."""
-        for name in (*PARTS, "vae"):
-            part = getattr(self, name)
+        for name in (self.family.denoiser, *(slot.component for slot in self.family.text), "vae"):
+            part = getattr(self, name, None)
             if part is not None:
                 yield name, part
 
-    def pipeline(self) -> Any:
-        """A diffusers pipeline over these very modules: what changes there changes here."""
-        import diffusers
+    def tokenizers(self) -> dict[str, Any]:
+        """Its tokenizers by name."""
+        names = (slot.tokenizer for slot in self.family.text)
+        return {name: held for name in names if (held := getattr(self, name, None)) is not None}
 
-        shared: dict[str, Any] = dict(self.parts())
-        shared |= {name: getattr(self, name) for name in ("tokenizer", "tokenizer_2") if getattr(self, name)}
-        if self.family.pipeline_class == "StableDiffusionPipeline":  # of inpainting, too
-            shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        kind = self.family.pipeline_class
-        pipe = getattr(diffusers, inpainting(kind) if self.is_inpainting else kind)(scheduler=scheduler, **shared)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    @property
+    def denoiser(self) -> Any:
+        """The network that predicts noise, velocity or flow."""
+        return getattr(self, self.family.denoiser)
+
+    @denoiser.setter
+    def denoiser(self, module: Any) -> None:
+        setattr(self, self.family.denoiser, module)
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """Its text encoders by name."""
+        names = {slot.component for slot in self.family.text}
+        return {name: part for name, part in self.parts() if name in names}
+
+    def pipeline(self) -> Any:
+        """A pipeline over these very modules, as diffusers has them: what changes there changes here."""
+        return self.family.pipeline(self)
 
     def condition(
         self, prompts: Sequence[str], size: tuple[int, int] | None = None, *, whole: bool = False
     ) -> Conditioning:
-        """What the UNet is told about `prompts`; `size` is (height, width) in pixels, by default the base's own.
+        """What the denoiser is told about `prompts`; `size` is (height, width) in pixels, by default the base's own.
 
         A prompt that is longer than the text encoder reads is cut, or, if `whole`, read in pieces of that length.
         """
         shown = size or (self.resolution, self.resolution)
-        told = self.family.condition(self, prompts, whole)
-        return told.framed(self.family.framing([Framing(shown, (0, 0), shown)] * len(prompts)))
+        told = self.family.encode(self, prompts, whole)
+        return told.with_size(self.family.size_conditioning([SizeConditioning(shown, (0, 0), shown)] * len(prompts)))
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+        """The prediction [n, c, h, w] for noisy latents [n, c, h, w] at `timesteps` [n], told about n prompts."""
+        return self.family.denoise(self, self.denoiser, noisy, timesteps, told)
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the UNet is told, beside the noisy latents, where to draw and what stays."""
-        return bool(self.unet.config.in_channels > self.vae.config.latent_channels)
+        """Whether the denoiser is told, beside the noisy latents, where to draw and what stays."""
+        channels = getattr(self.denoiser.config, "in_channels", 0)
+        return self.family.denoiser == "unet" and bool(channels > self.vae.config.latent_channels)
 
-    def unet_input(self, noisy: Tensor) -> Tensor:
-        """What the UNet takes for noisy latents [n, c, h, w]: of an inpainting UNet [n, 2 · c + 1, h, w].
+    def denoiser_input(self, noisy: Tensor) -> Tensor:
+        """What the denoiser takes for noisy latents [n, c, h, w]: one for inpainting [n, 2 · c + 1, h, w].
 
         That is told to draw everything: a mask of ones, and the latents of a picture of which nothing is left, which
         is grey, as in the training of Stable Diffusion's inpainting models.
         """
-        noisy = noisy.to(self.unet.dtype)
+        noisy = noisy.to(self.denoiser.dtype)
         if not self.is_inpainting:
             return noisy
         size = tuple(noisy.shape[-2:])
         if size not in self._grey:
             with torch.no_grad():
-                blank = torch.zeros(1, 3, *(side * self.factor for side in size))
+                blank = torch.zeros(1, 3, *(side * self.vae_scale_factor for side in size))
                 latents = self.vae.encode(blank.to(self.device, self.vae.dtype)).latent_dist.mode()
-            self._grey[size] = latents * self.vae.config.scaling_factor
+            self._grey[size] = self.scaled(latents)
         grey = self._grey[size].to(noisy).expand(len(noisy), -1, -1, -1)
         return torch.cat([noisy, torch.ones_like(noisy[:, :1]), grey], 1)
 
     @property
-    def factor(self) -> int:
+    def latents(self) -> LatentSpec:
+        """Channels and scale of its latents."""
+        return self.family.latents(self)
+
+    def scaled(self, encoded: Tensor) -> Tensor:
+        """Latents of what the autoencoder encodes, in the scale that the denoiser takes."""
+        spec = self.latents
+        return (encoded - spec.shift if spec.shift else encoded) * spec.scale
+
+    @property
+    def vae_scale_factor(self) -> int:
         """Pixels per latent, along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def resolution(self) -> int:
         """Side in pixels of the pictures the base was made for."""
-        return int(self.unet.config.sample_size * self.factor)
+        return self.family.native_size(self) * self.vae_scale_factor
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: `epsilon` or `v_prediction`."""
-        return str(self.scheduler.config.prediction_type)
+        """What the denoiser predicts: `epsilon`, `v_prediction` or `flow`."""
+        return self.parameterization.name
 
     @property
     def parameterization(self) -> Parameterization:
@@ -194,7 +165,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.unet.device
+        device: torch.device = self.denoiser.device
         return device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Base":
@@ -210,18 +181,13 @@ class Base:
         return _digest([("vae", self.vae)], torch.float32)
 
     @property
-    def drawing_hash(self) -> str:
+    def generation_hash(self) -> str:
         """SHA-256 over all that decides what the base draws: `hash`, `quantize`, the VAE and the noise schedule."""
         # keys with an underscore are diffusers' notes to itself, and differ from process to process
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
         said = f"{self.hash} {_digest([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
         said += f" {self.quantize}" if self.quantize != "none" else ""
         return hashlib.sha256(said.encode()).hexdigest()
-
-
-def inpainting(pipeline_class: str) -> str:
-    """Name of diffusers' pipeline for inpainting UNets of a family, from that of its own."""
-    return pipeline_class.replace("Pipeline", "InpaintPipeline")
 
 
 def _digest(parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16) -> str:

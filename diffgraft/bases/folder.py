@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffgraft.bases.base import inpainting
 from diffgraft.bases.configs import (
     BertConfig,
     ClipConfig,
@@ -26,6 +25,7 @@ from diffgraft.bases.configs import (
     short,
 )
 from diffgraft.bases.stored import FLOATS, files_of_part
+from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError
 
 WeightsFrom = Literal["files", "headers", "nowhere"]

@@ -1,6 +1,6 @@
 """From a name to a base: the embedded one, a diffusers folder, a hub id, or a single checkpoint file."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +10,24 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffgraft.bases.base import PARTS, Base, Family, inpainting
+from diffgraft.bases.base import Base
+from diffgraft.bases.family import Family
 from diffgraft.bases.folder import pipeline_of
 from diffgraft.bases.original import UNET, VAE, is_open_clip, original_weights
 from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.quantized import Quantize, quantized
-from diffgraft.bases.sd1 import StableDiffusion1
-from diffgraft.bases.sd2 import StableDiffusion2
-from diffgraft.bases.sdxl import StableDiffusionXL
+from diffgraft.bases.registry import families, part_names
 from diffgraft.bases.stated import Stated, copy_of, read_stated, write_stated
 from diffgraft.bases.stored import FLOATS, files_of_part, precision
-from diffgraft.bases.taiyi import Taiyi
+from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
 from diffgraft.quiet import hushed
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Taiyi(), StableDiffusion2(), StableDiffusion1(), StableDiffusionXL())
-}
-"""Name → family; the first that holds a pipeline is the one."""
 
-PIPELINES: Mapping[str, bool] = {
-    family.pipeline_class: "text_encoder_2" in family.in_single_files for family in FAMILIES.values()
-}
-"""Class of a pipeline of diffusers → whether it has two text encoders"""
+def known_pipelines() -> dict[str, bool]:
+    """Class of a pipeline of diffusers → whether it has two text encoders."""
+    return {one.pipeline_class: len(one.text) > 1 for one in families().values() if one.pipeline_class}
+
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
@@ -56,7 +51,7 @@ def load_base(
         source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
             layout, or a model's id on the Hugging Face hub.
         dtype: precision the weights are held in; None: of each part that of its files.
-        family: a key of `FAMILIES`, where what is found in the files is not to decide.
+        family: a key of `diffgraft.bases.registry.families`, where what is found in the files is not to decide.
         prediction_type: ``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong.
         zero_snr: whether the noise schedule is rescaled to end in pure noise, alike.
         quantize: ``int8`` or ``nf4``: the weights of linear layers, of UNet and text encoders, in 8 or about 4 bits;
@@ -65,20 +60,20 @@ def load_base(
     Raises:
         DiffgraftError: nothing by that name can be read, or it is no base of a known family.
     """
-    if family is not None and family not in FAMILIES:
-        raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, FAMILIES)}")
+    if family is not None and family not in families():
+        raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, families())}")
     if quantize not in get_args(Quantize):
         known = ", ".join(get_args(Quantize))
         hint = " For 4 bits take nf4." if "4" in str(quantize) else ""
         raise DiffgraftError(f"Invalid value quantize={quantize!r}: must be one of {known}.{hint}")
     with hushed():
         path = located(source)
-        pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, PIPELINES, "files")
+        pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, known_pipelines(), "files")
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
-    found = FAMILIES[family] if family else next(one for one in FAMILIES.values() if one.holds(pipe))
+    found = families()[family] if family else next(one for one in families().values() if one.matches(pipe))
     if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
         raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
-    base = Base(name=str(source), family=found, **_parts(pipe))
+    base = Base(name=str(source), family=found, **parts_of(pipe))
     held = _precisions(path, found) if dtype is None else {}
     with hushed():
         for name, part in base.parts():
@@ -103,14 +98,15 @@ def located(source: str | Path, *, weights: bool = True) -> Path:
 def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
     """Part → the precision in which a folder, or a single file of a family, holds it."""
     if family is None or path.is_dir():
-        found = {name: precision(files_of_part(path / name)) for name in (*PARTS, "vae")}
+        found = {name: precision(files_of_part(path / name)) for name in (*part_names(), "vae")}
     else:
-        starts = {"unet": UNET, "vae": VAE, **family.in_single_files}
+        starts = {"unet": UNET, "vae": VAE, **family.single_file_prefixes}
         found = {name: precision([path], start) for name, start in starts.items()}
     return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
-def _parts(pipe: Any) -> dict[str, Any]:
+def parts_of(pipe: Any) -> dict[str, Any]:
+    """Networks, tokenizers and scheduler of a pipeline, as `Base` takes them."""
     names = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     return {name: getattr(pipe, name, None) for name in names}
 
@@ -136,12 +132,12 @@ class SingleFile:
         """The class of its diffusers pipeline."""
         import diffusers
 
-        kind = FAMILIES[self.family].pipeline_class
+        kind = families()[self.family].pipeline_class
         return getattr(diffusers, kind if self.channels == 4 else inpainting(kind))
 
     def tokenizers(self) -> dict[str, Any]:
         """Its tokenizers by name."""
-        starts = FAMILIES[self.family].in_single_files.items()
+        starts = families()[self.family].single_file_prefixes.items()
         pads = {part: "!" if is_open_clip(start) else "<|endoftext|>" for part, start in starts}
         return {part.replace("text_encoder", "tokenizer"): clip_tokenizer(pad) for part, pad in pads.items()}
 
@@ -169,7 +165,7 @@ def read_single_file(path: Path, family: str | None = None) -> SingleFile:
 
 def _from_file(path: Path, family: str | None) -> Any:
     found = read_single_file(path, family)
-    dtypes = {*_precisions(path, FAMILIES[found.family]).values()}
+    dtypes = {*_precisions(path, families()[found.family]).values()}
     more = found.tokenizers()
     if "safety_checker" in found.pipeline._optional_components:
         more["safety_checker"] = None
@@ -194,11 +190,11 @@ def _check_names(path: Path, found: SingleFile) -> None:
         DiffgraftError: a weight is missing, has another shape, or belongs to a UNet of another configuration.
     """
     with configuration(found) as folder:
-        pipe = pipeline_of(folder, PIPELINES, "nowhere", found.tokenizers())
-    family = FAMILIES[found.family]
+        pipe = pipeline_of(folder, known_pipelines(), "nowhere", found.tokenizers())
+    family = families()[found.family]
     wanted = {
         name: tuple(value.shape)
-        for name, value in original_weights(Base(name=str(path), family=family, **_parts(pipe))).items()
+        for name, value in original_weights(Base(name=str(path), family=family, **parts_of(pipe))).items()
     }
     with safe_open(path, framework="pt") as file:
         held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -235,7 +231,9 @@ def configuration(found: SingleFile) -> Iterator[Path]:
 
 def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
     """The family whose text encoders a single file has, or the one that is wanted."""
-    starts = {name: family.in_single_files.values() for name, family in FAMILIES.items() if family.in_single_files}
+    starts = {
+        name: family.single_file_prefixes.values() for name, family in families().items() if family.single_file_prefixes
+    }
     fitting = [name for name, own in starts.items() if all(any(key.startswith(w) for key in keys) for w in own)]
     if wanted is None and fitting:
         return fitting[0]

@@ -240,7 +240,7 @@ def original_weights(base: Base) -> dict[str, Tensor]:
     Raises:
         DiffgraftError: its family has no such layout.
     """
-    if not base.family.in_single_files:
+    if not base.family.single_file_prefixes:
         raise DiffgraftError(f"Bases of the family {base.family.name} have no single-file layout: write a folder.")
     if not isinstance(base.unet.config.layers_per_block, int):
         raise DiffgraftError(
@@ -253,7 +253,7 @@ def original_weights(base: Base) -> dict[str, Tensor]:
         theirs = original_vae(name, levels)
         is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution there
         weights[f"{VAE}{theirs}"] = value[:, :, None, None] if is_matrix else value
-    for part, start in base.family.in_single_files.items():
+    for part, start in base.family.single_file_prefixes.items():
         state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}
         named = open_clip_weights(state) if is_open_clip(start) else state.items()
         weights |= {f"{start}{name}": value for name, value in named}

@@ -14,6 +14,8 @@ from torch import Tensor
 from diffgraft.diffusion.parameterizations import Parameterization, parameterization
 from diffgraft.errors import DiffgraftError, nearest
 
+PREDICTION_KEY = "prediction_type"
+"""What recipes, headers and schedulers call what a denoiser predicts"""
 PREDICTIONS = ("epsilon", "v_prediction")
 _BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SPREAD = 0.09

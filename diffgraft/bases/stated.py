@@ -30,7 +30,7 @@ def stated_of(base: Base, family: Path) -> dict[str, str]:
     Empty where nothing does.
     """
     own: dict[str, Mapping[str, Any]] = {"unet": base.unet.config, "vae": base.vae.config}
-    for name in base.family.in_single_files:
+    for name in base.family.single_file_prefixes:
         config = getattr(base, name).config
         own[name] = {field: getattr(config, field) for field in ClipConfig.model_fields}
     own["scheduler"] = {**base.scheduler.config, "_class_name": type(base.scheduler).__name__}

@@ -14,9 +14,9 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffgraft.bases.base import PARTS
-from diffgraft.bases.loading import CONFIGS, FAMILIES, TINY
+from diffgraft.bases.loading import CONFIGS, TINY
 from diffgraft.bases.original import LEVELS, UNET, Blocks, is_open_clip, our_open_clip_names
+from diffgraft.bases.registry import families, part_names
 from diffgraft.bases.stated import read_stated
 from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
@@ -95,7 +95,7 @@ def open_weights(source: str | Path) -> Weights:
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     weights = Weights()
     if path.is_dir():
-        for part in PARTS:
+        for part in part_names():
             for file in files_of_part(path / part):
                 held = weights.open(file)
                 for key in held.keys():  # noqa: SIM118  (not a mapping)
@@ -118,8 +118,8 @@ def _add_single_file(weights: Weights, path: Path) -> None:
     keys = list(held.keys())
     for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET)]).items():
         weights.add(f"unet.{name}", held, key)
-    for family in FAMILIES.values():
-        starts = family.in_single_files
+    for family in families().values():
+        starts = family.single_file_prefixes
         if not starts or not all(any(key.startswith(start) for key in keys) for start in starts.values()):
             continue
         for part, start in starts.items():

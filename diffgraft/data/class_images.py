@@ -88,5 +88,5 @@ def _whole_batches(missing: Set[int], count: int, size: int) -> list[int]:
 
 
 def _folder(base: Base, prompt: str, settings: Settings, seed: int) -> Path:
-    said = f"{base.drawing_hash} {prompt} {settings} {seed}"
+    said = f"{base.generation_hash} {prompt} {settings} {seed}"
     return cache_folder() / "class-images" / hashlib.sha256(said.encode()).hexdigest()[:20]

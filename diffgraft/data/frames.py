@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from diffgraft.bases.base import Framing
+from diffgraft.bases.family import SizeConditioning
 from diffgraft.data.settings import Buckets
 from diffgraft.errors import DiffgraftError
 
@@ -41,10 +41,10 @@ class Frame:
         found = image.resize(self.size, Image.Resampling.LANCZOS, box)
         return found.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else found
 
-    def told(self) -> Framing:
+    def told(self) -> SizeConditioning:
         """What Stable Diffusion XL is told of it."""
         left, top = self.corner
-        return Framing((self.original[1], self.original[0]), (top, left), (self.size[1], self.size[0]))
+        return SizeConditioning((self.original[1], self.original[0]), (top, left), (self.size[1], self.size[0]))
 
 
 def bucket_sizes(side: int, settings: Buckets, step: int) -> tuple[Size, ...]:

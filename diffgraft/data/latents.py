@@ -128,7 +128,7 @@ def encode_kept(
 @contextmanager
 def _encoder(base: Base) -> Iterator[Any]:
     """A function from an image to its distribution; some VAEs overflow in half precision, so it runs in float32."""
-    stored, scale = base.vae.dtype, base.vae.config.scaling_factor
+    stored, scale = base.vae.dtype, base.latents.scale
     is_ready = False
 
     def distribution(image: Image.Image) -> Distribution:
@@ -138,7 +138,7 @@ def _encoder(base: Base) -> Iterator[Any]:
                 base.vae.to(torch.float32)  # casting there and back changes no bit
             is_ready = True
         told = base.vae.encode(to_tensor([image]).to(base.vae.device)).latent_dist
-        mean, std = ((value[0].float() * scale).cpu() for value in (told.mean, told.std))
+        mean, std = base.scaled(told.mean[0].float()).cpu(), (told.std[0].float() * scale).cpu()
         return mean, std
 
     try:

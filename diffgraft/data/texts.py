@@ -62,11 +62,11 @@ class Texts:
 
     @torch.no_grad()
     def _ask(self, prompt: str) -> Conditioning:
-        return self._base.family.condition(self._base, [prompt], self._whole)
+        return self._base.family.encode(self._base, [prompt], self._whole)
 
     def _file(self, prompt: str) -> Path:
         base = self._base
-        encoders = [repr(part.dtype) for name, part in base.parts() if name.startswith("text_encoder")]
+        encoders = [repr(part.dtype) for part in base.text_encoders().values()]
         said = f"{_VERSION} {base.hash} {base.quantize} {encoders} {base.device.type} {self._whole} {prompt}"
         name = hashlib.sha256(said.encode()).hexdigest()
         return cache_folder() / "texts" / name[:2] / f"{name}.safetensors"

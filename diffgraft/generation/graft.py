@@ -24,10 +24,10 @@ from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
-from diffgraft.bases.base import PARTS
 from diffgraft.bases.original import layers_in_block
 from diffgraft.bases.prediction import PREDICTIONS
 from diffgraft.bases.quantized import Quantized
+from diffgraft.bases.registry import part_names
 from diffgraft.errors import DiffgraftError, nearest
 
 Grafts = Mapping[Any, Strength]
@@ -304,7 +304,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:
-    parts = {name: getattr(target, name, None) for name in PARTS}
+    parts = {name: getattr(target, name, None) for name in part_names()}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found and isinstance(target, nn.Module):
         found = {"unet": target}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffgraft.bases.sd1 import lost_words
+from diffgraft.bases.tokens import truncated_text
 
 _SYNTAX = {
     r"<(lora|lyco|hypernet):[^<>]*>": "an adapter is given by --adapter (in Python, by graft)",
@@ -29,6 +29,6 @@ def unread_syntax(prompts: Sequence[str]) -> Iterator[str]:
 def cut_prompt(tokenizer: Any, prompts: Sequence[str]) -> Iterator[str]:
     """A sentence on the first prompt that is longer than the text encoder reads."""
     for prompt in prompts:
-        if lost := lost_words(tokenizer, prompt):
+        if lost := truncated_text(tokenizer, prompt):
             yield f"The prompt is too long for this base, which never sees: {lost}"
             return

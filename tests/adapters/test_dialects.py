@@ -18,8 +18,9 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, choose_layers, get_method
+from diffgraft.adapters.method import Spec, get_method
 from diffgraft.bases import load_base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import random_lora, said

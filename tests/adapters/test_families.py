@@ -12,10 +12,12 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, choose_layers, get_method, methods, parts_of
+from diffgraft.adapters.method import Spec, get_method, methods
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.shapes import layer_shapes
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.conftest import UNETS
@@ -37,7 +39,7 @@ def random_lora(base: Base, layers: str) -> Adapter:
 @torch.no_grad()
 def said(base: Base) -> Tensor:
     x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(1))
-    told = base.condition(["a dog", "a cat"], (64, 128)).kwargs()
+    told = unet_arguments(base.condition(["a dog", "a cat"], (64, 128)))
     found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
     return found
 
@@ -56,14 +58,14 @@ def test_every_method_trains_and_grafts_on_every_family(
     live = chosen.attach(base, Spec(paths, 2, 2.0, 0, options, trigger="<zorp>", noun="dog"))
     prompts = ["a <zorp>", "a <zorp> dog"]
     x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(1))
-    told = base.condition(prompts, (64, 128)).kwargs()
+    told = unet_arguments(base.condition(prompts, (64, 128)))
     base.unet(x, torch.tensor([300, 700]), **told).sample.square().mean().backward()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in live.trainable().values())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for value in live.trainable().values():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
-        told = base.condition(prompts, (64, 128)).kwargs()
+        told = unet_arguments(base.condition(prompts, (64, 128)))
         wanted = base.unet(x, torch.tensor([300, 700]), **told).sample
     file = live.adapter({"method": method, "trigger": "<zorp>", "base": {"family": family}}).save(
         tmp_path / "a.safetensors"
@@ -71,7 +73,7 @@ def test_every_method_trains_and_grafts_on_every_family(
     live.detach()
     assert torch.equal(said(base), bare)
     with graft(base, {file: 1.0}), torch.no_grad():
-        told = base.condition(prompts, (64, 128)).kwargs()
+        told = unet_arguments(base.condition(prompts, (64, 128)))
         torch.testing.assert_close(base.unet(x, torch.tensor([300, 700]), **told).sample, wanted, rtol=1e-3, atol=1e-4)
     assert torch.equal(said(base), bare)
 

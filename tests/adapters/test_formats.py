@@ -26,7 +26,7 @@ def made_up(base: Base, text: bool = True) -> Adapter:
     deltas: dict[str, Any] = {}
     parts = [("unet", base.unet, ("to_k", "to_out.0"))]
     parts += [("text_encoder", base.text_encoder, ("q_proj", "out_proj", "fc1"))] if text else []
-    from diffgraft.adapters.method import find_modules
+    from diffgraft.bases.layers import find_modules
 
     for part, module, endings in parts:
         for number, path in enumerate(find_modules(module, endings)):

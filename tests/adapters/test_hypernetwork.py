@@ -14,6 +14,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
 from diffgraft.adapters.method import Spec, get_method
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import shake
@@ -99,7 +100,7 @@ def test_the_formula_in_float64(options: dict[str, Any], strength: float) -> Non
 
 def test_attached_is_grafted_and_a_fresh_one_is_near_the_base(base: Base) -> None:
     x, t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([300, 700])
-    told = base.condition(["a dog", "a cat"]).kwargs()
+    told = unet_arguments(base.condition(["a dog", "a cat"]))
 
     @torch.no_grad()
     def said() -> Tensor:

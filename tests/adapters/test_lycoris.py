@@ -14,8 +14,9 @@ from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Spec, choose_layers, get_method, parts_of
+from diffgraft.adapters.method import Spec, get_method
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.original import Blocks
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import said

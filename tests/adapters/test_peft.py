@@ -11,8 +11,9 @@ from torch import nn
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, choose_layers, get_method, parts_of, read_delta
+from diffgraft.adapters.method import Spec, get_method, read_delta
 from diffgraft.bases import load_base
+from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import said

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.lokr import divided
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import attach, input_of, name_of, shake
 
@@ -205,7 +207,7 @@ def test_lycoris_opens_our_files(
     file = live.adapter({}).save(tmp_path / "a.safetensors", "lycoris")
     live.detach()
     x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    told = base.condition(["a dog", "a cat"]).kwargs()
+    told = unet_arguments(base.condition(["a dog", "a cat"]))
 
     @torch.no_grad()
     def said() -> Tensor:
@@ -249,7 +251,7 @@ def test_diffusers_opens_our_files(
 
     @torch.no_grad()
     def said(held: Base) -> Tensor:
-        told = held.condition(["a dog", "a cat"]).kwargs()
+        told = unet_arguments(held.condition(["a dog", "a cat"]))
         found: Tensor = held.unet(x, torch.tensor([300, 700]), **told).sample
         return found
 

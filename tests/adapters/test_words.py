@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.sd1 import lost_words, token_ids
+from diffgraft.bases.layers import choose_layers
+from diffgraft.bases.tokens import token_ids, truncated_text
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import shake
@@ -262,9 +263,9 @@ def test_words_inside_other_words_keep_their_own_vectors(base: Base) -> None:
 def test_a_long_prompt_is_cut_after_its_words_are_written_out(base: Base) -> None:
     adapter = Adapter({}, {}, tokens={"<LongWord>": {"text_encoder": vectors_of(40, 64)}})
     prompt = "<longword> a dog in the snow <LongWord> at night"
-    assert not lost_words(base.tokenizer, prompt)
+    assert not truncated_text(base.tokenizer, prompt)
     with graft(base, {adapter: 1.0}):
-        assert lost_words(base.tokenizer, prompt) == "at night"
+        assert truncated_text(base.tokenizer, prompt) == "at night"
         pieces = token_ids(base.tokenizer, [prompt], whole=True)
         assert pieces.shape == (1, 2, 77)
         assert int((pieces >= len(base.tokenizer) - 40).sum()) == 80

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.outline import outline
+from diffgraft.bases.meta_base import meta_base
 from diffgraft.errors import DiffgraftError
 from tests.conftest import small
 
@@ -75,7 +75,7 @@ def refused(folder: Path, *, by_plan: bool = True) -> str:
     assert len(said) < 700
     if by_plan:
         with pytest.raises(DiffgraftError) as caught:
-            outline(folder)
+            meta_base(folder)
         assert str(caught.value) == said
     return said
 
@@ -179,7 +179,7 @@ def test_the_code_of_a_folder_is_never_run_nor_asked_about(
     change(folder / "text_encoder/config.json", auto_map=auto, model_type="evil", _attn_implementation="evil/kernel")
     change(folder / "unet/config.json", auto_map=auto, _class_name="Evil")
     assert load_base(folder).tokenizer("a dog").input_ids == load_base("tiny").tokenizer("a dog").input_ids
-    outline(folder)
+    meta_base(folder)
     change(folder / "model_index.json", tokenizer=["transformers", "AutoTokenizer"])
     refused(folder)
     change(folder / "model_index.json", _class_name=["evil", "Evil"])
@@ -239,7 +239,7 @@ def test_names_of_earlier_releases_are_read(folder: Path) -> None:
     found = load_base(folder)
     assert found.hash == wanted.hash
     assert found.vae_hash == wanted.vae_hash
-    assert outline(folder).hash == ""
+    assert meta_base(folder).hash == ""
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def mutate(folder: Path, chance: random.Random) -> str:
 def test_random_mutations(healthy: Path, tmp_path: Path) -> None:
     count = int(os.environ.get("DIFFGRAFT_FUZZ", FOLDERS))
     chance = random.Random(count)
-    read: list[Callable[[Path], Base]] = [outline, load_base]
+    read: list[Callable[[Path], Base]] = [meta_base, load_base]
     refusals = 0
     for number in range(count):
         target = linked(healthy, tmp_path / "base")

@@ -20,7 +20,7 @@ def test_from_a_folder_and_from_one_file(family: str, tmp_path: Path, monkeypatc
     held = load_base(small(tmp_path / "model", family, channels=9))
     assert held.family.name == family
     assert "inpainting" in repr(held)
-    assert held.unet_input(torch.zeros(2, 4, 6, 8)).shape == (2, 9, 6, 8)
+    assert held.denoiser_input(torch.zeros(2, 4, 6, 8)).shape == (2, 9, 6, 8)
     small(tmp_path / "configs" / family, family)
     monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
     again = load_base(bake(held, {}, tmp_path / "model.safetensors"))
@@ -31,7 +31,7 @@ def test_from_a_folder_and_from_one_file(family: str, tmp_path: Path, monkeypatc
 def test_what_it_is_told_is_to_draw_everything(tmp_path: Path) -> None:
     held = load_base(small(tmp_path / "model", "sd1", channels=9))
     noisy = torch.randn(2, 4, 6, 8)
-    given = held.unet_input(noisy)
+    given = held.denoiser_input(noisy)
     assert torch.equal(given[:, :4], noisy)
     assert (given[:, 4] == 1).all()
     pipe = held.pipeline()

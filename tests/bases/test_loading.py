@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from diffgraft.bases import Base, load_base, loading, prediction
 from diffgraft.bases.original import original_weights
-from diffgraft.bases.sd1 import token_ids
+from diffgraft.bases.tokens import token_ids
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
@@ -23,7 +24,7 @@ from tests.conftest import UNETS
 
 def test_the_embedded_base_is_frozen_and_whole(base: Base) -> None:
     assert base.family.name == "sd1"
-    assert (base.resolution, base.factor) == (64, 4)
+    assert (base.resolution, base.vae_scale_factor) == (64, 4)
     assert base.unet.dtype == torch.float32
     for _, part in base.parts():
         assert not part.training
@@ -142,7 +143,7 @@ def test_a_family_is_known_by_its_parts(family: str, folders: Path) -> None:
     assert held.family.name == family
     told = held.condition(["一只狗在雪地里", "s狗"] if family == "taiyi" else ["a dog", "a cat"], (64, 48))
     with torch.no_grad():
-        said = held.unet(torch.randn(2, 4, 8, 6), torch.tensor([3, 900]), **told.kwargs()).sample
+        said = held.unet(torch.randn(2, 4, 8, 6), torch.tensor([3, 900]), **unet_arguments(told)).sample
     assert said.shape == (2, 4, 8, 6)
     assert not torch.equal(told.hidden_states[0], told.hidden_states[1])
 
@@ -212,8 +213,8 @@ def test_what_decides_a_picture_is_hashed_alike_in_every_process(base: Base) -> 
     hashes = []
     for order in (["beta_start", "clip_sample"], ["clip_sample", "beta_start"]):
         scheduler.register_to_config(_use_default_values=order)
-        hashes.append(replace(base, scheduler=scheduler).drawing_hash)
-    assert hashes[0] == hashes[1] != base.drawing_hash
+        hashes.append(replace(base, scheduler=scheduler).generation_hash)
+    assert hashes[0] == hashes[1] != base.generation_hash
 
 
 @pytest.mark.scale

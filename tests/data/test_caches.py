@@ -167,7 +167,7 @@ def test_masks_are_cut_and_mirrored_with_their_pictures(base: Base, tmp_path: Pa
 def test_texts_are_encoded_once_and_are_the_same_bits(base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["a dog", "a red cat in the snow", ""]
     with torch.no_grad():
-        wanted = [base.family.condition(base, [prompt], False).hidden_states for prompt in prompts]
+        wanted = [base.family.encode(base, [prompt], False).hidden_states for prompt in prompts]
     first = Texts(base, keep=True)
     first.prepare(prompts)
     asked = Asked(base.text_encoder, "forward", monkeypatch)
@@ -201,9 +201,9 @@ def test_long_prompts_are_read_in_pieces(family: str, folders: Path) -> None:
     texts = Texts(base, whole=True)
     with torch.no_grad():
         found = texts([long, short])
-        together = base.family.condition(base, [long, short], True)
-        first = base.family.condition(base, [" ".join(words[:75]), short], False)
-        second = base.family.condition(base, [" ".join(words[75:100]), ""], False)
+        together = base.family.encode(base, [long, short], True)
+        first = base.family.encode(base, [" ".join(words[:75]), short], False)
+        second = base.family.encode(base, [" ".join(words[75:100]), ""], False)
     torch.testing.assert_close(found.hidden_states, together.hidden_states)
     assert found.hidden_states.shape[1] == 2 * 77
     torch.testing.assert_close(found.hidden_states[:, :77], first.hidden_states)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.outline import outline
+from diffgraft.bases.meta_base import meta_base
 from diffgraft.bases.stated import KEY
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
@@ -131,7 +131,7 @@ def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader
     with open_weights(file) as ours, open_weights("tiny") as bare:
         assert set(ours) == set(bare)
         assert torch.equal(ours[f"{path}.weight"], wanted[f"{path.removeprefix('unet.')}.weight"])
-    found, planned = load_base(file), outline(file)
+    found, planned = load_base(file), meta_base(file)
     assert torch.equal(found.unet.state_dict()[f"{path.removeprefix('unet.')}.weight"], ours_of(wanted, path))
     for part, other in base.parts():
         own = dict(found.parts())[part].state_dict()
@@ -148,7 +148,7 @@ def test_a_header_that_says_no_configuration_is_refused_in_a_sentence(base: Base
     file = bake(base, {}, tmp_path / "tiny.safetensors")
     weights = load_file(file)
     write_safetensors(tmp_path / "odd.safetensors", weights, {"format": "pt", KEY: said})
-    for read in (load_base, outline):
+    for read in (load_base, meta_base):
         with pytest.raises(DiffgraftError) as caught:
             read(tmp_path / "odd.safetensors")
         assert "\n" not in str(caught.value)

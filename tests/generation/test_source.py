@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Spec, choose_layers, get_method, methods
+from diffgraft.adapters.method import Spec, get_method, methods
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.data.pictures import read_picture
 from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE

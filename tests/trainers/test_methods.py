@@ -12,6 +12,7 @@ import torch
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import get_method, methods
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
@@ -86,7 +87,7 @@ def test_every_method_on_stable_diffusion_xl(method: str, sdxl_folder: Path, pic
     def predict(held: Base) -> torch.Tensor:
         with torch.no_grad():
             told = held.condition(["a <zorp> dog"] * 2)
-            prediction: torch.Tensor = held.unet(latents, times, **told.kwargs()).sample
+            prediction: torch.Tensor = held.unet(latents, times, **unet_arguments(told)).sample
             return prediction
 
     bare = predict(fresh)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffgraft.bases import Base, Framing
+from diffgraft.bases import Base, SizeConditioning
 from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.wording import Wording
@@ -66,7 +66,7 @@ def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
     ours, kept = examples(5, 1), examples(7, 2, weight=0.4)
     process = forward_process(base)
 
-    def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str], _: Sequence[Framing]) -> Tensor:
+    def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str], _: Sequence[SizeConditioning]) -> Tensor:
         words = torch.tensor([int(prompt[-1]) for prompt in prompts]) * 0.1
         return 0.3 * noisy + (times / 1000 + words).view(-1, 1, 1, 1)
 

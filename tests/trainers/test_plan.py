@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.outline import outline
+from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.estimate import Cost, Workload, _kept, cost, speed
@@ -30,15 +30,15 @@ def cost_of(recipe: Recipe, base: Base, size: tuple[int, int], passes: int = 1) 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
 def test_an_outline_is_the_base_without_values(family: str, folders: Path) -> None:
-    held, found = load_base(folders / family, torch.bfloat16), outline(folders / family, torch.bfloat16)
+    held, found = load_base(folders / family, torch.bfloat16), meta_base(folders / family, torch.bfloat16)
     assert found.family.name == held.family.name == family
     for (name, part), (_, shape) in zip(held.parts(), found.parts(), strict=True):
         wanted = {key: (tuple(value.shape), value.dtype) for key, value in part.named_parameters()}
         assert {key: (tuple(value.shape), value.dtype) for key, value in shape.named_parameters()} == wanted, name
         assert all(value.is_meta for value in shape.parameters())
-    assert (found.resolution, found.factor, found.prediction_type) == (
+    assert (found.resolution, found.vae_scale_factor, found.prediction_type) == (
         held.resolution,
-        held.factor,
+        held.vae_scale_factor,
         held.prediction_type,
     )
     assert found.tokenizer("a sks dog").input_ids == held.tokenizer("a sks dog").input_ids
@@ -46,9 +46,9 @@ def test_an_outline_is_the_base_without_values(family: str, folders: Path) -> No
 
 def test_what_is_no_base_has_no_outline(tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match=r"no model_index\.json"):
-        outline(tmp_path)
+        meta_base(tmp_path)
     with pytest.raises(DiffgraftError, match="no file of that name"):
-        outline(tmp_path / "none.safetensors")
+        meta_base(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -58,7 +58,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     trigger = {"trigger": "<zorp>"} if method == "textual-inversion" else {}
     settings = {"subject": "dog", "method": method, "gradient_checkpointing": checkpointing, **trigger}
     plan = load_recipe("subject", settings)
-    found, wanted = (cost_of(plan, base, (64, 48), passes=2) for base in (outline("tiny"), load_base("tiny")))
+    found, wanted = (cost_of(plan, base, (64, 48), passes=2) for base in (meta_base("tiny"), load_base("tiny")))
     assert (found.trained, found.weights, found.training) == (wanted.trained, wanted.weights, wanted.training)
     assert found.activations == pytest.approx(wanted.activations, rel=0.02)
     assert found.step == pytest.approx(wanted.step, rel=0.15)
@@ -67,7 +67,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
 
 def test_checkpointing_keeps_less_and_batches_more() -> None:
     def found(**settings: Any) -> Any:
-        plan, base = load_recipe("subject", {"subject": "dog", **settings}), outline("tiny")
+        plan, base = load_recipe("subject", {"subject": "dog", **settings}), meta_base("tiny")
         return cost_of(plan, base, (64, 64))
 
     one, two, spared = found(batch=2), found(batch=4), found(batch=4, gradient_checkpointing=True)
@@ -110,14 +110,14 @@ def test_class_images_double_a_step(pictures: Path) -> None:
 
 def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path) -> None:
     plan = load_recipe("subject", {"subject": "dog", "method": "loha"})
-    said = cost_of(plan, outline("tiny"), (64, 64)).trained * 4
+    said = cost_of(plan, meta_base("tiny"), (64, 64)).trained * 4
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", method="loha", **settings)
     assert run.adapter_file.stat().st_size == pytest.approx(said, rel=0.02)
 
 
 def test_speed_is_a_number_that_this_machine_can_reach() -> None:
-    assert 1e8 < speed(outline("tiny"), torch.device("cpu")) < 1e14
+    assert 1e8 < speed(meta_base("tiny"), torch.device("cpu")) < 1e14
 
 
 def told(recipe: str, images: Path, **settings: Any) -> Plan:

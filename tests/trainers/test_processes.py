@@ -59,14 +59,14 @@ from diffgraft.trainers.run import train_adapter as learn
 from diffgraft.trainers.runtime.processes import check_together, new_accelerator
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_unet
+from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_denoiser
 sys.path.insert(0, sys.argv[1])
 from tests.trainers.test_processes import COMMON, SETTINGS, local
 
 class Loop(learn.Loop):
     def run(self):
         super().run()
-        unet = getattr(self.predict, 'module', self.predict).unet
+        unet = getattr(self.predict, "module", self.predict).denoiser
         shares.append(sum(local(value).numel() for value in unet.parameters()) / whole)
 
 learn.Loop, shares = Loop, []

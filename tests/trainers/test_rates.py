@@ -129,13 +129,13 @@ def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
     go: Any, base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    real = type(base.family).condition
+    real = type(base.family).encode
 
     def condition(self: Any, held: Base, prompts: Any, size: Any) -> Any:
         asked.extend(prompts)
         return real(self, held, prompts, size)
 
-    monkeypatch.setattr(type(base.family), "condition", condition)
+    monkeypatch.setattr(type(base.family), "encode", condition)
     monkeypatch.setattr(
         "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
     )  # which asks for words of its own
@@ -362,7 +362,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     """Interrupted before, at and after the stop; from there on text does not move, and is worked out once."""
     kept: dict[int, dict[str, torch.Tensor]] = {}
     asked: list[int] = []
-    real_save, real_condition = checkpoint.save_checkpoint, type(base.family).condition
+    real_save, real_condition = checkpoint.save_checkpoint, type(base.family).encode
 
     def save(folder: Path, fingerprint: Any, state: TrainingState, **named: Any) -> Path:
         kept[state.step] = {name: value.detach().clone() for name, value in state.parameters.items()}
@@ -373,7 +373,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
         return real_condition(self, held, prompts, size)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
-    monkeypatch.setattr(type(base.family), "condition", condition)
+    monkeypatch.setattr(type(base.family), "encode", condition)
     monkeypatch.setattr(
         "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
     )  # which asks for words of its own

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.files import load_recipe
@@ -76,12 +77,12 @@ def test_it_is_so_within_the_block_and_as_before_after_it(begun_last: bool) -> N
     before = state(base)
     denoiser = Denoiser(base)
     for kind, named in (("plain", "AttnProcessor"), ("sliced", "SlicedAttnProcessor"), ("default", "AttnProcessor2_0")):
-        with suppress(KeyboardInterrupt), sped_up(changed(attention=kind, channels_last=True), denoiser):
+        with suppress(KeyboardInterrupt), sped_up(changed(attention=kind, channels_last=True), base, denoiser):
             assert {type(one).__name__ for one in base.unet.attn_processors.values()} == {named}
             assert base.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
             raise KeyboardInterrupt
         assert_same(state(base), before)
-        assert denoiser.unet is base.unet
+        assert denoiser.denoiser is base.unet
     assert base.unet.conv_in.weight.is_contiguous() != begun_last
 
 
@@ -123,7 +124,7 @@ def test_compiled_it_trains_the_same(
     base = load_base(sdxl_folder, quantize=settings.get("quantize", "none"))
     # the same UNet was compiled before, with no adapter on it: that must not be what trains
     bare = torch.compile(base.unet, backend="aot_eager")
-    bare(torch.randn(2, 4, 16, 16), torch.tensor([1, 2]), **base.condition(["a dog"] * 2).kwargs())
+    bare(torch.randn(2, 4, 16, 16), torch.tensor([1, 2]), **unet_arguments(base.condition(["a dog"] * 2)))
     before = state(base)
     found = {}
     for compiled in (True, False):
@@ -149,7 +150,7 @@ def test_pictures_of_many_sizes_are_two_graphs(sdxl_folder: Path, monkeypatch: p
     base = load_base(sdxl_folder)
     denoiser = Denoiser(base)
     counters.clear()
-    with torch.no_grad(), sped_up(changed(compile=True), denoiser):
+    with torch.no_grad(), sped_up(changed(compile=True), base, denoiser):
         for height, width in ((16, 24), (24, 16), (32, 8), (8, 40), (16, 24)):
             given = (torch.randn(2, 4, height, width), torch.tensor([20, 700]), ["a dog", "a cat"])
             torch.testing.assert_close(denoiser(*given), Denoiser(base)(*given), rtol=1e-4, atol=1e-5)
@@ -177,6 +178,6 @@ def test_xformers_is_asked_for_in_diffusers_own_way(base: Base, monkeypatch: pyt
     name = "enable_xformers_memory_efficient_attention"
     monkeypatch.setattr(type(base.unet), name, lambda unet: asked.append(unet))
     before = state(base)
-    with sped_up(changed(attention="xformers"), Denoiser(base)):
+    with sped_up(changed(attention="xformers"), base, Denoiser(base)):
         assert asked == [base.unet]
     assert_same(state(base), before)

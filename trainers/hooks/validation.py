@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffgraft.bases import Framing
+from diffgraft.bases import SizeConditioning
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.hooks.artifacts import PeriodicArtifact
 from diffgraft.trainers.hooks.hook import Hook
@@ -27,7 +27,7 @@ _BATCH = 8
 class HeldOut:
     """Pictures held out, by their size."""
 
-    probes: Sequence[tuple[Probe, Sequence[str], Sequence[Framing]]]
+    probes: Sequence[tuple[Probe, Sequence[str], Sequence[SizeConditioning]]]
     """Of each size: its pairs, and of each of its pictures the prompt and how it was cut"""
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffgraft.bases import Framing
+from diffgraft.bases import SizeConditioning
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.rng import normal
 from diffgraft.trainers.training_data.examples import Examples, Shown
@@ -19,7 +19,9 @@ _LATENT = 1
 class Predict(Protocol):
     """The denoiser, adapter and text encoders included, as objectives call it."""
 
-    def __call__(self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Framing], /) -> Tensor:
+    def __call__(
+        self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning], /
+    ) -> Tensor:
         """Noisy latents [n, c, h, w], timesteps [n], n prompts and n framings → the prediction [n, c, h, w]."""
 
 
@@ -34,7 +36,7 @@ class Batch:
     times: Tensor
     """Timesteps [n]"""
     prompts: list[str]
-    frames: list[Framing]
+    frames: list[SizeConditioning]
     mask: Tensor | None
     """Factor on the error at each place of each sample, [n, 1, h, w]; None: all count alike"""
     weight: Tensor
@@ -68,7 +70,7 @@ class SampleStream:
         prompts = [self.examples.prompt(one, self.seed, at, self.kind) for one, at in zip(shown, places, strict=True)]
         mask, weight = self.examples.weight_map(shown), torch.tensor([one.example.weight for one in shown])
         mask = None if mask is None else mask.to(self.device)
-        framing = self.examples.framing(shown)
+        framing = self.examples.size_conditioning(shown)
         return Batch(noisy, target, times, prompts, framing, mask, weight.to(self.device), shown)
 
     def names(self, place: int, count: int) -> list[str]:

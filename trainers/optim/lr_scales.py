@@ -4,9 +4,10 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from diffgraft.adapters.method import Attached, is_of_text
+from diffgraft.adapters.method import Attached
 from diffgraft.adapters.patterns import check_keys, chosen
 from diffgraft.bases import Base
+from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.optim.optimizers import eval_weights
@@ -49,7 +50,7 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection
 
 def _trains(rates: Mapping[str, float], base: Base, path: str) -> bool:
     part, _, inside = path.partition(".")
-    reaches = not is_of_text(path) or base.family.reaches(base, part, inside)
+    reaches = not is_of_text(path) or base.family.affects_output(base, part, inside)
     return reaches and chosen(rates, path, 1.0) > 0
 
 

@@ -6,8 +6,9 @@ from statistics import median
 
 import numpy as np
 
-from diffgraft.adapters.method import choose_layers, get_method
+from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.data.likeness import Fingerprint
 from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -64,8 +65,8 @@ def _rank(adapter: AdapterSettings, base: Base) -> Iterator[str]:
     options = method.read_options(adapter.options)
     if "rank" in method.without_under(options):
         return
-    layers = choose_layers("unet", base.unet, adapter.layers or method.layers_under(options))
-    shapes = [base.unet.get_submodule(path).weight.shape for path in layers]
+    layers = choose_layers(base.family.denoiser, base.denoiser, adapter.layers or method.layers_under(options))
+    shapes = [base.denoiser.get_submodule(path).weight.shape for path in layers]
     most = max((min(shape[0], shape[1:].numel()) for shape in shapes), default=0)
     if most and adapter.rank > most:
         yield f"rank={adapter.rank} holds no more than rank {most}, the most that any layer here has; 4 to 64 is usual."

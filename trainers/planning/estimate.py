@@ -47,7 +47,7 @@ class Cost:
     step: float
     """Floating-point operations of an optimiser step"""
     picture: float
-    """Floating-point operations of one pass of the UNet without gradients, for one picture"""
+    """Floating-point operations of one pass of the denoiser without gradients, for one picture"""
 
     @property
     def memory(self) -> int:
@@ -74,15 +74,17 @@ def cost(
 ) -> Cost:
     """The cost of training what `attach` lays over an outline; `whole` prompts are read in pieces."""
     sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
-    dtype, live = base.unet.dtype, attach()
+    dtype, live = base.denoiser.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
-    weights = sum(own for name, own in sizes.items() if name == "unet" or (live.changes_text and name != "vae"))
+    weights = sum(
+        own for name, own in sizes.items() if name == base.family.denoiser or (live.changes_text and name != "vae")
+    )
     each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)
     denoiser = Denoiser(base, live, live.trains_text, whole=whole)
-    width, height = (side // base.factor for side in work.size)
-    channels = int(base.vae.config.latent_channels)
+    width, height = (side // base.vae_scale_factor for side in work.size)
+    channels = base.latents.channels
 
     def asked(count: int) -> tuple[Tensor, Tensor, list[str]]:
         noisy = torch.empty(count, channels, height, width, device=base.device)
@@ -94,11 +96,11 @@ def cost(
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
     at_once = 0
     if work.checkpointing:
-        with _fused_attention(), _kept(fixed) as kept, _growth(base.unet, kept) as grown:
+        with _fused_attention(), _kept(fixed) as kept, _growth(base.denoiser, base.family.checkpointed, kept) as grown:
             denoiser(*asked(work.pictures))
         at_once = max(grown)  # on the way back one of them at a time has all of its own again
-        base.unet.enable_gradient_checkpointing()
-        base.unet.train()
+        base.denoiser.enable_gradient_checkpointing()
+        base.denoiser.train()
     with _fused_attention(), FlopCounterMode(display=False) as all_of_it, _kept(fixed) as kept:
         denoiser(*asked(work.pictures)).square().mean().backward()
     live.detach()
@@ -107,18 +109,14 @@ def cost(
 
 
 def speed(base: Base, device: torch.device) -> float:
-    """Floating-point operations a second that a part of the UNet, with weights of no meaning, reaches on `device`."""
-    unet = base.unet
-    block, width = unet.down_blocks[0], int(unet.config.block_out_channels[0])
+    """Floating-point operations a second that a part of the denoiser, its weights random, reaches on `device`."""
+    block, shapes, width = base.family.timing_block(base)
     with hushed():
         block = copy.deepcopy(block).to_empty(device=device)
     for value in block.parameters():
         nn.init.normal_(value, std=0.02)
-    side, dtype = int(unet.config.sample_size), unet.dtype
-    given: dict[str, Any] = {"temb": torch.randn(1, 4 * width, device=device, dtype=dtype)}
-    if getattr(block, "has_cross_attention", False):
-        context = int(unet.config.cross_attention_dim)
-        given["encoder_hidden_states"] = torch.randn(1, 77, context, device=device, dtype=dtype)
+    side, dtype = base.family.native_size(base), base.denoiser.dtype
+    given = {name: torch.randn(*shape, device=device, dtype=dtype) for name, shape in shapes.items()}
     x = torch.randn(1, width, side, side, device=device, dtype=dtype)
     with torch.no_grad():
         with FlopCounterMode(display=False) as counted:
@@ -152,18 +150,14 @@ def _fused_attention() -> Iterator[None]:
         yield
 
 
-_CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock")
-"""Modules of diffusers' UNets of which checkpointing keeps the input alone"""
-
-
 @contextmanager
-def _growth(unet: nn.Module, kept: "_Kept") -> Iterator[list[int]]:
+def _growth(denoiser: nn.Module, blocks: Sequence[str], kept: "_Kept") -> Iterator[list[int]]:
     """Within the block, what each of those modules adds to what is kept."""
     grown: list[int] = []
     before: list[int] = []
     hooks = []
-    for module in unet.modules():
-        if type(module).__name__ in _CHECKPOINTED:
+    for module in denoiser.modules():
+        if type(module).__name__ in blocks:
             hooks.append(module.register_forward_pre_hook(lambda *_: before.append(kept.now)))
             hooks.append(module.register_forward_hook(lambda *_: grown.append(kept.now - before.pop())))
     try:

@@ -12,7 +12,7 @@ import torch
 
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
-from diffgraft.bases.outline import outline
+from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.given import with_folders
 from diffgraft.data.inventory import count_of
 from diffgraft.errors import DiffgraftError
@@ -68,7 +68,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     """
     check_settings(recipe, device)
     model, data = recipe.model, recipe.data
-    base = outline(model.base, dtype, prediction_type=model.prediction_type, zero_snr=model.zero_snr)
+    base = meta_base(model.base, dtype, prediction_type=model.prediction_type, zero_snr=model.zero_snr)
     check_base(data, recipe.objective, base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,8 +1,9 @@
 """A recipe's method, laid over a base."""
 
 from diffgraft.adapters.formats import check_dialect
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.trainers.optim.lr_scales import freeze
 from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -33,11 +34,8 @@ def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
     """Part of the base → paths inside it of the layers that are adapted."""
     method = get_method(adapter.method)
     layers = adapter.layers or method.layers_under(method.read_options(adapter.options))
-    found = {"unet": choose_layers("unet", base.unet, layers)}
-    for name, part in base.parts():
-        if adapter.text_encoder and name.startswith("text_encoder"):
-            found[name] = choose_layers(name, part, layers)
-    return found
+    networks = {base.family.denoiser: base.denoiser, **(base.text_encoders() if adapter.text_encoder else {})}
+    return {name: choose_layers(name, network, layers) for name, network in networks.items()}
 
 
 def check_format(dialect: str, adapter: AdapterSettings) -> None:
@@ -52,7 +50,8 @@ def check_format(dialect: str, adapter: AdapterSettings) -> None:
         return
     method, small = get_method(adapter.method), load_base("tiny")
     options = method.read_options(adapter.options)
-    paths = {"unet": choose_layers("unet", small.unet, adapter.layers or method.layers_under(options))}
+    layers = adapter.layers or method.layers_under(options)
+    paths = {small.family.denoiser: choose_layers(small.family.denoiser, small.denoiser, layers)}
     live = method.attach(small, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
     try:
         check_dialect(live.adapter({}), dialect)

@@ -5,18 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.bases import Base
+from diffgraft.bases.prediction import PREDICTION_KEY
 from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.fingerprint import Fingerprint
-
-_USUAL_LAYERS = 2
-"""Layers in a block of all UNets of Stable Diffusion; files say it of others, as some names are counted by it"""
 
 
 def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
     """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
-    layers = base.unet.config.layers_per_block
     has_rank = "rank" not in unsupported_keys(plan)
     return {
         "method": plan.method,
@@ -29,8 +26,8 @@ def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]
             "name": Path(plan.base).name,
             "family": base.family.name,
             "hash": base.hash,
-            "prediction_type": base.prediction_type,
-            **({"layers_per_block": layers} if isinstance(layers, int) and layers != _USUAL_LAYERS else {}),
+            PREDICTION_KEY: base.parameterization.name,
+            **base.family.header(base),
         },
         "recipe": plan.header(),
         "seed": plan.seed,

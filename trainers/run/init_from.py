@@ -9,18 +9,9 @@ from pathlib import Path
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import (
-    LAYERS,
-    Attached,
-    Options,
-    canonical,
-    choose_layers,
-    get_method,
-    is_of_text,
-    methods,
-    parts_of,
-)
+from diffgraft.adapters.method import Attached, Options, canonical, get_method, methods
 from diffgraft.bases import Base
+from diffgraft.bases.layers import LAYERS, choose_layers, is_of_text, parts_of
 from diffgraft.bases.original import layers_in_block
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import AdapterSettings

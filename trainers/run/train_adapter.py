@@ -43,7 +43,7 @@ from diffgraft.trainers.run.header import header
 from diffgraft.trainers.run.init_from import InitAdapter, hash_of, with_init_metadata
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 from diffgraft.trainers.runtime.processes import check_together
-from diffgraft.trainers.runtime.shards import ignore_in_ddp, shard_unet, unet_copy
+from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
 from diffgraft.trainers.runtime.speed import sped_up
 from diffgraft.trainers.state import TrainingState
 from diffgraft.trainers.training_data.build import TrainingData, build_training_data, resolution_of
@@ -90,7 +90,7 @@ class AdapterTraining:
             data = build_training_data(recipe.data, recipe.validation, recipe.seed, setup.base, setup.read)
         if setup.is_main and (said := odd_prediction(setup.base, data.learnt)):
             warnings.warn(said, stacklevel=3)
-        with unet_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, away):
+        with denoiser_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, away):
             start = hash_of(recipe.init_from, setup.start)
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, start, accelerator.num_processes)
             state = self._new_state(live)
@@ -136,10 +136,10 @@ class AdapterTraining:
         live: Attached | None = None
         try:
             live = attach(recipe, base, self.setup.start)
-            shard_unet(recipe.shard, base)
+            shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
-                base.unet.enable_gradient_checkpointing()
-                base.unet.train()  # it recomputes in training mode only; these UNets have no dropout
+                base.denoiser.enable_gradient_checkpointing()
+                base.denoiser.train()  # it recomputes in training mode only; these denoisers have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = Texts(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.changes_text:
@@ -150,14 +150,14 @@ class AdapterTraining:
             ignore_in_ddp(recipe.shard, denoiser)
             away += offloadable(base, has_texts=data.prompts is not None and not live.changes_text)
             offload(base, away)
-            with sped_up(recipe.runtime, denoiser):
+            with sped_up(recipe.runtime, base, denoiser):
                 yield live, denoiser, away
         finally:
             onload(base, away)
             if live is not None:
                 live.detach()
-            base.unet.disable_gradient_checkpointing()
-            base.unet.eval()
+            base.denoiser.disable_gradient_checkpointing()
+            base.denoiser.eval()
 
     def _new_state(self, live: Attached) -> TrainingState:
         optim = self.recipe.optim
@@ -190,14 +190,14 @@ class AdapterTraining:
         recipe, base = self.recipe, self.setup.base
 
         def sample(step: int, file: Path) -> None:
-            base.unet.eval()
+            base.denoiser.eval()
             live.eval()
             with loaded(base, away), told_of_overflow(f"There are no samples of step {step}."):
                 side = resolution_of(recipe.data, base)
                 sheet = grid(draw(recipe.samples(), side, base, f"samples at step {step}", count=2))
                 if self.setup.is_main:
                     save_image(sheet, file)
-            base.unet.train(recipe.gradient_checkpointing)
+            base.denoiser.train(recipe.gradient_checkpointing)
             live.train()
 
         if recipe.previews:

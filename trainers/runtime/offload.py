@@ -15,7 +15,7 @@ def offloadable(base: Base, *, has_texts: bool) -> list[str]:
     if base.device.type == "cpu":
         return []
     names = [] if base.is_inpainting else ["vae"]
-    texts = [name for name, _ in base.parts() if name.startswith("text_encoder")]
+    texts = [*base.text_encoders()]
     return names + (texts if has_texts else [])
 
 
@@ -27,7 +27,7 @@ def offload(base: Base, names: Sequence[str]) -> None:
 
 
 def onload(base: Base, names: Sequence[str]) -> None:
-    """Move them to where the UNet is."""
+    """Move them to where the denoiser is."""
     with hushed():
         for name in names:
             getattr(base, name).to(base.device)

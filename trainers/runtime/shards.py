@@ -1,11 +1,11 @@
-"""A frozen UNet in shards: each process holds a share of every weight, and the whole of one only while it computes.
+"""A frozen denoiser in shards: each process holds a share of every weight, and the whole of one only while it computes.
 
 By PyTorch's `fully_shard`, or by stage 3 of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). What trains
 is small, and stays whole on every process.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def check_shards(shard: str, accelerator: Any) -> None:
         return
     if accelerator.num_processes == 1:
         raise DiffgraftError(
-            f"shard={shard} deals the UNet out to several processes, and this is one: start them by `torchrun "
+            f"shard={shard} deals the denoiser out to several processes, and this is one: start them by `torchrun "
             "--nproc_per_node 2 -m diffgraft train …`, or leave shard out."
         )
     if shard == "zero3" and not is_deepspeed_available():
@@ -52,40 +52,40 @@ def check_compatible(runtime: RuntimeSettings, quantize: str) -> None:
 
 
 @contextmanager
-def unet_copy(shard: str, base: Base) -> Iterator[None]:
-    """Within the block the base has a copy of its UNet, to be cut up; its own waits in the processor's memory."""
+def denoiser_copy(shard: str, base: Base) -> Iterator[None]:
+    """Within the block the base has a copy of its denoiser, to be cut up; its own waits in the processor's memory."""
     if shard == "none":
         yield
         return
-    own, device = base.unet, base.device
+    own, device = base.denoiser, base.device
     spare = copy.deepcopy(own.to("cpu"))
-    base.unet = spare.to(device)
+    base.denoiser = spare.to(device)
     try:
         yield
     finally:
-        base.unet = own.to(device)
+        base.denoiser = own.to(device)
 
 
 def check_frozen(shard: str, base: Base, live: Attached) -> None:
     """Refuse to deal out what is trained.
 
     Raises:
-        DiffgraftError: the UNet's own weights are, in what is attached.
+        DiffgraftError: the denoiser's own weights are, in what is attached.
     """
     if shard == "none":
         return
-    own = {id(value) for value in base.unet.parameters()}
+    own = {id(value) for value in base.denoiser.parameters()}
     if any(id(value) in own for value in live.trainable().values()):
         raise DiffgraftError(
-            f"This method trains the UNet's own weights, and shard={shard} is for a frozen one: "
+            f"This method trains the denoiser's own weights, and shard={shard} is for a frozen one: "
             "leave shard out, or take a method that adds to it."
         )
 
 
-def shard_unet(shard: str, base: Base) -> None:
-    """Deal the UNet's weights out to the processes, which from here on must call it together, as before."""
+def shard_denoiser(shard: str, base: Base) -> None:
+    """Deal the denoiser's weights out to the processes, which from here on must call it together, as before."""
     if shard != "none":
-        _KINDS[shard](base.unet)
+        _KINDS[shard](base.denoiser, base.family.checkpointed)
 
 
 def ignore_in_ddp(shard: str, module: nn.Module) -> None:
@@ -98,26 +98,24 @@ def ignore_in_ddp(shard: str, module: nn.Module) -> None:
     ignore(module, names)
 
 
-def _by_fsdp(unet: nn.Module) -> None:
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
+def _by_fsdp(denoiser: nn.Module, blocks: Sequence[str]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(next(unet.parameters()).device.type, (torch.distributed.get_world_size(),))
-    for block in unet.modules():
-        if isinstance(block, BasicTransformerBlock | ResnetBlock2D):
+    mesh = init_device_mesh(next(denoiser.parameters()).device.type, (torch.distributed.get_world_size(),))
+    for block in denoiser.modules():
+        if type(block).__name__ in blocks:
             fully_shard(block, mesh=mesh)
-    fully_shard(unet, mesh=mesh, reshard_after_forward=True)
+    fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
 
 
-def _by_zero3(unet: nn.Module) -> None:
+def _by_zero3(denoiser: nn.Module, blocks: Sequence[str]) -> None:  # noqa: ARG001  (it finds what to gather)
     import deepspeed
 
     # it is asked to train nothing, and gathers and frees weights on both ways
     few = {"stage": 3, "stage3_param_persistence_threshold": 0}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
-    deepspeed.initialize(model=unet, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": few})
+    deepspeed.initialize(model=denoiser, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": few})
 
 
 _KINDS = {"fsdp": _by_fsdp, "zero3": _by_zero3}

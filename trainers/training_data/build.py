@@ -146,7 +146,7 @@ def split(
 
 def step_of(base: Base) -> int:
     """What sides of pictures are multiples of."""
-    return math.lcm(base.factor, 8)
+    return math.lcm(base.vae_scale_factor, 8)
 
 
 def examples_of(data: DataSettings, base: Base, items: Sequence[Sample], title: str) -> Examples:

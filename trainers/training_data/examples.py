@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffgraft.bases import Framing
+from diffgraft.bases import SizeConditioning
 from diffgraft.data.latents import Encoded
 from diffgraft.data.settings import Masks, Tags
 from diffgraft.data.wording import Wording
@@ -109,7 +109,7 @@ class Examples:
     def _said(self, wording: Wording, shown: Shown, seed: int, place: int, kind: int) -> str:
         return wording.prompt(shown.text, self.tags, self.dropout, numpy_generator(seed, _WORDS, place, kind + 1))
 
-    def framing(self, shown: Sequence[Shown]) -> list[Framing]:
+    def size_conditioning(self, shown: Sequence[Shown]) -> list[SizeConditioning]:
         """How each was cut."""
         return [self.encoded.frames[one.row].told() for one in shown]
 

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffgraft.bases.sd1 import lost_words
+from diffgraft.bases.tokens import truncated_text
 from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
 from diffgraft.data.wording import Wording, lines_of, mentions
@@ -79,7 +79,7 @@ def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
     if long_prompts == "chunk":
         return
     prompts = {prompt: "" for _, _, wording in said for prompt in wording.prompts()}
-    prompts = {prompt: lost_words(tokenizer, prompt) for prompt in prompts}
+    prompts = {prompt: truncated_text(tokenizer, prompt) for prompt in prompts}
     lost = {
         picture.name: words
         for _, picture, wording in said

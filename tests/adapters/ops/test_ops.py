@@ -17,13 +17,13 @@ from diffgraft.adapters.loha import HADAMARD, HadamardProduct
 from diffgraft.adapters.lokr import KRONECKER, Kronecker
 from diffgraft.adapters.lora import LowRank, low_rank
 from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import choose_layers
 from diffgraft.adapters.ops.combine import combine, dare, ties
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.extract import extract, fit_loha
 from diffgraft.adapters.ops.inspect import effective_rank, inspect
 from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.bake import bake

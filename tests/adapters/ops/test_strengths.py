@@ -9,8 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import choose_layers
 from diffgraft.adapters.strengths import BLOCKS, LISTS, block_of, strengths_of
+from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft

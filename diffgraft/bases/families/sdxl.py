@@ -1,31 +1,31 @@
 """Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size and crop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from diffgraft.bases.base import Base, Conditioning, Framing, inpainting
-from diffgraft.bases.prediction import ddpm_parameterization
-from diffgraft.bases.sd1 import token_ids
-from diffgraft.diffusion.parameterizations import Parameterization
+from diffgraft.bases.base import Base
+from diffgraft.bases.family import Conditioning, SizeConditioning, TextSlot
+from diffgraft.bases.tokens import token_ids
+from diffgraft.bases.unet import UNetFamily
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(UNetFamily):
     """The family of Stable Diffusion XL (Podell et al. 2023, arXiv:2307.01952, sections 2.1 and 2.2)."""
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
-    in_single_files: Mapping[str, str] = {
-        "text_encoder": "conditioner.embedders.0.transformer.text_model.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    }
+    text = (
+        TextSlot("text_encoder", "tokenizer", "conditioner.embedders.0.transformer.text_model."),
+        TextSlot("text_encoder_2", "tokenizer_2", "conditioner.embedders.1.model."),
+    )
 
-    def holds(self, pipe: Any) -> bool:
+    def matches(self, pipe: Any) -> bool:
         """Its pipeline is one of its own."""
-        return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
+        return self.has_pipeline(pipe)
 
-    def condition(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
+    def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
         """Penultimate hidden states of both encoders side by side; pooled embedding of the second, first piece."""
         states, pooled = [], None
         for tokenizer, encoder in ((base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)):
@@ -36,16 +36,15 @@ class StableDiffusionXL:
         assert pooled is not None
         return Conditioning(torch.cat(states, -1), {"text_embeds": pooled})
 
-    def framing(self, frames: Sequence[Framing]) -> dict[str, torch.Tensor]:
+    def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, torch.Tensor]:
         """Original size, corner of what is shown, and its size; in float32, as larger numbers need it."""
         return {"time_ids": torch.tensor([[*one.original, *one.corner, *one.shown] for one in frames]).float()}
 
-    def parameterization(self, scheduler: Any) -> Parameterization:
-        """ε or v, on the schedule of DDPM."""
-        return ddpm_parameterization(scheduler)
-
-    def reaches(self, base: Base, part: str, path: str) -> bool:
+    def affects_output(self, base: Base, part: str, path: str) -> bool:
         """The end of the first encoder does not: of it the states before its last layer are used alone."""
         last = base.text_encoder.config.num_hidden_layers - 1
         behind = f"encoder.layers.{last}." in path or path.endswith("final_layer_norm")
         return not (part == "text_encoder" and behind)
+
+
+FAMILY = StableDiffusionXL()

@@ -4,15 +4,17 @@ from pathlib import Path
 
 import torch
 
-from diffgraft.bases.base import Base, inpainting
+from diffgraft.bases.base import Base
 from diffgraft.bases.folder import pipeline_of
-from diffgraft.bases.loading import FAMILIES, PIPELINES, configuration, located, read_single_file
+from diffgraft.bases.loading import configuration, known_pipelines, located, parts_of, read_single_file
 from diffgraft.bases.prediction import scheduled
+from diffgraft.bases.registry import families
+from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError
 from diffgraft.quiet import hushed
 
 
-def outline(
+def meta_base(
     source: str | Path = "tiny",
     dtype: torch.dtype = torch.float32,
     *,
@@ -36,14 +38,13 @@ def outline(
         if path.is_file():
             file = read_single_file(path)
             with configuration(file) as folder:
-                pipe = pipeline_of(folder, PIPELINES, "nowhere", tokenizers=file.tokenizers())
+                pipe = pipeline_of(folder, known_pipelines(), "nowhere", tokenizers=file.tokenizers())
             pipe.scheduler = scheduled(pipe.scheduler, **file.told)
         else:
             is_local = str(source) == "tiny" or Path(source).expanduser().exists()
-            pipe = pipeline_of(path, PIPELINES, "headers" if is_local else "nowhere")
+            pipe = pipeline_of(path, known_pipelines(), "headers" if is_local else "nowhere")
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
-    found = next(one for one in FAMILIES.values() if one.holds(pipe))
+    found = next(one for one in families().values() if one.matches(pipe))
     if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
         raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
-    names = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    return Base(name=str(source), family=found, **{name: getattr(pipe, name, None) for name in names}).to(dtype=dtype)
+    return Base(name=str(source), family=found, **parts_of(pipe)).to(dtype=dtype)
