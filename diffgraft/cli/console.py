@@ -48,7 +48,7 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
     Raises:
         DiffgraftError: a word is something else; of options in other tools' manner it says how they are written here.
     """
-    out = {}
+    out: dict[str, str] = {}
     for place, word in enumerate(words):
         if word.startswith("-"):
             option, equals, value = word.lstrip("-").partition("=")
