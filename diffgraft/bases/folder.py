@@ -5,6 +5,7 @@ is never run, and nobody is asked whether to run it. Networks are laid out on th
 headers of the files, and only then filled: every weight is there, in the right shape, and none is left over.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from diffgraft.bases.configs import (
 )
 from diffgraft.bases.stored import FLOATS, files_of_part
 from diffgraft.bases.unet import inpainting
+from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
 
 WeightsFrom = Literal["files", "headers", "nowhere"]
@@ -61,11 +63,15 @@ KNOWN_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "tokenizer_2": ("transformers", _TOKENIZERS),
 }
 """Part → the library and the classes it may have; all of those a pipeline takes must be there"""
+_CLIP = Path(__file__).parent / "tiny" / "model" / "tokenizer"
+"""CLIP's own, which the embedded base has as well"""
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that may stand in the index and are never loaded"""
 
 _UNREAD = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "cls.", "position_ids")
 """What the weights of text encoders may hold beside those of the model: the other half of CLIP, heads of BERT"""
+_LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.")
+"""A layer of a text encoder; files of bases with clip skip hold more of them than their configurations say"""
 _RENAMED = {
     "vae": ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
     "text": ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
@@ -219,6 +225,7 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
     plain = _plain(part)
     wanted = {plain(name): (name, value) for name, value in network.state_dict().items()}
     state: dict[str, Tensor] = {}
+    layers = int(getattr(getattr(network, "config", None), "num_hidden_layers", 0))
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -226,6 +233,12 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
                     if plain(key) not in wanted:
                         if part.startswith("text") and (key.endswith(_UNREAD) or plain(key).startswith(_UNREAD)):
                             continue
+                        if part.startswith("text") and (layer := _layer_beyond(plain(key), layers)) is not None:
+                            raise DiffgraftError(
+                                f"{file} holds {key}, and {folder}/config.json says num_hidden_layers={layers}, as in "
+                                f"a base with clip skip: set it to {layer + 1} or more to use all layers of the file, "
+                                "or load and save the folder by diffusers, which leaves the others out."
+                            )
                         raise DiffgraftError(
                             f"{file} holds {short(key)}, which is no weight of the {part} that {folder}/config.json "
                             "describes: the two belong to different models."
@@ -254,6 +267,12 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
         kept = _most_common(state)
         network.load_state_dict({name: value.to(kept) for name, value in state.items()}, assign=True)
         _fill_buffers(network)
+
+
+def _layer_beyond(name: str, layers: int) -> int | None:
+    """The number of the layer that a weight belongs to, if a text encoder of so many `layers` does not have it."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found and int(found[1]) >= layers else None
 
 
 def _most_common(state: Mapping[str, Tensor]) -> torch.dtype:
@@ -324,7 +343,9 @@ def _check_fit(folder: Path, parts: Mapping[str, Any]) -> None:
         reason = f"its UNet has addition_embed_type={unet.addition_embed_type!r}"
     for name, config in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        with _said_of(folder, "its tokenizer does not work"):
+        with _said_of(folder / name.replace("text_encoder", "tokenizer"), "the tokenizer is damaged"):
+            if type(tokenizer).__name__.startswith("CLIP"):
+                check_vocabulary(tokenizer, config.vocab_size, _CLIP)
             first, last = [*tokenizer("").input_ids, None, None][:2]
             ids = tokenizer("a photo").input_ids
             if None in (first, last, tokenizer.pad_token_id) or len(ids) < 3:

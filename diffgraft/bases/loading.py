@@ -63,9 +63,8 @@ def load_base(
     if family is not None and family not in families():
         raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, families())}")
     if quantize not in get_args(Quantize):
-        known = ", ".join(get_args(Quantize))
-        hint = " For 4 bits take nf4." if "4" in str(quantize) else ""
-        raise DiffgraftError(f"Invalid value quantize={quantize!r}: must be one of {known}.{hint}")
+        hint = "for 4 bits take 'nf4'." if "4" in str(quantize) else nearest(quantize, get_args(Quantize))
+        raise DiffgraftError(f"Invalid value quantize={quantize!r}: {hint}")
     with hushed():
         path = located(source)
         pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, known_pipelines(), "files")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.loading import TINY
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.errors import DiffgraftError
 from tests.conftest import small
@@ -339,3 +340,53 @@ def test_random_mutations(healthy: Path, tmp_path: Path) -> None:
             raise AssertionError(f"folder {number}: {done}: {error!r}") from error
         shutil.rmtree(target)
     assert refusals > count // 4
+
+
+def reversed_pairs(lines: list[str]) -> list[str]:
+    return [*lines[:1], *reversed(lines[1:])]
+
+
+@pytest.mark.parametrize(
+    ("changed", "answer"),
+    [
+        (lambda lines: lines[:1], "merges.txt never makes 48,894 of the words"),
+        (lambda lines: lines[:40_000], "merges.txt never makes 8,895 of the words"),
+        (lambda lines: lines[:-1], "merges.txt never makes 1 of the words in vocab.json, such as 'jekyll</w>'"),
+        (reversed_pairs, "has CLIP's pairs in another order"),
+    ],
+)
+def test_merges_that_are_cut_short_would_change_every_prompt(
+    folder: Path, changed: Callable[[list[str]], list[str]], answer: str
+) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    path = folder / "tokenizer" / "merges.txt"
+    path.write_text("".join(changed(path.read_text("utf-8").splitlines(keepends=True))), "utf-8")
+    assert answer in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        (lambda old: min(old, 5), "several words of vocab.json have the same number"),
+        (lambda old: (old + 1) % 49_406 if old < 49_406 else old, "of CLIP's words are missing or numbered otherwise"),
+        (lambda old: 10**9 if old == 600 else old, "more words than the table of the text encoder"),
+    ],
+)
+def test_words_under_other_numbers_would_change_every_prompt(
+    folder: Path, number: Callable[[int], int], answer: str
+) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    path = folder / "tokenizer" / "vocab.json"
+    words = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({word: number(old) for word, old in words.items()}), "utf-8")
+    assert answer in refused(folder)
+
+
+def test_a_text_encoder_of_more_layers_than_are_used_is_told_as_clip_skip(folder: Path) -> None:
+    change(folder / "text_encoder" / "config.json", num_hidden_layers=1)
+    said = refused(folder)
+    assert "says num_hidden_layers=1, as in a base with clip skip: set it to 2 or more" in said
+    change(folder / "text_encoder" / "config.json", num_hidden_layers=2)
+    assert load_base(folder).text_encoder.config.num_hidden_layers == 2

@@ -256,3 +256,8 @@ def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) ->
     whole = original_weights(load_base(tmp_path / "folder", torch.float16))
     write_safetensors(tmp_path / "model.safetensors", whole, {})
     assert load_base(tmp_path / "model.safetensors", torch.float16).hash == held.hash
+
+
+def test_four_bits_are_found_by_their_number() -> None:
+    with pytest.raises(DiffgraftError, match="Invalid value quantize='int4': for 4 bits take 'nf4'"):
+        load_base("tiny", quantize="int4")  # type: ignore[arg-type]
