@@ -24,7 +24,7 @@ from diffgraft.bases.tiny.train.vae import train_vae
 VAE = Plan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
 JUDGE = Plan(steps=8000, batch=64, lr=2e-3, decay=0.6)
 TEXT = Plan(steps=6000, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
-UNET = Plan(steps=70_000, batch=64, lr=1e-3, decay=0.4, average=0.9995, muon=True)
+UNET = Plan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
 
 
 @dataclass(frozen=True)

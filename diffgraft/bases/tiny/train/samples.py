@@ -12,8 +12,8 @@ WORDINGS = 2
 """Captions written for each sample."""
 LENGTH = 32
 """Tokens stored of a caption; every caption of the broad world is shorter."""
-END = 49407
-"""Id of the end token, which also pads."""
+START, END = 49406, 49407
+"""Ids of the tokens at both ends of a caption; the end token also pads."""
 
 
 def rare_words(tokenizer: CLIPTokenizer) -> list[str]:

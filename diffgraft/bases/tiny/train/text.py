@@ -19,6 +19,7 @@ from diffgraft.bases.tiny.train.fit import Plan, fit
 from diffgraft.bases.tiny.train.samples import (
     END,
     LENGTH,
+    START,
     WORDINGS,
     captions_of,
     padded,
@@ -46,7 +47,7 @@ def new_text_encoder() -> CLIPTextModel:
         num_attention_heads=4,
         max_position_embeddings=77,
         projection_dim=WIDTH,
-        bos_token_id=49406,
+        bos_token_id=START,
         eos_token_id=END,
         pad_token_id=END,
     )
