@@ -1,4 +1,4 @@
-"""The rebuilding of the embedded base: its loop, stopped and started, and its optimiser."""
+"""The rebuilding of the embedded base: every stage in small, its loop stopped and started, its optimiser."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,10 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
+from diffgraft.bases import load_base
+from diffgraft.bases.loading import TINY
+from diffgraft.bases.tiny.train import pool as pool_module
+from diffgraft.bases.tiny.train.__main__ import main
 from diffgraft.bases.tiny.train.fit import Plan, fit
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
+from diffgraft.bases.tiny.train.pool import draw_pool
+from diffgraft.bases.tiny.train.samples import END, captions_of, padded, rare_words, sample_at, tokens
+from diffgraft.bases.tiny.train.text import ANSWERS, labels_of_caption
 from diffgraft.bases.tiny.train.unet import timesteps
 
 PLAN = Plan(steps=12, batch=5, lr=1e-2, decay=0.5, warmup=3, average=0.8, save_every=0)
@@ -70,3 +79,64 @@ def test_half_of_the_timesteps_lie_where_outlines_form() -> None:
     assert times.max() <= 999
     share = ((times >= 470) & (times < 730)).mean()
     assert abs(share - (0.5 * 0.26 + 0.5 * 0.683)) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+def test_a_dry_run_writes_a_base_that_draws(tmp_path: Path) -> None:
+    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "base"), "--dry-run"]
+    main(arguments)
+    base = load_base(tmp_path / "base")
+    images = base.pipeline()("a zorb toy", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    assert images[0].size == (64, 64)
+    weights = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    main(arguments)  # everything is done: the stages are read back
+    assert (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
+def test_a_pool_that_is_stopped_goes_on_at_the_missing_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "CHUNK", 3)
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    latents, ids = draw_pool(tmp_path, vae, tokenizer, 7)
+    assert latents.shape == (7, 4, 16, 16)
+    assert ids.shape == (7, 2, 32)
+    paths = sorted((tmp_path / "pool").iterdir())
+    assert len(paths) == 3
+    stamps = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    again, same = draw_pool(tmp_path, vae, tokenizer, 7)
+    assert torch.equal(latents, again)
+    assert torch.equal(ids, same)
+    assert [path.stat().st_mtime_ns for path in (paths[0], paths[2])] == [stamps[0], stamps[2]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    loaded: CLIPTokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    return loaded
+
+
+def test_stored_captions_are_what_a_pipeline_reads(tokenizer: CLIPTokenizer) -> None:
+    words = rare_words(tokenizer)
+    texts = [text for number in range(100) for text in captions_of(sample_at(number, words), number)]
+    whole = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(padded(tokens(tokenizer, texts)), whole)
+    assert whole[:, 31].eq(END).all(), "a caption is longer than what is stored of it"
+
+
+def test_labels_say_what_a_caption_says(tokenizer: CLIPTokenizer) -> None:
+    words = rare_words(tokenizer)
+    silent = 0
+    for number in range(300):
+        sample = sample_at(number, words)
+        for text in captions_of(sample, number):
+            labels = dict(zip(ANSWERS, labels_of_caption(sample, text), strict=True))
+            assert ANSWERS["thing"][labels["thing"]] in text
+            if labels["backdrop"]:
+                assert f"{ANSWERS['backdrop'][labels['backdrop']]} background" in text
+            if labels["setting"] < 0:
+                silent += 1
+                assert "background" not in text
+            else:
+                assert ANSWERS["setting"][labels["setting"]] == sample.scene.setting
+    assert 0.02 < silent / 600 < 0.15

@@ -2,54 +2,84 @@
 
 import argparse
 import json
-import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from diffgraft.bases.loading import TINY
+from diffgraft.bases.tiny.judge import Judge, load_judge
 from diffgraft.bases.tiny.train.fit import Plan
 from diffgraft.bases.tiny.train.judging import train_judge
-from diffgraft.bases.tiny.train.pictures import pictures
-from diffgraft.bases.tiny.train.text import captions, text_states, train_text
-from diffgraft.bases.tiny.train.unet import latents, new_scheduler, train_unet
+from diffgraft.bases.tiny.train.pool import draw_pool
+from diffgraft.bases.tiny.train.text import train_text
+from diffgraft.bases.tiny.train.unet import new_scheduler, train_unet
 from diffgraft.bases.tiny.train.vae import train_vae
 
 VAE = Plan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
 JUDGE = Plan(steps=8000, batch=64, lr=2e-3, decay=0.6)
-TEXT = Plan(steps=1500, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
-UNET = Plan(steps=14000, batch=64, lr=1e-3, decay=0.4, average=0.9995, muon=True)
+TEXT = Plan(steps=6000, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
+UNET = Plan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn and how long each stage trains."""
+
+    world: int = 100_000
+    """Pictures of the tiny world, for the autoencoder and the judge."""
+    captions: int = 200_000
+    """Samples of the broad world whose captions the text encoder reads."""
+    pool: int = 400_000
+    """Pictures of the broad world, for the denoiser."""
+    vae: Plan = VAE
+    judge: Plan = JUDGE
+    text: Plan = TEXT
+    unet: Plan = UNET
+
+    def dry(self) -> "Size":
+        """Two steps of every stage on a handful of pictures."""
+        plans = {name: replace(getattr(self, name), steps=2, batch=4) for name in ("vae", "judge", "text", "unet")}
+        return replace(self, world=20, captions=20, pool=20, **plans)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run all stages that are not done yet and write the base's folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m diffgraft.bases.tiny.train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for pictures, caches, checkpoints")
     parser.add_argument("--output", type=Path, default=TINY, help="folder the finished base is written to")
-    parser.add_argument("--pictures", type=int, default=100_000, help="pictures of the world to draw")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="processor threads")
-    options = parser.parse_args()
-    work, count = options.work, options.pictures
+    parser.add_argument("--pool", type=int, default=Size.pool, help="pictures the denoiser is trained on")
+    parser.add_argument("--steps", type=int, default=Size.unet.steps, help="steps of the denoiser")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads of PyTorch")
+    parser.add_argument(
+        "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts taken from the shipped base as they are"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="two steps of every stage on a handful of pictures")
+    options = parser.parse_args(arguments)
+    size = replace(Size(), pool=options.pool, unet=replace(Size.unet, steps=options.steps))
+    if options.dry_run:
+        size = size.dry()
+    work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
 
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    vae = train_vae(work, count, VAE)
-    judge = train_judge(work, count, JUDGE)
-    text_encoder = train_text(work, tokenizer, count, TEXT)
-    ids, _ = captions(work, tokenizer, count)
-    states = text_states(work, text_encoder, ids)
-    with torch.no_grad():
-        nothing = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-        empty = text_encoder(input_ids=nothing).last_hidden_state[0]
-    z = latents(work, vae, pictures(work, "world", count))
+    vae: AutoencoderKL
+    if "vae" in options.keep:
+        vae = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
+    else:
+        vae = train_vae(work, size.world, size.vae)
+    judge: Judge = load_judge(TINY / "judge") if "judge" in options.keep else train_judge(work, size.world, size.judge)
+    text_encoder = train_text(work, tokenizer, size.captions, size.text)
+    z, ids = draw_pool(work, vae, tokenizer, size.pool)
     scale = 1 / float(z[:5000].float().std())
     vae.register_to_config(scaling_factor=scale)
-    unet = train_unet(work, (z * scale).half(), states, empty, UNET)
+    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet)
 
     pipe = StableDiffusionPipeline(
         vae=vae,

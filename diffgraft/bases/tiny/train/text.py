@@ -14,15 +14,28 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffgraft.bases.tiny.judge import LABELS, labels_of
-from diffgraft.bases.tiny.train.fit import Plan, fingerprint, fit
-from diffgraft.bases.tiny.train.pictures import SEED, scene_at
-from diffgraft.bases.tiny.world import COLOURS, caption
+from diffgraft.bases.tiny.judge import LABELS
+from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.samples import (
+    END,
+    LENGTH,
+    START,
+    WORDINGS,
+    captions_of,
+    padded,
+    rare_words,
+    sample_at,
+    tokens,
+)
+from diffgraft.bases.tiny.world import COLOURS
+from diffgraft.bases.tiny.world.broad import Sample, nouns
+from diffgraft.bases.tiny.world.scene import SETTING_WORDS
 
 WIDTH = 64
-WORDINGS = 2
-"""Captions kept for each picture."""
-_BACKDROPS = ("none", *COLOURS)
+ANSWERS = {**LABELS, "thing": nouns(), "backdrop": ("none", *COLOURS)}
+"""What a caption must tell → the answers there are."""
+_NOT_SAID = -100
+"""Label of what a caption does not mention, as `cross_entropy` ignores it."""
 
 
 def new_text_encoder() -> CLIPTextModel:
@@ -34,9 +47,9 @@ def new_text_encoder() -> CLIPTextModel:
         num_attention_heads=4,
         max_position_embeddings=77,
         projection_dim=WIDTH,
-        bos_token_id=49406,
-        eos_token_id=49407,
-        pad_token_id=49407,
+        bos_token_id=START,
+        eos_token_id=END,
+        pad_token_id=END,
     )
     encoder = CLIPTextModel(config)
     embeddings = {name: p for name, p in encoder.named_parameters() if "embedding.weight" in name}
@@ -45,43 +58,40 @@ def new_text_encoder() -> CLIPTextModel:
     return encoder
 
 
-def rare_words(tokenizer: CLIPTokenizer) -> list[str]:
-    """A seventh of the vocabulary's lower-case words of three to six letters, to stand where a trigger would."""
-    entries = [entry[:-4] for entry in tokenizer.get_vocab() if entry.endswith("</w>")]
-    return sorted(word for word in entries if word.isascii() and word.isalpha() and 3 <= len(word) <= 6)[::7]
+def labels_of_caption(sample: Sample, text: str) -> list[int]:
+    """Indices into `ANSWERS`, in its order; -100 for a setting that the caption does not mention."""
+    scene = sample.scene
+    places = [words.format(colour=scene.backdrop) for words in SETTING_WORDS[scene.setting]]
+    said = {
+        "thing": scene.thing,
+        "setting": scene.setting if any(words in text for words in places) else None,
+        "style": scene.style,
+        "colour": scene.colour or "own",
+        "backdrop": scene.backdrop if f"{scene.backdrop} background" in text else "none",
+    }
+    return [_NOT_SAID if said[kind] is None else names.index(str(said[kind])) for kind, names in ANSWERS.items()]
 
 
 def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Token ids [count, wordings, 77] and labels [count, wordings, 6]: thing, setting, style, colour, backdrop, rare.
+    """Ids [count, wordings, `LENGTH`] and labels [count, wordings, kinds + 1] of captions.
 
-    A label the caption does not mention is -100; `rare` is the token of the rare word.
+    The labels are those of `ANSWERS`, in its order, and the token of the rare word, -100 where there is none.
     """
     path = work / f"captions-{count}.pt"
     if path.exists():
-        kept = torch.load(path, weights_only=True)
-        return kept["ids"], kept["labels"]
-    words = rare_words(tokenizer)
-    texts, labels = [], []
-    for index in tqdm(range(count), "writing captions"):
-        scene = scene_at(index)
-        for wording in range(WORDINGS):
-            rng = np.random.default_rng([SEED, 2, index, wording])
-            rare = str(rng.choice(words)) if rng.random() < 0.1 else ""
-            text = caption(scene, rng, rare)
-            backdrop = _BACKDROPS.index(scene.backdrop) if f"{scene.backdrop} background" in text else 0
-            row = labels_of(scene)
-            if not any(word in text for word in ("background", "behind", *_PLACES)):
-                row[1] = -100
+        stored = torch.load(path, weights_only=True)
+        return stored["ids"], stored["labels"]
+    words, texts, labels = rare_words(tokenizer), [], []
+    for index in tqdm(range(count), "writing captions", mininterval=5):
+        sample = sample_at(index, words)
+        token = int(tokenizer.convert_tokens_to_ids(sample.rare + "</w>")) if sample.rare else _NOT_SAID
+        for text in captions_of(sample, index):
             texts.append(text)
-            token = tokenizer.convert_tokens_to_ids(rare + "</w>") if rare else -100
-            labels.append([*row, backdrop, token])
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    out = ids.view(count, WORDINGS, -1), torch.tensor(labels).view(count, WORDINGS, -1)
+            labels.append([*labels_of_caption(sample, text), token])
+    ids = tokens(tokenizer, texts).view(count, WORDINGS, LENGTH)
+    out = ids, torch.tensor(labels).view(count, WORDINGS, -1)
     torch.save({"ids": out[0], "labels": out[1]}, path)
     return out
-
-
-_PLACES = frozenset("snow beach grass meadow night stars jungle desert city water sunset kitchen".split())  # noqa: SIM905
 
 
 class Reader(nn.Module):
@@ -90,14 +100,13 @@ class Reader(nn.Module):
     def __init__(self, encoder: CLIPTextModel) -> None:
         super().__init__()
         self.encoder = encoder
-        answers = [len(names) for names in LABELS.values()] + [len(_BACKDROPS)]
-        self.heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in answers)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, len(names)) for names in ANSWERS.values())
         self.to_word = nn.Linear(WIDTH, WIDTH)
 
     def loss(self, ids: Tensor, labels: Tensor, pad: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=ids).last_hidden_state
         row = torch.arange(len(ids))
-        end = ids.eq(49407).int().argmax(1)
+        end = ids.eq(END).int().argmax(1)
         later = torch.minimum(end + 1 + pad, torch.tensor(ids.shape[1] - 1))
         total = hidden.new_zeros(())
         table = self.encoder.get_input_embeddings().weight
@@ -121,26 +130,11 @@ def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
         rows, wording = rng.integers(0, count, plan.batch), rng.integers(0, WORDINGS, plan.batch)
-        length = 77 if step % 8 == 0 else 32  # most steps spare themselves the long tail of padding
-        pad = torch.from_numpy(rng.integers(0, length, plan.batch))
-        return reader.loss(ids[rows, wording][:, :length], labels[rows, wording], pad)
+        # most steps spare themselves the long tail of padding
+        batch = padded(ids[rows, wording]) if step % 8 == 0 else ids[rows, wording].long()
+        pad = torch.from_numpy(rng.integers(0, batch.shape[1], plan.batch))
+        return reader.loss(batch, labels[rows, wording], pad)
 
     fit("text", reader, loss, plan, work)
     trained: CLIPTextModel = reader.encoder
     return trained
-
-
-@torch.no_grad()
-def text_states(work: Path, encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Last hidden states of all captions, float16 [count, wordings, 77, width]."""
-    path = work / f"states-{len(ids)}-{fingerprint(encoder)}.pt"
-    if path.exists():
-        states: Tensor = torch.load(path, weights_only=True)
-        return states
-    flat = ids.flatten(0, 1)
-    out = torch.empty(*flat.shape, WIDTH, dtype=torch.float16)
-    for start in tqdm(range(0, len(flat), 256), "reading captions"):
-        out[start : start + 256] = encoder(input_ids=flat[start : start + 256]).last_hidden_state.half()
-    out = out.view(*ids.shape, WIDTH)
-    torch.save(out, path)
-    return out

@@ -104,17 +104,24 @@ def recolour(rgba: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray
     return out
 
 
+def cut_glyph(font: str, glyph: str) -> Image.Image:
+    """A glyph of the font file of Noto Color Emoji as a cut-out: RGBA, centred in a square of `CELL` pixels."""
+    face = ImageFont.truetype(font, 109)  # the one size at which its bitmaps are stored
+    large = Image.new("RGBA", (200, 200))
+    ImageDraw.Draw(large).text((20, 20), glyph, font=face, embedded_color=True)
+    cut = large.crop(large.getbbox())
+    scale = (CELL - 4) / max(cut.size)
+    cut = cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.LANCZOS)
+    cell = Image.new("RGBA", (CELL, CELL))
+    cell.paste(cut, ((CELL - cut.width) // 2, (CELL - cut.height) // 2))
+    return cell
+
+
 def draw_atlas(font: str) -> Image.Image:
     """The atlas, drawn from the file of Noto Color Emoji: each glyph centred in a square of `CELL` pixels."""
-    face = ImageFont.truetype(font, 109)  # the one size at which its bitmaps are stored
     sheet = Image.new("RGBA", (CELL * len(_GLYPHS), CELL))
     for column, glyph in enumerate(_GLYPHS):
-        large = Image.new("RGBA", (200, 200))
-        ImageDraw.Draw(large).text((20, 20), glyph, font=face, embedded_color=True)
-        cut = large.crop(large.getbbox())
-        scale = (CELL - 4) / max(cut.size)
-        cut = cut.resize((round(cut.width * scale), round(cut.height * scale)), Image.Resampling.LANCZOS)
-        sheet.paste(cut, (column * CELL + (CELL - cut.width) // 2, (CELL - cut.height) // 2))
+        sheet.paste(cut_glyph(font, glyph), (column * CELL, 0))
     return sheet
 
 
