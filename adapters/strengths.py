@@ -15,7 +15,7 @@ from typing import SupportsFloat
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases.original import Blocks
-from diffgraft.bases.registry import has_blocks, part_names, tokenizers
+from diffgraft.bases.registry import denoisers, has_blocks, part_names, tokenizers
 from diffgraft.errors import DiffgraftError, nearest
 
 Strength = float | Mapping[str, float] | Sequence[float]
@@ -61,6 +61,12 @@ class Strengths:
     blocks: Mapping[str, float] = field(default_factory=dict)
     named: tuple[str, ...] = ()
     """Blocks that were named one by one"""
+
+    @property
+    def of_denoiser(self) -> float:
+        """The strength of the denoiser, which networks laid over it have."""
+        own = (self.parts[name] for name in denoisers())
+        return next((value for value in own if value != 1), 1.0)  # a base has one of them, the others are at 1
 
     def at(self, path: str) -> float:
         """The strength for the module at an adapter's path; a block's is multiplied with its part's."""

@@ -115,7 +115,7 @@ def _together(read: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
             if word in tokens:
                 raise DiffgraftError(f"{name} teaches the word {word!r}, and an earlier adapter does, too.")
             tokens[word] = dict(vectors)
-        if adapter.networks and strengths.parts["unet"] != 1:
+        if adapter.networks and strengths.of_denoiser != 1:
             raise DiffgraftError(
                 f"{name} holds a {adapter.networks[0].kind}, which can only be combined at strength 1."
             )

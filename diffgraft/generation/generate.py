@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from diffgraft.bases.pipelines import denoiser_of, is_inpainting, native_pixels
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.generation.source import Fitted, Source, for_inpainting, from_source, own_shape, steps_from
 from diffgraft.progress import phase
@@ -122,7 +123,7 @@ def generate(
     Raises:
         DiffgraftError: size, steps, scheduler or source are none that this base can draw with.
     """
-    if pipe.unet.config.in_channels > pipe.vae.config.latent_channels:
+    if is_inpainting(pipe):
         source = for_inpainting(pipe, source, settings.size)
     if source is not None:
         settings = replace(settings, size=settings.size or own_shape(pipe, source.image))
@@ -192,7 +193,7 @@ def _set_up(
 
 def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
     """Size and guidance as keyword arguments of the pipeline, checked before anything is drawn."""
-    own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    own = native_pixels(pipe)
     width, height = settings.size or (own, own)
     step = math.lcm(pipe.vae_scale_factor, 8)
     if width % step or height % step:
@@ -208,6 +209,6 @@ def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
     more: dict[str, Any] = {"width": width, "height": height}
     if settings.guidance is not None:
         more["guidance_scale"] = settings.guidance
-    elif pipe.unet.config.sample_size <= SMALL:
+    elif denoiser_of(pipe).config.sample_size <= SMALL:
         more["guidance_scale"] = SMALL_GUIDANCE
     return more

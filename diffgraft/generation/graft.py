@@ -25,7 +25,8 @@ from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base
 from diffgraft.bases.original import layers_in_block
-from diffgraft.bases.prediction import PREDICTIONS
+from diffgraft.bases.pipelines import as_denoiser, predicted
+from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
 from diffgraft.bases.quantized import Quantized
 from diffgraft.bases.registry import part_names
 from diffgraft.errors import DiffgraftError, nearest
@@ -44,8 +45,8 @@ def graft(target: Any, adapters: Grafts | str | PathLike[str] | Adapter | None =
     """Merge `adapters` (a file's path or an `Adapter` → strength) into `target`, in the order given.
 
     Args:
-        target: anything with `.unet`, `.text_encoder`, `.text_encoder_2` (a diffusers pipeline, a `Base`), or a bare
-            UNet. A part that no adapter touches may be absent or None.
+        target: anything with `.unet`, `.text_encoder` and so on (a diffusers pipeline, a `Base`), or a bare
+            denoiser. A part that no adapter touches may be absent or None.
         adapters: one file, run or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the
             bare base, and negative strengths subtract. A strength may be given for each part,
             ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second text encoder what
@@ -93,7 +94,7 @@ class Graft:
             for path, deltas in adapter.deltas.items():
                 if strength := strengths.at(path):
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
-            of_networks = strengths.parts["unet"]
+            of_networks = strengths.of_denoiser
             networks += [(name, network, of_networks) for network in adapter.networks if of_networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
@@ -221,13 +222,11 @@ class Graft:
         made_for = adapter.metadata.get("base")
         if not isinstance(made_for, Mapping):
             return
-        scheduler = getattr(self._target, "scheduler", None)
-        here = scheduler.config.get("prediction_type") if scheduler is not None else None
-        trained = made_for.get("prediction_type")
-        if here in PREDICTIONS and trained in PREDICTIONS and here != trained:
+        here, trained = predicted(self._target), made_for.get(PREDICTION_KEY)
+        if here and trained in PREDICTIONS and here != trained:
             warnings.warn(
                 f"{name} was trained on a base that predicts {trained}, and this one predicts {here}: if that is the "
-                f"same base, its files do not say it; load it with prediction_type={trained}.",
+                f"same base, its files do not say it; load it with {PREDICTION_KEY}={trained}.",
                 stacklevel=5,
             )
         if self._hash and made_for.get("hash", self._hash) != self._hash:
@@ -307,7 +306,7 @@ def _parts(target: Any) -> dict[str, nn.Module]:
     parts = {name: getattr(target, name, None) for name in part_names()}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found and isinstance(target, nn.Module):
-        found = {"unet": target}
+        found = as_denoiser(target)
     if not found:
         raise DiffgraftError(
             f"A {type(target).__name__} holds nothing to graft onto: give a diffusers pipeline, a base, or a UNet."

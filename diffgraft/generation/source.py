@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from diffgraft.bases.pipelines import native_pixels
 from diffgraft.errors import DiffgraftError
 from diffgraft.quiet import hushed
 
@@ -47,9 +48,9 @@ class Fitted:
 
 
 def for_inpainting(pipe: Any, source: Source | None, size: tuple[int, int] | None) -> Source:
-    """The source for a UNet made for inpainting, which always needs one: without it, grey that is drawn all over."""
+    """The source for an inpainting denoiser, which always needs one: without it, grey that is drawn all over."""
     if source is None:
-        own = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        own = native_pixels(pipe)
         source = Source(Image.new("RGB", size or (own, own), (128, 128, 128)), denoise=1.0)
     return replace(source, mask=source.mask or Image.new("L", source.image.size, 255))
 
@@ -87,7 +88,7 @@ def _on_black(mask: Image.Image) -> Image.Image:
 
 def own_shape(pipe: Any, image: Image.Image) -> tuple[int, int]:
     """The picture's shape, at about as many pixels as the base was made for."""
-    own, step = pipe.unet.config.sample_size * pipe.vae_scale_factor, lcm(pipe.vae_scale_factor, 8)
+    own, step = native_pixels(pipe), lcm(pipe.vae_scale_factor, 8)
     zoom = own / (image.width * image.height) ** 0.5
     width, height = (max(step, round(side * zoom / step) * step) for side in image.size)
     return width, height

@@ -22,7 +22,7 @@ from diffgraft.trainers.objectives.batch import SampleStream
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import TrainingData, build_training_data
-from diffgraft.trainers.training_data.concepts import read_pictures
+from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.examples import Example, Examples, Shown
 from tests.conftest import SHORT
 
@@ -102,7 +102,7 @@ def folder(where: Path, count: int, size: tuple[int, int] = (90, 60), start: int
 
 def gathered(base: Base, recipe: str, **settings: Any) -> TrainingData:
     plan = load_recipe(recipe, settings)
-    return build_training_data(plan.data, plan.validation, plan.seed, base, read_pictures(plan))
+    return build_training_data(plan.data, plan.validation, plan.seed, base, read_concepts(plan)[1])
 
 
 def test_concepts_have_words_weights_and_class_images_of_their_own(base: Base, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import collect, examples_of
-from diffgraft.trainers.training_data.concepts import read_pictures
+from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
 from tests.trainers.stopping import interrupted_after
@@ -194,7 +194,7 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
 
     def prompts(recipe: str, **settings: object) -> list[list[str]]:
         plan = load_recipe(recipe, {"images": str(data), **settings})
-        return [one.wording.prompts() for one in collect(plan.data, read_pictures(plan), base)]
+        return [one.wording.prompts() for one in collect(plan.data, read_concepts(plan)[1], base)]
 
     assert prompts("style")[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
     with pytest.warns(UserWarning, match=r"caption of 01.png lacks the trigger 'sks'"):
@@ -220,7 +220,7 @@ def test_what_class_images_show() -> None:
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
     plan = load_recipe("concept", {"subject": "dog", "trigger": "<zorp>", "images": str(pictures)})
-    items = collect(plan.data, read_pictures(plan), base)
+    items = collect(plan.data, read_concepts(plan)[1], base)
     wanted = [template.replace("{trigger}", "<zorp>") for template in OBJECT]
     assert [one.wording.prompts() for one in items] == [wanted] * 5
     examples = examples_of(plan, base, items, "encoding")
@@ -228,7 +228,7 @@ def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Pat
     shown = [(one.row, one.text) for place in range(5 * len(OBJECT)) for one in examples.at(3, place, 1)]
     assert sorted(shown) == [(row, text) for row in range(5) for text in range(len(OBJECT))]
     plan = load_recipe("concept", {"templates": "style", "images": str(pictures)})
-    items = collect(plan.data, read_pictures(plan), base)
+    items = collect(plan.data, read_concepts(plan)[1], base)
     assert [len(one.wording.texts) for one in items] == [len(STYLE)] * 5
     settings: dict[str, Any] = {"steps": 3, "subject": "dog", "sample_every": 0, "sample_prompts": "a {trigger}"}
     run = train("concept", base=base, images=pictures, output=tmp_path / "run", options={"vectors": "2"}, **settings)

@@ -19,7 +19,7 @@ from diffgraft.trainers.hooks.validation_set import make_probe
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import build_training_data
-from diffgraft.trainers.training_data.concepts import read_pictures
+from diffgraft.trainers.training_data.concepts import read_concepts
 from tests.conftest import SHORT
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
             "validation": {"images": str(POODLE.folder / "held-out"), "pairs": 16},
         },
     )
-    aside = build_training_data(plan.data, plan.validation, plan.seed, base, read_pictures(plan)).held_out
+    aside = build_training_data(plan.data, plan.validation, plan.seed, base, read_concepts(plan)[1]).held_out
     assert aside is not None
     held = held_out(forward_process(base), aside, plan.validation.pairs)
     ((probe, prompts, _),) = held.probes

@@ -10,7 +10,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.ema import Ema
-from diffgraft.trainers.optim.optimizers import eval_weights
+from diffgraft.trainers.optim.optimizers import check_optimizer, eval_weights
 from diffgraft.trainers.recipe.groups import OptimSettings
 
 
@@ -70,3 +70,14 @@ def stop_text(adapter: Attached, optimizer: torch.optim.Optimizer, ema: Ema | No
         value.grad = None
         if (ahead := optimizer.state.get(value, {}).get("z")) is not None:  # where schedule-free has got to
             ahead.copy_(kept)
+
+
+def check_attached(optim: OptimSettings, live: Attached) -> None:
+    """Refuse what the optimizer cannot do with what is attached.
+
+    Raises:
+        DiffgraftError: parameters have rates that it cannot keep apart.
+    """
+    trained = {name for name, value in live.trainable().items() if value.requires_grad}
+    rates = lr_scales(optim.rates, live)
+    check_optimizer(optim, [rates.get(name, 1.0) for name in trained])

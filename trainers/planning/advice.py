@@ -10,8 +10,7 @@ from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.data.likeness import Fingerprint
-from diffgraft.trainers.recipe.groups import AdapterSettings
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.training_data.build import Sample, resolution_of
 
 _TOY = "tiny"
@@ -24,26 +23,33 @@ _FEW = 3
 
 
 def advice(
-    recipe: Recipe, base: Base, learnt: Sequence[Sample], seen: Sequence[tuple[str, Fingerprint]]
+    task: str,
+    data: DataSettings,
+    adapter: AdapterSettings,
+    base: Base,
+    learnt: Sequence[Sample],
+    seen: Sequence[tuple[str, Fingerprint]],
 ) -> Iterator[str]:
     """One sentence for each thing that a person may want to change.
 
     Args:
-        recipe: of the run.
+        task: of the recipe.
+        data: its pictures and prompts.
+        adapter: its method and layers.
         base: or its outline, without weights.
         learnt: the pictures with their words.
         seen: names and fingerprints of pictures.
     """
-    yield from _sizes(recipe.task, resolution_of(recipe.data, base), base, learnt)
-    yield from _rank(recipe.adapter, base)
+    yield from _sizes(task, resolution_of(data, base), base, learnt)
+    yield from _rank(adapter, base)
     if len(learnt) == 1:
         yield "there is one picture: that picture is learnt, and not what it shows. Three to six are better."
-    if recipe.task == "style" and not any(one.picture.captions for one in learnt):
+    if task == "style" and not any(one.picture.captions for one in learnt):
         yield (
             "no picture has a caption, so that what the pictures show becomes a part of the style: "
             "`diffgraft caption FOLDER` writes some."
         )
-    if not recipe.trigger.strip() and recipe.task != "style":
+    if not data.trigger.strip() and task != "style":
         yield "the trigger is empty: what is learnt has no word of its own, and comes with every picture of its class."
     yield from _backdrops([one for _, one in seen])
 

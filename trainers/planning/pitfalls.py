@@ -12,6 +12,7 @@ from diffgraft.data.pictures import UnreadablePictureError
 from diffgraft.data.wording import is_fixed, mentions
 from diffgraft.progress import track
 from diffgraft.trainers.optim.optimizers import lr_warning
+from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.training_data.build import Sample
 from diffgraft.trainers.training_data.prompts import captions_of
@@ -123,10 +124,10 @@ def looked_at(learnt: Sequence[Sample]) -> tuple[list[tuple[str, Fingerprint]], 
     return seen, broken
 
 
-def squares(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
+def squares(data: DataSettings, learnt: Sequence[Sample]) -> Iterator[str]:
     """Shapes that squares do not suit."""
     share = sum(1 - one.frames[0].shown for one in learnt) / len(learnt)
-    if share > _OFTEN_CUT and not recipe.buckets.use and recipe.crop == "center":
+    if share > _OFTEN_CUT and not data.buckets.use and data.crop == "center":
         yield f"squares cut away {share:.0%} of the pictures: buckets.use=true keeps about their shapes."
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.given import with_folders
@@ -25,9 +24,9 @@ from diffgraft.trainers.planning.pitfalls import conflicts, likenesses, looked_a
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.checks import check_attached, check_base, check_pictures, check_settings
+from diffgraft.trainers.run.checks import check_base, check_pictures, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
-from diffgraft.trainers.run.init_from import InitAdapter, read_init_adapter
+from diffgraft.trainers.run.init_from import read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
@@ -66,7 +65,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     Raises:
         DiffgraftError: what `train` would refuse before it starts.
     """
-    check_settings(recipe, device)
+    check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     model, data = recipe.model, recipe.data
     base = meta_base(model.base, dtype, prediction_type=model.prediction_type, zero_snr=model.zero_snr)
     check_base(data, recipe.objective, base)
@@ -89,7 +88,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, prompts, optim.batch * passes, optim.accumulate, checkpointing)
-    found = cost(base, lambda: _attached(recipe, base, start), work, optim, model.quantize, whole=is_whole)
+    found = cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
     facts = [
         (
             "recipe",
@@ -108,17 +107,9 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
     ]
     told = dict.fromkeys(str(one.message) for one in caught)
     pitfalls = [*told, *broken.values(), *conflicts(recipe, learnt), *triggers(base, learnt), *likenesses(seen)]
-    return Plan(facts, [*pitfalls, *squares(recipe, learnt), *advice(recipe, base, learnt, seen)])
-
-
-def _attached(recipe: Recipe, base: Base, start: InitAdapter | None) -> Attached:
-    live = attach(recipe, base, start)
-    try:
-        check_attached(recipe.optim, live)
-    except BaseException:
-        live.detach()
-        raise
-    return live
+    return Plan(
+        facts, [*pitfalls, *squares(data, learnt), *advice(recipe.task, data, recipe.adapter, base, learnt, seen)]
+    )
 
 
 def _pictures(masked: bool, every: int, learnt: Sequence[Sample], held: Sequence[Sample]) -> Iterator[tuple[str, str]]:
@@ -201,7 +192,7 @@ def _time(seconds: float) -> str:
 def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them."""
     plan = recipe_with(recipe, with_folders(settings))
-    check_output(plan)
+    check_output(plan.output, plan.folders())
     check_trackers(plan.trackers)  # accelerate says less of those that are not there
     accelerator = new_accelerator(plan.runtime, plan.outputs)
     check_compatible(plan.runtime, plan.quantize)

@@ -1,7 +1,7 @@
 """Recipes as files: those that ship and a person's own, with settings laid over them; mistakes are answered."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from diffgraft.errors import DiffgraftError, nearest, one_line, quoted
 from diffgraft.files import write_text
+from diffgraft.trainers.recipe.groups import AdapterSettings, Group
 from diffgraft.trainers.recipe.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
 from diffgraft.trainers.recipe.settings import Prior
 from diffgraft.trainers.recipe.synonyms import synonym
@@ -60,7 +61,8 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         recipe = kind.model_validate(values)
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
-    _check_templates(recipe)
+    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
+    _check_templates([*recipe.parts(), recipe.outputs], known)
     for key, reason in lacking.items():
         value = getattr(recipe, key, None)
         off = value in (None, False, "none") or (isinstance(value, Prior) and value.weight == 0)
@@ -109,12 +111,12 @@ def _as_typed(value: Any) -> str:
     return "" if value is None or value == {} else str(value)
 
 
-def unsupported_keys(recipe: Recipe) -> Mapping[str, str]:
-    """Keys of the recipe that mean nothing to its method → why."""
+def unsupported_keys(adapter: AdapterSettings) -> Mapping[str, str]:
+    """Keys of a recipe that have no meaning for the method of its adapter → why."""
     from diffgraft.adapters.method import get_method
 
-    method = get_method(recipe.method)
-    return method.without_under(method.read_options(recipe.options))
+    method = get_method(adapter.method)
+    return method.without_under(method.read_options(adapter.options))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -235,11 +237,10 @@ def _with(held: Any, key: str, value: Any, *, deep: bool) -> dict[str, Any]:
     return {**there, name: _with(before, rest, value, deep=False) if dot else value}
 
 
-def _check_templates(recipe: Recipe) -> None:
+def _check_templates(groups: Sequence[Group], known: set[str]) -> None:
     """Refuse a {word} that nothing fills: it would be trained as it stands."""
-    known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
     keys = ("prompt", "class_prompt", "caption", "sample_prompts")
-    for key, value in ((key, getattr(part, key, "")) for part in recipe.parts() for key in keys):
+    for key, value in ((key, getattr(group, key, "")) for group in groups for key in keys):
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
             if word not in known | ({"{caption}"} if key == "caption" else set()):
                 raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")

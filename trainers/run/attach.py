@@ -4,26 +4,26 @@ from diffgraft.adapters.formats import check_dialect
 from diffgraft.adapters.method import Attached, Spec, get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
-from diffgraft.trainers.optim.lr_scales import freeze
+from diffgraft.trainers.optim.lr_scales import check_attached, freeze
 from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.init_from import InitAdapter, load_init_weights
 
 
 def attach(recipe: Recipe, base: Base, start: InitAdapter | None = None) -> Attached:
-    """Lay the recipe's method over a base, with the values that it starts from."""
+    """Attach the recipe's method to a base, with the values that it starts from.
+
+    Raises:
+        DiffgraftError: layers, learning rates, optimizer or the file that it starts from do not fit.
+    """
     method = get_method(recipe.method)
     options, words = method.read_options(recipe.options), (recipe.trigger, recipe.noun)
-    live = method.attach(
-        base, Spec(_targets(recipe.adapter, base), recipe.rank, recipe.scale_alpha(), recipe.seed, options, *words)
-    )
+    targets, alpha = _targets(recipe.adapter, base), recipe.scale_alpha()
+    live = method.attach(base, Spec(targets, recipe.rank, alpha, recipe.seed, options, *words))
     try:
-        freeze(
-            recipe.optim,
-            base,
-            live,
-            load_init_weights(recipe.adapter, recipe.trigger, base, live, start) if start else (),
-        )
+        loaded = load_init_weights(recipe.adapter, recipe.trigger, base, live, start) if start else set()
+        freeze(recipe.optim, base, live, loaded)
+        check_attached(recipe.optim, live)
     except BaseException:
         live.detach()
         raise

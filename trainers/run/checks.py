@@ -2,15 +2,21 @@
 
 import torch
 
-from diffgraft.adapters.method import Attached, get_method
+from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process
 from diffgraft.trainers.objectives.registry import check_objective
-from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import check_optimizer
-from diffgraft.trainers.recipe.groups import DataSettings, ObjectiveSettings, OptimSettings
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import (
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimSettings,
+    OutputSettings,
+    RuntimeSettings,
+)
 from diffgraft.trainers.run.attach import check_format
 from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
@@ -18,18 +24,26 @@ from diffgraft.trainers.training_data.build import own_class, resolution_of, ste
 from diffgraft.trainers.training_data.concepts import ConceptImages
 
 
-def check_settings(recipe: Recipe, device: torch.device) -> None:
+def check_settings(
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    optim: OptimSettings,
+    objective: ObjectiveSettings,
+    runtime: RuntimeSettings,
+    outputs: OutputSettings,
+    device: torch.device,
+) -> None:
     """Refuse settings that do not go together, or not with this machine; pictures and base are not needed.
 
     Raises:
         DiffgraftError: there are such settings.
     """
-    get_method(recipe.method).read_options(recipe.options)
-    check_format(recipe.format, recipe.adapter)
-    check_objective(recipe.loss.objective)
-    check_optimizer(recipe.optim, [])
-    check_compatible(recipe.runtime, recipe.quantize)
-    check_speed(recipe.runtime, device)
+    get_method(adapter.method).read_options(adapter.options)
+    check_format(outputs.format, adapter)
+    check_objective(objective.loss.objective)
+    check_optimizer(optim, [])
+    check_compatible(runtime, model.quantize)
+    check_speed(runtime, device)
 
 
 def check_pictures(read: ConceptImages) -> None:
@@ -60,14 +74,3 @@ def check_base(data: DataSettings, objective: ObjectiveSettings, base: Base) -> 
         better = max(step, round(side / step) * step)
         raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
     forward_process(base, objective)
-
-
-def check_attached(optim: OptimSettings, live: Attached) -> None:
-    """Refuse what the optimiser cannot do with what is attached.
-
-    Raises:
-        DiffgraftError: parameters have rates that it cannot keep apart.
-    """
-    trained = {name for name, value in live.trainable().items() if value.requires_grad}
-    rates = lr_scales(optim.rates, live)
-    check_optimizer(optim, [rates.get(name, 1.0) for name in trained])

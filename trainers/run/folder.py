@@ -77,18 +77,18 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     return plan
 
 
-def check_output(recipe: Recipe) -> None:
+def check_output(output: str, folders: Sequence[str]) -> None:
     """Refuse a folder for a new run in which a person's own files lie, or pictures that are learnt from.
 
     Raises:
-        DiffgraftError: the recipe's `output` is such a folder, or there is a run in it already.
+        DiffgraftError: `output` is such a folder, or there is a run in it already.
     """
-    if not recipe.output:
+    if not output:
         return
-    folder = Path(recipe.output).expanduser()
+    folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise DiffgraftError(f"output={folder} is a file: give the name of a folder that is not there yet.")
-    read = [Path(one).expanduser() for one in folders_read(recipe)]
+    read = [Path(one).expanduser() for one in folders_read(folders)]
     if any(one.is_dir() and _same(one, folder) for one in read):
         raise DiffgraftError(
             f"output={folder} is a folder of pictures that are read, and the next run would learn from what this one "
@@ -111,9 +111,9 @@ def check_output(recipe: Recipe) -> None:
         )
 
 
-def folders_read(recipe: Recipe) -> list[str]:
-    """All folders with pictures that a recipe names, numbered ones in kohya's layout as well."""
-    named = [Path(one).expanduser() for one in recipe.folders()]
+def folders_read(folders: Sequence[str]) -> list[str]:
+    """All `folders` with pictures, numbered ones in kohya's layout as well."""
+    named = [Path(one).expanduser() for one in folders]
     inside = [path for one in named if one.is_dir() for path in (*one.iterdir(), *(one / "img").glob("*"))]
     return [*map(str, named), *(str(path) for path in inside if NUMBERED.fullmatch(path.name))]
 
@@ -161,7 +161,7 @@ def new_run(recipe: str | Path, settings: dict[str, Any]) -> tuple[Recipe, Path]
         DiffgraftError: as `recipe_with` and `check_output`.
     """
     plan = recipe_with(recipe, settings)
-    check_output(plan)
+    check_output(plan.output, plan.folders())
     folder = Path(plan.output or f"runs/{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     return plan.with_absolute_paths(folder), folder
 

@@ -15,13 +15,14 @@ def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]
     """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
     has_rank = "rank" not in unsupported_keys(plan)
+    concepts = [{"trigger": one.trigger, "class": getattr(one, "subject", None)} for one in plan.parts()]
     return {
         "method": plan.method,
         **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),
         **({"options": plan.options} if plan.options else {}),
         "trigger": plan.trigger,
         "class": getattr(plan, "subject", None),
-        **({"concepts": _concepts(plan)} if plan.concepts else {}),
+        **({"concepts": concepts} if plan.concepts else {}),
         "base": {
             "name": Path(plan.base).name,
             "family": base.family.name,
@@ -35,7 +36,3 @@ def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]
         **({"changes": fingerprint["changes"]} if "changes" in fingerprint else {}),
         "versions": {name: version(name) for name in names},
     }
-
-
-def _concepts(plan: Recipe) -> list[dict[str, Any]]:
-    return [{"trigger": one.trigger, "class": getattr(one, "subject", None)} for one in plan.parts()]

@@ -23,7 +23,7 @@ from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.checks import check_attached, check_base, check_pictures, check_settings
+from diffgraft.trainers.run.checks import check_base, check_pictures, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, earlier_run, finished, new_run
 from diffgraft.trainers.run.init_from import hash_of, read_init_adapter
@@ -97,7 +97,8 @@ def _train(
     recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, *, changed: bool
 ) -> Run:
     """Check everything, train what is left to be trained, and draw what was learnt."""
-    check_settings(recipe, accelerator.device)
+    device = accelerator.device
+    check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     check_shards(recipe.shard, accelerator)
     recipe, read = read_concepts(recipe)
     check_pictures(read)
@@ -114,7 +115,6 @@ def _train(
         live = attach(recipe, held, start)  # what cannot be is refused before anything is drawn or written
         try:
             check_frozen(recipe.shard, held, live)
-            check_attached(recipe.optim, live)
         finally:
             live.detach()
         with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():

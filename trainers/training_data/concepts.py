@@ -12,7 +12,7 @@ from diffgraft.data.tables import refuse_outside
 from diffgraft.data.wording import mentions, without_word
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import unsupported_keys
-from diffgraft.trainers.recipe.groups import DataSettings
+from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Concept
 
@@ -52,7 +52,8 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
         DiffgraftError: a folder or data set is not there, can be read in two ways, or holds no pictures; or the method
             cannot teach so many words.
     """
-    read = read_pictures(recipe)
+    used = [Path(one) for one in (recipe.output, *recipe.folders()) if one]
+    read = _read_all(recipe.parts(), recipe.adapter, recipe.trigger, used)
     triggers = list(dict.fromkeys(part.trigger for part, _ in read))
     if recipe.concepts or triggers == [recipe.trigger]:
         return recipe, read
@@ -65,25 +66,26 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
     return recipe.model_copy(update={"trigger": triggers[0], "images": "", "repeats": 1, "concepts": concepts}), read
 
 
-def read_pictures(recipe: Recipe) -> ConceptImages:
+def _read_all(
+    parts: Sequence[DataSettings], adapter: AdapterSettings, trigger: str, used: Collection[Path]
+) -> ConceptImages:
     """Pictures and prompts of each concept.
 
     Raises:
         DiffgraftError: as `read_concepts`.
     """
-    method = get_method(recipe.method)
-    lacks_prior = "prior" in unsupported_keys(recipe)
-    used = [Path(one) for one in (recipe.output, *recipe.folders()) if one]
+    method = get_method(adapter.method)
+    lacks_prior = "prior" in unsupported_keys(adapter)
     read: ConceptImages = []
-    for part in recipe.parts():
+    for part in parts:
         # a word that a method teaches is the recipe's, whatever folders say
         fixed = {"trigger": part.trigger} if method.teaches_word else {}
         without = {"prior": None} if lacks_prior and hasattr(part, "prior") else {}
         read += read_part(part.model_copy(update=fixed | without), used)
-    others = sorted({part.trigger for part, _ in read} - {recipe.trigger})
+    others = sorted({part.trigger for part, _ in read} - {trigger})
     if others and method.teaches_word:
         raise DiffgraftError(
-            f"{recipe.method} teaches one word, {recipe.trigger!r}, and concepts are called {', '.join(others)}: give "
+            f"{adapter.method} teaches one word, {trigger!r}, and concepts are called {', '.join(others)}: give "
             "all of them the recipe's trigger, or take method=lora."
         )
     return read
