@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ class Network(ABC):
         """
 
 
+_WRITERS: list[Callable[[Any, Path, str], Path]] = []
+"""What `Adapter.save` calls; the formats, which know adapters and are not known here, put themselves in"""
+
+
+def writes_adapters(write: Callable[[Any, Path, str], Path]) -> Callable[[Any, Path, str], Path]:
+    """Have `Adapter.save` call the function that is decorated: adapter, path and dialect → the path."""
+    _WRITERS.append(write)
+    return write
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """Deltas by module path, networks, new words, and metadata.
@@ -86,7 +97,7 @@ class Adapter:
     networks: tuple[Network, ...] = ()
     """Networks that lie over the base, each seeing what the one before it made."""
     tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Words it adds to the tokenizers: word → part (`text_encoder`, `text_encoder_2`) → vectors [n, width]."""
+    """Words it adds to the tokenizers: word → text encoder → vectors [n, width]."""
 
     def __repr__(self) -> str:
         held = [f"{len(self.deltas)} modules"] if self.deltas else []
@@ -110,6 +121,6 @@ class Adapter:
         By default it is the one that most programs open, of those that can hold it: a word alone as diffusers and webui
         have it, weights under kohya's names, else diffusers' or this project's own layout.
         """
-        from diffgraft.adapters.formats import save_adapter
-
-        return save_adapter(self, Path(path), format)
+        if not _WRITERS:  # whoever has an adapter need not have read a file before
+            import_module("diffgraft.adapters.formats")
+        return _WRITERS[-1](self, Path(path), format)

@@ -18,7 +18,8 @@ import torch
 from benchmarks.scale import _forget_peak, _peak, random_base
 from diffgraft.adapters.method import Spec, get_method
 from diffgraft.bases.layers import choose_layers
-from diffgraft.bases.quantized import Quantize, quantized
+from diffgraft.bases.quantize import quantized
+from diffgraft.bases.quantized import Quantize
 
 WAYS: dict[str, tuple[torch.dtype, Quantize]] = {
     "float32": (torch.float32, "none"),

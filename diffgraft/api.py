@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from PIL import Image
 
@@ -12,7 +12,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_for_base
 from diffgraft.adapters.lowrank import Size
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, in_a_sentence
+from diffgraft.errors import DiffgraftError, check_options, in_a_sentence
 
 if TYPE_CHECKING:
     from diffgraft.adapters.ops.convert import Converted
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 File = str | PathLike[str] | Adapter
 """A file, a run, or an adapter in memory"""
+
+
+class Approximation(TypedDict, total=False):
+    """How near LoRAs come to what they replace, and what is computed with."""
+
+    rank: int | None
+    """Of each module"""
+    energy: float | None
+    """The share of each module's squared norm that is kept, in the place of a rank"""
+    base: str | None
+    """What the adapters are for, where its weights matter"""
+    device: str
+    """Where it is computed; a processor where it is not given"""
 
 
 @in_a_sentence
@@ -45,10 +58,7 @@ def convert(
     *,
     only: str = "",
     precision: str = "",
-    rank: int | None = None,
-    energy: float | None = None,
-    base: str | None = None,
-    device: str = "cpu",
+    **approximation: Unpack[Approximation],
 ) -> "Converted":
     """Write an adapter file in another format.
 
@@ -58,55 +68,49 @@ def convert(
         format: a name of `diffgraft.adapters.formats.WRITTEN`, or ``auto``.
         only: ``weights``, ``words``, or one word of the file.
         precision: ``float16``, ``bfloat16`` or ``float32``; empty: as it is.
-        rank: of LoRAs that come near, where the format cannot hold the adapter.
-        energy: the share of each module's squared norm that those keep, in the place of a rank.
-        base: what the adapter is for, where its weights matter.
-        device: where it is computed.
+        approximation: options of `Approximation`, for LoRAs that come near where the format cannot hold the adapter.
 
     Raises:
         DiffgraftError: the format cannot hold the adapter, or something is at `path` already.
     """
     from diffgraft.adapters.ops.convert import convert as change
 
-    with _weights(base) as weights:
-        return change(
-            _path(source), path, format, _size(rank, energy), weights, str(device_of(device)), only, precision
-        )
+    check_options("convert", approximation, Approximation)
+    device = str(device_of(approximation.get("device", "cpu")))
+    with _weights(approximation.get("base")) as weights:
+        size = _size(approximation.get("rank"), approximation.get("energy"))
+        return change(_path(source), path, format, size, weights, device, only, precision)
 
 
 @in_a_sentence
 def combine(
     adapters: Mapping[Any, Any],
     *,
-    rank: int | None = None,
-    energy: float | None = None,
     algorithm: str = "sum",
     density: float = 0.5,
     seed: int = 0,
-    base: str | None = None,
-    device: str = "cpu",
+    **approximation: Unpack[Approximation],
 ) -> Adapter:
     """One adapter of LoRAs that does what several do together.
 
     Args:
         adapters: file, run or `Adapter` → strength, or strengths by part or block.
-        rank: of the result; None: as large as it takes.
-        energy: the share of each module's squared norm that is kept, in the place of a rank.
         algorithm: ``sum``, ``ties`` or ``dare``.
         density: with ``ties`` and ``dare``, the share of entries that stays.
         seed: with ``dare``, of the choice of entries.
-        base: what they are for, where its weights matter.
-        device: where it is computed.
+        approximation: options of `Approximation`; with neither rank nor energy the result is as large as it takes.
 
     Raises:
         DiffgraftError: they do not go together, or something is no adapter.
     """
     from diffgraft.adapters.ops.combine import combine as together
 
-    with _weights(base) as weights:
+    check_options("combine", approximation, Approximation)
+    device = str(device_of(approximation.get("device", "cpu")))
+    with _weights(approximation.get("base")) as weights:
         given = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
-        size = _size(rank, energy)
-        return together(given, size, algorithm, density, seed, weights, str(device_of(device))).adapter
+        size = _size(approximation.get("rank"), approximation.get("energy"))
+        return together(given, size, algorithm, density, seed, weights, device).adapter
 
 
 @in_a_sentence

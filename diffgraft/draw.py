@@ -4,16 +4,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
+from diffgraft.errors import DiffgraftError, check_options, in_a_sentence, nearest
 from diffgraft.generation.generate import Settings
 from diffgraft.generation.generate import generate as draw
 from diffgraft.generation.graft import Grafts, graft
@@ -24,6 +25,41 @@ OFFLOADS = ("none", "model")
 Picture = str | Path | Image.Image
 
 
+class DrawingOptions(LoadOptions, total=False):
+    """How pictures are drawn, and how the base is loaded where it is given by name."""
+
+    size: tuple[int, int] | None
+    """(width, height) in pixels; the base's own where it is not given"""
+    steps: int
+    """Denoising steps; 25 where it is not given"""
+    guidance: float | None
+    """Scale of classifier-free guidance; 1 is none"""
+    negative: str
+    """What they should not show"""
+    scheduler: str | None
+    """A name of `diffgraft.generation.generate.SCHEDULERS`"""
+    tiling: bool
+    """Decode pictures in tiles: less memory for large ones"""
+    image: Picture | None
+    """A picture to start from; its path or the picture"""
+    denoise: float | None
+    """With `image`, how far it is taken back to noise, above 0 and at most 1; 0.7 where it is not given"""
+    mask: Picture | None
+    """With `image`, a picture as large: white where it is drawn anew"""
+    precision: str
+    """``float32``, ``float16`` or ``bfloat16``; without it half precision on a GPU and float32 on a processor"""
+    device: str
+    """``cuda``, ``mps``, ``cpu`` and so on; without it the accelerator, where there is one"""
+    offload: str
+    """``model`` keeps on the GPU only the part that computes: less memory, a little more time"""
+
+
+_LOADING = {"precision": "", "device": "", "offload": "none"}
+"""Options of how a base is held → what they are where they are not given"""
+_DRAWING = ("size", "steps", "guidance", "negative", "scheduler", "tiling")
+"""Options that are those of `Settings`"""
+
+
 @in_a_sentence
 def generate(
     prompt: str | Sequence[str],
@@ -32,55 +68,29 @@ def generate(
     base: str | Path | Base = "tiny",
     count: int = 1,
     seed: int = 0,
-    size: tuple[int, int] | None = None,
-    steps: int = 25,
-    guidance: float | None = None,
-    negative: str = "",
-    scheduler: str | None = None,
-    image: Picture | None = None,
-    denoise: float | None = None,
-    mask: Picture | None = None,
-    precision: str = "",
-    device: str = "",
-    offload: str = "none",
-    tiling: bool = False,
-    prediction_type: str | None = None,
-    zero_snr: bool | None = None,
-    quantize: str = "none",
     keep: Callable[[int, Image.Image], None] | None = None,
+    **options: Unpack[DrawingOptions],
 ) -> list[Image.Image]:
     """Draw `count` pictures of each prompt, with adapters or without; those of the first prompt come first.
 
     Args:
         prompt: what they should show, or several.
         adapters: a file, a run or an `Adapter`, or several with their strengths, as `graft` takes them.
-        base: what `load_base` takes, or a loaded base, which stays where and as it is: nothing below of how it is
-            loaded can be told then.
+        base: what `load_base` takes, or a loaded base, which stays where and as it is: no option of how it is loaded
+            can be given then.
         count: how many.
         seed: of the first picture of each prompt; the next ones count up.
-        size: (width, height) in pixels; the base's own where it is None.
-        steps: of denoising.
-        guidance: scale of classifier-free guidance; 1 is none.
-        negative: what they should not show.
-        scheduler: a name of `diffgraft.generation.generate.SCHEDULERS`.
-        image: a picture to start from; its path or the picture.
-        denoise: with `image`, how far it is taken back to noise, above 0 and at most 1; 0.7 where it is None.
-        mask: with `image`, a picture as large: white where it is drawn anew.
-        precision: ``float32``, ``float16`` or ``bfloat16``; half precision on a GPU and float32 on a processor where
-            it is empty.
-        device: ``cuda``, ``mps``, ``cpu`` and so on; the accelerator, where there is one, if it is empty.
-        offload: ``model`` keeps on the GPU only the part that computes: less memory, a little more time.
-        tiling: decode pictures in tiles: less memory for large ones.
-        prediction_type: as in `load_base`.
-        zero_snr: as in `load_base`.
-        quantize: as in `load_base`.
         keep: called with the place of each picture and the picture as soon as it is drawn.
+        options: those of `DrawingOptions`: size, steps, guidance, negative, scheduler, tiling; image, denoise, mask;
+            precision, device, offload, and those of `load_base`.
 
     Raises:
         DiffgraftError: something of it cannot be; what can be told from the arguments is, before a base is loaded.
     """
-    settings = Settings(size, steps, guidance, negative, scheduler, tiling=tiling)
-    source = _source(image, denoise, mask)
+    check_options("generate", options, DrawingOptions)
+    settings = Settings(**{name: value for name, value in options.items() if name in _DRAWING})  # type: ignore[arg-type]
+    source = _source(options.get("image"), options.get("denoise"), options.get("mask"))
+    precision, device, offload = (str(options.get(name, usual)) for name, usual in _LOADING.items())
     if count < 1:
         raise DiffgraftError(f"count={count}: at least one picture can be drawn.")
     if offload not in OFFLOADS:
@@ -88,7 +98,7 @@ def generate(
     for file in adapters if isinstance(adapters, Mapping) else [adapters]:
         if isinstance(file, str | PathLike) and not Path(file).expanduser().exists():
             load_adapter(file)  # which says so
-    more: dict[str, Any] = {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}
+    more: Any = {name: value for name, value in options.items() if name in LoadOptions.__annotations__}
     if isinstance(base, Base):
         loading = {"precision": precision, "device": device, "offload": offload, **more}
         for name, value in loading.items():
@@ -107,7 +117,7 @@ def generate(
             held.to(place)
     prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
     seeds = [seed + place % count for place in range(len(prompts))]
-    for sentence in unread_syntax([*prompts[::count], negative]):
+    for sentence in unread_syntax([*prompts[::count], settings.negative]):
         warnings.warn(sentence, stacklevel=3)
     with graft(held, adapters):
         pipe = held.pipeline()

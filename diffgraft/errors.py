@@ -1,7 +1,7 @@
 """Errors that are written for the person who meets them."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -79,3 +79,11 @@ def one_line(error: BaseException | str, longest: int = 400) -> str:
         text = " ".join(str(error).split()) or type(error).__name__
     text = printable(text)
     return text if len(text) <= longest else f"{text[: longest * 2 // 3]} … {text[-longest // 4 :]}"
+
+
+def check_options(function: str, given: Mapping[str, object], known: type) -> None:
+    """Raise DiffgraftError where `given` has a key that the TypedDict `known` has not; the nearest is named."""
+    names = known.__annotations__
+    for key in given:
+        if key not in names:
+            raise DiffgraftError(f"Unknown option {key}= of {function}: {nearest(key, names)}")

@@ -11,7 +11,7 @@ from diffusers.utils import is_xformers_available
 
 from benchmarks.scale import random_base
 from diffgraft.bases import Base
-from diffgraft.bases.quantized import quantized
+from diffgraft.bases.quantize import quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optim.optimizers import _MAKERS
 from tests.trainers import anywhere

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.adapter import Adapter, writes_adapters
 from diffgraft.adapters.dora import DoraDelta, following
 from diffgraft.adapters.families import as_diffusers, with_base, with_family
 from diffgraft.adapters.formats import (
@@ -177,6 +177,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return peft_folder.gathered(path, found)
 
 
+@writes_adapters
 def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     """Write `adapter` to `path` in `dialect`; `auto` is the first one that can hold it.
 

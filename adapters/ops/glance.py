@@ -1,6 +1,7 @@
 """What the header of an adapter file tells, without reading its tensors: no torch is loaded, which takes a second."""
 
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,16 +12,8 @@ from diffgraft.adapters.training_metadata import read_training, tags, training_s
 
 _LARGEST = 100_000_000
 """Bytes of a header, at most; safetensors itself refuses longer ones"""
-_PARTS = {
-    "lora_unet_": "unet",
-    "unet.": "unet",
-    "lora_te2_": "text_encoder_2",
-    "text_encoder_2.": "text_encoder_2",
-    "lora_te1_": "text_encoder",
-    "lora_te_": "text_encoder",
-    "text_encoder.": "text_encoder",
-}
-"""What keys begin with → the part of the base"""
+_PREFIX = re.compile(r"(?:lora_(?:(?P<denoiser>unet)|te(?P<number>[12])?)_|(?P<part>\w+?)\.)")
+"""What keys begin with: kohya's names of the parts of a base, or the parts' own"""
 _KINDS = {
     "lora_down": "lora",
     "lora_A": "lora",
@@ -105,7 +98,10 @@ def _counted(counts: Mapping[Any, int]) -> str:
 
 
 def _part(key: str) -> str:
-    return next((part for start, part in _PARTS.items() if key.startswith(start)), "")
+    if (found := _PREFIX.match(key)) is None:
+        return ""
+    text = "text_encoder" + (f"_{found['number']}" if found["number"] == "2" else "")
+    return found["denoiser"] or found["part"] or text
 
 
 def _leaf(key: str) -> str:

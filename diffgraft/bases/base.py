@@ -153,6 +153,11 @@ class Base:
         """What the denoiser predicts: `epsilon`, `v_prediction` or `flow`."""
         return self.parameterization.name
 
+    def differences(self, wanted: Mapping[str, Any]) -> list[str]:
+        """The options of `wanted` (`LoadOptions`) with which the base was not loaded, as key=value."""
+        own = {"prediction_type": self.parameterization.name, "zero_snr": self.zero_snr, "quantize": self.quantize}
+        return [f"{key}={value}" for key, value in wanted.items() if value not in (None, "none", own[key])]
+
     @property
     def parameterization(self) -> Parameterization:
         """What the denoiser predicts, on the schedule it was trained with."""

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,8 @@ from diffgraft.bases.family import Family
 from diffgraft.bases.folder import pipeline_of
 from diffgraft.bases.original import UNET, VAE, is_open_clip, original_weights
 from diffgraft.bases.prediction import scheduled, told_by
-from diffgraft.bases.quantized import Quantize, quantized
+from diffgraft.bases.quantize import quantized
+from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
 from diffgraft.bases.stated import Stated, copy_of, read_stated, write_stated
 from diffgraft.bases.stored import FLOATS, files_of_part, precision
@@ -33,6 +34,22 @@ TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
 _FIRST = f"{UNET}input_blocks.0.0.weight"
 _ADVICE = "An adapter is no base: `generate` takes it with --adapter, and `merge` before --into."
+
+
+class LoadOptions(TypedDict, total=False):
+    """How a base is loaded, beside its precision."""
+
+    prediction_type: str | None
+    """``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong"""
+    zero_snr: bool | None
+    """Whether the noise schedule is rescaled to end in pure noise, alike"""
+    quantize: Quantize
+    """``int8`` or ``nf4``: the weights of linear layers, of denoiser and text encoders, in 8 or about 4 bits"""
+
+
+def load_options(predicts: str | None, zero_snr: bool | None, quantize: str = "none") -> LoadOptions:
+    """`LoadOptions`, as a command line has them."""
+    return {"prediction_type": predicts, "zero_snr": zero_snr, "quantize": quantize}  # type: ignore[typeddict-item]
 
 
 @in_a_sentence

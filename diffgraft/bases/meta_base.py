@@ -1,5 +1,7 @@
 """A base without its weights: what it is made of, for counting and estimating, in a second and in no memory."""
 
+import copy
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -48,3 +50,15 @@ def meta_base(
     if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
         raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
     return Base(name=str(source), family=found, **parts_of(pipe)).to(dtype=dtype)
+
+
+def without_values(base: Base) -> Base:
+    """A copy of a loaded base whose weights have no values (on the device ``meta``); tokenizers are shared."""
+    copies = {name: copy.deepcopy(part).to("meta") for name, part in base.parts()}
+    known = {one.name for one in fields(Base) if one.init}
+    shared = {"name": base.name, "family": base.family, "scheduler": base.scheduler, **base.tokenizers()}
+    found = {**shared, **copies}
+    return Base(
+        **{name: value for name, value in found.items() if name in known},
+        others={name: value for name, value in found.items() if name not in known},
+    )

@@ -83,8 +83,13 @@ def ddpm_parameterization(scheduler: Any) -> Parameterization:
     return parameterization(str(scheduler.config.prediction_type), schedule.alphas_cumprod)
 
 
-def marks(family: str, predicts: str, zero_snr: bool) -> dict[str, Tensor]:
+def v_pred_markers(family: str, predicts: str, zero_snr: bool) -> dict[str, Tensor]:
     """The empty tensors by which a single file of XL tells what it predicts; other families have none."""
     if family != "sdxl" or predicts != "v_prediction":
         return {}
     return {V_MARK: torch.zeros(0), **({ZERO_SNR_MARK: torch.zeros(0)} if zero_snr else {})}
+
+
+def prediction_header(predicted: str) -> dict[str, str]:
+    """The header entry of a single file for what its denoiser predicts (ModelSpec 1.0.1)."""
+    return {"modelspec.prediction_type": "v" if predicted == "v_prediction" else "epsilon"}

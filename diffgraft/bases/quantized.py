@@ -6,18 +6,12 @@ flow through to what lies before. Convolutions, norms, embeddings, biases and th
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from diffgraft.progress import track
-from diffgraft.quiet import import_bitsandbytes
-
-if TYPE_CHECKING:
-    from diffgraft.bases.base import Base
 
 Quantize = Literal["none", "int8", "nf4"]
 Change = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -77,27 +71,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         weight, _ = ctx.layer.read(grad.dtype)
         return grad @ weight, None
-
-
-def quantized(base: "Base", to: Quantize) -> "Base":
-    """`base`, which lies in the processor's memory, with its linear layers changed in place."""
-    if to == "none":
-        return base
-    import_bitsandbytes()  # takes seconds
-    from diffgraft.bases.bits import KINDS
-
-    places = [
-        (owner, name)
-        for part_name, part in base.parts()
-        if part_name != "vae"
-        for owner in part.modules()
-        for name, layer in owner.named_children()
-        if type(layer) is nn.Linear  # what is more than that may have its weight used in other ways
-    ]
-    for owner, name in track(places, f"rounding weights to {to}"):
-        setattr(owner, name, KINDS[to](getattr(owner, name)))
-    base.quantize = to
-    return base
 
 
 def held_bytes(part: nn.Module, to: Quantize) -> int:

@@ -41,7 +41,9 @@ def _options(
     """What goes before a command."""
 
 
-PREDICTION = typer.Option(help="What the base predicts, epsilon or v_prediction, if its files do not say it.")
+PREDICTION = typer.Option(
+    "--prediction-type", help="What the base predicts, epsilon or v_prediction, if its files do not say it."
+)
 ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
 
 
@@ -181,7 +183,7 @@ def generate(
     mask: Annotated[
         Path | None, typer.Option(help="With --image: a picture as large, white where it is drawn anew.")
     ] = None,
-    prediction_type: Annotated[str | None, PREDICTION] = None,
+    predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     quantize: Annotated[
         str, typer.Option(help="Hold the base's linear layers in int8 or nf4: less memory, rounded weights.")
@@ -205,6 +207,7 @@ def generate(
 
     adapters, width_and_height = strengths(adapter or []), width_height(size)
 
+    from diffgraft.bases.loading import load_options
     from diffgraft.draw import generate as draw
     from diffgraft.files import check_folder, unique_path
     from diffgraft.generation.plots import grid, save_image
@@ -235,10 +238,8 @@ def generate(
             device=device,
             offload=offload,
             tiling=tiling,
-            prediction_type=prediction_type,
-            zero_snr=zero_snr,
-            quantize=quantize,
             keep=keep,
+            **load_options(predicts, zero_snr, quantize),
         )
     if count > 1:
         say(save_image(grid({prompt: images}), unique_path(output / f"{slug}-grid.png")))
@@ -261,7 +262,7 @@ def merge(
     precision: Annotated[
         str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16. [default: as in the base's files]")
     ] = "",
-    prediction_type: Annotated[str | None, PREDICTION] = None,
+    predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     device: Annotated[str, files.DEVICE] = "cpu",
 ) -> None:
@@ -274,12 +275,13 @@ def merge(
     adapters = strengths(adapter)
 
     from diffgraft.bases import load_base
+    from diffgraft.bases.loading import load_options
     from diffgraft.devices import device_of, dtype_of
     from diffgraft.generation.bake import bake
 
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
-    base = load_base(into, dtype, prediction_type=prediction_type, zero_snr=zero_snr)
+    base = load_base(into, dtype, **load_options(predicts, zero_snr))
     say(bake(base.to(place), adapters, output))
 
 

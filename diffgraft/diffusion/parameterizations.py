@@ -185,13 +185,13 @@ class Flow(Parameterization):
         raise DiffgraftError("Debiased estimation is undefined for flow matching: set loss.debiased=false.")
 
 
-def parameterization(prediction_type: str, alphas_cumprod: Tensor) -> Parameterization:
+def parameterization(name: str, alphas_cumprod: Tensor) -> Parameterization:
     """`Epsilon` or `V` on a schedule of ᾱ [num_timesteps], by the name that diffusers' schedulers have for it.
 
     Raises:
         DiffgraftError: there is no such prediction type.
     """
     kinds = {kind.name: kind for kind in (Epsilon, V)}
-    if prediction_type not in kinds:
-        raise DiffgraftError(f"Unknown prediction_type={prediction_type!r}: expected {' or '.join(kinds)}.")
-    return kinds[prediction_type](alphas_cumprod)
+    if name not in kinds:
+        raise DiffgraftError(f"Unknown prediction type {name!r}: expected {' or '.join(kinds)}.")
+    return kinds[name](alphas_cumprod)

@@ -12,7 +12,7 @@ from diffgraft.adapters.method import leveled
 from diffgraft.bases import Base
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.original import layers_in_block, original_weights
-from diffgraft.bases.prediction import marks
+from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.bases.stated import stated_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
@@ -53,10 +53,10 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
     with graft(base, loaded):
         if path.suffix == ".safetensors":
             weights = {name: value.detach().contiguous() for name, value in original_weights(base).items()}
-            weights |= marks(base.family.name, base.prediction_type, base.zero_snr)
-            predicts = "v" if base.prediction_type == "v_prediction" else "epsilon"
-            said = stated_of(base, CONFIGS / base.family.name)
-            return write_safetensors(path, weights, {"format": "pt", "modelspec.prediction_type": predicts, **said})
+            predicted = base.parameterization.name
+            weights |= v_pred_markers(base.family.name, predicted, base.zero_snr)
+            said = prediction_header(predicted) | stated_of(base, CONFIGS / base.family.name)
+            return write_safetensors(path, weights, {"format": "pt", **said})
         return _write_folder(base, path)
 
 

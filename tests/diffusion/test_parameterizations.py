@@ -110,7 +110,7 @@ def test_what_flow_matching_does_not_define_is_refused_by_name(settings: Loss) -
 
 
 def test_an_unknown_prediction_type_is_refused() -> None:
-    with pytest.raises(DiffgraftError, match=r"prediction_type='sample': expected epsilon or v_prediction"):
+    with pytest.raises(DiffgraftError, match=r"prediction type 'sample': expected epsilon or v_prediction"):
         parameterization("sample", schedule())
 
 

@@ -140,7 +140,7 @@ def _fused_attention() -> Iterator[None]:
     usual = F.scaled_dot_product_attention
 
     def fused(*args: Any, **more: Any) -> Tensor:
-        is_plain = len(args) == 3 and more.get("attn_mask") is None
+        is_plain = len(args) == 3 and more.get("attn_mask") is None and args[0].ndim == 4
         if is_plain and args[0].is_meta:
             found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
             return found

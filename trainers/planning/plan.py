@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from diffgraft.bases import Base
-from diffgraft.bases.meta_base import meta_base
+from diffgraft.bases.meta_base import meta_base, without_values
 from diffgraft.data.given import with_folders
 from diffgraft.data.inventory import count_of
 from diffgraft.errors import DiffgraftError
@@ -24,7 +24,7 @@ from diffgraft.trainers.planning.pitfalls import conflicts, likenesses, looked_a
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.checks import check_base, check_pictures, check_settings
+from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.init_from import read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
@@ -59,15 +59,18 @@ class Plan:
         return "\n".join(self.lines())
 
 
-def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
+def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, given: Base | None = None) -> Plan:
     """Plan a run of `recipe` on a device; of the base, only configuration and tokenizers are read.
+
+    `given` is a loaded base in the place of the recipe's.
 
     Raises:
         DiffgraftError: what `train` would refuse before it starts.
     """
     check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     model, data = recipe.model, recipe.data
-    base = meta_base(model.base, dtype, prediction_type=model.prediction_type, zero_snr=model.zero_snr)
+    base = without_values(given) if given else meta_base(model.base, dtype, **model.schedule_options())
+    check_family(recipe.groups(), base)
     check_base(data, recipe.objective, base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -95,7 +98,10 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Plan:
             f"{recipe.task} by {recipe.method} on {recipe.base} ({base.family.name}, {resolution_of(data, base)} px)",
         ),
         ("computes", f"on {device}, in {recipe.precision}"),
-        ("predicts", f"{base.prediction_type}, as {'the recipe says' if recipe.prediction_type else 'its files say'}"),
+        (
+            "predicts",
+            f"{base.parameterization.name}, as {'the recipe says' if model.says_prediction else 'its files say'}",
+        ),
         *_pictures(data.masks.use, recipe.validation.every, learnt, held),
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
         *_cuts(learnt),
@@ -190,11 +196,13 @@ def _time(seconds: float) -> str:
 
 
 def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
-    """The plan of a recipe by its name or path, with settings as `train` takes them."""
-    plan = recipe_with(recipe, with_folders(settings))
+    """The plan of a recipe by its name or path, with settings as `train` takes them; `base` may be a loaded one."""
+    given = settings["base"] if isinstance(settings.get("base"), Base) else None
+    named = {**settings, "base": given.name} if given else settings
+    plan = recipe_with(recipe, with_folders(named))
     check_output(plan.output, plan.folders())
     check_trackers(plan.trackers)  # accelerate says less of those that are not there
     accelerator = new_accelerator(plan.runtime, plan.outputs)
     check_compatible(plan.runtime, plan.quantize)
     check_shards(plan.shard, accelerator)
-    return make_plan(plan, accelerator.device, DTYPES[plan.precision])
+    return make_plan(plan, accelerator.device, DTYPES[plan.precision], given)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, field_validator
 
+from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.diffusion.settings import Noise, Timesteps
 from diffgraft.strict import Strict
@@ -29,6 +30,19 @@ class ModelSettings(Group):
     """Whether its noise schedule is rescaled to end in pure noise; unset: what its files say"""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """Hold the weights of its linear layers in 8 bits (int8) or about 4 (nf4): less memory, a little less exact"""
+
+    @property
+    def says_prediction(self) -> bool:
+        """Whether the recipe, and not the base's files, says what the denoiser predicts."""
+        return self.prediction_type is not None
+
+    def schedule_options(self) -> dict[str, Any]:
+        """What the recipe says of prediction and noise schedule."""
+        return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
+
+    def load_options(self) -> LoadOptions:
+        """How the base is loaded, beside its precision."""
+        return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr, "quantize": self.quantize}
 
 
 class AdapterSettings(Group):

@@ -76,6 +76,10 @@ class Recipe(
     def outputs(self) -> OutputSettings:
         return self._group(OutputSettings)
 
+    def groups(self) -> list[Group]:
+        """All of its groups."""
+        return [self.model, self.adapter, self.data, self.optim, self.objective, self.runtime, self.outputs]
+
     def _group(self, kind: type[G]) -> G:
         values = {name: getattr(self, name) for name in kind.model_fields}
         return kind.model_construct(_fields_set=self.model_fields_set & values.keys(), **values)

@@ -38,21 +38,22 @@ def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
     return {name: choose_layers(name, network, layers) for name, network in networks.items()}
 
 
-def check_format(dialect: str, adapter: AdapterSettings) -> None:
+def check_format(dialect: str, adapter: AdapterSettings, base: Base | None = None) -> None:
     """Refuse a file format that cannot hold what the recipe's method makes, before anything is trained.
 
-    It is tried on the embedded base, which is small: a format holds a method on every base, or on none.
+    It is tried on the embedded base, which is small, or on `base`: a format holds a method on every base of one kind of
+    denoiser, or on none.
 
     Raises:
         DiffgraftError: the format cannot hold it.
     """
     if dialect == "auto":
         return
-    method, small = get_method(adapter.method), load_base("tiny")
+    method, tried = get_method(adapter.method), base or load_base("tiny")
     options = method.read_options(adapter.options)
     layers = adapter.layers or method.layers_under(options)
-    paths = {small.family.denoiser: choose_layers(small.family.denoiser, small.denoiser, layers)}
-    live = method.attach(small, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
+    paths = {tried.family.denoiser: choose_layers(tried.family.denoiser, tried.denoiser, layers)}
+    live = method.attach(tried, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
     try:
         check_dialect(live.adapter({}), dialect)
     finally:

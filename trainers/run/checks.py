@@ -1,5 +1,7 @@
 """What a run is checked for before anything is drawn, trained or written: one list, for `train` and for `plan`."""
 
+from collections.abc import Sequence
+
 import torch
 
 from diffgraft.adapters.method import get_method
@@ -11,6 +13,7 @@ from diffgraft.trainers.optim.optimizers import check_optimizer
 from diffgraft.trainers.recipe.groups import (
     AdapterSettings,
     DataSettings,
+    Group,
     ModelSettings,
     ObjectiveSettings,
     OptimSettings,
@@ -61,6 +64,23 @@ def check_pictures(read: ConceptImages) -> None:
         if prior is not None and prior.by == "pictures":
             for _ in own_class(part, prior):
                 pass
+
+
+def check_family(groups: Sequence[Group], base: Base) -> None:
+    """Refuse settings that have no meaning for the family of a base.
+
+    Raises:
+        DiffgraftError: one of them is set in one of the `groups` of a recipe; the family says why it has no meaning.
+    """
+    for key, reason in base.family.unsupported.items():
+        name, _, inner = key.partition(".")
+        for group in groups:
+            value, usual = (getattr(own, name, None) for own in (group, type(group).model_construct()))
+            value, usual = (getattr(own, inner, None) if inner else own for own in (value, usual))
+            if value != usual:
+                raise DiffgraftError(
+                    f"{key}={value} has no meaning for bases of the family {base.family.name}: {reason}. Leave it out."
+                )
 
 
 def check_base(data: DataSettings, objective: ObjectiveSettings, base: Base) -> None:

@@ -22,8 +22,8 @@ from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.checks import check_base, check_pictures, check_settings
+from diffgraft.trainers.run.attach import attach, check_format
+from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, earlier_run, finished, new_run
 from diffgraft.trainers.run.init_from import hash_of, read_init_adapter
@@ -105,6 +105,7 @@ def _train(
     held = _base(recipe.model, recipe.precision, base)
     # so that what is written says it, whoever loaded it
     recipe = recipe.model_copy(update={"quantize": held.quantize})
+    check_family(recipe.groups(), held)
     check_base(recipe.data, recipe.objective, held)
     is_done = (folder / "adapter.safetensors").exists()  # which can do without the file it began with
     needs_start = recipe.init_from and not (is_done and not Path(recipe.init_from).exists())
@@ -112,6 +113,8 @@ def _train(
     was_on = held.device
     held.to(accelerator.device)
     try:
+        if not held.family.blocks:  # it is no UNet, on which the format was tried
+            check_format(recipe.format, recipe.adapter, held)
         live = attach(recipe, held, start)  # what cannot be is refused before anything is drawn or written
         try:
             check_frozen(recipe.shard, held, live)
@@ -152,19 +155,17 @@ def _shown(read: ConceptImages) -> list[Image.Image]:
 
 
 def _base(model: ModelSettings, precision: str, base: str | Path | Base) -> Base:
-    """The base that was given, or the recipe's."""
+    """The base that was given, or the recipe's.
+
+    Raises:
+        DiffgraftError: the one that was given was loaded otherwise than the recipe says.
+    """
     if not isinstance(base, Base):
-        more = {"prediction_type": model.prediction_type, "zero_snr": model.zero_snr, "quantize": model.quantize}
         with phase(f"loading {model.base}"):
-            return load_base(model.base, DTYPES[precision], **more)  # type: ignore[arg-type]
-    if model.prediction_type not in (None, base.prediction_type) or model.zero_snr not in (None, base.zero_snr):
+            return load_base(model.base, DTYPES[precision], **model.load_options())
+    if apart := base.differences(model.load_options()):
         raise DiffgraftError(
-            f"The base that was given is {base!r}; the recipe has prediction_type={model.prediction_type} and "
-            f"zero_snr={model.zero_snr}. Load the base with them: load_base(…, prediction_type=…, zero_snr=…)."
-        )
-    if model.quantize not in ("none", base.quantize):
-        raise DiffgraftError(
-            f"The base that was given is {base!r}; the recipe has quantize={model.quantize}. Load the base with that: "
-            f"load_base(…, quantize={model.quantize!r})."
+            f"The base that was given is {base!r}; the recipe has {', '.join(apart)}. Load the base with "
+            f"load_base(…, {', '.join(apart)})."
         )
     return base
