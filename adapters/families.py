@@ -11,9 +11,9 @@ from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import following
-from diffgraft.adapters.method import read_delta
 from diffgraft.adapters.ops.effect import fitting, own_shape
 from diffgraft.adapters.projections import laid_out
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.original import LEVELS, Blocks
 from diffgraft.bases.shapes import FAMILY
 from diffgraft.bases.weights import Weights

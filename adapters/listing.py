@@ -7,6 +7,8 @@ from pathlib import Path
 
 GROUP = "diffgraft.methods"
 """Entry-point group in which outside packages name their methods"""
+PACKAGE = "diffgraft.adapters.methods"
+"""The package whose modules hold the methods"""
 
 
 def summaries() -> dict[str, str]:
@@ -16,15 +18,15 @@ def summaries() -> dict[str, str]:
     """
     found = dict(_own())
     if entry_points(group=GROUP):
-        from diffgraft.adapters.method import methods
+        from diffgraft.adapters.registry import methods
 
         found = {name: method.summary for name, method in methods().items()}
     return dict(sorted(found.items()))
 
 
 def _own() -> Iterator[tuple[str, str]]:
-    """Of each module in this folder that says ``METHOD = Method(name="…", summary="…", …)``, these two."""
-    for file in Path(__file__).parent.glob("*.py"):
+    """Of each module in `methods/` that says ``METHOD = Method(name="…", summary="…", …)``, these two."""
+    for file in Path(__file__).with_name("methods").glob("*.py"):
         for statement in ast.parse(file.read_text("utf-8")).body:
             match statement:
                 case ast.Assign(targets=[ast.Name(id="METHOD")], value=ast.Call(keywords=keywords)):

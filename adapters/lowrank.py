@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.factors import FactorDelta, Shape
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.errors import DiffgraftError
 
 _SPARE, _ROUNDS = 8, 6

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.scale import _forget_peak, _peak, random_base
-from diffgraft.adapters.method import Spec, choose_layers, get_method
+from diffgraft.adapters.method import Spec, choose_layers
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases.quantized import Quantize, quantized
 
 WAYS: dict[str, tuple[torch.dtype, Quantize]] = {

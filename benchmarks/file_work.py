@@ -20,9 +20,9 @@ from benchmarks.scale import random_base
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta, Factors
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.loha import HADAMARD
-from diffgraft.adapters.lora import LOW_RANK
 from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.methods.loha import HADAMARD
+from diffgraft.adapters.methods.lora import LOW_RANK
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract

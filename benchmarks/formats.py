@@ -13,12 +13,12 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Factors
 from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.hypernetwork import HypernetworkOptions
-from diffgraft.adapters.loha import HadamardProduct
-from diffgraft.adapters.lokr import Kronecker
-from diffgraft.adapters.lora import LowRank
-from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
+from diffgraft.adapters.methods.loha import HadamardProduct
+from diffgraft.adapters.methods.lokr import Kronecker
+from diffgraft.adapters.methods.lora import LowRank
 from diffgraft.adapters.ops.compare import compare
+from diffgraft.adapters.registry import read_delta, read_network
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text

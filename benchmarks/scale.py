@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffgraft.adapters.method import Method, Spec, choose_layers, methods, parts_of
+from diffgraft.adapters.method import Method, Spec, choose_layers, parts_of
+from diffgraft.adapters.registry import methods
 from diffgraft.bases import FAMILIES, Base, load_base
 from diffgraft.bases.loading import CONFIGS, TINY
 from diffgraft.bases.original import original_weights

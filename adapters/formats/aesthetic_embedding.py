@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import told
-from diffgraft.adapters.method import read_network
+from diffgraft.adapters.registry import read_network
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import told
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.registry import read_delta
 
 _KEY = re.compile(
     r"(?:unet\.)?(?P<path>[\w.]+)\.processor\.to_(?P<layer>q|k|v|out)_custom_diffusion(?:\.0)?\.(?P<leaf>weight|bias)"

@@ -25,9 +25,9 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.lora import read as build
-from diffgraft.adapters.lora import with_alpha
 from diffgraft.adapters.method import leveled
+from diffgraft.adapters.methods.lora import read as build
+from diffgraft.adapters.methods.lora import with_alpha
 from diffgraft.bases.base import PARTS
 
 METADATA = "lora_adapter_metadata"

@@ -6,8 +6,8 @@ import torch
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.effect import own_shape, refuse_vast
 from diffgraft.adapters.projections import laid_out
 

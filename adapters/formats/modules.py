@@ -18,9 +18,9 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.families import read_names
 from diffgraft.adapters.formats.header import number
-from diffgraft.adapters.method import read_delta
 from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import laid_out
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.original import ORIGINAL
 
 KINDS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.header import OURS, number, parsed, read_json, write_ours
-from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.adapters.registry import read_delta, read_network
 from diffgraft.errors import nearest
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"

@@ -24,7 +24,8 @@ from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled, read_delta
+from diffgraft.adapters.method import leveled
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.base import PARTS
 from diffgraft.files import write_safetensors, write_text
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats.header import parsed
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import read_network
+from diffgraft.adapters.registry import read_network
 
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
 """The oldest files say ``linear1`` and ``linear2`` for what later became ``linear.0`` and ``linear.1``."""

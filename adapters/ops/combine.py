@@ -15,8 +15,8 @@ from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.families import common_base
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.full import FullDelta
 from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
 from diffgraft.adapters.ops.resize import Reduced, reduced
 from diffgraft.adapters.projections import same_layer

@@ -13,9 +13,9 @@ from diffgraft.adapters.dora import following
 from diffgraft.adapters.formats import WRITTEN, dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
 from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import read_delta, read_network
 from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
+from diffgraft.adapters.registry import read_delta, read_network
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import PARTIAL

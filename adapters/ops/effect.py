@@ -9,9 +9,9 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.loha import khatri_rao
-from diffgraft.adapters.replacement import ReplacementDelta
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.loha import khatri_rao
+from diffgraft.adapters.methods.replacement import ReplacementDelta
 from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError

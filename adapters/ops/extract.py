@@ -10,8 +10,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.families import made_for
-from diffgraft.adapters.loha import HADAMARD
 from diffgraft.adapters.lowrank import Size, nearest
+from diffgraft.adapters.methods.loha import HADAMARD
 from diffgraft.adapters.ops.resize import Reduced
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError

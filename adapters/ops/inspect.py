@@ -13,7 +13,7 @@ from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.lokr import Kronecker
+from diffgraft.adapters.methods.lokr import Kronecker
 from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
 from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes

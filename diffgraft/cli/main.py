@@ -297,7 +297,7 @@ def methods(
             say(f"{known:20} {summary}")
         return
 
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     method = get_method(name)
     say(f"{method.name}: {method.summary}")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import choose_layers, parts_of
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import load_base
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import random_lora, said

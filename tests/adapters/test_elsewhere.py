@@ -12,12 +12,13 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import Spec, get_method, read_delta
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.resize import resize
+from diffgraft.adapters.registry import get_method, read_delta
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import _largest_entry, inspect
 from diffgraft.adapters.ops.resize import resize
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft

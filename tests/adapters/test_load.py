@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import DIALECTS, load_adapter
-from diffgraft.adapters.hypernetwork import HypernetworkOptions
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Attached, Spec, canonical, choose_layers, get_method, parts_of, read_delta
+from diffgraft.adapters.method import Attached, Spec, canonical, choose_layers, parts_of
+from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import get_method, read_delta
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft

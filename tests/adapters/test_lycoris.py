@@ -14,7 +14,8 @@ from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Spec, choose_layers, get_method, parts_of
+from diffgraft.adapters.method import Spec, choose_layers, parts_of
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.original import Blocks
 from diffgraft.generation.graft import graft

@@ -14,8 +14,8 @@ from torch import nn
 from diffgraft.adapters.adapter import Adapter, LinearDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import DIALECTS, load_adapter
-from diffgraft.adapters.method import methods
 from diffgraft.adapters.patch import weight_shape
+from diffgraft.adapters.registry import methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import PATHS, VARIANTS, Net, attach, deltas_of, input_of, name_of, shake

@@ -8,8 +8,9 @@ import torch
 
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.method import Spec, choose_layers, get_method, parts_of
+from diffgraft.adapters.method import Spec, choose_layers, parts_of
 from diffgraft.adapters.patterns import check_keys, chosen
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import load_recipe

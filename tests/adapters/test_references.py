@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.lokr import divided
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, choose_layers
+from diffgraft.adapters.methods.lokr import divided
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import attach, input_of, name_of, shake
@@ -165,7 +166,8 @@ def test_what_starts_at_random_starts_as_lycoris_has_it() -> None:
 
     from lycoris.modules.loha import LohaModule
 
-    from diffgraft.adapters.method import Spec, get_method
+    from diffgraft.adapters.method import Spec
+    from diffgraft.adapters.registry import get_method
 
     method = get_method("loha")
     spec = Spec({"unet": ["layer"]}, 40, 40.0, 0, method.read_options({}))

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from benchmarks.formats import samples
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.compare import compare
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, choose_layers
+from diffgraft.adapters.registry import get_method
 from diffgraft.adapters.words import TaughtWords
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.sd1 import lost_words, token_ids

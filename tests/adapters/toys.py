@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.method import Attached, Spec, get_method
+from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.registry import get_method
 
 
 class Net(nn.Module):

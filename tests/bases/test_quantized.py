@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, get_method, methods
+from diffgraft.adapters.method import Attached
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
 from diffgraft.errors import DiffgraftError

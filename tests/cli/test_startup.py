@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffgraft.adapters.listing import summaries
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 
 
 def said(code: str) -> str:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Spec, choose_layers, get_method, methods
+from diffgraft.adapters.method import Spec, choose_layers
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.data.pictures import read_picture
 from diffgraft.data.source import read_folder

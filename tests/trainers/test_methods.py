@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import get_method, methods
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 import diffgraft as dg
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
 

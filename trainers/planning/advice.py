@@ -6,7 +6,8 @@ from statistics import median
 
 import numpy as np
 
-from diffgraft.adapters.method import choose_layers, get_method
+from diffgraft.adapters.method import choose_layers
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.data.likeness import Fingerprint
 from diffgraft.trainers.recipe.groups import AdapterSettings

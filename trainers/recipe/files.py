@@ -37,7 +37,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         DiffgraftError: no such recipe or method, an unknown key (the nearest is named), a value of the wrong kind, or
             one that means nothing to the method.
     """
-    from diffgraft.adapters.method import get_method  # brings torch, which listing recipes does without
+    from diffgraft.adapters.registry import get_method  # brings torch, which listing recipes does without
 
     values = _read(name)
     by_method = _by_method(name, values.pop("methods", None) or {})
@@ -71,7 +71,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
 
 def explained(name: str) -> list[tuple[str, str, str]]:
     """Of every key that means something in a recipe: its name, its value as one would write it, and what it means."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     values = _read(name)
     values.pop("methods", None)
@@ -111,7 +111,7 @@ def _as_typed(value: Any) -> str:
 
 def unsupported_keys(recipe: Recipe) -> Mapping[str, str]:
     """Keys of the recipe that mean nothing to its method → why."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     method = get_method(recipe.method)
     return method.without_under(method.read_options(recipe.options))
@@ -193,7 +193,7 @@ def _parsed(name: str | Path, text: str) -> Any:
 
 def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
     """What a recipe says under ``methods:``, with the names checked."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
         raise DiffgraftError(

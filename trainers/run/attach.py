@@ -1,7 +1,8 @@
 """A recipe's method, laid over a base."""
 
 from diffgraft.adapters.formats import check_dialect
-from diffgraft.adapters.method import Attached, Spec, choose_layers, get_method
+from diffgraft.adapters.method import Attached, Spec, choose_layers
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.trainers.optim.lr_scales import freeze
 from diffgraft.trainers.recipe.groups import AdapterSettings

@@ -2,7 +2,8 @@
 
 import torch
 
-from diffgraft.adapters.method import Attached, get_method
+from diffgraft.adapters.method import Attached
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process

@@ -9,17 +9,8 @@ from pathlib import Path
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import (
-    LAYERS,
-    Attached,
-    Options,
-    canonical,
-    choose_layers,
-    get_method,
-    is_of_text,
-    methods,
-    parts_of,
-)
+from diffgraft.adapters.method import LAYERS, Attached, Options, canonical, choose_layers, is_of_text, parts_of
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.bases.original import layers_in_block
 from diffgraft.errors import DiffgraftError

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.registry import get_method
 from diffgraft.data.inventory import layout_of
 from diffgraft.data.pictures import Picture
 from diffgraft.data.source import read_source

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
-from diffgraft.adapters.method import read_delta
 from diffgraft.adapters.ops.effect import as_product
+from diffgraft.adapters.registry import read_delta
 from diffgraft.errors import DiffgraftError
 
 

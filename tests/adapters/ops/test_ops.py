@@ -12,12 +12,12 @@ from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.loha import HADAMARD, HadamardProduct
-from diffgraft.adapters.lokr import KRONECKER, Kronecker
-from diffgraft.adapters.lora import LowRank, low_rank
 from diffgraft.adapters.lowrank import Size
 from diffgraft.adapters.method import choose_layers
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.loha import HADAMARD, HadamardProduct
+from diffgraft.adapters.methods.lokr import KRONECKER, Kronecker
+from diffgraft.adapters.methods.lora import LowRank, low_rank
 from diffgraft.adapters.ops.combine import combine, dare, ties
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.extract import extract, fit_loha

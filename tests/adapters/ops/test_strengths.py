@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.lora import low_rank
 from diffgraft.adapters.method import choose_layers
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.strengths import BLOCKS, LISTS, block_of, strengths_of
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.errors import DiffgraftError

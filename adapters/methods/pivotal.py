@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Attached, Method, Spec, get_method
-from diffgraft.adapters.textual_inversion import AttachedWord, WordOptions
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.methods.textual_inversion import AttachedWord, WordOptions
+from diffgraft.adapters.registry import get_method
 from diffgraft.errors import DiffgraftError
 
 

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import nn
 
 from diffgraft.adapters.factors import attach_factors
-from diffgraft.adapters.lora import LoraOptions, lora_patch
 from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.methods.lora import LoraOptions, lora_patch
 from diffgraft.adapters.patch import Patch
 
 
