@@ -55,7 +55,7 @@ def convert(
     Args:
         source: a file in any format, a run, or a folder of peft's.
         path: of the new file.
-        format: a name of `diffgraft.adapters.formats.WRITTEN`, or ``auto``.
+        format: a name in `diffgraft.adapters.registry.written_dialects()`, or ``auto``.
         only: ``weights``, ``words``, or one word of the file.
         precision: ``float16``, ``bfloat16`` or ``float32``; empty: as it is.
         rank: of LoRAs that come near, where the format cannot hold the adapter.

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
@@ -50,7 +51,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(unnamed(key).endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -170,3 +175,22 @@ def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float | None:
 def _common(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:
     first = next(iter(deltas.values()))[0]
     return {"rank": first.leaves["lora_down"].shape[0], "alpha": first.alpha}
+
+
+def holds_dora_lora(adapter: Adapter) -> bool:
+    """Whether it holds LoRAs with DoRA, which most programs misread under kohya's names."""
+    first = next(iter(adapter.deltas.values()), (None,))[0]
+    return isinstance(first, DoraDelta) and first.kind == "lora"
+
+
+DIALECT = Dialect(
+    name="diffusers",
+    summary="the layout of diffusers: LoRA and DoRA",
+    order=40,
+    recognises=recognises,
+    read=read,
+    write=write,
+    auto=30,
+    is_preferred=holds_dora_lora,
+    note="webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
+)

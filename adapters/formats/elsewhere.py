@@ -13,12 +13,6 @@ from diffgraft.adapters.method import is_embedding, is_of_text
 
 _KOHYA = ("kohya", "lycoris", "webui")
 """Dialects with kohya's names of modules"""
-_UNREAD = {
-    "diffusers": "webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
-    "peft": "Programs that draw do not open peft's folders, which are for peft itself: for those use --to kohya.",
-    "diffgraft": "No other program reads diffgraft's own layout: for others use --to kohya or webui.",
-}
-"""Dialect → which programs do not read its files"""
 _READ = ("lora", "loha", "lokr", "full", "oft", "boft")
 """Kinds that webui and ComfyUI both read"""
 _SPELT = {
@@ -35,7 +29,7 @@ _SPELT = {
 
 
 def remarks(adapter: Adapter, dialect: str, name: str = "") -> list[str]:
-    """Sentences on `adapter` in a file of `dialect`, a name of `diffgraft.adapters.formats.DIALECTS`; often none.
+    """Sentences on `adapter` in a file of `dialect`, a name in `registry.written_dialects()`; often none.
 
     `name` is that of the file, without its ending.
     """
@@ -48,8 +42,6 @@ def remarks(adapter: Adapter, dialect: str, name: str = "") -> list[str]:
         found.append(
             f"webui takes it for an adapter of Stable Diffusion 1.x, and its base is {family}: use --to kohya."
         )
-    if dialect in _UNREAD:
-        found.append(_UNREAD[dialect])
     if dialect in _KOHYA and any(delta.kind in ("oft", "boft") for delta in deltas):
         found.append("ComfyUI squares the strength of OFT and BOFT.")
     if dialect in _KOHYA and deltas and adapter.tokens:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.families import family_of, layers_of, may_be_xl, with_base
 from diffgraft.adapters.formats import embedding
@@ -184,3 +185,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = {part: key for key, part in embedding.PARTS.items()}
             tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
     return tensors, {"format": "pt", **write_ours(adapter)}
+
+
+DIALECT = Dialect(
+    name="lycoris",
+    summary="the names of kohya's tools, without their header",
+    order=50,
+    recognises=recognises,
+    read=read,
+    write=write,
+)

@@ -17,12 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF as LENGTHS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
+from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import leveled
 from diffgraft.adapters.registry import read_delta
@@ -44,33 +46,28 @@ _LEAVES = {
 }
 
 
-def folders(path: Path) -> dict[str, Path]:
-    """Part (empty where the folder does not say) → folder of it; empty where `path` holds nothing of peft's."""
-    if (path / CONFIG).is_file():
-        return {"": path}
-    return {part: path / part for part in PARTS if (path / part / CONFIG).is_file()}
+def open_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and header of all files in a folder of peft's; None where `path` is no such folder.
 
-
-def weights_in(folder: Path) -> Path:
-    """The file of weights in one of `folders`: today's, or the one that peft wrote before."""
-    old = folder / _OLD_WEIGHTS
-    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
-
-
-def gathered(path: Path, found: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> tuple[Any, dict[str, str]]:
-    """One set of tensors and one header for the files of `folders`; keys begin with their part, where there is one.
-
-    Raises:
-        ValueError: a configuration cannot be read.
+    Keys begin with their part, where there are folders for several. The configuration is the header's entry `CONFIG`.
     """
+    folders = {part: path / part for part in ("", *PARTS) if (path / part / CONFIG).is_file()}
+    if "" in folders:
+        folders = {"": path}
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    for part, (held, said) in found.items():
-        config = (path / part / CONFIG).read_text("utf-8", errors="replace")
+    for part, folder in folders.items():
+        held, said = open_file(_weights_in(folder))
         start = f"{part}." if part else ""
         tensors |= {f"{start}{key}": value for key, value in held.items()}
-        header |= {**said, f"{start}{CONFIG}": config}
-    return tensors, header
+        header |= {**said, f"{start}{CONFIG}": (folder / CONFIG).read_text("utf-8", errors="replace")}
+    return (tensors, header) if folders else None
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder: today's, or the one that peft wrote before."""
+    old = folder / _OLD_WEIGHTS
+    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
@@ -78,7 +75,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(_START in key for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     modules: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -139,24 +140,43 @@ def _factors(delta: Delta) -> FactorDelta:
     return factors
 
 
-def save(adapter: Adapter, path: Path) -> Path:
-    """Write a folder; nothing half-written has its name. Raises ValueError where peft has no place for something."""
+def suffix(adapter: Adapter) -> str:  # noqa: ARG001  (all are folders)
+    """Nothing, as it is a folder."""
+    return ""
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header as `open_folder` returns them. Raises ValueError where peft has no place for something."""
     if not adapter.deltas:
         raise ValueError("it holds no weights, which is what peft's folders are for")
     if adapter.tokens:
         raise ValueError(f"it holds words ({', '.join(adapter.tokens)}), and peft's folders are for weights alone")
-    if path.suffix == ".safetensors" or path.exists():
-        raise ValueError(f"peft writes folders: {path} must be the name of a new one")
     parts = {part: _write(adapter, part) for part in PARTS if any(p.startswith(f"{part}.") for p in adapter.deltas)}
     if strange := [found for found in adapter.deltas if found.partition(".")[0] not in PARTS]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}")
+    tensors: dict[str, Tensor] = {}
+    header = {"format": "pt", **write_ours(adapter)}
+    for part, (held, config) in parts.items():
+        start = "" if set(parts) == {"unet"} else f"{part}."
+        tensors |= {f"{start}{key}": value for key, value in held.items()}
+        header[f"{start}{CONFIG}"] = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
+    return tensors, header
+
+
+def store(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
+    """Write a folder, whole or not at all. Raises ValueError where `path` cannot be the name of a new one."""
+    if path.suffix == ".safetensors" or path.exists():
+        raise ValueError(f"peft writes folders: {path} must be the name of a new one")
     partial = path.with_name(f".{path.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
+    common = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     try:
-        for part, (tensors, config) in parts.items():
-            folder = partial if set(parts) == {"unet"} else partial / part
-            write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **write_ours(adapter)})
-            write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+        for config in sorted(header.keys() - common.keys()):
+            start = config.removesuffix(CONFIG)
+            folder = partial / start.removesuffix(".")
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            write_safetensors(folder / WEIGHTS, own, common)
+            write_text(folder / CONFIG, header[config])
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,3 +238,17 @@ def _whole(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
     whole: dict[str, Any] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())](**config).to_dict()
     return whole
+
+
+DIALECT = Dialect(
+    name="peft",
+    summary="folders of peft's: LoRA, DoRA, LoHa, LoKr",
+    order=20,
+    recognises=recognises,
+    read=read,
+    write=write,
+    store=store,
+    open=open_folder,
+    suffix=suffix,
+    note="Programs that draw do not open peft's folders, which are for peft itself: for those use --to kohya.",
+)

@@ -291,9 +291,9 @@ def methods(
 ) -> None:
     """List the adapter methods, or the options of one."""
     if not name:
-        from diffgraft.adapters.listing import summaries
+        from diffgraft.adapters.listing import method_summaries
 
-        for known, summary in summaries().items():
+        for known, summary in method_summaries().items():
             say(f"{known:20} {summary}")
         return
 

@@ -18,7 +18,7 @@ from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.resize import resize
-from diffgraft.adapters.registry import get_method, read_delta
+from diffgraft.adapters.registry import get_method, read_delta, written_dialects
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 
@@ -112,9 +112,9 @@ def test_a_bias_beside_a_lora_and_half_an_attention_of_openclip_are_left_out_by_
 
 
 def test_what_a_layout_is_not_read_by_is_said() -> None:
-    assert "do not read diffusers' layout: they need --to kohya" in said(adapter_of(LORA), "diffusers")
-    assert "do not open peft's folders" in said(adapter_of(DoraDelta(LORA, torch.ones(7))), "peft")
-    assert "No other program reads" in said(adapter_of(LORA), "diffgraft")
+    assert "do not read diffusers' layout: they need --to kohya" in written_dialects()["diffusers"].note
+    assert "do not open peft's folders" in written_dialects()["peft"].note
+    assert "No other program reads" in written_dialects()["diffgraft"].note
     of_xl = adapter_of(LORA, metadata={"base": {"family": "sdxl"}})
     assert "webui takes it for an adapter of Stable Diffusion 1.x, and its base is sdxl" in said(of_xl, "lycoris")
     assert said(of_xl, "kohya") == ""
