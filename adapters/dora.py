@@ -46,6 +46,18 @@ class DoraDelta(Delta):
         return self.direction.alpha
 
     @property
+    def is_lora(self) -> bool:  # type: ignore[override]
+        return self.direction.is_lora
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        return self.direction.weight_shape
+
+    @property
+    def matrix_shape(self) -> Shape | None:
+        return self.direction.matrix_shape
+
+    @property
     def of_inputs(self) -> bool:
         """Whether the lengths are those of the inputs."""
         return self.magnitude.ndim > 1 and self.magnitude.shape[0] != self.magnitude.numel()

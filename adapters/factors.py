@@ -30,6 +30,10 @@ class Factors(ABC):
 
     kind: str
     """Name of the method that reads such leaves."""
+    is_lora: bool = False
+    """Whether the leaves are those of LoRA."""
+    is_low_rank: bool = False
+    """Whether ΔW is the product of two thin matrices, which `thin_product` returns."""
 
     @abstractmethod
     def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -46,6 +50,18 @@ class Factors(ABC):
     @abstractmethod
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         """ΔW without its scale, in `shape`. Raises ValueError (or RuntimeError) where leaves and shape do not fit."""
+
+    def weight_shape(self, leaves: Leaves) -> Shape | None:  # noqa: ARG002  (others tell by them)
+        """The shape of the weight that leaves (on the meta device) are for; None where they do not tell."""
+        return None
+
+    def matrix_shape(self, leaves: Leaves) -> Shape | None:
+        """The same as a matrix [out, in · height · width], which more leaves tell."""
+        return self.weight_shape(leaves)
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        """`up` [out, r] and `down` [r, in · height · width] whose product is ΔW without its scale, if `is_low_rank`."""
+        raise NotImplementedError
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
         """What ΔW, without its scale, makes of the layer's input; methods with a shorter way override this."""
@@ -69,8 +85,30 @@ class FactorDelta(LinearDelta):
         return self.factors.kind
 
     @property
+    def is_lora(self) -> bool:  # type: ignore[override]
+        return self.factors.is_lora
+
+    @property
+    def is_low_rank(self) -> bool:  # type: ignore[override]
+        return self.factors.is_low_rank
+
+    @property
     def rank(self) -> int:
         return self.factors.rank(self.leaves)
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        return self.factors.weight_shape(_shadows(self.leaves))
+
+    @property
+    def matrix_shape(self) -> Shape | None:
+        return self.factors.matrix_shape(_shadows(self.leaves))
+
+    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:
+        if not self.is_low_rank:
+            return None
+        up, down = self.factors.thin_product({name: leaf.float() for name, leaf in self.leaves.items()})
+        return strength * self.scale * up, down
 
     @property
     def scale(self) -> float:
@@ -81,12 +119,16 @@ class FactorDelta(LinearDelta):
         return self.scale * self.factors.weight(leaves, shape)
 
     def fits(self, weight_shape: Shape) -> bool:
-        leaves = laid_out(self.leaves, weight_shape)
-        shadows = {name: leaf.to("meta") for name, leaf in leaves.items()}  # shapes only: nothing is computed
+        shadows = _shadows(laid_out(self.leaves, weight_shape))
         try:
             return tuple(self.factors.weight(shadows, weight_shape).shape) == tuple(weight_shape)
         except (ValueError, RuntimeError, IndexError):
             return False
+
+
+def _shadows(leaves: Leaves) -> dict[str, Tensor]:
+    """The leaves on the meta device: they have shapes, and nothing is computed."""
+    return {name: leaf.to("meta") for name, leaf in leaves.items()}
 
 
 class FactorOptions(Options):

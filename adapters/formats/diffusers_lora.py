@@ -121,7 +121,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         single: dict[str, FactorDelta] = {}
         for path, found in loras.items():
             delta = found[0]
-            if len(found) != 1 or delta.kind != "lora" or "lora_mid" in delta.leaves:
+            if len(found) != 1 or not delta.is_lora or "lora_mid" in delta.leaves:
                 raise ValueError(f"{part}.{path} holds no single LoRA, which is all the diffusers layout can say")
             lora = delta.direction if isinstance(delta, DoraDelta) else delta
             assert isinstance(lora, FactorDelta)
@@ -180,7 +180,7 @@ def _common(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:
 def holds_dora_lora(adapter: Adapter) -> bool:
     """Whether it holds LoRAs with DoRA, which most programs misread under kohya's names."""
     first = next(iter(adapter.deltas.values()), (None,))[0]
-    return isinstance(first, DoraDelta) and first.kind == "lora"
+    return isinstance(first, DoraDelta) and first.is_lora
 
 
 DIALECT = Dialect(

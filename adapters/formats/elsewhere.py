@@ -64,7 +64,8 @@ def _words(adapter: Adapter, dialect: str, name: str) -> Iterator[str]:
 def _other_kinds(deltas: list[Delta]) -> Iterator[str]:
     """Of what is no LoRA, and of what stands beside one."""
     kinds = {delta.kind for delta in deltas if set(delta.leaves) != {"diff_b"}}
-    if others := sorted(_SPELT.get(kind, kind) for kind in kinds if kind != "lora"):
+    loras = {delta.kind for delta in deltas if delta.is_lora}
+    if others := sorted(_SPELT.get(kind, kind) for kind in kinds - loras):
         yield f"diffusers reads LoRA alone under these names, and not {' and '.join(others)}."
     if kinds - {"full"} and any(set(delta.leaves) == {"diff_b"} for delta in deltas):
         yield "webui leaves out differences of biases beside other factors, and so does diffusers."
@@ -134,7 +135,7 @@ def _tucker(deltas: list[Delta]) -> Iterator[str]:
 
 
 def _alphas(deltas: list[Delta]) -> Iterator[str]:
-    if len({delta.alpha for delta in deltas if delta.kind == "lora"}) > 1:
+    if len({delta.alpha for delta in deltas if delta.is_lora}) > 1:
         yield (
             "Its modules have different alphas, of which diffusers takes the commonest for all: for diffusers use "
             "--to diffusers."
@@ -142,7 +143,7 @@ def _alphas(deltas: list[Delta]) -> Iterator[str]:
 
 
 def _text_without_output(adapter: Adapter) -> Iterator[str]:
-    loras = [path for path, found in adapter.deltas.items() if is_of_text(path) and found[0].kind == "lora"]
+    loras = [path for path, found in adapter.deltas.items() if is_of_text(path) and found[0].is_lora]
     if loras and not any(path.endswith("self_attn.out_proj") for path in loras):
         yield (
             "diffusers reads LoRAs of text encoders under these names only where self_attn.out_proj is among them: for "

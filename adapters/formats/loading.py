@@ -15,7 +15,7 @@ from diffgraft.adapters.dora import following
 from diffgraft.adapters.families import as_diffusers, with_base, with_family
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
-from diffgraft.adapters.ops.effect import fit_together, own_shape
+from diffgraft.adapters.ops.effect import fit_together
 from diffgraft.adapters.registry import dialects
 from diffgraft.bases.stored import is_checkpoint, is_of_checkpoint
 from diffgraft.bases.weights import Weights
@@ -137,7 +137,7 @@ def _check(adapter: Adapter) -> None:
             for name, leaf in delta.leaves.items():
                 if leaf.numel() == 0:
                     raise ValueError(f"{name} of {path} is {list(leaf.shape)}, which holds no numbers")
-            own_shape(delta)  # which raises where leaves have too many axes, or too few
+            _ = delta.weight_shape  # which raises where leaves have too many axes, or too few
             if delta.alpha is not None and not math.isfinite(delta.alpha):
                 raise ValueError(f"the alpha of {path} is {delta.alpha}, which is no number")
         if not fit_together(deltas):

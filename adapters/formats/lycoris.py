@@ -131,7 +131,7 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     if with_words:
         return "pivotal"
     kinds = {delta.kind for found in deltas.values() for delta in found}
-    if kinds != {"lora"}:
+    if not all(delta.is_lora for found in deltas.values() for delta in found):
         return next(iter(kinds)) if len(kinds) == 1 else "mixed"
     wide = (leaf for found in deltas.values() for delta in found for name, leaf in delta.leaves.items() if name != LEAF)
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"

@@ -186,7 +186,7 @@ def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> flo
 
 def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
     """A sparse rest as a whole matrix, in the shape of the weight and with the scale of the low-rank one."""
-    if set(sparse) != set(_SPARSE) or delta.kind != "lora" or not isinstance(delta, LinearDelta):
+    if set(sparse) != set(_SPARSE) or not delta.is_lora or not isinstance(delta, LinearDelta):
         raise ValueError(f"{', '.join(sparse)} are no sparse rest of a LoRA")
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]
     mid = delta.leaves.get("lora_mid", down)

@@ -199,7 +199,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
     factors = {path: _factors(delta) for path, delta in found.items()}
     if any("lora_mid" in delta.leaves for delta in found.values()):
         raise ValueError("peft's LoRA has no Tucker variant")
-    if kind != "lora" and any(isinstance(delta, DoraDelta) for delta in found.values()):
+    if any(isinstance(delta, DoraDelta) and not delta.is_lora for delta in found.values()):
         raise ValueError("peft has DoRA for LoRA alone")
     ranks = {path: delta.rank for path, delta in factors.items()}
     alphas = {path: delta.alpha for path, delta in factors.items()}

@@ -76,7 +76,7 @@ def _module(adapter: Adapter) -> dict[str, str]:
     deltas = [delta for found in adapter.deltas.values() for delta in found]
     kinds = {delta.kind for delta in deltas}
     leaves = {leaf for delta in deltas for leaf in delta.leaves}
-    if kinds == {"lora"} and leaves <= {"lora_down", "lora_up"}:
+    if all(delta.is_lora for delta in deltas) and leaves <= {"lora_down", "lora_up"}:
         return {"ss_network_module": _PLAIN, "ss_network_args": json.dumps({})}
     kind = next(iter(kinds))
     arguments = {"algo": _ALGORITHMS.get(kind, kind)} if len(kinds) == 1 else {}

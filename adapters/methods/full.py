@@ -34,6 +34,10 @@ class FullDelta(LinearDelta):
     kind = "full"
     alpha = None
 
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        return tuple(self.leaves["diff"].shape) if "diff" in self.leaves else None
+
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
         if "diff" not in self.leaves:
             return torch.zeros(weight_shape)

@@ -40,6 +40,16 @@ def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
     return up, down
 
 
+def _without_core(leaves: Leaves) -> dict[str, Tensor]:
+    """A LoHa in Tucker's variant as a plain one: w_a [out, r], and the core t [r, r, …] contracted with w_b [r, in]."""
+    plain: dict[str, Tensor] = {}
+    for side in (1, 2):
+        core, out, inner = (leaves[f"hada_{name}"] for name in (f"t{side}", f"w{side}_a", f"w{side}_b"))
+        plain[f"hada_w{side}_a"] = out.T
+        plain[f"hada_w{side}_b"] = torch.einsum("rs...,si->ri...", core, inner).flatten(1)
+    return plain
+
+
 class HadamardProduct(Factors):
     """The two products and their Hadamard product.
 
@@ -48,6 +58,7 @@ class HadamardProduct(Factors):
     """
 
     kind = "loha"
+    is_low_rank = True
 
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
@@ -78,6 +89,17 @@ class HadamardProduct(Factors):
 
     def rank(self, leaves: Leaves) -> int:
         return leaves["hada_w1_b"].shape[0]
+
+    def weight_shape(self, leaves: Leaves) -> Shape | None:
+        if "hada_t1" not in leaves:
+            return None
+        return tuple(self.weight(leaves, (0, 0, *leaves["hada_t1"].shape[2:])).shape)
+
+    def matrix_shape(self, leaves: Leaves) -> Shape:
+        return self.weight_shape(leaves) or (leaves["hada_w1_a"].shape[0], leaves["hada_w1_b"].shape[1])
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        return khatri_rao(_without_core(leaves) if "hada_t1" in leaves else leaves)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         if "hada_t1" in leaves:

@@ -96,6 +96,20 @@ class Kronecker(Factors):
         whole = "lokr_w1" in leaves and "lokr_w2" in leaves
         return 1.0 if whole else super().scale(leaves, alpha)
 
+    def weight_shape(self, leaves: Leaves) -> Shape | None:
+        if "lokr_t2" not in leaves:
+            return None
+        return tuple(self.weight(leaves, (0, 0, *leaves["lokr_t2"].shape[2:])).shape)
+
+    def matrix_shape(self, leaves: Leaves) -> Shape:
+        if (own := self.weight_shape(leaves)) is not None:
+            return own
+        (out_1, in_1), (out_2, in_2, *kernel) = (
+            leaves[whole].shape if whole in leaves else (leaves[f"{whole}_a"].shape[0], leaves[f"{whole}_b"].shape[1])
+            for whole in ("lokr_w1", "lokr_w2")
+        )
+        return (out_1 * out_2, in_1 * in_2, *kernel)
+
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         one, two = self.pair(leaves, shape)
         return torch.kron(one.reshape(*one.shape, *[1] * len(shape[2:])), two)

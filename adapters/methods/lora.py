@@ -38,6 +38,7 @@ class LowRank(Factors):
     """
 
     kind = "lora"
+    is_lora = is_low_rank = True
 
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
@@ -56,6 +57,16 @@ class LowRank(Factors):
 
     def rank(self, leaves: Leaves) -> int:
         return leaves["lora_down"].shape[0]
+
+    def weight_shape(self, leaves: Leaves) -> Shape:
+        kernel = leaves.get("lora_mid", leaves["lora_down"]).shape[2:]
+        return (leaves["lora_up"].shape[0], leaves["lora_down"].shape[1], *kernel)
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        down = leaves["lora_down"]
+        if "lora_mid" in leaves:
+            down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
+        return leaves["lora_up"].flatten(1), down.flatten(1)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:  # noqa: ARG002  (the factors have it)
         down, up = leaves["lora_down"], leaves["lora_up"]

@@ -8,7 +8,7 @@ from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
 from diffgraft.adapters.method import is_embedding
-from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
+from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, shapes_of
 from diffgraft.adapters.training_metadata import still_true
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -83,7 +83,7 @@ def reduced(
     if kept := still_true(like.metadata.get(FOREIGN)):
         said[FOREIGN] = kept
     method = "locon" if any(len(shapes[path]) > 2 and max(shapes[path][2:]) > 1 for path in deltas) else "lora"
-    ranks = {next(iter(own)).leaves["lora_down"].shape[0] for own in deltas.values() if own[0].kind == "lora"}
+    ranks = {next(iter(own)).leaves["lora_down"].shape[0] for own in deltas.values() if own[0].is_lora}
     said |= {"method": "pivotal" if like.tokens else method}
     if len(ranks) == 1:
         said |= {"rank": next(iter(ranks)), "alpha": float(next(iter(ranks)))}
@@ -92,7 +92,7 @@ def reduced(
 
 def rank_of(delta: Delta) -> int:
     """The rank of a LoRA, with or without DoRA; 0 of other kinds, whose rank as a LoRA is another."""
-    return delta.leaves["lora_down"].shape[0] if delta.kind == "lora" else 0
+    return delta.leaves["lora_down"].shape[0] if delta.is_lora else 0
 
 
 def smaller(path: str, steps: Steps, shape: Shape, size: Size | None, weights: Weights | None, device: str) -> Nearest:
@@ -100,5 +100,5 @@ def smaller(path: str, steps: Steps, shape: Shape, size: Size | None, weights: W
     product = as_product(steps, shape)
     if product is not None:
         return nearest_to_product(product[0].to(device), product[1].to(device), size or ALL)
-    otherwise = ALL if all(is_low_rank(delta) for delta, _ in steps) else NEARLY_ALL
+    otherwise = ALL if all(delta.is_low_rank for delta, _ in steps) else NEARLY_ALL
     return nearest(as_matrix(path, steps, shape, weights, device).flatten(1), size or otherwise)

@@ -1,6 +1,7 @@
 """Every method that changes weights, through the registry: attached, merged, saved, stacked, taken off."""
 
 import copy
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,23 @@ def test_what_does_not_fit_is_told(method: str, options: dict[str, Any]) -> None
             continue  # it holds a number for each output, and says nothing of the inputs
         assert not delta.fits((shape[0], shape[1] * 2 + 1, *shape[2:]))
         assert not delta.fits((*shape, 2))
+
+
+@every
+def test_what_leaves_say_of_the_weight_is_so(method: str, options: dict[str, Any]) -> None:
+    net = Net()
+    live = attach(net, method, options)
+    shake(live)
+    for path, delta in deltas_of(live).items():
+        shape = weight_shape(net.get_submodule(path.removeprefix("unet.")))
+        assert delta.weight_shape in (None, shape)
+        if (matrix := delta.matrix_shape) is not None:
+            assert (matrix[0], math.prod(matrix[1:])) == (shape[0], math.prod(shape[1:]))
+        product = delta.thin_product(-0.7) if isinstance(delta, LinearDelta) else None
+        assert (product is not None) == delta.is_low_rank
+        if product is not None:
+            up, down = product
+            torch.testing.assert_close((up @ down).view(shape), -0.7 * delta.delta(shape))  # type: ignore[attr-defined]
 
 
 @every_beside
