@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Leaves, Shape
+from diffgraft.adapters.factors import FactorDelta, FactorLayer, Leaves, Shape
 from diffgraft.adapters.method import ReadDelta
-from diffgraft.adapters.patch import Patch, weight_shape
+from diffgraft.adapters.patch import AdapterLayer, weight_shape
 from diffgraft.bases.quantized import weight_and_bias
 from diffgraft.errors import DiffgraftError
 
@@ -112,10 +112,10 @@ def following(delta: Delta, tool: str) -> Delta:
     return replace(delta, follows=tool)
 
 
-class DoraPatch(Patch):
+class DoraLayer(AdapterLayer):
     """DoRA on a live layer. As in the paper (section 4.3) no gradient flows through the norm."""
 
-    def __init__(self, direction: FactorPatch, layer: nn.Module) -> None:
+    def __init__(self, direction: FactorLayer, layer: nn.Module) -> None:
         super().__init__()
         weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or weight.shape != weight_shape(layer):
@@ -125,7 +125,7 @@ class DoraPatch(Patch):
         self.direction = direction
         self.magnitude = nn.Parameter(norms(weight.detach().float()))
 
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         weight, own = weight_and_bias(layer)
         shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         bias = out.new_zeros(1) if own is None else own.view(shape)

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
-from diffgraft.adapters.method import Options, Spec, canonical
-from diffgraft.adapters.patch import AttachedPatches, Make, Patch, as_input, copied, run_layer, weight_shape
+from diffgraft.adapters.method import Options, Spec, strip_text_model
+from diffgraft.adapters.patch import (
+    AdapterLayer,
+    AttachedLayers,
+    Make,
+    cast_like,
+    run_layer,
+    to_cpu_float32,
+    weight_shape,
+)
 from diffgraft.adapters.patterns import check_keys, chosen
 from diffgraft.adapters.projections import laid_out
 
@@ -142,23 +150,23 @@ class FactorOptions(Options):
 
     def size(self, path: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the layer at `path`, where others of its kind have these."""
-        own = chosen(self.ranks, canonical(path), rank)
-        return own, chosen(self.alphas, canonical(path), alpha if own == rank else alpha / rank * own)
+        own = chosen(self.ranks, strip_text_model(path), rank)
+        return own, chosen(self.alphas, strip_text_model(path), alpha if own == rank else alpha / rank * own)
 
 
-def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedPatches:
+def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:
     """`make` on the layers of a `Spec` with `FactorOptions`.
 
     Raises:
         DiffgraftError: a key of its ranks or alphas means none of them.
     """
-    paths = [canonical(f"{part}.{path}") for part, inside in spec.paths.items() for path in inside]
+    paths = [strip_text_model(f"{part}.{path}") for part, inside in spec.paths.items() for path in inside]
     check_keys("options.ranks", spec.options.ranks, paths)
     check_keys("options.alphas", spec.options.alphas, paths)
-    return AttachedPatches(target, spec, make)
+    return AttachedLayers(target, spec, make)
 
 
-class FactorPatch(Patch):
+class FactorLayer(AdapterLayer):
     """Factors on a live layer."""
 
     def __init__(
@@ -177,7 +185,7 @@ class FactorPatch(Patch):
         self._scale = factors.scale(leaves, alpha)
         self._rates = {name: rate for name, rate in (rates or {}).items() if rate != 1}
 
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         leaves, x = self._given(x)
         return self._factors.add(out, self._scale, leaves, layer, x)
 
@@ -189,7 +197,7 @@ class FactorPatch(Patch):
     def _given(self, x: Tensor) -> tuple[Leaves, Tensor]:
         """The leaves, and `x` in their precision."""
         leaves = dict(self.leaves.items())
-        return leaves, as_input(x, next(iter(leaves.values())))
+        return leaves, cast_like(x, next(iter(leaves.values())))
 
     def weight(self, layer: nn.Module) -> Tensor:
         """ΔW for this layer, scale included."""
@@ -209,7 +217,7 @@ class FactorPatch(Patch):
         self._alpha, self._scale = delta.alpha, delta.scale
 
     def delta(self) -> FactorDelta:
-        return FactorDelta(self._factors, copied(dict(self.leaves.items())), self._alpha)
+        return FactorDelta(self._factors, to_cpu_float32(dict(self.leaves.items())), self._alpha)
 
     def rates(self) -> dict[str, float]:
         return {name: rate for name, rate in self._rates.items() if name in self.leaves}

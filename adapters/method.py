@@ -17,7 +17,7 @@ delta in memory, saving and loading are in `factors.py` and `patch.py`::
             return leaves["rows"].view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
     def attach(target, spec):                                # called once, before training
-        return AttachedPatches(target, spec, lambda path, layer, rng: FactorPatch(Rows(), layer, 1, 1.0, rng))
+        return AttachedLayers(target, spec, lambda path, layer, rng: FactorLayer(Rows(), layer, 1, 1.0, rng))
 
     def read(leaves, alpha):                                 # called for each module of a file
         return FactorDelta(Rows(), leaves, alpha)
@@ -26,7 +26,7 @@ delta in memory, saving and loading are in `factors.py` and `patch.py`::
 
 Who calls what, and when:
 
-- `Method.read_options` and `Method.without` when a recipe is read; the latter names its keys that mean nothing here.
+- `Method.read_options` and `Method.unsupported` when a recipe is read; the latter names keys that mean nothing here.
 - `Method.attach` when a run starts. It gets the live base and a `Spec`, and returns an `Attached`.
 - `Attached.trainable`, `rates` and `paths` once, to build the optimizer; `after_step` after each of its steps.
 - `Attached.adapter` for checkpoints, samples and the final file: float32 tensors on the CPU.
@@ -54,7 +54,7 @@ from diffgraft.errors import DiffgraftError, nearest, quoted
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
 NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
-"""`Method.without` of methods that are not made of factors."""
+"""`Method.unsupported` of methods that are not made of factors."""
 
 
 class Options(BaseModel):
@@ -66,7 +66,7 @@ class Options(BaseModel):
 class Attached(nn.Module):
     """A method on a live base: what the base computes is changed by it, and its parameters train."""
 
-    is_bare = False
+    is_disabled = False
     """Whether it changes nothing for now"""
 
     @abstractmethod
@@ -93,13 +93,13 @@ class Attached(nn.Module):
         """Take it off: the base is as it was before, with the same weights in the same places."""
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Within the block the base computes as if nothing were attached; words stay, for prompts that name them."""
-        self.is_bare = True
+        self.is_disabled = True
         try:
             yield
         finally:
-            self.is_bare = False
+            self.is_disabled = False
 
     def rates(self) -> dict[str, float]:
         """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
@@ -107,16 +107,16 @@ class Attached(nn.Module):
 
     def paths(self) -> dict[str, str]:
         """Path of the module that each trainable parameter belongs to, as adapters have it, by the parameter's name."""
-        return {name: canonical(name.rpartition(".")[0]) for name in self.trainable()}
+        return {name: strip_text_model(name.rpartition(".")[0]) for name in self.trainable()}
 
-    def leave(self, paths: Collection[str]) -> None:
+    def detach_modules(self, paths: Collection[str]) -> None:
         """Take it off the modules at these paths alone, where that can be: they do not train."""
 
     def after_step(self) -> None:
         """What is to be done when the parameters have moved."""
 
     @property
-    def changes_text(self) -> bool:
+    def affects_text_encoder(self) -> bool:
         """Whether text encoders say something else under it: it has modules of theirs, or words."""
         return any(is_of_text(path) for path in self.paths().values())
 
@@ -160,9 +160,9 @@ class Method:
     """Its own settings."""
     layers: str | Callable[[Any], str] = "attention"
     """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
-    without: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
+    unsupported: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
     """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
-    teaches_word: bool = False
+    learns_token: bool = False
     """Whether the trigger is a word that it teaches, and there can be one alone"""
     read: ReadDelta | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
@@ -173,9 +173,9 @@ class Method:
         """The layers it adapts under `options`, where the recipe does not say."""
         return self.layers if isinstance(self.layers, str) else self.layers(options)
 
-    def without_under(self, options: Options) -> Mapping[str, str]:
+    def unsupported_under(self, options: Options) -> Mapping[str, str]:
         """Keys of recipes that mean nothing to it under `options` → why."""
-        return self.without(options) if callable(self.without) else self.without
+        return self.unsupported(options) if callable(self.unsupported) else self.unsupported
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
         """`given`, checked.
@@ -242,12 +242,12 @@ def is_embedding(path: str) -> bool:
     return is_of_text(path) and ".embeddings." in path
 
 
-def canonical(path: str) -> str:
+def strip_text_model(path: str) -> str:
     """A path without the level ``text_model``, which only some text encoders have."""
     return path.replace(".text_model.", ".", 1)
 
 
-def leveled(inside: str) -> str:
+def add_text_model(inside: str) -> str:
     """A path inside a CLIP text encoder with that level, as files have it; the projection behind it never had it."""
     within = inside.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
     return f"text_model.{inside}" if within else inside

@@ -26,7 +26,7 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.methods.lora import read as build
 from diffgraft.adapters.methods.lora import with_alpha
 from diffgraft.bases.base import PARTS
@@ -130,7 +130,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             single[path] = lora
             # the level is in keys, as every tool expects it, and not in the header: there peft compares from the end,
             # so that a text encoder of either kind matches
-            start = f"{part}.{path if part == 'unet' else leveled(path)}"
+            start = f"{part}.{path if part == 'unet' else add_text_model(path)}"
             tensors[f"{start}.lora_A.weight"] = lora.leaves["lora_down"].contiguous()
             tensors[f"{start}.lora_B.weight"] = lora.leaves["lora_up"].contiguous()
             if isinstance(delta, DoraDelta):

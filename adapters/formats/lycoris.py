@@ -24,7 +24,7 @@ from diffgraft.adapters.formats.header import told, write_ours
 from diffgraft.adapters.formats.joined import joined
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
 from diffgraft.bases.original import Blocks
 
 PREFIXES = {
@@ -167,7 +167,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             inside = blocks.original(inside)
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
-        start = f"{prefixes[part]}_{flat(inside if part == 'unet' else leveled(inside))}"
+        start = f"{prefixes[part]}_{flat(inside if part == 'unet' else add_text_model(inside))}"
         for delta in joined(path, found):
             if delta.kind not in KINDS:
                 raise ValueError(f"{path} holds a {delta.kind}; these files have {', '.join(KINDS)}")

@@ -26,7 +26,7 @@ from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.base import PARTS
 from diffgraft.files import write_safetensors, write_text
@@ -191,7 +191,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
             if len(deltas) != 1:
                 raise ValueError(f"{path} holds {len(deltas)} deltas, and peft has one for each layer")
             inside = path.removeprefix(f"{part}.")
-            found[leveled(inside) if part == "text_encoder_2" else inside] = deltas[0]
+            found[add_text_model(inside) if part == "text_encoder_2" else inside] = deltas[0]
     kinds = {delta.kind for delta in found.values()}
     if len(kinds) != 1 or not kinds <= set(_KINDS.values()):
         raise ValueError(f"{part} holds {', '.join(sorted(kinds))}; a folder of peft's is of LoRA, LoHa or LoKr")

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from diffgraft.adapters.dora import may_be_decomposed
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -26,7 +26,7 @@ from diffgraft.adapters.factors import (
     plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer, weight_shape
+from diffgraft.adapters.patch import AdapterLayer, run_layer, weight_shape
 
 
 def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
@@ -148,11 +148,11 @@ class LohaOptions(FactorOptions):
 def attach(target: Any, spec: Spec) -> Attached:
     options: LohaOptions = spec.options
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
         conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
         rank = (options.conv_rank or spec.rank) if conv else spec.rank
         size = options.size(path, rank, spec.alpha / spec.rank * rank)
-        return FactorPatch(HadamardProduct(options.tucker), layer, *size, generator)
+        return FactorLayer(HadamardProduct(options.tucker), layer, *size, generator)
 
     return attach_factors(target, spec, make)
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from diffgraft.adapters.dora import may_be_decomposed
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -25,7 +25,7 @@ from diffgraft.adapters.factors import (
     kaiming,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer
+from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LokrOptions(FactorOptions):
@@ -167,8 +167,8 @@ def attach(target: Any, spec: Spec) -> Attached:
     options: LokrOptions = spec.options
     factors = Kronecker(options)
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
-        return FactorPatch(factors, layer, *options.size(path, spec.rank, spec.alpha), generator)
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        return FactorLayer(factors, layer, *options.size(path, spec.rank, spec.alpha), generator)
 
     return attach_factors(target, spec, make)
 

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import DoraPatch, may_be_decomposed
+from diffgraft.adapters.dora import DoraLayer, may_be_decomposed
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -27,7 +27,7 @@ from diffgraft.adapters.factors import (
     plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer
+from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LowRank(Factors):
@@ -143,7 +143,7 @@ class LoraOptions(FactorOptions):
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
 
 
-def lora_patch(
+def lora_layer(
     path: str,
     layer: nn.Module,
     generator: torch.Generator,
@@ -152,20 +152,20 @@ def lora_patch(
     rank: int,
     alpha: float,
     tucker: bool = False,
-) -> Patch:
+) -> AdapterLayer:
     """LoRA or DoRA on one layer, of the rank and alpha given unless a key of its options says otherwise."""
     options: LoraOptions = spec.options
     rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
         alpha *= math.sqrt(rank)  # what is kept is the alpha that gives this scale by alpha / rank
     rates = {"lora_up": options.up_rate}
-    patch = FactorPatch(LowRank(tucker), layer, rank, alpha, generator, rates)
-    return DoraPatch(patch, layer) if options.dora else patch
+    patch = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, rates)
+    return DoraLayer(patch, layer) if options.dora else patch
 
 
 def attach(target: Any, spec: Spec) -> Attached:
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
-        return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        return lora_layer(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
 
     return attach_factors(target, spec, make)
 

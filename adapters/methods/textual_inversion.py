@@ -99,8 +99,8 @@ METHOD = Method(
     summary="a new word learns, no weight: the smallest file, a few kilobytes",
     attach=AttachedWord,
     options=WordOptions,
-    teaches_word=True,
-    without={
+    learns_token=True,
+    unsupported={
         **NO_FACTORS,
         "layers": "it adapts no layer",
         "text_encoder": "it learns a row of the text encoder's table, and none of its weights",

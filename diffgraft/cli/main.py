@@ -302,7 +302,7 @@ def methods(
     method = get_method(name)
     say(f"{method.name}: {method.summary}")
     options = method.read_options({})
-    lacking = method.without_under(options)
+    lacking = method.unsupported_under(options)
     if "layers" not in lacking:
         say(f"layers={method.layers_under(options)}")
     for reason in dict.fromkeys(lacking.values()):

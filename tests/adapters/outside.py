@@ -9,9 +9,9 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Contents, Dialect
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors, Leaves, Shape
+from diffgraft.adapters.factors import FactorDelta, FactorLayer, Factors, Leaves, Shape
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import AttachedPatches
+from diffgraft.adapters.patch import AttachedLayers
 from diffgraft.adapters.registry import read_delta
 from diffgraft.trainers.objectives.batch import Predict
 from diffgraft.trainers.objectives.captioned import Captioned
@@ -41,7 +41,7 @@ class Rows(Factors):
 
 
 def attach(target: Any, spec: Spec) -> Attached:
-    return AttachedPatches(target, spec, lambda path, layer, rng: FactorPatch(Rows(), layer, 1, 1.0, rng))  # noqa: ARG005
+    return AttachedLayers(target, spec, lambda path, layer, rng: FactorLayer(Rows(), layer, 1, 1.0, rng))  # noqa: ARG005
 
 
 def read_rows(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, Spec, canonical, choose_layers, parts_of
+from diffgraft.adapters.method import Attached, Spec, choose_layers, parts_of, strip_text_model
 from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.registry import get_method, read_delta, written_dialects
@@ -73,7 +73,9 @@ def on_modules_of(base: Base, adapter: Adapter, method: str, **options: Any) -> 
     """A method on the very modules that an adapter has, at other ranks."""
     paths: dict[str, list[str]] = {}
     for part, module in parts_of(base).items():
-        paths[part] = [path for path, _ in module.named_modules() if canonical(f"{part}.{path}") in adapter.deltas]
+        paths[part] = [
+            path for path, _ in module.named_modules() if strip_text_model(f"{part}.{path}") in adapter.deltas
+        ]
     chosen = get_method(method)
     return chosen.attach(base, Spec(paths, 2, 0.75, 4, chosen.read_options(options), "<zorp>"))
 

@@ -225,7 +225,7 @@ def test_it_trains_in_float32_beside_a_base_of_half_precision(
 
 
 @pytest.mark.parametrize("first", VARIANTS, ids=name_of)
-@pytest.mark.parametrize("second", VARIANTS[::3], ids=name_of)
+@pytest.mark.parametrize("second", BESIDE[::3], ids=name_of)
 def test_any_two_lie_over_one_another(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> None:
     """Attached they do what the two deltas do one after the other; taken off in either order, the base is back."""
     net = Net()

@@ -49,7 +49,7 @@ _MORE: dict[str, list[dict[str, Any]]] = {
 
 def changes_weights(method: Method) -> bool:
     """Whether it changes weights of layers, and neither adds a token nor a network."""
-    return not method.teaches_word and method.read_network is None
+    return not method.learns_token and method.read_network is None
 
 
 VARIANTS = [

@@ -63,7 +63,7 @@ def _sizes(task: str, side: int, base: Base, learnt: Sequence[Sample]) -> Iterat
 def _rank(adapter: AdapterSettings, base: Base) -> Iterator[str]:
     method = get_method(adapter.method)
     options = method.read_options(adapter.options)
-    if "rank" in method.without_under(options):
+    if "rank" in method.unsupported_under(options):
         return
     layers = choose_layers("unet", base.unet, adapter.layers or method.layers_under(options))
     shapes = [base.unet.get_submodule(path).weight.shape for path in layers]

@@ -76,7 +76,7 @@ def cost(
     sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.unet.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
-    weights = sum(own for name, own in sizes.items() if name == "unet" or (live.changes_text and name != "vae"))
+    weights = sum(own for name, own in sizes.items() if name == "unet" or (live.affects_text_encoder and name != "vae"))
     each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)

@@ -52,7 +52,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     given = {**by_method.get(method.name, {}), **settings}
     for key, value in given.items():
         _lay_over(kind, values, key, value)
-    lacking = method.without_under(method.read_options(values.get("options") or {}))
+    lacking = method.unsupported_under(method.read_options(values.get("options") or {}))
     if method.name != own_method:  # what the recipe says for its own method, another one may not have
         said = {key.partition(".")[0] for key in given}
         values = {key: value for key, value in values.items() if key in said or key not in lacking}
@@ -77,7 +77,7 @@ def explained(name: str) -> list[tuple[str, str, str]]:
     values.pop("methods", None)
     task = TASKS.get(str(values.get("task")), Recipe)
     method = get_method(values.get("method", task.model_fields["method"].default))
-    lacking = {"task", *method.without_under(method.read_options(values.get("options") or {}))}
+    lacking = {"task", *method.unsupported_under(method.read_options(values.get("options") or {}))}
     return [row for row in _explained(task, values) if row[0].partition(".")[0] not in lacking]
 
 
@@ -114,7 +114,7 @@ def unsupported_keys(recipe: Recipe) -> Mapping[str, str]:
     from diffgraft.adapters.registry import get_method
 
     method = get_method(recipe.method)
-    return method.without_under(method.read_options(recipe.options))
+    return method.unsupported_under(method.read_options(recipe.options))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

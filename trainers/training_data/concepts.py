@@ -77,11 +77,11 @@ def read_pictures(recipe: Recipe) -> ConceptImages:
     read: ConceptImages = []
     for part in recipe.parts():
         # a word that a method teaches is the recipe's, whatever folders say
-        fixed = {"trigger": part.trigger} if method.teaches_word else {}
+        fixed = {"trigger": part.trigger} if method.learns_token else {}
         without = {"prior": None} if lacks_prior and hasattr(part, "prior") else {}
         read += read_part(part.model_copy(update=fixed | without), used)
     others = sorted({part.trigger for part, _ in read} - {recipe.trigger})
-    if others and method.teaches_word:
+    if others and method.learns_token:
         raise DiffgraftError(
             f"{recipe.method} teaches one word, {recipe.trigger!r}, and concepts are called {', '.join(others)}: give "
             "all of them the recipe's trigger, or take method=lora."
