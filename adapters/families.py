@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import following
+from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.projections import laid_out
 from diffgraft.adapters.registry import read_delta
@@ -238,4 +238,4 @@ def _laid_out(delta: Delta, linear: bool) -> Delta:
     if all(leaf is delta.leaves[name] for name, leaf in leaves.items()):
         return delta
     found = read_delta(delta.kind, leaves, delta.alpha)
-    return following(found, delta.follows) if delta.follows else found
+    return with_strength_convention(found, delta.follows) if delta.follows else found

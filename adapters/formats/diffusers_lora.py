@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dora import LEAF as NORMS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import older_names
@@ -37,10 +37,10 @@ OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "t
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
-    "lora_magnitude_vector": LENGTHS,
-    "lora_magnitude_vector.weight": LENGTHS,
-    "magnitude": LENGTHS,
-    "dora_scale": LENGTHS,
+    "lora_magnitude_vector": NORMS,
+    "lora_magnitude_vector.weight": NORMS,
+    "magnitude": NORMS,
+    "dora_scale": NORMS,
 }
 _NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+))\.(?!weight$)[\w-]+(?=\.weight$|$)")
 """A leaf with the name that peft gives to the adapter in memory, which `state_dict` of the model leaves in its keys."""

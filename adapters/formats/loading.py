@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.dora import following
+from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.families import as_diffusers, with_base, with_family
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
@@ -154,7 +154,9 @@ def _following(adapter: Adapter) -> Adapter:
     tool = adapter.metadata.get("dora")
     if tool is None:
         return adapter
-    deltas = {path: tuple(following(delta, str(tool)) for delta in own) for path, own in adapter.deltas.items()}
+    deltas = {
+        path: tuple(with_strength_convention(delta, str(tool)) for delta in own) for path, own in adapter.deltas.items()
+    }
     return replace(adapter, deltas=deltas)
 
 

@@ -137,7 +137,7 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"
 
 
-def _lengths(leaf: Tensor, delta: Delta) -> Tensor:
+def _norms(leaf: Tensor, delta: Delta) -> Tensor:
     """``dora_scale`` [out, 1, …], as files have it: those that were trained here are [out]."""
     return leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if leaf.ndim == 1 else leaf
 
@@ -173,7 +173,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise ValueError(f"{path} holds a {delta.kind}; these files have {', '.join(KINDS)}")
             of_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
             for name, leaf in delta.leaves.items():
-                column = _lengths(leaf, delta) if name == LEAF else leaf
+                column = _norms(leaf, delta) if name == LEAF else leaf
                 key = f"{start}.{_OF_NORMS[name] if of_norm else name}"
                 tensors[key + (".weight" if name in LAYERS else "")] = column.contiguous()
             if delta.alpha is not None:

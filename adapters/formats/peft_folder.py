@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dora import LEAF as NORMS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
@@ -39,8 +39,8 @@ _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
-    "lora_magnitude_vector": LENGTHS,
-    "lora_magnitude_vector.weight": LENGTHS,
+    "lora_magnitude_vector": NORMS,
+    "lora_magnitude_vector.weight": NORMS,
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
@@ -121,8 +121,8 @@ def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
 def _read_one(inside: str, leaves: dict[str, Tensor], config: Mapping[str, Any]) -> Delta:
     kind = _KINDS[config["peft_type"]]
     alpha = number(of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha", config.get("alpha"))))
-    if LENGTHS in leaves:
-        leaves[LENGTHS] = leaves[LENGTHS].flatten()
+    if NORMS in leaves:
+        leaves[NORMS] = leaves[NORMS].flatten()
     delta = read_delta(kind, leaves, alpha)
     if config.get("use_rslora"):
         alpha *= _factors(delta).rank ** 0.5
@@ -224,7 +224,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
     tensors: dict[str, Tensor] = {}
     for path, delta in found.items():
         for name, leaf in delta.leaves.items():
-            if name == LENGTHS:
+            if name == NORMS:
                 if isinstance(delta, DoraDelta) and delta.of_inputs:
                     raise ValueError(f"{path} is a DoRA by inputs, and peft has them by outputs")
                 leaf = leaf.flatten() if delta.leaves["lora_down"].ndim == 2 else leaf.view(1, -1, 1, 1)

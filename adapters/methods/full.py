@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
-from diffgraft.adapters.lowrank import Size, nearest
+from diffgraft.adapters.lowrank import RankBudget, nearest
 from diffgraft.adapters.method import Attached, Method, Options, Spec, is_embedding, parts_of, refuse, strip_text_model
 from diffgraft.adapters.projections import same_layer
 from diffgraft.errors import DiffgraftError
@@ -105,7 +105,7 @@ class AttachedFull(Attached):
             for path, leaves in differences.items()
             if leaves["diff"].ndim > 1 and not is_embedding(strip_text_model(path))  # no tool applies a LoRA to those
         }
-        size = Size(options.rank, options.energy)
+        size = RankBudget(options.rank, options.energy)
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, parts_of, refuse
 from diffgraft.adapters.patch import cast_like, to_cpu_float32
-from diffgraft.adapters.shared import SharedLinear
+from diffgraft.adapters.shared import DeferredGradLinear
 from diffgraft.errors import one_line
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
@@ -97,7 +97,7 @@ class ContextNetwork(nn.Module):
         sides = [int(width * share) for share in options.structure]
         activation = ACTIVATIONS[options.activation]
         for place, (before, after) in enumerate(itertools.pairwise(sides)):
-            layers.append(SharedLinear(before, after))
+            layers.append(DeferredGradLinear(before, after))
             if activation is not None and (place < len(sides) - 2 or options.activate_output):
                 layers.append(activation())
             if options.layer_norm:
@@ -120,7 +120,7 @@ class ContextNetwork(nn.Module):
     def begin(self) -> None:
         """A pass begins, in which it will be asked several times."""
         for layer in self.linear:
-            if isinstance(layer, SharedLinear):
+            if isinstance(layer, DeferredGradLinear):
                 layer.begin()
 
     @property

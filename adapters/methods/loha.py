@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import may_be_decomposed
+from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
@@ -168,7 +168,7 @@ def _product_shape(leaves: Leaves, number: int) -> tuple[int, ...]:
     raise ValueError(f"hada_w{number}_a is {list(a)} and hada_w{number}_b {list(b)}, which make no product")
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoHa from its leaves; without an alpha the scale is 1."""
     plain = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}

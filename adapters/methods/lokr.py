@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import may_be_decomposed
+from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
@@ -173,7 +173,7 @@ def attach(target: Any, spec: Spec) -> Attached:
     return attach_factors(target, spec, make)
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoKr from its leaves; without an alpha the scale is 1."""
     ones, twos = {"lokr_w1"}, {"lokr_w2"}

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import DoraLayer, may_be_decomposed
+from diffgraft.adapters.dora import DoraLayer, with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
@@ -123,7 +123,7 @@ def with_alpha(delta: FactorDelta, alpha: float) -> FactorDelta:
     return replace(delta, leaves={**delta.leaves, "lora_up": scaled}, alpha=alpha)
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoRA from its leaves, or DoRA; without an alpha the scale is 1."""
     strange = set(leaves) - {"lora_down", "lora_up", "lora_mid"}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
-from diffgraft.adapters.words import TOKENIZERS, TaughtWords
+from diffgraft.adapters.words import TOKENIZERS, AddedTokens
 from diffgraft.errors import DiffgraftError
 
 
@@ -43,7 +43,7 @@ class AttachedWord(Attached):
             for part, name in TOKENIZERS.items()
             if getattr(target, part, None) is not None
         }
-        self._taught = TaughtWords(target, {self._word: vectors})
+        self._taught = AddedTokens(target, {self._word: vectors})
         self.rows = nn.ParameterDict(self._taught.rows)
         self._norms = {part: rows.detach().norm(dim=1, keepdim=True) for part, rows in self.rows.items()}
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import following
+from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
 from diffgraft.adapters.formats.verify import LossyWriteError
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
@@ -49,7 +49,7 @@ def convert(
     source: str | Path,
     path: str | Path,
     dialect: str,
-    approximate: Size | None = None,
+    approximate: RankBudget | None = None,
     weights: Weights | None = None,
     device: str = "cpu",
     only: str = "",
@@ -140,7 +140,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
 
     def again(delta: Delta) -> Delta:
         found = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
-        return following(found, delta.follows) if delta.follows else found
+        return with_strength_convention(found, delta.follows) if delta.follows else found
 
     return Adapter(
         {path: tuple(map(again, own)) for path, own in adapter.deltas.items()},

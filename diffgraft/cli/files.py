@@ -11,7 +11,7 @@ from diffgraft.adapters.listing import format_summaries
 from diffgraft.cli.console import say, say_json, warn
 
 if TYPE_CHECKING:
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.resize import Reduced
     from diffgraft.bases.weights import Weights
 
@@ -78,10 +78,10 @@ def convert(
         _convert_checkpoint(source, output, to)
         return
 
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.convert import convert as change
 
-    approximate = Size(rank, energy) if rank is not None or energy is not None else None
+    approximate = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         done = change(source, output, to, approximate, weights, device, only, precision)
     errors = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
@@ -137,11 +137,11 @@ def combine(
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
     """
     from diffgraft.adapters.formats import load_for_base
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.combine import combine as together
     from diffgraft.cli.console import strengths
 
-    size = Size(rank, energy) if rank is not None or energy is not None else None
+    size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
         _save(together(given, size, way, density, seed, weights, device), output, to)
@@ -280,13 +280,13 @@ def _short(value: object) -> str:
     return text if len(text) < 60 else f"{text[:57]}…"
 
 
-def _size(rank: int | None, energy: float | None) -> "Size":
-    from diffgraft.adapters.lowrank import Size
+def _size(rank: int | None, energy: float | None) -> "RankBudget":
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.errors import DiffgraftError
 
     if rank is None and energy is None:
         raise DiffgraftError("Say how large it may be: --rank 8, or --energy 0.95.")
-    return Size(rank, energy)
+    return RankBudget(rank, energy)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.methods.lora import low_rank
@@ -168,7 +168,7 @@ def test_the_last_norm_of_a_unet_has_the_name_that_webui_knows(tmp_path: Path) -
 
 def test_reduced_full_differences_hold_no_lora_of_an_embedding(full: Adapter, base: Base) -> None:
     assert any(path.endswith("token_embedding") for path in full.deltas)
-    done = resize(full, Size(2))
+    done = resize(full, RankBudget(2))
     assert not any("embedding" in path for path in done.adapter.deltas)
     assert {path for path in done.dropped if "embedding" in path} == {
         "text_encoder.embeddings.token_embedding",

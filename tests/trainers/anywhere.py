@@ -95,7 +95,7 @@ def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
                 changed.register_hook(lambda grad: grad * torch.inf)
         return changed
 
-    monkeypatch.setattr(FactorLayer, "change", spoilt)
+    monkeypatch.setattr(FactorLayer, "forward", spoilt)
     return path
 
 

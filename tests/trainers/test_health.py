@@ -68,7 +68,7 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
         return changed
 
     plain = FactorLayer.forward
-    monkeypatch.setattr(FactorLayer, "change", spoilt)
+    monkeypatch.setattr(FactorLayer, "forward", spoilt)
     settings: dict[str, Any] = {**SHORT, "steps": 5, "sample_prompts": "a dog", "prior": {"weight": 0}}
     with pytest.raises(DiffgraftError, match=rf"at step 3: the loss is 0\.\d+, and the first gradient .* unet\.{path}"):
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)

@@ -95,10 +95,11 @@ def test_ranks_and_scales_are_the_file_s_and_the_header_tells_them(go: Any) -> N
 
 def test_ranks_of_each_module_are_kept(go: Any, base: Base, tmp_path: Path) -> None:
     """As files have them that were resized by energy."""
-    from diffgraft.adapters.ops.resize import Size, resize
+    from diffgraft.adapters.lowrank import RankBudget
+    from diffgraft.adapters.ops.resize import resize
 
     first = go(steps=3, lr=1e-2)
-    small = resize(first.adapter, Size(energy=0.7)).adapter
+    small = resize(first.adapter, RankBudget(energy=0.7)).adapter
     ranks = {path: delta.rank for path, (delta,) in small.deltas.items() if isinstance(delta, FactorDelta)}
     assert len(set(ranks.values())) > 1
     file = small.save(tmp_path / "small.safetensors", "kohya")
