@@ -25,6 +25,24 @@ class Delta(ABC):
     """What its scale is made of; None where it has no scale."""
     follows: str | None = None
     """Whose way of strengths other than 1 it follows, where tools differ in that."""
+    is_lora: bool = False
+    """Whether its leaves are those of LoRA (perhaps with DoRA), which every tool reads."""
+    is_low_rank: bool = False
+    """Whether it adds the product of two thin matrices, as LoRA and LoHa do."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """Shape [out, in] or [out, in, height, width] of the weight it is for; None where its leaves do not tell.
+
+        Raises:
+            IndexError, RuntimeError, ValueError: its leaves have too many axes or too few.
+        """
+        return None
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...] | None:
+        """Shape [out, in · height · width] of the weight as a matrix, which more leaves tell; else `weight_shape`."""
+        return self.weight_shape
 
     @abstractmethod
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
@@ -45,6 +63,13 @@ class LinearDelta(Delta):
     @abstractmethod
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
         """ΔW in float32, scale included, in the shape of the weight."""
+
+    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  (others have one)
+        """`up` [out, r] and `down` [r, in · height · width] in float32, with up · down = strength · ΔW as a matrix.
+
+        None where it is not the product of two thin matrices.
+        """
+        return None
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         return weight.float() + strength * self.delta(tuple(weight.shape)).to(weight.device), bias

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Leaves, Shape
+from diffgraft.adapters.factors import FactorDelta, FactorLayer, Leaves, Shape
 from diffgraft.adapters.method import ReadDelta
-from diffgraft.adapters.patch import Patch, weight_shape
+from diffgraft.adapters.patch import AdapterLayer, weight_shape
 from diffgraft.bases.quantized import weight_and_bias
 from diffgraft.errors import DiffgraftError
 
@@ -46,8 +46,20 @@ class DoraDelta(Delta):
         return self.direction.alpha
 
     @property
+    def is_lora(self) -> bool:  # type: ignore[override]
+        return self.direction.is_lora
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        return self.direction.weight_shape
+
+    @property
+    def matrix_shape(self) -> Shape | None:
+        return self.direction.matrix_shape
+
+    @property
     def of_inputs(self) -> bool:
-        """Whether the lengths are those of the inputs."""
+        """Whether the norms are those of the inputs."""
         return self.magnitude.ndim > 1 and self.magnitude.shape[0] != self.magnitude.numel()
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
@@ -55,8 +67,8 @@ class DoraDelta(Delta):
         delta = self.direction.delta(tuple(weight.shape)).to(weight.device)
         v = weight + (delta if self.follows == LYCORIS else strength * delta)
         axis = 1 if self.of_inputs else 0
-        lengths = torch.linalg.vector_norm(v.transpose(0, axis).flatten(1), dim=1)
-        factor = self.magnitude.float().flatten().to(weight.device) / lengths.clamp_min(torch.finfo(v.dtype).tiny)
+        norm = torch.linalg.vector_norm(v.transpose(0, axis).flatten(1), dim=1)
+        factor = self.magnitude.float().flatten().to(weight.device) / norm.clamp_min(torch.finfo(v.dtype).tiny)
         if self.follows == LYCORIS:
             factor = 1 + strength * (factor - 1)
         sides = [1] * v.ndim
@@ -70,7 +82,7 @@ class DoraDelta(Delta):
         )
 
 
-def may_be_decomposed(read: Callable[[Leaves, float | None], FactorDelta]) -> ReadDelta:
+def with_optional_dora(read: Callable[[Leaves, float | None], FactorDelta]) -> ReadDelta:
     """`read`, for leaves among which there may be a ``dora_scale``."""
 
     def read_either(leaves: Leaves, alpha: float | None) -> Delta:
@@ -79,7 +91,7 @@ def may_be_decomposed(read: Callable[[Leaves, float | None], FactorDelta]) -> Re
             return found
         magnitude = leaves[LEAF]
         if sum(side != 1 for side in magnitude.shape) > 1 or magnitude.ndim == 0:
-            raise ValueError(f"dora_scale is {list(magnitude.shape)}, which is no row of lengths")
+            raise ValueError(f"dora_scale is {list(magnitude.shape)}, which is no row of norms")
         delta = DoraDelta(found, magnitude)
         # LoRA's leaves tell how many axes the weight has, so that the row can be made a column again
         return delta if delta.of_inputs or "lora_down" not in leaves else DoraDelta(found, magnitude.flatten())
@@ -87,7 +99,7 @@ def may_be_decomposed(read: Callable[[Leaves, float | None], FactorDelta]) -> Re
     return read_either
 
 
-def following(delta: Delta, tool: str) -> Delta:
+def with_strength_convention(delta: Delta, tool: str) -> Delta:
     """`delta`, with strengths as `tool` has them where tools differ.
 
     Raises:
@@ -100,10 +112,10 @@ def following(delta: Delta, tool: str) -> Delta:
     return replace(delta, follows=tool)
 
 
-class DoraPatch(Patch):
+class DoraLayer(AdapterLayer):
     """DoRA on a live layer. As in the paper (section 4.3) no gradient flows through the norm."""
 
-    def __init__(self, direction: FactorPatch, layer: nn.Module) -> None:
+    def __init__(self, direction: FactorLayer, layer: nn.Module) -> None:
         super().__init__()
         weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or weight.shape != weight_shape(layer):
@@ -113,7 +125,7 @@ class DoraPatch(Patch):
         self.direction = direction
         self.magnitude = nn.Parameter(norms(weight.detach().float()))
 
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         weight, own = weight_and_bias(layer)
         shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         bias = out.new_zeros(1) if own is None else own.view(shape)
@@ -123,11 +135,11 @@ class DoraPatch(Patch):
         return (factor * (out - bias + self.direction.added(layer, x).to(out.dtype)) + bias).to(out.dtype)
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
-        """Of a delta without lengths they are those that layer and delta have together."""
+        """Of a delta without norms they are those that layer and delta have together."""
         if isinstance(delta, DoraDelta) and delta.of_inputs:
-            raise ValueError("has the lengths of its inputs, and what trains here are those of the outputs")
+            raise ValueError("has the norms of its inputs, and what trains here are those of the outputs")
         if isinstance(delta, DoraDelta) and not delta.fits(weight_shape(layer)):
-            raise ValueError("has lengths for a layer of another shape than this base has")
+            raise ValueError("has norms for a layer of another shape than this base has")
         self.direction.load(delta.direction if isinstance(delta, DoraDelta) else delta, layer)
         with torch.no_grad():
             if isinstance(delta, DoraDelta):

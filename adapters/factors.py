@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
-from diffgraft.adapters.method import Options, Spec, canonical
-from diffgraft.adapters.patch import AttachedPatches, Make, Patch, as_input, copied, run_layer, weight_shape
+from diffgraft.adapters.method import Options, Spec, strip_text_model
+from diffgraft.adapters.patch import (
+    AdapterLayer,
+    AttachedLayers,
+    Make,
+    cast_like,
+    run_layer,
+    to_cpu_float32,
+    weight_shape,
+)
 from diffgraft.adapters.patterns import check_keys, chosen
 from diffgraft.adapters.projections import laid_out
 
@@ -30,6 +38,10 @@ class Factors(ABC):
 
     kind: str
     """Name of the method that reads such leaves."""
+    is_lora: bool = False
+    """Whether the leaves are those of LoRA."""
+    is_low_rank: bool = False
+    """Whether ΔW is the product of two thin matrices, which `thin_product` returns."""
 
     @abstractmethod
     def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -46,6 +58,18 @@ class Factors(ABC):
     @abstractmethod
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         """ΔW without its scale, in `shape`. Raises ValueError (or RuntimeError) where leaves and shape do not fit."""
+
+    def weight_shape(self, leaves: Leaves) -> Shape | None:  # noqa: ARG002  (others tell by them)
+        """The shape of the weight that leaves (on the meta device) are for; None where they do not tell."""
+        return None
+
+    def matrix_shape(self, leaves: Leaves) -> Shape | None:
+        """The same as a matrix [out, in · height · width], which more leaves tell."""
+        return self.weight_shape(leaves)
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        """`up` [out, r] and `down` [r, in · height · width] whose product is ΔW without its scale, if `is_low_rank`."""
+        raise NotImplementedError
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
         """What ΔW, without its scale, makes of the layer's input; methods with a shorter way override this."""
@@ -69,8 +93,30 @@ class FactorDelta(LinearDelta):
         return self.factors.kind
 
     @property
+    def is_lora(self) -> bool:  # type: ignore[override]
+        return self.factors.is_lora
+
+    @property
+    def is_low_rank(self) -> bool:  # type: ignore[override]
+        return self.factors.is_low_rank
+
+    @property
     def rank(self) -> int:
         return self.factors.rank(self.leaves)
+
+    @property
+    def weight_shape(self) -> Shape | None:
+        return self.factors.weight_shape(_shadows(self.leaves))
+
+    @property
+    def matrix_shape(self) -> Shape | None:
+        return self.factors.matrix_shape(_shadows(self.leaves))
+
+    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:
+        if not self.is_low_rank:
+            return None
+        up, down = self.factors.thin_product({name: leaf.float() for name, leaf in self.leaves.items()})
+        return strength * self.scale * up, down
 
     @property
     def scale(self) -> float:
@@ -81,12 +127,16 @@ class FactorDelta(LinearDelta):
         return self.scale * self.factors.weight(leaves, shape)
 
     def fits(self, weight_shape: Shape) -> bool:
-        leaves = laid_out(self.leaves, weight_shape)
-        shadows = {name: leaf.to("meta") for name, leaf in leaves.items()}  # shapes only: nothing is computed
+        shadows = _shadows(laid_out(self.leaves, weight_shape))
         try:
             return tuple(self.factors.weight(shadows, weight_shape).shape) == tuple(weight_shape)
         except (ValueError, RuntimeError, IndexError):
             return False
+
+
+def _shadows(leaves: Leaves) -> dict[str, Tensor]:
+    """The leaves on the meta device: they have shapes, and nothing is computed."""
+    return {name: leaf.to("meta") for name, leaf in leaves.items()}
 
 
 class FactorOptions(Options):
@@ -100,23 +150,23 @@ class FactorOptions(Options):
 
     def size(self, path: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the layer at `path`, where others of its kind have these."""
-        own = chosen(self.ranks, canonical(path), rank)
-        return own, chosen(self.alphas, canonical(path), alpha if own == rank else alpha / rank * own)
+        own = chosen(self.ranks, strip_text_model(path), rank)
+        return own, chosen(self.alphas, strip_text_model(path), alpha if own == rank else alpha / rank * own)
 
 
-def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedPatches:
+def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:
     """`make` on the layers of a `Spec` with `FactorOptions`.
 
     Raises:
         DiffgraftError: a key of its ranks or alphas means none of them.
     """
-    paths = [canonical(f"{part}.{path}") for part, inside in spec.paths.items() for path in inside]
+    paths = [strip_text_model(f"{part}.{path}") for part, inside in spec.paths.items() for path in inside]
     check_keys("options.ranks", spec.options.ranks, paths)
     check_keys("options.alphas", spec.options.alphas, paths)
-    return AttachedPatches(target, spec, make)
+    return AttachedLayers(target, spec, make)
 
 
-class FactorPatch(Patch):
+class FactorLayer(AdapterLayer):
     """Factors on a live layer."""
 
     def __init__(
@@ -135,7 +185,7 @@ class FactorPatch(Patch):
         self._scale = factors.scale(leaves, alpha)
         self._rates = {name: rate for name, rate in (rates or {}).items() if rate != 1}
 
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         leaves, x = self._given(x)
         return self._factors.add(out, self._scale, leaves, layer, x)
 
@@ -147,7 +197,7 @@ class FactorPatch(Patch):
     def _given(self, x: Tensor) -> tuple[Leaves, Tensor]:
         """The leaves, and `x` in their precision."""
         leaves = dict(self.leaves.items())
-        return leaves, as_input(x, next(iter(leaves.values())))
+        return leaves, cast_like(x, next(iter(leaves.values())))
 
     def weight(self, layer: nn.Module) -> Tensor:
         """ΔW for this layer, scale included."""
@@ -167,7 +217,7 @@ class FactorPatch(Patch):
         self._alpha, self._scale = delta.alpha, delta.scale
 
     def delta(self) -> FactorDelta:
-        return FactorDelta(self._factors, copied(dict(self.leaves.items())), self._alpha)
+        return FactorDelta(self._factors, to_cpu_float32(dict(self.leaves.items())), self._alpha)
 
     def rates(self) -> dict[str, float]:
         return {name: rate for name, rate in self._rates.items() if name in self.leaves}

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import following
-from diffgraft.adapters.method import read_delta
-from diffgraft.adapters.ops.effect import fitting, own_shape
+from diffgraft.adapters.dora import with_strength_convention
+from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.projections import laid_out
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.original import LEVELS, Blocks
 from diffgraft.bases.shapes import FAMILY
 from diffgraft.bases.weights import Weights
@@ -102,7 +102,7 @@ def _widths(deltas: Deltas) -> set[str]:
     found = set()
     for path, own in deltas.items():
         if path.startswith("unet.") and path.endswith(_OF_CONTEXT):
-            shape = next((shape for delta in own if (shape := own_shape(delta))), None)
+            shape = next((shape for delta in own if (shape := delta.weight_shape)), None)
             if shape is not None and len(shape) > 1 and shape[1] in _WIDTHS:
                 found.add(_WIDTHS[shape[1]])
     return found
@@ -238,4 +238,4 @@ def _laid_out(delta: Delta, linear: bool) -> Delta:
     if all(leaf is delta.leaves[name] for name, leaf in leaves.items()):
         return delta
     found = read_delta(delta.kind, leaves, delta.alpha)
-    return following(found, delta.follows) if delta.follows else found
+    return with_strength_convention(found, delta.follows) if delta.follows else found

@@ -1,32 +1,45 @@
-"""Names and summaries of the methods, read from their source: importing them takes torch, and that takes seconds."""
+"""Names and summaries of methods and formats, read from their source: importing them takes torch, and thus seconds."""
 
 import ast
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
-GROUP = "diffgraft.methods"
-"""Entry-point group in which outside packages name their methods"""
+from diffgraft.adapters.groups import DIALECTS, METHODS, Plugins
 
 
-def summaries() -> dict[str, str]:
+def method_summaries() -> dict[str, str]:
     """Name of each method → one line on what it does, in the order of the names.
 
     Methods of outside packages are imported, if there are any.
     """
-    found = dict(_own())
-    if entry_points(group=GROUP):
-        from diffgraft.adapters.method import methods
+    if entry_points(group=METHODS.group):
+        from diffgraft.adapters.registry import methods
 
-        found = {name: method.summary for name, method in methods().items()}
-    return dict(sorted(found.items()))
+        return {name: method.summary for name, method in sorted(methods().items())}
+    return {name: summary for name, summary, _ in sorted(_in_source(METHODS))}
 
 
-def _own() -> Iterator[tuple[str, str]]:
-    """Of each module in this folder that says ``METHOD = Method(name="…", summary="…", …)``, these two."""
-    for file in Path(__file__).parent.glob("*.py"):
-        for statement in ast.parse(file.read_text("utf-8")).body:
-            match statement:
-                case ast.Assign(targets=[ast.Name(id="METHOD")], value=ast.Call(keywords=keywords)):
-                    told = {word.arg: word.value.value for word in keywords if isinstance(word.value, ast.Constant)}
-                    yield str(told["name"]), str(told["summary"])
+def format_summaries() -> dict[str, str]:
+    """Name of each format that adapters are saved in → one line on what it is, in the order of the names.
+
+    Formats of outside packages are imported, if there are any.
+    """
+    if entry_points(group=DIALECTS.group):
+        from diffgraft.adapters.registry import written_dialects
+
+        return {name: dialect.summary for name, dialect in sorted(written_dialects().items())}
+    return {name: summary for name, summary, keywords in sorted(_in_source(DIALECTS)) if "write" in keywords}
+
+
+def _in_source(plugins: Plugins) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, summary and keywords of each ``METHOD = Method(name="…", summary="…", …)`` in the modules of a package."""
+    begin = f"\n{plugins.attribute} = "
+    for file in (Path(__file__).parent / plugins.package.rpartition(".")[2]).glob("*.py"):
+        _, found, rest = file.read_text("utf-8").partition(begin)
+        if not found:
+            continue
+        match ast.parse(f"{begin}{rest}").body[0]:
+            case ast.Assign(value=ast.Call(keywords=keywords)):
+                said = {word.arg: word.value.value for word in keywords if isinstance(word.value, ast.Constant)}
+                yield str(said["name"]), str(said["summary"]), [str(word.arg) for word in keywords]

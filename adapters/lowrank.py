@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.factors import FactorDelta, Shape
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.errors import DiffgraftError
 
 _SPARE, _ROUNDS = 8, 6
@@ -24,7 +24,7 @@ _THIN = 8
 
 
 @dataclass(frozen=True)
-class Size:
+class RankBudget:
     """How large a reduced matrix may be: of a rank, or of the least rank that holds a share of the squared norm."""
 
     rank: int | None = None
@@ -48,7 +48,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class LowRankApproximation:
     """A low-rank matrix as up · down."""
 
     up: Tensor
@@ -73,7 +73,7 @@ class Nearest:
         return low_rank(down.view(rank, *shape[1:]), up.view(-1, rank, *ones), float(rank))
 
 
-def nearest(matrix: Tensor, size: Size) -> Nearest:
+def nearest(matrix: Tensor, size: RankBudget) -> LowRankApproximation:
     """The nearest matrix to one [out, n] of at most that size.
 
     Raises:
@@ -89,7 +89,7 @@ def nearest(matrix: Tensor, size: Size) -> Nearest:
     return _cut(u, s, v, total, size)
 
 
-def nearest_to_product(up: Tensor, down: Tensor, size: Size) -> Nearest:
+def nearest_to_product(up: Tensor, down: Tensor, size: RankBudget) -> LowRankApproximation:
     """The nearest matrix to up [out, r] · down [r, n]; exact, as a sum of LoRAs whose factors stand side by side is.
 
     Raises:
@@ -115,13 +115,13 @@ def _total(squares: Tensor) -> float:
     return total
 
 
-def _cut(u: Tensor, s: Tensor, v: Tensor, total: float, size: Size) -> Nearest:
+def _cut(u: Tensor, s: Tensor, v: Tensor, total: float, size: RankBudget) -> LowRankApproximation:
     """The first singular triples: u [out, k], s [k], v [n, k]; their values shared between both factors."""
     kept = size.take(s.double().square(), total)
     root = s[:kept].clamp_min(0).sqrt()
     lost = max(0.0, total - float(s[:kept].double().square().sum()))
     share = (lost / total) ** 0.5 if total > 0 else 0.0
-    return Nearest(u[:, :kept] * root, root[:, None] * v[:, :kept].T, share)
+    return LowRankApproximation(u[:, :kept] * root, root[:, None] * v[:, :kept].T, share)
 
 
 def _range_finder(matrix: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:

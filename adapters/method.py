@@ -1,31 +1,60 @@
-"""What a method is: one file beside this one, or in an outside package, holding one `METHOD`.
+"""The contract of a method, with a template for a new one.
 
-An outside package names its `Method` in the entry-point group ``diffgraft.methods``.
+A new method is one module of `diffgraft.adapters.methods`, or of an outside package that names it in the entry-point
+group ``diffgraft.methods``. A method that adds a matrix ΔW says only how ΔW is made of its leaves; the live layer, the
+delta in memory, saving and loading are in `factors.py` and `patch.py`::
+
+    class Rows(Factors):                                     # one number for each output, added to its whole row
+        kind = "rows"
+
+        def start(self, shape, rank, generator):             # [out, in] or [out, in / groups, h, w] → leaves, ΔW = 0
+            return {"rows": torch.zeros(shape[0])}
+
+        def rank(self, leaves):                              # divides alpha: the scale of ΔW is alpha / rank
+            return 1
+
+        def weight(self, leaves, shape):                     # leaves → ΔW without its scale, in `shape`
+            return leaves["rows"].view(-1, *[1] * (len(shape) - 1)).expand(shape)
+
+    def attach(target, spec):                                # called once, before training
+        return AttachedLayers(target, spec, lambda path, layer, rng: FactorLayer(Rows(), layer, 1, 1.0, rng))
+
+    def read(leaves, alpha):                                 # called for each module of a file
+        return FactorDelta(Rows(), leaves, alpha)
+
+    METHOD = Method(name="rows", summary="one number for each output", attach=attach, read=read)
+
+Who calls what, and when:
+
+- `Method.read_options` and `Method.unsupported` when a recipe is read; the latter names keys that mean nothing here.
+- `Method.attach` when a run starts. It gets the live base and a `Spec`, and returns an `Attached`.
+- `Attached.trainable`, `rates` and `paths` once, to build the optimizer; `after_step` after each of its steps.
+- `Attached.adapter` for checkpoints, samples and the final file: float32 tensors on the CPU.
+- `Method.read` or `Method.read_network` for each module of an adapter file that is of this kind.
+- A `Delta` that is not ``ΔW + W`` overrides `Delta.apply`: weight [out, in, …] and bias [out] in, the same shapes out.
+
+Everything else (formats, merging, stacking, converting, the tests' matrices) finds it through
+`diffgraft.adapters.registry`. The command ``diffgraft methods`` lists methods without importing torch, so `name` and
+`summary` are literals, given by keyword.
 """
 
-import importlib
-import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
-from diffgraft.adapters.listing import GROUP
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError, nearest, quoted
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
 NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
-"""`Method.without` of methods that are not made of factors."""
+"""`Method.unsupported` of methods that are not made of factors."""
 
 
 class Options(BaseModel):
@@ -37,7 +66,7 @@ class Options(BaseModel):
 class Attached(nn.Module):
     """A method on a live base: what the base computes is changed by it, and its parameters train."""
 
-    is_bare = False
+    is_disabled = False
     """Whether it changes nothing for now"""
 
     @abstractmethod
@@ -64,13 +93,13 @@ class Attached(nn.Module):
         """Take it off: the base is as it was before, with the same weights in the same places."""
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         """Within the block the base computes as if nothing were attached; words stay, for prompts that name them."""
-        self.is_bare = True
+        self.is_disabled = True
         try:
             yield
         finally:
-            self.is_bare = False
+            self.is_disabled = False
 
     def rates(self) -> dict[str, float]:
         """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
@@ -78,16 +107,16 @@ class Attached(nn.Module):
 
     def paths(self) -> dict[str, str]:
         """Path of the module that each trainable parameter belongs to, as adapters have it, by the parameter's name."""
-        return {name: canonical(name.rpartition(".")[0]) for name in self.trainable()}
+        return {name: strip_text_model(name.rpartition(".")[0]) for name in self.trainable()}
 
-    def leave(self, paths: Collection[str]) -> None:
+    def detach_modules(self, paths: Collection[str]) -> None:
         """Take it off the modules at these paths alone, where that can be: they do not train."""
 
     def after_step(self) -> None:
         """What is to be done when the parameters have moved."""
 
     @property
-    def changes_text(self) -> bool:
+    def affects_text_encoder(self) -> bool:
         """Whether text encoders say something else under it: it has modules of theirs, or words."""
         return any(is_of_text(path) for path in self.paths().values())
 
@@ -131,9 +160,9 @@ class Method:
     """Its own settings."""
     layers: str | Callable[[Any], str] = "attention"
     """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
-    without: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
+    unsupported: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
     """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
-    teaches_word: bool = False
+    learns_token: bool = False
     """Whether the trigger is a word that it teaches, and there can be one alone"""
     read: ReadDelta | None = None
     """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
@@ -144,9 +173,9 @@ class Method:
         """The layers it adapts under `options`, where the recipe does not say."""
         return self.layers if isinstance(self.layers, str) else self.layers(options)
 
-    def without_under(self, options: Options) -> Mapping[str, str]:
+    def unsupported_under(self, options: Options) -> Mapping[str, str]:
         """Keys of recipes that mean nothing to it under `options` → why."""
-        return self.without(options) if callable(self.without) else self.without
+        return self.unsupported(options) if callable(self.unsupported) else self.unsupported
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
         """`given`, checked.
@@ -190,76 +219,6 @@ class Method:
         return value
 
 
-def _modules() -> list[ModuleType]:
-    package = importlib.import_module("diffgraft.adapters")
-    return [
-        importlib.import_module(f"diffgraft.adapters.{info.name}") for info in pkgutil.iter_modules(package.__path__)
-    ]
-
-
-@cache
-def methods() -> dict[str, Method]:
-    """Every method there is, by name: of each module of this package that holds a `METHOD`, and of other packages."""
-    named = [getattr(module, "METHOD", None) for module in _modules()]
-    found = {method.name: method for method in named if isinstance(method, Method)}
-    for entry in entry_points(group=GROUP):
-        method = entry.load()
-        if not isinstance(method, Method):
-            raise DiffgraftError(f"The entry point {entry.name!r} in {GROUP} is {method!r}, which is no Method.")
-        if method.name in found:
-            raise DiffgraftError(f"Two methods are called {method.name!r}; the one from {entry.value} must be renamed.")
-        found[method.name] = method
-    return found
-
-
-def get_method(name: str) -> Method:
-    """The method called `name`.
-
-    Raises:
-        DiffgraftError: there is none; the nearest name is in the message.
-    """
-    if name not in methods():
-        raise DiffgraftError(f"There is no method {name!r}: {nearest(name, methods())}")
-    return methods()[name]
-
-
-@cache
-def kinds() -> dict[str, ReadDelta]:
-    """Every kind of delta that can be read: those of the methods, and those that modules name in `KINDS`, by name.
-
-    The latter come from files of other tools; they are merged and converted, and nothing here trains them.
-    """
-    found = {name: method.read for name, method in methods().items() if method.read is not None}
-    for module in _modules():
-        found |= getattr(module, "KINDS", {})
-    return found
-
-
-def read_delta(kind: str, leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
-    """The delta of a kind from its leaves by their canonical names, and alpha.
-
-    Raises:
-        ValueError: there is no such kind, or they do not fit together.
-    """
-    if kind not in kinds():
-        raise ValueError(f"there is no kind {kind!r} of delta: {nearest(kind, kinds())}")
-    return kinds()[kind](leaves, alpha)
-
-
-def read_network(kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
-    """The network of a kind, that of a method or one that a module names in `NETWORKS`, from tensors and settings.
-
-    Raises:
-        ValueError: there is no such kind, or they do not fit together.
-    """
-    found = {name: method.read_network for name, method in methods().items() if method.read_network is not None}
-    for module in _modules():
-        found |= getattr(module, "NETWORKS", {})
-    if kind not in found:
-        raise ValueError(f"there is no kind {kind!r} of network: {nearest(kind, found)}")
-    return found[kind](tensors, settings)
-
-
 def refuse(adapter: Adapter, *others: str) -> None:
     """Raises ValueError where an adapter holds something under one of these fields: deltas, networks, tokens."""
     for field_, what in (("deltas", "weights of layers"), ("networks", "a network"), ("tokens", "a word")):
@@ -267,12 +226,12 @@ def refuse(adapter: Adapter, *others: str) -> None:
             raise ValueError(f"it holds {what}, for which this method has no place")
 
 
-def canonical(path: str) -> str:
+def strip_text_model(path: str) -> str:
     """A path without the level ``text_model``, which only some text encoders have."""
     return path.replace(".text_model.", ".", 1)
 
 
-def leveled(inside: str) -> str:
+def add_text_model(inside: str) -> str:
     """A path inside a CLIP text encoder with that level, as files have it; the projection behind it never had it."""
     within = inside.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
     return f"text_model.{inside}" if within else inside

@@ -15,18 +15,18 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.method import Attached, Spec, canonical, refuse
+from diffgraft.adapters.method import Attached, Spec, refuse, strip_text_model
 from diffgraft.bases.layers import parts_of
 
-Make = Callable[[str, nn.Module, torch.Generator], "Patch"]
+Make = Callable[[str, nn.Module, torch.Generator], "AdapterLayer"]
 """Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""
 
 
-class Patch(nn.Module):
+class AdapterLayer(nn.Module):
     """One method on one linear layer or convolution; its parameters are the ones that train."""
 
     @abstractmethod
-    def change(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """What the layer gives under this patch, where it got `x` and gave `out`."""
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Patch(nn.Module):
         return {}
 
 
-class AttachedPatches(Attached):
+class AttachedLayers(Attached):
     """Patches on the layers that a `Spec` names."""
 
     def __init__(self, target: Any, spec: Spec, make: Make) -> None:
@@ -58,7 +58,7 @@ class AttachedPatches(Attached):
                 self._patches.append(patch)
                 self._layers[f"{part}.{path}"] = layer, layer.register_forward_hook(self._hook(patch))
 
-    def patches(self) -> dict[str, Patch]:
+    def patches(self) -> dict[str, AdapterLayer]:
         """Path → patch."""
         return dict(zip(self._layers, self._patches, strict=True))  # type: ignore[arg-type]
 
@@ -66,7 +66,7 @@ class AttachedPatches(Attached):
         return {name: value for name, _, value in self._named()}
 
     def paths(self) -> dict[str, str]:
-        return {name: canonical(path) for name, path, _ in self._named()}
+        return {name: strip_text_model(path) for name, path, _ in self._named()}
 
     def _named(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Name of each parameter, path of its layer, and the parameter."""
@@ -80,11 +80,11 @@ class AttachedPatches(Attached):
         }
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        return Adapter({canonical(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
+        return Adapter({strip_text_model(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
 
     def load(self, adapter: Adapter) -> set[str]:
         refuse(adapter, "networks", "tokens")
-        patches = {canonical(path): (path, patch) for path, patch in self.patches().items()}
+        patches = {strip_text_model(path): (path, patch) for path, patch in self.patches().items()}
         if strange := [path for path in adapter.deltas if path not in patches]:
             few = f"{', '.join(strange[:4])}{' …' if len(strange) > 4 else ''}"
             raise ValueError(f"{len(strange)} of its {len(adapter.deltas)} modules are not adapted here: {few}")
@@ -98,8 +98,8 @@ class AttachedPatches(Attached):
                 raise ValueError(f"{path} {error}") from error
         return set(adapter.deltas)
 
-    def leave(self, paths: Collection[str]) -> None:
-        kept = {path: patch for path, patch in self.patches().items() if canonical(path) not in paths}
+    def detach_modules(self, paths: Collection[str]) -> None:
+        kept = {path: patch for path, patch in self.patches().items() if strip_text_model(path) not in paths}
         for path in self._layers.keys() - kept.keys():
             _, hook = self._layers.pop(path)
             hook.remove()
@@ -109,9 +109,9 @@ class AttachedPatches(Attached):
         for _, hook in self._layers.values():
             hook.remove()
 
-    def _hook(self, patch: Patch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def _hook(self, patch: AdapterLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return out if self.is_bare else patch.change(layer, args[0], out)
+            return out if self.is_disabled else patch.forward(layer, args[0], out)
 
         return change
 
@@ -139,7 +139,7 @@ def run_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def as_input(x: Tensor, like: Tensor) -> Tensor:
+def cast_like(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the precision of `like`; under autocast, which sees to that itself, as it is."""
     return x if is_autocast(x.device) else x.to(like.dtype)
 
@@ -149,6 +149,6 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def copied(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_cpu_float32(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies in float32 on the CPU."""
     return {name: value.detach().float().cpu().clone() for name, value in leaves.items()}

@@ -18,7 +18,7 @@ Noted = list[tuple[int, Tensor, Tensor]]
 """Of each use: the backward pass it was noted in, input [tokens, in], and gradient of the output [tokens, out]"""
 
 
-class SharedLinear(nn.Linear):
+class DeferredGradLinear(nn.Linear):
     """A linear layer that is told when a pass begins; without being told, it is any other."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -33,7 +33,7 @@ class SharedLinear(nn.Linear):
         self._taps = None
         if self.weight.requires_grad:
             self._noted = []
-            weight, bias = _Gather.apply(self.weight, self.bias, self._noted)  # type: ignore[no-untyped-call]
+            weight, bias = _GatherGrads.apply(self.weight, self.bias, self._noted)  # type: ignore[no-untyped-call]
             device = self.weight.device
             if is_autocast(device):  # which remembers the halves of parameters only, and not of these
                 half = torch.get_autocast_dtype(device.type)
@@ -44,7 +44,7 @@ class SharedLinear(nn.Linear):
         if self._taps is None or not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         weight, bias = self._taps
-        used: Tensor = _Use.apply(x.to(weight.dtype), weight, bias, self._noted)  # type: ignore[no-untyped-call]
+        used: Tensor = _DeferredMatmul.apply(x.to(weight.dtype), weight, bias, self._noted)  # type: ignore[no-untyped-call]
         return used
 
     def __getstate__(self) -> dict[str, Any]:
@@ -52,8 +52,8 @@ class SharedLinear(nn.Linear):
         return {**self.__dict__, "_taps": None, "_noted": []}
 
 
-class _Use(torch.autograd.Function):
-    """x [..., in], weight [out, in], bias [out] → x · weightᵀ + bias; their gradients are left to `_Gather`."""
+class _DeferredMatmul(torch.autograd.Function):
+    """x [..., in], weight [out, in], bias [out] → x · weightᵀ + bias; their gradients are left to `_GatherGrads`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, noted: Noted) -> Tensor:
@@ -69,7 +69,7 @@ class _Use(torch.autograd.Function):
         return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _GatherGrads(torch.autograd.Function):
     """Weight and bias as they are; their gradients are made when all uses have noted, as autograd's order ensures."""
 
     @staticmethod

@@ -70,7 +70,7 @@ def _is_known(tokenizer: Any, word: str) -> bool:
     return word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
 
 
-class GrownTable(nn.Module):
+class ExtendedEmbedding(nn.Module):
     """A table of embeddings, and rows of its own behind it."""
 
     def __init__(self, table: nn.Module, first: int, rows: nn.Parameter) -> None:
@@ -92,7 +92,7 @@ class GrownTable(nn.Module):
         return torch.where((ids >= self._first).unsqueeze(-1), new, old)
 
 
-class TaughtWords:
+class AddedTokens:
     """Words that a base or a pipeline knows until `remove`."""
 
     def __init__(self, target: Any, words: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -102,7 +102,7 @@ class TaughtWords:
             DiffgraftError: a word is known already, the target has no such text encoder, or its width is another.
         """
         self._target = target
-        self._encoders: list[tuple[nn.Module, nn.Module, GrownTable]] = []
+        self._encoders: list[tuple[nn.Module, nn.Module, ExtendedEmbedding]] = []
         self._tokenizers: list[tuple[str, Any]] = []
         self.rows: dict[str, nn.Parameter] = {}
         """Text encoder → its new rows [vectors, width], in the order of the words."""
@@ -112,7 +112,7 @@ class TaughtWords:
             grown_tokenizer = expanded(tokenizer, {word: len(vectors[part]) for word, vectors in words.items()})
             table = encoder.get_input_embeddings()
             own = nn.Parameter(rows.to(next(encoder.parameters()).device))
-            grown = GrownTable(table, len(tokenizer), own)
+            grown = ExtendedEmbedding(table, len(tokenizer), own)
             encoder.set_input_embeddings(grown)
             setattr(target, tokenizers()[part], grown_tokenizer)
             self._encoders.append((encoder, table, grown))

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.scale import _forget_peak, _peak, random_base
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize

@@ -20,9 +20,9 @@ from benchmarks.scale import random_base
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta, Factors
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.loha import HADAMARD
-from diffgraft.adapters.lora import LOW_RANK
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.methods.loha import HADAMARD
+from diffgraft.adapters.methods.lora import LOW_RANK
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
@@ -74,14 +74,14 @@ def on_adapters(family: str, folder: Path) -> Iterator[Job]:
     steps: dict[str, Callable[[], Any]] = {
         "read a LoRA of rank 32": lambda: load_adapter(lora),
         "convert it for diffusers": lambda: convert(lora, folder / "new.safetensors", "diffusers"),
-        "resize it to rank 8": lambda: resize(load_adapter(lora), Size(rank=8)),
-        "resize it to 90 % of its energy": lambda: resize(load_adapter(lora), Size(energy=0.9)),
+        "resize it to rank 8": lambda: resize(load_adapter(lora), RankBudget(rank=8)),
+        "resize it to 90 % of its energy": lambda: resize(load_adapter(lora), RankBudget(energy=0.9)),
         "inspect it": lambda: inspect(load_adapter(lora)),
         "inspect a LoHa of rank 8": lambda: inspect(load_adapter(loha)),
-        "resize the LoHa to rank 16": lambda: resize(load_adapter(loha), Size(rank=16)),
+        "resize the LoHa to rank 16": lambda: resize(load_adapter(loha), RankBudget(rank=16)),
         "combine both, exactly": lambda: combine([("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)]),
         "combine both at rank 32": lambda: combine(
-            [("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)], Size(rank=32)
+            [("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)], RankBudget(rank=32)
         ),
     }
     for work, step in steps.items():
@@ -97,14 +97,14 @@ def on_checkpoints(folder: Path) -> Iterator[Job]:
     write_safetensors(files["tuned"], {name: _changed(name, w, generator) for name, w in weights.items()}, {})
     del weights
 
-    def difference(size: Size) -> None:
+    def difference(size: RankBudget) -> None:
         with open_weights(files["tuned"]) as tuned, open_weights(files["base"]) as base:
             extract(tuned, base, size)
 
     lora = on_every_layer("sd1", LOW_RANK, 32, 1).save(folder / "lora.safetensors")
     steps: dict[str, Callable[[], Any]] = {
-        "extract a LoCon of rank 16": lambda: difference(Size(rank=16)),
-        "extract a LoCon by 95 % of the energy": lambda: difference(Size(energy=0.95)),
+        "extract a LoCon of rank 16": lambda: difference(RankBudget(rank=16)),
+        "extract a LoCon by 95 % of the energy": lambda: difference(RankBudget(energy=0.95)),
         "merge a LoRA into the checkpoint": lambda: bake(load_base(files["base"], None), {lora: 1.0}, folder / "new"),
         "a folder of a checkpoint": lambda: bake(load_base(files["base"], None), {}, folder / "folder"),
     }

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Factors
-from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.hypernetwork import HypernetworkOptions
-from diffgraft.adapters.loha import HadamardProduct
-from diffgraft.adapters.lokr import Kronecker
-from diffgraft.adapters.lora import LowRank
-from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
+from diffgraft.adapters.methods.loha import HadamardProduct
+from diffgraft.adapters.methods.lokr import Kronecker
+from diffgraft.adapters.methods.lora import LowRank
 from diffgraft.adapters.ops.compare import compare
+from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
@@ -138,7 +138,7 @@ def _hypernetwork(drawn: Callable[..., Tensor]) -> Adapter:
 
 def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:
     """``↔``, ``–``, or the largest error where something changed on the way."""
-    suffix = "" if dialect == "peft" else ".pt" if dialect == "webui" and adapter.networks else ".safetensors"
+    suffix = written_dialects()[dialect].suffix(adapter)
     try:
         path = adapter.save(folder / f"a{suffix}", dialect)
     except DiffgraftError:
@@ -149,10 +149,13 @@ def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:
 
 def table() -> str:
     """Markdown: a line for each kind, a column for each format."""
-    lines = [f"| | {' | '.join(f'`{name}`' for name in WRITTEN)} |", "|-" * (len(WRITTEN) + 1) + "|"]
+    lines = [
+        f"| | {' | '.join(f'`{name}`' for name in written_dialects())} |",
+        "|-" * (len(written_dialects()) + 1) + "|",
+    ]
     for name, adapter in samples().items():
         cells = []
-        for dialect in WRITTEN:
+        for dialect in written_dialects():
             with tempfile.TemporaryDirectory() as folder:
                 cells.append(outcome(adapter, dialect, Path(folder)))
         lines.append(f"| {name} | {' | '.join(cells)} |")

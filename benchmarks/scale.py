@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffgraft.adapters.method import Method, Spec, methods
+from diffgraft.adapters.method import Method, Spec
+from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS, TINY

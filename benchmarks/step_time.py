@@ -26,7 +26,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.files import atomic_write, write_text

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_for_base
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, check_options, in_a_sentence
 
@@ -65,7 +65,7 @@ def convert(
     Args:
         source: a file in any format, a run, or a folder of peft's.
         path: of the new file.
-        format: a name of `diffgraft.adapters.formats.WRITTEN`, or ``auto``.
+        format: a name in `diffgraft.adapters.registry.written_dialects()`, or ``auto``.
         only: ``weights``, ``words``, or one word of the file.
         precision: ``float16``, ``bfloat16`` or ``float32``; empty: as it is.
         approximation: options of `Approximation`, for LoRAs that come near where the format cannot hold the adapter.
@@ -239,11 +239,11 @@ def _name(file: Any) -> str:
     return f"The {file.method} adapter" if isinstance(file, Adapter) else str(_path(file))
 
 
-def _size(rank: int | None, energy: float | None) -> Size | None:
-    return Size(rank, energy) if rank is not None or energy is not None else None
+def _size(rank: int | None, energy: float | None) -> RankBudget | None:
+    return RankBudget(rank, energy) if rank is not None or energy is not None else None
 
 
-def _needed(rank: int | None, energy: float | None) -> Size:
+def _needed(rank: int | None, energy: float | None) -> RankBudget:
     size = _size(rank, energy)
     if size is None:
         raise DiffgraftError("Say how large it may be: rank=8, or energy=0.95.")

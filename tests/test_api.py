@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import diffgraft as dg
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.folder import Run

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.file_work import on_adapters, on_checkpoints
 from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 
 PARAMETERS = {"sd1": 1_066_235_307, "sd2": 1_289_952_427, "sdxl": 3_468_837_867}
 """Of UNet, text encoders and VAE; the published models have as many"""

@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
         if self._texts is None:
             told = self._base.family.encode(self._base, prompts, self._whole)
         else:
-            told = self._texts[getattr(self.adapter, "is_bare", False)](prompts)
+            told = self._texts[getattr(self.adapter, "is_disabled", False)](prompts)
         return told.with_size(self._base.family.size_conditioning(frames))
 
     def freeze_text(self) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import told
-from diffgraft.adapters.method import read_network
+from diffgraft.adapters.registry import read_network
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
@@ -17,7 +18,20 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return set(tensors) == {""}
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Raises ValueError where it is no row of numbers."""
     network = read_network("aesthetic", {"embedding": tensors[""]}, {})
     return Adapter({}, told(header, method="aesthetic"), (network,))
+
+
+DIALECT = Dialect(
+    name="aesthetic",
+    summary="aesthetic embeddings of webui",
+    order=100,
+    recognises=recognises,
+    read=read,
+)

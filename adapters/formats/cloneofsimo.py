@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import parsed
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 
 _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<place>\d+):(?P<leaf>up|down)")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -32,7 +33,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(_KEY.fullmatch(key) for key in tensors) or bool(tensors and all(key.isdecimal() for key in tensors))
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     if all(key.isdecimal() for key in tensors):
         tensors = _named(tensors)
@@ -100,3 +105,12 @@ def _walk(part: str, classes: list[str], count: int) -> Iterator[str]:
             yield f"{inside}.ff.net.0.proj"
         if {"CrossAttention", "Attention"} & set(classes):
             yield from (f"{inside}.attn2.{name}" for name in _ATTENTION)
+
+
+DIALECT = Dialect(
+    name="cloneofsimo",
+    summary="the first LoRA files of diffusion models, numbered",
+    order=80,
+    recognises=recognises,
+    read=read,
+)

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import told
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.registry import read_delta
 
 _KEY = re.compile(
     r"(?:unet\.)?(?P<path>[\w.]+)\.processor\.to_(?P<layer>q|k|v|out)_custom_diffusion(?:\.0)?\.(?P<leaf>weight|bias)"
@@ -25,19 +26,32 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(_KEY.fullmatch(key) for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
-    layers: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         found = _KEY.fullmatch(key)
         if found is None:
             raise UnknownKeyError(key, "<attention>.processor.to_<k or v>_custom_diffusion.weight")
         layer = "to_out.0" if found["layer"] == "out" else f"to_{found['layer']}"
-        layers.setdefault(f"unet.{found['path']}.{layer}", {})[found["leaf"]] = value
+        modules.setdefault(f"unet.{found['path']}.{layer}", {})[found["leaf"]] = value
     deltas = {}
-    for path, leaves in layers.items():
+    for path, leaves in modules.items():
         try:
             deltas[path] = (read_delta("replacement", leaves, None),)
         except ValueError as error:
             raise ValueError(f"{path} is not whole: {error}") from error
     return Adapter(deltas, told(header, method="custom-diffusion"))
+
+
+DIALECT = Dialect(
+    name="custom-diffusion",
+    summary="Custom Diffusion as diffusers saves it",
+    order=90,
+    recognises=recognises,
+    read=read,
+)

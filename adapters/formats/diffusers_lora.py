@@ -19,15 +19,16 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dialect import Dialect
+from diffgraft.adapters.dora import LEAF as NORMS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import older_names
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.lora import read as build
-from diffgraft.adapters.lora import with_alpha
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
+from diffgraft.adapters.methods.lora import read as build
+from diffgraft.adapters.methods.lora import with_alpha
 from diffgraft.bases.registry import part_names
 
 METADATA = "lora_adapter_metadata"
@@ -36,10 +37,10 @@ OF_UNET = ("down_blocks.", "up_blocks.", "mid_block.", "conv_in", "conv_out", "t
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
-    "lora_magnitude_vector": LENGTHS,
-    "lora_magnitude_vector.weight": LENGTHS,
-    "magnitude": LENGTHS,
-    "dora_scale": LENGTHS,
+    "lora_magnitude_vector": NORMS,
+    "lora_magnitude_vector.weight": NORMS,
+    "magnitude": NORMS,
+    "dora_scale": NORMS,
 }
 _NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w+))\.(?!weight$)[\w-]+(?=\.weight$|$)")
 """A leaf with the name that peft gives to the adapter in memory, which `state_dict` of the model leaves in its keys."""
@@ -50,7 +51,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(unnamed(key).endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -118,7 +123,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         single: dict[str, FactorDelta] = {}
         for path, found in loras.items():
             delta = found[0]
-            if len(found) != 1 or delta.kind != "lora" or "lora_mid" in delta.leaves:
+            if len(found) != 1 or not delta.is_lora or "lora_mid" in delta.leaves:
                 raise ValueError(f"{part}.{path} holds no single LoRA, which is all the diffusers layout can say")
             lora = delta.direction if isinstance(delta, DoraDelta) else delta
             assert isinstance(lora, FactorDelta)
@@ -127,7 +132,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             single[path] = lora
             # the level is in keys, as every tool expects it, and not in the header: there peft compares from the end,
             # so that a text encoder of either kind matches
-            start = f"{part}.{path if part == 'unet' else leveled(path)}"
+            start = f"{part}.{path if part == 'unet' else add_text_model(path)}"
             tensors[f"{start}.lora_A.weight"] = lora.leaves["lora_down"].contiguous()
             tensors[f"{start}.lora_B.weight"] = lora.leaves["lora_up"].contiguous()
             if isinstance(delta, DoraDelta):
@@ -172,3 +177,22 @@ def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float | None:
 def _common(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:
     first = next(iter(deltas.values()))[0]
     return {"rank": first.leaves["lora_down"].shape[0], "alpha": first.alpha}
+
+
+def holds_dora_lora(adapter: Adapter) -> bool:
+    """Whether it holds LoRAs with DoRA, which most programs misread under kohya's names."""
+    first = next(iter(adapter.deltas.values()), (None,))[0]
+    return isinstance(first, DoraDelta) and first.is_lora
+
+
+DIALECT = Dialect(
+    name="diffusers",
+    summary="the layout of diffusers: LoRA and DoRA",
+    order=40,
+    recognises=recognises,
+    read=read,
+    write=write,
+    auto=30,
+    is_preferred=holds_dora_lora,
+    note="webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
+)

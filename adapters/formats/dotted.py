@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats import embedding, older_names
 from diffgraft.adapters.formats.lycoris import read_adapter
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, Module, leaf_of
@@ -89,3 +90,12 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layers: int |
         start, part, inside, leaf = found
         modules.setdefault(f"{start}{inside}", Module(part, inside)).put(key, leaf, value)
     return read_adapter(modules, bundled, header, layers, by_kohya=False)
+
+
+DIALECT = Dialect(
+    name="comfyui",
+    summary="ComfyUI's and OneTrainer's names with dots",
+    order=30,
+    recognises=recognises,
+    read=read,
+)

@@ -13,12 +13,6 @@ from diffgraft.bases.layers import is_embedding, is_of_text
 
 _KOHYA = ("kohya", "lycoris", "webui")
 """Dialects with kohya's names of modules"""
-_UNREAD = {
-    "diffusers": "webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
-    "peft": "Programs that draw do not open peft's folders, which are for peft itself: for those use --to kohya.",
-    "diffgraft": "No other program reads diffgraft's own layout: for others use --to kohya or webui.",
-}
-"""Dialect → which programs do not read its files"""
 _READ = ("lora", "loha", "lokr", "full", "oft", "boft")
 """Kinds that webui and ComfyUI both read"""
 _SPELT = {
@@ -35,7 +29,7 @@ _SPELT = {
 
 
 def remarks(adapter: Adapter, dialect: str, name: str = "") -> list[str]:
-    """Sentences on `adapter` in a file of `dialect`, a name of `diffgraft.adapters.formats.DIALECTS`; often none.
+    """Sentences on `adapter` in a file of `dialect`, a name in `registry.written_dialects()`; often none.
 
     `name` is that of the file, without its ending.
     """
@@ -48,8 +42,6 @@ def remarks(adapter: Adapter, dialect: str, name: str = "") -> list[str]:
         found.append(
             f"webui takes it for an adapter of Stable Diffusion 1.x, and its base is {family}: use --to kohya."
         )
-    if dialect in _UNREAD:
-        found.append(_UNREAD[dialect])
     if dialect in _KOHYA and any(delta.kind in ("oft", "boft") for delta in deltas):
         found.append("ComfyUI squares the strength of OFT and BOFT.")
     if dialect in _KOHYA and deltas and adapter.tokens:
@@ -72,7 +64,8 @@ def _words(adapter: Adapter, dialect: str, name: str) -> Iterator[str]:
 def _other_kinds(deltas: list[Delta]) -> Iterator[str]:
     """Of what is no LoRA, and of what stands beside one."""
     kinds = {delta.kind for delta in deltas if set(delta.leaves) != {"diff_b"}}
-    if others := sorted(_SPELT.get(kind, kind) for kind in kinds if kind != "lora"):
+    loras = {delta.kind for delta in deltas if delta.is_lora}
+    if others := sorted(_SPELT.get(kind, kind) for kind in kinds - loras):
         yield f"diffusers reads LoRA alone under these names, and not {' and '.join(others)}."
     if kinds - {"full"} and any(set(delta.leaves) == {"diff_b"} for delta in deltas):
         yield "webui leaves out differences of biases beside other factors, and so does diffusers."
@@ -142,7 +135,7 @@ def _tucker(deltas: list[Delta]) -> Iterator[str]:
 
 
 def _alphas(deltas: list[Delta]) -> Iterator[str]:
-    if len({delta.alpha for delta in deltas if delta.kind == "lora"}) > 1:
+    if len({delta.alpha for delta in deltas if delta.is_lora}) > 1:
         yield (
             "Its modules have different alphas, of which diffusers takes the commonest for all: for diffusers use "
             "--to diffusers."
@@ -150,7 +143,7 @@ def _alphas(deltas: list[Delta]) -> Iterator[str]:
 
 
 def _text_without_output(adapter: Adapter) -> Iterator[str]:
-    loras = [path for path, found in adapter.deltas.items() if is_of_text(path) and found[0].kind == "lora"]
+    loras = [path for path, found in adapter.deltas.items() if is_of_text(path) and found[0].is_lora]
     if loras and not any(path.endswith("self_attn.out_proj") for path in loras):
         yield (
             "diffusers reads LoRAs of text encoders under these names only where self_attn.out_proj is among them: for "

@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import OURS, read_json, told, write_ours
 from diffgraft.adapters.formats.opened import STEM
 
@@ -54,7 +55,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return bool(vectors) and plain and (len(vectors) == 1 or all(_MARKED.fullmatch(key) for key in vectors))
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Words by text encoder.
 
     Raises:
@@ -166,3 +171,14 @@ def _write_by_encoder(
 def _with_trigger(adapter: Adapter, word: str) -> Adapter:
     """The adapter with `word` as the trigger in its metadata, as the file's keys do not name it."""
     return replace(adapter, metadata={"method": "textual-inversion", **adapter.metadata, "trigger": word})
+
+
+DIALECT = Dialect(
+    name="embedding",
+    summary="a word alone, as textual inversion files hold it",
+    order=60,
+    recognises=recognises,
+    read=read,
+    write=write,
+    auto=10,
+)

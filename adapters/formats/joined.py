@@ -6,9 +6,9 @@ import torch
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.ops.effect import own_shape, refuse_vast
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.ops.effect import refuse_vast
 from diffgraft.adapters.projections import laid_out
 
 
@@ -30,7 +30,7 @@ def joined(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
     loras = [delta for delta in of_weight if set(delta.leaves) == {"lora_down", "lora_up"}]
     if len(loras) == len(of_weight):
         return (_side_by_side(loras), *bias)
-    shape = next((shape for delta in of_weight if (shape := own_shape(delta))), None)
+    shape = next((shape for delta in of_weight if (shape := delta.weight_shape)), None)
     linear = [delta for delta in of_weight if isinstance(delta, LinearDelta)]
     if shape is None or len(linear) < len(of_weight):
         raise ValueError(f"{path} holds {len(of_weight)} deltas, which have no name together in these files")
@@ -43,7 +43,7 @@ def joined(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
 
 
 def _side_by_side(loras: Sequence[Delta]) -> FactorDelta:
-    shape = own_shape(loras[0])
+    shape = loras[0].weight_shape
     assert shape is not None
     leaves = [laid_out(lora.leaves, shape) for lora in loras]
     scales = [lora.scale for lora in loras if isinstance(lora, FactorDelta)]

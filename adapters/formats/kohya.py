@@ -6,14 +6,10 @@ A word alone becomes the file of vectors that sd-scripts writes; see `embedding`
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.families import with_known_family
 from diffgraft.adapters.formats import embedding, lycoris
 from diffgraft.adapters.formats.training_written import write_training
-
-
-def recognises(*_: object) -> bool:
-    """Its keys are those of `lycoris`, which reads them; what its header tells, every dialect reads."""
-    return False
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -23,3 +19,12 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     adapter = with_known_family(adapter)
     tensors, header = lycoris.write(adapter)
     return tensors, {**header, **write_training(adapter, tensors)}
+
+
+DIALECT = Dialect(
+    name="kohya",
+    summary="the files of kohya's sd-scripts, which most programs open",
+    order=110,
+    write=write,
+    auto=20,
+)

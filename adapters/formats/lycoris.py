@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.families import family_of, layers_of, may_be_xl, with_base
 from diffgraft.adapters.formats import embedding
@@ -23,7 +24,7 @@ from diffgraft.adapters.formats.header import told, write_ours
 from diffgraft.adapters.formats.joined import joined
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
 from diffgraft.bases.original import Blocks
 
 PREFIXES = {
@@ -130,13 +131,13 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     if with_words:
         return "pivotal"
     kinds = {delta.kind for found in deltas.values() for delta in found}
-    if kinds != {"lora"}:
+    if not all(delta.is_lora for found in deltas.values() for delta in found):
         return next(iter(kinds)) if len(kinds) == 1 else "mixed"
     wide = (leaf for found in deltas.values() for delta in found for name, leaf in delta.leaves.items() if name != LEAF)
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in wide) else "lora"
 
 
-def _lengths(leaf: Tensor, delta: Delta) -> Tensor:
+def _norms(leaf: Tensor, delta: Delta) -> Tensor:
     """``dora_scale`` [out, 1, …], as files have it: those that were trained here are [out]."""
     return leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if leaf.ndim == 1 else leaf
 
@@ -166,13 +167,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             inside = blocks.original(inside)
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
-        start = f"{prefixes[part]}_{flat(inside if part == 'unet' else leveled(inside))}"
+        start = f"{prefixes[part]}_{flat(inside if part == 'unet' else add_text_model(inside))}"
         for delta in joined(path, found):
             if delta.kind not in KINDS:
                 raise ValueError(f"{path} holds a {delta.kind}; these files have {', '.join(KINDS)}")
             of_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
             for name, leaf in delta.leaves.items():
-                column = _lengths(leaf, delta) if name == LEAF else leaf
+                column = _norms(leaf, delta) if name == LEAF else leaf
                 key = f"{start}.{_OF_NORMS[name] if of_norm else name}"
                 tensors[key + (".weight" if name in LAYERS else "")] = column.contiguous()
             if delta.alpha is not None:
@@ -184,3 +185,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = {part: key for key, part in embedding.PARTS.items()}
             tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
     return tensors, {"format": "pt", **write_ours(adapter)}
+
+
+DIALECT = Dialect(
+    name="lycoris",
+    summary="the names of kohya's tools, without their header",
+    order=50,
+    recognises=recognises,
+    read=read,
+    write=write,
+)

@@ -18,9 +18,9 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.families import read_names
 from diffgraft.adapters.formats.header import number
-from diffgraft.adapters.method import read_delta
 from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import laid_out
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.original import ORIGINAL
 
 KINDS = {
@@ -186,7 +186,7 @@ def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> flo
 
 def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
     """A sparse rest as a whole matrix, in the shape of the weight and with the scale of the low-rank one."""
-    if set(sparse) != set(_SPARSE) or delta.kind != "lora" or not isinstance(delta, LinearDelta):
+    if set(sparse) != set(_SPARSE) or not delta.is_lora or not isinstance(delta, LinearDelta):
         raise ValueError(f"{', '.join(sparse)} are no sparse rest of a LoRA")
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]
     mid = delta.leaves.get("lora_mid", down)

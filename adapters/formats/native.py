@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import OURS, number, parsed, read_json, write_ours
-from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.adapters.registry import read_delta, read_network
 from diffgraft.errors import nearest
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
@@ -25,7 +26,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(key in header for key in (_DELTAS, _NETWORKS, _TOKENS))
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     left = dict(tensors)
     deltas: dict[str, tuple[Delta, ...]] = {}
@@ -89,3 +94,16 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         for place, vectors in enumerate(adapter.tokens.values()):
             tensors |= {f"token.{place}.{part}": value.contiguous() for part, value in vectors.items()}
     return tensors, header
+
+
+DIALECT = Dialect(
+    name="diffgraft",
+    summary="diffgraft's own layout, which holds any adapter",
+    order=10,
+    recognises=recognises,
+    read=read,
+    write=write,
+    auto=40,
+    holds_networks=True,
+    note="No other program reads diffgraft's own layout: for others use --to kohya or webui.",
+)

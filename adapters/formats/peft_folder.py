@@ -17,14 +17,17 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dialect import Dialect
+from diffgraft.adapters.dora import LEAF as NORMS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
 from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
+from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import leveled, read_delta
+from diffgraft.adapters.method import add_text_model
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.registry import part_names
 from diffgraft.files import write_safetensors, write_text
 
@@ -36,40 +39,35 @@ _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _LEAVES = {
     "lora_A.weight": "lora_down",
     "lora_B.weight": "lora_up",
-    "lora_magnitude_vector": LENGTHS,
-    "lora_magnitude_vector.weight": LENGTHS,
+    "lora_magnitude_vector": NORMS,
+    "lora_magnitude_vector.weight": NORMS,
     **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }
 
 
-def folders(path: Path) -> dict[str, Path]:
-    """Part (empty where the folder does not say) → folder of it; empty where `path` holds nothing of peft's."""
-    if (path / CONFIG).is_file():
-        return {"": path}
-    return {part: path / part for part in part_names() if (path / part / CONFIG).is_file()}
+def open_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and header of all files in a folder of peft's; None where `path` is no such folder.
 
-
-def weights_in(folder: Path) -> Path:
-    """The file of weights in one of `folders`: today's, or the one that peft wrote before."""
-    old = folder / _OLD_WEIGHTS
-    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
-
-
-def gathered(path: Path, found: Mapping[str, tuple[dict[str, Tensor], dict[str, str]]]) -> tuple[Any, dict[str, str]]:
-    """One set of tensors and one header for the files of `folders`; keys begin with their part, where there is one.
-
-    Raises:
-        ValueError: a configuration cannot be read.
+    Keys begin with their part, where there are folders for several. The configuration is the header's entry `CONFIG`.
     """
+    folders = {part: path / part for part in ("", *part_names()) if (path / part / CONFIG).is_file()}
+    if "" in folders:
+        folders = {"": path}
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
-    for part, (held, said) in found.items():
-        config = (path / part / CONFIG).read_text("utf-8", errors="replace")
+    for part, folder in folders.items():
+        held, said = open_file(_weights_in(folder))
         start = f"{part}." if part else ""
         tensors |= {f"{start}{key}": value for key, value in held.items()}
-        header |= {**said, f"{start}{CONFIG}": config}
-    return tensors, header
+        header |= {**said, f"{start}{CONFIG}": (folder / CONFIG).read_text("utf-8", errors="replace")}
+    return (tensors, header) if folders else None
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder: today's, or the one that peft wrote before."""
+    old = folder / _OLD_WEIGHTS
+    return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
@@ -77,7 +75,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(_START in key for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key is used, or named in a ValueError."""
     modules: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -119,8 +121,8 @@ def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
 def _read_one(inside: str, leaves: dict[str, Tensor], config: Mapping[str, Any]) -> Delta:
     kind = _KINDS[config["peft_type"]]
     alpha = number(of_pattern(config.get("alpha_pattern"), inside, config.get("lora_alpha", config.get("alpha"))))
-    if LENGTHS in leaves:
-        leaves[LENGTHS] = leaves[LENGTHS].flatten()
+    if NORMS in leaves:
+        leaves[NORMS] = leaves[NORMS].flatten()
     delta = read_delta(kind, leaves, alpha)
     if config.get("use_rslora"):
         alpha *= _factors(delta).rank ** 0.5
@@ -138,26 +140,44 @@ def _factors(delta: Delta) -> FactorDelta:
     return factors
 
 
-def save(adapter: Adapter, path: Path) -> Path:
-    """Write a folder; nothing half-written has its name. Raises ValueError where peft has no place for something."""
+def suffix(adapter: Adapter) -> str:  # noqa: ARG001  (all are folders)
+    """Nothing, as it is a folder."""
+    return ""
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header as `open_folder` returns them. Raises ValueError where peft has no place for something."""
     if not adapter.deltas:
         raise ValueError("it holds no weights, which is what peft's folders are for")
     if adapter.tokens:
         raise ValueError(f"it holds words ({', '.join(adapter.tokens)}), and peft's folders are for weights alone")
-    if path.suffix == ".safetensors" or path.exists():
-        raise ValueError(f"peft writes a folder: give the name of a new one in the place of {path}")
-    parts = {
-        part: _write(adapter, part) for part in part_names() if any(p.startswith(f"{part}.") for p in adapter.deltas)
-    }
+    names = [part for part in part_names() if any(path.startswith(f"{part}.") for path in adapter.deltas)]
+    parts = {part: _write(adapter, part) for part in names}
     if strange := [found for found in adapter.deltas if found.partition(".")[0] not in part_names()]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(part_names())}")
+    tensors: dict[str, Tensor] = {}
+    header = {"format": "pt", **write_ours(adapter)}
+    for part, (held, config) in parts.items():
+        start = "" if set(parts) == {"unet"} else f"{part}."
+        tensors |= {f"{start}{key}": value for key, value in held.items()}
+        header[f"{start}{CONFIG}"] = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
+    return tensors, header
+
+
+def store(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
+    """Write a folder, whole or not at all. Raises ValueError where `path` cannot be the name of a new one."""
+    if path.suffix == ".safetensors" or path.exists():
+        raise ValueError(f"peft writes a folder: give the name of a new one in the place of {path}")
     partial = path.with_name(f".{path.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
+    common = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     try:
-        for part, (tensors, config) in parts.items():
-            folder = partial if set(parts) == {"unet"} else partial / part
-            write_safetensors(folder / WEIGHTS, tensors, {"format": "pt", **write_ours(adapter)})
-            write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+        for config in sorted(header.keys() - common.keys()):
+            start = config.removesuffix(CONFIG)
+            folder = partial / start.removesuffix(".")
+            own = {key.removeprefix(start): value for key, value in tensors.items() if key.startswith(start)}
+            write_safetensors(folder / WEIGHTS, own, common)
+            write_text(folder / CONFIG, header[config])
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,7 +192,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
             if len(deltas) != 1:
                 raise ValueError(f"{path} holds {len(deltas)} deltas, and peft has one for each layer")
             inside = path.removeprefix(f"{part}.")
-            found[leveled(inside) if part == "text_encoder_2" else inside] = deltas[0]
+            found[add_text_model(inside) if part == "text_encoder_2" else inside] = deltas[0]
     kinds = {delta.kind for delta in found.values()}
     if len(kinds) != 1 or not kinds <= set(_KINDS.values()):
         raise ValueError(f"{part} holds {', '.join(sorted(kinds))}; a folder of peft's is of LoRA, LoHa or LoKr")
@@ -180,7 +200,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
     factors = {path: _factors(delta) for path, delta in found.items()}
     if any("lora_mid" in delta.leaves for delta in found.values()):
         raise ValueError("peft's LoRA has no Tucker variant")
-    if kind != "lora" and any(isinstance(delta, DoraDelta) for delta in found.values()):
+    if any(isinstance(delta, DoraDelta) and not delta.is_lora for delta in found.values()):
         raise ValueError("peft has DoRA for LoRA alone")
     ranks = {path: delta.rank for path, delta in factors.items()}
     alphas = {path: delta.alpha for path, delta in factors.items()}
@@ -205,7 +225,7 @@ def _write(adapter: Adapter, part: str) -> tuple[dict[str, Tensor], dict[str, An
     tensors: dict[str, Tensor] = {}
     for path, delta in found.items():
         for name, leaf in delta.leaves.items():
-            if name == LENGTHS:
+            if name == NORMS:
                 if isinstance(delta, DoraDelta) and delta.of_inputs:
                     raise ValueError(f"{path} is a DoRA by inputs, and peft has them by outputs")
                 leaf = leaf.flatten() if delta.leaves["lora_down"].ndim == 2 else leaf.view(1, -1, 1, 1)
@@ -219,3 +239,17 @@ def _whole(kind: str, config: dict[str, Any]) -> dict[str, Any]:
 
     whole: dict[str, Any] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())](**config).to_dict()
     return whole
+
+
+DIALECT = Dialect(
+    name="peft",
+    summary="folders of peft's: LoRA, DoRA, LoHa, LoKr",
+    order=20,
+    recognises=recognises,
+    read=read,
+    write=write,
+    store=store,
+    open=open_folder,
+    suffix=suffix,
+    note="Programs that draw do not open peft's folders, which are for peft itself: for those use --to kohya.",
+)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.lokr import divided
+from diffgraft.adapters.methods.lokr import divided
 
 _WITH_KERNELS = ("conv", "conv1", "conv2", "conv_in", "conv_out")
 """Last names of the layers with 3 × 3 kernels in UNets; all others are linear, or 1 × 1"""

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.dora import LEAF as LENGTHS
+from diffgraft.adapters.dora import LEAF as NORMS
 
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 """Family → ``ss_base_model_version``."""
@@ -76,11 +76,11 @@ def _module(adapter: Adapter) -> dict[str, str]:
     deltas = [delta for found in adapter.deltas.values() for delta in found]
     kinds = {delta.kind for delta in deltas}
     leaves = {leaf for delta in deltas for leaf in delta.leaves}
-    if kinds == {"lora"} and leaves <= {"lora_down", "lora_up"}:
+    if all(delta.is_lora for delta in deltas) and leaves <= {"lora_down", "lora_up"}:
         return {"ss_network_module": _PLAIN, "ss_network_args": json.dumps({})}
     kind = next(iter(kinds))
     arguments = {"algo": _ALGORITHMS.get(kind, kind)} if len(kinds) == 1 else {}
-    if LENGTHS in leaves:
+    if NORMS in leaves:
         arguments["dora_wd"] = "True"
     if leaves & {"lora_mid", "hada_t1", "lokr_t2"}:
         arguments["use_tucker"] = "True"

@@ -1,16 +1,15 @@
 """Keys that a dialect has no place for: the known keys nearest to them, and the base that the rest of a file is for."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 from torch import Tensor
 
-from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Read
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.errors import nearest
 
-Read = Callable[[Mapping[str, Tensor], Mapping[str, str]], Adapter]
 _ALIKE = 0.7
 """From this share of letters in common a beginning may have been meant as the other"""
 _AT_MOST = 20
@@ -80,7 +79,7 @@ def made_for(read: Read, tensors: Mapping[str, Tensor], header: Mapping[str, str
             key: value for key, value in left.items() if key != error.key and not key.startswith(f"{error.module}.")
         }
         try:
-            found = fitting(read(left, header).deltas) if left else []
+            found = fitting(read(left, header, None).deltas) if left else []
         except UnknownKeyError as another:
             error = another
         except ValueError:

@@ -10,40 +10,34 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect, store_safetensors
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
 from diffgraft.adapters.formats.elsewhere import torn_attention, trouble
-from diffgraft.files import atomic_write, check_suffix, write_safetensors
+from diffgraft.files import atomic_write
 
 _LAST_NORM = "lora_unet_conv_norm_out."
 
 
-def recognises(*_: object) -> bool:
-    """Its files are of the dialects that it writes."""
-    return False
+def suffix(adapter: Adapter) -> str:
+    """``.pt`` for hypernetworks, and ``.safetensors`` for all else."""
+    return ".pt" if adapter.networks else ".safetensors"
 
 
-def save(adapter: Adapter, path: Path) -> Path:
-    """Write the file. Raises ValueError where webui or ComfyUI would do something else with it, or nothing."""
-    if adapter.networks:
-        if path.suffix != ".pt":
-            raise ValueError(
-                f"webui lists hypernetworks that end in .pt: give {path.with_suffix('.pt').name} as a name"
-            )
-        held = webui_hypernetwork.write(adapter)
-        if held["is_layer_norm"] and not held["activate_output"] and held["activation_func"] != "linear":
-            raise ValueError(
-                "it is a hypernetwork with layer norms and no activation behind its last layer, where ComfyUI puts one"
-            )
-        with atomic_write(path) as partial:
-            torch.save(held, partial)
-        return path
-    tensors, header = write(adapter)
-    check_suffix(path)
-    return write_safetensors(path, tensors, header)
+def store(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Path:
+    """Write the file. Raises ValueError where webui does not list files of such a name."""
+    if not webui_hypernetwork.recognises(tensors, header):
+        return store_safetensors(path, tensors, header)
+    if path.suffix != ".pt":
+        raise ValueError(f"webui lists hypernetworks that end in .pt: give {path.with_suffix('.pt').name} as a name")
+    with atomic_write(path) as partial:
+        torch.save(webui_hypernetwork.nested(tensors, header), partial)
+    return path
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of what is no hypernetwork."""
+    """Tensors and header. Raises ValueError where webui or ComfyUI would not do what the adapter does."""
+    if adapter.networks:
+        return webui_hypernetwork.write(adapter)
     if not adapter.deltas:
         return embedding.write_nameless(adapter)
     for path, deltas in adapter.deltas.items():
@@ -57,3 +51,14 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, header = kohya.write(adapter)
     # webui knows this one norm of diffusers' UNet by the original's name alone, and ComfyUI knows both
     return {key.replace(_LAST_NORM, "lora_unet_out_0."): value for key, value in tensors.items()}, header
+
+
+DIALECT = Dialect(
+    name="webui",
+    summary="files that webui and ComfyUI both read, and take to mean the same",
+    order=120,
+    write=write,
+    store=store,
+    suffix=suffix,
+    holds_networks=True,
+)

@@ -5,6 +5,7 @@ is built stands beside it under the names below.
 Source: AUTOMATIC1111/stable-diffusion-webui v1.10.1, ``modules/hypernetworks/hypernetwork.py``.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import parsed
 from diffgraft.adapters.formats.unknown import UnknownKeyError
-from diffgraft.adapters.method import read_network
+from diffgraft.adapters.registry import read_network
 
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")
 """The oldest files say ``linear1`` and ``linear2`` for what later became ``linear.0`` and ``linear.1``."""
@@ -28,7 +30,11 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
     return any(_KEY.fullmatch(key) for key in tensors)
 
 
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
+) -> Adapter:
     """Every key but those of an optimiser's state is used, or named in a ValueError."""
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -43,24 +49,27 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Adapter:
     return Adapter({}, said, (read_network("hypernetwork", renamed, _settings(header)),))
 
 
-def write(adapter: Adapter) -> dict[Any, Any]:
-    """What `torch.save` makes webui's file of.
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header, which `nested` makes webui's file of.
 
     Raises:
-        ValueError: there is more than one network, or something else with it.
+        ValueError: there is more than one network, something else with it, or ComfyUI would build it in another way.
     """
     if adapter.deltas or adapter.tokens or len(adapter.networks) != 1 or adapter.networks[0].kind != "hypernetwork":
         raise ValueError("it is no single hypernetwork")
     network = adapter.networks[0]
-    held: dict[Any, Any] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in network.tensors.items():
         start, _, rest = key.partition(".")
         width, _, side = start.partition("-")
-        pair = held.setdefault(int(width), ({}, {}))
-        pair["kv".index(side)][rest] = value.contiguous()
+        tensors[f"{width}.{'kv'.index(side)}.{rest}"] = value.contiguous()
     said = network.settings
+    if said["layer_norm"] and not said["activate_output"] and said["activation"] != "linear":
+        raise ValueError(
+            "it is a hypernetwork with layer norms and no activation behind its last layer, where ComfyUI puts one"
+        )
     dropout = list(said.get("dropout") or [])
-    return held | {
+    entries = {
         "step": int(adapter.metadata.get("steps") or 0),
         "name": str(adapter.metadata.get("name") or adapter.metadata.get("trigger") or "diffgraft"),
         "layer_structure": list(said["structure"]),
@@ -75,6 +84,26 @@ def write(adapter: Adapter) -> dict[Any, Any]:
         "sd_checkpoint_name": None,
         "optional_info": None,
     }
+    header: dict[str, str] = {}
+    for key, value in entries.items():
+        listed = {f"{key}.{place}": one for place, one in enumerate(value)} if isinstance(value, list) else {key: value}
+        header |= {name: json.dumps(one) for name, one in listed.items()}
+    return tensors, header
+
+
+def nested(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[Any, Any]:
+    """What `torch.save` makes webui's file of: ``{width: (keys, values), "layer_structure": [1, 2, 1], …}``."""
+    held: dict[Any, Any] = {}
+    for key, value in tensors.items():
+        width, side, rest = key.split(".", 2)
+        held.setdefault(int(width), ({}, {}))[int(side)][rest] = value
+    for key in header:
+        name, is_listed, _ = key.partition(".")
+        if is_listed:
+            held.setdefault(name, []).append(parsed(header, key))
+        else:
+            held[name] = parsed(header, key)
+    return held
 
 
 def _settings(header: Mapping[str, str]) -> dict[str, Any]:
@@ -101,3 +130,13 @@ def _said(header: Mapping[str, str], key: str, default: Any) -> Any:
 def _listed(header: Mapping[str, str], key: str) -> list[Any]:
     """A list that was laid flat into ``key.0``, ``key.1`` and so on."""
     return [parsed(header, f"{key}.{place}") for place in range(len(header)) if f"{key}.{place}" in header]
+
+
+DIALECT = Dialect(
+    name="webui-hypernetwork",
+    summary="webui's hypernetworks",
+    order=70,
+    recognises=recognises,
+    read=read,
+    keeps_metadata=False,
+)

@@ -15,8 +15,8 @@ from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.families import common_base
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
 from diffgraft.adapters.ops.resize import Reduced, reduced
 from diffgraft.adapters.projections import same_layer
@@ -31,7 +31,7 @@ WAYS = ("sum", "ties", "dare")
 
 def combine(
     adapters: Sequence[tuple[str, Adapter, Strength]],
-    size: Size | None = None,
+    size: RankBudget | None = None,
     way: str = "sum",
     density: float = 0.5,
     seed: int = 0,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ class Comparison:
     words: tuple[str, ...]
     """Words that only one of them teaches, or to which they give other vectors"""
     networks_differ: bool
+    others: Mapping[str, float]
+    """The same of words and networks, as ``word <x>`` and ``network 0``: ‖a − b‖ / ‖a‖ of their numbers; infinite where
+    only one of the two has them"""
     metadata: Mapping[str, tuple[object, object]]
     """Key → what either says, where they do not say the same"""
 
@@ -78,6 +82,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         tuple(path for path in second.deltas if path not in first.deltas),
         tuple(word for word in {**first.tokens, **second.tokens} if not _same_word(first, second, word)),
         not _same_networks(first, second),
+        _others(first, second),
         {key: pair for key, pair in said.items() if pair[0] != pair[1]},
     )
 
@@ -158,6 +163,23 @@ def _same_leaves(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
 def _equal(one: Tensor, two: Tensor) -> bool:
     """Files may write a row of numbers as a column."""
     return one.numel() == two.numel() and torch.equal(one.flatten(), two.flatten())
+
+
+def _others(first: Adapter, second: Adapter) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for word in {**first.tokens, **second.tokens}:
+        found[f"word {word}"] = _numbers_apart(first.tokens.get(word, {}), second.tokens.get(word, {}))
+    for place, (one, two) in enumerate(zip_longest(first.networks, second.networks)):
+        found[f"network {place}"] = _numbers_apart(one.tensors if one else {}, two.tensors if two else {})
+    return found
+
+
+def _numbers_apart(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
+    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
+        return float("inf")
+    apart = sum(float((value.double() - two[name].double()).square().sum()) for name, value in one.items())
+    whole = sum(float(value.double().square().sum()) for value in one.values())
+    return 0.0 if apart == 0 else float((apart / whole) ** 0.5) if whole > 0 else float("inf")
 
 
 def _same_word(first: Adapter, second: Adapter, word: str) -> bool:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import following
-from diffgraft.adapters.formats import WRITTEN, dialect_of, load_for_base, only_word, save_adapter
+from diffgraft.adapters.dora import with_strength_convention
+from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
-from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import read_delta, read_network
+from diffgraft.adapters.formats.verify import LossyWriteError
+from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
+from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
 from diffgraft.files import PARTIAL
@@ -48,7 +49,7 @@ def convert(
     source: str | Path,
     path: str | Path,
     dialect: str,
-    approximate: Size | None = None,
+    approximate: RankBudget | None = None,
     weights: Weights | None = None,
     device: str = "cpu",
     only: str = "",
@@ -59,7 +60,7 @@ def convert(
     Args:
         source: a file in any dialect, or a folder of peft's.
         path: of the new file.
-        dialect: one of `diffgraft.adapters.formats.WRITTEN`.
+        dialect: the name of a dialect in `registry.written_dialects()`, or ``auto``.
         approximate: where the dialect cannot hold the adapter, LoRAs of this size in its place.
         weights: the base, for approximations of methods that are functions of its weights.
         device: where approximations and errors are computed.
@@ -83,6 +84,8 @@ def convert(
         new = Path(folder) / path.name
         try:
             save_adapter(rounded, new, dialect)
+        except LossyWriteError:
+            raise
         except DiffgraftError as error:
             reason = str(error).replace(str(new), str(path))
             if not _can_be_approximated(adapter, dialect):
@@ -92,7 +95,8 @@ def convert(
             found = resize(adapter, approximate, weights, device)
             save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, new, dialect)
         again = load_for_base(new, weights)
-        said = tuple(remarks(again, dialect_of(again, dialect), path.stem))
+        written = written_dialects()[dialect_of(again, dialect)]
+        said = (*filter(None, [written.note]), *remarks(again, written.name, path.stem))
         comparison = compare(adapter, again, weights, device)
         new.rename(path)
     return Converted(path, comparison, found is not None, found.dropped if found else (), said)
@@ -136,7 +140,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
 
     def again(delta: Delta) -> Delta:
         found = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
-        return following(found, delta.follows) if delta.follows else found
+        return with_strength_convention(found, delta.follows) if delta.follows else found
 
     return Adapter(
         {path: tuple(map(again, own)) for path, own in adapter.deltas.items()},
@@ -150,4 +154,4 @@ def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:
     """Whether LoRAs in the place of its modules may be what the dialect can hold."""
     plain = {"lora_down", "lora_up"}
     others = any(len(own) > 1 or set(own[0].leaves) != plain for own in adapter.deltas.values())
-    return others and dialect in WRITTEN and not adapter.networks
+    return others and dialect in written_dialects() and not adapter.networks

@@ -8,10 +8,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
-from diffgraft.adapters.factors import FactorDelta, Shape
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.loha import khatri_rao
-from diffgraft.adapters.replacement import ReplacementDelta
+from diffgraft.adapters.factors import Shape
 from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -22,36 +19,9 @@ Steps = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 
 
-def own_shape(delta: Delta) -> Shape | None:
-    """The shape of the weight a delta is for, where its leaves tell: those of LoRA, full differences and Tucker do."""
-    leaves = {name: leaf.to("meta") for name, leaf in delta.leaves.items()}
-    if isinstance(delta, FullDelta):
-        return tuple(leaves["diff"].shape) if "diff" in leaves else None
-    if isinstance(delta, ReplacementDelta):
-        return tuple(leaves["weight"].shape)
-    if "lora_down" in leaves:
-        kernel = leaves["lora_mid" if "lora_mid" in leaves else "lora_down"].shape[2:]
-        return (leaves["lora_up"].shape[0], leaves["lora_down"].shape[1], *kernel)
-    if isinstance(delta, FactorDelta) and ("hada_t1" in leaves or "lokr_t2" in leaves):
-        kernel = leaves["hada_t1" if "hada_t1" in leaves else "lokr_t2"].shape[2:]
-        found = delta.factors.weight(leaves, (0, 0, *kernel))
-        return tuple(found.shape)
-    return None
-
-
 def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
-    """The shape [out, in · kernel] of a module's LoHa or LoKr as a matrix; of other deltas their own shape."""
-    for delta in deltas:
-        shapes = {name: tuple(leaf.shape) for name, leaf in delta.leaves.items()}
-        if (own := own_shape(delta)) is not None:
-            return own
-        if "hada_w1_a" in shapes:
-            return shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]
-        if delta.kind == "lokr" and "lokr_t2" not in shapes:
-            one = shapes.get("lokr_w1") or (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-            two = shapes.get("lokr_w2") or (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
-            return (one[0] * two[0], one[1] * two[1], *two[2:])
-    return None
+    """The shape [out, in · kernel] of a module's weight as a matrix, where one of its deltas tells."""
+    return next((shape for delta in deltas if (shape := delta.matrix_shape) is not None), None)
 
 
 def fit_together(deltas: Sequence[Delta]) -> bool:
@@ -61,7 +31,7 @@ def fit_together(deltas: Sequence[Delta]) -> bool:
         return all(delta.fits(shape) for delta in deltas)
     flat: list[Shape] = []
     for delta in deltas:
-        own = matrix_shape([delta])
+        own = delta.matrix_shape
         # lengths of inputs are for channels, which a matrix does not tell from the kernel
         if own is not None and not (delta.direction if isinstance(delta, DoraDelta) else delta).fits(own):
             return False
@@ -101,7 +71,7 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
 
 def _told(deltas: Sequence[Delta]) -> Shape | None:
     """The shape of a module's weight, where one of its deltas tells."""
-    return next((shape for delta in deltas if (shape := own_shape(delta)) is not None), None)
+    return next((shape for delta in deltas if (shape := delta.weight_shape) is not None), None)
 
 
 def _likely(adapter: Adapter) -> list[str]:
@@ -163,41 +133,10 @@ def as_product(steps: Steps, shape: Shape) -> tuple[Tensor, Tensor] | None:
 
     LoRAs stand side by side; LoHa of rank r is LoRA of rank r² by its Khatri–Rao factors.
     """
-    pairs = [_pair(delta, strength) for delta, strength in steps]
+    pairs = [delta.thin_product(strength) if isinstance(delta, LinearDelta) else None for delta, strength in steps]
     thin = [pair for pair in pairs if pair is not None]
     if len(thin) < len(pairs):
         return None
     up, down = torch.cat([up for up, _ in thin], 1), torch.cat([down for _, down in thin])
     rows, columns = shape[0], int(torch.tensor(shape[1:]).prod())
     return (up, down) if up.shape[1] < min(rows, columns) else None
-
-
-def is_low_rank(delta: Delta) -> bool:
-    """Whether it is a LoRA or a LoHa."""
-    return isinstance(delta, FactorDelta) and delta.kind in ("lora", "loha")
-
-
-def _without_core(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A LoHa in Tucker's variant as a plain one: w_a [out, r], and the core t [r, r, …] contracted with w_b [r, in]."""
-    plain: dict[str, Tensor] = {}
-    for side in (1, 2):
-        core, out, inner = (leaves[f"hada_{name}"] for name in (f"t{side}", f"w{side}_a", f"w{side}_b"))
-        plain[f"hada_w{side}_a"] = out.T
-        plain[f"hada_w{side}_b"] = torch.einsum("rs...,si->ri...", core, inner).flatten(1)
-    return plain
-
-
-def _pair(delta: Delta, strength: float) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(delta, FactorDelta):
-        return None
-    leaves = {name: leaf.float() for name, leaf in delta.leaves.items()}
-    if delta.kind == "lora":
-        up, down = leaves["lora_up"].flatten(1), leaves["lora_down"]
-        if "lora_mid" in leaves:
-            down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
-        down = down.flatten(1)
-    elif delta.kind == "loha":
-        up, down = khatri_rao(_without_core(leaves) if "hada_t1" in leaves else leaves)
-    else:
-        return None
-    return strength * delta.scale * up, down

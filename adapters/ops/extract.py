@@ -10,8 +10,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.families import made_for
-from diffgraft.adapters.loha import HADAMARD
-from diffgraft.adapters.lowrank import Size, nearest
+from diffgraft.adapters.lowrank import RankBudget, nearest
+from diffgraft.adapters.methods.loha import HADAMARD
 from diffgraft.adapters.ops.resize import Reduced
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -28,7 +28,7 @@ _SWEEPS = 20
 def extract(
     tuned: Weights,
     base: Weights,
-    size: Size,
+    size: RankBudget,
     method: str = "locon",
     metadata: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -91,7 +91,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one.to(two.dtype), two) or torch.equal(one, two.to(one.dtype))
 
 
-def _one(diff: Tensor, size: Size, method: str) -> tuple[Delta | None, float]:
+def _one(diff: Tensor, size: RankBudget, method: str) -> tuple[Delta | None, float]:
     if method != "loha":
         found = nearest(diff.flatten(1), size)
         return found.lora(tuple(diff.shape)), found.lost
@@ -110,7 +110,7 @@ def fit_loha(matrix: Tensor, rank: int) -> dict[str, Tensor]:
     """
     matrix = matrix.double()
     out, n = matrix.shape
-    first = nearest(matrix, Size(rank=rank))
+    first = nearest(matrix, RankBudget(rank=rank))
     kept = first.up.shape[1]
     generator = torch.Generator(matrix.device).manual_seed(0)
 

@@ -13,8 +13,8 @@ from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.lokr import Kronecker
-from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting, own_shape
+from diffgraft.adapters.methods.lokr import Kronecker
+from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting
 from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.progress import track
@@ -94,14 +94,14 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     said = adapter.metadata.get("base")
     family = said.get("family") if isinstance(said, Mapping) else None
     # the known bases take seconds to lay out: only where the file leaves something open
-    is_open = family is None or any(own_shape(delta) is None for own in adapter.deltas.values() for delta in own)
+    is_open = family is None or any(delta.weight_shape is None for own in adapter.deltas.values() for delta in own)
     fits = fitting(adapter.deltas) if adapter.deltas and is_open else []
     there = layer_shapes(fits[0]) if fits else {}
     modules: list[Module] = []
     overflows: list[str] = []
     for path, deltas in track(adapter.deltas.items(), "modules", least=20):
         for delta in deltas:
-            module, most = _module(path, delta, own_shape(delta) or there.get(path), device)
+            module, most = _module(path, delta, delta.weight_shape or there.get(path), device)
             modules.append(module)
             if not max(module.largest, most) <= HALF:
                 overflows.append(path)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
-from diffgraft.adapters.lowrank import Nearest, Size, nearest, nearest_to_product
-from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, is_low_rank, shapes_of
+from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, nearest, nearest_to_product
+from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, shapes_of
 from diffgraft.adapters.training_metadata import still_true
 from diffgraft.bases.layers import is_embedding
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import track
 
-ALL, NEARLY_ALL = Size(energy=1.0), Size(energy=0.999)
+ALL, NEARLY_ALL = RankBudget(energy=1.0), RankBudget(energy=0.999)
 """What is kept where no size is asked for: of LoRAs and LoHas all; of others so much"""
 
 
@@ -34,7 +34,7 @@ class Reduced:
         return max(self.lost.items(), key=lambda item: item[1], default=("–", 0.0))
 
 
-def resize(adapter: Adapter, size: Size, weights: Weights | None = None, device: str = "cpu") -> Reduced:
+def resize(adapter: Adapter, size: RankBudget, weights: Weights | None = None, device: str = "cpu") -> Reduced:
     """`adapter` with every module as a LoRA of that size; words and networks stay as they are.
 
     Args:
@@ -56,7 +56,7 @@ def resize(adapter: Adapter, size: Size, weights: Weights | None = None, device:
 def reduced(
     steps: Mapping[str, Steps],
     shapes: Mapping[str, Shape],
-    size: Size | None,
+    size: RankBudget | None,
     like: Adapter,
     weights: Weights | None = None,
     device: str = "cpu",
@@ -83,7 +83,7 @@ def reduced(
     if kept := still_true(like.metadata.get(FOREIGN)):
         said[FOREIGN] = kept
     method = "locon" if any(len(shapes[path]) > 2 and max(shapes[path][2:]) > 1 for path in deltas) else "lora"
-    ranks = {next(iter(own)).leaves["lora_down"].shape[0] for own in deltas.values() if own[0].kind == "lora"}
+    ranks = {next(iter(own)).leaves["lora_down"].shape[0] for own in deltas.values() if own[0].is_lora}
     said |= {"method": "pivotal" if like.tokens else method}
     if len(ranks) == 1:
         said |= {"rank": next(iter(ranks)), "alpha": float(next(iter(ranks)))}
@@ -92,13 +92,15 @@ def reduced(
 
 def rank_of(delta: Delta) -> int:
     """The rank of a LoRA, with or without DoRA; 0 of other kinds, whose rank as a LoRA is another."""
-    return delta.leaves["lora_down"].shape[0] if delta.kind == "lora" else 0
+    return delta.leaves["lora_down"].shape[0] if delta.is_lora else 0
 
 
-def smaller(path: str, steps: Steps, shape: Shape, size: Size | None, weights: Weights | None, device: str) -> Nearest:
+def smaller(
+    path: str, steps: Steps, shape: Shape, size: RankBudget | None, weights: Weights | None, device: str
+) -> LowRankApproximation:
     """The nearest matrix of that size to what all steps add to one weight."""
     product = as_product(steps, shape)
     if product is not None:
         return nearest_to_product(product[0].to(device), product[1].to(device), size or ALL)
-    otherwise = ALL if all(is_low_rank(delta) for delta, _ in steps) else NEARLY_ALL
+    otherwise = ALL if all(delta.is_low_rank for delta, _ in steps) else NEARLY_ALL
     return nearest(as_matrix(path, steps, shape, weights, device).flatten(1), size or otherwise)

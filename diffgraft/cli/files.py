@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffgraft.adapters.listing import format_summaries
 from diffgraft.cli.console import say, say_json, warn
 
 if TYPE_CHECKING:
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.resize import Reduced
     from diffgraft.bases.weights import Weights
 
@@ -39,7 +40,7 @@ def _device(name: str) -> str:
 
 DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …", callback=_device)
 OUTPUT = typer.Option("--output", "-o", help="The new file.")
-FORMAT = typer.Option("--to", help="Its format: auto, diffusers, kohya, webui, lycoris, peft, embedding or diffgraft.")
+FORMAT = typer.Option("--to", help=f"Its format: auto, {', '.join(format_summaries())}.")
 
 
 def convert(
@@ -52,8 +53,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="kohya, webui (and ComfyUI), lycoris, diffusers, peft, embedding (words), diffgraft; auto: the one "
-            "that most programs open, of those that hold it."
+            help="Its format; auto: the one that most programs open, of those that hold it. "
+            + " ".join(f"{name}: {summary}." for name, summary in format_summaries().items())
         ),
     ] = "auto",
     only: Annotated[str, typer.Option(help="`weights`, `words`, or one word of the file: the rest is left out.")] = "",
@@ -77,13 +78,14 @@ def convert(
         _convert_checkpoint(source, output, to)
         return
 
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.convert import convert as change
 
-    approximate = Size(rank, energy) if rank is not None or energy is not None else None
+    approximate = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         done = change(source, output, to, approximate, weights, device, only, precision)
-    kept = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
+    errors = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
+    kept = {**errors, **done.comparison.others}
     path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))
     say(done.path)
     if done.approximated:
@@ -91,8 +93,8 @@ def convert(
     if done.dropped:
         say(f"left out, as LoRA cannot hold it: {len(done.dropped)}, such as {done.dropped[0]}")
     say(f"largest relative error: {error:.2g}" + (f", in {path}" if error else ""))
-    if errors := done.comparison.errors:
-        say(f"the same to the bit: {sum(value == 0 for value in errors.values())} of {len(errors)} modules")
+    if modules := done.comparison.errors:
+        say(f"the same to the bit: {sum(value == 0 for value in modules.values())} of {len(modules)} modules")
     for remark in done.remarks:
         say(f"note: {remark}")
 
@@ -135,11 +137,11 @@ def combine(
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
     """
     from diffgraft.adapters.formats import load_for_base
-    from diffgraft.adapters.lowrank import Size
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.combine import combine as together
     from diffgraft.cli.console import strengths
 
-    size = Size(rank, energy) if rank is not None or energy is not None else None
+    size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
         _save(together(given, size, way, density, seed, weights, device), output, to)
@@ -278,13 +280,13 @@ def _short(value: object) -> str:
     return text if len(text) < 60 else f"{text[:57]}…"
 
 
-def _size(rank: int | None, energy: float | None) -> "Size":
-    from diffgraft.adapters.lowrank import Size
+def _size(rank: int | None, energy: float | None) -> "RankBudget":
+    from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.errors import DiffgraftError
 
     if rank is None and energy is None:
         raise DiffgraftError("Say how large it may be: --rank 8, or --energy 0.95.")
-    return Size(rank, energy)
+    return RankBudget(rank, energy)
 
 
 @contextmanager

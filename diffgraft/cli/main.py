@@ -297,18 +297,18 @@ def methods(
 ) -> None:
     """List the adapter methods, or the options of one."""
     if not name:
-        from diffgraft.adapters.listing import summaries
+        from diffgraft.adapters.listing import method_summaries
 
-        for known, summary in summaries().items():
+        for known, summary in method_summaries().items():
             say(f"{known:20} {summary}")
         return
 
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     method = get_method(name)
     say(f"{method.name}: {method.summary}")
     options = method.read_options({})
-    lacking = method.without_under(options)
+    lacking = method.unsupported_under(options)
     if "layers" not in lacking:
         say(f"layers={method.layers_under(options)}")
     for reason in dict.fromkeys(lacking.values()):

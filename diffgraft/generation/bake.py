@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import leveled
+from diffgraft.adapters.method import add_text_model
 from diffgraft.bases import Base
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.original import layers_in_block, original_weights
@@ -87,5 +87,5 @@ def _add_level(path: Path, encoder: Any) -> None:
     versions up to 5.5 know no other, and fill what they miss with random numbers.
     """
     if type(encoder).__name__ == "CLIPTextModel":
-        weights = {leveled(name.removeprefix("text_model.")): value for name, value in load_file(path).items()}
+        weights = {add_text_model(name.removeprefix("text_model.")): value for name, value in load_file(path).items()}
         write_safetensors(path, weights, {"format": "pt"})

@@ -22,7 +22,7 @@ from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.strengths import Strength, strengths_of
-from diffgraft.adapters.words import TaughtWords
+from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
 from diffgraft.bases.original import layers_in_block
 from diffgraft.bases.pipelines import as_denoiser, predicted
@@ -105,7 +105,7 @@ class Graft:
                 self._merge(path, module, steps)
             for name, tokens in words:
                 try:
-                    self._over.append(TaughtWords(self._target, tokens).remove)
+                    self._over.append(AddedTokens(self._target, tokens).remove)
                 except DiffgraftError as error:
                     raise DiffgraftError(f"{name} cannot be used here. {error}") from error
             for name, network, strength in networks:

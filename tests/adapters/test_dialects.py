@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.generation.graft import graft

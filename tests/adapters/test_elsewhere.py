@@ -12,12 +12,13 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.elsewhere import remarks
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import Spec, get_method, read_delta
+from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.resize import resize
+from diffgraft.adapters.registry import get_method, read_delta, written_dialects
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 
@@ -111,9 +112,9 @@ def test_a_bias_beside_a_lora_and_half_an_attention_of_openclip_are_left_out_by_
 
 
 def test_what_a_layout_is_not_read_by_is_said() -> None:
-    assert "do not read diffusers' layout: they need --to kohya" in said(adapter_of(LORA), "diffusers")
-    assert "do not open peft's folders" in said(adapter_of(DoraDelta(LORA, torch.ones(7))), "peft")
-    assert "No other program reads" in said(adapter_of(LORA), "diffgraft")
+    assert "do not read diffusers' layout: they need --to kohya" in written_dialects()["diffusers"].note
+    assert "do not open peft's folders" in written_dialects()["peft"].note
+    assert "No other program reads" in written_dialects()["diffgraft"].note
     of_xl = adapter_of(LORA, metadata={"base": {"family": "sdxl"}})
     assert "webui takes it for an adapter of Stable Diffusion 1.x, and its base is sdxl" in said(of_xl, "lycoris")
     assert said(of_xl, "kohya") == ""
@@ -167,7 +168,7 @@ def test_the_last_norm_of_a_unet_has_the_name_that_webui_knows(tmp_path: Path) -
 
 def test_reduced_full_differences_hold_no_lora_of_an_embedding(full: Adapter, base: Base) -> None:
     assert any(path.endswith("token_embedding") for path in full.deltas)
-    done = resize(full, Size(2))
+    done = resize(full, RankBudget(2))
     assert not any("embedding" in path for path in done.adapter.deltas)
     assert {path for path in done.dropped if "embedding" in path} == {
         "text_encoder.embeddings.token_embedding",

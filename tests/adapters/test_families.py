@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, get_method, methods
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank, with_alpha
+from diffgraft.adapters.methods.lora import low_rank, with_alpha
 from diffgraft.bases import Base
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError

@@ -19,7 +19,6 @@ from safetensors.torch import load, save, save_file
 from benchmarks.formats import samples
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.ops.effect import own_shape
 from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.errors import DiffgraftError
 
@@ -207,7 +206,7 @@ def swapped(held: Any, odd: Any, chance: random.Random) -> Any:
 
 def used(adapter: Adapter) -> None:
     """What `inspect` makes of an adapter: lines and JSON; of those of a base's own shapes it would take seconds."""
-    if any(own_shape(delta) is None for own in adapter.deltas.values() for delta in own):
+    if any(delta.weight_shape is None for own in adapter.deltas.values() for delta in own):
         return
     report = inspect(adapter)
     summary(report)

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.lowrank import Size
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import _largest_entry, inspect
 from diffgraft.adapters.ops.resize import resize
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -183,7 +183,7 @@ def test_what_is_beyond_float32_comes_near_nothing(rank: int) -> None:
     adapter = Adapter({PATH: (low_rank(torch.full((rank, 5), 3e38), torch.full((7, rank), 3e38)),)})
     assert json.dumps(inspect(adapter).as_json(), allow_nan=False)
     with pytest.raises(DiffgraftError, match="beyond the largest number of float32"):
-        resize(adapter, Size(rank=1))
+        resize(adapter, RankBudget(rank=1))
 
 
 def test_scales_of_eight_bits_and_long_names(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_small_files_that_stand_for_vast_matrices(tmp_path: Path) -> None:
     save_file({f"{one}.{name}": leaf for name, leaf in kron.items()}, tmp_path / "kron.safetensors")
     before = megabytes()
     adapter = load_adapter(tmp_path / "kron.safetensors")
-    for attempt in (lambda: resize(adapter, Size(rank=1)), lambda: combine([("a", adapter, 1.0)])):
+    for attempt in (lambda: resize(adapter, RankBudget(rank=1)), lambda: combine([("a", adapter, 1.0)])):
         with pytest.raises(DiffgraftError, match="larger than the layers of any base"):
             attempt()
     sparse = {"lora_down.weight": torch.ones(1, far), "lora_up.weight": torch.ones(far, 1)}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError

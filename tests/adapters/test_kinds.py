@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import kinds, methods, read_delta
+from diffgraft.adapters.registry import kinds, methods, read_delta
 
 LAYERS = {
     "linear": lambda: nn.Linear(10, 32),

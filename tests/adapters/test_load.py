@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import DIALECTS, load_adapter
-from diffgraft.adapters.hypernetwork import HypernetworkOptions
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Attached, Spec, canonical, get_method, read_delta
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import Attached, Spec, strip_text_model
+from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import get_method, read_delta, written_dialects
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError
@@ -40,7 +41,7 @@ def test_it_does_what_the_file_does_and_trains_on(method: str, options: dict[str
         wanted = net(x)
     assert (wanted - net(x)).abs().max() > 0.1
     held = 0
-    for dialect in ("auto", *DIALECTS):
+    for dialect in ("auto", *written_dialects()):
         try:
             file = adapter.save(tmp_path / f"{dialect}.safetensors", dialect)
         except DiffgraftError:
@@ -73,7 +74,9 @@ def on_modules_of(base: Base, adapter: Adapter, method: str, **options: Any) -> 
     """A method on the very modules that an adapter has, at other ranks."""
     paths: dict[str, list[str]] = {}
     for part, module in parts_of(base).items():
-        paths[part] = [path for path, _ in module.named_modules() if canonical(f"{part}.{path}") in adapter.deltas]
+        paths[part] = [
+            path for path, _ in module.named_modules() if strip_text_model(f"{part}.{path}") in adapter.deltas
+        ]
     chosen = get_method(method)
     return chosen.attach(base, Spec(paths, 2, 0.75, 4, chosen.read_options(options), "<zorp>"))
 

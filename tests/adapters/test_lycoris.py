@@ -14,7 +14,8 @@ from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.original import Blocks
@@ -55,12 +56,12 @@ def renamed(root: nn.Module, name: Callable[[str], str]) -> nn.Module:
 def as_trained_by_kohya(base: Base) -> tuple[Any, nn.Module]:
     """Text encoder(s) and UNet under the names that they have in kohya's trainer."""
 
-    def leveled(path: str) -> str:
+    def add_text_model(path: str) -> str:
         return path if path.startswith(("text_model.", "text_projection")) else f"text_model.{path}"
 
     if base.text_encoder_2 is None:
-        return renamed(base.text_encoder, leveled), base.unet
-    texts = [renamed(encoder, leveled) for encoder in (base.text_encoder, base.text_encoder_2)]
+        return renamed(base.text_encoder, add_text_model), base.unet
+    texts = [renamed(encoder, add_text_model) for encoder in (base.text_encoder, base.text_encoder_2)]
     return texts, renamed(base.unet, Blocks.of(base.unet.config).original)
 
 

@@ -16,7 +16,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.families import with_base
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.lycoris import flat
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.combine import combine
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
@@ -239,8 +239,8 @@ def test_the_family_is_known_from_shapes_and_kept_by_every_operation(tmp_path: P
     source = written(tmp_path / "xl.safetensors", tensors)
     theirs = "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_k"
     done = convert(source, tmp_path / "kohya.safetensors", "kohya")
-    together = combine([("a", load_adapter(done.path), 1.0), ("b", load_adapter(source), 1.0)], Size(rank=1))
-    resized = resize(load_adapter(done.path), Size(rank=1))
+    together = combine([("a", load_adapter(done.path), 1.0), ("b", load_adapter(source), 1.0)], RankBudget(rank=1))
+    resized = resize(load_adapter(done.path), RankBudget(rank=1))
     files = [
         done.path,
         together.adapter.save(tmp_path / "together.safetensors", "webui"),
@@ -437,7 +437,7 @@ def test_what_stays_true_of_the_training_is_kept(tmp_path: Path) -> None:
     one = load_adapter(written(tmp_path / "1.safetensors", pair(name, 1), **header))
     header |= {"ss_tag_frequency": '{"2_cat": {"cat": 4}}', "ss_clip_skip": "1"}
     two = load_adapter(written(tmp_path / "2.safetensors", pair(name, 5), **header))
-    kept = resize(one, Size(rank=1)).adapter.metadata["foreign"]
+    kept = resize(one, RankBudget(rank=1)).adapter.metadata["foreign"]
     assert kept == {"ss_tag_frequency": '{"5_dog": {"dog": 3}}', "ss_clip_skip": "2"}
     both = combine([("1", one, 1.0), ("2", two, 1.0)]).adapter.metadata["foreign"]
     assert json.loads(both["ss_tag_frequency"]) == {"5_dog": {"dog": 3}, "2_cat": {"cat": 4}}
@@ -451,7 +451,7 @@ def test_a_base_for_inpainting_has_another_first_layer(tmp_path: Path) -> None:
     tuned = {first: filled(3, 8, 9, 3, 3), inner: plain[inner] + filled(4, 14, 1) @ filled(5, 1, 10)}
     files = [written(tmp_path / f"{n}.safetensors", weights) for n, weights in enumerate((tuned, plain))]
     with open_weights(files[0]) as one, open_weights(files[1]) as two:
-        found = extract(one, two, Size(rank=1))
+        found = extract(one, two, RankBudget(rank=1))
     assert found.dropped == ("unet.conv_in.weight",)
     want = (filled(4, 14, 1).double() @ filled(5, 1, 10).double()).numpy()
     assert np.abs(effect(found.adapter, f"unet.{MIDDLE}", 14, 10) - want).max() < 1e-4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.hypernetwork import Hypernetwork
+from diffgraft.adapters.methods.hypernetwork import Hypernetwork
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft

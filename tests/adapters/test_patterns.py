@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.method import Spec
 from diffgraft.adapters.patterns import check_keys, chosen
+from diffgraft.adapters.registry import get_method, written_dialects
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError
@@ -107,8 +108,8 @@ def test_mixed_ranks_go_into_every_format_and_come_back(method: str, folders: Pa
             assert sizes[path] == size, path
     assert len({rank for rank, _ in sizes.values()}) > 2
     held = []
-    for dialect in WRITTEN:
-        name = "peft" if dialect == "peft" else f"{dialect}.safetensors"
+    for dialect, format_ in written_dialects().items():
+        name = f"{dialect}{format_.suffix(adapter)}"
         try:
             file = adapter.save(tmp_path / name, dialect)
         except DiffgraftError:

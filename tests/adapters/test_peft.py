@@ -10,8 +10,9 @@ from torch import nn
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import Spec, get_method, read_delta
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import get_method, read_delta
 from diffgraft.bases import load_base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError

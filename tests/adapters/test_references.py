@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.lokr import divided
-from diffgraft.adapters.method import Attached, Spec, get_method
+from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.methods.lokr import divided
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.unet import unet_arguments
@@ -167,7 +168,8 @@ def test_what_starts_at_random_starts_as_lycoris_has_it() -> None:
 
     from lycoris.modules.loha import LohaModule
 
-    from diffgraft.adapters.method import Spec, get_method
+    from diffgraft.adapters.method import Spec
+    from diffgraft.adapters.registry import get_method
 
     method = get_method("loha")
     spec = Spec({"unet": ["layer"]}, 40, 40.0, 0, method.read_options({}))

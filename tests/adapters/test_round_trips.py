@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.formats import samples
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.formats import WRITTEN, load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import read_delta
+from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.compare import compare
+from diffgraft.adapters.registry import read_delta, written_dialects
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 
@@ -21,7 +21,7 @@ ALL = samples()
 
 def saved(adapter: Adapter, folder: Path, dialect: str) -> Path | None:
     """The file, or folder; None where the format cannot hold it."""
-    suffix = "" if dialect == "peft" else ".pt" if dialect == "webui" and adapter.networks else ".safetensors"
+    suffix = written_dialects()[dialect].suffix(adapter)
     try:
         return adapter.save(folder / f"{dialect}{suffix}", dialect)
     except DiffgraftError:
@@ -41,7 +41,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_there_and_back_to_the_bit(name: str, tmp_path: Path) -> None:
-    first = {dialect: path for dialect in WRITTEN if (path := saved(ALL[name], tmp_path / "a", dialect))}
+    first = {dialect: path for dialect in written_dialects() if (path := saved(ALL[name], tmp_path / "a", dialect))}
     assert "diffgraft" in first
     ways = 0
     for one, start in first.items():

@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.shared import SharedLinear
+from diffgraft.adapters.shared import DeferredGradLinear
 
 
-def layers() -> tuple[SharedLinear, nn.Linear]:
+def layers() -> tuple[DeferredGradLinear, nn.Linear]:
     torch.manual_seed(2)
-    shared, plain = SharedLinear(6, 10).double(), nn.Linear(6, 10).double()
+    shared, plain = DeferredGradLinear(6, 10).double(), nn.Linear(6, 10).double()
     plain.load_state_dict(shared.state_dict())
     return shared, plain
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, Spec, get_method
-from diffgraft.adapters.words import TaughtWords
+from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.registry import get_method
+from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.tokens import token_ids, truncated_text
@@ -207,13 +208,13 @@ def test_a_plain_word_is_not_found_inside_others_and_known_ones_are_refused() ->
     base = load_base("tiny")
     before = base.tokenizer.tokenize("masks, blorpings and sks")
     vectors = {"text_encoder": torch.ones(1, 64)}
-    taught = TaughtWords(base, {"blorp": vectors})
+    taught = AddedTokens(base, {"blorp": vectors})
     assert base.tokenizer.tokenize("masks, blorpings and sks") == before
     assert len(base.tokenizer) - 1 in base.tokenizer("a blorp dog").input_ids
     taught.remove()
     for word in ("sks", "dog", "snow"):
         with pytest.raises(DiffgraftError, match=f"The word '{word}' is known to the base already"):
-            TaughtWords(base, {word: vectors})
+            AddedTokens(base, {word: vectors})
     assert base.tokenizer.tokenize("masks, blorpings and sks") == before
 
 

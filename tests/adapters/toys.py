@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.method import Attached, Spec, get_method
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.registry import get_method, methods
 
 
 class Net(nn.Module):
@@ -29,24 +30,35 @@ class Net(nn.Module):
 
 PATHS = ["wide", "narrow", "strided", "grouped", "out"]
 
-VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    ("lora", {}),
-    ("lora", {"rslora": True, "ranks": {"*.out": 5}, "alphas": {"unet.w*": 7}}),
-    ("lora", {"dora": True}),
-    ("locon", {"conv_rank": 2, "conv_alpha": 1}),
-    ("locon", {"tucker": True}),
-    ("locon", {"tucker": True, "dora": True}),
-    ("loha", {}),
-    ("loha", {"conv_rank": 2, "ranks": {"*.out": 4, "unet.narrow": 1}, "alphas": {"unet.w*": 7}}),
-    ("loha", {"tucker": True}),
-    ("lokr", {}),
-    ("lokr", {"ranks": {"BASE": 2, "*.strided": 1}, "alphas": {"unet": 5}}),
-    ("lokr", {"factor": 3, "split_both": True}),
-    ("lokr", {"full_matrix": True}),
-    ("lokr", {"factor": 2, "tucker": True}),
-    ("full", {}),
+_MORE: dict[str, list[dict[str, Any]]] = {
+    "lora": [{"rslora": True, "ranks": {"*.out": 5}, "alphas": {"unet.w*": 7}}, {"dora": True}],
+    "locon": [{"conv_rank": 2, "conv_alpha": 1}, {"tucker": True}, {"tucker": True, "dora": True}],
+    "loha": [
+        {"conv_rank": 2, "ranks": {"*.out": 4, "unet.narrow": 1}, "alphas": {"unet.w*": 7}},
+        {"tucker": True},
+    ],
+    "lokr": [
+        {"ranks": {"BASE": 2, "*.strided": 1}, "alphas": {"unet": 5}},
+        {"factor": 3, "split_both": True},
+        {"full_matrix": True},
+        {"factor": 2, "tucker": True},
+    ],
+}
+"""Method → options under which it writes its deltas in another way than by default."""
+
+
+def changes_weights(method: Method) -> bool:
+    """Whether it changes weights of layers, and neither adds a token nor a network."""
+    return not method.learns_token and method.read_network is None
+
+
+VARIANTS = [
+    (name, options)
+    for name, method in methods().items()
+    if changes_weights(method)
+    for options in ({}, *_MORE.get(name, ()))
 ]
-"""Method, options: each way of writing a delta at least once."""
+"""Method, options: every method that changes weights, found in the registry, in each of its ways of writing a delta."""
 
 
 def name_of(variant: tuple[str, dict[str, Any]]) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, get_method, methods
+from diffgraft.adapters.method import Attached
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
 from diffgraft.errors import DiffgraftError
@@ -139,7 +140,7 @@ def test_it_computes_as_the_float_weights_do(kind: Any, precision: str, sdxl_fol
 
 
 def recipe(method: str, **more: Any) -> Any:
-    lacking = get_method(method).without_under(get_method(method).read_options(more.get("options", {})))
+    lacking = get_method(method).unsupported_under(get_method(method).read_options(more.get("options", {})))
     settings = {"trigger": "<zorp>", "rank": 2, "text_encoder": more.pop("text_encoder", False)}
     settings = {key: value for key, value in settings.items() if key not in lacking}
     return load_recipe("subject", {"subject": "dog", "method": method, **settings, **more})
@@ -155,7 +156,7 @@ def gradients(base: Base, plan: Any) -> tuple[Tensor, dict[str, Tensor], Adapter
     live = attach(plan, base)
     try:
         shake(live)
-        prediction = predict(base, ["a <zorp> dog", "a cat"], plan.text_encoder or live.changes_text, live)
+        prediction = predict(base, ["a <zorp> dog", "a cat"], plan.text_encoder or live.affects_text_encoder, live)
         prediction.square().mean().backward()
         found = {name: value.grad for name, value in live.trainable().items() if value.grad is not None}
         return prediction.detach(), found, live.adapter({})

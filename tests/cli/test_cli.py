@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import methods as known_methods
+from diffgraft.adapters.registry import methods as known_methods
 from diffgraft.bases import load_base
 from diffgraft.cli.console import key_values, strengths, width_height
 from diffgraft.cli.main import main

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Spec, get_method
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base, loading
 from diffgraft.bases.loading import TINY
 from tests.adapters.test_formats import made_up

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.train import train

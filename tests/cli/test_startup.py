@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffgraft.adapters.listing import summaries
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.listing import format_summaries, method_summaries
+from diffgraft.adapters.registry import methods, written_dialects
 
 
 def said(code: str) -> str:
@@ -23,7 +23,11 @@ def test_lists_are_answered_without_torch(command: str) -> None:
 
 
 def test_the_list_of_methods_is_that_of_the_methods() -> None:
-    assert summaries() == {name: method.summary for name, method in sorted(methods().items())}
+    assert method_summaries() == {name: method.summary for name, method in sorted(methods().items())}
+
+
+def test_the_list_of_formats_is_that_of_the_dialects_that_are_written() -> None:
+    assert format_summaries() == {name: dialect.summary for name, dialect in sorted(written_dialects().items())}
 
 
 def test_bitsandbytes_is_loaded_where_it_is_asked_for_alone() -> None:

@@ -13,7 +13,7 @@ from benchmarks.tiny_base import verdicts
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import LOW_RANK, low_rank
+from diffgraft.adapters.methods.lora import LOW_RANK, low_rank
 from diffgraft.adapters.strengths import strengths_of
 from diffgraft.bases import Base
 from diffgraft.bases.loading import TINY

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Spec, get_method, methods
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.data.pictures import read_picture

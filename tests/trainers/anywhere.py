@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffgraft.adapters.factors import FactorPatch
-from diffgraft.adapters.patch import Patch
+from diffgraft.adapters.factors import FactorLayer
+from diffgraft.adapters.patch import AdapterLayer
 from diffgraft.bases import Base
 from diffgraft.trainers.optim.optimizers import load_eval_weights, new_optimizer
 from diffgraft.trainers.run.folder import Run
@@ -85,9 +85,9 @@ def as_float_weights_say(base: Base, device: torch.device) -> tuple[Tensor, Tens
 def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """The gradient of an early layer overflows in so many steps; its path."""
     path = next(path for path, _ in base.unet.named_modules() if path.endswith("attn1.to_k"))
-    plain, seen = FactorPatch.change, [0]
+    plain, seen = FactorLayer.forward, [0]
 
-    def spoilt(self: Patch, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+    def spoilt(self: AdapterLayer, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         changed: Tensor = plain(self, layer, x, out)
         if layer is base.unet.get_submodule(path) and torch.is_grad_enabled():
             seen[0] += 1
@@ -95,7 +95,7 @@ def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
                 changed.register_hook(lambda grad: grad * torch.inf)
         return changed
 
-    monkeypatch.setattr(FactorPatch, "change", spoilt)
+    monkeypatch.setattr(FactorLayer, "forward", spoilt)
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import diffgraft as dg
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import _keys
 from diffgraft.trainers.recipe.recipe import TASKS

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from diffgraft.adapters.factors import FactorPatch
-from diffgraft.adapters.patch import AttachedPatches, Patch
+from diffgraft.adapters.factors import FactorLayer
+from diffgraft.adapters.patch import AdapterLayer, AttachedLayers
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import checkpoints
@@ -59,7 +59,7 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
     """The loss is a number still, and one layer's gradient is not."""
     path, seen = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", [0]
 
-    def spoilt(self: Patch, layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def spoilt(self: AdapterLayer, layer: nn.Module, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         changed: torch.Tensor = plain(self, layer, x, out)
         if layer is base.unet.get_submodule(path) and torch.is_grad_enabled():
             seen[0] += 1
@@ -67,8 +67,8 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
                 changed.register_hook(lambda grad: grad * torch.inf)
         return changed
 
-    plain = FactorPatch.change
-    monkeypatch.setattr(FactorPatch, "change", spoilt)
+    plain = FactorLayer.forward
+    monkeypatch.setattr(FactorLayer, "forward", spoilt)
     settings: dict[str, Any] = {**SHORT, "steps": 5, "sample_prompts": "a dog", "prior": {"weight": 0}}
     with pytest.raises(DiffgraftError, match=rf"at step 3: the loss is 0\.\d+, and the first gradient .* unet\.{path}"):
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
@@ -115,13 +115,13 @@ def test_modules_that_never_moved_are_named(
     attention = base.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     cut = (attention.to_q, attention.to_v)
 
-    plain = AttachedPatches._hook
+    plain = AttachedLayers._hook
 
-    def hooked(live: AttachedPatches, own: Patch) -> Any:
+    def hooked(live: AttachedLayers, own: AdapterLayer) -> Any:
         change = plain(live, own)
         return lambda layer, args, out: change(layer, args, out).detach() if layer in cut else change(layer, args, out)
 
-    monkeypatch.setattr(AttachedPatches, "_hook", hooked)
+    monkeypatch.setattr(AttachedLayers, "_hook", hooked)
     with pytest.warns(UserWarning, match="2 modules never received a gradient") as told:
         train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import get_method, methods
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
@@ -158,7 +158,7 @@ def test_every_option_of_the_loop_goes_with_every_method(
 ) -> None:
     """Those that a method is without are left out: with them the recipe is refused."""
     made = get_method(method)
-    lacking = made.without_under(made.read_options({}))
+    lacking = made.unsupported_under(made.read_options({}))
     settings = {key: value for key, value in {**FAST, **options}.items() if key not in lacking}
     settings |= {"steps": 3, "batch": 2, "lr": 1e-4 if method == "full" else 1e-2, "method": method}
     run = train("subject", base="tiny", images=pictures, output=tmp_path / "run", **settings)
@@ -172,9 +172,9 @@ def test_every_option_of_the_loop_goes_with_every_method(
 
 TOY = '''
 import torch
-from diffgraft.adapters.factors import FactorDelta, FactorPatch, Factors
+from diffgraft.adapters.factors import FactorDelta, FactorLayer, Factors
 from diffgraft.adapters.method import Method
-from diffgraft.adapters.patch import AttachedPatches
+from diffgraft.adapters.patch import AttachedLayers
 
 
 class Rows(Factors):
@@ -193,7 +193,7 @@ class Rows(Factors):
 
 
 def attach(target, spec):
-    return AttachedPatches(target, spec, lambda path, layer, rng: FactorPatch(Rows(), layer, 1, 1.0, rng))
+    return AttachedLayers(target, spec, lambda path, layer, rng: FactorLayer(Rows(), layer, 1, 1.0, rng))
 
 
 def read(leaves, alpha):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.hypernetwork import contexts
-from diffgraft.adapters.method import Attached, Spec, get_method
+from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.methods.hypernetwork import contexts
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import cache_folder

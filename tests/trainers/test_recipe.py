@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from diffgraft.adapters.method import get_method, methods
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import explained, load_recipe, recipe_names, save_recipe
 from diffgraft.trainers.recipe.recipe import TASKS, SubjectRecipe

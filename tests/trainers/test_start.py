@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -95,10 +95,11 @@ def test_ranks_and_scales_are_the_file_s_and_the_header_tells_them(go: Any) -> N
 
 def test_ranks_of_each_module_are_kept(go: Any, base: Base, tmp_path: Path) -> None:
     """As files have them that were resized by energy."""
-    from diffgraft.adapters.ops.resize import Size, resize
+    from diffgraft.adapters.lowrank import RankBudget
+    from diffgraft.adapters.ops.resize import resize
 
     first = go(steps=3, lr=1e-2)
-    small = resize(first.adapter, Size(energy=0.7)).adapter
+    small = resize(first.adapter, RankBudget(energy=0.7)).adapter
     ranks = {path: delta.rank for path, (delta,) in small.deltas.items() if isinstance(delta, FactorDelta)}
     assert len(set(ranks.values())) > 1
     file = small.save(tmp_path / "small.safetensors", "kohya")
@@ -130,7 +131,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
     leaves: Mapping[str, torch.Tensor] = {"lora_down": torch.ones(2, width), "lora_up": torch.ones(128, 2)}
     delta: Delta = low_rank(leaves["lora_down"], leaves["lora_up"])
     if kind == "ia3":
-        from diffgraft.adapters.method import read_delta
+        from diffgraft.adapters.registry import read_delta
 
         delta = read_delta("ia3", {"weight": torch.ones(128), "on_input": torch.tensor(0)}, None)
     return Adapter({path: (delta,)}, {"method": kind})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 from diffgraft.cli.console import key_values
 from diffgraft.errors import DiffgraftError
 from diffgraft.imports.kohya_keys import PLAIN as KOHYA

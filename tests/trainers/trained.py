@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 import diffgraft as dg
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
 
@@ -27,7 +27,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "style": ("style", {"prompt": "in the style of sks"}),
     "concept": ("concept", {"trigger": "<sks>"}),
     "dora": ("subject", {"options": {"dora": True}}),
-    **{method: ("subject", {"method": method}) for method in methods() if method not in ("lora", "textual-inversion")},
+    **{
+        name: ("subject", {"method": name})
+        for name, method in methods().items()
+        if name not in ("lora", "textual-inversion") and method.attach.__module__.startswith("diffgraft.")
+    },
 }
 """Name → recipe and settings; `subject` trains a LoRA, `concept` a word by textual inversion"""
 

@@ -31,7 +31,7 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection
     paths = adapter.paths()
     check_keys("rates", optim.rates, set(paths.values()))
     still = {path for path in paths.values() if not _trains(optim.rates, base, path)}
-    adapter.leave(still - set(kept))
+    adapter.detach_modules(still - set(kept))
     for name, value in adapter.trainable().items():
         value.requires_grad_(paths[name] not in still)
     trained = set(paths.values()) - still

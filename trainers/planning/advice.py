@@ -6,7 +6,7 @@ from statistics import median
 
 import numpy as np
 
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.data.likeness import Fingerprint
@@ -69,7 +69,7 @@ def _sizes(task: str, side: int, base: Base, learnt: Sequence[Sample]) -> Iterat
 def _rank(adapter: AdapterSettings, base: Base) -> Iterator[str]:
     method = get_method(adapter.method)
     options = method.read_options(adapter.options)
-    if "rank" in method.without_under(options):
+    if "rank" in method.unsupported_under(options):
         return
     layers = choose_layers(base.family.denoiser, base.denoiser, adapter.layers or method.layers_under(options))
     shapes = [base.denoiser.get_submodule(path).weight.shape for path in layers]

@@ -76,9 +76,8 @@ def cost(
     sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.denoiser.dtype, attach()
     trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
-    weights = sum(
-        own for name, own in sizes.items() if name == base.family.denoiser or (live.changes_text and name != "vae")
-    )
+    stays = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
+    weights = sum(own for name, own in sizes.items() if name in stays)
     each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
     live.to(dtype=dtype)  # as autocast has it
     base.to(dtype=dtype)

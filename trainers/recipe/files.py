@@ -38,7 +38,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         DiffgraftError: no such recipe or method, an unknown key (the nearest is named), a value of the wrong kind, or
             one that means nothing to the method.
     """
-    from diffgraft.adapters.method import get_method  # brings torch, which listing recipes does without
+    from diffgraft.adapters.registry import get_method  # brings torch, which listing recipes does without
 
     values = _read(name)
     by_method = _by_method(name, values.pop("methods", None) or {})
@@ -53,7 +53,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     given = {**by_method.get(method.name, {}), **settings}
     for key, value in given.items():
         _lay_over(kind, values, key, value)
-    lacking = method.without_under(method.read_options(values.get("options") or {}))
+    lacking = method.unsupported_under(method.read_options(values.get("options") or {}))
     if method.name != own_method:  # what the recipe says for its own method, another one may not have
         said = {key.partition(".")[0] for key in given}
         values = {key: value for key, value in values.items() if key in said or key not in lacking}
@@ -73,13 +73,13 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
 
 def explained(name: str) -> list[tuple[str, str, str]]:
     """Of every key that means something in a recipe: its name, its value as one would write it, and what it means."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     values = _read(name)
     values.pop("methods", None)
     task = TASKS.get(str(values.get("task")), Recipe)
     method = get_method(values.get("method", task.model_fields["method"].default))
-    lacking = {"task", *method.without_under(method.read_options(values.get("options") or {}))}
+    lacking = {"task", *method.unsupported_under(method.read_options(values.get("options") or {}))}
     return [row for row in _explained(task, values) if row[0].partition(".")[0] not in lacking]
 
 
@@ -113,10 +113,10 @@ def _as_typed(value: Any) -> str:
 
 def unsupported_keys(adapter: AdapterSettings) -> Mapping[str, str]:
     """Keys of a recipe that have no meaning for the method of its adapter → why."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     method = get_method(adapter.method)
-    return method.without_under(method.read_options(adapter.options))
+    return method.unsupported_under(method.read_options(adapter.options))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -195,7 +195,7 @@ def _parsed(name: str | Path, text: str) -> Any:
 
 def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
     """What a recipe says under ``methods:``, with the names checked."""
-    from diffgraft.adapters.method import get_method
+    from diffgraft.adapters.registry import get_method
 
     if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
         raise DiffgraftError(

@@ -1,7 +1,8 @@
 """A recipe's method, laid over a base."""
 
 from diffgraft.adapters.formats import check_dialect
-from diffgraft.adapters.method import Attached, Spec, get_method
+from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.trainers.optim.lr_scales import check_attached, freeze

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process

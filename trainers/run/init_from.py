@@ -9,7 +9,8 @@ from pathlib import Path
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.method import Attached, Options, canonical, get_method, methods
+from diffgraft.adapters.method import Attached, Options, strip_text_model
+from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.bases.layers import LAYERS, choose_layers, is_of_text, parts_of
 from diffgraft.bases.original import layers_in_block
@@ -120,7 +121,7 @@ def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, strange: Co
     if lacking := sorted(set(strange) - _modules(base)):
         return f" This base has no {lacking[0]}; the file was made for another."
     said = ["text_encoder=true"] if not settings.text_encoder and any(is_of_text(path) for path in strange) else []
-    if "layers" not in get_method(settings.method).without_under(_options(settings)):
+    if "layers" not in get_method(settings.method).unsupported_under(_options(settings)):
         wide = next((layers for layers in LAYERS if _modules(base, layers).issuperset(strange)), None)
         if wide is None:
             return " There is no choice of layers that has them all."
@@ -140,4 +141,4 @@ def _modules(base: Base, layers: str = "") -> set[str]:
         part: choose_layers(part, module, layers) if layers else [path for path, _ in module.named_modules()]
         for part, module in parts_of(base).items()
     }
-    return {canonical(f"{part}.{path}") for part, paths in inside.items() for path in paths}
+    return {strip_text_model(f"{part}.{path}") for part, paths in inside.items() for path in paths}

@@ -142,13 +142,13 @@ class AdapterTraining:
                 base.denoiser.train()  # it recomputes in training mode only; these denoisers have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = Texts(base, whole=whole, keep=recipe.cache)
-            if data.prompts is not None and not live.changes_text:
+            if data.prompts is not None and not live.affects_text_encoder:
                 texts.prepare(data.prompts)
-            denoiser = Denoiser(base, live, live.changes_text, texts, whole)
+            denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)
             if not live.trains_text:
                 denoiser.freeze_text()
             ignore_in_ddp(recipe.shard, denoiser)
-            away += offloadable(base, has_texts=data.prompts is not None and not live.changes_text)
+            away += offloadable(base, has_texts=data.prompts is not None and not live.affects_text_encoder)
             offload(base, away)
             with sped_up(recipe.runtime, base, denoiser):
                 yield live, denoiser, away
@@ -168,7 +168,7 @@ class AdapterTraining:
 
     def _objective(self, data: TrainingData, live: Attached, denoiser: Denoiser) -> Objective:
         def bare(*asked: Any) -> Tensor:
-            with live.bare():
+            with live.disabled():
                 prediction: Tensor = denoiser(*asked)
             return prediction
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.registry import get_method
 from diffgraft.data.inventory import layout_of
 from diffgraft.data.pictures import Picture
 from diffgraft.data.source import read_source
@@ -79,11 +79,11 @@ def _read_all(
     read: ConceptImages = []
     for part in parts:
         # a word that a method teaches is the recipe's, whatever folders say
-        fixed = {"trigger": part.trigger} if method.teaches_word else {}
+        fixed = {"trigger": part.trigger} if method.learns_token else {}
         without = {"prior": None} if lacks_prior and hasattr(part, "prior") else {}
         read += read_part(part.model_copy(update=fixed | without), used)
     others = sorted({part.trigger for part, _ in read} - {trigger})
-    if others and method.teaches_word:
+    if others and method.learns_token:
         raise DiffgraftError(
             f"{adapter.method} teaches one word, {trigger!r}, and concepts are called {', '.join(others)}: give "
             "all of them the recipe's trigger, or take method=lora."

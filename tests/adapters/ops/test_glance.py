@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.trainers.run.folder import Run

@@ -12,11 +12,11 @@ from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.full import FullDelta
-from diffgraft.adapters.loha import HADAMARD, HadamardProduct
-from diffgraft.adapters.lokr import KRONECKER, Kronecker
-from diffgraft.adapters.lora import LowRank, low_rank
-from diffgraft.adapters.lowrank import Size
+from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.methods.loha import HADAMARD, HadamardProduct
+from diffgraft.adapters.methods.lokr import KRONECKER, Kronecker
+from diffgraft.adapters.methods.lora import LowRank, low_rank
 from diffgraft.adapters.ops.combine import combine, dare, ties
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.extract import extract, fit_loha
@@ -82,7 +82,7 @@ def test_a_sum_is_the_sum(kinds: tuple[str, ...], tmp_path: Path) -> None:
         assert found.adapter.deltas["unet.a"][0].leaves["lora_down"].shape == (6, 34)
     again = load_adapter(found.adapter.save(tmp_path / "a.safetensors"))
     assert again.metadata["trigger"] == ", ".join(f"sks{10 * place}" for place in range(len(kinds)))
-    smaller = combine(given, Size(rank=2), weights=weights)  # type: ignore[arg-type]
+    smaller = combine(given, RankBudget(rank=2), weights=weights)  # type: ignore[arg-type]
     for path, value in wanted.items():
         flat = np.asarray(value).reshape(SHAPES[path][0], -1)
         s = np.linalg.svd(flat, compute_uv=False)
@@ -125,14 +125,15 @@ def test_ties_and_dare_are_those_of_the_papers() -> None:
 
 def test_combining_by_ties_goes_through_the_matrices() -> None:
     one, two = made("lora", 1), made("lora", 2)
-    found = combine([("1", one, 0.5), ("2", two, 2.0)], Size(energy=1.0), "ties", 0.5)
+    found = combine([("1", one, 0.5), ("2", two, 2.0)], RankBudget(energy=1.0), "ties", 0.5)
     wanted = {
         path: ties([torch.from_numpy(s * matrix(a, path)) for a, s in ((one, 0.5), (two, 2.0))], 0.5).numpy()
         for path in SHAPES
     }
     assert off(found, wanted) < 1e-5
     assert (
-        off(combine([("1", one, 0.5)], Size(energy=1.0), "dare", 1.0), {p: 0.5 * matrix(one, p) for p in SHAPES}) < 1e-5
+        off(combine([("1", one, 0.5)], RankBudget(energy=1.0), "dare", 1.0), {p: 0.5 * matrix(one, p) for p in SHAPES})
+        < 1e-5
     )
 
 
@@ -159,7 +160,7 @@ def test_what_cannot_be_combined_is_refused() -> None:
 def test_resizing_says_how_much_is_lost(kind: str) -> None:
     adapter = made(kind, 5, rank=4)
     weights: Any = _Shapes() if kind == "loha" else None
-    for size in (Size(rank=2), Size(energy=0.7)):
+    for size in (RankBudget(rank=2), RankBudget(energy=0.7)):
         found = resize(adapter, size, weights)
         assert found.adapter.method == "locon"
         for path in adapter.deltas:
@@ -176,14 +177,14 @@ def test_biases_and_norms_are_left_away_by_name() -> None:
             "unet.norm": (FullDelta({"diff": torch.ones(20)}),),
         }
     )
-    found = resize(full, Size(rank=3))
+    found = resize(full, RankBudget(rank=3))
     assert found.dropped == ("unet.a.bias", "unet.norm")
     assert list(found.adapter.deltas) == ["unet.a"]
     for way in ("sum", "ties", "dare"):
-        found = combine([("one", full, 0.5), ("two", full, 0.5)], Size(rank=3), way)
+        found = combine([("one", full, 0.5), ("two", full, 0.5)], RankBudget(rank=3), way)
         assert set(found.dropped) == {"unet.a.bias", "unet.norm"}
     with pytest.raises(DiffgraftError, match="nothing to resize"):
-        resize(Adapter({}), Size(rank=3))
+        resize(Adapter({}), RankBudget(rank=3))
 
 
 def on_base(base: Base, layers: str = "all") -> Adapter:
@@ -210,8 +211,8 @@ def test_what_was_merged_is_extracted_again(family: str, layout: str, folders: P
     with open_weights(tuned) as of_tuned, open_weights(folders / family) as of_base:
         if layout == "file":
             assert set(of_tuned) == {name for name in of_base if not name.endswith("position_ids")}
-        found = extract(of_tuned, of_base, Size(energy=0.99999))
-        smaller = extract(of_tuned, of_base, Size(rank=1), "lora")
+        found = extract(of_tuned, of_base, RankBudget(energy=0.99999))
+        smaller = extract(of_tuned, of_base, RankBudget(rank=1), "lora")
     assert set(found.adapter.deltas) == set(adapter.deltas)
     assert not found.dropped
     for path, (delta,) in adapter.deltas.items():
@@ -228,13 +229,13 @@ def test_what_was_merged_is_extracted_again(family: str, layout: str, folders: P
 def test_checkpoints_that_cannot_be_compared_are_refused(folders: Path) -> None:
     with open_weights(folders / "sd1") as one, open_weights(folders / "sdxl") as two:
         with pytest.raises(DiffgraftError, match="they are of different families"):
-            extract(two, one, Size(rank=1))
+            extract(two, one, RankBudget(rank=1))
         with pytest.raises(DiffgraftError, match="do not differ"):
-            extract(one, one, Size(rank=1))
+            extract(one, one, RankBudget(rank=1))
         with pytest.raises(DiffgraftError, match="did you mean 'locon'"):
-            extract(one, two, Size(rank=1), "lokon")
+            extract(one, two, RankBudget(rank=1), "lokon")
         with pytest.raises(DiffgraftError, match="give --rank"):
-            extract(one, two, Size(energy=0.9), "loha")
+            extract(one, two, RankBudget(energy=0.9), "loha")
     with pytest.raises(DiffgraftError, match="There is no base"):
         open_weights(folders / "none")
     with pytest.raises(DiffgraftError, match="holds no weights of a base"):

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.lora import low_rank
+from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.strengths import BLOCKS, LISTS, block_of, strengths_of
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.loading import CONFIGS

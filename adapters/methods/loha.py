@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import may_be_decomposed
+from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -26,7 +26,7 @@ from diffgraft.adapters.factors import (
     plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer, weight_shape
+from diffgraft.adapters.patch import AdapterLayer, run_layer, weight_shape
 
 
 def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
@@ -40,6 +40,16 @@ def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
     return up, down
 
 
+def _without_core(leaves: Leaves) -> dict[str, Tensor]:
+    """A LoHa in Tucker's variant as a plain one: w_a [out, r], and the core t [r, r, …] contracted with w_b [r, in]."""
+    plain: dict[str, Tensor] = {}
+    for side in (1, 2):
+        core, out, inner = (leaves[f"hada_{name}"] for name in (f"t{side}", f"w{side}_a", f"w{side}_b"))
+        plain[f"hada_w{side}_a"] = out.T
+        plain[f"hada_w{side}_b"] = torch.einsum("rs...,si->ri...", core, inner).flatten(1)
+    return plain
+
+
 class HadamardProduct(Factors):
     """The two products and their Hadamard product.
 
@@ -48,6 +58,7 @@ class HadamardProduct(Factors):
     """
 
     kind = "loha"
+    is_low_rank = True
 
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
@@ -78,6 +89,17 @@ class HadamardProduct(Factors):
 
     def rank(self, leaves: Leaves) -> int:
         return leaves["hada_w1_b"].shape[0]
+
+    def weight_shape(self, leaves: Leaves) -> Shape | None:
+        if "hada_t1" not in leaves:
+            return None
+        return tuple(self.weight(leaves, (0, 0, *leaves["hada_t1"].shape[2:])).shape)
+
+    def matrix_shape(self, leaves: Leaves) -> Shape:
+        return self.weight_shape(leaves) or (leaves["hada_w1_a"].shape[0], leaves["hada_w1_b"].shape[1])
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        return khatri_rao(_without_core(leaves) if "hada_t1" in leaves else leaves)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         if "hada_t1" in leaves:
@@ -126,11 +148,11 @@ class LohaOptions(FactorOptions):
 def attach(target: Any, spec: Spec) -> Attached:
     options: LohaOptions = spec.options
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
         conv = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
         rank = (options.conv_rank or spec.rank) if conv else spec.rank
         size = options.size(path, rank, spec.alpha / spec.rank * rank)
-        return FactorPatch(HadamardProduct(options.tucker), layer, *size, generator)
+        return FactorLayer(HadamardProduct(options.tucker), layer, *size, generator)
 
     return attach_factors(target, spec, make)
 
@@ -146,7 +168,7 @@ def _product_shape(leaves: Leaves, number: int) -> tuple[int, ...]:
     raise ValueError(f"hada_w{number}_a is {list(a)} and hada_w{number}_b {list(b)}, which make no product")
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoHa from its leaves; without an alpha the scale is 1."""
     plain = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}

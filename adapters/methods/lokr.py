@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import may_be_decomposed
+from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -25,7 +25,7 @@ from diffgraft.adapters.factors import (
     kaiming,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer
+from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LokrOptions(FactorOptions):
@@ -96,6 +96,20 @@ class Kronecker(Factors):
         whole = "lokr_w1" in leaves and "lokr_w2" in leaves
         return 1.0 if whole else super().scale(leaves, alpha)
 
+    def weight_shape(self, leaves: Leaves) -> Shape | None:
+        if "lokr_t2" not in leaves:
+            return None
+        return tuple(self.weight(leaves, (0, 0, *leaves["lokr_t2"].shape[2:])).shape)
+
+    def matrix_shape(self, leaves: Leaves) -> Shape:
+        if (own := self.weight_shape(leaves)) is not None:
+            return own
+        (out_1, in_1), (out_2, in_2, *kernel) = (
+            leaves[whole].shape if whole in leaves else (leaves[f"{whole}_a"].shape[0], leaves[f"{whole}_b"].shape[1])
+            for whole in ("lokr_w1", "lokr_w2")
+        )
+        return (out_1 * out_2, in_1 * in_2, *kernel)
+
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         one, two = self.pair(leaves, shape)
         return torch.kron(one.reshape(*one.shape, *[1] * len(shape[2:])), two)
@@ -153,13 +167,13 @@ def attach(target: Any, spec: Spec) -> Attached:
     options: LokrOptions = spec.options
     factors = Kronecker(options)
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
-        return FactorPatch(factors, layer, *options.size(path, spec.rank, spec.alpha), generator)
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        return FactorLayer(factors, layer, *options.size(path, spec.rank, spec.alpha), generator)
 
     return attach_factors(target, spec, make)
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoKr from its leaves; without an alpha the scale is 1."""
     ones, twos = {"lokr_w1"}, {"lokr_w2"}

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
-from diffgraft.adapters.lowrank import Size, nearest
-from diffgraft.adapters.method import Attached, Method, Options, Spec, canonical, refuse
+from diffgraft.adapters.lowrank import RankBudget, nearest
+from diffgraft.adapters.method import Attached, Method, Options, Spec, refuse, strip_text_model
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.layers import is_embedding, parts_of
 from diffgraft.errors import DiffgraftError
@@ -34,6 +34,10 @@ class FullDelta(LinearDelta):
 
     kind = "full"
     alpha = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        return tuple(self.leaves["diff"].shape) if "diff" in self.leaves else None
 
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
         if "diff" not in self.leaves:
@@ -86,7 +90,7 @@ class AttachedFull(Attached):
         return dict(self._copies)
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        return Adapter({canonical(path): (delta,) for path, delta in self._deltas().items()}, metadata)
+        return Adapter({strip_text_model(path): (delta,) for path, delta in self._deltas().items()}, metadata)
 
     def _deltas(self) -> dict[str, Delta]:
         differences: dict[str, dict[str, Tensor]] = {}
@@ -100,9 +104,9 @@ class AttachedFull(Attached):
         matrices = {
             path: leaves["diff"]
             for path, leaves in differences.items()
-            if leaves["diff"].ndim > 1 and not is_embedding(canonical(path))  # no tool applies a LoRA to those
+            if leaves["diff"].ndim > 1 and not is_embedding(strip_text_model(path))  # no tool applies a LoRA to those
         }
-        size = Size(options.rank, options.energy)
+        size = RankBudget(options.rank, options.energy)
         small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
         return {path: delta for path, delta in small.items() if delta is not None}
 
@@ -126,17 +130,17 @@ class AttachedFull(Attached):
                     bias.copy_(new_bias)
         return set(adapter.deltas)
 
-    def leave(self, paths: Collection[str]) -> None:
+    def detach_modules(self, paths: Collection[str]) -> None:
         for full in [full for full, path in self.paths().items() if path in paths]:
             module, name, kept = self._places.pop(full)
             setattr(module, name, kept)
             del self._copies[full]
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def disabled(self) -> Iterator[None]:
         self.detach()
         try:
-            with super().bare():
+            with super().disabled():
                 yield
         finally:
             for full, (module, name, _) in self._places.items():
@@ -160,7 +164,7 @@ METHOD = Method(
     attach=AttachedFull,
     options=FullOptions,
     layers="all",
-    without={
+    unsupported={
         **dict.fromkeys(("rank", "alpha"), "every weight trains; to reduce what was learnt, set options.rank"),
         "layers": "every weight trains",
         "quantize": "every weight trains, and those in few bits cannot",

@@ -23,6 +23,10 @@ class ReplacementDelta(Delta):
     kind = "replacement"
     alpha = None
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.leaves["weight"].shape)
+
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         weight = weight.float()
         found = weight + strength * (self.leaves["weight"].float().to(weight.device).view(weight.shape) - weight)

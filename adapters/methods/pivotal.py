@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.method import Attached, Method, Spec, get_method
-from diffgraft.adapters.textual_inversion import AttachedWord, WordOptions
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.methods.textual_inversion import AttachedWord, WordOptions
+from diffgraft.adapters.registry import get_method
 from diffgraft.errors import DiffgraftError
 
 
@@ -57,8 +58,8 @@ class AttachedPivotal(Attached):
     def paths(self) -> dict[str, str]:
         return {**self.weights.paths(), **{f"word.{name}": path for name, path in self.word.paths().items()}}
 
-    def leave(self, paths: Collection[str]) -> None:
-        self.weights.leave(paths)
+    def detach_modules(self, paths: Collection[str]) -> None:
+        self.weights.detach_modules(paths)
 
     def load(self, adapter: Adapter) -> set[str]:
         """Weights, a word, or both."""
@@ -72,8 +73,8 @@ class AttachedPivotal(Attached):
         self.word.after_step()
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        with super().bare(), self.weights.bare():
+    def disabled(self) -> Iterator[None]:
+        with super().disabled(), self.weights.disabled():
             yield
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
@@ -89,9 +90,9 @@ def _layers(options: PivotalOptions) -> str:
     return method.layers_under(method.read_options(options.of_weights))
 
 
-def _without(options: PivotalOptions) -> Mapping[str, str]:
+def _unsupported(options: PivotalOptions) -> Mapping[str, str]:
     method = get_method(options.weights)
-    reasons = method.without_under(method.read_options(options.of_weights))
+    reasons = method.unsupported_under(method.read_options(options.of_weights))
     said = {key: reason.replace("options.", "options.of_weights.") for key, reason in reasons.items()}
     return {key: f"with options.weights={method.name}, {reason}" for key, reason in said.items()}
 
@@ -101,7 +102,7 @@ METHOD = Method(
     summary="a new word and weights together; the word is saved in a file of its own, too",
     attach=AttachedPivotal,
     options=PivotalOptions,
-    teaches_word=True,
+    learns_token=True,
     layers=_layers,
-    without=_without,
+    unsupported=_unsupported,
 )

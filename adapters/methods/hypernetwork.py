@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
-from diffgraft.adapters.patch import as_input, copied
-from diffgraft.adapters.shared import SharedLinear
+from diffgraft.adapters.patch import cast_like, to_cpu_float32
+from diffgraft.adapters.shared import DeferredGradLinear
 from diffgraft.bases.layers import parts_of
 from diffgraft.errors import one_line
 
@@ -98,7 +98,7 @@ class ContextNetwork(nn.Module):
         sides = [int(width * share) for share in options.structure]
         activation = ACTIVATIONS[options.activation]
         for place, (before, after) in enumerate(itertools.pairwise(sides)):
-            layers.append(SharedLinear(before, after))
+            layers.append(DeferredGradLinear(before, after))
             if activation is not None and (place < len(sides) - 2 or options.activate_output):
                 layers.append(activation())
             if options.layer_norm:
@@ -115,13 +115,13 @@ class ContextNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, context: Tensor) -> Tensor:
-        found: Tensor = self.linear(as_input(context, next(self.parameters())))
+        found: Tensor = self.linear(cast_like(context, next(self.parameters())))
         return found
 
     def begin(self) -> None:
         """A pass begins, in which it will be asked several times."""
         for layer in self.linear:
-            if isinstance(layer, SharedLinear):
+            if isinstance(layer, DeferredGradLinear):
                 layer.begin()
 
     @property
@@ -170,7 +170,7 @@ class Overlay:
 
     def __init__(self, unet: nn.Module, networks: Mapping[str, ContextNetwork], strength: float) -> None:
         self._networks, self._strength = networks, strength
-        self.is_bare = False
+        self.is_disabled = False
         self._widths = list(getattr(getattr(unet, "config", None), "block_out_channels", ()))
         self._uses: Counter[str] = Counter()
         # by whether gradients are made: a pass without them may come between one with them and its way back, when
@@ -191,7 +191,7 @@ class Overlay:
         self._hooks.clear()
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.is_bare:
+        if self.is_disabled:
             return
         sample = args[0] if args else kwargs.get("sample")
         text = args[2] if len(args) > 2 else kwargs.get("encoder_hidden_states")
@@ -218,7 +218,7 @@ class Overlay:
             change: Tensor = said[name]
         elif name in self._matrices[graded]:
             weight, bias = self._matrices[graded][name]
-            return F.linear(as_input(context, weight), weight, bias).to(context.dtype)
+            return F.linear(cast_like(context, weight), weight, bias).to(context.dtype)
         else:
             change = self._networks[name](context)
         return context.add(change.to(context.dtype), alpha=self._strength)
@@ -226,7 +226,7 @@ class Overlay:
     def _before(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             context, *rest = args
-            return args if self.is_bare else (self._changed(name, context), *rest)
+            return args if self.is_disabled else (self._changed(name, context), *rest)
 
         return hook
 
@@ -327,16 +327,16 @@ class AttachedHypernetwork(Attached):
         return {f"unet.{name}" for name in held.build()}
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        network = Hypernetwork(copied(dict(self.networks.state_dict())), self._options.model_dump())
+        network = Hypernetwork(to_cpu_float32(dict(self.networks.state_dict())), self._options.model_dump())
         return Adapter({}, metadata, (network,))
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
-        self._overlay.is_bare = True
+    def disabled(self) -> Iterator[None]:
+        self._overlay.is_disabled = True
         try:
             yield
         finally:
-            self._overlay.is_bare = False
+            self._overlay.is_disabled = False
 
     def detach(self) -> None:
         self._overlay.remove()
@@ -367,7 +367,7 @@ METHOD = Method(
     summary="small networks on what keys and values are made from; styles; strength at will",
     attach=AttachedHypernetwork,
     options=HypernetworkOptions,
-    without={
+    unsupported={
         **NO_FACTORS,
         "layers": "its networks lie before the keys and values of every attention of the UNet",
         "text_encoder": "its networks lie in the UNet's attentions",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
-from diffgraft.adapters.words import TaughtWords
+from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError
 
@@ -44,7 +44,7 @@ class AttachedWord(Attached):
             for part, name in tokenizers().items()
             if getattr(target, part, None) is not None
         }
-        self._taught = TaughtWords(target, {self._word: vectors})
+        self._taught = AddedTokens(target, {self._word: vectors})
         self.rows = nn.ParameterDict(self._taught.rows)
         self._norms = {part: rows.detach().norm(dim=1, keepdim=True) for part, rows in self.rows.items()}
 
@@ -100,8 +100,8 @@ METHOD = Method(
     summary="a new word learns, no weight: the smallest file, a few kilobytes",
     attach=AttachedWord,
     options=WordOptions,
-    teaches_word=True,
-    without={
+    learns_token=True,
+    unsupported={
         **NO_FACTORS,
         "layers": "it adapts no layer",
         "text_encoder": "it learns a row of the text encoder's table, and none of its weights",

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffgraft.adapters.dora import DoraPatch, may_be_decomposed
+from diffgraft.adapters.dora import DoraLayer, with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
+    FactorLayer,
     FactorOptions,
-    FactorPatch,
     Factors,
     Leaves,
     Shape,
@@ -27,7 +27,7 @@ from diffgraft.adapters.factors import (
     plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch, run_layer
+from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LowRank(Factors):
@@ -38,6 +38,7 @@ class LowRank(Factors):
     """
 
     kind = "lora"
+    is_lora = is_low_rank = True
 
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
@@ -56,6 +57,16 @@ class LowRank(Factors):
 
     def rank(self, leaves: Leaves) -> int:
         return leaves["lora_down"].shape[0]
+
+    def weight_shape(self, leaves: Leaves) -> Shape:
+        kernel = leaves.get("lora_mid", leaves["lora_down"]).shape[2:]
+        return (leaves["lora_up"].shape[0], leaves["lora_down"].shape[1], *kernel)
+
+    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+        down = leaves["lora_down"]
+        if "lora_mid" in leaves:
+            down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))
+        return leaves["lora_up"].flatten(1), down.flatten(1)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:  # noqa: ARG002  (the factors have it)
         down, up = leaves["lora_down"], leaves["lora_up"]
@@ -112,7 +123,7 @@ def with_alpha(delta: FactorDelta, alpha: float) -> FactorDelta:
     return replace(delta, leaves={**delta.leaves, "lora_up": scaled}, alpha=alpha)
 
 
-@may_be_decomposed
+@with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     """LoRA from its leaves, or DoRA; without an alpha the scale is 1."""
     strange = set(leaves) - {"lora_down", "lora_up", "lora_mid"}
@@ -132,7 +143,7 @@ class LoraOptions(FactorOptions):
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
 
 
-def lora_patch(
+def lora_layer(
     path: str,
     layer: nn.Module,
     generator: torch.Generator,
@@ -141,20 +152,20 @@ def lora_patch(
     rank: int,
     alpha: float,
     tucker: bool = False,
-) -> Patch:
+) -> AdapterLayer:
     """LoRA or DoRA on one layer, of the rank and alpha given unless a key of its options says otherwise."""
     options: LoraOptions = spec.options
     rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
         alpha *= math.sqrt(rank)  # what is kept is the alpha that gives this scale by alpha / rank
     rates = {"lora_up": options.up_rate}
-    patch = FactorPatch(LowRank(tucker), layer, rank, alpha, generator, rates)
-    return DoraPatch(patch, layer) if options.dora else patch
+    patch = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, rates)
+    return DoraLayer(patch, layer) if options.dora else patch
 
 
 def attach(target: Any, spec: Spec) -> Attached:
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
-        return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        return lora_layer(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
 
     return attach_factors(target, spec, make)
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import nn
 
 from diffgraft.adapters.factors import attach_factors
-from diffgraft.adapters.lora import LoraOptions, lora_patch
 from diffgraft.adapters.method import Attached, Method, Spec
-from diffgraft.adapters.patch import Patch
+from diffgraft.adapters.methods.lora import LoraOptions, lora_layer
+from diffgraft.adapters.patch import AdapterLayer
 
 
 class LoconOptions(LoraOptions):
@@ -32,11 +32,11 @@ def attach(target: Any, spec: Spec) -> Attached:
     conv_rank = options.conv_rank or spec.rank
     conv_alpha = options.conv_alpha or spec.alpha / spec.rank * conv_rank
 
-    def make(path: str, layer: nn.Module, generator: torch.Generator) -> Patch:
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
         if isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1):
             tucker = options.tucker
-            return lora_patch(path, layer, generator, spec, rank=conv_rank, alpha=conv_alpha, tucker=tucker)
-        return lora_patch(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
+            return lora_layer(path, layer, generator, spec, rank=conv_rank, alpha=conv_alpha, tucker=tucker)
+        return lora_layer(path, layer, generator, spec, rank=spec.rank, alpha=spec.alpha)
 
     return attach_factors(target, spec, make)
 
