@@ -201,7 +201,7 @@ class Method:
             ) from error
 
     def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """``{"ranks.unet": 4}``, as a command line gives it inside other options, as ``{"ranks": {"unet": 4}}``."""
+        """``{"ranks.BASE": 4}``, as a command line gives it inside other options, as ``{"ranks": {"BASE": 4}}``."""
         found: dict[str, Any] = {}
         for key, value in given.items():
             name, dot, rest = key.partition(".")

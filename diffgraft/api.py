@@ -74,12 +74,14 @@ def convert(
         DiffgraftError: the format cannot hold the adapter, or something is at `path` already.
     """
     from diffgraft.adapters.ops.convert import convert as change
+    from diffgraft.adapters.ops.convert import read_part
 
     check_options("convert", approximation, Approximation)
     device = str(device_of(approximation.get("device", "cpu")))
     with _weights(approximation.get("base")) as weights:
         size = _size(approximation.get("rank"), approximation.get("energy"))
-        return change(_path(source), path, format, size, weights, device, only, precision)
+        given = read_part(_path(source), only, weights)
+        return change(given, path, format, size, weights, device, precision)
 
 
 @in_a_sentence

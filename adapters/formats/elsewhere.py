@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
-from diffgraft.adapters.families import family_of
+from diffgraft.adapters.formats.families import family_of
 from diffgraft.bases.layers import is_embedding, is_of_text
 
 _KOHYA = ("kohya", "lycoris", "webui")

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.families import with_known_family
 from diffgraft.adapters.formats import embedding, lycoris
+from diffgraft.adapters.formats.families import with_known_family
 from diffgraft.adapters.formats.training_written import write_training
 
 

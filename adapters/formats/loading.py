@@ -12,7 +12,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import with_strength_convention
-from diffgraft.adapters.families import as_diffusers, with_base, with_family
+from diffgraft.adapters.formats.families import as_diffusers, with_base, with_family
 from diffgraft.adapters.formats.opened import open_file
 from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
 from diffgraft.adapters.ops.effect import fit_together

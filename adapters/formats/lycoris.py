@@ -18,8 +18,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF, LYCORIS
-from diffgraft.adapters.families import family_of, layers_of, may_be_xl, with_base
 from diffgraft.adapters.formats import embedding
+from diffgraft.adapters.formats.families import family_of, layers_of, may_be_xl, with_base
 from diffgraft.adapters.formats.header import told, write_ours
 from diffgraft.adapters.formats.joined import joined
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules

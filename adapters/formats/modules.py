@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.dora import LEAF
-from diffgraft.adapters.families import read_names
+from diffgraft.adapters.formats.families import read_names
 from diffgraft.adapters.formats.header import number
 from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import laid_out

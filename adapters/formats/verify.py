@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.families import as_diffusers, layers_of, with_family
+from diffgraft.adapters.formats.families import as_diffusers, layers_of, with_family
 from diffgraft.adapters.formats.joined import joined
 from diffgraft.adapters.formats.loading import UnreadableError, read_contents
 from diffgraft.adapters.registry import read_delta

@@ -22,7 +22,8 @@ from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spe
 from diffgraft.adapters.patch import cast_like, to_cpu_float32
 from diffgraft.adapters.shared import DeferredGradLinear
 from diffgraft.bases.layers import parts_of
-from diffgraft.errors import one_line
+from diffgraft.bases.registry import denoisers, has_blocks
+from diffgraft.errors import DiffgraftError, one_line
 
 ACTIVATIONS: dict[str, type[nn.Module] | None] = {
     "linear": None,
@@ -243,7 +244,7 @@ class Hypernetwork(Network):
     kind = "hypernetwork"
 
     def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
-        unet = parts["unet"]
+        _, unet = _denoiser(parts)
         here, wanted = set(contexts(unet)), {int(name.partition("-")[0]) for name in self.tensors}
         if not wanted <= here:
             raise ValueError(
@@ -285,6 +286,11 @@ def _width(name: str, first: Tensor | None) -> int:
     return int(width)
 
 
+def _denoiser(parts: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
+    """Name and module of the denoiser among the networks of a base."""
+    return next((name, parts[name]) for name in denoisers() if name in parts)
+
+
 class AttachedHypernetwork(Attached):
     """Context networks on a live UNet."""
 
@@ -292,7 +298,12 @@ class AttachedHypernetwork(Attached):
         super().__init__()
         self._options: HypernetworkOptions = spec.options
         generator = torch.Generator().manual_seed(spec.seed)
-        unet = parts_of(target)["unet"]
+        self._part, unet = _denoiser(parts_of(target))
+        if not has_blocks(self._part):
+            raise DiffgraftError(
+                "method=hypernetwork changes what cross-attention reads of a prompt, and this base's denoiser has no "
+                "cross-attention of that kind: take method=lora."
+            )
         networks: dict[str, ContextNetwork] = {}
         for width in sorted(contexts(unet)):
             for keys in ("k", "v"):
@@ -302,7 +313,7 @@ class AttachedHypernetwork(Attached):
         self._overlay = Overlay(unet, networks, 1.0)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {f"unet.{name}": value for name, value in self.networks.named_parameters()}
+        return {f"{self._part}.{name}": value for name, value in self.networks.named_parameters()}
 
     def paths(self) -> dict[str, str]:
         """Each of the networks is one module: ``unet.320-k``."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.families import common_base
+from diffgraft.adapters.formats.families import common_base
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.methods.full import FullDelta

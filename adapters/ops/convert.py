@@ -46,33 +46,30 @@ class Converted:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Adapter,
     path: str | Path,
     dialect: str,
     approximate: RankBudget | None = None,
     weights: Weights | None = None,
     device: str = "cpu",
-    only: str = "",
     precision: str = "",
 ) -> Converted:
     """Write the adapter at `source` to `path` in `dialect`.
 
     Args:
-        source: a file in any dialect, or a folder of peft's.
+        source: a file in any dialect, a folder of peft's, or an adapter that was read, as by `read_part`.
         path: of the new file.
         dialect: the name of a dialect in `registry.written_dialects()`, or ``auto``.
         approximate: where the dialect cannot hold the adapter, LoRAs of this size in its place.
         weights: the base, for approximations of methods that are functions of its weights.
         device: where approximations and errors are computed.
-        only: ``weights``, ``words``, or one word that the file teaches; the rest is left out. Empty: all of it.
         precision: a key of `PRECISIONS`, to which all numbers are rounded. Empty: they stay as they are.
 
     Raises:
-        DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such word
-            or precision.
+        DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such
+            precision.
     """
-    adapter = load_for_base(source, weights)
-    adapter = part_of(adapter, only) if only else adapter
+    adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
     rounded = in_precision(adapter, precision) if precision else adapter
     path = Path(path).expanduser()
     if path.exists():
@@ -100,6 +97,16 @@ def convert(
         comparison = compare(adapter, again, weights, device)
         new.rename(path)
     return Converted(path, comparison, found is not None, found.dropped if found else (), said)
+
+
+def read_part(source: str | Path, only: str, weights: Weights | None = None) -> Adapter:
+    """The adapter at `source`, or of it ``weights``, ``words`` or one word alone; empty `only` stands for all of it.
+
+    Raises:
+        DiffgraftError: it cannot be read, or there is no such word in it.
+    """
+    adapter = load_for_base(source, weights)
+    return part_of(adapter, only) if only else adapter
 
 
 def part_of(adapter: Adapter, only: str) -> Adapter:

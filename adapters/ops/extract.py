@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.families import made_for
+from diffgraft.adapters.formats.families import made_for
 from diffgraft.adapters.lowrank import RankBudget, nearest
 from diffgraft.adapters.methods.loha import HADAMARD
 from diffgraft.adapters.ops.resize import Reduced

@@ -80,10 +80,11 @@ def convert(
 
     from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.convert import convert as change
+    from diffgraft.adapters.ops.convert import read_part
 
     approximate = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
-        done = change(source, output, to, approximate, weights, device, only, precision)
+        done = change(read_part(source, only, weights), output, to, approximate, weights, device, precision)
     errors = {path: error for path, error in done.comparison.errors.items() if path not in done.dropped}
     kept = {**errors, **done.comparison.others}
     path, error = max(kept.items(), key=lambda item: item[1], default=("–", 0.0))

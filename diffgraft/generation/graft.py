@@ -49,7 +49,7 @@ def graft(target: Any, adapters: Grafts | str | PathLike[str] | Adapter | None =
             denoiser. A part that no adapter touches may be absent or None.
         adapters: one file, run or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the
             bare base, and negative strengths subtract. A strength may be given for each part,
-            ``{"unet": 0.8, "text_encoder": 0.5}``; a part that is not named then has 1, and a second text encoder what
+            ``{"text_encoder": 0.5, "M00": 0}``; a part that is not named then has 1, and a second text encoder what
             the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or as a list of 12, 17,
             20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless their text encoders
             have 0, they have the vectors that were trained.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import diffgraft as dg
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.families import with_base
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats.families import with_base
 from diffgraft.adapters.formats.lycoris import flat
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.combine import combine
