@@ -107,8 +107,10 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
         )
 
     from diffgraft.bases import load_base
+    from diffgraft.files import check_new
     from diffgraft.generation.bake import bake
 
+    check_new(output)
     say(bake(load_base(source, None), {}, output))
 
 
@@ -138,7 +140,9 @@ def combine(
     from diffgraft.adapters.lowrank import Size
     from diffgraft.adapters.ops.combine import combine as together
     from diffgraft.cli.console import strengths
+    from diffgraft.files import check_new
 
+    check_new(output)
     size = Size(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
@@ -164,8 +168,10 @@ def extract(
     """
     from diffgraft.adapters.ops.extract import extract as difference
     from diffgraft.adapters.ops.extract import stated
+    from diffgraft.files import check_new
 
     size = _size(rank, energy)
+    check_new(output)
     with opened(tuned) as of_tuned, opened(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None
@@ -179,6 +185,7 @@ def resize(
     energy: Annotated[float | None, ENERGY] = None,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List rank and error of every module.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Make a LoRA of a smaller rank of any adapter, convolutions included; --rank or --energy says how small.
@@ -188,16 +195,22 @@ def resize(
     from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.ops.resize import rank_of
     from diffgraft.adapters.ops.resize import resize as smaller
+    from diffgraft.files import check_new
 
     size = _size(rank, energy)
+    check_new(output)
     with opened(base) as weights:
         given = load_for_base(adapter, weights)
         most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
         if rank is not None and 0 < most <= rank:
             warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
-        _save(smaller(given, size, weights, device), output, to, every=True)
+        found = smaller(given, size, weights, device)
+        _save(found, output, to)
     before, after = adapter_size(adapter), adapter_size(output)
     say(f"size: {before / 1000:,.1f} kB before, {after / 1000:,.1f} kB now")
+    for path, lost in found.lost.items() if verbose else ():
+        own = found.adapter.deltas.get(path)
+        say(f"rank {own[0].leaves['lora_down'].shape[0] if own else 0:4}  relative error {lost:.2g}  {path}")
 
 
 def inspect(
@@ -299,16 +312,9 @@ def opened(base: str | None) -> "Iterator[Weights | None]":
         yield weights
 
 
-def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
-    """Write the adapter and say how near it comes; with `every`, of each module."""
-    from diffgraft.errors import DiffgraftError
-
-    if output.exists():
-        raise DiffgraftError(f"{output} is there already. Choose another name, or remove it.")
+def _save(found: "Reduced", output: Path, to: str) -> None:
+    """Write the adapter and say how near it comes."""
     say(found.adapter.save(output, to))
-    for path, lost in found.lost.items() if every else ():
-        rank = found.adapter.deltas[path][0].leaves["lora_down"].shape[0] if path in found.adapter.deltas else 0
-        say(f"rank {rank:4}  relative error {lost:.2g}  {path}")
     path, lost = found.worst
     say(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
     if found.dropped:

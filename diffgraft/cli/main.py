@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffgraft.cli import files, preparing
+from diffgraft.cli import files, pictures, preparing
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.terminal import printable
 
@@ -275,8 +275,10 @@ def merge(
 
     from diffgraft.bases import load_base
     from diffgraft.devices import device_of, dtype_of
+    from diffgraft.files import check_new
     from diffgraft.generation.bake import bake
 
+    check_new(output)
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
     base = load_base(into, dtype, prediction_type=prediction_type, zero_snr=zero_snr)
@@ -285,6 +287,8 @@ def merge(
 
 for step in preparing.COMMANDS:
     app.command(rich_help_panel="Before training")(step)
+for each in pictures.COMMANDS:
+    app.command()(each)
 for command in files.COMMANDS:
     app.command(rich_help_panel="Adapter files")(command)
 

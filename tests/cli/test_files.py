@@ -74,7 +74,7 @@ def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
         both.deltas[path][0].apply(zero, None, 1.0)[0], one.deltas[path][0].apply(zero, None, 1.5)[0]
     )
     small = tmp_path / "small.safetensors"
-    assert call(monkeypatch, "resize", file, "-o", small, "--rank", 2) == 0
+    assert call(monkeypatch, "resize", file, "-o", small, "--rank", 2, "--verbose") == 0
     said = capsys.readouterr().out
     assert said.count("rank    2  relative error") == len(one.modules)
     assert call(monkeypatch, "resize", file, "-o", small) == 1
@@ -102,7 +102,7 @@ def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "ranks    3 × " in said
     assert call(monkeypatch, "inspect", new, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["modules"]) == len(load_adapter(file).modules)
-    assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", new, "--rank", 5) == 1
+    assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", tmp_path / "new.safetensors", "--rank", 5) == 1
     assert "There is no base" in capsys.readouterr().err
 
 
