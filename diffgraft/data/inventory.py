@@ -29,6 +29,10 @@ CAPTIONS = (".txt", ".caption")
 TABLES = ("metadata.jsonl", "metadata.csv")
 """As the image folders of `datasets` have them: a column `file_name`, and the captions"""
 _MANY_REPEATS = 1000
+_MOST_REPEATS = 100_000
+"""As the setting `repeats` has it"""
+_LONGEST_CAPTION = 2**18
+"""Bytes; a text encoder reads some hundred of them"""
 _NAMED = 3
 """So many files are named where more of them have the same fault"""
 _MOST_ENTRIES = 100_000
@@ -68,15 +72,22 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
         inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
         if not any(inside.values()):
             continue
-        own = [path for place in dict.fromkeys((folder, root)) for path in pictures_in(place)]
-        if own and layout == "auto":
+        places = dict.fromkeys((folder, root))
+        own = [path for place in places for path in pictures_in(place)]
+        tables = [place / name for place in places for name in TABLES if (place / name).is_file()]
+        if (own or tables) and layout == "auto":
             numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
+            flat = f"the {count_of(len(own), 'picture')} in it ({named(own)})" if own else ""
+            flat += " and " if own and tables else ""
+            flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
-                f"{folder} can be read in two ways: as the {count_of(len(own), 'picture')} in it ({named(own)}), or in "
+                f"{folder} can be read in two ways: as {flat}, or in "
                 f"kohya's layout as those of its numbered folders: {numbered}. Set layout=flat or layout=kohya, or "
                 "move what is not meant to another place."
             )
-        return Layout(counted, [*_outside_of(folder, counted, used), *_often(counted)])
+        _check_repeats(counted)
+        unread = [f"{path} is not read, as layout=kohya takes the tables in numbered folders alone." for path in tables]
+        return Layout(counted, [*_outside_of(folder, counted, used), *unread, *_often(counted)])
     if layout == "kohya":
         raise DiffgraftError(
             f"layout=kohya, and {folder} has no numbered folder with pictures in it: name them like 10_sks dog."
@@ -87,6 +98,15 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
 def counted_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[Counted]:
     """The folders of kohya's layout in `folder`, or in its `img`; none where it is not laid out so."""
     return list(layout_of(folder, layout).counted)
+
+
+def _check_repeats(counted: Sequence[Counted]) -> None:
+    for one in counted:
+        if one.repeats > _MOST_REPEATS:
+            raise DiffgraftError(
+                f"The folder {one.folder} cannot be read in kohya's way: each picture in it would come "
+                f"{one.repeats:,} times in a round, and the most is {_MOST_REPEATS:,}. Rename it, or set layout=flat."
+            )
 
 
 def _often(counted: Sequence[Counted]) -> Iterator[str]:
@@ -137,7 +157,7 @@ def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collecti
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("._"))
     shown = [path for path in files if path.suffix.lower() in SUFFIXES]
-    aside = [path for path in shown if _is_aside(path)]
+    aside = [path for path in shown if is_aside(path)]
     pictures = [path for path in shown if path not in set(aside)]
     every = list(dict.fromkeys([*pictures, *in_table]))
     masks, of_masks = _masks(folder, every, aside)
@@ -157,7 +177,7 @@ def pictures_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not _is_aside(path) and not path.name.startswith("._"))
+    return sorted(path for path in found if not is_aside(path) and not path.name.startswith("._"))
 
 
 def named(paths: Sequence[Path] | Sequence[str]) -> str:
@@ -167,7 +187,7 @@ def named(paths: Sequence[Path] | Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _is_aside(path: Path) -> bool:
+def is_aside(path: Path) -> bool:
     """Whether it is by its name the mask, or the conditioning picture, of another."""
     return path.stem.endswith((*_MASKS, *_CONDITIONS))
 
@@ -196,7 +216,7 @@ def _plain(name: str, suffix: str) -> str:
 def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     elsewhere = sorted({path.parent for path in pictures} - {folder})
     more = [path for place in elsewhere for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    every = [*aside, *(path for path in more if _is_aside(path))]
+    every = [*aside, *(path for path in more if is_aside(path))]
     if not every:
         return {}, []
     of_stem: dict[tuple[Path, str], list[Path]] = {}
@@ -272,12 +292,17 @@ def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Pat
 
 
 def _read(path: Path) -> str:
+    if (size := path.stat().st_size) > _LONGEST_CAPTION:
+        raise DiffgraftError(f"The caption {path} has {size:,} bytes, and none has more than {_LONGEST_CAPTION:,}.")
     try:
-        return path.read_text("utf-8-sig").strip()
+        text = path.read_text("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DiffgraftError(
             f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
         ) from error
+    if "\0" in text:  # UTF-16 of plain English is valid UTF-8 with a zero behind each letter
+        raise DiffgraftError(f"The caption {path} is not written in UTF-8 (it holds zero bytes). Save it as UTF-8.")
+    return text
 
 
 def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
@@ -291,7 +316,7 @@ def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
 def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
     """Files that may hold captions and are not looked into."""
     stems = {_stem(one) for path in pictures for one in (path.stem, path.name)}
-    tables = [path.name for path in files if path.name in TABLES]
+    tables = [name for name in TABLES if any(path.name == name for path in files)]
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
     beside = [
         path
@@ -304,7 +329,7 @@ def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Pat
             "in .caption."
         )
     strange = [path for path in files if path.suffix.lower() in kinds[:5] and path not in beside]
-    strange = [path for path in strange if path.name not in tables[:1]]
+    strange = [path for path in strange if path.name not in tables]
     if strange:
         yield f"{named(strange)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
             f", and here {tables[0]} is the one." if tables else "."
@@ -333,7 +358,7 @@ def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
         )
         for name in sorted(names):
             path = Path(place, name)
-            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not _is_aside(path):
+            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not is_aside(path):
                 yield path
         if (seen := seen + len(names)) > _MOST_ENTRIES:
             return

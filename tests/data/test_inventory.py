@@ -53,6 +53,29 @@ def test_what_lies_beside_numbered_folders_is_counted(tmp_path: Path, beside: st
     assert layout_of(tmp_path, used=[tmp_path / beside]).remarks == []
 
 
+def test_a_table_above_numbered_folders_can_be_read_in_two_ways(tmp_path: Path) -> None:
+    picture(tmp_path / "3_sks dog" / "a.png")
+    text(tmp_path / "metadata.jsonl", '{"file_name": "3_sks dog/a.png", "text": "a sks dog runs"}\n')
+    with pytest.raises(DiffgraftError, match=r"two ways: as the pictures that metadata\.jsonl names, or in kohya's"):
+        layout_of(tmp_path)
+    (said,) = layout_of(tmp_path, "kohya").remarks
+    assert said.startswith(f"{tmp_path / 'metadata.jsonl'} is not read")
+    assert [one.captions for one in read_folder(tmp_path)] == [("a sks dog runs",)]
+
+
+def test_a_number_that_is_no_count_of_repeats_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "20231224_holiday" / "a.png")
+    with pytest.raises(DiffgraftError, match=r"would come 20,231,224 times in a round, and the most is 100,000"):
+        layout_of(tmp_path)
+
+
+def test_a_caption_in_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a sks dog".encode("utf-16-le"))
+    with pytest.raises(DiffgraftError, match=r"a\.txt is not written in UTF-8 \(it holds zero bytes\)"):
+        read_folder(tmp_path)
+
+
 def test_a_numbered_folder_without_pictures_takes_nothing_over(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     text(tmp_path / "10_sks dog" / "notes.txt", "none yet")

@@ -55,6 +55,15 @@ def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
     assert "no picture has a caption" in plan(pictures, "style")
 
 
+def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path) -> None:
+    for number, name in enumerate(("10_ohwx man", "5_zwx man")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), (number, 99, 0)).save(tmp_path / name / "a.png")
+    said = plan(tmp_path, subject="man")
+    assert "ohwx, zwx" in said
+    assert "is of no concept" not in said
+
+
 def test_photographs_on_the_toy_base(pictures: Path) -> None:
     images = [Image.open(path).resize((400, 300)) for path in sorted(pictures.glob("*.png"))[:3]]
     assert "`tiny` is a toy of 64 pixels for trying and tests" in plan(images)

@@ -63,7 +63,8 @@ def conflicts(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
         yield "prior.folder does nothing with prior.by=prediction."
     if prior is not None and "images" in prior.model_fields_set and prior.by == "prediction":
         yield "prior.images does nothing with prior.by=prediction, which draws none."
-    if recipe.concepts and "trigger" in recipe.model_fields_set and all(one.trigger for one in recipe.concepts):
+    own = [one.trigger for one in recipe.concepts]
+    if own and "trigger" in recipe.model_fields_set and all(own) and recipe.trigger not in own:
         yield f"trigger={recipe.trigger} is of no concept, as each has its own: samples alone are drawn with it."
     yield from _one_noun(recipe.noun, learnt)
     if not any(text.strip() for one in learnt for text in one.wording.prompts()):

@@ -24,6 +24,7 @@ from diffgraft.trainers.training_data.examples import Example, Examples
 from diffgraft.trainers.training_data.holdout import read_held_out, rows_held_out
 from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, wording_of
 
+_LONGEST_ROUND = 5_000_000
 _BLACK = 4
 """Of 255; less than that is black that was compressed"""
 
@@ -80,7 +81,7 @@ def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]
     """Every picture with its prompts and frames; what a person may not have meant is said in warnings.
 
     Raises:
-        DiffgraftError: a prompt is too long, and the recipe refuses those.
+        DiffgraftError: a prompt is too long, and the recipe refuses those; or a round would have too many pictures.
     """
     samples = []
     for part, pictures in read:
@@ -88,10 +89,20 @@ def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]
             wording, of_class = wording_of(part, picture)
             own = _frames(data, picture, base)
             samples.append(Sample(part, picture, wording, of_class, mirrored(own) if data.flip else own))
+    _check_repeats(samples)
     check_prompts(data.long_prompts, [(one.part, one.picture, one.wording) for one in samples], base.tokenizer)
     if data.masks.use and not data.masks.outside:
         _check_masks(samples)
     return samples
+
+
+def _check_repeats(samples: Sequence[Sample]) -> None:
+    """Raises DiffgraftError where repeats make a round of more places than can be kept in mind."""
+    if (count := sum(one.part.repeats for one in samples)) > _LONGEST_ROUND:
+        raise DiffgraftError(
+            f"Repeats make a round of {count:,} pictures, and the most is {_LONGEST_ROUND:,}: take smaller repeats; "
+            "their ratio alone decides how often each picture is shown."
+        )
 
 
 def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
