@@ -15,7 +15,8 @@ from diffgraft.errors import DiffgraftError
 NUMBERED = re.compile(r"(\d+)_(.+)")
 """kohya's folders: how often the pictures come in a round, and what they show"""
 _UNREADABLE = (
-    *(".heic", ".heif", ".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
+    *(".heic", ".heif", ".hif", ".avifs", ".bpg", ".jxs", ".pcx", ".icns", ".cur", ".wmf", ".emf", ".3fr"),
+    *(".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
     *(".ico", ".exr", ".hdr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
 )
@@ -26,6 +27,12 @@ _CONDITIONS = ("-condlabel",)
 """How the stems of OneTrainer's conditioning pictures end, which nothing here learns from"""
 CAPTIONS = (".txt", ".caption")
 """Suffixes of captions, in the order in which they are looked for; the second is that of sd-scripts"""
+_TABLE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
+"""Suffixes of files that may hold captions; the first five of tables of them"""
+_LIKE_MASK = re.compile(r"(.+?)[ ._-]?(mask|masks|alpha|matte)", re.IGNORECASE)
+"""Names of masks as other programs have them, after that of the picture"""
+_SNIFFED = 1000
+"""Files with other suffixes whose beginnings are looked at, at most"""
 TABLES = ("metadata.jsonl", "metadata.csv")
 """As the image folders of `datasets` have them: a column `file_name`, and the captions"""
 _MANY_REPEATS = 1000
@@ -164,7 +171,10 @@ def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collecti
     captions, of_captions = _captions(every, files)
     remarks = [
         *_of_formats(files, folder),
+        *_without_suffix(files),
+        *_of_broken_links(folder),
         *of_masks,
+        *_like_masks(pictures),
         *of_captions,
         *_of_other_words(every, files, folder),
         *_in_subfolders(folder, {path.resolve() for path in in_table}, used),
@@ -189,7 +199,7 @@ def named(paths: Sequence[Path] | Sequence[str]) -> str:
 
 def is_aside(path: Path) -> bool:
     """Whether it is by its name the mask, or the conditioning picture, of another."""
-    return path.stem.endswith((*_MASKS, *_CONDITIONS))
+    return path.stem.lower().endswith((*_MASKS, *_CONDITIONS))
 
 
 class _ByName:
@@ -221,12 +231,13 @@ def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tup
         return {}, []
     of_stem: dict[tuple[Path, str], list[Path]] = {}
     for path in pictures:
-        of_stem.setdefault((path.parent, _stem(path.stem)), []).append(path)
+        for stem in dict.fromkeys((path.stem, path.name)):
+            of_stem.setdefault((path.parent, _stem(stem)), []).append(path)
     found: dict[Path, Path] = {}
     orphans, second, conditions = [], [], []
-    for path in sorted(every, key=lambda one: (not one.stem.endswith(_MASKS[0]), one)):
+    for path in sorted(every, key=lambda one: (not one.stem.lower().endswith(_MASKS[0]), one)):
         shown = of_stem.get((path.parent, _stem_of(path)), [])
-        if path.stem.endswith(_CONDITIONS):
+        if path.stem.lower().endswith(_CONDITIONS):
             conditions.append(path)
         elif not shown:
             orphans.append(path)
@@ -250,8 +261,8 @@ def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tup
 
 def _stem_of(mask: Path) -> str:
     """The stem of the picture that a mask is of, by its name."""
-    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.endswith(one))
-    return _stem(mask.stem.removesuffix(ending))
+    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.lower().endswith(one))
+    return _stem(mask.stem[: -len(ending)])
 
 
 def _stem(said: str) -> str:
@@ -313,22 +324,59 @@ def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
         )
 
 
+def _without_suffix(files: Sequence[Path]) -> Iterator[str]:
+    """Pictures by their content whose names do not say so."""
+    known = (*SUFFIXES, *_UNREADABLE, *CAPTIONS, *_TABLE_KINDS)
+    strange = [path for path in files if path.suffix.lower() not in known and not path.name.startswith(".")]
+    if found := [path for path in strange[:_SNIFFED] if _begins_as_picture(path)]:
+        yield (
+            f"{named(found)} {'holds' if len(found) == 1 else 'hold'} a picture, and {_are(len(found))} not learnt "
+            "from: the name does not end as those of pictures do (.jpg, .png, …). Rename it."
+        )
+
+
+def _begins_as_picture(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
+def _of_broken_links(folder: Path) -> Iterator[str]:
+    links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and path.suffix.lower() in SUFFIXES)
+    if found := [path for path in links if not path.exists()]:
+        yield f"{count_of(len(found), 'link')} in {folder} {_lead(len(found))} to no picture: {named(found)}."
+
+
+def _like_masks(pictures: Sequence[Path]) -> Iterator[str]:
+    """Pictures that are called as the masks of others are elsewhere."""
+    stems = {(path.parent, _stem(path.stem)) for path in pictures}
+    found = [
+        path
+        for path in pictures
+        if (match := _LIKE_MASK.fullmatch(path.stem)) and (path.parent, _stem(match[1])) in stems
+    ]
+    if found:
+        yield f"{named(found)} {_are(len(found))} learnt as pictures: if they are masks, call them NAME_mask.png."
+
+
 def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
     """Files that may hold captions and are not looked into."""
     stems = {_stem(one) for path in pictures for one in (path.stem, path.name)}
     tables = [name for name in TABLES if any(path.name == name for path in files)]
-    kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
     beside = [
         path
         for path in files
-        if path.suffix.lower() in (*kinds, ".tags", ".cap", ".text") and _stem(path.stem) in stems
+        if path.suffix.lower() in (*_TABLE_KINDS, ".tags", ".cap", ".text") and _stem(path.stem) in stems
     ]
     if beside:
         yield (
             f"What {named(beside)} says of the picture beside it is not read: captions are files that end in .txt or "
             "in .caption."
         )
-    strange = [path for path in files if path.suffix.lower() in kinds[:5] and path not in beside]
+    strange = [path for path in files if path.suffix.lower() in _TABLE_KINDS[:5] and path not in beside]
     strange = [path for path in strange if path.name not in tables]
     if strange:
         yield f"{named(strange)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
@@ -388,6 +436,10 @@ def _are(number: int) -> str:
 
 def _belong(number: int) -> str:
     return "belongs" if number == 1 else "belong"
+
+
+def _lead(number: int) -> str:
+    return "leads" if number == 1 else "lead"
 
 
 def _it(number: int) -> str:

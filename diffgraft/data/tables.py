@@ -113,7 +113,12 @@ def inside(folder: Path, path: Path) -> bool:
 
 def refuse_outside(folder: Path, path: Path, where: str) -> None:
     """Raises DiffgraftError where a file leads out of a folder."""
-    if not inside(folder, path):
+    try:
+        is_inside = inside(folder, path)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "it leads in circles"
+        raise DiffgraftError(f"{where} is a link that cannot be followed ({why}). Remove it.") from error
+    if not is_inside:
         raise DiffgraftError(
             f"{where} leads to {path.resolve()}, outside of {folder}. Move it there or, if that is meant, set "
             "outside=true."

@@ -100,6 +100,45 @@ def test_every_format_that_is_read_is_learnt_and_others_are_named(tmp_path: Path
     assert [one.size for one in found] == [one.image.size for one in found] == [(30 + n, 20) for n in range(len(names))]
 
 
+def test_pictures_that_their_names_hide_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.webp", "d.gif"):
+        picture(tmp_path / name)
+    for name, other in (("a.png", "noname"), ("c.webp", "photo.jpg_large"), ("d.gif", "e.gif!small")):
+        (tmp_path / name).rename(tmp_path / other)
+    (tmp_path / "f.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "notes.md").write_text("nothing", "utf-8")
+    with pytest.warns(UserWarning, match="leads to no picture") as told:
+        assert [one.name for one in read_folder(tmp_path)] == ["b.jpg"]
+    said = [str(one.message) for one in told]
+    assert any(text.startswith("e.gif!small, noname, photo.jpg_large hold a picture, and are not") for text in said)
+    assert f"1 link in {tmp_path} leads to no picture: f.png." in said
+    assert len(said) == 2
+
+
+def test_a_link_in_circles_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
+    with pytest.raises(DiffgraftError, match=r"b\.png is a link that cannot be followed"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a_MASK.png", "a-MaskLabel.png", "a.jpg_mask.png", "A_mask.png"])
+def test_a_mask_is_known_whatever_the_case_of_its_name(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / name)
+    found = take_inventory(tmp_path)
+    assert [path.name for path in found.pictures] == ["a.jpg"]
+    assert {one.name: mask.name for one, mask in found.masks.items()} == {"a.jpg": name}
+    assert found.remarks == []
+
+
+def test_pictures_that_are_called_as_masks_are_elsewhere_are_told(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a-mask.png", "a.alpha.png", "bigmask.png"):
+        picture(tmp_path / name)
+    (said,) = take_inventory(tmp_path).remarks
+    assert said.startswith("a-mask.png, a.alpha.png are learnt as pictures")
+
+
 def test_moving_pictures_are_told_of(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (30, 20), (shade, 0, 0)) for shade in (0, 90, 200)]
     for name in ("a.gif", "b.png", "c.tiff", "d.webp"):

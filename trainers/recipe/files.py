@@ -239,7 +239,7 @@ def _check_templates(recipe: Recipe) -> None:
     """Refuse a {word} that nothing fills: it would be trained as it stands."""
     known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
     keys = ("prompt", "class_prompt", "caption", "sample_prompts")
-    for key, value in ((key, getattr(part, key, "")) for part in recipe.parts() for key in keys):
+    for key, value in ((key, getattr(part, key, "")) for part in (recipe, *recipe.parts()) for key in keys):
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
             if word not in known | ({"{caption}"} if key == "caption" else set()):
                 raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import Frame, frames, mirrored
+from diffgraft.data.inventory import count_of, named
 from diffgraft.data.latents import encode_kept
 from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.data.wording import Wording, is_fixed
@@ -146,8 +148,15 @@ def split(
     """What is learnt from, and what is held out: a folder of its own, or a share of each concept's pictures."""
     concepts = {id(one.part): one.part for one in items}
     if validation.images:
-        read = read_held_out(validation.images, list(concepts.values()))
-        return list(items), collect(data, read, base)
+        held = collect(data, read_held_out(validation.images, list(concepts.values())), base)
+        learnt = {one.picture.content for one in items}
+        if same := [one.picture.name for one in held if one.picture.content in learnt]:
+            warnings.warn(
+                f"{count_of(len(same), 'picture')} of validation.images {'is' if len(same) == 1 else 'are'} learnt "
+                f"from as well ({named(same)}): their loss says nothing of others.",
+                stacklevel=2,
+            )
+        return list(items), held
     if not validation.share:
         return list(items), []
     numbers = [[*concepts].index(id(one.part)) for one in items]

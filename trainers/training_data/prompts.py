@@ -94,7 +94,8 @@ def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
     what = f"The prompt of {named(list(lost))} is too long"
     if long_prompts == "refuse":
         raise DiffgraftError(
-            f"{what}; of that of {name} the base would never see: {shortened(words)}. Shorten it, or set long_prompts=chunk."
+            f"{what}; of that of {name} the base would never see: {shortened(words)}. Shorten it, or set "
+            "long_prompts=chunk."
         )
     warnings.warn(
         f"{what}; the base never sees: {shortened(words)}. long_prompts=chunk has it read in pieces.", stacklevel=6
