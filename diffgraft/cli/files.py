@@ -1,6 +1,6 @@
 """Commands on adapter files: convert, combine, extract, resize, inspect, diff."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -225,11 +225,12 @@ def inspect(
 
     For example: diffgraft inspect dog.safetensors
     """
-    from diffgraft.adapters.ops.glance import glance
+    from diffgraft.adapters.ops.glance import FIGURES_HINT, glance
 
     held = file / "adapter.safetensors" if (file / "adapter.safetensors").is_file() else file
-    if not figures and not as_json and (lines := glance(held)) is not None:
-        for line in lines:
+    short = None if as_json else glance(held)
+    if not figures and short is not None:
+        for line in (*short, FIGURES_HINT):
             say(line)
         return
 
@@ -241,8 +242,19 @@ def inspect(
     if as_json:
         say_json(report.as_json())
         return
-    for line in summary(report):
+    for line in _with_figures(short or [f"file     {adapter_size(file) / 1000:,.0f} kB"], summary(report)):
         say(line)
+
+
+def _with_figures(short: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """All lines that the header gives, then those of a whole report that are about something else.
+
+    The first words of a line say what it is about; words that were learnt have a line in each, of which the second
+    tells of text encoders.
+    """
+    about = {line[:8].strip() for line in short}
+    more = [line for line in whole if line[:8].strip() not in about or line.startswith("word")]
+    return [*short, *(line for line in more if line not in short)]
 
 
 def diff(
