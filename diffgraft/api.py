@@ -1,6 +1,7 @@
 """The commands as functions, for scripts and notebooks: what `diffgraft plan`, `convert`, `combine` and others do."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffgraft.adapters.formats import load_for_base
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, check_options, in_a_sentence
+from diffgraft.files import check_new
 
 if TYPE_CHECKING:
     from diffgraft.adapters.ops.convert import Converted
@@ -80,6 +82,7 @@ def convert(
     device = str(device_of(approximation.get("device", "cpu")))
     with _weights(approximation.get("base")) as weights:
         size = _size(approximation.get("rank"), approximation.get("energy"))
+        check_new(path)
         given = read_part(_path(source), only, weights)
         return change(given, path, format, size, weights, device, precision)
 
@@ -193,10 +196,11 @@ def merge(
     from diffgraft.bases import Base, load_base
     from diffgraft.generation.bake import bake
 
+    path = check_new(output)  # before a base is loaded
     place = device_of(device)
     held = base if isinstance(base, Base) else load_base(base, dtype_of(precision, place) if precision else None)
     given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    return bake(held if isinstance(base, Base) else held.to(place), given, output)
+    return bake(held if isinstance(base, Base) else held.to(place), given, path)
 
 
 @in_a_sentence
@@ -212,18 +216,38 @@ def inspect(adapter: File, device: str = "cpu") -> "Report":
 
 
 @in_a_sentence
-def grid(pictures: Mapping[str, Sequence[Image.Image]] | Sequence[Image.Image]) -> Image.Image:
+def grid(pictures: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Image.Image:
     """One picture of many: rows under their labels, or a single row without one.
 
+    Args:
+        pictures: PIL's pictures or paths of files, those of a row in a list; a mapping gives each row its label.
+
     Raises:
-        DiffgraftError: there is none.
+        DiffgraftError: there are none, a file cannot be read, or something is neither a picture nor a path.
     """
     from diffgraft.generation.plots import grid as sheet
 
-    rows = pictures if isinstance(pictures, Mapping) else {"": pictures}
+    given = pictures if isinstance(pictures, Mapping) else {"": pictures}
+    rows: dict[str, list[Image.Image]] = {}
+    for label, row in given.items():
+        if isinstance(row, str | PathLike | Image.Image) or not isinstance(row, Iterable):
+            kind = type(row).__name__
+            raise DiffgraftError(f"Invalid pictures of type {kind}: must be a list of pictures or of paths.")
+        rows[str(label)] = [_picture(one) for one in row]
     if not any(rows.values()):
-        raise DiffgraftError("There are no pictures to lay out.")
-    return sheet(rows)
+        raise DiffgraftError("There are no pictures to lay out: give at least one.")
+    return sheet({label: row for label, row in rows.items() if row})
+
+
+def _picture(given: Any) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return given
+    if not isinstance(given, str | PathLike):
+        kind = type(given).__name__
+        raise DiffgraftError(f"Invalid picture of type {kind}: must be a picture of PIL's or a path.")
+    from diffgraft.data.pictures import read_picture
+
+    return read_picture(os.fsdecode(given))
 
 
 def _path(file: Any) -> Path:

@@ -54,6 +54,11 @@ def in_a_sentence(function: Callable[P, T]) -> Callable[P, T]:
     return told
 
 
+def shortened(text: str, longest: int = 200) -> str:
+    """A text as it is or, where it is longer than a person reads in a line, its beginning."""
+    return text if len(text) <= longest else f"{text[:longest].rstrip()} …"
+
+
 def quoted(value: object) -> str:
     """`value` as Python writes it, the beginning of it where it is long."""
     text = repr(value)

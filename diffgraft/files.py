@@ -39,6 +39,20 @@ def check_folder(folder: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
 
 
+def check_new(path: str | Path) -> Path:
+    """The path of a file or folder that is to be made, once it is sure that nothing is there and it can be made.
+
+    Raises:
+        DiffgraftError: something is there already.
+        NotADirectoryError, PermissionError: nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
+    check_folder(path.parent)
+    return path
+
+
 @contextmanager
 def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
     """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.

@@ -56,6 +56,20 @@ def test_several_prompts_have_the_same_seeds_each(base: Base) -> None:
     assert dg.grid(four).height < sheet.height
 
 
+@pytest.mark.parametrize("given", [5, None, "a.png", Image.new("RGB", (8, 8)), [5], [None], {"row": 5}, [], {"a": []}])
+def test_what_is_no_list_of_pictures_is_told(given: Any) -> None:
+    with pytest.raises(dg.DiffgraftError, match=r"must be a|give at least one"):
+        dg.grid(given)
+
+
+def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
+    Image.new("RGB", (130, 99), (1, 2, 3)).save(tmp_path / "a.png")
+    own = dg.grid([tmp_path / "a.png", str(tmp_path / "a.png")])
+    assert np.array_equal(pixels(own), pixels(dg.grid([Image.new("RGB", (130, 99), (1, 2, 3))] * 2)))
+    with pytest.raises(dg.DiffgraftError, match="There is no picture"):
+        dg.grid([tmp_path / "b.png"])
+
+
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [

@@ -124,7 +124,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         for path, found in loras.items():
             delta = found[0]
             if len(found) != 1 or not delta.is_lora or "lora_mid" in delta.leaves:
-                raise ValueError(f"{part}.{path} holds no single LoRA, which is all the diffusers layout can say")
+                kinds = " and ".join(f"{one.kind} (Tucker)" if "lora_mid" in one.leaves else one.kind for one in found)
+                raise ValueError(
+                    f"the module {part}.{path} has {kinds}, and the diffusers layout holds one plain LoRA for each"
+                )
             lora = delta.direction if isinstance(delta, DoraDelta) else delta
             assert isinstance(lora, FactorDelta)
             # older versions of diffusers, OneTrainer and ComfyUI take the scale as 1, whatever the header says

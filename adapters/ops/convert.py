@@ -19,7 +19,7 @@ from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, nearest
-from diffgraft.files import PARTIAL
+from diffgraft.files import PARTIAL, check_new
 
 PRECISIONS = {
     "float16": torch.float16,
@@ -67,13 +67,11 @@ def convert(
 
     Raises:
         DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such
-            precision.
+            precision; something is at `path` already.
     """
+    path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
     rounded = in_precision(adapter, precision) if precision else adapter
-    path = Path(path).expanduser()
-    if path.exists():
-        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     found: Reduced | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     # all checks are made on a file in a folder beside, under the very name that some tools read a word from

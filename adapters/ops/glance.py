@@ -31,6 +31,8 @@ _TWO_NAMES = (
 _WORDS = ("emb_params", "clip_l", "clip_g")
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Dtype of a single number → how its bytes are read"""
+FIGURES_HINT = "norms, effective ranks and dead modules: --figures"
+"""What follows the lines of a glance on a command line"""
 _TAGS = 12
 """Tags that are listed"""
 
@@ -68,7 +70,9 @@ def _lines(
     kinds = Counter(_kind(key, entry) for key, entry in modules.items())
     base = said.get("base") or {}
     lines = [f"method   {said.get('method') or ' and '.join(sorted(kinds)) or 'textual-inversion'}"]
-    lines += [f"{name:8} {said[name]}" for name in ("rank", "alpha", "trigger", "class", "seed") if said.get(name)]
+    lines += [
+        f"{name:8} {said[name]}" for name in ("rank", "alpha", "trigger", "class", "seed") if said.get(name, "") != ""
+    ]
     if base:
         known = ", ".join(str(word) for word in (base.get("family"), str(base.get("hash", ""))[:12]) if word)
         lines.append(f"base     {base.get('name', '–')} ({known})")
@@ -90,7 +94,7 @@ def _lines(
     if counted := tags(header):
         more = f" and {len(counted) - _TAGS} more" if len(counted) > _TAGS else ""
         lines.append(f"tags     {', '.join(f'{tag} ({count})' for tag, count in counted[:_TAGS])}{more}")
-    return [*lines, "norms, effective ranks and dead modules: --figures"]
+    return lines
 
 
 def _counted(counts: Mapping[Any, int]) -> str:

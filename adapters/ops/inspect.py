@@ -203,7 +203,9 @@ def summary(report: Report) -> list[str]:
     base: Any = said.get("base")
     base = base if isinstance(base, Mapping) else {}
     lines = [f"method   {report.method}"]
-    lines += [f"{key:8} {said.get(key, '–')}" for key in ("rank", "alpha", "trigger", "class", "seed")]
+    lines += [
+        f"{key:8} {said[key]}" for key in ("rank", "alpha", "trigger", "class", "seed") if said.get(key, "") != ""
+    ]
     known = [report.family or "family unknown", str(base.get("hash", ""))[:12]]
     lines.append(f"base     {base.get('name', '–')} ({', '.join(word for word in known if word)})")
     recipe = said.get("recipe")

@@ -1,6 +1,6 @@
 """Commands on adapter files: convert, combine, extract, resize, inspect, diff."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,6 +82,7 @@ def convert(
     from diffgraft.adapters.ops.convert import convert as change
     from diffgraft.adapters.ops.convert import read_part
 
+    check_new(output)
     approximate = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         done = change(read_part(source, only, weights), output, to, approximate, weights, device, precision)
@@ -110,8 +111,10 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
         )
 
     from diffgraft.bases import load_base
+    from diffgraft.files import check_new
     from diffgraft.generation.bake import bake
 
+    check_new(output)
     say(bake(load_base(source, None), {}, output))
 
 
@@ -141,7 +144,9 @@ def combine(
     from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.combine import combine as together
     from diffgraft.cli.console import strengths
+    from diffgraft.files import check_new
 
+    check_new(output)
     size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
@@ -167,8 +172,10 @@ def extract(
     """
     from diffgraft.adapters.ops.extract import extract as difference
     from diffgraft.adapters.ops.extract import stated
+    from diffgraft.files import check_new
 
     size = _size(rank, energy)
+    check_new(output)
     with opened(tuned) as of_tuned, opened(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None
@@ -182,6 +189,7 @@ def resize(
     energy: Annotated[float | None, ENERGY] = None,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List rank and error of every module.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Make a LoRA of a smaller rank of any adapter, convolutions included; --rank or --energy says how small.
@@ -191,16 +199,22 @@ def resize(
     from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.ops.resize import rank_of
     from diffgraft.adapters.ops.resize import resize as smaller
+    from diffgraft.files import check_new
 
     size = _size(rank, energy)
+    check_new(output)
     with opened(base) as weights:
         given = load_for_base(adapter, weights)
         most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
         if rank is not None and 0 < most <= rank:
             warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
-        _save(smaller(given, size, weights, device), output, to, every=True)
+        found = smaller(given, size, weights, device)
+        _save(found, output, to)
     before, after = adapter_size(adapter), adapter_size(output)
     say(f"size: {before / 1000:,.1f} kB before, {after / 1000:,.1f} kB now")
+    for path, lost in found.lost.items() if verbose else ():
+        own = found.adapter.deltas.get(path)
+        say(f"rank {own[0].leaves['lora_down'].shape[0] if own else 0:4}  relative error {lost:.2g}  {path}")
 
 
 def inspect(
@@ -215,11 +229,12 @@ def inspect(
 
     For example: diffgraft inspect dog.safetensors
     """
-    from diffgraft.adapters.ops.glance import glance
+    from diffgraft.adapters.ops.glance import FIGURES_HINT, glance
 
     held = file / "adapter.safetensors" if (file / "adapter.safetensors").is_file() else file
-    if not figures and not as_json and (lines := glance(held)) is not None:
-        for line in lines:
+    short = None if as_json else glance(held)
+    if not figures and short is not None:
+        for line in (*short, FIGURES_HINT):
             say(line)
         return
 
@@ -231,8 +246,19 @@ def inspect(
     if as_json:
         say_json(report.as_json())
         return
-    for line in summary(report):
+    for line in _with_figures(short or [f"file     {adapter_size(file) / 1000:,.0f} kB"], summary(report)):
         say(line)
+
+
+def _with_figures(short: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """All lines that the header gives, then those of a whole report that are about something else.
+
+    The first words of a line say what it is about; words that were learnt have a line in each, of which the second
+    tells of text encoders.
+    """
+    about = {line[:8].strip() for line in short}
+    more = [line for line in whole if line[:8].strip() not in about or line.startswith("word")]
+    return [*short, *(line for line in more if line not in short)]
 
 
 def diff(
@@ -302,16 +328,9 @@ def opened(base: str | None) -> "Iterator[Weights | None]":
         yield weights
 
 
-def _save(found: "Reduced", output: Path, to: str, every: bool = False) -> None:
-    """Write the adapter and say how near it comes; with `every`, of each module."""
-    from diffgraft.errors import DiffgraftError
-
-    if output.exists():
-        raise DiffgraftError(f"{output} is there already. Choose another name, or remove it.")
+def _save(found: "Reduced", output: Path, to: str) -> None:
+    """Write the adapter and say how near it comes."""
     say(found.adapter.save(output, to))
-    for path, lost in found.lost.items() if every else ():
-        rank = found.adapter.deltas[path][0].leaves["lora_down"].shape[0] if path in found.adapter.deltas else 0
-        say(f"rank {rank:4}  relative error {lost:.2g}  {path}")
     path, lost = found.worst
     say(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))
     if found.dropped:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from diffgraft.cli import files, preparing
+from diffgraft.cli import files, pictures, preparing
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.terminal import printable
 
@@ -277,8 +277,10 @@ def merge(
     from diffgraft.bases import load_base
     from diffgraft.bases.loading import load_options
     from diffgraft.devices import device_of, dtype_of
+    from diffgraft.files import check_new
     from diffgraft.generation.bake import bake
 
+    check_new(output)
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
     base = load_base(into, dtype, **load_options(predicts, zero_snr))
@@ -287,6 +289,8 @@ def merge(
 
 for step in preparing.COMMANDS:
     app.command(rich_help_panel="Before training")(step)
+for each in pictures.COMMANDS:
+    app.command()(each)
 for command in files.COMMANDS:
     app.command(rich_help_panel="Adapter files")(command)
 

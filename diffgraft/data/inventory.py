@@ -15,7 +15,8 @@ from diffgraft.errors import DiffgraftError
 NUMBERED = re.compile(r"(\d+)_(.+)")
 """kohya's folders: how often the pictures come in a round, and what they show"""
 _UNREADABLE = (
-    *(".heic", ".heif", ".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
+    *(".heic", ".heif", ".hif", ".avifs", ".bpg", ".jxs", ".pcx", ".icns", ".cur", ".wmf", ".emf", ".3fr"),
+    *(".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
     *(".ico", ".exr", ".hdr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
 )
@@ -26,9 +27,19 @@ _CONDITIONS = ("-condlabel",)
 """How the stems of OneTrainer's conditioning pictures end, which nothing here learns from"""
 CAPTIONS = (".txt", ".caption")
 """Suffixes of captions, in the order in which they are looked for; the second is that of sd-scripts"""
+_TABLE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
+"""Suffixes of files that may hold captions; the first five of tables of them"""
+_LIKE_MASK = re.compile(r"(.+?)[ ._-]?(mask|masks|alpha|matte)", re.IGNORECASE)
+"""Names of masks as other programs have them, after that of the picture"""
+_SNIFFED = 1000
+"""Files with other suffixes whose beginnings are looked at, at most"""
 TABLES = ("metadata.jsonl", "metadata.csv")
 """As the image folders of `datasets` have them: a column `file_name`, and the captions"""
 _MANY_REPEATS = 1000
+_MOST_REPEATS = 100_000
+"""As the setting `repeats` has it"""
+_LONGEST_CAPTION = 2**18
+"""Bytes; a text encoder reads some hundred of them"""
 _NAMED = 3
 """So many files are named where more of them have the same fault"""
 _MOST_ENTRIES = 100_000
@@ -68,15 +79,22 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
         inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
         if not any(inside.values()):
             continue
-        own = [path for place in dict.fromkeys((folder, root)) for path in pictures_in(place)]
-        if own and layout == "auto":
+        places = dict.fromkeys((folder, root))
+        own = [path for place in places for path in pictures_in(place)]
+        tables = [place / name for place in places for name in TABLES if (place / name).is_file()]
+        if (own or tables) and layout == "auto":
             numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
+            flat = f"the {count_of(len(own), 'picture')} in it ({named(own)})" if own else ""
+            flat += " and " if own and tables else ""
+            flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
-                f"{folder} can be read in two ways: as the {count_of(len(own), 'picture')} in it ({named(own)}), or in "
+                f"{folder} can be read in two ways: as {flat}, or in "
                 f"kohya's layout as those of its numbered folders: {numbered}. Set layout=flat or layout=kohya, or "
                 "move what is not meant to another place."
             )
-        return Layout(counted, [*_outside_of(folder, counted, used), *_often(counted)])
+        _check_repeats(counted)
+        unread = [f"{path} is not read, as layout=kohya takes the tables in numbered folders alone." for path in tables]
+        return Layout(counted, [*_outside_of(folder, counted, used), *unread, *_often(counted)])
     if layout == "kohya":
         raise DiffgraftError(
             f"layout=kohya, and {folder} has no numbered folder with pictures in it: name them like 10_sks dog."
@@ -87,6 +105,15 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
 def counted_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[Counted]:
     """The folders of kohya's layout in `folder`, or in its `img`; none where it is not laid out so."""
     return list(layout_of(folder, layout).counted)
+
+
+def _check_repeats(counted: Sequence[Counted]) -> None:
+    for one in counted:
+        if one.repeats > _MOST_REPEATS:
+            raise DiffgraftError(
+                f"The folder {one.folder} cannot be read in kohya's way: each picture in it would come "
+                f"{one.repeats:,} times in a round, and the most is {_MOST_REPEATS:,}. Rename it, or set layout=flat."
+            )
 
 
 def _often(counted: Sequence[Counted]) -> Iterator[str]:
@@ -137,14 +164,17 @@ def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collecti
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("._"))
     shown = [path for path in files if path.suffix.lower() in SUFFIXES]
-    aside = [path for path in shown if _is_aside(path)]
+    aside = [path for path in shown if is_aside(path)]
     pictures = [path for path in shown if path not in set(aside)]
     every = list(dict.fromkeys([*pictures, *in_table]))
     masks, of_masks = _masks(folder, every, aside)
     captions, of_captions = _captions(every, files)
     remarks = [
         *_of_formats(files, folder),
+        *_without_suffix(files),
+        *_of_broken_links(folder),
         *of_masks,
+        *_like_masks(pictures),
         *of_captions,
         *_of_other_words(every, files, folder),
         *_in_subfolders(folder, {path.resolve() for path in in_table}, used),
@@ -157,7 +187,7 @@ def pictures_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not _is_aside(path) and not path.name.startswith("._"))
+    return sorted(path for path in found if not is_aside(path) and not path.name.startswith("._"))
 
 
 def named(paths: Sequence[Path] | Sequence[str]) -> str:
@@ -167,9 +197,9 @@ def named(paths: Sequence[Path] | Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _is_aside(path: Path) -> bool:
+def is_aside(path: Path) -> bool:
     """Whether it is by its name the mask, or the conditioning picture, of another."""
-    return path.stem.endswith((*_MASKS, *_CONDITIONS))
+    return path.stem.lower().endswith((*_MASKS, *_CONDITIONS))
 
 
 class _ByName:
@@ -196,17 +226,18 @@ def _plain(name: str, suffix: str) -> str:
 def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     elsewhere = sorted({path.parent for path in pictures} - {folder})
     more = [path for place in elsewhere for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    every = [*aside, *(path for path in more if _is_aside(path))]
+    every = [*aside, *(path for path in more if is_aside(path))]
     if not every:
         return {}, []
     of_stem: dict[tuple[Path, str], list[Path]] = {}
     for path in pictures:
-        of_stem.setdefault((path.parent, _stem(path.stem)), []).append(path)
+        for stem in dict.fromkeys((path.stem, path.name)):
+            of_stem.setdefault((path.parent, _stem(stem)), []).append(path)
     found: dict[Path, Path] = {}
     orphans, second, conditions = [], [], []
-    for path in sorted(every, key=lambda one: (not one.stem.endswith(_MASKS[0]), one)):
+    for path in sorted(every, key=lambda one: (not one.stem.lower().endswith(_MASKS[0]), one)):
         shown = of_stem.get((path.parent, _stem_of(path)), [])
-        if path.stem.endswith(_CONDITIONS):
+        if path.stem.lower().endswith(_CONDITIONS):
             conditions.append(path)
         elif not shown:
             orphans.append(path)
@@ -230,8 +261,8 @@ def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tup
 
 def _stem_of(mask: Path) -> str:
     """The stem of the picture that a mask is of, by its name."""
-    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.endswith(one))
-    return _stem(mask.stem.removesuffix(ending))
+    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.lower().endswith(one))
+    return _stem(mask.stem[: -len(ending)])
 
 
 def _stem(said: str) -> str:
@@ -272,12 +303,17 @@ def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Pat
 
 
 def _read(path: Path) -> str:
+    if (size := path.stat().st_size) > _LONGEST_CAPTION:
+        raise DiffgraftError(f"The caption {path} has {size:,} bytes, and none has more than {_LONGEST_CAPTION:,}.")
     try:
-        return path.read_text("utf-8-sig").strip()
+        text = path.read_text("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DiffgraftError(
             f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
         ) from error
+    if "\0" in text:  # UTF-16 of plain English is valid UTF-8 with a zero behind each letter
+        raise DiffgraftError(f"The caption {path} is not written in UTF-8 (it holds zero bytes). Save it as UTF-8.")
+    return text
 
 
 def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
@@ -288,23 +324,60 @@ def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
         )
 
 
+def _without_suffix(files: Sequence[Path]) -> Iterator[str]:
+    """Pictures by their content whose names do not say so."""
+    known = (*SUFFIXES, *_UNREADABLE, *CAPTIONS, *_TABLE_KINDS)
+    strange = [path for path in files if path.suffix.lower() not in known and not path.name.startswith(".")]
+    if found := [path for path in strange[:_SNIFFED] if _begins_as_picture(path)]:
+        yield (
+            f"{named(found)} {'holds' if len(found) == 1 else 'hold'} a picture, and {_are(len(found))} not learnt "
+            "from: the name does not end as those of pictures do (.jpg, .png, …). Rename it."
+        )
+
+
+def _begins_as_picture(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
+def _of_broken_links(folder: Path) -> Iterator[str]:
+    links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and path.suffix.lower() in SUFFIXES)
+    if found := [path for path in links if not path.exists()]:
+        yield f"{count_of(len(found), 'link')} in {folder} {_lead(len(found))} to no picture: {named(found)}."
+
+
+def _like_masks(pictures: Sequence[Path]) -> Iterator[str]:
+    """Pictures that are called as the masks of others are elsewhere."""
+    stems = {(path.parent, _stem(path.stem)) for path in pictures}
+    found = [
+        path
+        for path in pictures
+        if (match := _LIKE_MASK.fullmatch(path.stem)) and (path.parent, _stem(match[1])) in stems
+    ]
+    if found:
+        yield f"{named(found)} {_are(len(found))} learnt as pictures: if they are masks, call them NAME_mask.png."
+
+
 def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
     """Files that may hold captions and are not looked into."""
     stems = {_stem(one) for path in pictures for one in (path.stem, path.name)}
-    tables = [path.name for path in files if path.name in TABLES]
-    kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
+    tables = [name for name in TABLES if any(path.name == name for path in files)]
     beside = [
         path
         for path in files
-        if path.suffix.lower() in (*kinds, ".tags", ".cap", ".text") and _stem(path.stem) in stems
+        if path.suffix.lower() in (*_TABLE_KINDS, ".tags", ".cap", ".text") and _stem(path.stem) in stems
     ]
     if beside:
         yield (
             f"What {named(beside)} says of the picture beside it is not read: captions are files that end in .txt or "
             "in .caption."
         )
-    strange = [path for path in files if path.suffix.lower() in kinds[:5] and path not in beside]
-    strange = [path for path in strange if path.name not in tables[:1]]
+    strange = [path for path in files if path.suffix.lower() in _TABLE_KINDS[:5] and path not in beside]
+    strange = [path for path in strange if path.name not in tables]
     if strange:
         yield f"{named(strange)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
             f", and here {tables[0]} is the one." if tables else "."
@@ -333,7 +406,7 @@ def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
         )
         for name in sorted(names):
             path = Path(place, name)
-            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not _is_aside(path):
+            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not is_aside(path):
                 yield path
         if (seen := seen + len(names)) > _MOST_ENTRIES:
             return
@@ -363,6 +436,10 @@ def _are(number: int) -> str:
 
 def _belong(number: int) -> str:
     return "belongs" if number == 1 else "belong"
+
+
+def _lead(number: int) -> str:
+    return "leads" if number == 1 else "lead"
 
 
 def _it(number: int) -> str:

@@ -93,6 +93,13 @@ def read_folder(
         raise DiffgraftError(
             f"No picture was found in {folder}: it holds no picture files. Put JPEG, PNG or WebP pictures there.{more}"
         )
+    twice = [path for path, said in content.captions.items() if told.get(path) and (said,) != told[path]]
+    if twice:
+        warnings.warn(
+            f"{named(twice)} {'has' if len(twice) == 1 else 'have'} a caption in a file and another in the table: "
+            "the file's is used.",
+            stacklevel=3,
+        )
     for said in content.remarks:
         warnings.warn(said, stacklevel=3)
     pictures = _readable(found, thorough)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import posixpath
 import unicodedata
@@ -10,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.data.inventory import TABLES, named
+from diffgraft.data.inventory import TABLES, is_aside, named
+from diffgraft.data.pictures import SUFFIXES
 from diffgraft.errors import DiffgraftError, nearest
 
 _CAPTIONS = ("text", "caption", "captions", "prompt")
@@ -33,25 +35,44 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
     path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if path is None:
         return {}
+    if other := [name for name in TABLES if name != path.name and (folder / name).is_file()]:
+        warnings.warn(f"{folder} has two tables of captions: {path.name} is read, and {other[0]} is not.", stacklevel=3)
     rows = list(_rows(path))
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     if not rows:
-        raise DiffgraftError(f"{path} cannot be read as a table: it is empty. Give it a row a picture, or remove it.")
+        raise DiffgraftError(
+            f"{path} cannot be read as a table: it has no rows. Give it a row a picture, or remove it."
+        )
     if "file_name" not in columns:
         raise DiffgraftError(f"{path} has the columns {', '.join(columns)}, and needs one called file_name.")
     column = caption_column_of(columns, caption_column, str(path))
+    if not caption_column and len(also := [name for name in _CAPTIONS if name in columns]) > 1:
+        warnings.warn(
+            f"{path} has {len(also)} columns of captions, {', '.join(also)}: {column} is read. Choose another by "
+            "caption_column.",
+            stacklevel=3,
+        )
     found: dict[Path, list[str]] = {}
     missing: list[str] = []
+    others: list[str] = []
     for line, row in rows:
         place = _placed(folder, row.get("file_name"), f"{path}, line {line}", outside)
         if not place.is_file():
             missing.append(str(row["file_name"]))
+            continue
+        if place.suffix.lower() not in SUFFIXES or is_aside(place):
+            others.append(str(row["file_name"]))
             continue
         said = as_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
         found.setdefault(place, []).extend(one for one in said if one not in found.get(place, ()))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)
+    if others:
+        warnings.warn(
+            f"The table in {folder} names what is no picture to learn from, and is left out: {named(others)}.",
+            stacklevel=3,
+        )
     if not column:
         what = f"{path} has no column of captions ({', '.join(_CAPTIONS)}), but: {', '.join(columns)}."
         warnings.warn(f"{what} Name one as caption_column.", stacklevel=3)
@@ -78,7 +99,8 @@ def as_captions(value: Any, where: str) -> tuple[str, ...]:
         DiffgraftError: it holds something else.
     """
     listed = value if isinstance(value, list) else [value]
-    strange = [one for one in listed if isinstance(one, Mapping | list)]
+    listed = [one for one in listed if not (isinstance(one, float) and math.isnan(one))]  # an empty cell of pandas'
+    strange = [one for one in listed if isinstance(one, Mapping | list | bool)]
     if strange:
         raise DiffgraftError(f"{where} holds {type(strange[0]).__name__}: write a caption, or a list of captions.")
     return tuple(text for one in listed if one is not None and (text := str(one).strip()))
@@ -91,7 +113,12 @@ def inside(folder: Path, path: Path) -> bool:
 
 def refuse_outside(folder: Path, path: Path, where: str) -> None:
     """Raises DiffgraftError where a file leads out of a folder."""
-    if not inside(folder, path):
+    try:
+        is_inside = inside(folder, path)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or "it leads in circles"
+        raise DiffgraftError(f"{where} is a link that cannot be followed ({why}). Remove it.") from error
+    if not is_inside:
         raise DiffgraftError(
             f"{where} leads to {path.resolve()}, outside of {folder}. Move it there or, if that is meant, set "
             "outside=true."
@@ -126,18 +153,52 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Number of its line and content of each row."""
     try:
         text = path.read_text("utf-8-sig")
-        if path.suffix == ".csv":
-            reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
-            for row in reader:
-                if None in row:
-                    raise ValueError(f"line {reader.line_num} has more cells than there are columns")
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no JSON object")
-                yield number, row
-    except (ValueError, RecursionError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise DiffgraftError(f"{path} is not written in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    if path.suffix == ".csv":
+        yield from _rows_of_csv(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_without_doubles)
+        except json.JSONDecodeError as error:
+            what = f"line {number}, column {error.colno}: {error.msg}"
+            raise DiffgraftError(f"{path} cannot be read as a table: {what}. Each line is a JSON object.") from error
+        except (ValueError, RecursionError) as error:
+            what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise DiffgraftError(f"{path} cannot be read as a table: line {number}: {what}.") from error
+        if not isinstance(row, dict):
+            kind = type(row).__name__
+            raise DiffgraftError(f"{path} cannot be read as a table: line {number} is no JSON object, but a {kind}.")
+        yield number, row
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of whose equal keys JSON itself would keep the last alone."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"{twice!r} is there twice")
+    return row
+
+
+def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        names = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the column {twice[0]!r} is there twice")
+        for row in reader:
+            if None in row:
+                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
+            yield reader.line_num, row
+    except (ValueError, csv.Error) as error:
         raise DiffgraftError(f"{path} cannot be read as a table: {error}.") from error
+    if names and not reader.line_num > 1:
+        raise DiffgraftError(
+            f"{path} has one line, {', '.join(names)}, and no rows below it: the first line names the columns, "
+            "file_name and text."
+        )

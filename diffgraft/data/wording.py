@@ -14,8 +14,11 @@ _LETTER = r"[^\W\u2e80-\ud7ff\uf900-\ufaff]"
 
 
 def mentions(text: str, word: str) -> bool:
-    """Whether a text has a word, or several, as words of their own: "sks" is in "a Sks dog" and not in "tusks"."""
-    return bool(_as_word(word).search(text))
+    """Whether a text has a word, or several, as words of their own: "sks" is in "a Sks dog" and not in "tusks".
+
+    No word at all is in every text.
+    """
+    return not word or bool(_as_word(word).search(text))
 
 
 def without_word(text: str, word: str, more: str = "") -> str:

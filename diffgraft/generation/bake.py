@@ -15,7 +15,7 @@ from diffgraft.bases.original import layers_in_block, original_weights
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.bases.stated import stated_of
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import write_safetensors
+from diffgraft.files import check_new, write_safetensors
 from diffgraft.generation.graft import Grafts, graft
 from diffgraft.progress import track
 from diffgraft.quiet import hushed
@@ -31,13 +31,11 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
         DiffgraftError: something is there already, an adapter holds what no weight can (words or networks), the
             base is quantised, or its family has no single-file layout.
     """
-    path = Path(path).expanduser()
+    path = check_new(path)
     if base.quantize != "none":
         raise DiffgraftError(
             f"This base is held in {base.quantize}, and only whole weights take a merge: load it without quantize."
         )
-    if path.exists():
-        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
     layers = layers_in_block(base)
     loaded = {
         source if isinstance(source, Adapter) else load_adapter(source, layers): value

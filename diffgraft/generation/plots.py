@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffgraft.files import atomic_write
 
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Image.Image:
-    """Rows of pictures of one size, each under its label; small ones are enlarged to `smallest` pixels, unsmoothed."""
+    """Rows of pictures, each row under its label, in cells of the first picture's size.
+
+    Small pictures are enlarged to `smallest` pixels, unsmoothed; those of another shape keep it, on white.
+    """
     first = next(iter(rows.values()))[0]
     zoom = max(1, -(-smallest // first.width))
     width, height = first.width * zoom, first.height * zoom
@@ -23,7 +26,8 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Imag
         top = row * (height + line + gap)
         pen.text((gap, top + 2), label, (70, 70, 70), font)
         for number, image in enumerate(images):
-            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            how = Image.Resampling.NEAREST if image.size == first.size else Image.Resampling.LANCZOS
+            enlarged = ImageOps.pad(image.convert("RGB"), (width, height), how, "white")
             sheet.paste(enlarged, (gap + number * (width + gap), top + line))
     return sheet
 

@@ -237,7 +237,7 @@ def test_what_the_layout_cannot_say_is_refused_and_not_dropped(tmp_path: Path) -
     delta = low_rank(torch.zeros(2, 5), torch.zeros(7, 2), 2.0)
     with pytest.raises(DiffgraftError, match=r"vae\.decoder\.proj is in none of unet, text_encoder"):
         Adapter({"unet.proj": (delta,), "vae.decoder.proj": (delta,)}).save(tmp_path / "x.safetensors", "diffusers")
-    with pytest.raises(DiffgraftError, match="holds no single LoRA"):
+    with pytest.raises(DiffgraftError, match="the diffusers layout holds one plain LoRA for each"):
         Adapter({"unet.proj": (delta, delta)}).save(tmp_path / "x.safetensors", "diffusers")
     with pytest.raises(DiffgraftError, match="cannot be told apart in names with underscores"):
         Adapter({"unet.my_own.layer": (delta,)}).save(tmp_path / "x.safetensors", "lycoris")

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base, loading
 from diffgraft.bases.loading import TINY
+from diffgraft.trainers.run.folder import Run
 from tests.adapters.test_formats import made_up
 from tests.cli.test_cli import call
 
@@ -75,7 +76,7 @@ def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
         both.deltas[path][0].apply(zero, None, 1.0)[0], one.deltas[path][0].apply(zero, None, 1.5)[0]
     )
     small = tmp_path / "small.safetensors"
-    assert call(monkeypatch, "resize", file, "-o", small, "--rank", 2) == 0
+    assert call(monkeypatch, "resize", file, "-o", small, "--rank", 2, "--verbose") == 0
     said = capsys.readouterr().out
     assert said.count("rank    2  relative error") == len(one.modules)
     assert call(monkeypatch, "resize", file, "-o", small) == 1
@@ -103,7 +104,7 @@ def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "ranks    3 × " in said
     assert call(monkeypatch, "inspect", new, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["modules"]) == len(load_adapter(file).modules)
-    assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", new, "--rank", 5) == 1
+    assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", tmp_path / "new.safetensors", "--rank", 5) == 1
     assert "There is no base" in capsys.readouterr().err
 
 
@@ -180,3 +181,35 @@ def test_convert_a_checkpoint(folders: Path, tmp_path: Path, monkeypatch: pytest
     assert "--to is for adapters" in capsys.readouterr().err
     assert call(monkeypatch, "inspect", single) == 1
     assert "is a whole checkpoint" in capsys.readouterr().err
+
+
+def test_figures_come_after_all_that_the_header_tells(
+    short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = short_run.adapter.save(tmp_path / "own.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    start = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{start}.lora_down.weight": torch.randn(2, 6), f"{start}.lora_up.weight": torch.randn(4, 2)}
+    save_file(tensors, foreign, {"ss_network_dim": "2", "ss_seed": "0", "ss_epoch": "3", "ss_output_name": "ink"})
+    for path in (file, foreign, short_run.folder):
+        assert call(monkeypatch, "inspect", path) == 0
+        short = capsys.readouterr().out.splitlines()
+        assert short[-1].endswith("--figures")
+        assert call(monkeypatch, "inspect", path, "--figures") == 0
+        whole = capsys.readouterr().out.splitlines()
+        assert whole[: len(short) - 1] == short[:-1]
+        assert any(line.startswith("norms") for line in whole)
+        assert len(set(whole)) == len(whole)
+        assert any(line.startswith("seed") for line in whole)
+
+
+def test_a_folder_of_pefts_is_told_with_its_size(
+    short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "peft"
+    assert call(monkeypatch, "convert", short_run.folder, folder, "--to", "peft") == 0
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    capsys.readouterr()
+    for more in ([], ["--figures"]):
+        assert call(monkeypatch, "inspect", folder, *more) == 0
+        assert f"file     {size / 1000:,.0f} kB" in capsys.readouterr().out.splitlines()

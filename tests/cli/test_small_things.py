@@ -41,6 +41,58 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     assert "has more than rank 4, so that --rank 8 makes nothing smaller" in capsys.readouterr().err
 
 
+def test_resize_lists_modules_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = low_rank(torch.randn(4, 30), torch.randn(20, 4), 1.0)
+    file = Adapter({"unet.mid_block.attentions.0.proj_in": (lora,)}).save(tmp_path / "a.safetensors")
+    assert call(monkeypatch, "resize", file, "-o", tmp_path / "b.safetensors", "--rank", 2) == 0
+    assert "rank    2" not in capsys.readouterr().out
+    assert call(monkeypatch, "resize", file, "-o", tmp_path / "c.safetensors", "--rank", 2, "--verbose") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith("rank    2  relative error") for line in lines] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "none.safetensors", "NEW"],
+        ["combine", "none.safetensors", "-o", "NEW"],
+        ["extract", "none", "neither", "-o", "NEW", "--rank", "4"],
+        ["resize", "none.safetensors", "-o", "NEW", "--rank", "4"],
+        ["merge", "none.safetensors", "-o", "NEW"],
+        ["grid", "none.png", "-o", "NEW"],
+    ],
+)
+def test_a_name_that_is_taken_is_refused_before_anything_is_read(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken.safetensors"
+    taken.write_bytes(b"mine")
+    assert call(monkeypatch, *(str(taken) if word == "NEW" else word for word in words)) == 1
+    assert f"{taken} is there already" in capsys.readouterr().err
+    assert taken.read_bytes() == b"mine"
+
+
+def test_grid_lays_pictures_of_any_size_out_in_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for number, size in enumerate([(128, 96), (128, 96), (400, 100)]):
+        Image.new("RGB", size, (200, 40 * number, 0)).save(tmp_path / f"{number}.png")
+        files.append(tmp_path / f"{number}.png")
+    assert call(monkeypatch, "grid", *files, "-o", tmp_path / "row.png") == 0
+    assert call(monkeypatch, "grid", *files, "-o", tmp_path / "rows.png", "--columns", 2) == 0
+    assert str(tmp_path / "rows.png") in capsys.readouterr().out
+    with Image.open(tmp_path / "row.png") as row, Image.open(tmp_path / "rows.png") as rows:
+        assert row.size == (3 * (128 + 6) + 6, 96 + 26)
+        assert rows.size == (2 * (128 + 6) + 6, 2 * (96 + 26))
+        assert row.getpixel((6 + 2 * 134 + 64, 20 + 48)) == (200, 80, 0)
+        assert row.getpixel((6 + 2 * 134 + 64, 20 + 4)) == (255, 255, 255)  # the wide one keeps its shape
+    assert call(monkeypatch, "grid", *files, "-o", tmp_path / "row.txt") == 1
+    assert "must end in .png" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi, constants
     from transformers import AutoModel

@@ -227,7 +227,7 @@ def test_texts_are_known_by_what_says_them(base: Base, monkeypatch: pytest.Monke
         texts.prepare([prompt])
         assert asked.count == 1
         with torch.no_grad():
-            wanted = held.family.condition(held, [prompt], whole).hidden_states
+            wanted = held.family.encode(held, [prompt], whole).hidden_states
         assert torch.equal(texts([prompt]).hidden_states, wanted)
 
 

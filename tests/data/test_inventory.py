@@ -53,6 +53,29 @@ def test_what_lies_beside_numbered_folders_is_counted(tmp_path: Path, beside: st
     assert layout_of(tmp_path, used=[tmp_path / beside]).remarks == []
 
 
+def test_a_table_above_numbered_folders_can_be_read_in_two_ways(tmp_path: Path) -> None:
+    picture(tmp_path / "3_sks dog" / "a.png")
+    text(tmp_path / "metadata.jsonl", '{"file_name": "3_sks dog/a.png", "text": "a sks dog runs"}\n')
+    with pytest.raises(DiffgraftError, match=r"two ways: as the pictures that metadata\.jsonl names, or in kohya's"):
+        layout_of(tmp_path)
+    (said,) = layout_of(tmp_path, "kohya").remarks
+    assert said.startswith(f"{tmp_path / 'metadata.jsonl'} is not read")
+    assert [one.captions for one in read_folder(tmp_path)] == [("a sks dog runs",)]
+
+
+def test_a_number_that_is_no_count_of_repeats_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "20231224_holiday" / "a.png")
+    with pytest.raises(DiffgraftError, match=r"would come 20,231,224 times in a round, and the most is 100,000"):
+        layout_of(tmp_path)
+
+
+def test_a_caption_in_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("a sks dog".encode("utf-16-le"))
+    with pytest.raises(DiffgraftError, match=r"a\.txt is not written in UTF-8 \(it holds zero bytes\)"):
+        read_folder(tmp_path)
+
+
 def test_a_numbered_folder_without_pictures_takes_nothing_over(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     text(tmp_path / "10_sks dog" / "notes.txt", "none yet")
@@ -75,6 +98,45 @@ def test_every_format_that_is_read_is_learnt_and_others_are_named(tmp_path: Path
     assert len(seen) == 1
     assert [one.name for one in found] == names
     assert [one.size for one in found] == [one.image.size for one in found] == [(30 + n, 20) for n in range(len(names))]
+
+
+def test_pictures_that_their_names_hide_are_named(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "c.webp", "d.gif"):
+        picture(tmp_path / name)
+    for name, other in (("a.png", "noname"), ("c.webp", "photo.jpg_large"), ("d.gif", "e.gif!small")):
+        (tmp_path / name).rename(tmp_path / other)
+    (tmp_path / "f.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "notes.md").write_text("nothing", "utf-8")
+    with pytest.warns(UserWarning, match="leads to no picture") as told:
+        assert [one.name for one in read_folder(tmp_path)] == ["b.jpg"]
+    said = [str(one.message) for one in told]
+    assert any(text.startswith("e.gif!small, noname, photo.jpg_large hold a picture, and are not") for text in said)
+    assert f"1 link in {tmp_path} leads to no picture: f.png." in said
+    assert len(said) == 2
+
+
+def test_a_link_in_circles_is_refused(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "b.png")
+    with pytest.raises(DiffgraftError, match=r"b\.png is a link that cannot be followed"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a_MASK.png", "a-MaskLabel.png", "a.jpg_mask.png", "A_mask.png"])
+def test_a_mask_is_known_whatever_the_case_of_its_name(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / name)
+    found = take_inventory(tmp_path)
+    assert [path.name for path in found.pictures] == ["a.jpg"]
+    assert {one.name: mask.name for one, mask in found.masks.items()} == {"a.jpg": name}
+    assert found.remarks == []
+
+
+def test_pictures_that_are_called_as_masks_are_elsewhere_are_told(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a-mask.png", "a.alpha.png", "bigmask.png"):
+        picture(tmp_path / name)
+    (said,) = take_inventory(tmp_path).remarks
+    assert said.startswith("a-mask.png, a.alpha.png are learnt as pictures")
 
 
 def test_moving_pictures_are_told_of(tmp_path: Path) -> None:

@@ -38,8 +38,10 @@ def test_a_table_of_commas_and_the_text_beside_a_picture_which_comes_first(tmp_p
         'file_name,label,caption\na.png,1,"a dog, running"\nb.png,2,a cat\n', "utf-8"
     )
     (tmp_path / "b.txt").write_text("by hand", "utf-8")
-    assert [one.captions for one in read_folder(tmp_path)] == [("a dog, running",), ("by hand",)]
-    assert [one.captions for one in read_source(tmp_path, "label")] == [("1",), ("by hand",)]
+    with pytest.warns(UserWarning, match=r"b\.png has a caption in a file and another in the table"):
+        assert [one.captions for one in read_folder(tmp_path)] == [("a dog, running",), ("by hand",)]
+    with pytest.warns(UserWarning, match=r"b\.png has a caption in a file"):
+        assert [one.captions for one in read_source(tmp_path, "label")] == [("1",), ("by hand",)]
     with pytest.raises(DiffgraftError, match="no column 'labels': did you mean 'label'"):
         read_source(tmp_path, "labels")
 

@@ -61,11 +61,14 @@ def test_pictures_outside_are_read_only_where_that_is_meant(tmp_path: Path, name
 @pytest.mark.parametrize(
     ("rows", "answer"),
     [
-        ("", "is empty"),
+        ("", "has no rows"),
         ('{"file_name": null}\n', "line 1 names no file: file_name is None"),
         ('{"file_name": 3}\n', "line 1 names no file: file_name is 3"),
         ('{"file_name": "a.png", "text": "x"}\n\n["a"]\n', "line 3 is no JSON object"),
         ('{"file_name": "a.png", "text": {"x": 1}}\n', "line 1, column text holds dict"),
+        ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png",}\n', "line 2, column 23"),
+        ('{"file_name": "a.png", "text": "x", "text": "y"}\n', "line 1: 'text' is there twice"),
+        ('{"file_name": "a.png", "text": true}\n', "line 1, column text holds bool"),
         ("[" * 100_000, "cannot be read as a table"),
         ('{"file_name": "a\\u0000.png"}\n', "names no file"),
         (json.dumps({"file_name": "x" * 5000, "text": ""}), "cannot be looked at"),
@@ -82,7 +85,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path, rows: str, answer: str)
 def test_a_table_in_another_encoding_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,café\n".encode("latin-1"))
-    with pytest.raises(DiffgraftError, match="cannot be read as a table: 'utf-8' codec"):
+    with pytest.raises(DiffgraftError, match=r"metadata\.csv is not written in UTF-8 .*Save it as UTF-8"):
         read_folder(tmp_path)
 
 
@@ -92,3 +95,54 @@ def test_rows_without_words_and_tables_without_captions_are_named(tmp_path: Path
         read_folder(table(tmp_path, {"file_name": "a.png", "text": " "}))
     with pytest.warns(UserWarning, match="no column of captions .*but: file_name, said"):
         read_folder(table(tmp_path, {"file_name": "a.png", "said": "a dog"}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "answer"),
+    [
+        ("a.png,a dog\n", "no rows below it: the first line names the columns"),
+        ("file_name,text\n", "no rows below it"),
+        ("file_name,text,text\na.png,a,b\n", "the column 'text' is there twice"),
+        ("file_name,text\na.png,a,b\n", "line 2 has more cells"),
+    ],
+)
+def test_a_csv_that_cannot_be_meant_is_refused(tmp_path: Path, rows: str, answer: str) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(rows, "utf-8")
+    with pytest.raises(DiffgraftError, match=answer):
+        read_folder(tmp_path)
+
+
+def test_blanks_around_names_of_columns_and_empty_cells_do_not_matter(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(" file_name , text\na.png,a dog\n", "utf-8")
+    assert [one.captions for one in read_folder(tmp_path)] == [("a dog",)]
+    (tmp_path / "metadata.csv").unlink()
+    table(tmp_path, {"file_name": "a.png", "text": [float("nan"), "a cat"]})
+    assert [one.captions for one in read_folder(tmp_path)] == [("a cat",)]
+
+
+@pytest.mark.parametrize("name", ["a_mask.png", "deep/b-masklabel.png", "notes.md"])
+def test_a_row_that_names_no_picture_to_learn_from_is_told(tmp_path: Path, name: str) -> None:
+    for each in ("a.png", "deep/b.png", name):
+        picture(tmp_path / each) if each.endswith("png") else (tmp_path / each).write_text("x", "utf-8")
+    table(tmp_path, *({"file_name": each, "text": "a dog"} for each in ("a.png", "deep/b.png", name)))
+    with pytest.warns(UserWarning, match=f"names what is no picture to learn from, and is left out: {name}"):
+        assert [one.name for one in read_folder(tmp_path)] == ["a.png", "deep/b.png"]
+
+
+def test_of_two_sources_of_captions_the_one_that_is_used_is_told(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    table(tmp_path, {"file_name": "a.png", "text": "of the table", "prompt": "of another column"})
+    with pytest.warns(UserWarning, match="2 columns of captions, text, prompt: text is read"):
+        assert [one.captions for one in read_folder(tmp_path)] == [("of the table",)]
+    table(tmp_path, {"file_name": "a.png", "text": "of the table"})
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,of the csv\n", "utf-8")
+    with pytest.warns(UserWarning, match=r"two tables of captions: metadata\.jsonl is read, and metadata\.csv is not"):
+        assert [one.captions for one in read_folder(tmp_path)] == [("of the table",)]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "a.txt").write_text("of the file", "utf-8")
+    with pytest.warns(
+        UserWarning, match=r"a\.png has a caption in a file and another in the table: the file's is used"
+    ):
+        assert [one.captions for one in read_folder(tmp_path)] == [("of the file",)]

@@ -35,6 +35,9 @@ def test_usual_settings_are_not_advised_against(pictures: Path) -> None:
     ("settings", "answer"),
     [
         ({"lr": "10"}, "lr=10.0 is far more than optimizer=adamw takes"),
+        ({"lr": "0.1"}, "lr=0.1 is far more than optimizer=adamw takes"),
+        ({"lr": "5", "optimizer": "prodigy"}, "multiplies it by lr=5.0, which is too much: set lr=1"),
+        ({"validation.share": "0.4", "validation.every": "9000"}, "nothing is validated on the way"),
         ({"rank": "500"}, "rank=500 holds no more than rank 128"),
         ({"trigger": ""}, "the trigger is empty"),
         ({"resolution": "128"}, "resolution=128 is 2 times the 64 pixels"),
@@ -49,10 +52,28 @@ def test_prodigy_s_rate_and_a_word_s_rank_are_their_own(pictures: Path) -> None:
     assert "holds no more" not in plan(pictures, "concept", trigger="<zorp>")
 
 
+def test_pictures_that_are_learnt_from_do_not_validate(pictures: Path) -> None:
+    said = plan(
+        pictures, **{"validation.images": str(pictures), "validation.share": 0.4, "prior.folder": str(pictures)}
+    )
+    assert "5 pictures of validation.images are learnt from as well" in said
+    assert "validation.share does nothing with validation.images" in said
+    assert "prior.folder is the folder of the pictures themselves" in said
+
+
 def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
     first = sorted(pictures.glob("*.png"))[:1]
     assert "there is one picture" in plan(first)
     assert "no picture has a caption" in plan(pictures, "style")
+
+
+def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path) -> None:
+    for number, name in enumerate(("10_ohwx man", "5_zwx man")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64), (number, 99, 0)).save(tmp_path / name / "a.png")
+    said = plan(tmp_path, subject="man")
+    assert "ohwx, zwx" in said
+    assert "is of no concept" not in said
 
 
 def test_photographs_on_the_toy_base(pictures: Path) -> None:

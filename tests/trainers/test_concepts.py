@@ -70,6 +70,20 @@ def test_captions_that_have_the_trigger_come_before_the_name_of_their_folder(tmp
     assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
     (tmp_path / "10_ohwx man" / "00.txt").write_text("a man at sea", "utf-8")
     assert read("subject", tmp_path, subject="man")[0].trigger == "sks"
+    assert read("subject", tmp_path, subject="man", insert_trigger=True)[0].trigger == "ohwx"
+
+
+def test_an_empty_trigger_is_not_put_before_captions(base: Base, tmp_path: Path) -> None:
+    data = folder(tmp_path / "data", 1)
+    (data / "00.txt").write_text("a dog at sea", "utf-8")
+    _, (item,) = items_of(base, "subject", images=str(data), subject="dog", trigger="", insert_trigger=True)
+    assert item.wording.prompts() == ["a dog at sea"]
+
+
+def test_a_round_has_no_more_places_than_can_be_kept(base: Base, tmp_path: Path) -> None:
+    folder(tmp_path / "data" / "900_sks dog", 1)
+    with pytest.raises(DiffgraftError, match=r"Repeats make a round of 9,000,000 pictures"):
+        items_of(base, "subject", images=str(tmp_path / "data"), subject="dog", repeats=10_000)
 
 
 def test_folders_that_are_called_differently_are_concepts(tmp_path: Path) -> None:
@@ -104,6 +118,7 @@ def test_words_are_found_as_words() -> None:
     assert mentions("a <my-dog>, sitting", "<my-dog>")
     assert mentions("一只sks狗", "sks")
     assert not mentions("a sks2 dog", "sks")
+    assert mentions("a dog", "")
 
 
 def test_prompts_without_the_trigger_are_told_of_and_the_advice_holds(base: Base, tmp_path: Path) -> None:
@@ -186,7 +201,10 @@ def test_a_word_for_captions_is_written_as_it_was() -> None:
         ("a {red|blue} sks dog", "alternatives in braces"),
         ("a (sks dog:1.3)", "weights in brackets"),
         ("sks dog <lora:ink:0.8>", "adapters"),
+        ("a ((sks dog))", "weights in brackets"),
         ("sks dog in {place}", "placeholders that nothing fills"),
+        ("sks dog in { place }", "placeholders that nothing fills"),
+        ("sks dog in __place__", "placeholders that nothing fills"),
     ],
 )
 def test_captions_written_as_for_drawing_are_told_of(base: Base, tmp_path: Path, caption: str, said: str) -> None:

@@ -215,6 +215,14 @@ def test_long_prompts_are_refused_or_read_whole_as_asked(base: Base, tmp_path: P
     with pytest.raises(DiffgraftError, match=r"prompt of 00.png, 01.png, 02.png and 2 more is too long.*chunk"):
         gathered(base, "subject", **settings, long_prompts="refuse")
     assert gathered(base, "subject", **settings, long_prompts="chunk").prompts is not None
+    for number in range(5):
+        (data / f"{number:02}.txt").write_text("a sks " + "very " * 20_000, "utf-8")
+    with pytest.raises(DiffgraftError, match=r"never see: very very .* …\. Shorten it") as told:
+        gathered(base, "subject", **settings, long_prompts="refuse")
+    assert len(str(told.value)) < 500
+    (data / "00.txt").write_text("a sks " + "very " * 100_000, "utf-8")
+    with pytest.raises(DiffgraftError, match=r"00\.txt has 500,006 bytes, and none has more than 262,144"):
+        gathered(base, "subject", **settings)
 
 
 def test_a_run_over_all_of_it(base: Base, tmp_path: Path) -> None:

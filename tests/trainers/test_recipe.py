@@ -131,6 +131,7 @@ def test_a_setting_that_means_nothing_to_the_method_is_refused(settings: dict[st
         ("subject", {"subject": "dog", "alpha": 0}, "greater than 0"),
         ("subject", {"subject": "dog", "lr": "inf"}, "finite"),
         ("subject", {"subject": "dog", "seed": 10**20}, "less than"),
+        ("subject", {"subject": "dog", "sample_prompts": "a {triger} dog"}, "Nothing fills {triger} in sample_prompts"),
         ("subject", {"subject": "dog", "prompt": "a {triger} dog"}, "Nothing fills {triger}.*did you mean '{trigger}'"),
     ],
 )

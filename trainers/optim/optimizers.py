@@ -16,6 +16,10 @@ from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.runtime.interrupts import defer_sigint
 
 Groups = list[dict[str, Any]]
+_HIGH_LR = 0.1
+"""From here on a rate breaks what is learnt, with all optimizers but Prodigy"""
+_HIGHEST_FACTOR = 2.0
+"""Of the rate that Prodigy finds; its authors leave it at 1"""
 _FACTOR = 0.1
 """A factor on the rate that Prodigy finds is hardly meant to be less, and another optimiser's rate not so much"""
 
@@ -119,10 +123,14 @@ def check_optimizer(optim: OptimSettings, rates: Sequence[float]) -> None:
 
 def lr_warning(optim: OptimSettings) -> str:
     """What a person is told of a rate that hardly suits the optimiser; empty where it is as one would have it."""
-    if optim.optimizer != "prodigy" and optim.lr > _FACTOR:
+    if optim.optimizer != "prodigy" and optim.lr >= _HIGH_LR:
         return (
             f"lr={optim.lr} is far more than optimizer={optim.optimizer} takes: each step changes weights by about "
             "as much, and what is learnt breaks. Rates are 0.01 and less; lr=1 is for prodigy."
+        )
+    if optim.optimizer == "prodigy" and optim.lr > _HIGHEST_FACTOR:
+        return (
+            f"optimizer=prodigy finds the rate itself and multiplies it by lr={optim.lr}, which is too much: set lr=1."
         )
     if optim.optimizer != "prodigy" or optim.lr >= _FACTOR:
         return ""

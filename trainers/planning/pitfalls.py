@@ -44,6 +44,11 @@ def conflicts(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
         yield f"the masks of {named(masked)} are not used: set masks.use=true, if they are meant."
     if recipe.masks.use and not any(one.picture.has_mask for one in learnt):
         yield "masks.use=true does nothing: no picture has a NAME_mask.png beside it or an alpha channel."
+    if recipe.validation.images and recipe.validation.share:
+        yield "validation.share does nothing with validation.images, which are held out in its place."
+    if recipe.validation.is_on and recipe.validation.every > recipe.steps:
+        every = f"validation.every={recipe.validation.every}"
+        yield f"{every} is past steps={recipe.steps}: nothing is validated on the way."
     if recipe.validation.patience and not recipe.validation.is_on:
         yield "validation.patience does nothing without validation.images or validation.share."
     if recipe.warmup >= recipe.steps:
@@ -60,11 +65,18 @@ def conflicts(recipe: Recipe, learnt: Sequence[Sample]) -> Iterator[str]:
     if recipe.crop == "random" and all(one.frames[0].size == one.frames[0].scaled for one in learnt):
         yield "crop=random does nothing: all pictures have the shape that is shown."
     prior = getattr(recipe, "prior", None)
+    if (
+        prior is not None
+        and prior.folder
+        and Path(prior.folder).resolve() in {Path(one.part.images).resolve() for one in learnt}
+    ):
+        yield "prior.folder is the folder of the pictures themselves: class images show others of the class."
     if prior is not None and prior.folder and prior.by == "prediction":
         yield "prior.folder does nothing with prior.by=prediction."
     if prior is not None and "images" in prior.model_fields_set and prior.by == "prediction":
         yield "prior.images does nothing with prior.by=prediction, which draws none."
-    if recipe.concepts and "trigger" in recipe.model_fields_set and all(one.trigger for one in recipe.concepts):
+    own = [one.trigger for one in recipe.concepts]
+    if own and "trigger" in recipe.model_fields_set and all(own) and recipe.trigger not in own:
         yield f"trigger={recipe.trigger} is of no concept, as each has its own: samples alone are drawn with it."
     yield from _one_noun(recipe.noun, learnt)
     if not any(text.strip() for one in learnt for text in one.wording.prompts()):

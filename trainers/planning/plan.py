@@ -14,7 +14,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.meta_base import meta_base, without_values
 from diffgraft.data.given import with_folders
 from diffgraft.data.inventory import count_of
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, shortened
 from diffgraft.room import said_size
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
@@ -148,7 +148,8 @@ def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     first = next(iter(texts))
     yield (
         "captions",
-        f"{with_own} of {count_of(len(learnt), 'picture')}; {count_of(len(texts), 'prompt')}, such as: {first}",
+        f"{with_own} of {count_of(len(learnt), 'picture')}; {count_of(len(texts), 'prompt')}, such as: "
+        f"{shortened(first)}",
     )
 
 
@@ -164,7 +165,7 @@ def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
             captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
             texts = part.class_prompts(captions)
             said = f"{count_of(prior.images, 'image')}, drawn unless cached, of {count_of(len(texts), 'prompt')}"
-            yield "class", f"{said}, such as: {texts[0]}"
+            yield "class", f"{said}, such as: {shortened(texts[0])}"
 
 
 def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:

@@ -62,7 +62,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
     known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
-    _check_templates([*recipe.parts(), recipe.outputs], known)
+    _check_templates([recipe.data, *recipe.parts(), recipe.outputs], known)
     for key, reason in lacking.items():
         value = getattr(recipe, key, None)
         off = value in (None, False, "none") or (isinstance(value, Prior) and value.weight == 0)

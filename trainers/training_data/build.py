@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import Frame, frames, mirrored
+from diffgraft.data.inventory import count_of, named
 from diffgraft.data.latents import encode_kept
 from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.data.wording import Wording, is_fixed
@@ -24,6 +26,7 @@ from diffgraft.trainers.training_data.examples import Example, Examples
 from diffgraft.trainers.training_data.holdout import read_held_out, rows_held_out
 from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, wording_of
 
+_LONGEST_ROUND = 5_000_000
 _BLACK = 4
 """Of 255; less than that is black that was compressed"""
 
@@ -80,7 +83,7 @@ def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]
     """Every picture with its prompts and frames; what a person may not have meant is said in warnings.
 
     Raises:
-        DiffgraftError: a prompt is too long, and the recipe refuses those.
+        DiffgraftError: a prompt is too long, and the recipe refuses those; or a round would have too many pictures.
     """
     samples = []
     for part, pictures in read:
@@ -88,10 +91,20 @@ def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]
             wording, of_class = wording_of(part, picture)
             own = _frames(data, picture, base)
             samples.append(Sample(part, picture, wording, of_class, mirrored(own) if data.flip else own))
+    _check_repeats(samples)
     check_prompts(data.long_prompts, [(one.part, one.picture, one.wording) for one in samples], base.tokenizer)
     if data.masks.use and not data.masks.outside:
         _check_masks(samples)
     return samples
+
+
+def _check_repeats(samples: Sequence[Sample]) -> None:
+    """Raises DiffgraftError where repeats make a round of more places than can be kept in mind."""
+    if (count := sum(one.part.repeats for one in samples)) > _LONGEST_ROUND:
+        raise DiffgraftError(
+            f"Repeats make a round of {count:,} pictures, and the most is {_LONGEST_ROUND:,}: take smaller repeats; "
+            "their ratio alone decides how often each picture is shown."
+        )
 
 
 def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
@@ -135,8 +148,15 @@ def split(
     """What is learnt from, and what is held out: a folder of its own, or a share of each concept's pictures."""
     concepts = {id(one.part): one.part for one in items}
     if validation.images:
-        read = read_held_out(validation.images, list(concepts.values()))
-        return list(items), collect(data, read, base)
+        held = collect(data, read_held_out(validation.images, list(concepts.values())), base)
+        learnt = {one.picture.content for one in items}
+        if same := [one.picture.name for one in held if one.picture.content in learnt]:
+            warnings.warn(
+                f"{count_of(len(same), 'picture')} of validation.images {'is' if len(same) == 1 else 'are'} learnt "
+                f"from as well ({named(same)}): their loss says nothing of others.",
+                stacklevel=2,
+            )
+        return list(items), held
     if not validation.share:
         return list(items), []
     numbers = [[*concepts].index(id(one.part)) for one in items]

@@ -123,7 +123,9 @@ def _trigger(part: DataSettings, says: str, pictures: Sequence[Picture]) -> str:
     texts = [text for one in pictures for text in ((one.captions if part.captions.use else ()) or (says,))]
     found = _name_in(says, part.noun)
     if found and not any(mentions(text, part.trigger) for text in texts):
-        return found if any(mentions(text, found) for text in texts) else part.trigger
+        # where captions lack it, but the recipe puts the word there and the folder says which: "ohwx man" of a man
+        is_said = part.insert_trigger and part.noun and mentions(says, part.noun)
+        return found if is_said or any(mentions(text, found) for text in texts) else part.trigger
     return part.trigger
 
 

@@ -9,7 +9,7 @@ from diffgraft.bases.tokens import truncated_text
 from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
 from diffgraft.data.wording import Wording, lines_of, mentions
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, shortened
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import StyleData
 from diffgraft.trainers.training_data.templates import TEMPLATES
@@ -18,9 +18,11 @@ Said = Sequence[tuple[DataSettings, Picture, Wording]]
 """The settings of its concept, and what is said of it, for each picture"""
 _SYNTAX = {
     "alternatives in braces, {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
-    "weights in brackets, (word:1.3)": re.compile(r"(?<!\\)[(\[][^()\[\]]+:\s*\d+(\.\d+)?[)\]]"),
+    "weights in brackets, (word:1.3)": re.compile(
+        r"(?<!\\)[(\[][^()\[\]]+:\s*\d*\.?\d+[)\]]|(?<!\\)(\(\([^()]+\)\)|\[\[[^\[\]]+\]\])"
+    ),
     "adapters, <lora:name:1>": re.compile(r"<(lora|lyco|hypernet):[^<>]+>"),
-    "placeholders that nothing fills": re.compile(r"\{\w+\}"),
+    "placeholders that nothing fills": re.compile(r"\{\s*\w+\s*\}|__[\w/-]+__"),
 }
 """What a caption may have from prompts for drawing, which training does not know"""
 
@@ -92,9 +94,12 @@ def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
     what = f"The prompt of {named(list(lost))} is too long"
     if long_prompts == "refuse":
         raise DiffgraftError(
-            f"{what}; of that of {name} the base would never see: {words}. Shorten it, or set long_prompts=chunk."
+            f"{what}; of that of {name} the base would never see: {shortened(words)}. Shorten it, or set "
+            "long_prompts=chunk."
         )
-    warnings.warn(f"{what}; the base never sees: {words}. long_prompts=chunk has it read in pieces.", stacklevel=6)
+    warnings.warn(
+        f"{what}; the base never sees: {shortened(words)}. long_prompts=chunk has it read in pieces.", stacklevel=6
+    )
 
 
 def _lacking(said: Said) -> Iterator[str]:
