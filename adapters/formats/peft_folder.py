@@ -23,9 +23,9 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
-from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
-from diffgraft.adapters.formats.opened import open_file
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats.header import number, of_pattern, read_json, read_metadata, write_ours
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
+from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.base import PARTS
@@ -106,7 +106,7 @@ def read(
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     left = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     kinds = {delta.kind for found in deltas.values() for delta in found}
-    return Adapter(deltas, told(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
+    return Adapter(deltas, read_metadata(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
 
 
 def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
