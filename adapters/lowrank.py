@@ -32,9 +32,11 @@ class RankBudget:
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
-            raise DiffgraftError(f"rank={self.rank} will not do: a rank is 1 or more.")
+            raise DiffgraftError(f"Invalid value rank={self.rank}: must be 1 or more.")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise DiffgraftError(f"energy={self.energy} will not do: a share is above 0 and at most 1, such as 0.95.")
+            raise DiffgraftError(
+                f"Invalid value energy={self.energy}: must be a share above 0 and at most 1, such as 0.95."
+            )
 
     def take(self, squares: Tensor, total: float) -> int:
         """How many singular values to keep, from their squares in falling order and the sum of all of them."""

@@ -181,10 +181,10 @@ class Method:
         """`given`, checked.
 
         Raises:
-            DiffgraftError: there is no such option (the nearest is named), or its value will not do.
+            DiffgraftError: there is no such option (the nearest is named), or its value is invalid.
         """
         if not isinstance(given, Mapping):
-            raise DiffgraftError(f"options={quoted(given)} will not do: options have names, as options.NAME=VALUE.")
+            raise DiffgraftError(f"Invalid value options={quoted(given)}: options have names, as options.NAME=VALUE.")
         given = self._laid_out({str(key): value for key, value in given.items()})
         unknown = [key for key in given if key not in self.options.model_fields]
         if unknown:
@@ -197,7 +197,7 @@ class Method:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise DiffgraftError(
-                f"options.{key}={quoted(first['input'])} will not do: {first['msg'].lower()}."
+                f"Invalid value options.{key}={quoted(first['input'])}: {first['msg'].lower()}."
             ) from error
 
     def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
