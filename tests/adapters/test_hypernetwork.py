@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats import load_adapter, native
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
+from diffgraft.files import write_safetensors
 from diffgraft.generation.graft import graft
 from tests.adapters.toys import shake
 
@@ -165,7 +166,11 @@ def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> 
         adapter.save(tmp_path / "b.safetensors", "diffusers")
     (network,) = adapter.networks
     broken = type(network)(network.tensors, {**network.settings, "structure": [1, 3, 1]})  # type: ignore[call-arg]
-    Adapter({}, {}, (broken,)).save(tmp_path / "c.safetensors")
+    with pytest.raises(
+        DiffgraftError, match=r"could not be read again, as .* do not fit a structure of \[1.0, 3.0, 1.0\]"
+    ):
+        Adapter({}, {}, (broken,)).save(tmp_path / "c.safetensors")
+    write_safetensors(tmp_path / "c.safetensors", *native.write(Adapter({}, {}, (broken,))))
     with pytest.raises(DiffgraftError, match=r"do not fit a structure of \[1.0, 3.0, 1.0\]"):
         load_adapter(tmp_path / "c.safetensors")
     with pytest.raises(DiffgraftError, match="the first and the last of them 1"):
