@@ -156,8 +156,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(PARTS)}")
     tensors: dict[str, Tensor] = {}
     header = {"format": "pt", **write_ours(adapter)}
+    # one folder alone does not say its part: it is read as the UNet's where all layers have names of a UNet's
+    says_part = set(parts) != {"unet"} or not all(p.removeprefix("unet.").startswith(OF_UNET) for p in adapter.deltas)
     for part, (held, config) in parts.items():
-        start = "" if set(parts) == {"unet"} else f"{part}."
+        start = f"{part}." if says_part else ""
         tensors |= {f"{start}{key}": value for key, value in held.items()}
         header[f"{start}{CONFIG}"] = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
     return tensors, header
