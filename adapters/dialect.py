@@ -12,7 +12,7 @@ group ``diffgraft.dialects``. It maps keys to module paths and leaves, and back:
             _, path, leaf = key.split("|")
             deltas.setdefault(path, {})[leaf] = value
         built = {path: (read_delta("full", leaves, None),) for path, leaves in deltas.items()}
-        return Adapter(built, told(header, method="full"))
+        return Adapter(built, read_metadata(header, method="full"))
 
     def write(adapter):                                  # → tensors by key, and a header of strings
         if adapter.tokens:                               # what it has no place for is a ValueError, never left out

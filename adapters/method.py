@@ -58,16 +58,16 @@ NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
 
 
 class Options(BaseModel):
-    """Settings that only one method has; each method may bring a subclass of its own."""
+    """The options of a method (`options.NAME=VALUE` in a recipe); a method with options of its own subclasses it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Attached(nn.Module):
-    """A method on a live base: what the base computes is changed by it, and its parameters train."""
+    """A method applied to a live base: it changes what the base computes, and its parameters are trained."""
 
     is_disabled = False
-    """Whether it changes nothing for now"""
+    """Whether it is switched off for now, within `disabled`"""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -75,26 +75,28 @@ class Attached(nn.Module):
 
     @abstractmethod
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        """A copy, in float32 on the CPU, of what is attached."""
+        """The current values as an `Adapter` with this metadata: copies, in float32 on the CPU."""
 
     def load(self, adapter: Adapter) -> set[str]:  # noqa: ARG002  (others need it)
-        """Go on from what `adapter` holds, with its values, ranks and scales.
+        """Start from the values, ranks and scales of `adapter`.
 
         Returns:
-            The paths of the modules that have something of it, as in `paths`; the others start as ever.
+            The paths, as in `paths`, of the modules that `adapter` has weights for; the others keep their initial
+            values.
 
         Raises:
-            ValueError: it holds what has no place here, or does not fit; what is attached is then of no more use.
+            ValueError: `adapter` holds something that this method cannot train, or does not fit the base. This object
+                must not be used any more then.
         """
         raise ValueError("this method cannot start from a file")
 
     @abstractmethod
     def detach(self) -> None:
-        """Take it off: the base is as it was before, with the same weights in the same places."""
+        """Remove the method from the base, which then has its original parameters, bit for bit."""
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the base computes as if nothing were attached; words stay, for prompts that name them."""
+        """Switch the method off within the block; added tokens stay, for prompts that contain them."""
         self.is_disabled = True
         try:
             yield
@@ -102,34 +104,34 @@ class Attached(nn.Module):
             self.is_disabled = False
 
     def rates(self) -> dict[str, float]:
-        """Factors on the learning rate, by the name of the parameter; 1 where none is given."""
+        """Learning-rate scale by the name of the parameter; parameters without one have a scale of 1."""
         return {}
 
     def paths(self) -> dict[str, str]:
-        """Path of the module that each trainable parameter belongs to, as adapters have it, by the parameter's name."""
+        """Name of each trainable parameter → path of its module, as in `Adapter.deltas`."""
         return {name: strip_text_model(name.rpartition(".")[0]) for name in self.trainable()}
 
     def detach_modules(self, paths: Collection[str]) -> None:
-        """Take it off the modules at these paths alone, where that can be: they do not train."""
+        """Remove the method from the modules at `paths` only, so that they are not trained; other methods ignore it."""
 
     def after_step(self) -> None:
-        """What is to be done when the parameters have moved."""
+        """Called after each optimizer step, for example to rescale parameters."""
 
     @property
     def affects_text_encoder(self) -> bool:
-        """Whether text encoders say something else under it: it has modules of theirs, or words."""
+        """Whether it changes the outputs of text encoders: it adapts their modules, or adds tokens."""
         return any(is_of_text(path) for path in self.paths().values())
 
     @property
     def trains_text(self) -> bool:
-        """Whether what they say still changes while it trains."""
+        """Whether the outputs of text encoders still change during training."""
         paths, trained = self.paths(), self.trainable()
         return any(value.requires_grad and is_of_text(paths[name]) for name, value in trained.items())
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is to be attached."""
+    """What `Method.attach` applies to a base."""
 
     paths: Mapping[str, Sequence[str]]
     """Part of the base (`unet`, `text_encoder`, …) → paths inside it of the layers that are adapted"""
@@ -142,49 +144,50 @@ class Spec:
     options: Any = None
     """The method's own settings, an instance of its `Method.options`"""
     trigger: str = ""
-    """The word that calls what is learnt"""
+    """The trigger word of what is learned"""
     noun: str = ""
-    """The class noun of what is learnt, where there is one"""
+    """The class noun of what is learned; empty where there is none"""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to parametrise what an adapter does."""
+    """One way to parametrize an adapter; the module's docstring has a template."""
 
     name: str
     summary: str
     """One line for ``diffgraft methods``."""
     attach: Callable[[Any, Spec], Attached]
-    """``attach(target, spec)``; the target is a base, a pipeline, or anything with `.unet` and so on."""
+    """``attach(target, spec)`` applies it to a base, a pipeline, or anything with such components as attributes."""
     options: type[Options] = Options
-    """Its own settings."""
+    """The class of its options."""
     layers: str | Callable[[Any], str] = "attention"
-    """The layers it adapts where the recipe does not say: a key of `LAYERS`, or a function of the options that says."""
+    """The layers it adapts where the recipe does not choose any: a key of `LAYERS`, or a function of the options."""
     unsupported: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
-    """Keys of recipes that mean nothing to it → why, or a function of the options that says; who sets one is told."""
+    """Recipe keys that have no meaning for this method → the reason, or a function of the options that returns them. A
+    recipe that sets one is refused with the reason."""
     learns_token: bool = False
-    """Whether the trigger is a word that it teaches, and there can be one alone"""
+    """Whether it learns the trigger word as a new token, with or without weights"""
     read: ReadDelta | None = None
-    """Leaves by their canonical names, and alpha → the delta; ValueError where they do not fit together."""
+    """Leaves by their canonical names, and alpha → the delta. Raises ValueError where they do not fit together."""
     read_network: ReadNetwork | None = None
-    """Tensors and settings → the network, for methods that are one; ValueError where they do not fit together."""
+    """Tensors and settings → the network, for methods that train one. Raises ValueError where they do not fit."""
 
     def layers_under(self, options: Options) -> str:
-        """The layers it adapts under `options`, where the recipe does not say."""
+        """The layers it adapts under `options`, where the recipe does not choose any."""
         return self.layers if isinstance(self.layers, str) else self.layers(options)
 
     def unsupported_under(self, options: Options) -> Mapping[str, str]:
-        """Keys of recipes that mean nothing to it under `options` → why."""
+        """Recipe keys that have no meaning for this method under `options` → the reason."""
         return self.unsupported(options) if callable(self.unsupported) else self.unsupported
 
     def read_options(self, given: Mapping[str, Any]) -> Options:
-        """`given`, checked.
+        """The options `given`, validated and with their types.
 
         Raises:
-            DiffgraftError: there is no such option (the nearest is named), or its value will not do.
+            DiffgraftError: an option is unknown (the message names the nearest one), or its value is invalid.
         """
         if not isinstance(given, Mapping):
-            raise DiffgraftError(f"options={quoted(given)} will not do: options have names, as options.NAME=VALUE.")
+            raise DiffgraftError(f"Invalid value options={quoted(given)}: options have names, as options.NAME=VALUE.")
         given = self._laid_out({str(key): value for key, value in given.items()})
         unknown = [key for key in given if key not in self.options.model_fields]
         if unknown:
@@ -197,7 +200,7 @@ class Method:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise DiffgraftError(
-                f"options.{key}={quoted(first['input'])} will not do: {first['msg'].lower()}."
+                f"Invalid value options.{key}={quoted(first['input'])}: {first['msg'].lower()}."
             ) from error
 
     def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:

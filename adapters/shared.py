@@ -23,14 +23,14 @@ class DeferredGradLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
-        self._taps: tuple[Tensor, Tensor] | None = None
+        self._deferred: tuple[Tensor, Tensor] | None = None
         self._noted: Noted = []
 
     def begin(self) -> None:
         """From now on, uses belong to a new pass. Passes without gradients need none, and leave one under way alone."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        self._taps = None
+        self._deferred = None
         if self.weight.requires_grad:
             self._noted = []
             weight, bias = _GatherGrads.apply(self.weight, self.bias, self._noted)  # type: ignore[no-untyped-call]
@@ -38,18 +38,18 @@ class DeferredGradLinear(nn.Linear):
             if is_autocast(device):  # which remembers the halves of parameters only, and not of these
                 half = torch.get_autocast_dtype(device.type)
                 weight, bias = weight.to(half), bias.to(half)
-            self._taps = weight, bias
+            self._deferred = weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._taps is None or not torch.is_grad_enabled():
+        if self._deferred is None or not torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        weight, bias = self._taps
+        weight, bias = self._deferred
         used: Tensor = _DeferredMatmul.apply(x.to(weight.dtype), weight, bias, self._noted)  # type: ignore[no-untyped-call]
         return used
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: they begin passes of their own."""
-        return {**self.__dict__, "_taps": None, "_noted": []}
+        return {**self.__dict__, "_deferred": None, "_noted": []}
 
 
 class _DeferredMatmul(torch.autograd.Function):

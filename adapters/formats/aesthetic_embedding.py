@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.formats.header import told
+from diffgraft.adapters.formats.header import read_metadata
 from diffgraft.adapters.registry import read_network
 
 
@@ -25,7 +25,7 @@ def read(
 ) -> Adapter:
     """Raises ValueError where it is no row of numbers."""
     network = read_network("aesthetic", {"embedding": tensors[""]}, {})
-    return Adapter({}, told(header, method="aesthetic"), (network,))
+    return Adapter({}, read_metadata(header, method="aesthetic"), (network,))
 
 
 DIALECT = Dialect(

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import parsed
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.methods.lora import low_rank
 
 _KEY = re.compile(r"(?P<part>unet|text_encoder):(?P<place>\d+):(?P<leaf>up|down)")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.formats.header import told
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats.header import read_metadata
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.registry import read_delta
 
 _KEY = re.compile(
@@ -45,7 +45,7 @@ def read(
             deltas[path] = (read_delta("replacement", leaves, None),)
         except ValueError as error:
             raise ValueError(f"{path} is not whole: {error}") from error
-    return Adapter(deltas, told(header, method="custom-diffusion"))
+    return Adapter(deltas, read_metadata(header, method="custom-diffusion"))
 
 
 DIALECT = Dialect(

@@ -1,7 +1,7 @@
 """The layout that diffusers and peft write today: ``unet.<module path>.lora_A.weight``.
 
-Read as well are the forms of `older_names`, alone or beside these: diffusers' scripts write some layers in one and some
-in the other. (Diffusers itself goes by the first key then, and loses the rest.)
+The forms of `diffusers_legacy` are read too, alone or beside these: diffusers' scripts write some layers in one form
+and some in the other. (Diffusers itself goes by the first key then, and loses the rest.)
 
 lora_A [r, in] or [r, in, k, k]; lora_B [out, r] or [out, r, 1, 1]; with DoRA also lora_magnitude_vector [out] or
 [1, out, 1, 1]. The header key ``lora_adapter_metadata`` holds
@@ -23,9 +23,9 @@ from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF as NORMS
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats import older_names
-from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats import diffusers_legacy
+from diffgraft.adapters.formats.header import number, of_pattern, read_json, read_metadata, write_ours
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.methods.lora import read as build
 from diffgraft.adapters.methods.lora import with_alpha
@@ -48,7 +48,7 @@ _NAMED = re.compile(r"(\.(?:lora_A|lora_B|lora_magnitude_vector|hada_\w+|lokr_\w
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
     """Whether the keys look like this dialect."""
-    return any(unnamed(key).endswith(".lora_A.weight") or older_names.placed(key) for key in tensors)
+    return any(unnamed(key).endswith(".lora_A.weight") or diffusers_legacy.placed(key) for key in tensors)
 
 
 def read(
@@ -60,10 +60,10 @@ def read(
     config = read_json(header, METADATA)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        found = _placed(key) or older_names.placed(key)
+        found = _placed(key) or diffusers_legacy.placed(key)
         if found is None:
             expected = f"<part>.<module>.lora_A.weight or lora_B.weight with a part of {', '.join(part_names())}"
-            endings = [*(f".{leaf}" for leaf in _LEAVES), *older_names.ENDINGS]
+            endings = [*(f".{leaf}" for leaf in _LEAVES), *diffusers_legacy.ENDINGS]
             raise UnknownKeyError(key, expected, [f"{part}." for part in part_names()], endings)
         path, leaf = found
         if leaf in modules.setdefault(path, {}):
@@ -79,7 +79,7 @@ def read(
             deltas[path] = (build(leaves, alpha_of(config, path, leaves["lora_down"].shape[0])),)
         except (ValueError, IndexError) as error:
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
-    return Adapter(deltas, told(header, method="lora", **_common(deltas)))
+    return Adapter(deltas, read_metadata(header, method="lora", **_common(deltas)))
 
 
 def unnamed(key: str) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.formats import embedding, older_names
+from diffgraft.adapters.formats import diffusers_legacy, embedding
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.formats.lycoris import read_adapter
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, Module, leaf_of
-from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.bases.original import ORIGINAL
 
 _STARTS = {
@@ -60,7 +60,7 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 
 def _is_own(key: str) -> bool:
     found = _placed(key)
-    if found is None or older_names.placed(key):
+    if found is None or diffusers_legacy.placed(key):
         return False
     start, _, inside, leaf = found
     of_diffusers = start in _OF_DIFFUSERS and not inside.startswith(ORIGINAL)

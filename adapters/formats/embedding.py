@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.formats.header import OURS, read_json, told, write_ours
-from diffgraft.adapters.formats.opened import STEM
+from diffgraft.adapters.formats.header import OURS, read_json, read_metadata, write_ours
+from diffgraft.adapters.formats.reader import STEM
 
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Key in files of two text encoders → the encoder."""
@@ -86,7 +86,7 @@ def read(
         vectors[part] = value if value.ndim == 2 else value.unsqueeze(0)
     if not tokens:
         raise ValueError("it holds ids of tokens and no vectors")
-    return Adapter({}, told(header, method="textual-inversion", trigger=next(iter(tokens))), tokens=tokens)
+    return Adapter({}, read_metadata(header, method="textual-inversion", trigger=next(iter(tokens))), tokens=tokens)
 
 
 def is_bundled(key: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats.opened import STEM
+from diffgraft.adapters.formats.reader import STEM
 from diffgraft.adapters.training_metadata import read_training
 from diffgraft.errors import one_line
 
@@ -47,7 +47,7 @@ class _Ours(BaseModel):
     dora: str | None = None
 
 
-def told(header: Mapping[str, str], **otherwise: Any) -> dict[str, Any]:
+def read_metadata(header: Mapping[str, str], **otherwise: Any) -> dict[str, Any]:
     """What a header says of its adapter: our entry, or what is known `otherwise` and what other tools wrote there."""
     if OURS in header:
         return read_json(header, OURS)

@@ -13,8 +13,8 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.formats.families import as_diffusers, with_base, with_family
-from diffgraft.adapters.formats.opened import open_file
-from diffgraft.adapters.formats.unknown import UnknownKeyError, is_for_a_transformer, made_for, misspelt
+from diffgraft.adapters.formats.key_errors import UnknownKeyError, is_for_a_transformer, made_for, misspelt
+from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.ops.effect import fit_together
 from diffgraft.adapters.registry import dialects
 from diffgraft.bases.stored import is_checkpoint, is_of_checkpoint

@@ -20,10 +20,10 @@ from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF, LYCORIS
 from diffgraft.adapters.formats import embedding
 from diffgraft.adapters.formats.families import family_of, layers_of, may_be_xl, with_base
-from diffgraft.adapters.formats.header import told, write_ours
+from diffgraft.adapters.formats.header import read_metadata, write_ours
 from diffgraft.adapters.formats.joined import joined
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
-from diffgraft.adapters.formats.unknown import UnknownKeyError
 from diffgraft.adapters.method import add_text_model
 from diffgraft.bases.original import Blocks
 
@@ -112,7 +112,7 @@ def read_adapter(
     said = {"method": _method(found.deltas, bool(tokens)), **({"trigger": next(iter(tokens))} if tokens else {})}
     if any(LEAF in delta.leaves for own in found.deltas.values() for delta in own):
         said["dora"] = LYCORIS
-    adapter = Adapter(found.deltas, told(header, **said), tokens=tokens)
+    adapter = Adapter(found.deltas, read_metadata(header, **said), tokens=tokens)
     if by_kohya and found.layers is not None and family_of(adapter) is None and may_be_xl(found.deltas):
         adapter = with_base(adapter, family="sdxl")
     return with_base(adapter, layers_per_block=found.layers) if found.layers not in (None, 2) else adapter

@@ -23,9 +23,9 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import OF_UNET, unnamed
-from diffgraft.adapters.formats.header import number, of_pattern, read_json, told, write_ours
-from diffgraft.adapters.formats.opened import open_file
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats.header import number, of_pattern, read_json, read_metadata, write_ours
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
+from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.registry import part_names
@@ -106,7 +106,7 @@ def read(
             raise ValueError(f"the factors of {path} do not fit together: {error}") from error
     left = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     kinds = {delta.kind for found in deltas.values() for delta in found}
-    return Adapter(deltas, told(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
+    return Adapter(deltas, read_metadata(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
 
 
 def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:
@@ -157,8 +157,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{strange[0]} is in none of {', '.join(part_names())}")
     tensors: dict[str, Tensor] = {}
     header = {"format": "pt", **write_ours(adapter)}
+    # one folder alone does not say its part: it is read as the UNet's where all layers have names of a UNet's
+    says_part = set(parts) != {"unet"} or not all(p.removeprefix("unet.").startswith(OF_UNET) for p in adapter.deltas)
     for part, (held, config) in parts.items():
-        start = "" if set(parts) == {"unet"} else f"{part}."
+        start = f"{part}." if says_part else ""
         tensors |= {f"{start}{key}": value for key, value in held.items()}
         header[f"{start}{CONFIG}"] = json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n"
     return tensors, header

@@ -36,16 +36,17 @@ def check_contents(adapter: Adapter, tensors: Mapping[str, Tensor], header: Mapp
     Raises:
         LossyWriteError: something is missing, or cannot be read.
     """
-    reason: str | None
     try:
         found = read_contents(tensors, header, layers_of(adapter))
-        reason = next(_missing(adapter, *found), None) if found else "no format recognises what was written"
     except UnreadableError as error:
-        reason = f"it cannot be read again: {error}"
+        raise LossyWriteError(
+            f"The adapter was not saved: in the format {dialect!r} it could not be read again, as {error}."
+        ) from error
+    reason = next(_missing(adapter, *found), None) if found else "no format recognises what was written"
     if reason is not None:
         raise LossyWriteError(
-            f"The format {dialect!r} did not write everything that the adapter holds: {reason}. Nothing was saved; "
-            "the fault is in the format's writer."
+            f"The adapter was not saved: the format {dialect!r} did not write everything that it holds ({reason}). "
+            "The fault is in the format's writer."
         )
 
 

@@ -1,6 +1,6 @@
 """Hypernetworks of stable-diffusion-webui: ``<width>.<0 for keys, 1 for values>.linear.<i>.weight`` and ``.bias``.
 
-They are ``.pt`` files, `{width: (keys, values), "layer_structure": …}` before `opened` lays them flat; how the network
+They are ``.pt`` files, `{width: (keys, values), "layer_structure": …}` before `reader` lays them flat; how the network
 is built stands beside it under the names below.
 Source: AUTOMATIC1111/stable-diffusion-webui v1.10.1, ``modules/hypernetworks/hypernetwork.py``.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import parsed
-from diffgraft.adapters.formats.unknown import UnknownKeyError
+from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.registry import read_network
 
 _KEY = re.compile(r"(?P<width>\d+)\.(?P<side>[01])\.linear(?:\.(?P<place>\d+)|(?P<old>[12]))\.(?P<leaf>weight|bias)")

@@ -57,7 +57,7 @@ def combine(
     if way not in WAYS:
         raise DiffgraftError(f"There is no way {way!r} to combine: {nearest(way, WAYS)}")
     if not 0 < density <= 1:
-        raise DiffgraftError(f"density={density} will not do: it is the share that is kept, above 0 and at most 1.")
+        raise DiffgraftError(f"Invalid value density={density}: must be the share that is kept, above 0 and at most 1.")
     read = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
     shapes: dict[str, Shape] = {}
     for name, adapter, _ in read:

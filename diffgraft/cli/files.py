@@ -81,6 +81,7 @@ def convert(
     from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.convert import convert as change
     from diffgraft.adapters.ops.convert import read_part
+    from diffgraft.files import check_new
 
     check_new(output)
     approximate = RankBudget(rank, energy) if rank is not None or energy is not None else None

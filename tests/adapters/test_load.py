@@ -277,7 +277,7 @@ def test_what_has_no_place_or_does_not_fit_is_told(base: Base) -> None:
         ("lora", {}, Adapter({path: (loha,)}), "is a loha, and what trains here is a lora"),
         ("loha", {}, one, "is a lora, and what trains here is a loha"),
         ("lora", {}, Adapter({path: (dora,)}), r"is a DoRA \(options\.dora=true of lora and locon\)"),
-        ("lora", {"dora": True}, Adapter({path: (of_inputs,)}), "has the lengths of its inputs"),
+        ("lora", {"dora": True}, Adapter({path: (of_inputs,)}), "has the norms of its inputs"),
         ("lora", {}, replace(one, tokens={"<a>": {"text_encoder": torch.ones(1, 64)}}), "it holds a word"),
         ("full", {}, Adapter({path: (wide,)}), "is for a layer of another shape than 128 × 128"),
         ("full", {}, Adapter({"unet.conv_inn": (fits,)}), r"unet\.conv_inn does not train here"),

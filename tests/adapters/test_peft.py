@@ -152,7 +152,10 @@ def test_what_peft_has_no_folder_for_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DiffgraftError, match=answer):
             adapter.save(tmp_path / "x", "peft")
-    plain = Adapter({"unet.a": (lora,)}).save(tmp_path / "good", "peft")
+    odd = Adapter({"unet.a": (lora,)}).save(tmp_path / "odd", "peft")  # a name that does not tell the part
+    assert [path.name for path in odd.iterdir()] == ["unet"]
+    assert load_adapter(odd).modules == ["unet.a"]
+    plain = Adapter({"unet.mid_block.a": (lora,)}).save(tmp_path / "good", "peft")
     config = json.loads((plain / "adapter_config.json").read_text())
     for change, answer in (
         ({"peft_type": "OFT"}, "it is peft's OFT; read are LORA, LOHA, LOKR"),

@@ -70,9 +70,9 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (without("<blub>"), "the vectors of the word '<blub>' for text_encoder are not read again"),
         (other_vectors, "the vectors of the word '<zorp>' for text_encoder are not read again"),
         (without("proj_out"), rf"{OTHER} is read again as nothing, and is lora \(lora_down, lora_up\)"),
-        (without("proj_out.lora_up"), "cannot be read again"),
+        (without("proj_out.lora_up"), "could not be read again"),
         (renamed("proj_out", "proj_other"), rf"{OTHER} is read again as nothing"),
-        (renamed("lora_unet", "unknown"), "no format recognises what was written|cannot be read again"),
+        (renamed("lora_unet", "unknown"), "no format recognises what was written|could not be read again"),
         (no_header, "the metadata entry 'trigger' is not read again|'seed' is not read again"),
     ],
 )

@@ -30,6 +30,11 @@ def test_the_list_of_formats_is_that_of_the_dialects_that_are_written() -> None:
     assert format_summaries() == {name: dialect.summary for name, dialect in sorted(written_dialects().items())}
 
 
+def test_the_readme_names_every_method_and_every_format() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    assert [name for name in (*method_summaries(), *format_summaries()) if f"`{name}`" not in readme] == []
+
+
 def test_bitsandbytes_is_loaded_where_it_is_asked_for_alone() -> None:
     code = (
         "import sys; sys.modules['bitsandbytes'] = None\nfrom diffusers import StableDiffusionPipeline\nimport peft\n"

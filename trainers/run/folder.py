@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.formats.header import told
+from diffgraft.adapters.formats.header import read_metadata
 from diffgraft.data.inventory import NUMBERED
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import PARTIAL
@@ -195,7 +195,7 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
         return None
     try:
         with safe_open(run.adapter_file, "pt") as file:
-            said = told(file.metadata() or {}).get("recipe")
+            said = read_metadata(file.metadata() or {}).get("recipe")
     except (OSError, SafetensorError, ValueError) as error:
         raise DiffgraftError(
             f"{run.adapter_file} is damaged ({error}): remove it, and the run goes on from its last checkpoint."

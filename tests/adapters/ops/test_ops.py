@@ -147,7 +147,7 @@ def test_what_cannot_be_combined_is_refused() -> None:
         combine([("1", word, 1.0), ("2", word, 1.0)])
     with pytest.raises(DiffgraftError, match="did you mean 'ties'"):
         combine([("1", one, 1.0)], way="tie")
-    with pytest.raises(DiffgraftError, match="density=0 will not do"):
+    with pytest.raises(DiffgraftError, match="Invalid value density=0"):
         combine([("1", one, 1.0)], way="ties", density=0)
     with pytest.raises(DiffgraftError, match="cannot be told from the file"):
         combine([("1", made("lokr", 1), 1.0)])
