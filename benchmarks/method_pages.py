@@ -46,7 +46,8 @@ def _options(name: str) -> str:
 
 
 def _value(default: object) -> str:
-    return "unset" if default in (None, "", {}, []) else f"`{str(default).lower()}`"
+    shown = str(default).lower() if isinstance(default, bool) else str(default)
+    return "unset" if default in (None, "", {}, []) else f"`{shown}`"
 
 
 def _cell(description: str | None) -> str:
