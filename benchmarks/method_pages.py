@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffgraft.adapters.method import Method, methods
+from diffgraft.adapters.method import Method
+from diffgraft.adapters.registry import methods
 from diffgraft.files import write_text
 
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
@@ -38,7 +39,7 @@ def _options(name: str) -> str:
         f"| `options.{key}` | {_value(field.get_default(call_default_factory=True))} | {_cell(field.description)} |\n"
         for key, field in fields
     ]
-    lacking = method.without_under(method.read_options({}))
+    lacking = method.unsupported_under(method.read_options({}))
     reasons = {why: [key for key, other in lacking.items() if other == why] for why in lacking.values()}
     refused = [f"- {', '.join(f'`{key}`' for key in keys)}: {why}\n" for why, keys in reasons.items()]
     shown = f"| option | default | meaning |\n|-|-|-|\n{''.join(rows)}" if rows else "It has no options of its own.\n"

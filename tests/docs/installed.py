@@ -105,11 +105,12 @@ def family(folder: Path, pictures: Path) -> dict[str, Any]:
     before = {name: value.detach().clone() for name, value in transformer.named_parameters()}
     with dg.graft(base, {run: 1.0}):
         changed = [name for name, value in transformer.named_parameters() if not torch.equal(value, before[name])]
-    try:
-        train(folder / "refused", pictures, base=base, steps=3, loss={"snr_gamma": 5})
-        refused = ""
-    except dg.DiffgraftError as error:
-        refused = str(error)
+    refused = []
+    for name, settings in (("snr", {"loss": {"snr_gamma": 5}}), ("sliced", {"attention": "sliced"})):
+        try:
+            train(folder / name, pictures, base=base, steps=3, **settings)
+        except dg.DiffgraftError as error:
+            refused.append(str(error))
     return {
         "prefixes": sorted({path.partition(".")[0] for path in adapter.modules}),
         "modules": len(adapter.modules),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.method_pages import PAGES, page
-from diffgraft.adapters.method import methods
+from diffgraft.adapters.registry import methods
 from diffgraft.trainers.recipe.files import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,6 @@ def test_lines_are_short_and_links_lead_somewhere(file: Path) -> None:
         assert link.startswith("https://") or (file.parent / link).exists(), link
 
 
-@pytest.mark.skipif(not (ROOT / "adapters/methods").is_dir(), reason="methods have no folder of their own yet")
 @pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
 def test_paths_that_a_page_names_exist(file: Path) -> None:
     """A path in backticks is that of a file from the root of the project, or of the page."""
