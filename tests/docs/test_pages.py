@@ -1,5 +1,6 @@
 """What pages name is there: methods and their options, commands, files, links; and their tables are up to date."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -74,3 +75,11 @@ def test_paths_that_a_page_names_exist(file: Path) -> None:
     for span in re.findall(r"`([^`\n]+)`", prose(text_of(file))):
         if PATH.fullmatch(span):
             assert (ROOT / span).exists() or (file.parent / span).exists(), span
+
+
+def test_modules_that_continuous_integration_imports_exist() -> None:
+    script = text_of(ROOT / ".ci/run")
+    imported = re.findall(r"^from (diffgraft[\w.]*) import (\w+)", script, re.MULTILINE)
+    assert imported
+    for module, name in imported:
+        assert hasattr(importlib.import_module(module), name)
