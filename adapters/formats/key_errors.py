@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffgraft.adapters.dialect import Read
 from diffgraft.adapters.ops.effect import fitting
+from diffgraft.bases.registry import part_names
 from diffgraft.errors import nearest
 
 _ALIKE = 0.7
@@ -103,5 +104,6 @@ def _words(path: str) -> list[str]:
 
 
 def is_for_a_transformer(keys: Iterable[str]) -> bool:
-    """Whether a file is for a base whose denoiser is a transformer, of which none is known here."""
-    return any(_TRANSFORMERS.match(key) for key in keys)
+    """Whether a file is for a base whose denoiser is a transformer, and no known family has a network of that name."""
+    known = tuple(f"{name}." for name in part_names())
+    return any(_TRANSFORMERS.match(key) and not key.startswith(known) for key in keys)

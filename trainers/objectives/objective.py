@@ -5,7 +5,7 @@ A new objective is one module of this package, or of an outside package that nam
 
     OBJECTIVE = ObjectiveKind("mine", "one line on what it does", build=MyObjective)
 
-where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``objective=mine`` in a recipe trains by it.
+where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objective=mine`` in a recipe trains by it.
 """
 
 from collections.abc import Callable

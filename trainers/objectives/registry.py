@@ -16,7 +16,7 @@ def objectives() -> dict[str, ObjectiveKind]:
 def check_objective(name: str) -> None:
     """Raise DiffgraftError where there is no objective `name`; the nearest is named. Empty stands for a default."""
     if name and name not in objectives():
-        raise DiffgraftError(f"Unknown objective={name!r}: {nearest(name, objectives())}")
+        raise DiffgraftError(f"Unknown loss.objective={name!r}: {nearest(name, objectives())}")
 
 
 def new_objective(name: str, inputs: ObjectiveInputs) -> Objective:
