@@ -122,7 +122,7 @@ def test_the_denoiser_says_what_the_unet_says(base: Base) -> None:
 def settled(base: Base, **settings: object) -> ForwardProcess:
     """A base's forward process under the settings of a recipe."""
     recipe = load_recipe("style", settings)
-    return forward_process(base, recipe.noise, recipe.timesteps, recipe.loss)
+    return forward_process(base, recipe.objective)
 
 
 def inputs(instances: SampleStream, classes: SampleStream | None = None) -> ObjectiveInputs:
