@@ -102,6 +102,8 @@ def _told(outline: Counter[tuple[str, frozenset[tuple[str, int]]]]) -> str:
 
 def _holds(there: Any, given: Any) -> bool:
     """Whether `there` says all that `given` does; dialects add what they know of the base."""
+    if isinstance(there, dict) and not isinstance(given, dict):
+        return True  # a base that was a bare name, in the place of which a dialect puts the family it has recognised
     if isinstance(given, dict) and isinstance(there, dict):
         return all(key in there and _holds(there[key], value) for key, value in given.items())
     return bool(there == given)
