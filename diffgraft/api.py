@@ -105,6 +105,10 @@ def combine(
     """
     from diffgraft.adapters.ops.combine import combine as together
 
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise DiffgraftError(
+            "Invalid adapters: must be a mapping of files to strengths, such as {FILE: 0.8, OTHER: 0.5}."
+        )
     with _weights(base) as weights:
         given = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
         size = _size(rank, energy)
@@ -157,6 +161,7 @@ def extract(
     from diffgraft.adapters.ops.extract import extract as difference
     from diffgraft.adapters.ops.extract import stated
 
+    tuned, base = str(_path(tuned)), str(_path(base))
     with _weights(tuned) as of_tuned, _weights(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None

@@ -13,7 +13,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, quoted
 from diffgraft.generation.generate import Settings
 from diffgraft.generation.generate import generate as draw
 from diffgraft.generation.graft import Grafts, graft
@@ -79,6 +79,10 @@ def generate(
     Raises:
         DiffgraftError: something of it cannot be; what can be told from the arguments is, before a base is loaded.
     """
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence) and all(isinstance(one, str) for one in prompt)
+    ):
+        raise DiffgraftError(f"Invalid prompt {quoted(prompt)}: must be a text, or a list of texts.")
     settings = Settings(size, steps, guidance, negative, scheduler, tiling=tiling)
     source = _source(image, denoise, mask)
     if count < 1:
