@@ -65,6 +65,27 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     assert found.picture == pytest.approx(wanted.picture, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora", {}),
+        ("lora", {"rank": 1}),
+        ("lora", {"options.dora": True}),
+        ("lokr", {}),
+        ("loha", {"rank": 2}),
+        ("pivotal", {"trigger": "<zorp>"}),
+        ("hypernetwork", {}),
+    ],
+)
+def test_the_size_of_the_file_is_told_within_a_tenth(
+    method: str, more: dict[str, Any], base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    settings = {"subject": "dog", "method": method, **more, "steps": 1, "prior.weight": 0, "previews": False}
+    told = cost_of(load_recipe("subject", settings), meta_base("tiny"), (64, 64)).file
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", sample_every=0, **settings)
+    assert run.adapter_file.stat().st_size == pytest.approx(told, rel=0.1)
+
+
 def test_checkpointing_keeps_less_and_batches_more() -> None:
     def found(**settings: Any) -> Any:
         plan, base = load_recipe("subject", {"subject": "dog", **settings}), meta_base("tiny")
