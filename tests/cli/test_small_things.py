@@ -41,6 +41,27 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     assert "has more than rank 4, so that --rank 8 makes nothing smaller" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("train sd15-s", ["sd15-style", "sd15-subject"]),
+        ("plan conc", ["concept"]),
+        ("recipes st", ["style"]),
+        ("methods lo", ["locon", "loha", "lokr", "lora"]),
+    ],
+)
+def test_a_shell_completes_names_of_recipes_and_methods(typed: str, names: list[str]) -> None:
+    words = {
+        **os.environ,
+        "_DIFFGRAFT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"diffgraft {typed}",
+        "COMP_CWORD": "2",
+    }
+    script = "from diffgraft.cli.main import app; app(prog_name='diffgraft')"
+    done = subprocess.run([sys.executable, "-c", script], env=words, capture_output=True, text=True, check=False)
+    assert sorted(done.stdout.split()) == names
+
+
 def test_resize_lists_modules_only_when_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
