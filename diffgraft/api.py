@@ -110,6 +110,10 @@ def combine(
     """
     from diffgraft.adapters.ops.combine import combine as together
 
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise DiffgraftError(
+            "Invalid adapters: must be a mapping of files to strengths, such as {FILE: 0.8, OTHER: 0.5}."
+        )
     check_options("combine", approximation, Approximation)
     device = str(device_of(approximation.get("device", "cpu")))
     with _weights(approximation.get("base")) as weights:
@@ -164,6 +168,7 @@ def extract(
     from diffgraft.adapters.ops.extract import extract as difference
     from diffgraft.adapters.ops.extract import stated
 
+    tuned, base = str(_path(tuned)), str(_path(base))
     with _weights(tuned) as of_tuned, _weights(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None

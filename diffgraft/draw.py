@@ -14,7 +14,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, check_options, in_a_sentence, nearest
+from diffgraft.errors import DiffgraftError, check_options, in_a_sentence, nearest, quoted
 from diffgraft.generation.generate import Settings
 from diffgraft.generation.generate import generate as draw
 from diffgraft.generation.graft import Grafts, graft
@@ -87,6 +87,10 @@ def generate(
     Raises:
         DiffgraftError: something of it cannot be; what can be told from the arguments is, before a base is loaded.
     """
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence) and all(isinstance(one, str) for one in prompt)
+    ):
+        raise DiffgraftError(f"Invalid prompt {quoted(prompt)}: must be a text, or a list of texts.")
     check_options("generate", options, DrawingOptions)
     settings = Settings(**{name: value for name, value in options.items() if name in _DRAWING})  # type: ignore[arg-type]
     source = _source(options.get("image"), options.get("denoise"), options.get("mask"))

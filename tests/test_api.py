@@ -62,6 +62,28 @@ def test_what_is_no_list_of_pictures_is_told(given: Any) -> None:
         dg.grid(given)
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        *(("combine", one) for one in ((5,), ([],), ({},))),
+        *(("extract", one) for one in ((5, 5, 4), ("none", None, 4))),
+        *(("generate", one) for one in ((5,), ([5],), (None,))),
+        *(("load_base", one) for one in ((5,), (None,))),
+        *(("plan", one) for one in ((5,), (None,))),
+        *(("train", one) for one in ((5,), (None,))),
+    ],
+)
+def test_values_of_another_type_are_told(name: str, given: tuple[Any, ...]) -> None:
+    with pytest.raises(dg.DiffgraftError, match=r"^Invalid|is no path|There is no base"):
+        getattr(dg, name)(*given)
+
+
+@pytest.mark.parametrize("given", [Image.new("RGB", (8, 8)), np.zeros((8, 8, 3)), torch.zeros(3, 8, 8)])
+def test_pictures_come_in_a_list(given: Any) -> None:
+    with pytest.raises(dg.DiffgraftError, match="must be a folder, or a list of paths and PIL pictures"):
+        dg.plan("subject", images=given, subject="dog")
+
+
 def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
     Image.new("RGB", (130, 99), (1, 2, 3)).save(tmp_path / "a.png")
     own = dg.grid([tmp_path / "a.png", str(tmp_path / "a.png")])

@@ -94,7 +94,7 @@ def _lines(
     if counted := tags(header):
         more = f" and {len(counted) - _TAGS} more" if len(counted) > _TAGS else ""
         lines.append(f"tags     {', '.join(f'{tag} ({count})' for tag, count in counted[:_TAGS])}{more}")
-    return lines
+    return list(dict.fromkeys(lines))  # a seed, for one, may be told twice
 
 
 def _counted(counts: Mapping[Any, int]) -> str:

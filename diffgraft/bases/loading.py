@@ -21,7 +21,7 @@ from diffgraft.bases.registry import families, part_names
 from diffgraft.bases.stated import Stated, copy_of, read_stated, write_stated
 from diffgraft.bases.stored import FLOATS, files_of_part, precision
 from diffgraft.bases.unet import inpainting
-from diffgraft.errors import DiffgraftError, in_a_sentence, nearest
+from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, quoted
 from diffgraft.quiet import hushed
 
 
@@ -79,6 +79,8 @@ def load_base(
     """
     if family is not None and family not in families():
         raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, families())}")
+    if not isinstance(source, str | Path):
+        raise DiffgraftError(f"Invalid base {quoted(source)}: must be a name or a path.")
     if quantize not in get_args(Quantize):
         hint = "for 4 bits take 'nf4'." if "4" in str(quantize) else nearest(quantize, get_args(Quantize))
         raise DiffgraftError(f"Invalid value quantize={quantize!r}: {hint}")

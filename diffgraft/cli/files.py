@@ -259,7 +259,7 @@ def _with_figures(short: Sequence[str], whole: Sequence[str]) -> list[str]:
     """
     about = {line[:8].strip() for line in short}
     more = [line for line in whole if line[:8].strip() not in about or line.startswith("word")]
-    return [*short, *(line for line in more if line not in short)]
+    return list(dict.fromkeys([*short, *more]))
 
 
 def diff(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffgraft.cli import files, pictures, preparing
+from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.terminal import printable
 
@@ -59,6 +60,7 @@ def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
     raise DiffgraftError(f"The recipe comes first: diffgraft {said} (`diffgraft recipes` lists them).")
 
 
+RECIPE = typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.", autocompletion=recipe_words)
 PROGRESS = typer.Option(help="How progress is shown on the error output: auto, bars, lines, json or none.")
 _SETTINGS = {"ignore_unknown_options": True}
 """What looks like an option of another tool comes among the settings, where its name here can be told"""
@@ -66,7 +68,7 @@ _SETTINGS = {"ignore_unknown_options": True}
 
 @app.command(context_settings=_SETTINGS)
 def train(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")] = "",
+    recipe: Annotated[str, RECIPE] = "",
     settings: Annotated[
         list[str] | None, typer.Argument(help="What differs from the recipe: key=value, nested keys with dots.")
     ] = None,
@@ -129,7 +131,7 @@ def train(
 
 @app.command(context_settings=_SETTINGS)
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.")],
+    recipe: Annotated[str, RECIPE],
     settings: Annotated[list[str] | None, typer.Argument(help="As for `train`: key=value.")] = None,
 ) -> None:
     """Say what a run would do, without doing it: pictures, captions, sizes, steps, memory, time, and pitfalls.
@@ -297,7 +299,12 @@ for command in files.COMMANDS:
 
 @app.command(rich_help_panel="What there is")
 def methods(
-    name: Annotated[str, typer.Argument(help="Tell of this one: the layers it adapts, and its own options.")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Tell of this one: the layers it adapts, and its own options.", autocompletion=method_words
+        ),
+    ] = "",
 ) -> None:
     """List the adapter methods, or the options of one."""
     if not name:
@@ -327,7 +334,10 @@ def methods(
 @app.command(rich_help_panel="What there is")
 def recipes(
     name: Annotated[
-        str, typer.Argument(help="Tell of this one: all of its keys, their values and what they mean.")
+        str,
+        typer.Argument(
+            help="Tell of this one: all of its keys, their values and what they mean.", autocompletion=recipe_words
+        ),
     ] = "",
 ) -> None:
     """List the recipes, or the keys of one."""

@@ -22,6 +22,9 @@ def with_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         DiffgraftError: as `folder_of`.
     """
     found = dict(settings)
+    if type(found.get(KEY)).__module__.partition(".")[0] in ("numpy", "torch", "PIL"):
+        kind = type(found[KEY]).__name__
+        raise DiffgraftError(f"Invalid images of type {kind}: must be a folder, or a list of paths and PIL pictures.")
     if isinstance(found.get(KEY), list | tuple):
         found[KEY] = str(folder_of(found[KEY]))
     if isinstance(found.get("concepts"), list):

@@ -1,6 +1,7 @@
 """Things that a person notices at once: help, stopping, sizes, an answer without a connection."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,6 +40,45 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     assert "makes nothing smaller" not in told.err
     assert call(monkeypatch, "resize", file, "-o", tmp_path / "c.safetensors", "--rank", 8) == 0
     assert "has more than rank 4, so that --rank 8 makes nothing smaller" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("train sd15-s", ["sd15-style", "sd15-subject"]),
+        ("plan conc", ["concept"]),
+        ("recipes st", ["style"]),
+        ("methods lo", ["locon", "loha", "lokr", "lora"]),
+    ],
+)
+def test_a_shell_completes_names_of_recipes_and_methods(typed: str, names: list[str]) -> None:
+    words = {
+        **os.environ,
+        "_DIFFGRAFT_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"diffgraft {typed}",
+        "COMP_CWORD": "2",
+    }
+    script = "from diffgraft.cli.main import app; app(prog_name='diffgraft')"
+    done = subprocess.run([sys.executable, "-c", script], env=words, capture_output=True, text=True, check=False)
+    assert sorted(done.stdout.split()) == names
+
+
+def test_the_walk_in_the_readme_works_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(__file__).parents[2]
+    walk = (root / "README.md").read_text("utf-8").split("The same by hand")[1].split("```")[1].strip().splitlines()
+    assert [line.split()[1] for line in walk] == ["plan", "train", "generate", "inspect", "convert"]
+    (tmp_path / "diffgraft").symlink_to(root / "diffgraft")
+    monkeypatch.chdir(tmp_path)
+    fewer = {
+        "train": ["steps=2", "prior.images=2", "sample_every=0"],
+        "generate": ["--steps", "2", "-n", "1", "-o", "pictures"],
+    }
+    for line in walk:
+        program, *words = shlex.split(line)
+        assert program == "diffgraft"
+        assert call(monkeypatch, *words, *fewer.get(words[0], [])) == 0, capsys.readouterr().err
 
 
 def test_resize_lists_modules_only_when_asked(
@@ -106,7 +146,7 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     started = time.monotonic()
-    with pytest.raises(DiffgraftError, match="There is no model 'some/model' in a folder, in the cache, or on the hub"):
+    with pytest.raises(DiffgraftError, match="There is no model 'some/model' in a folder, .*--model FOLDER"):
         open_model([AutoModel], "some/model", "look")
     assert time.monotonic() - started < 10
     assert not constants.HF_HUB_OFFLINE

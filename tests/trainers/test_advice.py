@@ -63,7 +63,11 @@ def test_pictures_that_are_learnt_from_do_not_validate(pictures: Path) -> None:
 
 def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
     first = sorted(pictures.glob("*.png"))[:1]
-    assert "there is one picture" in plan(first)
+    said = plan(first)
+    assert "there is one picture" in said
+    assert "0 of 1 picture; 1 prompt, such as: a sks dog" in said
+    assert "400, of 4 pictures each: 1,600 rounds of 1\n" in said
+    assert "400, of 1 picture each: 1 round of 400\n" in plan(first, batch=1, repeats=400)
     assert "no picture has a caption" in plan(pictures, "style")
 
 
@@ -79,6 +83,10 @@ def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path
 def test_photographs_on_the_toy_base(pictures: Path) -> None:
     images = [Image.open(path).resize((400, 300)) for path in sorted(pictures.glob("*.png"))[:3]]
     assert "`tiny` is a toy of 64 pixels for trying and tests" in plan(images)
+    for task in ("subject", "style", "concept"):
+        assert f"and its recipe, sd15-{task}." in plan(
+            images, task, **({"subject": "dog"} if task == "concept" else {})
+        )
     images = [image.resize((90, 70)) for image in images]
     assert "is a toy of" not in plan(images)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from diffgraft.adapters.method import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
@@ -63,6 +64,34 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     assert found.activations == pytest.approx(wanted.activations, rel=0.02)
     assert found.step == pytest.approx(wanted.step, rel=0.15)
     assert found.picture == pytest.approx(wanted.picture, rel=0.1)
+
+
+def test_a_loha_is_twice_as_large_as_its_summary_says() -> None:
+    plans = {method: load_recipe("subject", {"subject": "dog", "method": method}) for method in ("locon", "loha")}
+    locon, loha = (cost_of(plan, meta_base("tiny"), (64, 64)).trained for plan in plans.values())
+    assert loha == 2 * locon
+    assert "twice as large" in get_method("loha").summary
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("lora", {}),
+        ("lora", {"rank": 1}),
+        ("lora", {"options.dora": True}),
+        ("lokr", {}),
+        ("loha", {"rank": 2}),
+        ("pivotal", {"trigger": "<zorp>"}),
+        ("hypernetwork", {}),
+    ],
+)
+def test_the_size_of_the_file_is_told_within_a_tenth(
+    method: str, more: dict[str, Any], base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    settings = {"subject": "dog", "method": method, **more, "steps": 1, "prior.weight": 0, "previews": False}
+    told = cost_of(load_recipe("subject", settings), meta_base("tiny"), (64, 64)).file
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", sample_every=0, **settings)
+    assert run.adapter_file.stat().st_size == pytest.approx(told, rel=0.1)
 
 
 def test_checkpointing_keeps_less_and_batches_more() -> None:

@@ -202,6 +202,23 @@ def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
         load_recipe(path, {})
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    for text in ("task: style\nrank: 4\nrank: 8\n", "task: style\nloss:\n  kind: huber\n  kind: l2\n"):
+        path.write_text(text, "utf-8")
+        with pytest.raises(
+            DiffgraftError, match=r"not readable YAML \(line \d, column \d\): '(rank|kind)' is there twice"
+        ):
+            load_recipe(path, {})
+
+
+def test_keys_with_dots_stand_in_files_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("task: style\nprior.weight: 0.5\nrates.unet: 2\nprior.images: 7\n", "utf-8")
+    found = load_recipe(path, {"prior.images": 9})
+    assert (found.prior.weight, found.prior.images, found.rates) == (0.5, 9, {"unet": 2})  # type: ignore[attr-defined]
+
+
 def test_captions_have_a_word_and_keys_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("task: style\ncaptions: false\n", "utf-8")

@@ -32,12 +32,18 @@ STATES = {
 """Optimiser → bytes it keeps for each number that trains; 8-bit ones keep small tensors in 32"""
 
 
+_HEADER, _ENTRY = 700, 150
+"""Bytes of a file's metadata, and of the name, shape and place of each of its tensors"""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What training takes; memory in bytes, of tensors alone."""
 
     trained: int
     """Numbers that train"""
+    entries: int
+    """Tensors of the adapter's file, about: those that train, and for each module its alpha"""
     weights: int
     """Bytes of the frozen networks that stay while it trains"""
     training: int
@@ -48,6 +54,11 @@ class Cost:
     """Floating-point operations of an optimiser step"""
     picture: float
     """Floating-point operations of one pass of the denoiser without gradients, for one picture"""
+
+    @property
+    def file(self) -> int:
+        """Bytes of the adapter's file, about: its numbers in float32, and a header that names each tensor."""
+        return 4 * self.trained + _HEADER + _ENTRY * self.entries
 
     @property
     def memory(self) -> int:
@@ -75,7 +86,9 @@ def cost(
     """The cost of training what `attach` lays over an outline; `whole` prompts are read in pieces."""
     sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.denoiser.dtype, attach()
-    trained = sum(value.numel() for value in live.trainable().values() if value.requires_grad)
+    training = {name: value for name, value in live.trainable().items() if value.requires_grad}
+    trained = sum(value.numel() for value in training.values())
+    entries = len(training) + len({name.rpartition(".")[0] for name in training} - {""})
     stays = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
     weights = sum(own for name, own in sizes.items() if name in stays)
     each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
@@ -104,7 +117,7 @@ def cost(
         denoiser(*asked(work.pictures)).square().mean().backward()
     live.detach()
     step = all_of_it.get_total_flops() * work.accumulate
-    return Cost(trained, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
+    return Cost(trained, entries, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
 
 
 def speed(base: Base, device: torch.device) -> float:

@@ -177,7 +177,7 @@ def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:
 
 
 def _costs(steps: int, base: Base, found: Cost, read: ConceptImages, device: torch.device) -> Iterator[tuple[str, str]]:
-    yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.trained * 4)}"
+    yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.file)}"
     parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
     listed = ", ".join(f"{said_size(count)} of {name}" for name, count in parts.items())
     yield "memory", f"about {said_size(found.memory)} on each device: {listed}"

@@ -50,6 +50,8 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     kind = TASKS[task]
     own_method = values.get("method", kind.model_fields["method"].default)
     method = get_method(str(settings.get("method", own_method)))
+    for key in [key for key in values if isinstance(key, str) and "." in key]:
+        _lay_over(kind, values, key, values.pop(key))
     given = {**by_method.get(method.name, {}), **settings}
     for key, value in given.items():
         _lay_over(kind, values, key, value)
@@ -142,6 +144,8 @@ _SAVED = "# diffgraft train"
 
 
 def _read(name: str | Path) -> dict[str, Any]:
+    if not isinstance(name, str | Path):
+        raise DiffgraftError(f"Invalid recipe {quoted(name)}: must be a name or the path of a YAML file.")
     shipped = recipe_names()
     known = ALIASES.get(str(name), str(name))
     if known in shipped:
@@ -183,7 +187,7 @@ def _parsed(name: str | Path, text: str) -> Any:
                     f"The recipe {name} refers to *{token.value} (line {token.start_mark.line + 1}); recipes take no "
                     "anchors and aliases: write the value out."
                 )
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         where = f" (line {at.line + 1}, column {at.column + 1})" if at else ""
@@ -191,6 +195,19 @@ def _parsed(name: str | Path, text: str) -> Any:
         raise DiffgraftError(f"The recipe {name} is not readable YAML{where}: {one_line(what, 200)}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DiffgraftError(f"The recipe {name} is not readable YAML: {one_line(error, 200)}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which a key that is there twice is a mistake: YAML's own keeps the last, silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,6 @@
+"""Names that moved to `diffgraft.bases.tokens`, for one release."""
+
+from diffgraft.bases.tokens import token_ids
+from diffgraft.bases.tokens import truncated_text as lost_words
+
+__all__ = ["lost_words", "token_ids"]

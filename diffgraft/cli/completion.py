@@ -1,0 +1,18 @@
+"""Names that a shell completes: recipes and methods, listed without loading what they are."""
+
+
+def recipe_words(incomplete: str) -> list[str]:
+    """Names of shipped recipes that begin with `incomplete`."""
+    from importlib.resources import files
+
+    names = (file.name for file in files("diffgraft.recipes").iterdir())
+    return sorted(
+        name.removesuffix(".yaml") for name in names if name.endswith(".yaml") and name.startswith(incomplete)
+    )
+
+
+def method_words(incomplete: str) -> list[str]:
+    """Names of methods that begin with `incomplete`."""
+    from diffgraft.adapters.listing import summaries
+
+    return [name for name in summaries() if name.startswith(incomplete)]
