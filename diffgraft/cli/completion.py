@@ -13,6 +13,6 @@ def recipe_words(incomplete: str) -> list[str]:
 
 def method_words(incomplete: str) -> list[str]:
     """Names of methods that begin with `incomplete`."""
-    from diffgraft.adapters.listing import summaries
+    from diffgraft.adapters.listing import method_summaries
 
-    return [name for name in summaries() if name.startswith(incomplete)]
+    return [name for name in method_summaries() if name.startswith(incomplete)]

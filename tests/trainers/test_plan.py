@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffgraft.adapters.method import get_method
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.likeness import Fingerprint, alike, fingerprint
