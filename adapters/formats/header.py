@@ -93,7 +93,9 @@ def of_pattern(patterns: Any, path: str, otherwise: Any) -> Any:
         raise ValueError(f"its configuration has {patterns!r} where a value for each layer belongs")
     for pattern, value in (patterns or {}).items():
         if not _PLAIN.fullmatch(pattern):
-            raise ValueError(f"its configuration has the pattern {pattern!r}; only paths are read")
+            raise ValueError(
+                f"the configuration has the pattern {pattern!r}, a regular expression; only plain paths are read"
+            )
         plain = pattern.replace("\\.", ".").removeprefix("text_model.")
         if path.removeprefix("text_model.") == plain or path.endswith(f".{plain}"):
             return value

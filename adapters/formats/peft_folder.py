@@ -103,7 +103,7 @@ def read(
         try:
             deltas[path] = (_read_one(inside, leaves, configs[part]),)
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"the factors of {path} do not fit together: {error}") from error
+            raise ValueError(f"in its module {path}, {error}") from error
     left = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     kinds = {delta.kind for found in deltas.values() for delta in found}
     return Adapter(deltas, read_metadata(left, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
