@@ -197,7 +197,7 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
     plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
     live = attach(plan, base)
     try:
-        with pytest.raises(DiffgraftError, match="This method trains the UNet's own weights"):
+        with pytest.raises(DiffgraftError, match="This method trains the denoiser's own weights"):
             check_frozen(plan.shard, base, live)
     finally:
         live.detach()
@@ -208,7 +208,7 @@ def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: 
     with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
         _, said = run.communicate(timeout=100)
     assert run.returncode != 0
-    assert "error: method=full trains the UNet's own weights" in said
+    assert "error: method=full trains the denoiser's own weights" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 
