@@ -208,7 +208,7 @@ def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: 
     with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
         _, said = run.communicate(timeout=100)
     assert run.returncode != 0
-    assert "error: method=full trains the denoiser's own weights" in said
+    assert "error: This method trains the denoiser's own weights" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 
