@@ -114,7 +114,7 @@ def test_class_images_are_the_same_however_they_came_to_be(
         return all(np.array_equal(some[key], wanted[key]) for key in wanted)
 
     wanted = drawn("whole")
-    real, kept = drawing.replacing, []
+    real, kept = drawing.atomic_write, []
 
     def stop_after_six(path: Path) -> Any:
         kept.append(path)
@@ -123,7 +123,7 @@ def test_class_images_are_the_same_however_they_came_to_be(
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "replacing", stop_after_six)
+        patch.setattr(drawing, "atomic_write", stop_after_six)
         with pytest.raises(KeyboardInterrupt):
             drawn("cut")
     assert len(list((tmp_path / "cut").rglob("*.png"))) == 6
