@@ -95,8 +95,8 @@ def atomic_folder(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def remove_dir(folder: Path) -> None:
-    """Delete a folder, if it is there: it loses its name before it loses what it holds."""
-    if folder.is_dir():
+    """Delete a folder, or what has its name, if it is there: it loses its name before it loses what it holds."""
+    if folder.exists():
         going = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
         folder.rename(going / folder.name)
         shutil.rmtree(going)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import atomic_write, exclusive_lock, unique_path, write_safetensors, write_text
+from diffgraft.files import atomic_folder, atomic_write, exclusive_lock, unique_path, write_safetensors, write_text
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -61,3 +61,11 @@ def test_a_folder_is_one_process_s_alone(tmp_path: Path) -> None:
         (folder / "a").touch()
     with exclusive_lock(folder):
         assert (folder / "a").exists()
+
+
+def test_a_folder_takes_the_name_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "step").write_text("something else", "utf-8")
+    with atomic_folder(tmp_path / "step") as partial:
+        (partial / "a").write_text("x", "utf-8")
+    assert (tmp_path / "step" / "a").read_text("utf-8") == "x"
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]

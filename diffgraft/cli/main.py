@@ -50,9 +50,13 @@ ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if 
 
 def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
     """Raises DiffgraftError where the first word is a setting, as the recipe was forgotten or comes later."""
-    if "=" not in recipe or recipe.startswith("-") or Path(recipe).is_file():
-        return
+    from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
+
+    if recipe.startswith("-"):  # an option of another tool: what it is called here is told
+        key_values([recipe, *settings])
+    if "=" not in recipe or Path(recipe).is_file():
+        return
 
     names = [word for word in settings if "=" not in word and not word.startswith("-")]
     others = [word for word in (recipe, *settings) if word not in names[:1]]

@@ -47,9 +47,10 @@ def class_images(
             if (place := places[number]) in missing:
                 missing.remove(place)
                 image.save(written := BytesIO(), "PNG")
-                with optional_write() as done, atomic_write(paths[place]) as file:
-                    file.write_bytes(written.getvalue())
-                    done.append(file)
+                with optional_write() as done:
+                    with atomic_write(paths[place]) as file:
+                        file.write_bytes(written.getvalue())
+                    done.append(paths[place])  # only now: the disk may be full up to the last moment
                 if not done:
                     unsaved[place] = written.getvalue()
 

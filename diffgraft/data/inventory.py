@@ -65,8 +65,12 @@ class Layout:
     """Sentences on pictures that will not be learnt from"""
 
 
-def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collection[Path] = ()) -> Layout:
+def layout_of(
+    folder: str | Path, layout: FolderLayout = "auto", used: Collection[Path] = (), *, has_setting: bool = True
+) -> Layout:
     """How `folder` is laid out: in kohya's way, here or in its `img`, or flat; of `used` folders nothing is said.
+
+    Without `has_setting` no setting says how it is laid out, as for folders of class images.
 
     Raises:
         DiffgraftError: it can be read in both ways and `layout` does not say which is meant, or it has no numbered
@@ -84,13 +88,14 @@ def layout_of(folder: str | Path, layout: FolderLayout = "auto", used: Collectio
         tables = [place / name for place in places for name in TABLES if (place / name).is_file()]
         if (own or tables) and layout == "auto":
             numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
+            advice = "ove what is not meant to another place."
+            advice = f"Set layout=flat or layout=kohya, or m{advice}" if has_setting else f"M{advice}"
             flat = f"the {count_of(len(own), 'picture')} in it ({named(own)})" if own else ""
             flat += " and " if own and tables else ""
             flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
                 f"{folder} can be read in two ways: as {flat}, or in "
-                f"kohya's layout as those of its numbered folders: {numbered}. Set layout=flat or layout=kohya, or "
-                "move what is not meant to another place."
+                f"kohya's layout as those of its numbered folders: {numbered}. {advice}"
             )
         _check_repeats(counted)
         unread = [f"{path} is not read, as layout=kohya takes the tables in numbered folders alone." for path in tables]

@@ -52,7 +52,7 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
             "caption_column.",
             stacklevel=3,
         )
-    found: dict[Path, list[str]] = {}
+    found: dict[Path, dict[str, None]] = {}
     missing: list[str] = []
     others: list[str] = []
     for line, row in rows:
@@ -64,7 +64,7 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
             others.append(str(row["file_name"]))
             continue
         said = as_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
-        found.setdefault(place, []).extend(one for one in said if one not in found.get(place, ()))
+        found.setdefault(place, {}).update(dict.fromkeys(said))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)

@@ -77,5 +77,6 @@ def _changed(text: str, tags: Tags, kept: str, random: "np.random.Generator") ->
     if tags.shuffle:
         rest = [rest[place] for place in random.permutation(len(rest))]
     if tags.drop:
-        rest = [part for part in rest if random.random() >= tags.drop or (kept and mentions(part, kept))]
+        words = [word.strip() for word in kept.split(tags.separator) if word.strip()]  # a trigger may be several tags
+        rest = [part for part in rest if random.random() >= tags.drop or any(mentions(part, word) for word in words)]
     return f"{tags.separator} ".join([*first, *rest])

@@ -291,3 +291,13 @@ def test_a_damaged_class_image_is_drawn_again(base: Base, cache: Path) -> None:
     os.mkfifo(files[2])
     again = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
     assert [picture.read() for _, picture in again] == wanted
+
+
+def test_class_images_that_cannot_be_kept_at_the_last_moment_are_used_all_the_same(base: Base, cache: Path) -> None:
+    wanted = [picture.read() for _, picture in class_images(base, ["a dog"], 2, Settings(steps=2), 1)]
+    file = next(cache.rglob("0001.png"))
+    file.unlink()
+    file.mkdir()  # the name cannot be taken, though all of the file was written
+    with pytest.warns(UserWarning, match="cannot be written"):
+        again = class_images(base, ["a dog"], 2, Settings(steps=2), 1)
+    assert [picture.read() for _, picture in again] == wanted

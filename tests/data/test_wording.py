@@ -47,3 +47,10 @@ def test_other_separators_and_captions_that_drop_out() -> None:
     assert all(sorted(text.split(". ")) == ["a third", "another thing", "one thing"] for text in found)
     empty = said(Tags(), 2000, dropout=0.3).count("")
     assert abs(empty / 2000 - 0.3) < 0.04
+
+
+def test_a_trigger_of_several_tags_is_never_dropped() -> None:
+    wording = Wording(("red, sks, on grass, dog",), kept="sks, dog")
+    for place in range(50):
+        parts = wording.prompt(0, Tags(drop=0.9), 0.0, np.random.default_rng([5, place])).split(", ")
+        assert {"sks", "dog"} <= set(parts)

@@ -14,6 +14,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.plan import planned
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.settings import Validation
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import Sample, collect, split
 from diffgraft.trainers.training_data.concepts import read_concepts
@@ -45,6 +46,7 @@ def items_of(base: Base, recipe: str, **settings: Any) -> tuple[Recipe, list[Sam
         ("10_sks man", "subject", "man", "sks"),
         ("10_man", "subject", "man", "sks"),
         ("10_inkwash style", "style", "", "inkwash"),
+        ("10_{trigger} man", "subject", "man", "sks"),
         ("10_an old man who sits in the garden", "subject", "man", "sks"),
     ],
 )
@@ -255,8 +257,16 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
     flat = folder(tmp_path / "flat", 2, start=30)
     (flat / "30.txt").write_text("zwx man at sea", "utf-8")
     recipe, items = items_of(base, "subject", **given, **{"validation.images": str(flat)})
-    with pytest.raises(DiffgraftError, match=r"without a caption \(31\.png\), and several concepts are learnt"):
-        split(recipe.data, recipe.validation, items, base)
+    for caption in ("", "a fox at sea", "a man at sea"):  # the last is of both concepts
+        (flat / "31.txt").write_text(caption or "zwx", "utf-8")
+        if not caption:
+            (flat / "31.txt").unlink()
+        with pytest.raises(DiffgraftError, match=r"name no concept \(31\.png\), and several are learnt"):
+            split(recipe.data, recipe.validation, items, base)
+    folder(tmp_path / "both", 1)
+    folder(tmp_path / "both" / "1_zwx man", 1, start=50)
+    with pytest.raises(DiffgraftError, match=r"zwx man \(1 x 1\)\. Move what is not meant to another place"):
+        split(recipe.data, Validation(images=str(tmp_path / "both")), items, base)
     one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
     folder(tmp_path / "noun" / "1_man", 1, start=40)
     recipe, items = items_of(base, "subject", **one, **{"validation.images": str(tmp_path / "noun")})

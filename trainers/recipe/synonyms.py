@@ -65,8 +65,13 @@ _SYNONYMS = {
     **dict.fromkeys(("min_timestep",), "timesteps.first"),
     **dict.fromkeys(("max_timestep",), "timesteps.last"),
     **dict.fromkeys(("use_ema", "ema_decay"), "ema"),
-    **dict.fromkeys(("save_every_n_steps", "checkpointing_steps", "save_steps", "save_every"), "checkpoint_every"),
-    **dict.fromkeys(("sample_every_n_steps", "sample_steps", "validation_steps"), "sample_every"),
+    **dict.fromkeys(
+        ("save_every_n_steps", "checkpointing_steps", "save_steps", "save_every", "save_every_n_epochs"),
+        "checkpoint_every",
+    ),
+    **dict.fromkeys(
+        ("sample_every_n_steps", "sample_every_n_epochs", "sample_steps", "validation_steps"), "sample_every"
+    ),
     **dict.fromkeys(("validation_prompt", "sample_prompt", "prompts"), "sample_prompts"),
     **dict.fromkeys(("enable_bucket", "aspect_ratio_bucketing", "bucketing"), "buckets.use"),
     "min_bucket_reso": "buckets.least",

@@ -246,7 +246,7 @@ def own_class(part: DataSettings, prior: Prior) -> Iterator[tuple[int, str, Pict
     captions = part.captions.model_copy(update={"use": True})
     own = {"images": prior.folder, "layout": "auto", "repeats": 1, "captions": captions}
     own |= {"prompt": part.class_text(None), "trigger": ""}
-    for found, pictures in read_part(part.model_copy(update=own)):
+    for found, pictures in read_part(part.model_copy(update=own), has_setting=False):
         for picture in pictures:
             yield found.repeats, next(iter(captions_of(found, picture)), found.prompt), picture
 

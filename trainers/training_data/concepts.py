@@ -91,13 +91,16 @@ def _read_all(
     return read
 
 
-def read_part(part: DataSettings, used: Collection[Path] = ()) -> Iterator[tuple[DataSettings, list[Picture]]]:
+def read_part(
+    part: DataSettings, used: Collection[Path] = (), *, has_setting: bool = True
+) -> Iterator[tuple[DataSettings, list[Picture]]]:
     """The pictures of one concept, those of each numbered folder apart, where they are laid out so.
 
-    Warnings name what is there and not read, but for what is in folders `used` otherwise.
+    Warnings name what is there and not read, but for what is in folders `used` otherwise. Of folders that are
+    not the recipe's `images`, no setting says how they are laid out.
     """
     root = Path(part.images).expanduser()
-    layout = layout_of(root, part.layout, used)
+    layout = layout_of(root, part.layout, used, has_setting=has_setting)
     for said in layout.remarks:
         warnings.warn(said, stacklevel=5)
     for one in layout.counted:
@@ -132,7 +135,7 @@ def _trigger(part: DataSettings, says: str, pictures: Sequence[Picture]) -> str:
 def _name_in(says: str, noun: str) -> str:
     """Of what a folder says, "ohwx man", the word that is not the class noun; empty where none stands out."""
     rest = without_word(says, noun) if noun else says
-    words = [word for word in rest.split() if word.lower() not in _FILLING]
+    words = [word for word in rest.split() if word.lower() not in _FILLING and not word.startswith("{")]
     if noun and rest == says:  # another noun: by kohya's convention the last word
         words = words[:-1] or words
     return " ".join(words) if len(words) <= _LONGEST_NAME else ""

@@ -44,7 +44,7 @@ def read_held_out(folder: str, learnt: Sequence[DataSettings]) -> ConceptImages:
     """
     concepts = list({(one.trigger, one.prompt, one.noun): one for one in learnt}.values())
     own = {"images": folder, "layout": "auto", "repeats": 1}
-    folders = list(read_part(concepts[0].model_copy(update=own)))
+    folders = list(read_part(concepts[0].model_copy(update=own), has_setting=False))
     if len(folders) == 1 and folders[0][0].prompt == concepts[0].prompt:  # a flat one
         return _of_one_folder(folder, concepts, folders[0][1])
     found: ConceptImages = []
@@ -68,14 +68,20 @@ def _of_one_folder(folder: str, concepts: Sequence[DataSettings], pictures: Sequ
     silent: list[str] = []
     for picture in pictures:
         captions = captions_of(concepts[0], picture)
-        shown = [row for row, one in enumerate(concepts) if any(mentions(text, one.trigger) for text in captions)]
-        if not captions and len(concepts) > 1:
+        nouns = _shown(captions, [one.noun for one in concepts])
+        shown = _shown(captions, [one.trigger for one in concepts]) or (nouns if len(nouns) == 1 else [])
+        if not shown and len(concepts) > 1:
             silent.append(picture.name)
         found[shown[0] if shown else 0][1].append(picture)
     if silent:
         raise DiffgraftError(
-            f"validation.images={folder} has pictures without a caption ({named(silent)}), and "
-            "several concepts are learnt: put them into numbered folders that are called as the concepts are "
+            f"validation.images={folder} has pictures whose captions, if any, name no concept ({named(silent)}), and "
+            "several are learnt: put them into numbered folders that are called as the concepts are "
             "(1_sks dog), or set validation.share instead."
         )
     return [(part, own) for part, own in found if own]
+
+
+def _shown(captions: Sequence[str], words: Sequence[str]) -> list[int]:
+    """Rows of the words that captions have."""
+    return [row for row, word in enumerate(words) if word and any(mentions(text, word) for text in captions)]
