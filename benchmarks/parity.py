@@ -38,7 +38,7 @@ from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.diffusion.forward import ForwardProcess, Noised
 from diffgraft.files import write_text
-from diffgraft.trainers import loop
+from diffgraft.trainers.run import train_adapter
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Examples
@@ -80,7 +80,7 @@ class Record:
 
 def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any]) -> tuple[Run, Record]:
     """Train by the public way, and look at the optimiser as it steps."""
-    record, real = Record(), loop.new_optimizer
+    record, real = Record(), train_adapter.new_optimizer
 
     def watched(plan: Any, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> torch.optim.Optimizer:
         def look(*_: Any) -> None:
@@ -95,7 +95,7 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
 
     with (
         patch("diffgraft.trainers.run.train.before_after", lambda *_: Image.new("RGB", (8, 8))),  # nobody looks at it
-        patch("diffgraft.trainers.loop.new_optimizer", watched),
+        patch("diffgraft.trainers.run.train_adapter.new_optimizer", watched),
         patch("diffgraft.trainers.training_data.build.class_images", given_class),
     ):
         run = train(recipe, base=base, images=INSTANCE, output=folder, **settings)
