@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, field_validator
 
-from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.diffusion.settings import Noise, Timesteps
 from diffgraft.strict import Strict
 from diffgraft.trainers.recipe.settings import Loss, Prior, Validation
+
+if TYPE_CHECKING:  # listing recipes does without torch
+    from diffgraft.bases.loading import LoadOptions
 
 
 class Group(Strict):
@@ -40,7 +42,7 @@ class ModelSettings(Group):
         """What the recipe says of prediction and noise schedule."""
         return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
 
-    def load_options(self) -> LoadOptions:
+    def load_options(self) -> "LoadOptions":
         """How the base is loaded, beside its precision."""
         return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr, "quantize": self.quantize}
 
