@@ -10,9 +10,9 @@ import torch
 
 from diffgraft.diffusion.losses import distances, weights
 from diffgraft.diffusion.parameterizations import Epsilon, V
-from diffgraft.diffusion.settings import Loss
 from diffgraft.errors import DiffgraftError
 from diffgraft.imports import convert
+from diffgraft.trainers.recipe.settings import Loss
 from tests.trainers.imports.conftest import Make, told
 
 LORA = """
