@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.bases.layers import is_of_text
-from diffgraft.errors import DiffgraftError, nearest, quoted
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
@@ -187,12 +187,14 @@ class Method:
             DiffgraftError: an option is unknown (the message names the nearest one), or its value is invalid.
         """
         if not isinstance(given, Mapping):
-            raise DiffgraftError(f"Invalid value options={quoted(given)}: options have names, as options.NAME=VALUE.")
+            raise DiffgraftError(
+                f"Invalid value options={short_repr(given)}: options have names, as options.NAME=VALUE."
+            )
         given = self._laid_out({str(key): value for key, value in given.items()})
         unknown = [key for key in given if key not in self.options.model_fields]
         if unknown:
             known = [f"options.{key}" for key in self.options.model_fields]
-            hint = nearest(f"options.{unknown[0]}", known) if known else "it has none."
+            hint = did_you_mean(f"options.{unknown[0]}", known) if known else "it has none."
             raise DiffgraftError(f"The method {self.name!r} has no option {unknown[0]!r}: {hint}")
         try:
             return self.options.model_validate({key: self._parsed(key, value) for key, value in given.items()})
@@ -200,7 +202,7 @@ class Method:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise DiffgraftError(
-                f"Invalid value options.{key}={quoted(first['input'])}: {first['msg'].lower()}."
+                f"Invalid value options.{key}={short_repr(first['input'])}: {first['msg'].lower()}."
             ) from error
 
     def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from diffgraft.adapters.strengths import block_of
 from diffgraft.bases.registry import tokenizers
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 T = TypeVar("T")
 
@@ -52,4 +52,4 @@ def _hint(key: str, paths: Collection[str]) -> str:
             words = path.split(".")
             guesses |= {path, f"*.{words[-1]}", *(f"*.{word}.*" for word in words[1:-1])}
             guesses |= {f"{'.'.join(words[:count])}.*" for count in range(1, len(words))}
-    return nearest(key, difflib.get_close_matches(key, sorted(guesses), 1, 0.5) or names)
+    return did_you_mean(key, difflib.get_close_matches(key, sorted(guesses), 1, 0.5) or names)

@@ -14,7 +14,7 @@ from diffgraft.adapters.adapter import Delta, Network
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.groups import DIALECTS, METHODS
 from diffgraft.adapters.method import Method, ReadDelta, ReadNetwork
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.plugins import discover, modules_of
 
 
@@ -35,7 +35,7 @@ def get_method(name: str) -> Method:
         DiffgraftError: there is no such method; the message names the nearest one.
     """
     if name not in methods():
-        raise DiffgraftError(f"There is no method {name!r}: {nearest(name, methods())}")
+        raise DiffgraftError(f"There is no method {name!r}: {did_you_mean(name, methods())}")
     return methods()[name]
 
 
@@ -68,7 +68,7 @@ def read_delta(kind: str, leaves: Mapping[str, Tensor], alpha: float | None) -> 
         ValueError: there is no such kind, or the leaves do not fit together.
     """
     if kind not in kinds():
-        raise ValueError(f"there is no kind {kind!r} of delta: {nearest(kind, kinds())}")
+        raise ValueError(f"there is no kind {kind!r} of delta: {did_you_mean(kind, kinds())}")
     return kinds()[kind](leaves, alpha)
 
 
@@ -79,7 +79,7 @@ def read_network(kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str
         ValueError: there is no such kind, or tensors and settings do not fit together.
     """
     if kind not in network_kinds():
-        raise ValueError(f"there is no kind {kind!r} of network: {nearest(kind, network_kinds())}")
+        raise ValueError(f"there is no kind {kind!r} of network: {did_you_mean(kind, network_kinds())}")
     return network_kinds()[kind](tensors, settings)
 
 
@@ -108,5 +108,5 @@ def get_written_dialect(name: str) -> Dialect:
         DiffgraftError: there is no such dialect; the message names the nearest one.
     """
     if name not in written_dialects():
-        raise DiffgraftError(f"There is no adapter format {name!r} to write: {nearest(name, written_dialects())}")
+        raise DiffgraftError(f"There is no adapter format {name!r} to write: {did_you_mean(name, written_dialects())}")
     return written_dialects()[name]

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import SupportsFloat
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.bases.original import Blocks
+from diffgraft.bases.ldm_keys import BlockLayout
 from diffgraft.bases.registry import denoisers, has_blocks, part_names, tokenizers
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 Strength = float | Mapping[str, float] | Sequence[float]
 """For all; by part and block; or by block in the order of one of `LISTS`"""
@@ -34,7 +34,7 @@ LISTS = {
 }
 """Length of a list of strengths → the blocks they are for."""
 BLOCKS = LISTS[26]
-_COUNTED = Blocks(2, (True, True, True, True))
+_COUNTED = BlockLayout(2, (True, True, True, True))
 _THEIRS = re.compile(r"(?P<side>input|output)_blocks\.(?P<number>\d+)\.|(?P<middle>middle_block)\.")
 
 
@@ -43,7 +43,7 @@ def block_of(path: str) -> str:
     part, _, inside = path.partition(".")
     if has_blocks(part):
         try:
-            found = _THEIRS.match(_COUNTED.original(inside))
+            found = _THEIRS.match(_COUNTED.to_ldm(inside))
         except ValueError:
             found = None
         if found and found["middle"]:
@@ -100,7 +100,7 @@ def strengths_of(name: str, value: object) -> Strengths:
     checked = _checked(name, given)
     named = tuple(key for key in checked if key in BLOCKS)
     if unknown := [key for key in checked if key not in (*part_names(), *BLOCKS)]:
-        hint = nearest(unknown[0], (*part_names(), *BLOCKS) if unknown[0][:1].isupper() else part_names())
+        hint = did_you_mean(unknown[0], (*part_names(), *BLOCKS) if unknown[0][:1].isupper() else part_names())
         raise DiffgraftError(f"The strength of {name} is for {unknown[0]!r}: {hint}")
     first, *further = tokenizers()
     if first in checked:  # of several text encoders, all are meant

@@ -29,11 +29,11 @@ from diffgraft.adapters.ops.extract import extract
 from diffgraft.adapters.ops.inspect import inspect
 from diffgraft.adapters.ops.resize import resize
 from diffgraft.bases import load_base
-from diffgraft.bases.original import original_weights
+from diffgraft.bases.ldm_keys import ldm_state_dict
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.bases.weights import open_weights
 from diffgraft.files import write_safetensors, write_text
-from diffgraft.generation.bake import bake
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
 PAGE = Path(__file__).parent / "results" / "file-work.md"
 HEAD = """# Work on files of real sizes
@@ -91,7 +91,7 @@ def on_adapters(family: str, folder: Path) -> Iterator[Job]:
 def on_checkpoints(folder: Path) -> Iterator[Job]:
     """Work on whole checkpoints of Stable Diffusion 1.5."""
     files = {name: folder / f"{name}.safetensors" for name in ("base", "tuned")}
-    weights = {name: value.half() for name, value in original_weights(random_base("sd1")).items()}
+    weights = {name: value.half() for name, value in ldm_state_dict(random_base("sd1")).items()}
     write_safetensors(files["base"], weights, {})
     generator = torch.Generator().manual_seed(3)
     write_safetensors(files["tuned"], {name: _changed(name, w, generator) for name, w in weights.items()}, {})
@@ -105,8 +105,10 @@ def on_checkpoints(folder: Path) -> Iterator[Job]:
     steps: dict[str, Callable[[], Any]] = {
         "extract a LoCon of rank 16": lambda: difference(RankBudget(rank=16)),
         "extract a LoCon by 95 % of the energy": lambda: difference(RankBudget(energy=0.95)),
-        "merge a LoRA into the checkpoint": lambda: bake(load_base(files["base"], None), {lora: 1.0}, folder / "new"),
-        "a folder of a checkpoint": lambda: bake(load_base(files["base"], None), {}, folder / "folder"),
+        "merge a LoRA into the checkpoint": lambda: merge_checkpoint(
+            load_base(files["base"], None), {lora: 1.0}, folder / "new"
+        ),
+        "a folder of a checkpoint": lambda: merge_checkpoint(load_base(files["base"], None), {}, folder / "folder"),
     }
     for work, step in steps.items():
         yield _timed("sd1", work, step)

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from diffgraft.bases import Base, load_base
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import Latents
-from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.diffusion.forward import ForwardProcess, Noised
 from diffgraft.files import write_text

@@ -25,13 +25,13 @@ from diffgraft.adapters.method import Method, Spec
 from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
+from diffgraft.bases.ldm_keys import ldm_state_dict
 from diffgraft.bases.loading import CONFIGS, TINY
-from diffgraft.bases.original import original_weights
 from diffgraft.bases.registry import families
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.files import write_safetensors, write_text
 from diffgraft.generation.graft import graft
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 PAGE = Path(__file__).parent / "results" / "scale.md"
 SIZES = {"sd1": torch.float32, "sd2": torch.float32, "sdxl": torch.bfloat16}
@@ -87,13 +87,13 @@ def random_file(family: str, folder: Path) -> Path:
     """A single-file checkpoint of the family's real configuration, with random weights."""
     base = random_base(family)
     path = folder / f"{family}.safetensors"
-    write_safetensors(path, {name: value.contiguous() for name, value in original_weights(base).items()}, {})
+    write_safetensors(path, {name: value.contiguous() for name, value in ldm_state_dict(base).items()}, {})
     return path
 
 
 def random_base(family: str) -> Base:
     """A base of the real configuration, in the precision of `SIZES`."""
-    with hushed():
+    with quiet_libraries():
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

@@ -13,7 +13,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_for_base
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, check_options, in_a_sentence
+from diffgraft.errors import DiffgraftError, check_options, wrap_system_errors
 from diffgraft.files import check_new
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Approximation(TypedDict, total=False):
     """Where it is computed; a processor where it is not given"""
 
 
-@in_a_sentence
+@wrap_system_errors
 def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
     """What `train` would do with the same arguments, found out without doing it; printed, it reads as `diffgraft plan`.
 
@@ -52,7 +52,7 @@ def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
     return planned(recipe, settings)
 
 
-@in_a_sentence
+@wrap_system_errors
 def convert(
     source: str | PathLike[str],
     path: str | Path,
@@ -87,7 +87,7 @@ def convert(
         return change(given, path, format, size, weights, device, precision)
 
 
-@in_a_sentence
+@wrap_system_errors
 def combine(
     adapters: Mapping[Any, Any],
     *,
@@ -122,7 +122,7 @@ def combine(
         return together(given, size, algorithm, density, seed, weights, device).adapter
 
 
-@in_a_sentence
+@wrap_system_errors
 def resize(
     adapter: File,
     rank: int | None = None,
@@ -142,7 +142,7 @@ def resize(
         return smaller(_loaded(adapter, weights), _needed(rank, energy), weights, str(device_of(device))).adapter
 
 
-@in_a_sentence
+@wrap_system_errors
 def extract(
     tuned: str,
     base: str,
@@ -177,7 +177,7 @@ def extract(
         return difference(of_tuned, of_base, size, method, said, str(device_of(device))).adapter
 
 
-@in_a_sentence
+@wrap_system_errors
 def merge(
     adapters: Any,
     output: str | Path,
@@ -199,16 +199,16 @@ def merge(
         DiffgraftError: something is there already, or an adapter holds what no weight can.
     """
     from diffgraft.bases import Base, load_base
-    from diffgraft.generation.bake import bake
+    from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
     path = check_new(output)  # before a base is loaded
     place = device_of(device)
     held = base if isinstance(base, Base) else load_base(base, dtype_of(precision, place) if precision else None)
     given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    return bake(held if isinstance(base, Base) else held.to(place), given, path)
+    return merge_checkpoint(held if isinstance(base, Base) else held.to(place), given, path)
 
 
-@in_a_sentence
+@wrap_system_errors
 def inspect(adapter: File, device: str = "cpu") -> "Report":
     """What an adapter holds: method, base, words, and rank, norm and effective rank of every module.
 
@@ -220,7 +220,7 @@ def inspect(adapter: File, device: str = "cpu") -> "Report":
     return look(_loaded(adapter), str(device_of(device)))
 
 
-@in_a_sentence
+@wrap_system_errors
 def grid(pictures: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Image.Image:
     """One picture of many: rows under their labels, or a single row without one.
 

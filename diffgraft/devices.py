@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,6 @@ def dtype_of(name: str, device: "torch.device") -> "torch.dtype":
     import torch
 
     if name and name not in PRECISIONS:
-        raise DiffgraftError(f"There is no precision {name!r}: {nearest(name, PRECISIONS)}")
+        raise DiffgraftError(f"There is no precision {name!r}: {did_you_mean(name, PRECISIONS)}")
     found: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
     return found

@@ -14,12 +14,12 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, check_options, in_a_sentence, nearest, quoted
+from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
 from diffgraft.generation.generate import Settings
 from diffgraft.generation.generate import generate as draw
 from diffgraft.generation.graft import Grafts, graft
+from diffgraft.generation.image_input import ImageInput
 from diffgraft.generation.prompts import cut_prompt, unread_syntax
-from diffgraft.generation.source import Source
 
 OFFLOADS = ("none", "model")
 Picture = str | Path | Image.Image
@@ -60,7 +60,7 @@ _DRAWING = ("size", "steps", "guidance", "negative", "scheduler", "tiling")
 """Options that are those of `Settings`"""
 
 
-@in_a_sentence
+@wrap_system_errors
 def generate(
     prompt: str | Sequence[str],
     adapters: Grafts | str | PathLike[str] | Adapter | None = None,
@@ -90,7 +90,7 @@ def generate(
     if not isinstance(prompt, str) and not (
         isinstance(prompt, Sequence) and all(isinstance(one, str) for one in prompt)
     ):
-        raise DiffgraftError(f"Invalid prompt {quoted(prompt)}: must be a text, or a list of texts.")
+        raise DiffgraftError(f"Invalid prompt {short_repr(prompt)}: must be a text, or a list of texts.")
     check_options("generate", options, DrawingOptions)
     settings = Settings(**{name: value for name, value in options.items() if name in _DRAWING})  # type: ignore[arg-type]
     source = _source(options.get("image"), options.get("denoise"), options.get("mask"))
@@ -98,7 +98,7 @@ def generate(
     if count < 1:
         raise DiffgraftError(f"count={count}: at least one picture can be drawn.")
     if offload not in OFFLOADS:
-        raise DiffgraftError(f"There is no offload={offload!r}: {nearest(offload, OFFLOADS)}")
+        raise DiffgraftError(f"There is no offload={offload!r}: {did_you_mean(offload, OFFLOADS)}")
     for file in adapters if isinstance(adapters, Mapping) else [adapters]:
         if isinstance(file, str | PathLike) and not Path(file).expanduser().exists():
             load_adapter(file)  # which says so
@@ -135,7 +135,7 @@ def generate(
             pipe.remove_all_hooks()
 
 
-def _source(image: Picture | None, denoise: float | None, mask: Picture | None) -> Source | None:
+def _source(image: Picture | None, denoise: float | None, mask: Picture | None) -> ImageInput | None:
     if image is None:
         for name, value in (("denoise", denoise), ("mask", mask)):
             if value is not None:
@@ -145,4 +145,4 @@ def _source(image: Picture | None, denoise: float | None, mask: Picture | None) 
         return None
     picture = image if isinstance(image, Image.Image) else read_picture(image)
     where = mask if mask is None or isinstance(mask, Image.Image) else read_picture(mask, "black")
-    return Source(picture, 0.7 if denoise is None else denoise, where)
+    return ImageInput(picture, 0.7 if denoise is None else denoise, where)

@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
-def in_a_sentence(function: Callable[P, T]) -> Callable[P, T]:
+def wrap_system_errors(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, with what the system says of files, folders and memory as a `DiffgraftError`."""
 
     @wraps(function)
@@ -54,18 +54,18 @@ def in_a_sentence(function: Callable[P, T]) -> Callable[P, T]:
     return told
 
 
-def shortened(text: str, longest: int = 200) -> str:
+def shorten(text: str, longest: int = 200) -> str:
     """A text as it is or, where it is longer than a person reads in a line, its beginning."""
     return text if len(text) <= longest else f"{text[:longest].rstrip()} …"
 
 
-def quoted(value: object) -> str:
+def short_repr(value: object) -> str:
     """`value` as Python writes it, the beginning of it where it is long."""
     text = repr(value)
     return text if len(text) <= _LONG_VALUE else f"{text[:_LONG_VALUE]}…"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A half-sentence that names the known word closest to `word`; where none is close, all of few or three of many."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, 1, 0.5)
@@ -91,4 +91,4 @@ def check_options(function: str, given: Mapping[str, object], known: type) -> No
     names = known.__annotations__
     for key in given:
         if key not in names:
-            raise DiffgraftError(f"Unknown option {key}= of {function}: {nearest(key, names)}")
+            raise DiffgraftError(f"Unknown option {key}= of {function}: {did_you_mean(key, names)}")

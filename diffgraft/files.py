@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffgraft.disk import full_disk_errors
 from diffgraft.errors import DiffgraftError
-from diffgraft.room import room_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
     Raises:
         DiskFullError: there is no room, for `size` bytes where that is known.
     """
-    with room_for(path, size):
+    with full_disk_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{PARTIAL}{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
@@ -81,7 +81,7 @@ def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
 def atomic_folder(path: Path, size: int = 0) -> Iterator[Path]:
     """The same for a folder with all that is in it."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with room_for(path, size):
+    with full_disk_errors(path, size):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)

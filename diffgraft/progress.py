@@ -121,7 +121,7 @@ class Control:
         """Whether the end was asked for."""
         return self._stop.is_set()
 
-    def take(self, what: str) -> bool:
+    def pop_request(self, what: str) -> bool:
         """Whether `sample` or `save` was asked for since the last call, which answers the request."""
         with self._lock:
             was_asked = what in self._asked
@@ -199,13 +199,13 @@ def phase(name: str, total: int | None = None, done: int = 0) -> Iterator[Tracke
         emit(Done(name, time.monotonic() - begun))
 
 
-def track(items: Collection[T], name: str, least: int = 0) -> Iterator[T]:
-    """The items, one after the other, as a phase; of fewer than `least` nothing is said.
+def track(items: Collection[T], name: str, min_items: int = 0) -> Iterator[T]:
+    """The items, one after the other, as a phase; of fewer than `min_items` nothing is said.
 
     Raises:
         StoppedError: a stop was asked for.
     """
-    if len(items) < least:
+    if len(items) < min_items:
         yield from items
         return
     with phase(name, len(items)) as tracker:

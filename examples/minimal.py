@@ -18,8 +18,8 @@ from diffgraft.adapters.method import Spec
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import Latents, encode
-from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.generation.generate import Settings, generate

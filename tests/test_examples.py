@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import Latents, encode
-from diffgraft.data.source import read_folder
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft

@@ -254,7 +254,7 @@ def test_a_terminal_gets_bars_and_anything_else_lines(monkeypatch: pytest.Monkey
 def test_few_items_are_no_phase() -> None:
     events: list[Event] = []
     with reporting(events.append):
-        assert list(track([1, 2], "few", least=3)) == [1, 2]
+        assert list(track([1, 2], "few", min_items=3)) == [1, 2]
     assert events == []
 
 

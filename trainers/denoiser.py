@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from diffgraft.bases import Base, Conditioning, SizeConditioning
-from diffgraft.data.texts import Texts
+from diffgraft.data.text_embeddings import TextEmbeddingCache
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.recipe.groups import ObjectiveSettings
 
@@ -18,7 +18,7 @@ class Denoiser(nn.Module):
         base: Base,
         adapter: nn.Module | None = None,
         text_is_trained: bool = False,
-        texts: Texts | None = None,
+        texts: TextEmbeddingCache | None = None,
         whole: bool = False,
     ) -> None:
         """`texts` keeps what text encoders say, unless that is trained; `whole` prompts are read in pieces."""
@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
         self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
         self._base = base
         self._whole = whole
-        kept = texts or Texts(base, whole=whole)
+        kept = texts or TextEmbeddingCache(base, whole=whole)
         # for an adapter that does something, and one that is bare
         self._texts = None if text_is_trained else {False: kept, True: kept}
 
@@ -43,7 +43,7 @@ class Denoiser(nn.Module):
     def freeze_text(self) -> None:
         """What text encoders say changes no more: from now on it is kept, with what is attached and without it."""
         if self._texts is None:
-            self._texts = {bare: Texts(self._base, whole=self._whole) for bare in (False, True)}
+            self._texts = {bare: TextEmbeddingCache(self._base, whole=self._whole) for bare in (False, True)}
 
     def forward(
         self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning] | None = None

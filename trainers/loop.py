@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import torch
 
 from diffgraft.adapters.method import Attached
+from diffgraft.disk import DiskFullError
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import StoppedError, phase
 from diffgraft.rng import generator
-from diffgraft.room import DiskFullError
 from diffgraft.trainers.hooks.eta import Eta
 from diffgraft.trainers.hooks.health import diverged, first_nonfinite_grad
 from diffgraft.trainers.hooks.hook import Hook

@@ -19,7 +19,7 @@ from diffgraft.adapters.formats import diffusers_legacy, embedding
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.formats.lycoris import read_adapter
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, Module, leaf_of
-from diffgraft.bases.original import ORIGINAL
+from diffgraft.bases.ldm_keys import LDM_PREFIXES
 
 _STARTS = {
     "model.diffusion_model.": "unet",
@@ -63,7 +63,7 @@ def _is_own(key: str) -> bool:
     if found is None or diffusers_legacy.placed(key):
         return False
     start, _, inside, leaf = found
-    of_diffusers = start in _OF_DIFFUSERS and not inside.startswith(ORIGINAL)
+    of_diffusers = start in _OF_DIFFUSERS and not inside.startswith(LDM_PREFIXES)
     return not of_diffusers or (leaf != "weight" and not key.endswith(_OF_PEFT))
 
 

@@ -14,7 +14,7 @@ from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.projections import laid_out
 from diffgraft.adapters.registry import read_delta
-from diffgraft.bases.original import LEVELS, Blocks
+from diffgraft.bases.ldm_keys import MAX_LEVELS, BlockLayout
 from diffgraft.bases.shapes import FAMILY
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -157,9 +157,9 @@ def read_names(theirs: Mapping[str, Sequence[Delta]], layers: int | None = None)
     readings: dict[int, dict[str, str]] = {}
     reason = ""
     for count in _COUNTS if layers is None else (layers,):
-        blocks = Blocks(count, (True,) * LEVELS)
+        blocks = BlockLayout(count, (True,) * MAX_LEVELS)
         try:
-            readings[count] = {name: blocks.diffusers(name) for name in theirs}
+            readings[count] = {name: blocks.to_diffusers(name) for name in theirs}
         except ValueError as error:
             reason = reason or str(error)
     if not readings:

@@ -9,7 +9,7 @@ from torch import Tensor
 from diffgraft.adapters.dialect import Read
 from diffgraft.adapters.ops.effect import fitting
 from diffgraft.bases.registry import part_names
-from diffgraft.errors import nearest
+from diffgraft.errors import did_you_mean
 
 _ALIKE = 0.7
 """From this share of letters in common a beginning may have been meant as the other"""
@@ -96,7 +96,9 @@ def misspelt(paths: Sequence[str]) -> str:
     if not strange or 2 * len(strange) > len(paths):
         return ""
     word = next(word for word in _words(strange[0]) if word not in _WORDS)
-    return f"{len(strange)} of its modules are in no base known here, such as {strange[0]}; {nearest(word, _WORDS)}"
+    return (
+        f"{len(strange)} of its modules are in no base known here, such as {strange[0]}; {did_you_mean(word, _WORDS)}"
+    )
 
 
 def _words(path: str) -> list[str]:

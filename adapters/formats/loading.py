@@ -17,15 +17,15 @@ from diffgraft.adapters.formats.key_errors import UnknownKeyError, is_for_a_tran
 from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.ops.effect import fit_together
 from diffgraft.adapters.registry import dialects
-from diffgraft.bases.stored import is_checkpoint, is_of_checkpoint
+from diffgraft.bases.checkpoint_files import is_checkpoint, is_checkpoint_key
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError, in_a_sentence, one_line
+from diffgraft.errors import DiffgraftError, one_line, wrap_system_errors
 
 _OF_RUNS = "adapter.safetensors"
 """The adapter in the folder of a training run"""
 
 
-@in_a_sentence
+@wrap_system_errors
 def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapter:
     """Read an adapter file in any dialect known; of a run, the adapter that it left.
 
@@ -48,7 +48,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
         )
     tensors, header = _opened(path)
     _refuse_broken_values(path, tensors)
-    if any(map(is_of_checkpoint, (key.removeprefix("state_dict.") for key in tensors))):
+    if any(map(is_checkpoint_key, (key.removeprefix("state_dict.") for key in tensors))):
         raise DiffgraftError(
             f"{path} is a whole checkpoint and no adapter; nor is it opened as a base, for {path.suffix} files can "
             "hold code: get it as .safetensors."

@@ -25,7 +25,7 @@ from diffgraft.adapters.formats.joined import joined
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
 from diffgraft.adapters.method import add_text_model
-from diffgraft.bases.original import Blocks
+from diffgraft.bases.ldm_keys import BlockLayout
 
 PREFIXES = {
     "lora_unet": "unet",
@@ -158,13 +158,13 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not adapter.deltas:
         raise ValueError("it holds no weights, and these files are for weights, with or without words")
     is_xl = family_of(adapter) == "sdxl"
-    blocks = Blocks(layers_of(adapter), (False, True, True)) if is_xl else None
+    blocks = BlockLayout(layers_of(adapter), (False, True, True)) if is_xl else None
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_xl else "lora_te", "text_encoder_2": "lora_te2"}
     tensors: dict[str, Tensor] = {}
     for path, found in adapter.deltas.items():
         part, _, inside = path.partition(".")
         if blocks is not None and part == "unet":
-            inside = blocks.original(inside)
+            inside = blocks.to_ldm(inside)
         if part not in prefixes or dotted(flat(inside)) != inside:
             raise ValueError(f"the path {path} cannot be told apart in names with underscores")
         start = f"{prefixes[part]}_{flat(inside if part == 'unet' else add_text_model(inside))}"

@@ -21,7 +21,7 @@ from diffgraft.adapters.formats.header import number
 from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import laid_out
 from diffgraft.adapters.registry import read_delta
-from diffgraft.bases.original import ORIGINAL
+from diffgraft.bases.ldm_keys import LDM_PREFIXES
 
 KINDS = {
     "lora": ("lora_down", "lora_up", "lora_mid", "dora_scale"),
@@ -105,7 +105,7 @@ def read_modules(modules: Mapping[str, Module], layers: int | None) -> Read:
     theirs = {
         module.inside: built[name]
         for name, module in modules.items()
-        if module.part == "unet" and module.inside.startswith(ORIGINAL)
+        if module.part == "unet" and module.inside.startswith(LDM_PREFIXES)
     }
     names, layers = read_names(theirs, layers) if theirs else ({}, None)
     copies: dict[str, list[tuple[Delta, ...]]] = {}

@@ -16,7 +16,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import OURS, number, parsed, read_json, write_ours
 from diffgraft.adapters.registry import read_delta, read_network
-from diffgraft.errors import nearest
+from diffgraft.errors import did_you_mean
 
 _DELTAS, _NETWORKS, _TOKENS = "diffgraft_deltas", "diffgraft_networks", "diffgraft_tokens"
 
@@ -56,7 +56,7 @@ def read(
     tokens = {word: _take(left, f"token.{place}.") for place, word in enumerate(_listed(header, _TOKENS, str))}
     if left:
         strange = next(iter(left))
-        hint = nearest(strange, set(tensors) - set(left)).rstrip(".?")
+        hint = did_you_mean(strange, set(tensors) - set(left)).rstrip(".?")
         raise ValueError(f"its key {strange} belongs to nothing that the header lists; {hint}")
     return Adapter(deltas, read_json(header, OURS), tuple(networks), tokens)
 

@@ -23,7 +23,7 @@ from diffgraft.adapters.projections import same_layer
 from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
 from diffgraft.adapters.training_metadata import of_all, still_true
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import track
 
 WAYS = ("sum", "ties", "dare")
@@ -55,7 +55,7 @@ def combine(
         DiffgraftError: two teach the same word, or there is a network at a strength other than 1, or no such way.
     """
     if way not in WAYS:
-        raise DiffgraftError(f"There is no way {way!r} to combine: {nearest(way, WAYS)}")
+        raise DiffgraftError(f"There is no way {way!r} to combine: {did_you_mean(way, WAYS)}")
     if not 0 < density <= 1:
         raise DiffgraftError(f"Invalid value density={density}: must be the share that is kept, above 0 and at most 1.")
     read = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
@@ -77,7 +77,7 @@ def combine(
     if way != "sum":
         generator = torch.Generator().manual_seed(seed)
         paths = sorted(path for path in each if len(shapes[path]) > 1)
-        for path in track(paths, way, least=20):
+        for path in track(paths, way, min_items=20):
             changes = [as_matrix(path, own, shapes[path], weights) for own in each[path]]
             merged = ties(changes, density) if way == "ties" else dare(changes, density, generator)
             biases = [delta.leaves["diff_b"] for delta, _ in steps[path] if "diff_b" in delta.leaves]

@@ -63,7 +63,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
             )
     errors: dict[str, float] = {}
     order = [*first.deltas, *(path for path in second.deltas if path not in first.deltas)]
-    for place, path in enumerate(track(order, "modules", least=20)):
+    for place, path in enumerate(track(order, "modules", min_items=20)):
         if path not in differing:
             errors[path] = 0.0
             continue

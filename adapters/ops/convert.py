@@ -18,7 +18,7 @@ from diffgraft.adapters.ops.compare import Comparison, compare
 from diffgraft.adapters.ops.resize import Reduced, resize
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.files import PARTIAL, check_new
 
 PRECISIONS = {
@@ -119,7 +119,7 @@ def part_of(adapter: Adapter, only: str) -> Adapter:
         return replace(adapter, deltas={}, networks=())
     if only not in adapter.tokens:
         known = ["weights", "words", *adapter.tokens]
-        raise DiffgraftError(f"There is nothing called {only!r} in the file: {nearest(only, known)}")
+        raise DiffgraftError(f"There is nothing called {only!r} in the file: {did_you_mean(only, known)}")
     return only_word(adapter, only)
 
 
@@ -130,7 +130,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
         DiffgraftError: there is no such precision, or a number is beyond its range.
     """
     if precision not in PRECISIONS:
-        raise DiffgraftError(f"There is no precision {precision!r}: {nearest(precision, PRECISIONS)}")
+        raise DiffgraftError(f"There is no precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
     dtype = PRECISIONS[precision]
 
     largest = torch.finfo(dtype).max

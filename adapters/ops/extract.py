@@ -14,8 +14,7 @@ from diffgraft.adapters.lowrank import RankBudget, nearest
 from diffgraft.adapters.methods.loha import HADAMARD
 from diffgraft.adapters.ops.resize import Reduced
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError
-from diffgraft.errors import nearest as nearest_name
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import track
 
 METHODS = ("lora", "locon", "loha")
@@ -48,7 +47,7 @@ def extract(
             is for inpainting, its first layer alone is left out.)
     """
     if method not in METHODS:
-        raise DiffgraftError(f"{method!r} cannot be extracted: {nearest_name(method, METHODS)}")
+        raise DiffgraftError(f"{method!r} cannot be extracted: {did_you_mean(method, METHODS)}")
     if method == "loha" and size.rank is None:
         raise DiffgraftError("LoHa is fitted to a rank: give --rank.")
     names = [name for name in base if name in tuned]

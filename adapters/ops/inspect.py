@@ -99,7 +99,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     there = layer_shapes(fits[0]) if fits else {}
     modules: list[Module] = []
     overflows: list[str] = []
-    for path, deltas in track(adapter.deltas.items(), "modules", least=20):
+    for path, deltas in track(adapter.deltas.items(), "modules", min_items=20):
         for delta in deltas:
             module, most = _module(path, delta, delta.weight_shape or there.get(path), device)
             modules.append(module)

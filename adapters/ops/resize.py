@@ -68,7 +68,7 @@ def reduced(
     deltas: dict[str, tuple[Delta, ...]] = {}
     lost: dict[str, float] = {}
     dropped: list[str] = []
-    for path, own in track(steps.items(), "modules", least=20):
+    for path, own in track(steps.items(), "modules", min_items=20):
         if len(shapes[path]) < 2 or is_embedding(path):
             dropped.append(path)
             continue

@@ -11,7 +11,7 @@ from PIL import Image
 from benchmarks.learning.cases import VARIANTS
 from benchmarks.learning.measure import bounds
 from benchmarks.learning.targets import Target, made_up
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
 from diffgraft.files import write_text
 from diffgraft.generation.plots import grid, save_image
 

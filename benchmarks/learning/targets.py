@@ -17,7 +17,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import STYLES, draw
 from diffgraft.bases.tiny.world.scene import SETTING_WORDS, random_scene
 from diffgraft.data.class_images import class_images
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
 from diffgraft.demo.subject import ALIEN, POODLE, Subject
 from diffgraft.generation.generate import Settings

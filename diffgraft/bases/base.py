@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffgraft.bases.family import Conditioning, Family, LatentSpec, SizeConditioning
 from diffgraft.diffusion.parameterizations import Parameterization
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
 @dataclass(eq=False, repr=False)
@@ -175,7 +175,7 @@ class Base:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Base":
         """Move all parts, in place."""
-        with hushed():
+        with quiet_libraries():
             for _, part in self.parts():
                 part.to(device=device, dtype=dtype)
         return self

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part
 from diffgraft.bases.configs import (
     BertConfig,
     ClipConfig,
@@ -25,7 +26,6 @@ from diffgraft.bases.configs import (
     read_object,
     short,
 )
-from diffgraft.bases.stored import FLOATS, files_of_part
 from diffgraft.bases.unet import inpainting
 from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
@@ -250,7 +250,7 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
                             f"{file} holds {key} as {held.get_shape()}; {folder}/config.json makes it "
                             f"{[*value.shape]}: the two belong to different models."
                         )
-                    if held.get_dtype() not in FLOATS:
+                    if held.get_dtype() not in FLOAT_DTYPES:
                         raise DiffgraftError(
                             f"{file} holds {key} in {held.get_dtype()}; weights are in float32 or half precision."
                         )

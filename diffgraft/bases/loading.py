@@ -11,18 +11,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import Base
+from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part, main_dtype
 from diffgraft.bases.family import Family
 from diffgraft.bases.folder import pipeline_of
-from diffgraft.bases.original import UNET, VAE, is_open_clip, original_weights
+from diffgraft.bases.header_config import ConfigOverrides, copy_config, read_config_overrides, write_config_overrides
+from diffgraft.bases.ldm_keys import UNET_PREFIX, VAE_PREFIX, is_open_clip, ldm_state_dict
 from diffgraft.bases.prediction import scheduled, told_by
 from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
-from diffgraft.bases.stated import Stated, copy_of, read_stated, write_stated
-from diffgraft.bases.stored import FLOATS, files_of_part, precision
 from diffgraft.bases.unet import inpainting
-from diffgraft.errors import DiffgraftError, in_a_sentence, nearest, quoted
-from diffgraft.quiet import hushed
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr, wrap_system_errors
+from diffgraft.third_party import quiet_libraries
 
 
 def known_pipelines() -> dict[str, bool]:
@@ -32,7 +32,7 @@ def known_pipelines() -> dict[str, bool]:
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
-_FIRST = f"{UNET}input_blocks.0.0.weight"
+_FIRST = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _ADVICE = "An adapter is no base: `generate` takes it with --adapter, and `merge` before --into."
 
 
@@ -52,7 +52,7 @@ def load_options(predicts: str | None, zero_snr: bool | None, quantize: str = "n
     return {"prediction_type": predicts, "zero_snr": zero_snr, "quantize": quantize}  # type: ignore[typeddict-item]
 
 
-@in_a_sentence
+@wrap_system_errors
 def load_base(
     source: str | Path = "tiny",
     dtype: torch.dtype | None = torch.float32,
@@ -78,13 +78,13 @@ def load_base(
         DiffgraftError: nothing by that name can be read, or it is no base of a known family.
     """
     if family is not None and family not in families():
-        raise DiffgraftError(f"There is no family {family!r} of bases: {nearest(family, families())}")
+        raise DiffgraftError(f"There is no family {family!r} of bases: {did_you_mean(family, families())}")
     if not isinstance(source, str | Path):
-        raise DiffgraftError(f"Invalid base {quoted(source)}: must be a name or a path.")
+        raise DiffgraftError(f"Invalid base {short_repr(source)}: must be a name or a path.")
     if quantize not in get_args(Quantize):
-        hint = "for 4 bits take 'nf4'." if "4" in str(quantize) else nearest(quantize, get_args(Quantize))
+        hint = "for 4 bits take 'nf4'." if "4" in str(quantize) else did_you_mean(quantize, get_args(Quantize))
         raise DiffgraftError(f"Invalid value quantize={quantize!r}: {hint}")
-    with hushed():
+    with quiet_libraries():
         path = located(source)
         pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, known_pipelines(), "files")
     pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
@@ -93,7 +93,7 @@ def load_base(
         raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
     base = Base(name=str(source), family=found, **parts_of(pipe))
     held = _precisions(path, found) if dtype is None else {}
-    with hushed():
+    with quiet_libraries():
         for name, part in base.parts():
             part.to(held.get(name, dtype))
         return quantized(base, quantize)
@@ -116,10 +116,10 @@ def located(source: str | Path, *, weights: bool = True) -> Path:
 def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
     """Part → the precision in which a folder, or a single file of a family, holds it."""
     if family is None or path.is_dir():
-        found = {name: precision(files_of_part(path / name)) for name in (*part_names(), "vae")}
+        found = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
     else:
-        starts = {"unet": UNET, "vae": VAE, **family.single_file_prefixes}
-        found = {name: precision([path], start) for name, start in starts.items()}
+        starts = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
+        found = {name: main_dtype([path], start) for name, start in starts.items()}
     return {name: dtype for name, dtype in found.items() if dtype is not None}
 
 
@@ -142,7 +142,7 @@ class SingleFile:
     """What the UNet takes"""
     told: dict[str, Any]
     """`prediction_type` and `zero_snr`, as far as it tells"""
-    stated: Stated
+    stated: ConfigOverrides
     """What of its configuration is not the family's, as files that were written here say it"""
 
     @property
@@ -176,7 +176,9 @@ def read_single_file(path: Path, family: str | None = None) -> SingleFile:
             keys = set(file.keys())
             name = _family_of(path, keys, family)
             channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
-            return SingleFile(name, channels, told_by(name, file, keys), read_stated(path, file.metadata() or {}))
+            return SingleFile(
+                name, channels, told_by(name, file, keys), read_config_overrides(path, file.metadata() or {})
+            )
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
 
@@ -212,20 +214,20 @@ def _check_names(path: Path, found: SingleFile) -> None:
     family = families()[found.family]
     wanted = {
         name: tuple(value.shape)
-        for name, value in original_weights(Base(name=str(path), family=family, **parts_of(pipe))).items()
+        for name, value in ldm_state_dict(Base(name=str(path), family=family, **parts_of(pipe))).items()
     }
     with safe_open(path, framework="pt") as file:
         held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         what = f"{path} is no whole checkpoint of {found.family}"
         if missing := [name for name in wanted if name not in held]:
             raise DiffgraftError(f"{what}: it lacks {len(missing)} of its weights, such as {missing[0]}. {_ADVICE}")
-        if others := [name for name in held if name.startswith(UNET) and name not in wanted]:
+        if others := [name for name in held if name.startswith(UNET_PREFIX) and name not in wanted]:
             raise DiffgraftError(f"{what}: {others[0]} belongs to a UNet of another configuration. {_ADVICE}")
         for name, shape in wanted.items():
             there = tuple(held[name].get_shape())
             if _without_ones(there) != _without_ones(shape):
                 raise DiffgraftError(f"{what}: {name} has the shape {[*there]}, and should have {[*shape]}. {_ADVICE}")
-            if held[name].get_dtype() not in FLOATS:
+            if held[name].get_dtype() not in FLOAT_DTYPES:
                 raise DiffgraftError(f"{what}: {name} is in {held[name].get_dtype()}; weights are floating-point.")
 
 
@@ -242,8 +244,8 @@ def configuration(found: SingleFile) -> Iterator[Path]:
         yield folder
         return
     with TemporaryDirectory() as name:
-        copy = copy_of(folder, Path(name))
-        write_stated(copy, found.stated, found.channels)
+        copy = copy_config(folder, Path(name))
+        write_config_overrides(copy, found.stated, found.channels)
         yield copy
 
 

@@ -13,7 +13,7 @@ from diffgraft.bases.prediction import scheduled
 from diffgraft.bases.registry import families
 from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
 def meta_base(
@@ -36,7 +36,7 @@ def meta_base(
         DiffgraftError: as in `load_base`.
     """
     path = located(source, weights=False)
-    with hushed():
+    with quiet_libraries():
         if path.is_file():
             file = read_single_file(path)
             with configuration(file) as folder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.diffusion.parameterizations import Parameterization, parameterization
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 PREDICTION_KEY = "prediction_type"
 """What recipes, headers and schedulers call what a denoiser predicts"""
@@ -48,7 +48,7 @@ def scheduled(scheduler: Any, prediction_type: str | None = None, zero_snr: bool
     """
     if prediction_type is not None and prediction_type not in PREDICTIONS:
         raise DiffgraftError(
-            f"There is no prediction type {prediction_type!r}: {nearest(prediction_type, PREDICTIONS)}"
+            f"There is no prediction type {prediction_type!r}: {did_you_mean(prediction_type, PREDICTIONS)}"
         )
     if prediction_type is None and zero_snr is None:
         return scheduler

@@ -5,7 +5,7 @@ from torch import nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.quantized import Quantize
 from diffgraft.progress import track
-from diffgraft.quiet import import_bitsandbytes
+from diffgraft.third_party import import_bitsandbytes
 
 
 def quantized(base: Base, to: Quantize) -> Base:
@@ -13,7 +13,7 @@ def quantized(base: Base, to: Quantize) -> Base:
     if to == "none":
         return base
     import_bitsandbytes()  # takes seconds
-    from diffgraft.bases.bits import KINDS
+    from diffgraft.bases.bnb_layers import KINDS
 
     places = [
         (owner, name)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffgraft.bases.loading import CONFIGS, TINY
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 Shape = tuple[int, ...]
 KNOWN: dict[str, Path] = {"tiny": TINY, **{name: CONFIGS / name for name in ("sd1", "sd2", "sdxl")}}
@@ -30,12 +30,12 @@ def layer_shapes(name: str) -> dict[str, Shape]:
 
 
 def _parts(folder: Path) -> dict[str, nn.Module]:
-    with hushed():
+    with quiet_libraries():
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with torch.device("meta"), hushed():
+    with torch.device("meta"), quiet_libraries():
         config = json.loads((folder / "unet" / "config.json").read_text("utf-8"))
         parts: dict[str, nn.Module] = {"unet": UNet2DConditionModel.from_config(config)}
         for part, kind in classes.items():

@@ -14,11 +14,11 @@ from typing import Any, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffgraft.bases.checkpoint_files import files_of_part
+from diffgraft.bases.header_config import read_config_overrides
+from diffgraft.bases.ldm_keys import MAX_LEVELS, UNET_PREFIX, BlockLayout, clip_names_from_open_clip, is_open_clip
 from diffgraft.bases.loading import CONFIGS, TINY
-from diffgraft.bases.original import LEVELS, UNET, Blocks, is_open_clip, our_open_clip_names
 from diffgraft.bases.registry import families, part_names
-from diffgraft.bases.stated import read_stated
-from diffgraft.bases.stored import files_of_part
 from diffgraft.errors import DiffgraftError
 
 _COUNTS = (2, 1, 3, 4)
@@ -116,14 +116,14 @@ def open_weights(source: str | Path) -> Weights:
 def _add_single_file(weights: Weights, path: Path) -> None:
     held = weights.open(path)
     keys = list(held.keys())
-    for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET)]).items():
+    for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET_PREFIX)]).items():
         weights.add(f"unet.{name}", held, key)
     for family in families().values():
         starts = family.single_file_prefixes
         if not starts or not all(any(key.startswith(start) for key in keys) for start in starts.values()):
             continue
         for part, start in starts.items():
-            said = read_stated(path, held.metadata() or {}).get(part, {})
+            said = read_config_overrides(path, held.metadata() or {}).get(part, {})
             layers = said.get("num_hidden_layers", _layers(family.name, part))
             for key in keys:
                 if key.startswith(start):
@@ -135,9 +135,9 @@ def _unet_names(path: Path, keys: list[str]) -> dict[str, str]:
     """Key → diffusers' name; the layers in a block, by which keys are counted, are those that all keys fit."""
     reason: ValueError | None = None
     for count in _COUNTS:
-        blocks = Blocks(count, (True,) * LEVELS)
+        blocks = BlockLayout(count, (True,) * MAX_LEVELS)
         try:
-            return {key: blocks.diffusers(key.removeprefix(UNET)) for key in keys}
+            return {key: blocks.to_diffusers(key.removeprefix(UNET_PREFIX)) for key in keys}
         except ValueError as error:
             reason = reason or error
     raise DiffgraftError(f"{path} holds weights of a UNet that is not known here: {reason}.") from reason
@@ -151,7 +151,7 @@ def _add_text(weights: Weights, held: Any, part: str, key: str, start: str, laye
     number = re.match(r"transformer\.resblocks\.(\d+)\.", inside)
     if number and int(number[1]) >= layers:  # the last layer of Stable Diffusion 2 stands in files, and is not used
         return
-    for name, third, turned in our_open_clip_names(inside):
+    for name, third, turned in clip_names_from_open_clip(inside):
         weights.add(f"{part}.{name}", held, key, third, turned)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import REPORTERS, Note, emit, reporting
 from diffgraft.terminal import printable
 
@@ -40,7 +40,7 @@ def shown_progress(name: str) -> Iterator[None]:
         DiffgraftError: there is no such reporter.
     """
     if name not in REPORTERS:
-        raise DiffgraftError(f"Invalid --progress {name}: {nearest(name, REPORTERS)}")
+        raise DiffgraftError(f"Invalid --progress {name}: {did_you_mean(name, REPORTERS)}")
     if name == "auto":
         yield
         return

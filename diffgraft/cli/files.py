@@ -72,7 +72,7 @@ def convert(
     A whole checkpoint goes from a diffusers folder into one file, or back, to the bit:
     diffgraft convert stable-diffusion-v1-5/ sd15.safetensors
     """
-    from diffgraft.bases.stored import is_checkpoint
+    from diffgraft.bases.checkpoint_files import is_checkpoint
 
     if is_checkpoint(source):
         _convert_checkpoint(source, output, to)
@@ -113,10 +113,10 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
 
     from diffgraft.bases import load_base
     from diffgraft.files import check_new
-    from diffgraft.generation.bake import bake
+    from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
     check_new(output)
-    say(bake(load_base(source, None), {}, output))
+    say(merge_checkpoint(load_base(source, None), {}, output))
 
 
 def combine(

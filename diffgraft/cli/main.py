@@ -284,13 +284,13 @@ def merge(
     from diffgraft.bases.loading import load_options
     from diffgraft.devices import device_of, dtype_of
     from diffgraft.files import check_new
-    from diffgraft.generation.bake import bake
+    from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
     check_new(output)
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
     base = load_base(into, dtype, **load_options(predicts, zero_snr))
-    say(bake(base.to(place), adapters, output))
+    say(merge_checkpoint(base.to(place), adapters, output))
 
 
 for step in preparing.COMMANDS:
@@ -371,11 +371,11 @@ def demo(
 
 def main() -> None:
     """Run the command line; what a person can put right is said in a sentence, without a traceback."""
-    from diffgraft.errors import DiffgraftError, in_a_sentence
+    from diffgraft.errors import DiffgraftError, wrap_system_errors
 
     warnings.showwarning = lambda said, *_, **__: warn(said)
     try:
-        in_a_sentence(app)()
+        wrap_system_errors(app)()
     except DiffgraftError as error:
         typer.secho(f"error: {printable(error)}", fg="red", err=True)
     sys.exit(1)

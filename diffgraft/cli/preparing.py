@@ -59,9 +59,9 @@ def caption(
 
     For example: diffgraft caption my_dog/ --prefix "sks dog,"
     """
-    from diffgraft.data.captioner import DEFAULT, Captioner, all_pictures, caption_files
+    from diffgraft.data.captioner import DEFAULT, Captioner, caption_files, pictures_with_paths
 
-    all_pictures(images)  # what cannot be is said before a model is fetched
+    pictures_with_paths(images)  # what cannot be is said before a model is fetched
     written, kept = caption_files(images, Captioner(model or DEFAULT, ask, most), prefix, overwrite=overwrite)
     _say(len(written), kept, "captions")
 
@@ -83,10 +83,10 @@ def mask(
 
     For example: diffgraft mask my_dog/ --prompt "the dog", and then: diffgraft train subject … masks.use=true
     """
-    from diffgraft.data.captioner import all_pictures
+    from diffgraft.data.captioner import pictures_with_paths
     from diffgraft.data.masker import DEFAULT, mask_files, open_masker
 
-    all_pictures(images)
+    pictures_with_paths(images)
     written, kept = mask_files(images, open_masker(prompt, model or DEFAULT, threshold), grow, overwrite=overwrite)
     _say(len(written), kept, "masks")
 

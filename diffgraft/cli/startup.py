@@ -11,11 +11,11 @@ from diffgraft.cli.main import main
 
 
 def run() -> NoReturn:
-    """The program `diffgraft`: run the command line, and leave with its exit status.
+    """Run the command line and exit with its status: the console script `diffgraft`.
 
-    diffusers and peft import bitsandbytes wherever it is installed, which takes longer than torch does; until something
-    asks `diffgraft.quiet.import_bitsandbytes` for it, it looks as if it were not. At the end the process leaves without
-    taking the libraries' modules apart one by one, which takes a second.
+    diffusers and peft import bitsandbytes wherever it is installed, which takes longer than importing torch. It is
+    therefore hidden from them until `diffgraft.third_party.import_bitsandbytes` is called. At the end the process exits
+    without the interpreter's cleanup of modules, which would take a second.
     """
     sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # None: importing it fails
     for stream in (sys.stdout, sys.stderr):

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffgraft.disk import DiskFullError
 from diffgraft.files import cache_folder, write_safetensors
-from diffgraft.room import DiskFullError
 
 _SUM = "sha256"
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from diffgraft.data.inventory import counted_folders
-from diffgraft.data.opened_models import open_model, this_process
+from diffgraft.data.hf_models import load_hf_model, this_process
+from diffgraft.data.image_folder import read_folder
+from diffgraft.data.inventory import kohya_folders
 from diffgraft.data.pictures import Picture
-from diffgraft.data.source import read_folder
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
 from diffgraft.progress import track
@@ -40,7 +40,7 @@ class Captioner:
         """
         from transformers import AutoModelForImageTextToText
 
-        self._model, self._processor = open_model((AutoModelForImageTextToText,), model, "caption pictures")
+        self._model, self._processor = load_hf_model((AutoModelForImageTextToText,), model, "caption pictures")
         self._talks = bool(getattr(self._processor, "chat_template", None))
         self._ask = ask or (_QUESTION if self._talks else _ASKED.get(self._model.config.model_type, ""))
         self._most = most
@@ -97,7 +97,7 @@ def caption_files(
     Raises:
         DiffgraftError: there is no such folder, or no picture in it.
     """
-    found = all_pictures(folder)
+    found = pictures_with_paths(folder)
     wanted = [(path, picture) for path, picture in found if overwrite or not path.with_suffix(".txt").exists()]
     written = []
     for path, picture in shared(wanted, "captioning"):
@@ -106,13 +106,13 @@ def caption_files(
     return written, len(found) - len(wanted)
 
 
-def all_pictures(folder: str | Path) -> list[tuple[Path, Picture]]:
+def pictures_with_paths(folder: str | Path) -> list[tuple[Path, Picture]]:
     """The pictures of a folder, or of those of kohya's layout in it, and where they lie.
 
     Raises:
         DiffgraftError: there is no such folder, or no picture in it.
     """
-    folders = [one.folder for one in counted_folders(folder)] or [Path(folder).expanduser()]
+    folders = [one.folder for one in kohya_folders(folder)] or [Path(folder).expanduser()]
     return [(where / picture.name, picture) for where in folders for picture in read_folder(where)]
 
 

@@ -16,7 +16,7 @@ from diffgraft.bases import Base
 from diffgraft.data.cache import optional_write
 from diffgraft.data.pictures import Picture
 from diffgraft.files import atomic_write, cache_folder, write_text
-from diffgraft.generation.generate import Settings, at_once, generate
+from diffgraft.generation.generate import Settings, default_batch_size, generate
 
 _AT_ONCE = 4
 """Pictures in a batch, at most"""
@@ -31,7 +31,7 @@ def class_images(
     has of them, and an interrupted drawing leaves the same pictures as one that never was.
     """
     size = settings.size or (base.resolution, base.resolution)
-    batch = min(_AT_ONCE, at_once(*size))
+    batch = min(_AT_ONCE, default_batch_size(*size))
     settings = replace(settings, batch=batch)
     wanted = [(prompt, _folder(base, prompt, settings, seed), number) for prompt in prompts for number in range(each)]
     paths = [folder / f"{number:04d}.png" for _, folder, number in wanted]

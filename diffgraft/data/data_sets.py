@@ -7,7 +7,7 @@ from typing import Any
 
 from diffgraft.data.hub import answers, offline
 from diffgraft.data.pictures import Picture
-from diffgraft.data.tables import as_captions, caption_column_of
+from diffgraft.data.tables import find_caption_column, parse_captions
 from diffgraft.errors import DiffgraftError
 
 
@@ -37,7 +37,7 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
     images = [name for name, feature in found.features.items() if isinstance(feature, ImageFeature)]
     if not images:
         raise DiffgraftError(f"The data set {where} has no column of images, but: {', '.join(found.column_names)}.")
-    column = caption_column_of(found.column_names, caption_column, f"The data set {where}")
+    column = find_caption_column(found.column_names, caption_column, f"The data set {where}")
     rows = found.cast_column(images[0], ImageFeature(decode=False))
 
     def reader(number: int) -> Any:
@@ -49,7 +49,9 @@ def from_data_set(where: str | Path, caption_column: str) -> list[Picture]:
         return read
 
     said = found[column] if column else [None] * len(found)
-    captions = [as_captions(value, f"The data set {where}, row {n}, column {column}") for n, value in enumerate(said)]
+    captions = [
+        parse_captions(value, f"The data set {where}, row {n}, column {column}") for n, value in enumerate(said)
+    ]
     return [Picture(f"row {n}", reader(n), captions[n]) for n in range(len(found))]
 
 

@@ -28,11 +28,11 @@ class Frame:
     flipped: bool = False
 
     @property
-    def shown(self) -> float:
+    def area_fraction(self) -> float:
         """Share of the picture's area that is left."""
         return math.prod(self.size) / math.prod(self.scaled)
 
-    def show(self, image: Image.Image) -> Image.Image:
+    def crop(self, image: Image.Image) -> Image.Image:
         """`image`, of the original size, in this frame; masks, in mode L, as well."""
         left, top = self.corner
         # the part of the original that is wanted, in its own pixels: scaling alone that is exact, and cheaper
@@ -41,7 +41,7 @@ class Frame:
         found = image.resize(self.size, Image.Resampling.LANCZOS, box)
         return found.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flipped else found
 
-    def told(self) -> SizeConditioning:
+    def size_conditioning(self) -> SizeConditioning:
         """What Stable Diffusion XL is told of it."""
         left, top = self.corner
         return SizeConditioning((self.original[1], self.original[0]), (top, left), (self.size[1], self.size[0]))

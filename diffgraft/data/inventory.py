@@ -47,12 +47,12 @@ _MOST_ENTRIES = 100_000
 
 
 @dataclass(frozen=True)
-class Counted:
+class KohyaFolder:
     """One of kohya's folders, `10_sks dog`."""
 
     folder: Path
     repeats: int
-    says: str
+    prompt: str
     """The prompt of pictures in it that have no caption"""
 
 
@@ -60,12 +60,12 @@ class Counted:
 class Layout:
     """The numbered folders that are learnt from; none where the pictures lie in the folder itself."""
 
-    counted: Sequence[Counted]
+    folders: Sequence[KohyaFolder]
     remarks: Sequence[str]
     """Sentences on pictures that will not be learnt from"""
 
 
-def layout_of(
+def detect_layout(
     folder: str | Path, layout: FolderLayout = "auto", used: Collection[Path] = (), *, has_setting: bool = True
 ) -> Layout:
     """How `folder` is laid out: in kohya's way, here or in its `img`, or flat; of `used` folders nothing is said.
@@ -79,7 +79,7 @@ def layout_of(
     folder = Path(folder).expanduser()
     for root in (folder, folder / "img") if layout != "flat" else ():
         found = [(one, match) for one in _folders(root) if (match := NUMBERED.fullmatch(one.name))]
-        counted = [Counted(one, int(match[1]), match[2].strip()) for one, match in found if int(match[1])]
+        counted = [KohyaFolder(one, int(match[1]), match[2].strip()) for one, match in found if int(match[1])]
         inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
         if not any(inside.values()):
             continue
@@ -90,7 +90,7 @@ def layout_of(
             numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
             advice = "ove what is not meant to another place."
             advice = f"Set layout=flat or layout=kohya, or m{advice}" if has_setting else f"M{advice}"
-            flat = f"the {count_of(len(own), 'picture')} in it ({named(own)})" if own else ""
+            flat = f"the {pluralize(len(own), 'picture')} in it ({named(own)})" if own else ""
             flat += " and " if own and tables else ""
             flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
@@ -107,12 +107,12 @@ def layout_of(
     return Layout([], [])
 
 
-def counted_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[Counted]:
+def kohya_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[KohyaFolder]:
     """The folders of kohya's layout in `folder`, or in its `img`; none where it is not laid out so."""
-    return list(layout_of(folder, layout).counted)
+    return list(detect_layout(folder, layout).folders)
 
 
-def _check_repeats(counted: Sequence[Counted]) -> None:
+def _check_repeats(counted: Sequence[KohyaFolder]) -> None:
     for one in counted:
         if one.repeats > _MOST_REPEATS:
             raise DiffgraftError(
@@ -121,7 +121,7 @@ def _check_repeats(counted: Sequence[Counted]) -> None:
             )
 
 
-def _often(counted: Sequence[Counted]) -> Iterator[str]:
+def _often(counted: Sequence[KohyaFolder]) -> Iterator[str]:
     for one in counted:
         if one.repeats >= _MANY_REPEATS:
             yield (
@@ -130,7 +130,7 @@ def _often(counted: Sequence[Counted]) -> Iterator[str]:
             )
 
 
-def _outside_of(folder: Path, counted: Sequence[Counted], used: Collection[Path]) -> Iterator[str]:
+def _outside_of(folder: Path, counted: Sequence[KohyaFolder], used: Collection[Path]) -> Iterator[str]:
     """What lies beside numbered folders and is therefore not learnt from."""
     learnt = {one.folder for one in counted}
     places: Counter[str] = Counter()
@@ -139,7 +139,7 @@ def _outside_of(folder: Path, counted: Sequence[Counted], used: Collection[Path]
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{count_of(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
+            f"{pluralize(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
             f"in numbered folders are: {_listed(places)}."
         )
 
@@ -169,7 +169,7 @@ def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collecti
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("._"))
     shown = [path for path in files if path.suffix.lower() in SUFFIXES]
-    aside = [path for path in shown if is_aside(path)]
+    aside = [path for path in shown if is_mask_or_condition(path)]
     pictures = [path for path in shown if path not in set(aside)]
     every = list(dict.fromkeys([*pictures, *in_table]))
     masks, of_masks = _masks(folder, every, aside)
@@ -192,7 +192,7 @@ def pictures_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not is_aside(path) and not path.name.startswith("._"))
+    return sorted(path for path in found if not is_mask_or_condition(path) and not path.name.startswith("._"))
 
 
 def named(paths: Sequence[Path] | Sequence[str]) -> str:
@@ -202,7 +202,7 @@ def named(paths: Sequence[Path] | Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def is_aside(path: Path) -> bool:
+def is_mask_or_condition(path: Path) -> bool:
     """Whether it is by its name the mask, or the conditioning picture, of another."""
     return path.stem.lower().endswith((*_MASKS, *_CONDITIONS))
 
@@ -231,7 +231,7 @@ def _plain(name: str, suffix: str) -> str:
 def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
     elsewhere = sorted({path.parent for path in pictures} - {folder})
     more = [path for place in elsewhere for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    every = [*aside, *(path for path in more if is_aside(path))]
+    every = [*aside, *(path for path in more if is_mask_or_condition(path))]
     if not every:
         return {}, []
     of_stem: dict[tuple[Path, str], list[Path]] = {}
@@ -254,7 +254,7 @@ def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tup
     remarks = []
     if orphans:
         remarks.append(
-            f"{count_of(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not "
+            f"{pluralize(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not "
             f"learnt from: {named(orphans)}. If {_it(len(orphans))} a picture to learn from, rename it."
         )
     if second:
@@ -297,13 +297,13 @@ def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Pat
     remarks = []
     if empty:
         remarks.append(
-            f"{count_of(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as "
+            f"{pluralize(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as "
             "if there were none."
         )
     if others:
         remarks.append(f"Of two captions beside a picture that differ only the first is used: {named(others)} not.")
     if left := [path for path in beside if path not in seen]:
-        remarks.append(f"{count_of(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
+        remarks.append(f"{pluralize(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
     return found, remarks
 
 
@@ -324,7 +324,7 @@ def _read(path: Path) -> str:
 def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
     if found := [path for path in files if path.suffix.lower() in _UNREADABLE]:
         yield (
-            f"{count_of(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
+            f"{pluralize(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
             f"learnt from: {named(found)}. Save such pictures as JPEG or PNG."
         )
 
@@ -352,7 +352,7 @@ def _begins_as_picture(path: Path) -> bool:
 def _of_broken_links(folder: Path) -> Iterator[str]:
     links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and path.suffix.lower() in SUFFIXES)
     if found := [path for path in links if not path.exists()]:
-        yield f"{count_of(len(found), 'link')} in {folder} {_lead(len(found))} to no picture: {named(found)}."
+        yield f"{pluralize(len(found), 'link')} in {folder} {_lead(len(found))} to no picture: {named(found)}."
 
 
 def _like_masks(pictures: Sequence[Path]) -> Iterator[str]:
@@ -396,7 +396,7 @@ def _in_subfolders(folder: Path, in_table: Collection[Path], used: Collection[Pa
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{count_of(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
+            f"{pluralize(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
             f"{_listed(places)}. Move them up, name the folders as kohya does (10_sks dog), or give each as a concept."
         )
 
@@ -411,7 +411,11 @@ def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
         )
         for name in sorted(names):
             path = Path(place, name)
-            if path.suffix.lower() in (*SUFFIXES, *_UNREADABLE) and not name.startswith("._") and not is_aside(path):
+            if (
+                path.suffix.lower() in (*SUFFIXES, *_UNREADABLE)
+                and not name.startswith("._")
+                and not is_mask_or_condition(path)
+            ):
                 yield path
         if (seen := seen + len(names)) > _MOST_ENTRIES:
             return
@@ -430,7 +434,7 @@ def _listed(places: Counter[str]) -> str:
     return ", ".join(f"{count} in {place}" for place, count in places.items())
 
 
-def count_of(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """A number of things: "1 picture", "1,200 pictures"."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from diffgraft.bases import Base
 from diffgraft.data.cache import read_tensors, write_tensors
 from diffgraft.data.frames import Frame
+from diffgraft.data.image_folder import warn_left_out
 from diffgraft.data.pictures import Picture, UnreadablePictureError, square, to_tensor
-from diffgraft.data.source import warn_of
 from diffgraft.files import cache_folder
 from diffgraft.progress import track
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 _IN_MEMORY = 2**31
 """Bytes of latents that are held; what is more is read from its file each time"""
@@ -60,7 +60,7 @@ class Latents:
 def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "encoding pictures") -> Latents:
     """Latents of `images`, each cut to a square of `side` pixels first."""
     with _encoder(base) as distribution:
-        return Latents([distribution(square(image, side)) for image in track(images, title, least=2)])
+        return Latents([distribution(square(image, side)) for image in track(images, title, min_items=2)])
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_kept(
+def encode_cached(
     base: Base,
     pictures: Sequence[Picture],
     ways: Sequence[Sequence[Frame]],
@@ -98,7 +98,7 @@ def encode_kept(
     held = 0
     with _encoder(base) as distribution:
         pairs = list(zip(pictures, ways, strict=True))
-        for place, (picture, own) in enumerate(track(pairs, title, least=2)):
+        for place, (picture, own) in enumerate(track(pairs, title, min_items=2)):
             files = [_file(picture, frame, of_vae) for frame in own]
             kept = [_read(file) if keep else None for file in files]
             is_kept = True
@@ -106,11 +106,11 @@ def encode_kept(
                 try:
                     image = picture.image
                 except UnreadablePictureError as error:
-                    warn_of(error)
+                    warn_left_out(error)
                     continue
                 for number, frame in enumerate(own):
                     if kept[number] is None:
-                        kept[number] = fresh = distribution(frame.show(image))
+                        kept[number] = fresh = distribution(frame.crop(image))
                         if keep:
                             mean, std = fresh
                             is_kept = write_tensors(files[number], {"mean": mean, "std": std}, picture.name) and is_kept
@@ -120,7 +120,7 @@ def encode_kept(
                 assert now is not None
                 held += sum(value.nbytes for value in now)
                 found.append(file if keep and is_kept and held > _IN_MEMORY else now)
-                masks.append(None if mask is None else _small(frame.show(mask), now[0].shape[-2:]))
+                masks.append(None if mask is None else _small(frame.crop(mask), now[0].shape[-2:]))
             frames += own
     return Encoded(Latents(found), frames, masks, rows)
 
@@ -134,7 +134,7 @@ def _encoder(base: Base) -> Iterator[Any]:
     def distribution(image: Image.Image) -> Distribution:
         nonlocal is_ready
         if not is_ready:
-            with hushed():
+            with quiet_libraries():
                 base.vae.to(torch.float32)  # casting there and back changes no bit
             is_ready = True
         told = base.vae.encode(to_tensor([image]).to(base.vae.device)).latent_dist
@@ -144,7 +144,7 @@ def _encoder(base: Base) -> Iterator[Any]:
     try:
         yield distribution
     finally:
-        with hushed():
+        with quiet_libraries():
             base.vae.to(stored)
 
 

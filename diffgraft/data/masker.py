@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from diffgraft.data.captioner import all_pictures, shared
-from diffgraft.data.opened_models import open_model
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.data.captioner import pictures_with_paths, shared
+from diffgraft.data.hf_models import load_hf_model
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.files import atomic_write
 
 DEFAULT = "CIDAS/clipseg-rd64-refined"
@@ -42,7 +42,7 @@ def open_masker(prompt: str, model: str = DEFAULT, threshold: float = 0.3) -> Ma
     if not prompt.strip():
         raise DiffgraftError('Say what to look for: --prompt "the dog".')
     labelled = (AutoModelForUniversalSegmentation, AutoModelForSemanticSegmentation, AutoModelForImageSegmentation)
-    found, processor = open_model((CLIPSegForImageSegmentation, *labelled), model, "find things in pictures")
+    found, processor = load_hf_model((CLIPSegForImageSegmentation, *labelled), model, "find things in pictures")
     if isinstance(found, CLIPSegForImageSegmentation):
         return _by_words(found, processor, prompt, threshold)
     return _by_label(found, processor, prompt)
@@ -66,7 +66,7 @@ def _by_label(model: Any, processor: Any, prompt: str) -> Masker:
     labels = sorted(set(model.config.id2label.values()))
     named = {label for label in labels if any(_in(word, prompt) for word in re.split(r"[,;]", label))}
     if not named:
-        raise DiffgraftError(f"This model has no label for {prompt!r}: {nearest(prompt, labels)}")
+        raise DiffgraftError(f"This model has no label for {prompt!r}: {did_you_mean(prompt, labels)}")
     find = pipeline("image-segmentation", model=model, image_processor=processor)
 
     def mask(image: Image.Image) -> Image.Image:
@@ -101,7 +101,7 @@ def mask_files(folder: str | Path, masker: Masker, grow: int = 0, *, overwrite: 
     Raises:
         DiffgraftError: there is no such folder, or no picture in it.
     """
-    found = [(path.with_name(f"{path.stem}_mask.png"), picture) for path, picture in all_pictures(folder)]
+    found = [(path.with_name(f"{path.stem}_mask.png"), picture) for path, picture in pictures_with_paths(folder)]
     wanted = [(path, picture) for path, picture in found if overwrite or picture.mask_file is None]
     written = []
     for path, picture in shared(wanted, "masking"):

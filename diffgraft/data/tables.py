@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.data.inventory import TABLES, is_aside, named
+from diffgraft.data.inventory import TABLES, is_mask_or_condition, named
 from diffgraft.data.pictures import SUFFIXES
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 _CAPTIONS = ("text", "caption", "captions", "prompt")
 """What columns of captions are usually called"""
@@ -45,7 +45,7 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
         )
     if "file_name" not in columns:
         raise DiffgraftError(f"{path} has the columns {', '.join(columns)}, and needs one called file_name.")
-    column = caption_column_of(columns, caption_column, str(path))
+    column = find_caption_column(columns, caption_column, str(path))
     if not caption_column and len(also := [name for name in _CAPTIONS if name in columns]) > 1:
         warnings.warn(
             f"{path} has {len(also)} columns of captions, {', '.join(also)}: {column} is read. Choose another by "
@@ -60,10 +60,10 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
         if not place.is_file():
             missing.append(str(row["file_name"]))
             continue
-        if place.suffix.lower() not in SUFFIXES or is_aside(place):
+        if place.suffix.lower() not in SUFFIXES or is_mask_or_condition(place):
             others.append(str(row["file_name"]))
             continue
-        said = as_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
+        said = parse_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
         found.setdefault(place, {}).update(dict.fromkeys(said))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -81,18 +81,18 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
     return {place: tuple(said) for place, said in found.items()}
 
 
-def caption_column_of(columns: Sequence[str], wanted: str, where: str) -> str:
+def find_caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
     """The column with the captions: the one wanted or, if none is, one that is called as such; empty without.
 
     Raises:
         DiffgraftError: there is no column of the name wanted.
     """
     if wanted and wanted not in columns:
-        raise DiffgraftError(f"{where} has no column {wanted!r}: {nearest(wanted, columns)}")
+        raise DiffgraftError(f"{where} has no column {wanted!r}: {did_you_mean(wanted, columns)}")
     return wanted or next((name for name in _CAPTIONS if name in columns), "")
 
 
-def as_captions(value: Any, where: str) -> tuple[str, ...]:
+def parse_captions(value: Any, where: str) -> tuple[str, ...]:
     """A cell, which may hold one caption or a list of them.
 
     Raises:
@@ -111,7 +111,7 @@ def inside(folder: Path, path: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def refuse_outside(folder: Path, path: Path, where: str) -> None:
+def check_inside(folder: Path, path: Path, where: str) -> None:
     """Raises DiffgraftError where a file leads out of a folder."""
     try:
         is_inside = inside(folder, path)
@@ -136,7 +136,7 @@ def _placed(folder: Path, name: Any, where: str, outside: bool) -> Path:
         forms = [folder / form for form in known]
         place = next((form for form in forms if form.is_file()), forms[0])
         if not outside:
-            refuse_outside(folder, place, where)
+            check_inside(folder, place, where)
         if place.is_absolute() != folder.is_absolute() or not place.is_relative_to(folder):
             place = folder / place.resolve().relative_to(folder.resolve()) if inside(folder, place) else place
     except (OSError, RuntimeError) as error:

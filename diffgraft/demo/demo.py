@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffgraft.bases import load_base
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft

@@ -10,8 +10,15 @@ import torch
 from PIL import Image
 
 from diffgraft.bases.pipelines import denoiser_of, is_inpainting, native_pixels
-from diffgraft.errors import DiffgraftError, nearest
-from diffgraft.generation.source import Fitted, Source, for_inpainting, from_source, own_shape, steps_from
+from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.generation.image_input import (
+    ImageInput,
+    ResizedInput,
+    inpainting_input,
+    native_size,
+    prepare_image_input,
+    steps_from_image,
+)
 from diffgraft.progress import phase
 
 SCHEDULERS = {
@@ -76,7 +83,7 @@ class Settings:
 def check_scheduler(name: str) -> None:
     """Raises DiffgraftError where there is no scheduler called `name`."""
     if name not in SCHEDULERS:
-        raise DiffgraftError(f"There is no scheduler {name!r}: {nearest(name, SCHEDULERS)}")
+        raise DiffgraftError(f"There is no scheduler {name!r}: {did_you_mean(name, SCHEDULERS)}")
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
@@ -112,7 +119,7 @@ def generate(
     seeds: Sequence[int],
     title: str = "drawing",
     keep: Callable[[int, Image.Image], None] | None = None,
-    source: Source | None = None,
+    source: ImageInput | None = None,
 ) -> list[Image.Image]:
     """One picture for each prompt and seed (two lists of one length); the steps are a phase called `title`.
 
@@ -124,12 +131,12 @@ def generate(
         DiffgraftError: size, steps, scheduler or source are none that this base can draw with.
     """
     if is_inpainting(pipe):
-        source = for_inpainting(pipe, source, settings.size)
+        source = inpainting_input(pipe, source, settings.size)
     if source is not None:
-        settings = replace(settings, size=settings.size or own_shape(pipe, source.image))
+        settings = replace(settings, size=settings.size or native_size(pipe, source.image))
     more = _options(pipe, settings)
-    count = settings.steps if source is None else steps_from(source, settings.steps)
-    batch = settings.batch or at_once(more["width"], more["height"])
+    count = settings.steps if source is None else steps_from_image(source, settings.steps)
+    batch = settings.batch or default_batch_size(more["width"], more["height"])
     images: list[Image.Image] = []
     rounds = range(0, len(prompts), batch)
     with (
@@ -167,15 +174,15 @@ def generate(
     return images
 
 
-def at_once(width: int, height: int) -> int:
+def default_batch_size(width: int, height: int) -> int:
     """How many pictures of this size in pixels are drawn at once, where the settings leave it open."""
     return max(1, min(32, 8 * 256 * 256 // (width * height)))
 
 
 @contextmanager
 def _set_up(
-    pipe: Any, settings: Settings, source: Source | None, more: dict[str, Any]
-) -> Iterator[tuple[Any, Fitted | None]]:
+    pipe: Any, settings: Settings, source: ImageInput | None, more: dict[str, Any]
+) -> Iterator[tuple[Any, ResizedInput | None]]:
     """The pipeline that draws, with the scheduler wanted, and the source as it takes it; `pipe` is put back after."""
     own_scheduler = pipe.scheduler
     try:
@@ -184,7 +191,7 @@ def _set_up(
         pipe.vae.enable_slicing()
         if settings.tiling:
             pipe.vae.enable_tiling()
-        yield (pipe, None) if source is None else from_source(pipe, source, more)
+        yield (pipe, None) if source is None else prepare_image_input(pipe, source, more)
     finally:
         pipe.scheduler = own_scheduler
         pipe.vae.disable_slicing()

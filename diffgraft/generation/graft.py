@@ -24,12 +24,12 @@ from diffgraft.adapters.ops.effect import fitting
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
-from diffgraft.bases.original import layers_in_block
+from diffgraft.bases.ldm_keys import layers_in_block
 from diffgraft.bases.pipelines import as_denoiser, predicted
 from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
 from diffgraft.bases.quantized import Quantized
 from diffgraft.bases.registry import part_names
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 Grafts = Mapping[Any, Strength]
 """A file's path, a run or an `Adapter` → its strength or strengths. (`Mapping` is invariant in its key: `Any`.)"""
@@ -215,7 +215,7 @@ class Graft:
             return f" {len(absent)} are not there, such as {absent[0]}: this base has no {part}."
         last = absent[0].rpartition(".")[2]
         alike = [f"{part}.{path}" for path, _ in here.named_modules() if path.endswith("." + last)]
-        hint = f" ({nearest(absent[0], alike)})" if alike and few else ""
+        hint = f" ({did_you_mean(absent[0], alike)})" if alike and few else ""
         return f" {len(absent)} are not there, such as {absent[0]}{hint}."
 
     def _warn_of_another_base(self, name: str, adapter: Adapter) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 
 _SECRET = re.compile(r"huggingface_token|api_key|password")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
@@ -131,7 +131,7 @@ class Account:
         """Put the keys on the account that the tool, as far as is known here, does not have."""
         for key in self.given:
             if key not in self.defaults:
-                hint = nearest(key, self.defaults)
+                hint = did_you_mean(key, self.defaults)
                 more = f" ({hint})" if hint.startswith("did you mean") else ""
                 self.aside(self.name(key), self.given[key], f"no key of {self.tool} that is known here{more}.")
 

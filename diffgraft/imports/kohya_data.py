@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffgraft.data.inventory import counted_folders
+from diffgraft.data.inventory import kohya_folders
 from diffgraft.errors import DiffgraftError
 from diffgraft.imports.account import Account, short
 from diffgraft.imports.counting import count_pictures
@@ -82,8 +82,8 @@ def from_arguments(account: Account, config: Path) -> Data:
 
 def _counted(parent: str, config: Path, is_class: bool) -> list[Subset]:
     folder = beside(parent, config)
-    folders = counted_folders(folder) if folder is not None else []
-    return [Subset(str(one.folder), one.repeats, one.says, is_class) for one in folders]
+    folders = kohya_folders(folder) if folder is not None else []
+    return [Subset(str(one.folder), one.repeats, one.prompt, is_class) for one in folders]
 
 
 def from_dataset_config(account: Account, told: Mapping[str, Any], where: Path) -> Data:

@@ -18,7 +18,7 @@ from diffgraft.adapters.method import Spec
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
-from diffgraft.bases.original import Blocks
+from diffgraft.bases.ldm_keys import BlockLayout
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import said
 
@@ -62,7 +62,7 @@ def as_trained_by_kohya(base: Base) -> tuple[Any, nn.Module]:
     if base.text_encoder_2 is None:
         return renamed(base.text_encoder, add_text_model), base.unet
     texts = [renamed(encoder, add_text_model) for encoder in (base.text_encoder, base.text_encoder_2)]
-    return texts, renamed(base.unet, Blocks.of(base.unet.config).original)
+    return texts, renamed(base.unet, BlockLayout.from_config(base.unet.config).to_ldm)
 
 
 MIXED: dict[str, Any] = {"ranks": {"text_encoder": 1, "*.attn2.*": 4, "OUT*": 5}, "alphas": {"M00": 5, "*.to_v": 1}}

@@ -23,7 +23,7 @@ from diffgraft.adapters.ops.extract import extract
 from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.ops.inspect import inspect, summary
 from diffgraft.adapters.ops.resize import resize
-from diffgraft.bases.original import Blocks
+from diffgraft.bases.ldm_keys import BlockLayout
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
@@ -170,12 +170,12 @@ def small_unet(layers: int) -> Any:
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_path: Path, layers: int) -> None:
     unet = small_unet(layers)
-    blocks = Blocks(layers, (True, True))
+    blocks = BlockLayout(layers, (True, True))
     modules = {name: module for name, module in unet.named_modules() if name.endswith(("attn1.to_q", "attn2.to_v"))}
     tensors: dict[str, Tensor] = {}
     for seed, (name, module) in enumerate(modules.items()):
         out, width = module.weight.shape
-        tensors |= pair(f"lora_unet_{flat(blocks.original(name))}", 3 * seed, out, width)
+        tensors |= pair(f"lora_unet_{flat(blocks.to_ldm(name))}", 3 * seed, out, width)
     whole = written(tmp_path / "whole.safetensors", tensors)
     assert set(load_adapter(whole).deltas) == {f"unet.{name}" for name in modules}  # all names together tell
     before = {name: module.weight.detach().clone() for name, module in modules.items()}
@@ -183,7 +183,7 @@ def test_names_of_the_original_layout_are_counted_by_the_layers_of_the_base(tmp_
     some = written(tmp_path / "some.safetensors", late)
     with graft(SimpleNamespace(unet=unet), {str(some): 1.0}):
         for name, module in modules.items():
-            theirs = f"lora_unet_{flat(blocks.original(name))}"
+            theirs = f"lora_unet_{flat(blocks.to_ldm(name))}"
             want = product(tensors, theirs) if name.startswith("up_blocks") else 0
             assert np.abs((module.weight - before[name]).detach().double().numpy() - want).max() < 1e-5
     with pytest.raises(DiffgraftError, match="apply it to the base it is for"):
@@ -196,11 +196,11 @@ def test_every_operation_counts_names_by_the_layers_of_the_base_and_keeps_the_co
 ) -> None:
     unet = small_unet(layers)
     unet.save_pretrained(tmp_path / "base" / "unet")
-    blocks = Blocks(layers, (True, True))
+    blocks = BlockLayout(layers, (True, True))
     tensors: dict[str, Tensor] = {}
     for seed, (name, module) in enumerate(unet.named_modules()):
         if name.startswith("up_blocks") and name.endswith("attn2.to_v"):
-            tensors |= pair(f"lora_unet_{flat(blocks.original(name))}", 3 * seed, *module.weight.shape)
+            tensors |= pair(f"lora_unet_{flat(blocks.to_ldm(name))}", 3 * seed, *module.weight.shape)
     late = written(tmp_path / "late.safetensors", tensors)
     with open_weights(tmp_path / "base") as weights:
         resized = dg.resize(late, 1, base=str(tmp_path / "base"))

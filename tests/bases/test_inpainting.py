@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from diffgraft.bases import load_base, loading
-from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.generation.source import Source
+from diffgraft.generation.image_input import ImageInput
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.trainers.run.train import train
 from tests.conftest import small
 
@@ -23,7 +23,7 @@ def test_from_a_folder_and_from_one_file(family: str, tmp_path: Path, monkeypatc
     assert held.denoiser_input(torch.zeros(2, 4, 6, 8)).shape == (2, 9, 6, 8)
     small(tmp_path / "configs" / family, family)
     monkeypatch.setattr(loading, "CONFIGS", tmp_path / "configs")
-    again = load_base(bake(held, {}, tmp_path / "model.safetensors"))
+    again = load_base(merge_checkpoint(held, {}, tmp_path / "model.safetensors"))
     assert again.is_inpainting
     assert again.hash == held.hash
 
@@ -57,7 +57,7 @@ def test_training_and_drawing(pictures: Path, tmp_path: Path) -> None:
         with graft(held, {run.adapter: strength}):
             settings_of = Settings(size=(64, 48), steps=3)
             drawn[strength, "alone"] = generate(held.pipeline(), ["a dog"], settings_of, [1])[0]
-            source = Source(photo, denoise=1.0, mask=mask)
+            source = ImageInput(photo, denoise=1.0, mask=mask)
             drawn[strength, "into"] = generate(held.pipeline(), ["a dog"], settings_of, [1], source=source)[0]
     for kind in ("alone", "into"):
         assert drawn[0.0, kind].size == (64, 48)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from diffgraft.bases import Base, load_base, loading, prediction
-from diffgraft.bases.original import original_weights
+from diffgraft.bases.ldm_keys import ldm_state_dict
 from diffgraft.bases.tokens import token_ids
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
-from diffgraft.generation.bake import bake
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.trainers.denoiser import forward_process
 from tests.conftest import UNETS
 
@@ -86,7 +86,7 @@ def test_a_single_file_gives_the_same_base(
         spread = wanted.unet.up_blocks[-1].attentions[-1].transformer_blocks[0].norm1.bias
         torch.nn.init.normal_(spread, std=0.2, generator=torch.Generator().manual_seed(0))
         wanted = replace(wanted)
-    write_safetensors(tmp_path / "model.safetensors", original_weights(wanted), {})
+    write_safetensors(tmp_path / "model.safetensors", ldm_state_dict(wanted), {})
     monkeypatch.setattr(loading, "CONFIGS", folders)
     found = load_base(tmp_path / "model.safetensors")
     assert found.family.name == wanted.family.name == family
@@ -98,7 +98,7 @@ def test_a_single_file_gives_the_same_base(
     if family == "sd2":
         write_safetensors(
             tmp_path / "512.safetensors",
-            {**original_weights(wanted), prediction._BIAS: torch.zeros_like(spread)},
+            {**ldm_state_dict(wanted), prediction._BIAS: torch.zeros_like(spread)},
             {},
         )
         assert load_base(tmp_path / "512.safetensors").prediction_type == "epsilon"
@@ -120,7 +120,7 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders:
     noisy, target, _ = process.at_timesteps(x, noise, torch.tensor([999]))
     torch.testing.assert_close(noisy, noise, atol=1e-4, rtol=0)
     torch.testing.assert_close(target, -x, atol=1e-4, rtol=0)
-    file = bake(held, {}, tmp_path / "model.safetensors")
+    file = merge_checkpoint(held, {}, tmp_path / "model.safetensors")
     again = load_base(file)
     assert again.prediction_type == "v_prediction"
     assert again.zero_snr  # which XL files have a tensor for, and others the header alone
@@ -150,7 +150,7 @@ def test_a_family_is_known_by_its_parts(family: str, folders: Path) -> None:
 
 def test_a_single_file_of_a_family_without_that_layout(folders: Path) -> None:
     with pytest.raises(DiffgraftError, match="of the family taiyi have no single-file layout"):
-        original_weights(load_base(folders / "taiyi"))
+        ldm_state_dict(load_base(folders / "taiyi"))
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -253,7 +253,7 @@ def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) ->
     with graft(held, {adapter: 1.0}):
         pass
     assert torch.equal(held.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.weight, before)
-    whole = original_weights(load_base(tmp_path / "folder", torch.float16))
+    whole = ldm_state_dict(load_base(tmp_path / "folder", torch.float16))
     write_safetensors(tmp_path / "model.safetensors", whole, {})
     assert load_base(tmp_path / "model.safetensors", torch.float16).hash == held.hash
 

@@ -19,8 +19,8 @@ from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.bake import bake
 from diffgraft.generation.graft import graft
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.attach import attach
@@ -340,7 +340,7 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
             train("subject", base=held, **{**settings, **more})
     for name in ("checkpoint", "checkpoint.safetensors"):
         with pytest.raises(DiffgraftError, match=f"held in {held.quantize}, and only whole weights take a merge"):
-            bake(held, {lora(1, held): 1.0}, tmp_path / name)
+            merge_checkpoint(held, {lora(1, held): 1.0}, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 

@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
     from huggingface_hub import HfApi, constants
     from transformers import AutoModel
 
-    from diffgraft.data.opened_models import open_model
+    from diffgraft.data.hf_models import load_hf_model
 
     def model_info(_self: HfApi, _name: str, *, timeout: float) -> None:
         assert timeout <= 5
@@ -147,7 +147,7 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     started = time.monotonic()
     with pytest.raises(DiffgraftError, match=r"There is no model 'some/model' in a folder, .*--model FOLDER"):
-        open_model([AutoModel], "some/model", "look")
+        load_hf_model([AutoModel], "some/model", "look")
     assert time.monotonic() - started < 10
     assert not constants.HF_HUB_OFFLINE
 

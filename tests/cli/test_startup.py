@@ -39,7 +39,7 @@ def test_bitsandbytes_is_loaded_where_it_is_asked_for_alone() -> None:
     code = (
         "import sys; sys.modules['bitsandbytes'] = None\nfrom diffusers import StableDiffusionPipeline\nimport peft\n"
     )
-    code += "print(sys.modules['bitsandbytes'])\nfrom diffgraft.quiet import import_bitsandbytes\n"
+    code += "print(sys.modules['bitsandbytes'])\nfrom diffgraft.third_party import import_bitsandbytes\n"
     code += "print(import_bitsandbytes().optim.AdamW8bit.__name__)"
     assert said(code).split()[-2:] == ["None", "AdamW8bit"]
 

@@ -14,11 +14,11 @@ from diffgraft.bases import Base, load_base
 from diffgraft.data.cache import checksum
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import frames, mirrored
-from diffgraft.data.latents import Encoded, encode, encode_kept
+from diffgraft.data.image_folder import read_folder, read_source
+from diffgraft.data.latents import Encoded, encode, encode_cached
 from diffgraft.data.pictures import Picture, square
 from diffgraft.data.settings import Buckets
-from diffgraft.data.source import read_folder, read_source
-from diffgraft.data.texts import Texts
+from diffgraft.data.text_embeddings import TextEmbeddingCache
 from diffgraft.generation.generate import Settings
 
 
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def encoded(base: Base, pictures: list[Picture], **more: Any) -> Encoded:
     ways = [mirrored(frames(one.size, 64, Buckets(use=True), 8)) for one in pictures]
-    return encode_kept(base, pictures, ways, **more)
+    return encode_cached(base, pictures, ways, **more)
 
 
 def same(one: Encoded, other: Encoded) -> bool:
@@ -139,7 +139,7 @@ def test_a_picture_that_breaks_off_is_left_out(base: Base, tmp_path: Path) -> No
 def test_squares_are_encoded_as_before(base: Base, pictures: Path) -> None:
     found = read_folder(pictures)
     ways = [frames(one.size, 48, Buckets(), 8) for one in found]
-    kept = encode_kept(base, found, ways)
+    kept = encode_cached(base, found, ways)
     plain = encode(base, [one.image for one in found], 48)
     for row in range(5):
         torch.testing.assert_close(kept.latents[row][0], plain[row][0], atol=1e-5, rtol=1e-5)
@@ -154,31 +154,31 @@ def test_masks_are_cut_and_mirrored_with_their_pictures(base: Base, tmp_path: Pa
     mask.save(tmp_path / "a_mask.png")
     (picture,) = read_folder(tmp_path)
     ways = [mirrored(frames(picture.size, 64, Buckets(), 8))]
-    plain, turned = encode_kept(base, [picture], ways, masked=True).masks
+    plain, turned = encode_cached(base, [picture], ways, masked=True).masks
     assert plain is not None
     assert turned is not None
     assert plain.shape == turned.shape == (16, 16)
     assert plain[:, 1:7].min() > 0.9
     assert plain[:, 9:].max() < 0.1
     assert torch.equal(turned, plain.flip(1))
-    assert encode_kept(base, [picture], ways).masks == [None, None]
+    assert encode_cached(base, [picture], ways).masks == [None, None]
 
 
 def test_texts_are_encoded_once_and_are_the_same_bits(base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["a dog", "a red cat in the snow", ""]
     with torch.no_grad():
         wanted = [base.family.encode(base, [prompt], False).hidden_states for prompt in prompts]
-    first = Texts(base, keep=True)
+    first = TextEmbeddingCache(base, keep=True)
     first.prepare(prompts)
     asked = Asked(base.text_encoder, "forward", monkeypatch)
-    second = Texts(base, keep=True)
+    second = TextEmbeddingCache(base, keep=True)
     second.prepare(prompts)
     for texts in (first, second):
         assert torch.equal(texts(prompts).hidden_states, torch.cat(wanted))
     assert asked.count == 0
     (file, *_) = sorted(cache.rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
-    third = Texts(base, keep=True)
+    third = TextEmbeddingCache(base, keep=True)
     third.prepare(prompts)
     assert asked.count == 1
     assert torch.equal(third(prompts).hidden_states, torch.cat(wanted))
@@ -186,7 +186,7 @@ def test_texts_are_encoded_once_and_are_the_same_bits(base: Base, cache: Path, m
 
 
 def test_few_prompts_are_held_where_they_are_without_number(base: Base) -> None:
-    texts = Texts(base, limit=3)
+    texts = TextEmbeddingCache(base, limit=3)
     for number in range(6):
         texts([f"a dog {number}", "a cat"])
     assert len(texts._held) == 3
@@ -198,7 +198,7 @@ def test_long_prompts_are_read_in_pieces(family: str, folders: Path) -> None:
     base = load_base(folders / family)
     words = ["a", "dog", "with", "a", "red", "hat", "and", "a", "blue", "coat"] * 16
     long, short = " ".join(words[:100]), "a cat"
-    texts = Texts(base, whole=True)
+    texts = TextEmbeddingCache(base, whole=True)
     with torch.no_grad():
         found = texts([long, short])
         together = base.family.encode(base, [long, short], True)
@@ -216,14 +216,14 @@ def test_long_prompts_are_read_in_pieces(family: str, folders: Path) -> None:
 def test_texts_are_known_by_what_says_them(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text encoder, another precision, or prompts read whole: each says something else."""
     prompt = "a dog"
-    Texts(base, keep=True).prepare([prompt])
+    TextEmbeddingCache(base, keep=True).prepare([prompt])
     other, half = load_base("tiny"), load_base("tiny", torch.bfloat16)
     with torch.no_grad():
         other.text_encoder.get_input_embeddings().weight[320] += 0.5
     other = replace(other)
     for held, whole in ((other, False), (half, False), (base, True)):
         asked = Asked(held.text_encoder, "forward", monkeypatch)
-        texts = Texts(held, whole=whole, keep=True)
+        texts = TextEmbeddingCache(held, whole=whole, keep=True)
         texts.prepare([prompt])
         assert asked.count == 1
         with torch.no_grad():
@@ -238,7 +238,7 @@ def flipped(content: bytes, at: int) -> bytes:
 
 def test_a_flipped_bit_in_text_states_is_noticed(base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = ["a dog", "a cat in the snow"]
-    texts = Texts(base, keep=True)
+    texts = TextEmbeddingCache(base, keep=True)
     texts.prepare(prompts)
     wanted = texts(prompts).hidden_states
     files = sorted((cache / "texts").rglob("*.safetensors"))
@@ -247,7 +247,7 @@ def test_a_flipped_bit_in_text_states_is_noticed(base: Base, cache: Path, monkey
     files[1].unlink()
     os.mkfifo(files[1])  # who reads it waits for ever
     asked = Asked(base.text_encoder, "forward", monkeypatch)
-    again = Texts(base, keep=True)
+    again = TextEmbeddingCache(base, keep=True)
     again.prepare(prompts)
     assert torch.equal(again(prompts).hidden_states, wanted)
     assert asked.count == 2
@@ -273,7 +273,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     with pytest.warns(UserWarning, match="cannot be written"):
         assert same(bare, encoded(base, found))
     with pytest.warns(UserWarning, match="cannot be written"):
-        Texts(base, keep=True).prepare(["a dog"])
+        TextEmbeddingCache(base, keep=True).prepare(["a dog"])
     with pytest.warns(UserWarning, match="cannot be written"):
         drawn = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
     assert [picture.image.size for _, picture in drawn] == [(64, 64)] * 3

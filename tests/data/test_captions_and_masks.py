@@ -16,8 +16,8 @@ from PIL import Image
 from diffgraft.bases.loading import TINY
 from diffgraft.cli.main import main
 from diffgraft.data.captioner import Captioner
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.masker import mask_files, open_masker
-from diffgraft.data.source import read_folder
 from diffgraft.errors import DiffgraftError
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -47,7 +47,7 @@ def test_a_picture_goes_into_the_bucket_nearest_in_shape(original: tuple[int, in
     assert off[found.size] == pytest.approx(min(off.values()), abs=1e-9)
     assert all(whole >= cut for whole, cut in zip(found.scaled, found.size, strict=True))
     assert any(whole == cut for whole, cut in zip(found.scaled, found.size, strict=True))
-    assert 0 < found.shown <= 1
+    assert 0 < found.area_fraction <= 1
 
 
 def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
@@ -64,7 +64,7 @@ def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
 def test_without_buckets_pictures_are_squares() -> None:
     (found,) = frames((300, 200), 64, SQUARE, 8)
     assert found == Frame((300, 200), (96, 64), (16, 0), (64, 64))
-    assert found.told() == ((200, 300), (0, 16), (64, 64))
+    assert found.size_conditioning() == ((200, 300), (0, 16), (64, 64))
 
 
 def test_random_cuts_are_the_pictures_own_and_stay_inside() -> None:
@@ -81,11 +81,11 @@ def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
     image = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).resize((300, 200), Image.Resampling.BICUBIC)
     frame = Frame((300, 200), (96, 64), (20, 0), (64, 64))
     wanted = image.resize((96, 64), Image.Resampling.LANCZOS).crop((20, 0, 84, 64))
-    found = np.asarray(frame.show(image)).astype(int)
+    found = np.asarray(frame.crop(image)).astype(int)
     assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1
     plain, turned = mirrored([frame])
     assert plain == frame
-    assert np.array_equal(np.asarray(turned.show(image)), np.asarray(frame.show(image))[:, ::-1])
+    assert np.array_equal(np.asarray(turned.crop(image)), np.asarray(frame.crop(image))[:, ::-1])
 
 
 @pytest.mark.parametrize(

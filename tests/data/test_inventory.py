@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffgraft.data.inventory import layout_of, take_inventory
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
+from diffgraft.data.inventory import detect_layout, take_inventory
 from diffgraft.errors import DiffgraftError
-from tests.data.test_source import picture
+from tests.data.test_image_folder import picture
 
 
 def text(path: Path, said: str) -> Path:
@@ -23,11 +23,11 @@ def test_pictures_beside_a_numbered_folder_can_be_read_in_two_ways(tmp_path: Pat
     for name in ("a.png", "b.png", "2023_holiday/z.png"):
         picture(tmp_path / name)
     with pytest.raises(DiffgraftError, match=r"two ways: as the 2 pictures in it \(a.png, b.png\).*2023_holiday \(1 x"):
-        layout_of(tmp_path)
-    assert layout_of(tmp_path, "flat").counted == []
-    (only,) = layout_of(tmp_path, "kohya").counted
-    assert (only.folder.name, only.repeats, only.says) == ("2023_holiday", 2023, "holiday")
-    said = " ".join(layout_of(tmp_path, "kohya").remarks)
+        detect_layout(tmp_path)
+    assert detect_layout(tmp_path, "flat").folders == []
+    (only,) = detect_layout(tmp_path, "kohya").folders
+    assert (only.folder.name, only.repeats, only.prompt) == ("2023_holiday", 2023, "holiday")
+    said = " ".join(detect_layout(tmp_path, "kohya").remarks)
     assert "2 pictures in" in said
     assert "2 in the folder itself" in said
     assert "2,023 times" in said
@@ -39,7 +39,7 @@ def test_a_picture_beside_img_is_a_conflict_as_well(tmp_path: Path) -> None:
     picture(tmp_path / "img" / "3_sks dog" / "a.png")
     picture(tmp_path / "img" / "stray.png")
     with pytest.raises(DiffgraftError, match=r"two ways.*stray\.png"):
-        layout_of(tmp_path)
+        detect_layout(tmp_path)
 
 
 @pytest.mark.parametrize("beside", ["0_unused", "reg", "plain/deep"])
@@ -47,18 +47,18 @@ def test_what_lies_beside_numbered_folders_is_counted(tmp_path: Path, beside: st
     picture(tmp_path / "3_sks dog" / "a.png")
     for name in ("b.png", "c.png"):
         picture(tmp_path / beside / name)
-    (said,) = layout_of(tmp_path).remarks
+    (said,) = detect_layout(tmp_path).remarks
     assert said.startswith(f"2 pictures in {tmp_path} are not learnt from")
     assert f"2 in {beside.partition('/')[0]}/" in said
-    assert layout_of(tmp_path, used=[tmp_path / beside]).remarks == []
+    assert detect_layout(tmp_path, used=[tmp_path / beside]).remarks == []
 
 
 def test_a_table_above_numbered_folders_can_be_read_in_two_ways(tmp_path: Path) -> None:
     picture(tmp_path / "3_sks dog" / "a.png")
     text(tmp_path / "metadata.jsonl", '{"file_name": "3_sks dog/a.png", "text": "a sks dog runs"}\n')
     with pytest.raises(DiffgraftError, match=r"two ways: as the pictures that metadata\.jsonl names, or in kohya's"):
-        layout_of(tmp_path)
-    (said,) = layout_of(tmp_path, "kohya").remarks
+        detect_layout(tmp_path)
+    (said,) = detect_layout(tmp_path, "kohya").remarks
     assert said.startswith(f"{tmp_path / 'metadata.jsonl'} is not read")
     assert [one.captions for one in read_folder(tmp_path)] == [("a sks dog runs",)]
 
@@ -66,7 +66,7 @@ def test_a_table_above_numbered_folders_can_be_read_in_two_ways(tmp_path: Path) 
 def test_a_number_that_is_no_count_of_repeats_is_refused(tmp_path: Path) -> None:
     picture(tmp_path / "20231224_holiday" / "a.png")
     with pytest.raises(DiffgraftError, match=r"would come 20,231,224 times in a round, and the most is 100,000"):
-        layout_of(tmp_path)
+        detect_layout(tmp_path)
 
 
 def test_a_caption_in_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
@@ -79,10 +79,10 @@ def test_a_caption_in_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
 def test_a_numbered_folder_without_pictures_takes_nothing_over(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     text(tmp_path / "10_sks dog" / "notes.txt", "none yet")
-    assert layout_of(tmp_path).counted == []
+    assert detect_layout(tmp_path).folders == []
     assert [one.name for one in read_folder(tmp_path)] == ["a.png"]
     with pytest.raises(DiffgraftError, match=r"layout=kohya, and .* no numbered folder"):
-        layout_of(tmp_path, "kohya")
+        detect_layout(tmp_path, "kohya")
 
 
 def test_every_format_that_is_read_is_learnt_and_others_are_named(tmp_path: Path) -> None:

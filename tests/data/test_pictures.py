@@ -8,9 +8,9 @@ from PIL import Image
 
 from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import square, to_tensor, upright_rgb
-from diffgraft.data.source import read_folder
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
 from diffgraft.errors import DiffgraftError
-from tests.data.test_source import picture
+from tests.data.test_image_folder import picture
 
 
 def table(folder: Path, *rows: Any) -> Path:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffgraft.bases.tiny.world import THINGS
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.pictures import upright_rgb
-from diffgraft.data.source import read_folder
 from diffgraft.demo import style, subject
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from diffgraft.bases import Base
+from diffgraft.data.captions import PromptBuilder, lines_of, mentions
 from diffgraft.data.settings import Tags
-from diffgraft.data.wording import Wording, lines_of, mentions
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.plan import planned
 from diffgraft.trainers.recipe.files import load_recipe
@@ -153,11 +153,11 @@ def test_tags_with_the_trigger_are_never_dropped() -> None:
     import numpy as np
 
     tags = Tags(separator=",", shuffle=True, drop=0.9)
-    wording = Wording(("tree, SKS dog, tusks, lake, sky",), kept="sks")
+    wording = PromptBuilder(("tree, SKS dog, tusks, lake, sky",), kept="sks")
     said = [wording.prompt(0, tags, 0.0, np.random.default_rng(n)) for n in range(60)]
     assert all("SKS dog" in one for one in said)
     assert sum("tusks" in one for one in said) < 20
-    bare = Wording(("tree, SKS dog, tusks, lake, sky",))
+    bare = PromptBuilder(("tree, SKS dog, tusks, lake, sky",))
     for n, one in enumerate(said):  # what else is dropped is as it was without
         others = bare.prompt(0, tags, 0.0, np.random.default_rng(n)).split(", ")
         assert [tag for tag in one.split(", ") if tag != "SKS dog"] == [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from diffgraft.room import DiskFullError, room_for, said_size
+from diffgraft.disk import DiskFullError, format_bytes, full_disk_errors
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.hooks.metrics import Metrics, read_metrics
 from diffgraft.trainers.run.train import train
@@ -127,7 +127,7 @@ def test_which_errors_are_those_of_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
 
     def write(error: Exception, size: int = 0) -> None:
-        with room_for(path, size):
+        with full_disk_errors(path, size):
             raise error
 
     told = ("Error while serializing: I/O error: No space left on device (os error 28)", "x (os error 122)")
@@ -140,4 +140,4 @@ def test_which_errors_are_those_of_a_full_disk(tmp_path: Path) -> None:
         assert caught.value is other
     with pytest.raises(DiskFullError, match="inner"):
         write(DiskFullError("inner"))
-    assert [said_size(size) for size in (999, 1000, 1_250_000, 3e9)] == ["999 bytes", "1.0 kB", "1.2 MB", "3.0 GB"]
+    assert [format_bytes(size) for size in (999, 1000, 1_250_000, 3e9)] == ["999 bytes", "1.0 kB", "1.2 MB", "3.0 GB"]

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from diffgraft.bases import Base
+from diffgraft.data.captions import PromptBuilder
 from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.settings import Masks, Tags
-from diffgraft.data.wording import Wording
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process
 from diffgraft.trainers.hooks.validation import held_out
@@ -38,7 +38,7 @@ def line(
         (torch.full((4, h, w), float(n)), torch.zeros(4, h, w)) for n, (w, h) in enumerate(sizes) for _ in range(rows)
     ]
     own = [range(n * rows, (n + 1) * rows) for n in range(len(sizes))]
-    said = Wording(tuple(f"text {n}" for n in range(texts)))
+    said = PromptBuilder(tuple(f"text {n}" for n in range(texts)))
     listed = [Example(f"{n}", own[n], said, said, (repeats or [1] * len(sizes))[n]) for n in range(len(sizes))]
     masks: list[Tensor | None] = [None] * len(frames)
     return Examples(Encoded(Latents(latents), frames, masks, dict(enumerate(own))), listed, **more)
@@ -82,7 +82,7 @@ def test_each_frame_meets_each_text_before_two_meet_again() -> None:
 
 
 def test_class_prompts_have_the_tags_of_the_prompts() -> None:
-    said, of_class = Wording(("a, b, c, d",), ("{caption}, sks",)), Wording(("a, b, c, d",))
+    said, of_class = PromptBuilder(("a, b, c, d",), ("{caption}, sks",)), PromptBuilder(("a, b, c, d",))
     one = Example("0", range(0, 1), said, of_class)
     data = Examples(line([(4, 4)]).encoded, [one], Tags(shuffle=True, drop=0.3))
     for place in range(40):
@@ -152,7 +152,7 @@ def test_masks_weigh_the_loss(base: Base) -> None:
     latents = Latents([(one, torch.zeros_like(one)) for one in target])
     frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
     encoded = Encoded(latents, [frame] * 3, list(mask[:, 0]), {})
-    examples = [Example(f"{row}", range(row, row + 1), Wording(("",))) for row in rows]
+    examples = [Example(f"{row}", range(row, row + 1), PromptBuilder(("",))) for row in rows]
     places = [Shown(one, row, 0) for row, one in enumerate(examples)]
     for outside, normalize in ((0.0, True), (0.2, True), (0.2, False)):
         masks = Masks(use=True, outside=outside, normalize=normalize)

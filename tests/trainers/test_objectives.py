@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffgraft.bases import Base, SizeConditioning
+from diffgraft.data.captions import PromptBuilder
 from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
-from diffgraft.data.wording import Wording
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
@@ -32,7 +32,8 @@ def examples(count: int, seed: int = 0, std: float = 0.1, weight: float = 1.0) -
     frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
     rows = {number: range(number, number + 1) for number in range(count)}
     listed = [
-        Example(f"{number}.png", rows[number], Wording((f"prompt {number}",)), weight=weight) for number in range(count)
+        Example(f"{number}.png", rows[number], PromptBuilder((f"prompt {number}",)), weight=weight)
+        for number in range(count)
     ]
     return Examples(Encoded(latents, [frame] * count, [None] * count, rows), listed)
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
-from diffgraft.data.likeness import Fingerprint, alike, fingerprint
+from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.estimate import Cost, Workload, _kept, cost, speed
 from diffgraft.trainers.planning.plan import Plan, planned
@@ -258,17 +258,17 @@ def test_poses_on_white_are_not_the_same_picture() -> None:
         ImageDraw.Draw(image).ellipse((left, top, left + 110, top + 90), "red")
         prints.append((str(number), fingerprint(image)))
     bits = [one.differences for _, one in prints]
-    assert alike([(name, Fingerprint(bits[0], one.cells)) for name, one in prints]) == []
-    assert alike([("a", prints[0][1]), ("b", prints[0][1])]) == [("a", "b")]
+    assert near_duplicates([(name, Fingerprint(bits[0], one.cells)) for name, one in prints]) == []
+    assert near_duplicates([("a", prints[0][1]), ("b", prints[0][1])]) == [("a", "b")]
 
 
 def test_fingerprints_are_near_for_copies_and_far_for_others() -> None:
     rng = np.random.default_rng(4)
     images = [Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8)).resize((320, 240), 2) for _ in range(12)]
     prints = [(str(number), fingerprint(image)) for number, image in enumerate(images)]
-    assert alike(prints) == []
+    assert near_duplicates(prints) == []
     small = fingerprint(images[5].resize((100, 75), Image.Resampling.LANCZOS))
-    assert alike([*prints, ("copy", small)]) == [("5", "copy")]
+    assert near_duplicates([*prints, ("copy", small)]) == [("5", "copy")]
 
 
 def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:

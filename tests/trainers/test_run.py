@@ -352,7 +352,7 @@ def test_what_will_not_do_is_said_before_anything_is_written(base: Base, picture
 
 def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     """A short run lowers the loss on the subject's pixels in pictures it has not seen, and needs its trigger for it."""
-    from diffgraft.data.source import read_folder
+    from diffgraft.data.image_folder import read_folder
 
     held_out = [picture.image for picture in read_folder(POODLE.folder / "held-out")]
     masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]

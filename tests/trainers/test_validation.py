@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base
-from diffgraft.data.source import read_folder
+from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.denoiser import Denoiser, forward_process

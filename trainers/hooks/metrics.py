@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from diffgraft.disk import full_disk_errors
 from diffgraft.files import fsync, write_text
 from diffgraft.progress import Step, emit
-from diffgraft.room import room_for
 
 Entry = dict[str, float]
 """`step`, and either its `lr` (and the `effective_lr` that Prodigy makes of it), `loss` and the objective's terms, or
@@ -49,7 +49,7 @@ class Metrics:
                 listener(entry)
 
     def _append(self, line: bytes) -> None:
-        with room_for(self._file), self._file.open("ab", buffering=0) as file:
+        with full_disk_errors(self._file), self._file.open("ab", buffering=0) as file:
             before = file.tell()
             if file.write(line) < len(line):
                 file.truncate(before)

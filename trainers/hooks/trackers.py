@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics
 from diffgraft.trainers.state import TrainingState
@@ -29,7 +29,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise DiffgraftError(f"There is no tracker {name!r}: {nearest(name, LOGGER_TYPE_TO_CLASS)}")
+            raise DiffgraftError(f"There is no tracker {name!r}: {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
         if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
             raise DiffgraftError(f"The tracker {name} needs its package: python -m pip install {name}")
 

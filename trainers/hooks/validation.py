@@ -60,7 +60,7 @@ def held_out(process: ForwardProcess, data: Examples, pairs: int) -> HeldOut:
         each = max(1, round(pairs / len(examples)))
         probe = probe_of(process, latents, weight, each * len(own), _SEED)
         prompts = [one.wording.prompts()[0] for one in own]
-        probes.append((probe, prompts, [encoded.frames[row].told() for row in rows]))
+        probes.append((probe, prompts, [encoded.frames[row].size_conditioning() for row in rows]))
     return HeldOut(probes)
 
 

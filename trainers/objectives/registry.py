@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from diffgraft.errors import DiffgraftError, nearest
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.plugins import discover
 from diffgraft.trainers.objectives.objective import GROUP, Objective, ObjectiveInputs, ObjectiveKind
 
@@ -16,7 +16,7 @@ def objectives() -> dict[str, ObjectiveKind]:
 def check_objective(name: str) -> None:
     """Raise DiffgraftError where there is no objective `name`; the nearest is named. Empty stands for a default."""
     if name and name not in objectives():
-        raise DiffgraftError(f"Unknown loss.objective={name!r}: {nearest(name, objectives())}")
+        raise DiffgraftError(f"Unknown loss.objective={name!r}: {did_you_mean(name, objectives())}")
 
 
 def new_objective(name: str, inputs: ObjectiveInputs) -> Objective:

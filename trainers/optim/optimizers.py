@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.quiet import import_bitsandbytes
+from diffgraft.third_party import import_bitsandbytes
 from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.runtime.interrupts import defer_sigint

@@ -9,7 +9,7 @@ import numpy as np
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
-from diffgraft.data.likeness import Fingerprint
+from diffgraft.data.near_duplicates import Fingerprint
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.training_data.build import Sample, resolution_of
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.quantized import Quantize, held_bytes
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.groups import OptimSettings
 
@@ -123,7 +123,7 @@ def cost(
 def speed(base: Base, device: torch.device) -> float:
     """Floating-point operations a second that a part of the denoiser, its weights random, reaches on `device`."""
     block, shapes, width = base.family.timing_block(base)
-    with hushed():
+    with quiet_libraries():
         block = copy.deepcopy(block).to_empty(device=device)
     for value in block.parameters():
         nn.init.normal_(value, std=0.02)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffgraft.bases import Base
+from diffgraft.data.captions import is_fixed, mentions
 from diffgraft.data.inventory import named
-from diffgraft.data.likeness import Fingerprint, alike, fingerprint
+from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.data.pictures import UnreadablePictureError
-from diffgraft.data.wording import is_fixed, mentions
 from diffgraft.progress import track
 from diffgraft.trainers.optim.optimizers import lr_warning
 from diffgraft.trainers.recipe.groups import DataSettings
@@ -128,7 +128,7 @@ def looked_at(learnt: Sequence[Sample]) -> tuple[list[tuple[str, Fingerprint]], 
     pixels = itertools.accumulate(math.prod(one.picture.size) for one in learnt)
     most = sum(count <= _PIXELS for count in pixels)
     looked, seen, broken = list(learnt)[: min(_LOOKED_AT, max(_FEW, most))], [], {}
-    for row, one in enumerate(track(looked, "comparing pictures", least=50)):
+    for row, one in enumerate(track(looked, "comparing pictures", min_items=50)):
         try:
             seen.append((one.picture.name, fingerprint(one.picture.image)))
         except UnreadablePictureError as error:
@@ -138,14 +138,14 @@ def looked_at(learnt: Sequence[Sample]) -> tuple[list[tuple[str, Fingerprint]], 
 
 def squares(data: DataSettings, learnt: Sequence[Sample]) -> Iterator[str]:
     """Shapes that squares do not suit."""
-    share = sum(1 - one.frames[0].shown for one in learnt) / len(learnt)
+    share = sum(1 - one.frames[0].area_fraction for one in learnt) / len(learnt)
     if share > _OFTEN_CUT and not data.buckets.use and data.crop == "center":
         yield f"squares cut away {share:.0%} of the pictures: buckets.use=true keeps about their shapes."
 
 
 def likenesses(seen: Sequence[tuple[str, Fingerprint]]) -> Iterator[str]:
     """Pairs of pictures that are nearly the same."""
-    pairs = alike(seen)
+    pairs = near_duplicates(seen)
     for a, b in pairs[:5]:
         yield f"{a} and {b} are nearly the same picture."
     if len(pairs) > 5:

@@ -12,10 +12,10 @@ import torch
 
 from diffgraft.bases import Base
 from diffgraft.bases.meta_base import meta_base, without_values
-from diffgraft.data.given import with_folders
-from diffgraft.data.inventory import count_of
-from diffgraft.errors import DiffgraftError, shortened
-from diffgraft.room import said_size
+from diffgraft.data.inventory import pluralize
+from diffgraft.data.picture_lists import save_picture_lists
+from diffgraft.disk import format_bytes
+from diffgraft.errors import DiffgraftError, shorten
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.planning.advice import advice
@@ -127,19 +127,19 @@ def _pictures(masked: bool, every: int, learnt: Sequence[Sample], held: Sequence
         yield "held out", f"{len(held)}, every {every} steps"
     if masked:
         count = sum(one.picture.has_mask for one in learnt)
-        yield "masks", f"{count} of {count_of(len(learnt), 'picture')} with one"
+        yield "masks", f"{count} of {pluralize(len(learnt), 'picture')} with one"
 
 
 def _cuts(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    cut = [1 - one.frames[0].shown for one in learnt]
+    cut = [1 - one.frames[0].area_fraction for one in learnt]
     most = max(range(len(cut)), key=cut.__getitem__)
     if cut[most] > 0.005:
         name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
         said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
-        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {count_of(much, 'picture')}" if much else "")
+        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {pluralize(much, 'picture')}" if much else "")
     grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
     if grown:
-        yield "enlarged", f"{count_of(len(grown), 'picture')}, such as {grown[0].picture.name}"
+        yield "enlarged", f"{pluralize(len(grown), 'picture')}, such as {grown[0].picture.name}"
 
 
 def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
@@ -148,8 +148,8 @@ def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     first = next(iter(texts))
     yield (
         "captions",
-        f"{with_own} of {count_of(len(learnt), 'picture')}; {count_of(len(texts), 'prompt')}, such as: "
-        f"{shortened(first)}",
+        f"{with_own} of {pluralize(len(learnt), 'picture')}; {pluralize(len(texts), 'prompt')}, such as: "
+        f"{shorten(first)}",
     )
 
 
@@ -164,23 +164,23 @@ def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
         else:
             captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
             texts = part.class_prompts(captions)
-            said = f"{count_of(prior.images, 'image')}, drawn unless cached, of {count_of(len(texts), 'prompt')}"
-            yield "class", f"{said}, such as: {shortened(texts[0])}"
+            said = f"{pluralize(prior.images, 'image')}, drawn unless cached, of {pluralize(len(texts), 'prompt')}"
+            yield "class", f"{said}, such as: {shorten(texts[0])}"
 
 
 def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:
     a_round = sum(one.part.repeats for one in learnt)
     shown = optim.steps * optim.batch * optim.accumulate
     times = shown / a_round
-    each, rounds = count_of(optim.batch * optim.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
+    each, rounds = pluralize(optim.batch * optim.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
     return f"{optim.steps}, of {each} each: {rounds} {'round' if times == 1 else 'rounds'} of {a_round}"
 
 
 def _costs(steps: int, base: Base, found: Cost, read: ConceptImages, device: torch.device) -> Iterator[tuple[str, str]]:
-    yield "trained", f"{found.trained:,} numbers; a file of about {said_size(found.file)}"
+    yield "trained", f"{found.trained:,} numbers; a file of about {format_bytes(found.file)}"
     parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
-    listed = ", ".join(f"{said_size(count)} of {name}" for name, count in parts.items())
-    yield "memory", f"about {said_size(found.memory)} on each device: {listed}"
+    listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in parts.items())
+    yield "memory", f"about {format_bytes(found.memory)} on each device: {listed}"
     rate = speed(base, device)
     priors = [prior for part, _ in read if (prior := part.prior_preservation) is not None]
     drawn = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
@@ -200,7 +200,7 @@ def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
     """The plan of a recipe by its name or path, with settings as `train` takes them; `base` may be a loaded one."""
     given = settings["base"] if isinstance(settings.get("base"), Base) else None
     named = {**settings, "base": given.name} if given else settings
-    plan = recipe_with(recipe, with_folders(named))
+    plan = recipe_with(recipe, save_picture_lists(named))
     check_output(plan.output, plan.folders())
     check_trackers(plan.trackers)  # accelerate says less of those that are not there
     accelerator = new_accelerator(plan.runtime, plan.outputs)

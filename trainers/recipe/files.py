@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from diffgraft.errors import DiffgraftError, nearest, one_line, quoted
+from diffgraft.errors import DiffgraftError, did_you_mean, one_line, short_repr
 from diffgraft.files import write_text
 from diffgraft.trainers.recipe.groups import AdapterSettings, Group
 from diffgraft.trainers.recipe.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
@@ -145,7 +145,7 @@ _SAVED = "# diffgraft train"
 
 def _read(name: str | Path) -> dict[str, Any]:
     if not isinstance(name, str | Path):
-        raise DiffgraftError(f"Invalid recipe {quoted(name)}: must be a name or the path of a YAML file.")
+        raise DiffgraftError(f"Invalid recipe {short_repr(name)}: must be a name or the path of a YAML file.")
     shipped = recipe_names()
     known = ALIASES.get(str(name), str(name))
     if known in shipped:
@@ -153,7 +153,7 @@ def _read(name: str | Path) -> dict[str, Any]:
     elif Path(name).suffix in (".yaml", ".yml") and Path(name).is_file():
         text = _text_of(Path(name))
     else:
-        raise DiffgraftError(f"There is no recipe {str(name)!r}: {nearest(str(name), shipped)}")
+        raise DiffgraftError(f"There is no recipe {str(name)!r}: {did_you_mean(str(name), shipped)}")
     values = _parsed(name, text)
     if not isinstance(values, dict):
         raise DiffgraftError(f"The recipe {name} holds no keys; it should be lines of `key: value`.")
@@ -260,7 +260,7 @@ def _check_templates(groups: Sequence[Group], known: set[str]) -> None:
     for key, value in ((key, getattr(group, key, "")) for group in groups for key in keys):
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
             if word not in known | ({"{caption}"} if key == "caption" else set()):
-                raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {nearest(word, known)}")
+                raise DiffgraftError(f"Nothing fills {word} in {key}={value!r}: {did_you_mean(word, known)}")
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:
@@ -279,7 +279,7 @@ def _unknown(key: str, kind: type[Recipe]) -> str:
     known = _keys(kind)
     ours = synonym(key)
     is_here = ours in known or ours.partition(".")[0] in ("options", "rates")
-    hint = f"here it is called {ours!r}." if ours and is_here else nearest(key, known)
+    hint = f"here it is called {ours!r}." if ours and is_here else did_you_mean(key, known)
     return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {hint}"
 
 
@@ -293,10 +293,9 @@ def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
     inside = kind.model_fields[key].annotation if key in kind.model_fields else None
     if isinstance(inside, type) and issubclass(inside, BaseModel):
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
-        return f"The setting {key}={quoted(first['input'])} will not do: it has keys of its own, {keys}."
-    return (
-        f"The setting {key}={quoted(first['input'])} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
-    )
+        return f"The setting {key}={short_repr(first['input'])} will not do: it has keys of its own, {keys}."
+    value = short_repr(first["input"])
+    return f"The setting {key}={value} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
 
 
 def _meaning(kind: type[BaseModel], key: str) -> str:

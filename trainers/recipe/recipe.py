@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from diffgraft.data.wording import without_word
+from diffgraft.data.captions import without_word
 from diffgraft.trainers.recipe.groups import (
     AdapterSettings,
     DataSettings,

@@ -13,7 +13,7 @@ from diffgraft.adapters.method import Attached, Options, strip_text_model
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.bases.layers import LAYERS, choose_layers, is_of_text, parts_of
-from diffgraft.bases.original import layers_in_block
+from diffgraft.bases.ldm_keys import layers_in_block
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import AdapterSettings
 

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
-from diffgraft.data.given import with_folders
-from diffgraft.errors import DiffgraftError, in_a_sentence
+from diffgraft.data.picture_lists import save_picture_lists
+from diffgraft.disk import DiskFullError
+from diffgraft.errors import DiffgraftError, wrap_system_errors
 from diffgraft.files import exclusive_lock, remove_partials
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.progress import Artifact, Control, StoppedError, emit, phase, reporting, silent
 from diffgraft.progress import control as current_control
-from diffgraft.room import DiskFullError
 from diffgraft.trainers.hooks.checkpoint import check_same
 from diffgraft.trainers.hooks.metrics import curves
 from diffgraft.trainers.hooks.samples import before_after, told_of_overflow
@@ -38,7 +38,7 @@ _MOST_SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@in_a_sentence
+@wrap_system_errors
 def train(
     name: str | Path = "subject",
     /,
@@ -66,7 +66,7 @@ def train(
     Raises:
         DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
     """
-    settings = with_folders(settings)
+    settings = save_picture_lists(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
         recipe, folder = earlier_run(Path(resume).expanduser(), {**settings, **other})

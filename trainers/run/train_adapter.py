@@ -13,7 +13,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import save_words
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
-from diffgraft.data.texts import Texts
+from diffgraft.data.text_embeddings import TextEmbeddingCache
 from diffgraft.generation.plots import grid, save_image
 from diffgraft.progress import Control
 from diffgraft.trainers.denoiser import Denoiser, forward_process
@@ -141,7 +141,7 @@ class AdapterTraining:
                 base.denoiser.enable_gradient_checkpointing()
                 base.denoiser.train()  # it recomputes in training mode only; these denoisers have no dropout
             whole = recipe.long_prompts == "chunk"
-            texts = Texts(base, whole=whole, keep=recipe.cache)
+            texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
                 texts.prepare(data.prompts)
             denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)

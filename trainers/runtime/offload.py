@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from diffgraft.bases import Base
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
 def offloadable(base: Base, *, has_texts: bool) -> list[str]:
@@ -21,14 +21,14 @@ def offloadable(base: Base, *, has_texts: bool) -> list[str]:
 
 def offload(base: Base, names: Sequence[str]) -> None:
     """Move these parts to the processor's memory."""
-    with hushed():
+    with quiet_libraries():
         for name in names:
             getattr(base, name).to("cpu")
 
 
 def onload(base: Base, names: Sequence[str]) -> None:
     """Move them to where the denoiser is."""
-    with hushed():
+    with quiet_libraries():
         for name in names:
             getattr(base, name).to(base.device)
 

@@ -62,7 +62,9 @@ def shared_mean(accelerator: Any, terms: Mapping[str, float]) -> dict[str, float
 
 def shared_requests(accelerator: Any, control: Control) -> frozenset[str]:
     """What was asked for by the main process's control since the last call: `stop`, `sample`, `save`; all get it."""
-    asked = {what for what in ("sample", "save") if control.take(what)} | ({"stop"} if control.is_stopping else set())
+    asked = {what for what in ("sample", "save") if control.pop_request(what)} | (
+        {"stop"} if control.is_stopping else set()
+    )
     if accelerator.num_processes == 1:
         return frozenset(asked)
     from accelerate.utils import broadcast_object_list

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from diffgraft.bases import Base
+from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import Frame, frames, mirrored
-from diffgraft.data.inventory import count_of, named
-from diffgraft.data.latents import encode_kept
+from diffgraft.data.inventory import named, pluralize
+from diffgraft.data.latents import encode_cached
 from diffgraft.data.pictures import Picture, UnreadablePictureError
-from diffgraft.data.wording import Wording, is_fixed
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
 from diffgraft.rng import generator
@@ -38,8 +38,8 @@ class Sample:
     part: DataSettings
     """The settings of its concept"""
     picture: Picture
-    wording: Wording
-    class_wording: Wording
+    wording: PromptBuilder
+    class_wording: PromptBuilder
     """The same of its class"""
     frames: list[Frame]
 
@@ -119,7 +119,7 @@ def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
 def _check_masks(samples: Sequence[Sample]) -> None:
     """Raises DiffgraftError where a mask leaves nothing of a picture to be learnt."""
     for one in samples:
-        if (mask := _mask_of(one.picture)) is not None and all(_is_black(frame.show(mask)) for frame in one.frames):
+        if (mask := _mask_of(one.picture)) is not None and all(_is_black(frame.crop(mask)) for frame in one.frames):
             of_file = f"The mask {one.picture.mask_file.name}" if one.picture.mask_file else "The transparency"
             raise DiffgraftError(
                 f"{of_file} leaves nothing of {one.picture.name} to be learnt: it is black wherever the picture is "
@@ -152,7 +152,7 @@ def split(
         learnt = {one.picture.content for one in items}
         if same := [one.picture.name for one in held if one.picture.content in learnt]:
             warnings.warn(
-                f"{count_of(len(same), 'picture')} of validation.images {'is' if len(same) == 1 else 'are'} learnt "
+                f"{pluralize(len(same), 'picture')} of validation.images {'is' if len(same) == 1 else 'are'} learnt "
                 f"from as well ({named(same)}): their loss says nothing of others.",
                 stacklevel=2,
             )
@@ -176,7 +176,7 @@ def examples_of(data: DataSettings, base: Base, items: Sequence[Sample], title: 
         DiffgraftError: none of them can be opened.
     """
     pictures, ways = [one.picture for one in items], [one.frames for one in items]
-    encoded = encode_kept(base, pictures, ways, masked=data.masks.use, keep=data.cache, title=title)
+    encoded = encode_cached(base, pictures, ways, masked=data.masks.use, keep=data.cache, title=title)
     if not encoded.rows:
         raise DiffgraftError(f"None of the {len(items)} pictures can be opened. Save them again as JPEG or PNG.")
     examples = [
@@ -212,7 +212,7 @@ def class_examples(data: DataSettings, seed: int, base: Base, items: Sequence[Sa
         kept = own_class(weighted, prior) if prior.folder else _drawn_class(weighted, seed, base, own)
         for repeats, prompt, picture in kept:
             way = frames(picture.size, resolution_of(data, base), data.buckets, step_of(base))
-            said = Wording((prompt,))
+            said = PromptBuilder((prompt,))
             each = weighted.model_copy(update={"repeats": repeats})
             found.append(Sample(each, picture, said, said, mirrored(way) if data.flip else way))
     if not found:

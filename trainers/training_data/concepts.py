@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from diffgraft.adapters.registry import get_method
-from diffgraft.data.inventory import layout_of
+from diffgraft.data.captions import mentions, without_word
+from diffgraft.data.image_folder import read_source
+from diffgraft.data.inventory import detect_layout
 from diffgraft.data.pictures import Picture
-from diffgraft.data.source import read_source
-from diffgraft.data.tables import refuse_outside
-from diffgraft.data.wording import mentions, without_word
+from diffgraft.data.tables import check_inside
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
@@ -100,18 +100,18 @@ def read_part(
     not the recipe's `images`, no setting says how they are laid out.
     """
     root = Path(part.images).expanduser()
-    layout = layout_of(root, part.layout, used, has_setting=has_setting)
+    layout = detect_layout(root, part.layout, used, has_setting=has_setting)
     for said in layout.remarks:
         warnings.warn(said, stacklevel=5)
-    for one in layout.counted:
+    for one in layout.folders:
         if not part.outside:
-            refuse_outside(root, one.folder, str(one.folder))
-        own = {"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.says, "layout": "flat"}
+            check_inside(root, one.folder, str(one.folder))
+        own = {"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.prompt, "layout": "flat"}
         # whether the recipe says the trigger is told by what was set in `part`
         named = part.model_copy(update=own)
         pictures = _pictures(named, used)
-        yield named.model_copy(update={"trigger": _trigger(named, one.says, pictures)}), pictures
-    if not layout.counted:
+        yield named.model_copy(update={"trigger": _trigger(named, one.prompt, pictures)}), pictures
+    if not layout.folders:
         yield part, _pictures(part, used)
 
 

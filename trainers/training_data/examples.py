@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from diffgraft.bases import SizeConditioning
+from diffgraft.data.captions import PromptBuilder
 from diffgraft.data.latents import Encoded
 from diffgraft.data.settings import Masks, Tags
-from diffgraft.data.wording import Wording
 from diffgraft.rng import numpy_generator, permutation
 
 _WAYS, _WORDS, _TURNS = 1_000_003, 1_000_005, 1_000_007
@@ -24,9 +24,9 @@ class Example:
     name: str
     rows: range
     """Its rows of the latents, one for each frame it is shown in; all of one size"""
-    wording: Wording
+    wording: PromptBuilder
     """What is said of it"""
-    class_wording: Wording = field(default_factory=lambda: Wording(("",)))
+    class_wording: PromptBuilder = field(default_factory=lambda: PromptBuilder(("",)))
     """The same of its class, text by text, where there is prior preservation by prediction"""
     repeats: int = 1
     """How often it comes in a round"""
@@ -106,12 +106,12 @@ class Examples:
         """What is said of its class at this place: the same text, with the same tags."""
         return self._said(shown.example.class_wording, shown, seed, place, kind)
 
-    def _said(self, wording: Wording, shown: Shown, seed: int, place: int, kind: int) -> str:
+    def _said(self, wording: PromptBuilder, shown: Shown, seed: int, place: int, kind: int) -> str:
         return wording.prompt(shown.text, self.tags, self.dropout, numpy_generator(seed, _WORDS, place, kind + 1))
 
     def size_conditioning(self, shown: Sequence[Shown]) -> list[SizeConditioning]:
         """How each was cut."""
-        return [self.encoded.frames[one.row].told() for one in shown]
+        return [self.encoded.frames[one.row].size_conditioning() for one in shown]
 
     def weight_map(self, shown: Sequence[Shown]) -> Tensor | None:
         """Factor on the error at each place of each sample, [n, 1, h, w]; None where none of them has a mask."""

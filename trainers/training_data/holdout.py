@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from diffgraft.data.captions import mentions
 from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
-from diffgraft.data.wording import mentions
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_part

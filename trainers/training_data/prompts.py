@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffgraft.bases.tokens import truncated_text
+from diffgraft.data.captions import PromptBuilder, lines_of, mentions
 from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
-from diffgraft.data.wording import Wording, lines_of, mentions
-from diffgraft.errors import DiffgraftError, shortened
+from diffgraft.errors import DiffgraftError, shorten
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import StyleData
 from diffgraft.trainers.training_data.templates import TEMPLATES
 
-Said = Sequence[tuple[DataSettings, Picture, Wording]]
+Said = Sequence[tuple[DataSettings, Picture, PromptBuilder]]
 """The settings of its concept, and what is said of it, for each picture"""
 _SYNTAX = {
     "alternatives in braces, {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
@@ -27,16 +27,16 @@ _SYNTAX = {
 """What a caption may have from prompts for drawing, which training does not know"""
 
 
-def wording_of(part: DataSettings, picture: Picture) -> tuple[Wording, Wording]:
+def wording_of(part: DataSettings, picture: Picture) -> tuple[PromptBuilder, PromptBuilder]:
     """What is said of a picture, and of its class."""
     captions = captions_of(part, picture)
     if not captions:
         texts = TEMPLATES[part.templates] if part.templates != "none" else (part.prompt,)
         said = tuple(_with_trigger(part, part.fill(text)) for text in texts)
-        return Wording(said, kept=part.trigger), Wording((part.class_text(None),) * len(said))
-    of_class = Wording(tuple(part.class_text(caption) for caption in captions))
+        return PromptBuilder(said, kept=part.trigger), PromptBuilder((part.class_text(None),) * len(said))
+    of_class = PromptBuilder(tuple(part.class_text(caption) for caption in captions))
     around = tuple("{caption}" if mentions(caption, part.trigger) else _around(part) for caption in captions)
-    return Wording(captions, around, part.trigger), of_class
+    return PromptBuilder(captions, around, part.trigger), of_class
 
 
 def captions_of(part: DataSettings, picture: Picture) -> tuple[str, ...]:
@@ -94,11 +94,11 @@ def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
     what = f"The prompt of {named(list(lost))} is too long"
     if long_prompts == "refuse":
         raise DiffgraftError(
-            f"{what}; of that of {name} the base would never see: {shortened(words)}. Shorten it, or set "
+            f"{what}; of that of {name} the base would never see: {shorten(words)}. Shorten it, or set "
             "long_prompts=chunk."
         )
     warnings.warn(
-        f"{what}; the base never sees: {shortened(words)}. long_prompts=chunk has it read in pieces.", stacklevel=6
+        f"{what}; the base never sees: {shorten(words)}. long_prompts=chunk has it read in pieces.", stacklevel=6
     )
 
 

@@ -26,7 +26,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.bake import bake
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
 SHAPES: dict[str, Shape] = {"unet.a": (20, 34), "unet.b": (22, 30, 3, 3), "unet.c": (24, 18, 1, 1)}
 
@@ -207,7 +207,7 @@ def test_what_was_merged_is_extracted_again(family: str, layout: str, folders: P
     """A checkpoint in either layout against the folder: the very layers, each of rank two."""
     base = load_base(folders / family)
     adapter = on_base(base)
-    tuned = bake(base, {adapter: 0.8}, tmp_path / ("tuned" + (".safetensors" if layout == "file" else "")))
+    tuned = merge_checkpoint(base, {adapter: 0.8}, tmp_path / ("tuned" + (".safetensors" if layout == "file" else "")))
     with open_weights(tuned) as of_tuned, open_weights(folders / family) as of_base:
         if layout == "file":
             assert set(of_tuned) == {name for name in of_base if not name.endswith("position_ids")}

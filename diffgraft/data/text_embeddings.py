@@ -17,7 +17,7 @@ _VERSION = "texts 1"
 _STATES = "hidden_states"
 
 
-class Texts:
+class TextEmbeddingCache:
     """The conditioning of prompts, without framing, by text encoders that do not change."""
 
     def __init__(self, base: Base, *, whole: bool = False, keep: bool = False, limit: int = 4096) -> None:
@@ -32,7 +32,7 @@ class Texts:
         """Compute, or read from the cache, what these say: the text encoders are not asked for them again."""
         wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._held]
         self._limit = max(self._limit, len(self._held) + len(wanted))
-        for prompt in track(wanted, "encoding prompts", least=2):
+        for prompt in track(wanted, "encoding prompts", min_items=2):
             found = _read(self._file(prompt)) if self._keep else None
             if found is None:
                 found = self._ask(prompt)

@@ -8,11 +8,11 @@ from PIL import Image, ImageOps
 
 from diffgraft.bases.pipelines import native_pixels
 from diffgraft.errors import DiffgraftError
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageInput:
     """A picture to start from instead of noise alone (image to image), or to draw into (inpainting)."""
 
     image: Image.Image
@@ -30,7 +30,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class ResizedInput:
     """A source in the size that is drawn."""
 
     image: Image.Image
@@ -47,17 +47,17 @@ class Fitted:
         return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
 
 
-def for_inpainting(pipe: Any, source: Source | None, size: tuple[int, int] | None) -> Source:
+def inpainting_input(pipe: Any, source: ImageInput | None, size: tuple[int, int] | None) -> ImageInput:
     """The source for an inpainting denoiser, which always needs one: without it, grey that is drawn all over."""
     if source is None:
         own = native_pixels(pipe)
-        source = Source(Image.new("RGB", size or (own, own), (128, 128, 128)), denoise=1.0)
+        source = ImageInput(Image.new("RGB", size or (own, own), (128, 128, 128)), denoise=1.0)
     return replace(source, mask=source.mask or Image.new("L", source.image.size, 255))
 
 
-def from_source(pipe: Any, source: Source, more: dict[str, Any]) -> tuple[Any, Fitted]:
+def prepare_image_input(pipe: Any, source: ImageInput, more: dict[str, Any]) -> tuple[Any, ResizedInput]:
     """The pipeline for a source, over the same modules, and the source in its size."""
-    with hushed():
+    with quiet_libraries():
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
     size = (more["width"], more["height"])
@@ -75,7 +75,7 @@ def from_source(pipe: Any, source: Source, more: dict[str, Any]) -> tuple[Any, F
     drawing.set_progress_bar_config(disable=True)
     if mask is None:  # it takes the size from the picture
         del more["width"], more["height"]
-    return drawing, Fitted(image, mask, source.denoise)
+    return drawing, ResizedInput(image, mask, source.denoise)
 
 
 def _on_black(mask: Image.Image) -> Image.Image:
@@ -86,7 +86,7 @@ def _on_black(mask: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", mask.size, "black"), painted).convert("L")
 
 
-def own_shape(pipe: Any, image: Image.Image) -> tuple[int, int]:
+def native_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
     """The picture's shape, at about as many pixels as the base was made for."""
     own, step = native_pixels(pipe), lcm(pipe.vae_scale_factor, 8)
     zoom = own / (image.width * image.height) ** 0.5
@@ -94,7 +94,7 @@ def own_shape(pipe: Any, image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def steps_from(source: Source, steps: int) -> int:
+def steps_from_image(source: ImageInput, steps: int) -> int:
     """How many of the steps are left from where a source is taken back to."""
     if int(steps * source.denoise) < 1:
         raise DiffgraftError(f"denoise={source.denoise} leaves none of {steps} steps. Raise one of them.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffgraft.data.data_sets import from_data_set
 from diffgraft.data.inventory import CAPTIONS, TABLES, named, take_inventory
 from diffgraft.data.pictures import SUFFIXES, Picture, UnreadablePictureError
-from diffgraft.data.tables import read_table, refuse_outside
+from diffgraft.data.tables import check_inside, read_table
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import track
 
@@ -117,21 +117,21 @@ def _refuse_links(folder: Path) -> None:
     """Raises DiffgraftError where a picture, a mask, a caption or a table of a folder is a link out of it."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and (path.suffix.lower() in (*SUFFIXES, *CAPTIONS) or path.name in TABLES):
-            refuse_outside(folder, path, str(path))
+            check_inside(folder, path, str(path))
 
 
 def _readable(pictures: Sequence[Picture], thorough: bool) -> list[Picture]:
     kept = []
-    for picture in track(pictures, "looking at pictures", least=100):
+    for picture in track(pictures, "looking at pictures", min_items=100):
         try:
             _ = picture.image if thorough else picture.size
         except UnreadablePictureError as error:
-            warn_of(error)
+            warn_left_out(error)
             continue
         kept.append(picture)
     return kept
 
 
-def warn_of(error: UnreadablePictureError) -> None:
+def warn_left_out(error: UnreadablePictureError) -> None:
     """Say that a picture is left out."""
     warnings.warn(f"{error.name} is left out: it cannot be read as a picture ({error.why}).", stacklevel=4)

@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from diffgraft.bases.ldm_keys import BlockLayout, ldm_vae_key, open_clip_state_dict
 from diffgraft.bases.loading import CONFIGS
-from diffgraft.bases.original import Blocks, open_clip_weights, original_vae
 
 COUNTS = {"sd1": 686, "sd2": 686, "sdxl": 1680}
 """Tensors of the UNet in checkpoints of the family."""
@@ -33,11 +33,11 @@ def _unet(family: str) -> UNet2DConditionModel:
 def test_every_name_of_the_unet_goes_there_and_back(family: str) -> None:
     """Diffusers' reader gives each tensor the name it came from, and so does ours."""
     unet = _unet(family)
-    blocks = Blocks.of(unet.config)
+    blocks = BlockLayout.from_config(unet.config)
     state = unet.state_dict()
-    named = {blocks.original(name): name for name in state}
+    named = {blocks.to_ldm(name): name for name in state}
     assert len(named) == len(state) == COUNTS[family]
-    assert {theirs: blocks.diffusers(theirs) for theirs in named} == named
+    assert {theirs: blocks.to_diffusers(theirs) for theirs in named} == named
     marked = {f"model.diffusion_model.{theirs}": torch.tensor(float(row)) for row, theirs in enumerate(named)}
     read = convert_ldm_unet_checkpoint(marked, unet.config)
     assert {name: int(value) for name, value in read.items()} == {name: row for row, name in enumerate(named.values())}
@@ -55,15 +55,15 @@ def test_every_name_of_the_unet_goes_there_and_back(family: str) -> None:
 )
 def test_names_as_checkpoints_have_them(family: str, ours: str, theirs: str) -> None:
     """An upsampler comes behind the attention where its level has one; readers do not care, and other tools do."""
-    assert Blocks.of(_unet(family).config).original(ours) == theirs
+    assert BlockLayout.from_config(_unet(family).config).to_ldm(ours) == theirs
 
 
 @pytest.mark.parametrize("family", sorted(COUNTS))
 def test_modules_as_well_as_parameters(family: str) -> None:
     unet = _unet(family)
-    blocks = Blocks.of(unet.config)
+    blocks = BlockLayout.from_config(unet.config)
     paths = [path for path, module in unet.named_modules() if [*module.parameters(recurse=False)]]
-    assert [blocks.diffusers(blocks.original(path)) for path in paths] == paths
+    assert [blocks.to_diffusers(blocks.to_ldm(path)) for path in paths] == paths
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_modules_as_well_as_parameters(family: str) -> None:
 )
 def test_what_is_no_path_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="is no pa"):
-        Blocks(2, (True, True, True, False)).original(path)
+        BlockLayout(2, (True, True, True, False)).to_ldm(path)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_what_is_no_path_is_refused(path: str) -> None:
 )
 def test_what_is_no_path_of_the_original_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="is no pa"):
-        Blocks(2, (True, True, True, False)).diffusers(path)
+        BlockLayout(2, (True, True, True, False)).to_diffusers(path)
 
 
 def test_every_name_of_the_vae_is_what_diffusers_reads() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(_read("sd1", "vae"))
     levels = len(vae.config.block_out_channels)
-    named = {original_vae(name, levels): name for name in vae.state_dict()}
+    named = {ldm_vae_key(name, levels): name for name in vae.state_dict()}
     assert len(named) == 248
     rows = {name: torch.tensor(float(row)) for row, name in enumerate(named)}
     # the reader takes the attention's matrices for 1 x 1 convolutions, which they are in the files
@@ -116,7 +116,7 @@ def test_open_clip_is_what_diffusers_reads() -> None:
     )
     encoder = CLIPTextModelWithProjection(config)
     state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
-    marked = {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip_weights(state)}
+    marked = {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip_state_dict(state)}
     read = convert_open_clip_checkpoint(encoder, marked, prefix="conditioner.embedders.1.model.")
     found = {name.removeprefix("text_model."): value for name, value in read.items() if "position_ids" not in name}
     assert set(found) == set(state)

@@ -1,7 +1,7 @@
 """The configuration of a base in the header of its single file, so that a UNet of any depth and width is read again.
 
 Checkpoints in the original layout hold weights alone: numbers of heads, groups of norms, the VAE's factor and the noise
-schedule are those of the family, unless the header says otherwise under `KEY`. Other programs do not read it.
+schedule are those of the family, unless the header says otherwise under `CONFIG_KEY`. Other programs do not read it.
 """
 
 import inspect
@@ -15,16 +15,16 @@ from diffgraft.bases.base import Base
 from diffgraft.bases.configs import ClipConfig
 from diffgraft.errors import DiffgraftError
 
-KEY = "diffgraft.configuration"
+CONFIG_KEY = "diffgraft.configuration"
 """In the header: a JSON object, part → field → value"""
 _LARGEST = 2**20
 """Characters of a configuration; those of real bases have a few hundred"""
 
-Stated = Mapping[str, Mapping[str, Any]]
+ConfigOverrides = Mapping[str, Mapping[str, Any]]
 """Part → field → value, of what differs from the family's configuration"""
 
 
-def stated_of(base: Base, family: Path) -> dict[str, str]:
+def config_header(base: Base, family: Path) -> dict[str, str]:
     """The header entry for what differs between a base and the configuration of its family in the folder `family`.
 
     Empty where nothing does.
@@ -41,16 +41,16 @@ def stated_of(base: Base, family: Path) -> dict[str, str]:
         plain = json.loads(json.dumps({key: value for key, value in values.items() if _is_said(key)}, default=str))
         found[part] = {key: value for key, value in plain.items() if value != usual.get(key)}
     found = {part: values for part, values in found.items() if values}
-    return {KEY: json.dumps(found, sort_keys=True)} if found else {}
+    return {CONFIG_KEY: json.dumps(found, sort_keys=True)} if found else {}
 
 
-def read_stated(path: Path, header: Mapping[str, str]) -> Stated:
+def read_config_overrides(path: Path, header: Mapping[str, str]) -> ConfigOverrides:
     """What the header of a single file says of its configuration; what it says is checked where a base is built of it.
 
     Raises:
         DiffgraftError: it says something else than fields of parts.
     """
-    text = header.get(KEY, "{}")
+    text = header.get(CONFIG_KEY, "{}")
     try:
         if len(text) > _LARGEST:
             raise ValueError(f"it has {len(text):,} characters")
@@ -58,11 +58,13 @@ def read_stated(path: Path, header: Mapping[str, str]) -> Stated:
         if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
             raise ValueError("it is not a mapping of parts to their fields")
     except (ValueError, RecursionError) as error:
-        raise DiffgraftError(f"The header of {path} has a damaged {KEY} ({error}): write the file again.") from error
+        raise DiffgraftError(
+            f"The header of {path} has a damaged {CONFIG_KEY} ({error}): write the file again."
+        ) from error
     return found
 
 
-def write_stated(folder: Path, stated: Stated, channels: int) -> None:
+def write_config_overrides(folder: Path, stated: ConfigOverrides, channels: int) -> None:
     """Lay what a file says over the family's configuration in `folder`; its UNet takes so many `channels`."""
     for part in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
         path = _file_of(folder, part)
@@ -74,7 +76,7 @@ def write_stated(folder: Path, stated: Stated, channels: int) -> None:
         (folder / "model_index.json").write_text(json.dumps({**index, "scheduler": ["diffusers", kind]}), "utf-8")
 
 
-def copy_of(folder: Path, place: Path) -> Path:
+def copy_config(folder: Path, place: Path) -> Path:
     """A copy of the configuration in `folder` that can be changed."""
     return Path(shutil.copytree(folder, place / folder.name, ignore=shutil.ignore_patterns("*.safetensors")))
 

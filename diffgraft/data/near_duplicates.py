@@ -33,7 +33,7 @@ def fingerprint(image: Image.Image) -> Fingerprint:
     return Fingerprint(int(bits, 2), np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BOX), dtype=np.float32))
 
 
-def alike(named: Iterable[tuple[str, Fingerprint]]) -> list[tuple[str, str]]:
+def near_duplicates(named: Iterable[tuple[str, Fingerprint]]) -> list[tuple[str, str]]:
     """Names of pairs whose fingerprints are nearly the same."""
     return [(a, b) for (a, one), (b, other) in combinations(named, 2) if _are_alike(one, other)]
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.configs import read_object
-from diffgraft.bases.original import UNET
+from diffgraft.bases.ldm_keys import UNET_PREFIX
 from diffgraft.errors import DiffgraftError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOATS = (*_DTYPES, "F8_E4M3", "F8_E5M2")
+FLOAT_DTYPES = (*_DTYPES, "F8_E4M3", "F8_E5M2")
 """What safetensors calls the precisions in which a base may lie on disk"""
 """What safetensors calls them; whatever else there is in a file (numbers of positions) decides nothing"""
 
@@ -32,14 +32,14 @@ def is_checkpoint(path: Path) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return any(map(is_of_checkpoint, file.keys()))
+            return any(map(is_checkpoint_key, file.keys()))
     except (SafetensorError, OSError):
         return False
 
 
-def is_of_checkpoint(key: str) -> bool:
+def is_checkpoint_key(key: str) -> bool:
     """Whether a key is that of a layer's own weight or bias in a single file; adapters may begin so as well."""
-    return key.startswith(UNET) and _OF_LAYER.search(key) is not None
+    return key.startswith(UNET_PREFIX) and _OF_LAYER.search(key) is not None
 
 
 def files_of_part(folder: Path) -> list[Path]:
@@ -68,7 +68,7 @@ def _is_plain(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
 
 
-def precision(files: Iterable[Path], start: str = "") -> torch.dtype | None:
+def main_dtype(files: Iterable[Path], start: str = "") -> torch.dtype | None:
     """That of most of the numbers whose names begin with `start`; only headers are read. None where there are none."""
     counts: Counter[str] = Counter()
     for path in files:

@@ -16,7 +16,7 @@ def import_bitsandbytes() -> Any:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Within the block diffusers, transformers and bitsandbytes log errors only and draw no bars of their own."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns once, when peft imports it
     from diffusers.utils import logging as of_diffusers

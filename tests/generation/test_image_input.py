@@ -11,13 +11,13 @@ from diffgraft.adapters.method import Spec
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
+from diffgraft.data.image_folder import read_folder
 from diffgraft.data.pictures import read_picture
-from diffgraft.data.source import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.generation.source import Source
+from diffgraft.generation.image_input import ImageInput
 from tests.adapters.toys import shake
 from tests.generation.test_graft import lora
 
@@ -32,13 +32,15 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def draw(base: Base, source: Source | None, steps: int = 8, **settings: object) -> list[Image.Image]:
+def draw(base: Base, source: ImageInput | None, steps: int = 8, **settings: object) -> list[Image.Image]:
     return generate(base.pipeline(), [PROMPT] * 2, Settings(steps=steps, **settings), [1, 2], source=source)  # type: ignore[arg-type]
 
 
 def test_the_less_noise_the_nearer_to_the_source(base: Base) -> None:
     source = photo()
-    far = [np.abs(pixels(draw(base, Source(source, denoise))[0]) - pixels(source)).mean() for denoise in (0.2, 0.6, 1)]
+    far = [
+        np.abs(pixels(draw(base, ImageInput(source, denoise))[0]) - pixels(source)).mean() for denoise in (0.2, 0.6, 1)
+    ]
     assert far[0] < far[1] < far[2]
     assert far[0] < 20
 
@@ -53,21 +55,21 @@ def test_it_is_what_the_pipeline_of_diffusers_gives(base: Base) -> None:
     wanted = pipe(PROMPT, photo(), strength=0.5, num_inference_steps=8, guidance_scale=3.0, generator=generator).images[
         0
     ]
-    assert np.abs(pixels(draw(base, Source(photo(), 0.5))[0]) - pixels(wanted)).max() <= 1
+    assert np.abs(pixels(draw(base, ImageInput(photo(), 0.5))[0]) - pixels(wanted)).max() <= 1
 
 
 def test_inpainting_leaves_the_rest_as_it_was_to_the_pixel(base: Base) -> None:
     source = photo()
     mask = np.zeros((source.height, source.width), np.uint8)
     mask[8:40, 20:60] = 255
-    for image in draw(base, Source(source, 0.9, Image.fromarray(mask))):
+    for image in draw(base, ImageInput(source, 0.9, Image.fromarray(mask))):
         changed = np.abs(pixels(image) - pixels(source)).max(-1)
         assert changed[mask == 0].max() == 0
         assert changed[mask == 255].mean() > 5
 
 
 def test_a_source_keeps_its_shape_and_an_adapter_works_on_it(base: Base) -> None:
-    wide = Source(photo().resize((150, 90)), 0.6)
+    wide = ImageInput(photo().resize((150, 90)), 0.6)
     bare = draw(base, wide)[0]
     assert bare.size == (80, 48)
     with graft(base, {lora(1): 2.0}):
@@ -90,7 +92,7 @@ def trained(base: Base, method: str) -> Adapter:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_adapters_of_every_method_work_in_all_pipelines(method: str, base: Base) -> None:
     adapter, mask = trained(base, method), Image.new("L", (64, 64), 255)
-    sources = (None, Source(photo(), 0.7), Source(photo(), 0.7, mask))
+    sources = (None, ImageInput(photo(), 0.7), ImageInput(photo(), 0.7, mask))
 
     def draw_all() -> list[np.ndarray]:
         pipe, prompt = base.pipeline(), "a <zorp> dog"
@@ -110,7 +112,7 @@ def test_what_is_transparent_in_a_mask_stays(base: Base, tmp_path: Path) -> None
     mask = Image.fromarray(painted)
     mask.save(tmp_path / "mask.png")
     for given in (mask, read_picture(tmp_path / "mask.png", "black")):
-        changed = np.abs(pixels(draw(base, Source(source, 0.9, given))[0]) - pixels(source)).max(-1)
+        changed = np.abs(pixels(draw(base, ImageInput(source, 0.9, given))[0]) - pixels(source)).max(-1)
         assert changed[painted[..., 0] == 0].max() == 0
         assert changed[painted[..., 0] == 255].mean() > 5
 
@@ -118,7 +120,7 @@ def test_what_is_transparent_in_a_mask_stays(base: Base, tmp_path: Path) -> None
 def test_a_refused_source_leaves_the_pipeline_as_it_was(base: Base) -> None:
     pipe = base.pipeline()
     own = pipe.scheduler
-    source = Source(photo(), 0.5, Image.new("L", (10, 10)))
+    source = ImageInput(photo(), 0.5, Image.new("L", (10, 10)))
     with pytest.raises(DiffgraftError, match="mask is 10x10"):
         generate(pipe, [PROMPT], Settings(steps=4, scheduler="euler"), [1], source=source)
     assert pipe.scheduler is own
@@ -127,18 +129,18 @@ def test_a_refused_source_leaves_the_pipeline_as_it_was(base: Base) -> None:
 def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
     small = load_base(str(sdxl_folder))
     mask = Image.new("L", (64, 64), 255)
-    for source in (Source(photo(), 0.5), Source(photo(), 0.5, mask)):
+    for source in (ImageInput(photo(), 0.5), ImageInput(photo(), 0.5, mask)):
         assert generate(small.pipeline(), [PROMPT], Settings(steps=4), [1], source=source)[0].size == (32, 32)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (Source(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
-        (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
-        (Source(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
+        (ImageInput(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
+        (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
+        (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
     ],
 )
-def test_sources_that_will_not_do_are_refused(base: Base, source: Source, said: str) -> None:
+def test_sources_that_will_not_do_are_refused(base: Base, source: ImageInput, said: str) -> None:
     with pytest.raises(DiffgraftError, match=said):
         draw(base, source)

@@ -10,18 +10,18 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import add_text_model
 from diffgraft.bases import Base
+from diffgraft.bases.header_config import config_header
+from diffgraft.bases.ldm_keys import layers_in_block, ldm_state_dict
 from diffgraft.bases.loading import CONFIGS
-from diffgraft.bases.original import layers_in_block, original_weights
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
-from diffgraft.bases.stated import stated_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import check_new, write_safetensors
 from diffgraft.generation.graft import Grafts, graft
 from diffgraft.progress import track
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
-def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
+def merge_checkpoint(base: Base, adapters: Grafts, path: str | Path) -> Path:
     """Write `base` with `adapters` merged into it, its weights in their own precision.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
@@ -50,10 +50,10 @@ def bake(base: Base, adapters: Grafts, path: str | Path) -> Path:
             )
     with graft(base, loaded):
         if path.suffix == ".safetensors":
-            weights = {name: value.detach().contiguous() for name, value in original_weights(base).items()}
+            weights = {name: value.detach().contiguous() for name, value in ldm_state_dict(base).items()}
             predicted = base.parameterization.name
             weights |= v_pred_markers(base.family.name, predicted, base.zero_snr)
-            said = prediction_header(predicted) | stated_of(base, CONFIGS / base.family.name)
+            said = prediction_header(predicted) | config_header(base, CONFIGS / base.family.name)
             return write_safetensors(path, weights, {"format": "pt", **said})
         return _write_folder(base, path)
 
@@ -62,7 +62,7 @@ def _write_folder(base: Base, folder: Path) -> Path:
     partial = folder.with_name(f".{folder.name}-partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with hushed():
+        with quiet_libraries():
             pipe = base.pipeline()
             pipe.save_config(partial)
             parts = {name: part for name, part in pipe.components.items() if part is not None}

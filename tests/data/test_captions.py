@@ -4,10 +4,10 @@ from collections import Counter
 
 import numpy as np
 
+from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.settings import Tags
-from diffgraft.data.wording import Wording, is_fixed
 
-WORDING = Wording(("one, two, three, four", "a, b"), ("{caption}, sks style", "sks, {caption}"))
+WORDING = PromptBuilder(("one, two, three, four", "a, b"), ("{caption}, sks style", "sks, {caption}"))
 
 
 def said(tags: Tags, count: int = 400, text: int = 0, dropout: float = 0.0) -> list[str]:
@@ -40,7 +40,7 @@ def test_tags_are_dropped_but_for_the_first() -> None:
 
 
 def test_other_separators_and_captions_that_drop_out() -> None:
-    wording = Wording(("one thing. another thing. a third",))
+    wording = PromptBuilder(("one thing. another thing. a third",))
     tags = Tags(shuffle=True, separator=".")
     found = {wording.prompt(0, tags, 0.0, np.random.default_rng(seed)) for seed in range(60)}
     assert len(found) == 6
@@ -50,7 +50,7 @@ def test_other_separators_and_captions_that_drop_out() -> None:
 
 
 def test_a_trigger_of_several_tags_is_never_dropped() -> None:
-    wording = Wording(("red, sks, on grass, dog",), kept="sks, dog")
+    wording = PromptBuilder(("red, sks, on grass, dog",), kept="sks, dog")
     for place in range(50):
         parts = wording.prompt(0, Tags(drop=0.9), 0.0, np.random.default_rng([5, place])).split(", ")
         assert {"sks", "dog"} <= set(parts)

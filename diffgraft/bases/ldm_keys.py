@@ -2,7 +2,7 @@
 
 Single-file checkpoints have them, and so do adapter files of kohya's tools for Stable Diffusion XL. All here is about
 names; the few tensors that also change their shape (the text encoder of OpenCLIP, the attention of the VAE) do so in
-`original_weights`.
+`ldm_state_dict`.
 Sources: CompVis/latent-diffusion, ``ldm/modules/diffusionmodules/openaimodel.py`` and ``model.py``; Stability-AI/
 generative-models, ``sgm/modules/encoders/modules.py``; mlfoundations/open_clip, ``src/open_clip/transformer.py``.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 from diffgraft.bases.base import Base
 from diffgraft.errors import DiffgraftError
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
 """What the names of their weights begin with in single files."""
 
-LEVELS = 6
+MAX_LEVELS = 6
 """So many levels names are read of; UNets have three or four."""
-ORIGINAL = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
+LDM_PREFIXES = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
 """What paths inside the original UNet begin with."""
 
 _ENDS = {
@@ -54,7 +54,7 @@ _THEIR_MIDDLE = re.compile(r"middle_block\.(?P<slot>[012])(?P<rest>\..+|$)")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockLayout:
     """How a UNet's blocks are counted; the original numbers through what diffusers keeps in levels."""
 
     layers: int
@@ -63,11 +63,11 @@ class Blocks:
     """Whether a level has attentions, from the top of the way down"""
 
     @classmethod
-    def of(cls, config: Any) -> "Blocks":
+    def from_config(cls, config: Any) -> "BlockLayout":
         """Of the configuration of a ``UNet2DConditionModel``."""
         return cls(config.layers_per_block, tuple("CrossAttn" in kind for kind in config.down_block_types))
 
-    def original(self, path: str) -> str:
+    def to_ldm(self, path: str) -> str:
         """What the original calls the module or parameter that diffusers' UNet has at `path`.
 
         Raises:
@@ -92,7 +92,7 @@ class Blocks:
                 return f"{blocks}.{first + number}.{slot}{_inner(kind, found['rest'])}"
         raise ValueError(f"{path} is no path in a UNet of diffusers")
 
-    def diffusers(self, path: str) -> str:
+    def to_diffusers(self, path: str) -> str:
         """What diffusers calls the module or parameter that the original UNet has at `path`: `original`, backwards.
 
         Raises:
@@ -155,7 +155,7 @@ def _renamed(path: str, names: Mapping[str, str]) -> str:
     return moved
 
 
-def original_vae(path: str, levels: int) -> str:
+def ldm_vae_key(path: str, levels: int) -> str:
     """What the original autoencoder calls what diffusers' has at `path`; it counts its way up from the end."""
 
     def up(found: re.Match[str]) -> str:
@@ -196,7 +196,7 @@ def is_open_clip(start: str) -> bool:
     return not start.endswith("text_model.")
 
 
-def open_clip_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def open_clip_state_dict(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A CLIP text encoder's weights under OpenCLIP's names: query, key and value in one, the projection transposed."""
     joined: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -214,7 +214,7 @@ def open_clip_weights(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor
         yield name, torch.cat([thirds[letter] for letter in "qkv"])
 
 
-def our_open_clip_names(name: str) -> list[tuple[str, int | None, bool]]:
+def clip_names_from_open_clip(name: str) -> list[tuple[str, int | None, bool]]:
     """Transformers' names for a weight of OpenCLIP's text encoder: name, which third of the rows, whether transposed.
 
     Empty where transformers has none, as for the scale of logits.
@@ -234,7 +234,7 @@ def our_open_clip_names(name: str) -> list[tuple[str, int | None, bool]]:
     return []
 
 
-def original_weights(base: Base) -> dict[str, Tensor]:
+def ldm_state_dict(base: Base) -> dict[str, Tensor]:
     """Every weight of a base under the names of its family's single-file checkpoints; what can be shared, is.
 
     Raises:
@@ -247,14 +247,14 @@ def original_weights(base: Base) -> dict[str, Tensor]:
             f"{base.name} has levels of different depth, for which single files have no names: write a folder, under a "
             "name without .safetensors."
         )
-    blocks, levels = Blocks.of(base.unet.config), len(base.vae.config.block_out_channels)
-    weights = {f"{UNET}{blocks.original(name)}": value for name, value in base.unet.state_dict().items()}
+    blocks, levels = BlockLayout.from_config(base.unet.config), len(base.vae.config.block_out_channels)
+    weights = {f"{UNET_PREFIX}{blocks.to_ldm(name)}": value for name, value in base.unet.state_dict().items()}
     for name, value in base.vae.state_dict().items():
-        theirs = original_vae(name, levels)
+        theirs = ldm_vae_key(name, levels)
         is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution there
-        weights[f"{VAE}{theirs}"] = value[:, :, None, None] if is_matrix else value
+        weights[f"{VAE_PREFIX}{theirs}"] = value[:, :, None, None] if is_matrix else value
     for part, start in base.family.single_file_prefixes.items():
         state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}
-        named = open_clip_weights(state) if is_open_clip(start) else state.items()
+        named = open_clip_state_dict(state) if is_open_clip(start) else state.items()
         weights |= {f"{start}{name}": value for name, value in named}
     return weights

@@ -15,26 +15,26 @@ KEY = "images"
 """The setting that may be a list of pictures"""
 
 
-def with_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+def save_picture_lists(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with a folder in the place of each list of pictures, also inside ``concepts`` and ``validation``.
 
     Raises:
-        DiffgraftError: as `folder_of`.
+        DiffgraftError: as `cached_picture_folder`.
     """
     found = dict(settings)
     if type(found.get(KEY)).__module__.partition(".")[0] in ("numpy", "torch", "PIL"):
         kind = type(found[KEY]).__name__
         raise DiffgraftError(f"Invalid images of type {kind}: must be a folder, or a list of paths and PIL pictures.")
     if isinstance(found.get(KEY), list | tuple):
-        found[KEY] = str(folder_of(found[KEY]))
+        found[KEY] = str(cached_picture_folder(found[KEY]))
     if isinstance(found.get("concepts"), list):
-        found["concepts"] = [with_folders(one) if isinstance(one, Mapping) else one for one in found["concepts"]]
+        found["concepts"] = [save_picture_lists(one) if isinstance(one, Mapping) else one for one in found["concepts"]]
     if isinstance(found.get("validation"), Mapping):
-        found["validation"] = with_folders(found["validation"])
+        found["validation"] = save_picture_lists(found["validation"])
     return found
 
 
-def folder_of(pictures: Sequence[Any]) -> Path:
+def cached_picture_folder(pictures: Sequence[Any]) -> Path:
     """A folder in the cache that holds `pictures`, made where it is not there: equal pictures are in the same one.
 
     Args:

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.header_config import CONFIG_KEY
 from diffgraft.bases.meta_base import meta_base
-from diffgraft.bases.stated import KEY
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
-from diffgraft.generation.bake import bake
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.trainers.run.folder import Run
 from tests.generation.test_graft import bits, lora
 
@@ -30,7 +30,7 @@ def draw(base: Base) -> Image.Image:
 def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp_path: Path) -> None:
     before = bits(base)
     adapters = {short_run.adapter_file: 0.8, lora(1): 0.5}
-    folder = bake(base, adapters, tmp_path / "dog")
+    folder = merge_checkpoint(base, adapters, tmp_path / "dog")
     assert bits(base) == before
     assert [path.name for path in tmp_path.iterdir()] == ["dog"]
     with graft(base, adapters):
@@ -44,7 +44,7 @@ def test_a_folder_has_the_names_and_files_that_every_version_of_transformers_rea
 ) -> None:
     """Of versions before 5.5: ``text_model.`` before all weights of CLIP, and the tokenizer as words and merges."""
     base = load_base(folders / family)
-    folder = bake(base, {}, tmp_path / "whole")
+    folder = merge_checkpoint(base, {}, tmp_path / "whole")
     for name, part in base.parts():
         if not name.startswith("text_encoder"):
             continue
@@ -67,7 +67,7 @@ def test_a_single_file_holds_what_the_graft_makes(family: str, folders: Path, tm
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     out, width = base.unet.get_submodule(path).weight.shape
     adapter = lora(1, (out, width), f"unet.{path}")
-    whole = bake(base, {adapter: 0.5}, tmp_path / "whole.safetensors")
+    whole = merge_checkpoint(base, {adapter: 0.5}, tmp_path / "whole.safetensors")
     found = load_base(whole)
     with graft(base, {adapter: 0.5}):
         assert torch.equal(found.unet.get_submodule(path).weight, base.unet.get_submodule(path).weight)
@@ -76,7 +76,7 @@ def test_a_single_file_holds_what_the_graft_makes(family: str, folders: Path, tm
 
 
 def test_the_precision_of_the_base_is_kept(tmp_path: Path) -> None:
-    folder = bake(load_base("tiny", torch.bfloat16), {lora(1): 1.0}, tmp_path / "half")
+    folder = merge_checkpoint(load_base("tiny", torch.bfloat16), {lora(1): 1.0}, tmp_path / "half")
     from safetensors import safe_open
 
     with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
@@ -90,12 +90,14 @@ def test_from_a_folder_into_one_file_and_back_to_the_bit(family: str, folders: P
     dtypes = {"unet": torch.float16, "text_encoder": torch.bfloat16, "text_encoder_2": torch.float16}
     for name, part in base.parts():
         part.to(dtypes.get(name, torch.float32))
-    folder = bake(base, {}, tmp_path / "folder")
-    single = bake(load_base(folder, None), {}, tmp_path / "one.safetensors")
-    again = bake(load_base(single, None), {}, tmp_path / "again")
+    folder = merge_checkpoint(base, {}, tmp_path / "folder")
+    single = merge_checkpoint(load_base(folder, None), {}, tmp_path / "one.safetensors")
+    again = merge_checkpoint(load_base(single, None), {}, tmp_path / "again")
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     out, width = base.unet.get_submodule(path).weight.shape
-    merged = bake(load_base(single, None), {lora(1, (out, width), f"unet.{path}"): 0.5}, tmp_path / "merged")
+    merged = merge_checkpoint(
+        load_base(single, None), {lora(1, (out, width), f"unet.{path}"): 0.5}, tmp_path / "merged"
+    )
     for name, part in base.parts():
         for found in (folder, again, merged):
             (file,) = (found / name).glob("*.safetensors")
@@ -109,11 +111,11 @@ def test_from_a_folder_into_one_file_and_back_to_the_bit(family: str, folders: P
 def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
     word = Adapter({}, {"method": "textual-inversion"}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 64)}})
     with pytest.raises(DiffgraftError, match="holds words, which cannot be merged into weights"):
-        bake(base, {word: 1.0}, tmp_path / "x")
+        merge_checkpoint(base, {word: 1.0}, tmp_path / "x")
     with pytest.raises(DiffgraftError, match="is there already"):
-        bake(base, {lora(1): 1.0}, tmp_path)
+        merge_checkpoint(base, {lora(1): 1.0}, tmp_path)
     with pytest.raises(DiffgraftError, match="does not fit this base"):
-        bake(base, {lora(1, path="unet.nowhere.to_k"): 1.0}, tmp_path / "x")
+        merge_checkpoint(base, {lora(1, path="unet.nowhere.to_k"): 1.0}, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,7 +123,7 @@ def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader
     base: Base, tmp_path: Path
 ) -> None:
     """Its header says how it is built, so that it is a base again: number of heads, noise schedule and all."""
-    file = bake(base, {lora(1): 1.0}, tmp_path / "tiny.safetensors")
+    file = merge_checkpoint(base, {lora(1): 1.0}, tmp_path / "tiny.safetensors")
     (path,) = lora(1).deltas
     with graft(base, {lora(1): 1.0}):
         wanted = {name: value.clone() for name, value in base.unet.state_dict().items()}
@@ -145,9 +147,9 @@ def test_a_single_file_of_a_smaller_unet_has_every_weight_where_diffusers_reader
 
 @pytest.mark.parametrize("said", ['["a"]', '{"unet": 3}', "{", "[" * 10_000, '{"unet": {"layers_per_block": "many"}}'])
 def test_a_header_that_says_no_configuration_is_refused_in_a_sentence(base: Base, tmp_path: Path, said: str) -> None:
-    file = bake(base, {}, tmp_path / "tiny.safetensors")
+    file = merge_checkpoint(base, {}, tmp_path / "tiny.safetensors")
     weights = load_file(file)
-    write_safetensors(tmp_path / "odd.safetensors", weights, {"format": "pt", KEY: said})
+    write_safetensors(tmp_path / "odd.safetensors", weights, {"format": "pt", CONFIG_KEY: said})
     for read in (load_base, meta_base):
         with pytest.raises(DiffgraftError) as caught:
             read(tmp_path / "odd.safetensors")

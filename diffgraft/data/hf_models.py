@@ -7,10 +7,10 @@ from typing import Any
 
 from diffgraft.data.hub import answers, offline
 from diffgraft.errors import DiffgraftError
-from diffgraft.quiet import hushed
+from diffgraft.third_party import quiet_libraries
 
 
-def open_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, Any]:
+def load_hf_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, Any]:
     """A model and its processor, on the device of this process.
 
     Args:
@@ -26,7 +26,7 @@ def open_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, Any
     is_local = Path(where).expanduser().exists()
     place = str(Path(where).expanduser()) if is_local else where
     try:
-        with hushed(), nullcontext() if is_local or answers("model", where) else offline():
+        with quiet_libraries(), nullcontext() if is_local or answers("model", where) else offline():
             config = AutoConfig.from_pretrained(place, trust_remote_code=False)
             kind = next((kind for kind in kinds if _knows(kind, config)), None)
             if kind is None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgraft.data.inventory import counted_folders
-from diffgraft.data.source import read_folder, read_source
+from diffgraft.data.image_folder import read_folder, read_source
+from diffgraft.data.inventory import kohya_folders
 from diffgraft.errors import DiffgraftError
 
 
@@ -117,13 +117,13 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch,
 def test_folders_of_kohyas_layout(tmp_path: Path) -> None:
     for name in ("img/10_sks dog/a.png", "img/2_zwx cat/b.png", "img/0_unused/c.png", "log/d.png"):
         picture(tmp_path / name)
-    found = counted_folders(tmp_path)
-    assert [(one.folder.name, one.repeats, one.says) for one in found] == [
+    found = kohya_folders(tmp_path)
+    assert [(one.folder.name, one.repeats, one.prompt) for one in found] == [
         ("10_sks dog", 10, "sks dog"),
         ("2_zwx cat", 2, "zwx cat"),
     ]
-    assert counted_folders(tmp_path / "img") == found
-    assert counted_folders(tmp_path / "log") == []
+    assert kohya_folders(tmp_path / "img") == found
+    assert kohya_folders(tmp_path / "log") == []
 
 
 def test_masks_lie_beside_pictures_or_in_their_alpha(tmp_path: Path) -> None:

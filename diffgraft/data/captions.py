@@ -40,7 +40,7 @@ def lines_of(caption: str, how: str, separator: str = ",") -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Wording:
+class PromptBuilder:
     """The texts of one picture, and how they become prompts."""
 
     texts: tuple[str, ...]

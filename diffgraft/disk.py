@@ -20,7 +20,7 @@ class DiskFullError(DiffgraftError):
 
 
 @contextmanager
-def room_for(path: Path, size: int = 0) -> Iterator[None]:
+def full_disk_errors(path: Path, size: int = 0) -> Iterator[None]:
     """Within the block `path` is written, a file or a folder of about `size` bytes (0: not known).
 
     Raises:
@@ -32,8 +32,8 @@ def room_for(path: Path, size: int = 0) -> Iterator[None]:
         if not _is_of_a_full_disk(error) or (isinstance(error, DiskFullError) and not size):
             raise
         there = next(folder for folder in path.absolute().parents if folder.is_dir())
-        free = said_size(shutil.disk_usage(there).free)
-        needed = f"needs about {said_size(size)}" if size else "could not be written"
+        free = format_bytes(shutil.disk_usage(there).free)
+        needed = f"needs about {format_bytes(size)}" if size else "could not be written"
         raise DiskFullError(f"The disk is full: {path} {needed}, and its disk has {free} left. Make room.") from error
 
 
@@ -44,7 +44,7 @@ def _is_of_a_full_disk(error: Exception) -> bool:
     return isinstance(error, DiskFullError) or (told is not None and int(told[1]) in _FULL)
 
 
-def said_size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """A number of bytes in words."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
