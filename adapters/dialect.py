@@ -99,3 +99,8 @@ class Dialect:
     """Whether all of an adapter's metadata is in the file"""
     note: str = ""
     """A sentence for people who convert to it: which programs do not read such files"""
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether every adapter becomes one `.safetensors` file, as the adapter of a training run must be."""
+        return self.suffix is _is_safetensors

@@ -104,7 +104,7 @@ def test_class_images_are_drawn_by_it(mixer: Base, pictures: Path, tmp_path: Pat
         ({"loss": {"snr_gamma": 5}}, r"loss.snr_gamma=5.0 has no meaning .* undefined for flow matching"),
         ({"loss": {"debiased": True}}, r"loss.debiased=True has no meaning .* undefined for flow matching"),
         ({"loss": {"kind": "huber", "schedule": "snr"}}, r"loss.schedule=snr is undefined for flow matching"),
-        ({"rates": {"OUT00": 0.5}}, r"rates.OUT00"),
+        ({"lr_scale": {"OUT00": 0.5}}, r"lr_scale.OUT00"),
         ({"method": "hypernetwork"}, "cross-attention"),
         ({"format": "kohya"}, "kohya"),
     ],

@@ -1,12 +1,21 @@
 """What keeps the code readable: no import cycles, short signatures, and few functions that see a whole recipe."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffgraft.bases import Base
+from diffgraft.diffusion.losses import SampleLoss
+from diffgraft.trainers.run import train as training
+from tests.conftest import SHORT
 
 ROOT = Path(__file__).parents[1]
 HOMES = {"adapters": ROOT / "adapters", "trainers": ROOT / "trainers", "": ROOT / "diffgraft"}
-MOST_PARAMETERS, MOST_WITH_RECIPE = 7, 10
+MOST_PARAMETERS, MOST_WITH_RECIPE, MOST_FILES_TO_THE_LOSS = 7, 10, 6
 
 
 def modules() -> dict[str, Path]:
@@ -87,3 +96,25 @@ def test_few_functions_see_the_whole_recipe() -> None:
 
     seeing = sorted(name for name, given in functions() if any(is_recipe(one) for one in given))
     assert len(seeing) <= MOST_WITH_RECIPE, seeing
+
+
+def test_train_reaches_the_loss_through_few_files(
+    base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains, own = set(), SampleLoss.__call__
+
+    def watched(self: SampleLoss, *given: Any) -> Any:
+        frame, files = sys._getframe(1), [SampleLoss.__module__]
+        while frame is not None and frame.f_code is not training.train.__wrapped__.__code__:
+            if (name := frame.f_globals["__name__"]).startswith("diffgraft.") and name not in files:
+                files.append(name)
+            frame = frame.f_back
+        chains.add((training.__name__, *reversed([name for name in files if name != training.__name__])))
+        return own(self, *given)
+
+    monkeypatch.setattr(SampleLoss, "__call__", watched)
+    settings = {**SHORT, "steps": 1, "images": pictures, "previews": False}
+    for more in ({}, {"prior": {"by": "prediction"}}, {"prior": {"weight": 0}}):
+        training.train("subject", base=base, output=tmp_path / str(len(chains)), **{**settings, **more})
+    assert len(chains) >= 3
+    assert max(map(len, chains)) <= MOST_FILES_TO_THE_LOSS, chains

@@ -34,7 +34,7 @@ class LokrOptions(FactorOptions):
     factor: int = Field(-1, ge=-1)
     """Side of w1 (or of w2) where it divides the weight's, else the largest that w1 may have; -1: as near to the root
     of the weight's side as it divides"""
-    split_both: bool = False
+    decompose_both: bool = False
     """w1 low-rank as well (`decompose_both` in LyCORIS)"""
     full_matrix: bool = False
     """w2 whole, whatever the rank"""
@@ -72,7 +72,7 @@ class Kronecker(Factors):
         options, kernel = self._options, shape[2:]
         (out_1, out_2), (in_1, in_2) = divided(shape[0], options.factor), divided(shape[1], options.factor)
         leaves: dict[str, Tensor] = {}
-        if options.split_both and rank < max(out_1, in_1) / 2 and not options.full_matrix:
+        if options.decompose_both and rank < max(out_1, in_1) / 2 and not options.full_matrix:
             leaves["lokr_w1_a"] = kaiming((out_1, rank), generator)
             leaves["lokr_w1_b"] = kaiming((rank, in_1), generator)
         else:

@@ -139,7 +139,7 @@ class LoraOptions(FactorOptions):
     """Learn the length of each output apart from its direction (DoRA)"""
     rslora: bool = False
     """Scale by alpha / √rank instead of alpha / rank"""
-    up_rate: float = Field(1.0, gt=0)
+    loraplus_ratio: float = Field(1.0, gt=0)
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
 
 
@@ -158,7 +158,7 @@ def lora_layer(
     rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
         alpha *= math.sqrt(rank)  # what is kept is the alpha that gives this scale by alpha / rank
-    rates = {"lora_up": options.up_rate}
+    rates = {"lora_up": options.loraplus_ratio}
     patch = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, rates)
     return DoraLayer(patch, layer) if options.dora else patch
 

@@ -24,9 +24,9 @@ class PivotalOptions(WordOptions):
 
     weights: str = "lora"
     """Method for the weights, on the layers it is made for; what a recipe has under its name does not come along"""
-    of_weights: dict[str, Any] = Field(default_factory=dict)
+    weights_options: dict[str, Any] = Field(default_factory=dict)
     """Options of that method: {"dora": true}"""
-    word_rate: float = Field(1.0, gt=0)
+    token_lr_scale: float = Field(1.0, gt=0)
     """Factor on the learning rate of the word's vectors"""
 
 
@@ -41,13 +41,13 @@ class AttachedPivotal(Attached):
                 f"options.weights={options.weights!r} has no weights: name a method that has, like lora."
             )
         method = get_method(options.weights)
-        self.weights = method.attach(target, replace(spec, options=method.read_options(options.of_weights)))
+        self.weights = method.attach(target, replace(spec, options=method.read_options(options.weights_options)))
         try:
             self.word = AttachedWord(target, spec)
         except BaseException:
             self.weights.detach()
             raise
-        self._rate = options.word_rate
+        self._rate = options.token_lr_scale
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {**self.weights.trainable(), **{f"word.{name}": p for name, p in self.word.trainable().items()}}
@@ -63,9 +63,9 @@ class AttachedPivotal(Attached):
 
     def load(self, adapter: Adapter) -> set[str]:
         """Weights, a word, or both."""
-        of_weights, of_word = replace(adapter, tokens={}), replace(adapter, deltas={}, networks=())
-        return (self.weights.load(of_weights) if adapter.deltas or adapter.networks else set()) | (
-            self.word.load(of_word) if adapter.tokens else set()
+        weights, word = replace(adapter, tokens={}), replace(adapter, deltas={}, networks=())
+        return (self.weights.load(weights) if adapter.deltas or adapter.networks else set()) | (
+            self.word.load(word) if adapter.tokens else set()
         )
 
     def after_step(self) -> None:
@@ -87,13 +87,13 @@ class AttachedPivotal(Attached):
 
 def _layers(options: PivotalOptions) -> str:
     method = get_method(options.weights)
-    return method.layers_under(method.read_options(options.of_weights))
+    return method.layers_under(method.read_options(options.weights_options))
 
 
 def _unsupported(options: PivotalOptions) -> Mapping[str, str]:
     method = get_method(options.weights)
-    reasons = method.unsupported_under(method.read_options(options.of_weights))
-    said = {key: reason.replace("options.", "options.of_weights.") for key, reason in reasons.items()}
+    reasons = method.unsupported_under(method.read_options(options.weights_options))
+    said = {key: reason.replace("options.", "options.weights_options.") for key, reason in reasons.items()}
     return {key: f"with options.weights={method.name}, {reason}" for key, reason in said.items()}
 
 

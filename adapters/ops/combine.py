@@ -26,13 +26,13 @@ from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import track
 
-WAYS = ("sum", "ties", "dare")
+ALGORITHMS = ("sum", "ties", "dare")
 
 
 def combine(
     adapters: Sequence[tuple[str, Adapter, Strength]],
     size: RankBudget | None = None,
-    way: str = "sum",
+    algorithm: str = "sum",
     density: float = 0.5,
     seed: int = 0,
     weights: Weights | None = None,
@@ -45,17 +45,18 @@ def combine(
             subtract.
         size: of each module's LoRA. Where none is asked for, LoRAs and LoHas are summed exactly; of others 0.999 of
             the squared norm is kept.
-        way: ``sum``, ``ties`` or ``dare``.
+        algorithm: ``sum``, ``ties`` or ``dare``.
         density: the share of entries that TIES and DARE keep.
         seed: of what DARE drops.
         weights: the base, for methods that are functions of its weights.
         device: where the decompositions run.
 
     Raises:
-        DiffgraftError: two teach the same word, or there is a network at a strength other than 1, or no such way.
+        DiffgraftError: two adapters have the same word, a network has a strength other than 1, or the algorithm is
+            unknown.
     """
-    if way not in WAYS:
-        raise DiffgraftError(f"There is no way {way!r} to combine: {did_you_mean(way, WAYS)}")
+    if algorithm not in ALGORITHMS:
+        raise DiffgraftError(f"Unknown algorithm {algorithm!r} for combining: {did_you_mean(algorithm, ALGORITHMS)}")
     if not 0 < density <= 1:
         raise DiffgraftError(f"Invalid value density={density}: must be the share that is kept, above 0 and at most 1.")
     read = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
@@ -74,12 +75,12 @@ def combine(
             if strength := strengths.at(path):
                 each.setdefault(path, []).append([(delta, strength) for delta in deltas])
     steps: dict[str, Steps] = {path: [step for own in several for step in own] for path, several in each.items()}
-    if way != "sum":
+    if algorithm != "sum":
         generator = torch.Generator().manual_seed(seed)
         paths = sorted(path for path in each if len(shapes[path]) > 1)
-        for path in track(paths, way, min_items=20):
+        for path in track(paths, algorithm, min_items=20):
             changes = [as_matrix(path, own, shapes[path], weights) for own in each[path]]
-            merged = ties(changes, density) if way == "ties" else dare(changes, density, generator)
+            merged = ties(changes, density) if algorithm == "ties" else dare(changes, density, generator)
             biases = [delta.leaves["diff_b"] for delta, _ in steps[path] if "diff_b" in delta.leaves]
             of_bias = {"diff_b": biases[0]} if biases else {}  # of which it is only told that they are left away
             steps[path] = [(FullDelta({"diff": merged, **of_bias}), 1.0)]

@@ -126,7 +126,7 @@ def combine(
     output: Annotated[Path, OUTPUT],
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
-    way: Annotated[str, typer.Option(help="sum, ties or dare.")] = "sum",
+    algorithm: Annotated[str, typer.Option(help="How weights are combined: sum, ties or dare.")] = "sum",
     density: Annotated[
         float, typer.Option(help="With ties and dare: the share of entries that is kept, not dropped.")
     ] = 0.5,
@@ -151,7 +151,7 @@ def combine(
     size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
-        _save(together(given, size, way, density, seed, weights, device), output, to)
+        _save(together(given, size, algorithm, density, seed, weights, device), output, to)
 
 
 def extract(

@@ -11,6 +11,7 @@ import typer
 from diffgraft.cli import files, pictures, preparing
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
+from diffgraft.cli.renamed import Command
 from diffgraft.terminal import printable
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ _SETTINGS = {"ignore_unknown_options": True}
 """What looks like an option of another tool comes among the settings, where its name here can be told"""
 
 
-@app.command(context_settings=_SETTINGS)
+@app.command(cls=Command, context_settings=_SETTINGS)
 def train(
     recipe: Annotated[str, RECIPE] = "",
     settings: Annotated[
@@ -79,8 +80,9 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the run in this folder; settings are laid over its recipe.")
     ] = None,
-    changed: Annotated[
-        bool, typer.Option("--changed", help="With --resume: go on though settings differ that decide what steps do.")
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="With --resume: continue although settings that affect steps differ."),
     ] = False,
     progress: Annotated[str, PROGRESS] = "auto",
 ) -> None:
@@ -100,8 +102,8 @@ def train(
         _check_recipe_first("train", recipe, settings or [])
     elif recipe and not recipe.startswith("-") and "=" not in recipe:
         raise DiffgraftError(f"--resume takes no recipe, as {resume} has its own: leave {recipe!r} out.")
-    if changed and resume is None:
-        raise DiffgraftError("--changed is said of an earlier run: add --resume and its folder.")
+    if allow_changes and resume is None:
+        raise DiffgraftError("--allow-changes is for a resumed run: add --resume and the folder of the run.")
     given = key_values(words if resume is not None else words[1:])
     if "resume" in given:
         raise DiffgraftError(f"An earlier run is taken up with an option: --resume {given['resume']}")
@@ -115,7 +117,7 @@ def train(
             for line in planned(recipe, dict(given)).lines():
                 say(line)
         with shown_progress(progress):
-            run = run_training(recipe, resume=resume, changed=changed, **given)
+            run = run_training(recipe, resume=resume, allow_changes=allow_changes, **given)
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
@@ -294,11 +296,11 @@ def merge(
 
 
 for step in preparing.COMMANDS:
-    app.command(rich_help_panel="Before training")(step)
+    app.command(cls=Command, rich_help_panel="Before training")(step)
 for each in pictures.COMMANDS:
     app.command()(each)
 for command in files.COMMANDS:
-    app.command(rich_help_panel="Adapter files")(command)
+    app.command(cls=Command, rich_help_panel="Adapter files")(command)
 
 
 @app.command(rich_help_panel="What there is")

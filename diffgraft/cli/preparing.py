@@ -49,10 +49,10 @@ def caption(
         ),
     ] = "",
     prefix: Annotated[str, typer.Option(help='Put before each caption: "sks dog,".')] = "",
-    ask: Annotated[
-        str, typer.Option(help="What the model is asked or, if it does not talk, how the caption begins.")
+    question: Annotated[
+        str, typer.Option(help="Question put to a chat model; for other models, the beginning of the caption.")
     ] = "",
-    most: Annotated[int, typer.Option(min=1, help="Tokens of a caption at most.")] = 60,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a caption.")] = 60,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Write captions anew that are there.")] = False,
 ) -> None:
     """Write a caption beside each picture (NAME.txt), by a model of transformers (BLIP, GIT, LLaVA and others).
@@ -62,7 +62,9 @@ def caption(
     from diffgraft.data.captioner import DEFAULT, Captioner, caption_files, pictures_with_paths
 
     pictures_with_paths(images)  # what cannot be is said before a model is fetched
-    written, kept = caption_files(images, Captioner(model or DEFAULT, ask, most), prefix, overwrite=overwrite)
+    written, kept = caption_files(
+        images, Captioner(model or DEFAULT, question, max_tokens), prefix, overwrite=overwrite
+    )
     _say(len(written), kept, "captions")
 
 

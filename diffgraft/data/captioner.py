@@ -27,13 +27,14 @@ _QUESTION = "Describe this picture in one sentence."
 class Captioner:
     """A model that writes a caption for a picture."""
 
-    def __init__(self, model: str = DEFAULT, ask: str = "", most: int = 60) -> None:
+    def __init__(self, model: str = DEFAULT, question: str = "", max_tokens: int = 60) -> None:
         """Open it.
 
         Args:
             model: hub id or folder.
-            ask: what it is asked or, if it does not talk, how the caption begins; empty: as its kind is used to.
-            most: tokens that a caption has at most.
+            question: put to a chat model; for other models, the beginning of the caption. Empty: the usual one of its
+                kind.
+            max_tokens: maximum number of tokens of a caption.
 
         Raises:
             DiffgraftError: there is no such model, or it cannot caption.
@@ -42,8 +43,8 @@ class Captioner:
 
         self._model, self._processor = load_hf_model((AutoModelForImageTextToText,), model, "caption pictures")
         self._talks = bool(getattr(self._processor, "chat_template", None))
-        self._ask = ask or (_QUESTION if self._talks else _ASKED.get(self._model.config.model_type, ""))
-        self._most = most
+        self._ask = question or (_QUESTION if self._talks else _ASKED.get(self._model.config.model_type, ""))
+        self._max_tokens = max_tokens
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> str:
@@ -54,12 +55,12 @@ class Captioner:
         """
         try:
             inputs = self._inputs(image).to(self._model.device, self._model.dtype)
-            ids = self._model.generate(**inputs, max_new_tokens=self._most, do_sample=False)[0]
+            ids = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)[0]
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             kind = self._model.config.model_type
             raise DiffgraftError(
                 f"Models of the kind {kind!r} want to be asked in another way than is known here: {error}. Name "
-                "another with --model, or --ask as its authors do."
+                "another with --model, or --question as its authors do."
             ) from error
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(ids[: asked.shape[1]], asked[0]):  # the question comes along

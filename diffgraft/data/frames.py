@@ -127,10 +127,10 @@ def bucket_step(side: int, settings: Buckets, step: int) -> int:
 
 
 def _bounds(side: int, settings: Buckets, step: int) -> tuple[int, int]:
-    least, most = settings.least or side // 2, settings.most or side * 2
+    least, most = settings.min or side // 2, settings.max or side * 2
     if least > side or most < side:
         raise DiffgraftError(
-            f"buckets.least={least} and buckets.most={most} leave out squares of the resolution, {side}: "
+            f"buckets.min={least} and buckets.max={most} leave out squares of the resolution, {side}: "
             "the one may not be above it, the other not below."
         )
     return -(-least // step) * step, _down(most, step)

@@ -18,10 +18,10 @@ class Buckets(Strict):
     """Whether pictures are sorted into sizes of about resolution² pixels, instead of cut to squares"""
     step: int | None = Field(None, ge=8, le=8192)
     """Pixels by which sides differ from one size to the next; unset: 64, or an eighth of smaller resolutions"""
-    least: int | None = Field(None, ge=8, le=8192)
-    """The shortest side in pixels; unset: half the resolution"""
-    most: int | None = Field(None, ge=8, le=8192)
-    """The longest side in pixels; unset: twice the resolution"""
+    min: int | None = Field(None, ge=8, le=8192)
+    """Shortest side of a bucket in pixels; unset: half the resolution"""
+    max: int | None = Field(None, ge=8, le=8192)
+    """Longest side of a bucket in pixels; unset: twice the resolution"""
     upscale: bool = True
     """Whether pictures smaller than their bucket are enlarged; if not, they make a bucket of their own size"""
 

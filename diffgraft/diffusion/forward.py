@@ -1,4 +1,4 @@
-"""The forward process of training: noise added to latents at random timesteps, and the loss of what is predicted."""
+"""The forward process of training: noise added to latents at random timesteps, and what should be predicted of it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffgraft.diffusion.losses import check_loss, distances, weights
+from diffgraft.diffusion.losses import SampleLoss, check_loss
 from diffgraft.diffusion.noise import check_timesteps, draw_noise, draw_timestep, perturbed
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.diffusion.settings import Loss, Noise, Timesteps
@@ -24,7 +24,7 @@ class Noised(NamedTuple):
 
 
 class ForwardProcess:
-    """Adds noise to latents as a recipe says, and weighs errors as it says."""
+    """Adds noise to latents as a recipe says; `loss_per_sample` is the loss that goes with it."""
 
     def __init__(
         self,
@@ -41,9 +41,10 @@ class ForwardProcess:
         self.parameterization = parameterization
         self._noise = noise or Noise.model_validate({})
         self._timesteps = timesteps or Timesteps.model_validate({})
-        self._loss = loss or Loss.model_validate({})
+        loss = loss or Loss.model_validate({})
         check_timesteps(self._timesteps, parameterization.num_timesteps)
-        check_loss(self._loss, parameterization)
+        check_loss(loss, parameterization)
+        self.loss_per_sample = SampleLoss(parameterization, loss)
 
     def at_timesteps(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
         """Given noise [n, c, h, w] added to `latents` [n, c, h, w] at given `timesteps` [n]."""
@@ -61,19 +62,3 @@ class ForwardProcess:
             return found
         more = [perturbed(own, self._noise, place) for own, place in zip(noise, places, strict=True)]
         return found._replace(noisy=self.parameterization.noised(latents, torch.stack(more).to(device), timesteps))
-
-    def loss_per_sample(
-        self, prediction: Tensor, target: Tensor, timesteps: Tensor, weight: Tensor | None = None
-    ) -> Tensor:
-        """The loss of each sample of a `prediction` [n, c, h, w], [n].
-
-        Args:
-            prediction: of the denoiser.
-            target: what it should be, [n, c, h, w].
-            timesteps: [n].
-            weight: factor on the error at each place of each sample, [n, 1, h, w]; None: all count alike.
-        """
-        diff = distances(prediction, target, timesteps, self.parameterization, self._loss)
-        if weight is not None:
-            diff = diff * weight
-        return diff.flatten(1).mean(1) * weights(timesteps, self.parameterization, self._loss)

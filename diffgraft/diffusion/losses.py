@@ -1,4 +1,6 @@
-"""How far a prediction is from its target, and how much each timestep counts."""
+"""The loss of a prediction: its distance from the target, and the weight of each timestep."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -6,6 +8,28 @@ from torch import Tensor
 from diffgraft.diffusion.parameterizations import Flow, Parameterization
 from diffgraft.diffusion.settings import Loss
 from diffgraft.errors import DiffgraftError
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """The loss of each sample, as the settings of a recipe define it for what a denoiser predicts."""
+
+    parameterization: Parameterization
+    settings: Loss
+
+    def __call__(self, prediction: Tensor, target: Tensor, timesteps: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the loss [n] of each sample of a batch.
+
+        Args:
+            prediction: output of the denoiser, [n, c, h, w].
+            target: what it should be, [n, c, h, w].
+            timesteps: [n].
+            weight: factor on the error at each position of each sample, [n, 1, h, w]; None: all count alike.
+        """
+        error = distances(prediction, target, timesteps, self.parameterization, self.settings)
+        if weight is not None:
+            error = error * weight
+        return error.flatten(1).mean(1) * weights(timesteps, self.parameterization, self.settings)
 
 
 def check_loss(settings: Loss, parameterization: Parameterization) -> None:
@@ -51,9 +75,9 @@ def weights(timesteps: Tensor, parameterization: Parameterization, settings: Los
     Raises:
         DiffgraftError: it is undefined for what the denoiser predicts.
     """
-    found = torch.ones(len(timesteps), device=timesteps.device)
+    factor = torch.ones(len(timesteps), device=timesteps.device)
     if settings.snr_gamma is not None:
-        found = found * parameterization.min_snr_weight(timesteps, settings.snr_gamma)
+        factor = factor * parameterization.min_snr_weight(timesteps, settings.snr_gamma)
     if settings.debiased:
-        found = found * parameterization.debiased_weight(timesteps)
-    return found
+        factor = factor * parameterization.debiased_weight(timesteps)
+    return factor

@@ -56,11 +56,11 @@ def perturbed(noise: Tensor, settings: Noise, place: Sequence[int]) -> Tensor:
 
 def check_timesteps(settings: Timesteps, num_timesteps: int) -> None:
     """Raise DiffgraftError where a schedule of `num_timesteps` does not have the timesteps of `settings`."""
-    last = num_timesteps - 1 if settings.last is None else settings.last
-    if settings.first > last or last >= num_timesteps:
+    last = num_timesteps - 1 if settings.max is None else settings.max
+    if settings.min > last or last >= num_timesteps:
         raise DiffgraftError(
-            f"Invalid timesteps.first={settings.first} and timesteps.last={last}: this base's schedule goes from 0 "
-            f"to {num_timesteps - 1}, and the first may not be above the last."
+            f"Invalid timesteps.min={settings.min} and timesteps.max={last}: both must be between 0 and "
+            f"{num_timesteps - 1}, the schedule of this base, and min must not be above max."
         )
 
 
@@ -70,10 +70,10 @@ def draw_timestep(num_timesteps: int, settings: Timesteps, place: Sequence[int])
     ``logit-normal`` is the sigmoid of a normal number, scaled to the schedule (Esser et al. 2024, arXiv:2403.03206,
     section 3.1).
     """
-    first = settings.first
-    last = num_timesteps - 1 if settings.last is None else settings.last
+    first = settings.min
+    last = num_timesteps - 1 if settings.max is None else settings.max
     drawn = generator(*place, _TIMES)
-    if settings.spread == "uniform":
+    if settings.distribution == "uniform":
         return int(torch.randint(first, last + 1, (1,), generator=drawn))
-    share = float(torch.sigmoid(settings.mean + settings.width * torch.randn(1, generator=drawn)))
+    share = float(torch.sigmoid(settings.mean + settings.std * torch.randn(1, generator=drawn)))
     return min(last, first + int(share * (last + 1 - first)))

@@ -21,16 +21,16 @@ class Noise(Strict):
 class Timesteps(Strict):
     """At which timesteps training takes place; 0 is almost no noise."""
 
-    first: int = Field(0, ge=0)
-    """The least timestep"""
-    last: int | None = Field(None, ge=0)
-    """The largest timestep; unset: the last of the base's schedule"""
-    spread: Literal["uniform", "logit-normal"] = "uniform"
-    """All alike, or the sigmoid of a normal number: the middle more often"""
+    min: int = Field(0, ge=0)
+    """Smallest timestep"""
+    max: int | None = Field(None, ge=0)
+    """Largest timestep; unset: the last of the base's schedule"""
+    distribution: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of the timesteps: uniform, or the sigmoid of a normal variable, which prefers the middle"""
     mean: float = 0.0
-    """With logit-normal, the mean of that number: above 0 noisier timesteps come more often"""
-    width: float = Field(1.0, gt=0)
-    """With logit-normal, the standard deviation of that number"""
+    """Mean of that normal variable; above 0 noisier timesteps are more frequent"""
+    std: float = Field(1.0, gt=0)
+    """Standard deviation of that normal variable"""
 
 
 class Loss(Strict):

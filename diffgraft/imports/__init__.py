@@ -58,7 +58,7 @@ def write_recipe(account: Account, path: Path, source: str) -> Recipe:
     """Write the account's recipe, made of `source`, and read it again.
 
     Raises:
-        DiffgraftError: there is such a file already, or the recipe will not do.
+        DiffgraftError: there is such a file already, or the recipe is invalid.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise DiffgraftError(f"{path} should end in .yaml, as recipes do.")

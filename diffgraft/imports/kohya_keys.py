@@ -75,7 +75,7 @@ NOTHING = {
     **nothing(
         "the optimiser steps after the backward pass here.", fused_backward_pass=False, fused_optimizer_groups=None
     ),
-    **nothing("blocks go by their names here: rates.IN04=0.5.", block_lr=None),
+    **nothing("blocks go by their names here: lr_scale.IN04=0.5.", block_lr=None),
     **nothing(
         "DeepSpeed is set up with `accelerate config` here.",
         deepspeed=False,

@@ -24,7 +24,7 @@ NETWORK = {
 
 _OTHER_FAMILIES = ("flux", "sd3", "lumina", "hunyuan", "anima")
 _NO_DROPOUT = "there is no dropout inside adapters here."
-_BLOCKS = "blocks go by their names here: rates.IN04=0.5 for a rate, options.ranks.IN04=8 for a rank."
+_BLOCKS = "blocks go by their names here: lr_scale.IN04=0.5 for a rate, options.ranks.IN04=8 for a rank."
 _LORA = {"rank_dropout": _NO_DROPOUT, "module_dropout": _NO_DROPOUT}
 _LORA |= dict.fromkeys(
     (
@@ -158,7 +158,12 @@ _OPTIONS = {
         "use_conv_cp": "tucker",
     },
     "loha": {"use_tucker": "tucker", "use_cp": "tucker", "use_conv_cp": "tucker"},
-    "lokr": {"use_tucker": "tucker", "use_cp": "tucker", "decompose_both": "split_both", "full_matrix": "full_matrix"},
+    "lokr": {
+        "use_tucker": "tucker",
+        "use_cp": "tucker",
+        "decompose_both": "decompose_both",
+        "full_matrix": "full_matrix",
+    },
 }
 """Method → arguments that say yes or no, and our options"""
 _ALL_OPTIONS = {name for options in _OPTIONS.values() for name in options}
@@ -171,10 +176,12 @@ def _arguments(account: Account, method: str, said: dict[str, str], known: Mappi
     ratios = {name: value for name in _PLUS if (value := _number(said.pop(name, "")))}
     if ratios and method in ("lora", "locon"):
         name, value = next(iter(ratios.items()))
-        account.take_part("options.up_rate", value, f"network_args {name}", value)
+        account.take_part("options.loraplus_ratio", value, f"network_args {name}", value)
     for name, ratio in ratios.items():
         if method not in ("lora", "locon") or ratio != next(iter(ratios.values())):
-            account.aside(f"network_args {name}", ratio, "there is one such factor, options.up_rate of lora and locon.")
+            account.aside(
+                f"network_args {name}", ratio, "there is one such factor, options.loraplus_ratio of lora and locon."
+            )
     if method == "lokr" and (factor := _number(said.pop("factor", ""))) not in (0, -1):
         account.take_part("options.factor", int(factor), "network_args factor", int(factor))
     for name, text in said.items():

@@ -76,7 +76,7 @@ def _network_rates(account: Account, text_encoder: bool, optimizer: str) -> None
     flagged = account.flag("network_train_text_encoder_only")
     words_alone = flagged or unet == 0
     if words_alone:
-        account.take("rates", {"unet": 0.0}, "network_train_text_encoder_only" if flagged else "unet_lr")
+        account.take("lr_scale", {"unet": 0.0}, "network_train_text_encoder_only" if flagged else "unet_lr")
     take_rates(
         account,
         (unet or general, "unet_lr" if unet else "learning_rate"),
@@ -173,9 +173,9 @@ def _timesteps(account: Account) -> None:
     """From `first` up to, not including, `last` there; both included here."""
     first, end = account.whole("min_timestep") or 0, account.whole("max_timestep")
     if first:
-        account.take("timesteps.first", first if end is None or first < end else end, "min_timestep")
+        account.take("timesteps.min", first if end is None or first < end else end, "min_timestep")
     if end is not None and end != 1000:
-        account.take("timesteps.last", end - 1 if first < end else end, "max_timestep", remark="the last that comes")
+        account.take("timesteps.max", end - 1 if first < end else end, "max_timestep", remark="the last that comes")
 
 
 def _sizes(account: Account) -> None:
@@ -194,8 +194,8 @@ def _sizes(account: Account) -> None:
     upscale = not account.flag("bucket_no_upscale")
     account.take("buckets.upscale", upscale, "bucket_no_upscale")
     if upscale:  # which alone these bound, there
-        account.take("buckets.least", account.whole("min_bucket_reso"), "min_bucket_reso")
-        account.take("buckets.most", account.whole("max_bucket_reso"), "max_bucket_reso")
+        account.take("buckets.min", account.whole("min_bucket_reso"), "min_bucket_reso")
+        account.take("buckets.max", account.whole("max_bucket_reso"), "max_bucket_reso")
 
 
 def _masks(account: Account) -> None:

@@ -167,7 +167,11 @@ def _adapter(account: Account) -> None:
     account.take("alpha", account.number("lora_alpha"), "lora_alpha")
     if method == "lokr":
         account.take("options.factor", account.whole("lokr_decompose_factor"), "lokr_decompose_factor")
-        for key, ours in (("decompose_both", "split_both"), ("full_matrix", "full_matrix"), ("use_tucker", "tucker")):
+        for key, ours in (
+            ("decompose_both", "decompose_both"),
+            ("full_matrix", "full_matrix"),
+            ("use_tucker", "tucker"),
+        ):
             if account.flag(f"lokr_{key}"):
                 account.take(f"options.{ours}", True, f"lokr_{key}")
         if account.flag("lokr_weight_decompose"):

@@ -194,16 +194,16 @@ def _timesteps(account: Account) -> None:
         account.take("prediction_type", "epsilon", "force_epsilon_prediction")
     first, end = (account.number(f"{which}_noising_strength") or 0.0 for which in ("min", "max"))
     if first:
-        account.take("timesteps.first", int(_TIMESTEPS * first), "min_noising_strength")
+        account.take("timesteps.min", int(_TIMESTEPS * first), "min_noising_strength")
     if end != 1:
-        account.take("timesteps.last", int(_TIMESTEPS * end) - 1, "max_noising_strength", remark="the last that comes")
+        account.take("timesteps.max", int(_TIMESTEPS * end) - 1, "max_noising_strength", remark="the last that comes")
     spread = account.text("timestep_distribution")
     if spread == "LOGIT_NORMAL":
-        account.take("timesteps.spread", "logit-normal", "timestep_distribution")
+        account.take("timesteps.distribution", "logit-normal", "timestep_distribution")
         account.take("timesteps.mean", account.number("noising_bias"), "noising_bias")
-        account.take("timesteps.width", (account.number("noising_weight") or 0.0) + 1, "noising_weight")
+        account.take("timesteps.std", (account.number("noising_weight") or 0.0) + 1, "noising_weight")
     elif spread != "UNIFORM":
-        account.lose("timestep_distribution", "timesteps come alike, or by timesteps.spread=logit-normal.")
+        account.lose("timestep_distribution", "timesteps come alike, or by timesteps.distribution=logit-normal.")
 
 
 def _sizes(account: Account) -> None:

@@ -43,4 +43,4 @@ def take_rates(
     if factors != [1.0]:
         parts |= dict(zip(_TEXT_ENCODERS, factors, strict=False))
     if parts:
-        account.take("rates", parts, *keys, remark="factors on lr")
+        account.take("lr_scale", parts, *keys, remark="factors on lr")

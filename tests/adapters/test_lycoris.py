@@ -75,7 +75,7 @@ OURS: list[tuple[str, dict[str, Any]]] = [
     ("locon", {"tucker": True}),
     ("loha", {}),
     ("loha", {"tucker": True}),
-    ("lokr", {"split_both": True}),
+    ("lokr", {"decompose_both": True}),
     ("lokr", {"full_matrix": True}),
     ("full", {}),
 ]

@@ -285,7 +285,7 @@ def test_options_are_checked() -> None:
 
 
 def test_patterns_choose_rank_and_alpha_and_rates() -> None:
-    live = attach(Net(), "lora", {"ranks": {"*.out": 5}, "alphas": {"unet.w*": 7.0}, "up_rate": 16})
+    live = attach(Net(), "lora", {"ranks": {"*.out": 5}, "alphas": {"unet.w*": 7.0}, "loraplus_ratio": 16})
     deltas = deltas_of(live)
     sides = {path: (delta.leaves["lora_down"].shape[0], delta.alpha) for path, delta in deltas.items()}
     assert sides["unet.out"] == (5, 7.5)  # of the same scale as all others

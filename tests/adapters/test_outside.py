@@ -15,6 +15,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.objectives.registry import check_objective, objectives
+from diffgraft.trainers.recipe.files import explained, load_recipe
 from tests.adapters.outside import DIALECT, ENTRY_POINTS, METHOD, OBJECTIVE
 from tests.adapters.toys import Net, attach, shake
 
@@ -27,6 +28,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The outside package, as if it were installed."""
 
     def entry_points(group: str) -> list[EntryPoint]:
+        if group not in ENTRY_POINTS:
+            return []
         name, attribute = ENTRY_POINTS[group]
         return [EntryPoint(name, f"tests.adapters.outside:{attribute}", group)]
 
@@ -70,6 +73,16 @@ def test_the_method_goes_through_the_dialect_and_is_converted_to_the_bit(tmp_pat
     assert set(load_adapter(done.path).deltas) == set(adapter.deltas)
     with pytest.raises(DiffgraftError, match="cannot be written in the format 'kohya'"):
         adapter.save(tmp_path / "c.safetensors", "kohya")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_recipe_may_name_the_dialect_and_help_lists_it() -> None:
+    settings = {"subject": "dog", "method": "rows", "format": "piped"}
+    assert load_recipe("subject", settings).format == "piped"
+    (meaning,) = (meaning for key, _, meaning in explained("subject") if key == "format")
+    assert "piped" in meaning
+    with pytest.raises(DiffgraftError, match=r"Invalid value format='pip': must be one of auto, .*, piped"):
+        load_recipe("subject", {**settings, "format": "pip"})
 
 
 def test_without_the_package_they_are_unknown() -> None:

@@ -44,13 +44,13 @@ PATHS = (UP, MIDDLE, "unet.time_embedding.linear_1", FIRST, SECOND)
 def test_a_key_is_a_part_a_block_or_a_pattern_and_the_last_counts(keys: dict[str, int], wanted: list[int]) -> None:
     assert [chosen(keys, path, 1) for path in PATHS] == wanted
     if keys:
-        check_keys("rates", [key for key in keys if key != "OUT0[6-9]"], PATHS)
+        check_keys("lr_scale", [key for key in keys if key != "OUT0[6-9]"], PATHS)
 
 
 @pytest.mark.parametrize(
     ("key", "answer"),
     [
-        ("unte", r"rates\.unte is for nothing .*did you mean 'unet'"),
+        ("unte", r"lr_scale\.unte is for nothing .*did you mean 'unet'"),
         ("OUT06", "did you mean 'OUT05'"),
         ("up_blocks", "known are: BASE, M00, OUT05, text_encoder, text_encoder_2, unet"),
         ("unet.mid_blok.*", r"did you mean 'unet\.mid_block\.\*'"),
@@ -61,7 +61,7 @@ def test_a_key_is_a_part_a_block_or_a_pattern_and_the_last_counts(keys: dict[str
 )
 def test_a_key_that_means_nothing_is_answered_with_the_nearest(key: str, answer: str) -> None:
     with pytest.raises(DiffgraftError, match=answer):
-        check_keys("rates", ["unet", key], PATHS)
+        check_keys("lr_scale", ["unet", key], PATHS)
 
 
 def test_where_no_text_encoder_is_trained_it_says_how() -> None:
@@ -150,8 +150,10 @@ def test_ranks_as_a_command_line_gives_them() -> None:
         found = options(method, **given)
         assert [*found.ranks.items()] == [("OUT05", 16), ("*.attn2.*", 8)]
         assert found.alphas == {"text_encoder": 0.5}
-    inner = options("pivotal", **{"options.of_weights.ranks.OUT05": "16", "options.of_weights.ranks.*.attn2.*": "8"})
-    assert get_method("lora").read_options(inner.of_weights).ranks == {"OUT05": 16, "*.attn2.*": 8}
+    inner = options(
+        "pivotal", **{"options.weights_options.ranks.OUT05": "16", "options.weights_options.ranks.*.attn2.*": "8"}
+    )
+    assert get_method("lora").read_options(inner.weights_options).ranks == {"OUT05": 16, "*.attn2.*": 8}
     with pytest.raises(DiffgraftError, match=r"Invalid value options.ranks"):
         options("loha", **{"options.ranks.OUT05": "many"})
     with pytest.raises(DiffgraftError, match="no option 'rnks'"):

@@ -86,7 +86,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha, tucker": ("loha", {"tucker": True}),
     "lokr": ("lokr", {}),
     "lokr, factor": ("lokr", {"factor": 2}),
-    "lokr, both": ("lokr", {"split_both": True}),
+    "lokr, both": ("lokr", {"decompose_both": True}),
     "lokr, tucker": ("lokr", {"tucker": True}),
     "lokr, whole": ("lokr", {"full_matrix": True}),
 }

@@ -86,7 +86,7 @@ _PEFT = {
         ("loha", {}),
         ("loha", {"tucker": True}),
         ("lokr", {}),
-        ("lokr", {"split_both": True}),
+        ("lokr", {"decompose_both": True}),
         ("lokr", {"tucker": True, "factor": 2}),
     ],
     ids=name_of,
@@ -110,7 +110,7 @@ def test_peft(variant: tuple[str, dict[str, Any]]) -> None:
         LoHaModel(other, {"x": LoHaConfig(**common, alpha=4.5, use_effective_conv2d=effective)}, "x")
     else:
         more = {"use_effective_conv2d": options.get("tucker", False), "decompose_factor": options.get("factor", -1)}
-        more["decompose_both"] = options.get("split_both", False)
+        more["decompose_both"] = options.get("decompose_both", False)
         LoKrModel(other, {"x": LoKrConfig(**common, alpha=3, **more)}, "x")
     names = _PEFT["lora" if method == "locon" else method]
     theirs = {}
@@ -132,7 +132,7 @@ def test_peft(variant: tuple[str, dict[str, Any]]) -> None:
         ("loha", {}),
         ("loha", {"tucker": True}),
         ("lokr", {}),
-        ("lokr", {"split_both": True, "factor": 4}),
+        ("lokr", {"decompose_both": True, "factor": 4}),
         ("lokr", {"full_matrix": True}),
         ("lokr", {"tucker": True, "factor": 2}),
     ],
@@ -147,7 +147,7 @@ def test_lycoris(variant: tuple[str, dict[str, Any]]) -> None:
     net, live = ours(method, options)
     other = Net()
     kind = {"locon": LoConModule, "loha": LohaModule, "lokr": LokrModule}[method]
-    renamed = {"split_both": "decompose_both", "tucker": "use_tucker"}
+    renamed = {"decompose_both": "decompose_both", "tucker": "use_tucker"}
     more = {renamed.get(name, name): value for name, value in options.items()}
     theirs = {}
     for path in PATHS:

@@ -39,7 +39,7 @@ _MORE: dict[str, list[dict[str, Any]]] = {
     ],
     "lokr": [
         {"ranks": {"BASE": 2, "*.strided": 1}, "alphas": {"unet": 5}},
-        {"factor": 3, "split_both": True},
+        {"factor": 3, "decompose_both": True},
         {"full_matrix": True},
         {"factor": 2, "tucker": True},
     ],

@@ -167,7 +167,7 @@ def gradients(base: Base, plan: Any) -> tuple[Tensor, dict[str, Tensor], Adapter
 PLANS: dict[str, Any] = {name: (name, {"text_encoder": True}) for name in methods() if name != "full"}
 PLANS["dora"] = ("lora", {"text_encoder": True, "options": {"dora": True}})
 PLANS["locon with dora"] = ("locon", {"options": {"dora": True}})
-PLANS["pivotal with dora"] = ("pivotal", {"options": {"of_weights": {"dora": True}}})
+PLANS["pivotal with dora"] = ("pivotal", {"options": {"weights_options": {"dora": True}}})
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -85,7 +85,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["train", "subject", "subject=dog", "images=/none"], "does not exist"),
         (["train", "--resume", "/none"], "no run to resume"),
         (["train", "subject", "resume=x"], "--resume x"),
-        (["train", "subject", "--changed"], "add --resume"),
+        (["train", "subject", "--allow-changes"], "add --resume"),
         (["generate", "x", "--size", "60x64"], "Take 64x64"),
         (["generate", "x", "--quantize", "nf8"], "did you mean 'nf4'"),
         (["generate", "x", "--mask", "m.png"], "there is none: give an image as well"),

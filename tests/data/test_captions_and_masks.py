@@ -129,7 +129,7 @@ def test_every_picture_gets_a_caption(
     kind: str, photos: Path, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "two.txt").write_text("mine", "utf-8")
-    words = ["caption", photos, "--model", models / kind, "--prefix", "ein Größe,", "--most", 5]
+    words = ["caption", photos, "--model", models / kind, "--prefix", "ein Größe,", "--max-tokens", 5]
     assert call(monkeypatch, *words) == 0
     assert "2 captions written, 1 kept" in capsys.readouterr().out
     assert (photos / "two.txt").read_text("utf-8") == "mine"
@@ -153,7 +153,7 @@ def test_captions_are_those_of_the_model_itself(kind: str, photos: Path, models:
     image = read_folder(photos)[0].image
     ids = model.generate(**processor(images=image, return_tensors="pt"), max_new_tokens=7, do_sample=False)
     expected = " ".join(processor.decode(ids[0], skip_special_tokens=True).split())
-    assert Captioner(str(models / kind), most=7)(image) == expected
+    assert Captioner(str(models / kind), max_tokens=7)(image) == expected
 
 
 def test_the_beginning_of_a_caption_is_part_of_it(photos: Path, models: Path) -> None:
@@ -283,7 +283,7 @@ def _damaged(models: Path) -> None:
 
 
 def test_of_two_processes_each_takes_its_share(photos: Path, models: Path) -> None:
-    words = ["-m", "diffgraft", "caption", str(photos), "--model", str(models / "blip"), "--most", "3"]
+    words = ["-m", "diffgraft", "caption", str(photos), "--model", str(models / "blip"), "--max-tokens", "3"]
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(run, env={**os.environ, **environment}, capture_output=True, text=True, check=False)

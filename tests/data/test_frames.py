@@ -31,7 +31,7 @@ def test_buckets_are_those_of_stable_diffusion_15_at_512() -> None:
     ("side", "step", "least", "most"), [(64, 8, None, None), (1024, 32, 512, 2048), (100, 8, 40, 200)]
 )
 def test_buckets_keep_to_what_is_set(side: int, step: int, least: int | None, most: int | None) -> None:
-    settings = Buckets(use=True, least=least, most=most)
+    settings = Buckets(use=True, min=least, max=most)
     for size in bucket_sizes(side, settings, step):
         assert all(edge % step == 0 for edge in size)
         assert math.prod(size) <= side * side
@@ -51,7 +51,7 @@ def test_a_picture_goes_into_the_bucket_nearest_in_shape(original: tuple[int, in
 
 
 def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
-    settings = Buckets(use=True, step=8, least=16, upscale=False)
+    settings = Buckets(use=True, step=8, min=16, upscale=False)
     (small,) = frames((70, 45), 128, settings, 8)
     assert small.size == (64, 40)
     assert max(small.scaled[0] / 70, small.scaled[1] / 45) <= 1
@@ -92,8 +92,8 @@ def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
     ("settings", "answer"),
     [
         (Buckets(use=True, step=20), "buckets.step=20 is no multiple of 8"),
-        (Buckets(use=True, least=100), "leave out squares of the resolution, 64"),
-        (Buckets(use=True, most=40), "leave out squares of the resolution, 64"),
+        (Buckets(use=True, min=100), "leave out squares of the resolution, 64"),
+        (Buckets(use=True, max=40), "leave out squares of the resolution, 64"),
     ],
 )
 def test_buckets_that_cannot_be_are_told(settings: Buckets, answer: str) -> None:

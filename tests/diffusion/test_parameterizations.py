@@ -116,7 +116,7 @@ def test_an_unknown_prediction_type_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_the_loss_of_a_sample_is_the_weighted_mean_of_its_squared_errors(kind: Parameterization) -> None:
-    process = ForwardProcess(kind, Noise(), Timesteps(first=200, last=300), Loss())
+    process = ForwardProcess(kind, Noise(), Timesteps(min=200, max=300), Loss())
     x = filled(4)
     noised = process.at_places(x, [(3, place) for place in range(5)])
     assert 200 <= int(noised.timesteps.min()) <= int(noised.timesteps.max()) <= 300

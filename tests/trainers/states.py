@@ -26,7 +26,7 @@ def state_of(
     return TrainingState(1000, parameters, optimizer, ema, accelerator, step=step)
 
 
-def restored_step(run: Path, fingerprint: Fingerprint, state: TrainingState, *, changed: bool = False) -> int:
+def restored_step(run: Path, fingerprint: Fingerprint, state: TrainingState, *, allow_changes: bool = False) -> int:
     """Restore the newest checkpoint of a run into `state`; its step."""
-    restore(run, fingerprint, state, changed=changed)
+    restore(run, fingerprint, state, allow_changes=allow_changes)
     return state.step

@@ -16,7 +16,7 @@ from diffgraft.trainers.run.folder import recipe_with
 
 GROUPS = (
     "options",
-    "rates",
+    "lr_scale",
     "prior",
     "loss",
     "buckets",
@@ -27,7 +27,7 @@ GROUPS = (
     "methods",
     "task",
 )
-ODD = ("options.ranks.unet", "rates.unet", "options.ranks.", "rates.", "options.", ".", "", "a.b.c")
+ODD = ("options.ranks.unet", "lr_scale.unet", "options.ranks.", "lr_scale.", "options.", ".", "", "a.b.c")
 VALUES: tuple[Any, ...] = (
     *("0", "", "x", "1e999", "nan", "[1]", "{}", "1" * 3000, "-1", "1000000", "a|b", "\x00", "null"),
     *(None, {}, [], 5, True, -1, 10**30, [[]], [{}], {"a": 1}, [None], b"x", (1,), float("nan")),
@@ -58,10 +58,10 @@ def refusal(recipe: str, settings: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    "setting", ["rank", "batch", "resolution", "accumulate", "crops", "repeats", "prior.images", "buckets.most"]
+    "setting", ["rank", "batch", "resolution", "accumulate", "crops", "repeats", "prior.images", "buckets.max"]
 )
 def test_numbers_beyond_any_machine_are_refused(setting: str) -> None:
-    with pytest.raises(DiffgraftError, match=rf"{setting}='1000000' will not do: input should be less than or equal"):
+    with pytest.raises(DiffgraftError, match=rf"Invalid value {setting}='1000000': must be less than or equal"):
         recipe_with("subject", {"subject": "dog", "images": "pictures", setting: "1000000"})
 
 

@@ -32,15 +32,18 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "rates": {"text_encoder": 0.5}}, "one rate for all"),
-        ({"optimizer": "prodigy", "lr": 1, "options": {"up_rate": 4}}, "one rate for all"),
+        (
+            {"optimizer": "prodigy", "lr": 1, "text_encoder": True, "lr_scale": {"text_encoder": 0.5}},
+            "one rate for all",
+        ),
+        ({"optimizer": "prodigy", "lr": 1, "options": {"loraplus_ratio": 4}}, "one rate for all"),
         ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "text_encoder_stop": 2}, "would leap where text"),
         ({"optimizer": "schedule-free", "lr_schedule": "cosine"}, "needs no schedule"),
         ({"optimizer": "schedule-free", "ema": 0.9}, "averages by itself"),
-        ({"timesteps": {"first": 800, "last": 200}}, "first may not be above the last"),
-        ({"timesteps": {"last": 1000}}, "goes from 0 to 999"),
+        ({"timesteps": {"min": 800, "max": 200}}, "min must not be above max"),
+        ({"timesteps": {"max": 1000}}, "between 0 and 999"),
         ({"prior": {"folder": "/no/such"}}, "picture folder /no/such does not exist"),
-        ({"rates": {"OUT33": 2}}, "OUT33"),
+        ({"lr_scale": {"OUT33": 2}}, "OUT33"),
         ({"resolution": 60}, "no multiple of 8"),
         ({"validation": {"share": 0.95}}, "leaves none to learn from"),
         ({"validation": {"images": "/no/such"}}, "picture folder /no/such does not exist"),

@@ -193,7 +193,7 @@ def test_a_word_for_captions_is_written_as_it_was() -> None:
     assert "captions" not in plain.header()
     random = load_recipe("style", {"captions.lines": "random"})
     assert random.header()["captions"] == {"lines": "random"}
-    with pytest.raises(DiffgraftError, match=r"captions\.lines='some' will not do"):
+    with pytest.raises(DiffgraftError, match=r"Invalid value captions\.lines='some'"):
         load_recipe("style", {"captions.lines": "some"})
 
 

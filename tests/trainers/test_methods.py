@@ -62,7 +62,7 @@ def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Pa
 
 def test_up_rate_moves_up_faster(base: Base, pictures: Path, tmp_path: Path) -> None:
     def moved(rate: float) -> float:
-        settings = {**FAST, "steps": 1, "options": {"up_rate": rate}}
+        settings = {**FAST, "steps": 1, "options": {"loraplus_ratio": rate}}
         run = train("subject", base=base, images=pictures, output=tmp_path / str(rate), **settings)
         return max(float(delta.leaves["lora_up"].abs().max()) for (delta,) in run.adapter.deltas.values())
 
@@ -113,7 +113,7 @@ def test_pivotal_tuning_adapts_the_layers_of_the_method_it_names(base: Base, pic
         given = {**FAST, "steps": 1, **settings}
         return train("subject", base=base, images=pictures, output=tmp_path / output, **given).adapter.modules
 
-    found = modules("a", method="pivotal", **{"options.weights": "locon", "options.of_weights.conv_rank": "2"})
+    found = modules("a", method="pivotal", **{"options.weights": "locon", "options.weights_options.conv_rank": "2"})
     assert found == modules("b", method="locon")
     assert any("conv" in path for path in found)
 
@@ -137,7 +137,7 @@ def test_options_as_a_command_line_gives_them() -> None:
     for text in ("1,2,1", "[1, 2, 1]"):
         assert read("hypernetwork", **{"options.structure": text}).structure == [1, 2, 1]
     assert read("lora", **{"options.ranks.*.attn2.*": "16"}).ranks == {"*.attn2.*": 16}
-    assert read("pivotal", **{"options.of_weights.dora": "true"}).of_weights == {"dora": "true"}
+    assert read("pivotal", **{"options.weights_options.dora": "true"}).weights_options == {"dora": "true"}
 
 
 ONE: dict[str, Any] = {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 1, "optimizer": "adamw8bit"}

@@ -186,7 +186,7 @@ def test_noise_of_the_ways_of_the_field(base: Base) -> None:
 
     def laid(**settings: object) -> tuple[Tensor, Tensor]:
         """The noise that is to be found, and the noise in the input."""
-        process = settled(base, **{"timesteps.first": 600, "timesteps.last": 600, **settings})
+        process = settled(base, **{"timesteps.min": 600, "timesteps.max": 600, **settings})
         noisy, target, times = process.at_places(zero, [(3, place, 0) for place in places])
         assert set(times.tolist()) == {600}
         a = float(alphas(base)[600])
@@ -211,8 +211,8 @@ def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> Non
     x = torch.zeros(4000, 1, 1, 1)
     for settings, low, high in (
         ({}, 0, 999),
-        ({"timesteps.first": 200, "timesteps.last": 300}, 200, 300),
-        ({"timesteps.spread": "logit-normal", "timesteps.mean": 1, "timesteps.width": 0.5}, 250, 1000),
+        ({"timesteps.min": 200, "timesteps.max": 300}, 200, 300),
+        ({"timesteps.distribution": "logit-normal", "timesteps.mean": 1, "timesteps.std": 0.5}, 250, 1000),
     ):
         *_, times = settled(base, **settings).at_places(x, [(5, place, 0) for place in range(4000)])
         assert low <= int(times.min()) <= low + 120
@@ -221,6 +221,6 @@ def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> Non
             logits = torch.logit((times + 0.5) / 1000)
             assert float(logits.mean()) == pytest.approx(1, abs=0.03)
             assert float(logits.std()) == pytest.approx(0.5, abs=0.02)
-    for broken in ({"timesteps.last": 1000}, {"timesteps.first": 30, "timesteps.last": 20}):
+    for broken in ({"timesteps.max": 1000}, {"timesteps.min": 30, "timesteps.max": 20}):
         with pytest.raises(DiffgraftError, match="goes from 0 to 999"):
             settled(base, **broken)

@@ -162,9 +162,9 @@ def test_another_optimiser_and_a_new_average_begin_where_the_parameters_are(tmp_
     again, changed = parameters(), recipe_of("lion", ema=0.5)
     other, average = new_optimizer(changed, again, {}), Ema(again, changed.ema)
     identity = run_fingerprint(changed, "a base", "pictures")
-    with pytest.raises(DiffgraftError, match=r"optimizer: adamw → lion; ema: 0.0 → 0.5.*--changed"):
+    with pytest.raises(DiffgraftError, match=r"optimizer: adamw → lion; ema: 0.0 → 0.5.*--allow-changes"):
         restore(tmp_path, identity, state_of(0, again, other, average))
-    assert restored_step(tmp_path, identity, state_of(0, again, other, average), changed=True) == 3
+    assert restored_step(tmp_path, identity, state_of(0, again, other, average), allow_changes=True) == 3
     assert not other.state
     for now in (False, True):
         with eval_weights(other, average) if now else nullcontext():

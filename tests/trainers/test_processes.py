@@ -152,7 +152,7 @@ def in_two(folder: Path, **settings: Any) -> Adapter:
 
 def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {"images": pictures, "steps": 5, "accumulate": 2, "text_encoder": True, "text_encoder_stop": 2}
-    rates = {"rates.M00": 0.5, "rates.OUT03": 0}
+    rates = {"lr_scale.M00": 0.5, "lr_scale.OUT03": 0}
     found = in_two(tmp_path / "two", batch=1, checkpoint_every=1, **settings, **rates)
     before, after = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "two"))
     for name, value in before.items():
@@ -278,5 +278,5 @@ def test_where_one_process_dies_or_all_are_interrupted_none_is_left(pictures: Pa
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     check_whole(folder)
     assert checkpoints(folder)[-1].name > done.name
-    with pytest.raises(DiffgraftError, match=r"were made otherwise than now \(processes: 2 → 1\)"):
+    with pytest.raises(DiffgraftError, match=r"Settings differ from those of .*: processes: 2 → 1"):
         train(resume=folder)

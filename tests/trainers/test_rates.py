@@ -68,7 +68,7 @@ def test_each_key_moves_what_it_means_by_so_much(go: Any) -> None:
     """Adam's first step is of the rate's size in every number."""
     one = moved(go(steps=1, text_encoder=True))
     rates = {"unet": 0.5, "M00": 3, "*.attn2.to_v": 2, "text_encoder": 0.25, "*.layers.1.*": 4}
-    settings = {"steps": 1, "text_encoder": True, "rates": rates, "options": {"up_rate": 1.5}}
+    settings = {"steps": 1, "text_encoder": True, "lr_scale": rates, "options": {"loraplus_ratio": 1.5}}
     found = moved(go(**settings))
     seen = set()
     for path, size in found.items():
@@ -85,7 +85,7 @@ def test_each_key_moves_what_it_means_by_so_much(go: Any) -> None:
 
 
 def test_the_text_encoder_may_be_all_that_trains(go: Any) -> None:
-    done = go(steps=2, text_encoder=True, rates={"unet": 0})
+    done = go(steps=2, text_encoder=True, lr_scale={"unet": 0})
     assert {path.partition(".")[0] for path in done.adapter.modules} == {"text_encoder"}
     assert all(size > 0 for size in moved(done).values())
 
@@ -113,7 +113,7 @@ def test_what_has_a_rate_of_zero_is_as_the_base_has_it_and_not_in_the_file(
         return real(folder, fingerprint, state, **named)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
-    settings = {**FAST, "steps": 2, "method": method, "lr": 1e-3, "rates": FROZEN}
+    settings = {**FAST, "steps": 2, "method": method, "lr": 1e-3, "lr_scale": FROZEN}
     done = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     assert len(done.adapter.modules) == 4 * sum(".attn2." in path for path in _attentions(base)) / 4
     assert all(".attn2." in path for path in done.adapter.modules)
@@ -141,7 +141,7 @@ def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
         "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
     )  # which asks for words of its own
     start = base.text_encoder.get_input_embeddings().weight[base.tokenizer.convert_tokens_to_ids("dog</w>")].clone()
-    done = go(steps=3, method="pivotal", rates={"text_encoder": 0})
+    done = go(steps=3, method="pivotal", lr_scale={"text_encoder": 0})
     assert torch.equal(done.adapter.tokens["<zorp>"]["text_encoder"][0], start)
     assert asked == ["a <zorp> dog"]
     assert all(size > 0 for size in moved(done).values())
@@ -159,7 +159,7 @@ def test_states_under_a_frozen_word_are_not_kept_for_other_runs(go: Any) -> None
     go(steps=1, cache=True, trigger="zork")
     before = kept()
     assert before > 0
-    go(steps=1, cache=True, method="pivotal", rates={"text_encoder": 0})
+    go(steps=1, cache=True, method="pivotal", lr_scale={"text_encoder": 0})
     assert kept() == before
 
 
@@ -177,10 +177,10 @@ def test_what_the_bare_base_says_is_kept_apart_from_what_the_adapted_one_says(
 
 
 def test_words_and_weights_have_rates_of_their_own(go: Any) -> None:
-    plain = go(steps=1, method="pivotal", options={"word_rate": 1, "keep_norm": False}).adapter
-    settings = {"rates": {"text_encoder.<zorp>": 3, "unet": 2}, "options": {"word_rate": 2, "keep_norm": False}}
+    plain = go(steps=1, method="pivotal", options={"token_lr_scale": 1, "keep_norm": False}).adapter
+    settings = {"lr_scale": {"text_encoder.<zorp>": 3, "unet": 2}, "options": {"token_lr_scale": 2, "keep_norm": False}}
     found = go(steps=1, method="pivotal", **settings).adapter
-    still = go(steps=1, method="pivotal", rates={"text_encoder": 0}).adapter
+    still = go(steps=1, method="pivotal", lr_scale={"text_encoder": 0}).adapter
     (start, one, six) = (adapter.tokens["<zorp>"]["text_encoder"] for adapter in (still, plain, found))
     torch.testing.assert_close(six - start, 6 * (one - start), rtol=1e-2, atol=1e-5)
     for path, (delta,) in found.deltas.items():
@@ -196,31 +196,31 @@ def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
     )
     start = live.adapter({}).networks[0].tensors
     live.detach()
-    done = go(steps=2, method="hypernetwork", rates={f"unet.{widths[0]}-*": 0})
+    done = go(steps=2, method="hypernetwork", lr_scale={f"unet.{widths[0]}-*": 0})
     for name, value in done.adapter.networks[0].tensors.items():
         assert torch.equal(value, start[name]) == name.startswith(f"{widths[0]}-"), name
-    with pytest.raises(DiffgraftError, match=r"rates\.unet\.96-k is for nothing .*'unet\.\d+-k'"):
-        go(method="hypernetwork", rates={"unet.96-k": 0})
+    with pytest.raises(DiffgraftError, match=r"lr_scale\.unet\.96-k is for nothing .*'unet\.\d+-k'"):
+        go(method="hypernetwork", lr_scale={"unet.96-k": 0})
 
 
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"rates": {"OUT11": 2}}, r"rates\.OUT11 is for nothing that is trained here: did you mean 'OUT0\d'"),
-        ({"rates": {"*.atn2.*": 2}}, r"rates\.\*\.atn2\.\* is for nothing .*did you mean '\*\.attn2\.\*'"),
-        ({"rates": {"text_encoder": 0.5}}, "no text encoder is.*text_encoder=true"),
-        ({"rates": {"*": 0}}, "Nothing would train: the rates are 0"),
-        ({"rates": {"text_encoder": 0}, "method": "textual-inversion"}, "Nothing would train"),
-        ({"rates": {"unet": -1}}, r"rates\.unet=-1 will not do: .*It is: Part"),
-        ({"rates": {"unet": "much"}}, r"rates\.unet='much' will not do"),
-        ({"rates": {"unet": 2, "M00": 1}, "optimizer": "prodigy", "lr": 1}, "finds one rate for all"),
+        ({"lr_scale": {"OUT11": 2}}, r"lr_scale\.OUT11 is for nothing that is trained here: did you mean 'OUT0\d'"),
+        ({"lr_scale": {"*.atn2.*": 2}}, r"lr_scale\.\*\.atn2\.\* is for nothing .*did you mean '\*\.attn2\.\*'"),
+        ({"lr_scale": {"text_encoder": 0.5}}, "no text encoder is.*text_encoder=true"),
+        ({"lr_scale": {"*": 0}}, "Nothing would train: the rates are 0"),
+        ({"lr_scale": {"text_encoder": 0}, "method": "textual-inversion"}, "Nothing would train"),
+        ({"lr_scale": {"unet": -1}}, r"lr_scale\.unet=-1: must be greater than or equal to 0.*: Factors on"),
+        ({"lr_scale": {"unet": "much"}}, r"Invalid value lr_scale\.unet='much'"),
+        ({"lr_scale": {"unet": 2, "M00": 1}, "optimizer": "prodigy", "lr": 1}, "finds one rate for all"),
         ({"text_encoder_stop": 2, "text_encoder": True, "optimizer": "prodigy"}, "it would leap where text encoders"),
         ({"text_encoder_stop": 2}, "text_encoder_stop=2 means nothing here: no text encoder trains"),
         ({"text_encoder_stop": 2, "method": "hypernetwork"}, "no text encoder trains"),
         ({"text_encoder_stop": 2, "method": "textual-inversion"}, "text_encoder_stop=2 nothing would train from"),
-        ({"text_encoder_stop": 2, "text_encoder": True, "rates": {"unet": 0}}, "nothing would train from there on"),
-        ({"text_encoder_stop": 2, "text_encoder": True, "rates": {"text_encoder": 0}}, "no text encoder trains"),
-        ({"text_encoder_stop": 0, "text_encoder": True}, "text_encoder_stop=0 will not do"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"unet": 0}}, "nothing would train from there on"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"text_encoder": 0}}, "no text encoder trains"),
+        ({"text_encoder_stop": 0, "text_encoder": True}, "Invalid value text_encoder_stop=0"),
     ],
 )
 def test_what_would_do_nothing_is_refused_before_anything_is_written(
@@ -236,24 +236,26 @@ def test_what_would_do_nothing_is_refused_before_anything_is_written(
 
 
 def test_prodigy_goes_with_what_is_frozen(go: Any) -> None:
-    done = go(steps=2, optimizer="prodigy", lr=1, rates={"OUT*": 0})
+    done = go(steps=2, optimizer="prodigy", lr=1, lr_scale={"OUT*": 0})
     assert done.adapter.modules
     assert not any("up_blocks" in path for path in done.adapter.modules)
 
 
 def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
-    given = {"rates.OUT05": "0.5", "rates.*.attn2.*": "2", "rates.text_encoder": "0.5", "rates.text_encoder_2": "0"}
-    recipe = load_recipe("subject", {"subject": "dog", **given})
-    assert [*recipe.rates.items()] == [("OUT05", 0.5), ("*.attn2.*", 2.0), ("text_encoder", 0.5), ("text_encoder_2", 0)]
+    given = {"OUT05": "0.5", "*.attn2.*": "2", "text_encoder": "0.5", "text_encoder_2": "0"}
+    recipe = load_recipe("subject", {"subject": "dog", **{f"lr_scale.{key}": factor for key, factor in given.items()}})
+    assert [*recipe.lr_scale.items()] == [(key, float(factor)) for key, factor in given.items()]
     save_recipe(recipe, tmp_path / "mine.yaml")
-    assert [*load_recipe(tmp_path / "mine.yaml", {}).rates.items()] == [*recipe.rates.items()]
-    again = load_recipe(tmp_path / "mine.yaml", {"rates.OUT05": 1, "options.ranks.unet": 3, "text_encoder_stop": "7"})
-    assert [*again.rates] == ["*.attn2.*", "text_encoder", "text_encoder_2", "OUT05"]  # said last, it counts
+    assert [*load_recipe(tmp_path / "mine.yaml", {}).lr_scale.items()] == [*recipe.lr_scale.items()]
+    again = load_recipe(
+        tmp_path / "mine.yaml", {"lr_scale.OUT05": 1, "options.ranks.unet": 3, "text_encoder_stop": "7"}
+    )
+    assert [*again.lr_scale] == ["*.attn2.*", "text_encoder", "text_encoder_2", "OUT05"]  # said last, it counts
     assert (again.options, again.text_encoder_stop) == ({"ranks": {"unet": 3}}, 7)
     assert load_recipe(tmp_path / "mine.yaml", {"text_encoder_stop": ""}).text_encoder_stop is None
     assert recipe.fingerprint() != load_recipe("subject", {"subject": "dog"}).fingerprint()
-    with pytest.raises(DiffgraftError, match="did you mean 'rates'"):
-        load_recipe("subject", {"subject": "dog", "rats.unet": 1})
+    with pytest.raises(DiffgraftError, match="did you mean 'lr_scale'"):
+        load_recipe("subject", {"subject": "dog", "lr_scales.unet": 1})
 
 
 def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
@@ -266,7 +268,7 @@ def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
         )
         return differences(json.loads(json.dumps(one, sort_keys=True)), other)  # as it lies in a checkpoint
 
-    for key, two in (("rates", "2.0"), ("options.ranks", "2")):
+    for key, two in (("lr_scale", "2.0"), ("options.ranks", "2")):
         assert told(key, "unet OUT* M00", "unet OUT* M00") == []
         assert told(key, "unet OUT*", "OUT* unet") == [f"order.{key}: ['unet', 'OUT*'] → ['OUT*', 'unet']"]
         assert told(key, "unet", "unet M00")[0] == f"{key}.M00: unset → {two}"

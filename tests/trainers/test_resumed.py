@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "8 bits": {"optimizer": "adamw8bit", "rank": 64},
     "prodigy": {"optimizer": "prodigy", "lr": 1.0},
     "adafactor": {"optimizer": "adafactor", "method": "lokr"},
-    "pivotal": {"method": "pivotal", "trigger": "<zorp>", "options": {"word_rate": 4}},
+    "pivotal": {"method": "pivotal", "trigger": "<zorp>", "options": {"token_lr_scale": 4}},
     "dropout": {"method": "hypernetwork", "options": {"dropout": [0, 0.3, 0]}, "gradient_checkpointing": True},
     "many": {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 2, "noise": {"pyramid": 0.3}},
 }

@@ -65,7 +65,7 @@ def test_the_first_loss_is_that_of_the_grafted_file(method: str, go: Any, base: 
     with graft(base, {file: 1.0}):
         # beside the graft a new LoRA does nothing at first
         wanted = go(steps=1, cache=False).metrics[0]["loss"]
-    bare = go(steps=1, **({"rates": {"unet": 0}, "method": "pivotal"} if first.adapter.tokens else {}))
+    bare = go(steps=1, **({"lr_scale": {"unet": 0}, "method": "pivotal"} if first.adapter.tokens else {}))
     assert on.metrics[0]["loss"] == pytest.approx(wanted, rel=1e-5)
     assert on.metrics[0]["loss"] != pytest.approx(bare.metrics[0]["loss"], rel=1e-4)
     assert on.adapter.metadata["init_from"] == sha(file)
@@ -114,14 +114,14 @@ def test_ranks_of_each_module_are_kept(go: Any, base: Base, tmp_path: Path) -> N
 
 def test_what_is_frozen_goes_on_as_the_file_has_it(go: Any) -> None:
     first = go(steps=2, text_encoder=True)
-    on = go(steps=2, text_encoder=True, init_from=first.folder, rates={"text_encoder": 0, "M00": 0})
+    on = go(steps=2, text_encoder=True, init_from=first.folder, lr_scale={"text_encoder": 0, "M00": 0})
     assert set(on.adapter.modules) == set(first.adapter.modules)
     for path, (delta,) in on.adapter.deltas.items():
         (before,) = first.adapter.deltas[path]
         same = all(torch.equal(leaf, before.leaves[name]) for name, leaf in delta.leaves.items())
         assert same == path.startswith(("text_encoder.", "unet.mid_block.")), path
     full = go(steps=1, method="full", lr=1e-4)
-    again = go(steps=1, method="full", lr=1e-4, init_from=full.adapter_file, rates={"M00": 0})
+    again = go(steps=1, method="full", lr=1e-4, init_from=full.adapter_file, lr_scale={"M00": 0})
     for path in ("unet.mid_block.resnets.0.conv1", "unet.conv_in"):
         before, now = (done.adapter.deltas[path][0].leaves["diff"] for done in (full, again))
         assert torch.allclose(before, now, rtol=0, atol=1e-7) == path.startswith("unet.mid_block.")
@@ -203,9 +203,9 @@ def test_it_resumes_with_equal_bits_and_only_with_the_same_file(
     base: Base, pictures: Path, tmp_path: Path, go: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of mixed ranks, with a part that is frozen, and words whose lengths are those of the file."""
-    settings = {**FAST, "method": "pivotal", "steps": 5, "checkpoint_every": 2, "rates": {"M00": 0}, "lr": 1e-2}
-    of_weights = {"of_weights": {"ranks": {"OUT*": 5}}}
-    made = go(steps=3, method="pivotal", lr=1e-2, rank=3, options={**of_weights, "keep_norm": False})
+    settings = {**FAST, "method": "pivotal", "steps": 5, "checkpoint_every": 2, "lr_scale": {"M00": 0}, "lr": 1e-2}
+    weights_options = {"weights_options": {"ranks": {"OUT*": 5}}}
+    made = go(steps=3, method="pivotal", lr=1e-2, rank=3, options={**weights_options, "keep_norm": False})
     file = tmp_path / "made.safetensors"
     made.adapter.save(file)
     whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", init_from=file, **settings)
@@ -314,7 +314,7 @@ def test_a_plan_knows_of_the_file(go: Any, pictures: Path, tmp_path: Path) -> No
         for leaf in delta.leaves.values()
         if path.startswith("unet.")
     )
-    still = planned("subject", {**settings, "text_encoder": True, "rank": 3, "rates": {"text_encoder": 0}})
+    still = planned("subject", {**settings, "text_encoder": True, "rank": 3, "lr_scale": {"text_encoder": 0}})
     assert f"{unet:,} numbers" in str(still)
     with pytest.raises(DiffgraftError, match="Set text_encoder=true"):
         planned("subject", settings)

@@ -15,7 +15,7 @@ from diffgraft.trainers.recipe.synonyms import _SYNONYMS, synonym
 def test_every_synonym_stands_for_a_setting_that_there_is() -> None:
     options = {f"options.{name}" for method in methods().values() for name in method.options.model_fields}
     known = {key for kind in TASKS.values() for key in _keys(kind)} | options
-    known |= {"rates.text_encoder"}
+    known |= {"lr_scale.text_encoder"}
     assert {*_SYNONYMS.values()} <= known
     assert not {*_SYNONYMS} & known
 

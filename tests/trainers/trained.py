@@ -6,6 +6,7 @@
 import hashlib
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +38,18 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def kernels() -> str:
-    """What bytes depend on beside recipe and seed: version, architecture and vector instructions."""
-    return f"torch {torch.__version__.partition('+')[0]} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """What bytes depend on beside recipe and seed: version, architecture, vector instructions and processor."""
+    version, capability = torch.__version__.partition("+")[0], torch.backends.cpu.get_cpu_capability()
+    return f"torch {version} {platform.machine()} {capability} {processor()}"
+
+
+def processor() -> str:
+    """Vendor, family and model of the processor, by which libraries choose their kernels; its name outside of Linux."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return platform.processor()
+    facts = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", file.read_text("utf-8"), re.MULTILINE))
+    return " ".join(facts.values())
 
 
 def adapter_of(name: str, base: Base, folder: Path) -> Path:
@@ -76,15 +87,21 @@ def digests(file: Path) -> dict[str, str]:
     return {"shape": shape.hexdigest()[:16], "values": values.hexdigest()[:16]}
 
 
+_VOLATILE = {"versions", "recipe", "data", "hash", "ss_training_comment", "sshs_model_hash"}
+"""Parts of a header that hold versions, or hashes of what is compared elsewhere"""
+_FORMER = {"token_lr_scale": "word_rate"}
+"""Options that were renamed since the digests were taken → the names that they had then"""
+
+
 def header(said: dict[str, str]) -> dict[str, Any]:
-    """What a file says of itself, without the versions and the digests of other files."""
+    """Header of a file without versions and hashes, its keys under the names they had when the digests were taken."""
     read = {key: json.loads(value) if value[:1] in "{[" else value for key, value in said.items()}
-    return _without(read, {"versions", "recipe", "data", "hash", "ss_training_comment"})
+    return _without(read, _VOLATILE)
 
 
 def _without(value: Any, names: set[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _without(inner, names) for key, inner in value.items() if key not in names}
+        return {_FORMER.get(key, key): _without(inner, names) for key, inner in value.items() if key not in names}
     return value
 
 

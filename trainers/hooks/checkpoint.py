@@ -126,12 +126,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, changed: bool = False) -> None:
+def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, allow_changes: bool = False) -> None:
     """Put the newest checkpoint that can be read back into `state`, in place; without one it is at step 0.
 
     Raises:
-        DiffgraftError: it was made with another base, other pictures, or another recipe, and that is not `changed` on
-            purpose; or its parameters are others.
+        DiffgraftError: the base, the pictures or the recipe differ from those of the checkpoint without
+            `allow_changes`, or its parameters have other names or shapes.
     """
     parameters = state.parameters
     for folder in reversed(checkpoints(run)):
@@ -145,7 +145,7 @@ def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, change
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
-        _compare(folder, said, fingerprint, parameters, changed=changed)
+        _compare(folder, said, fingerprint, parameters, allow_changes=allow_changes)
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
@@ -175,7 +175,7 @@ def _restore_optimizer(
 
 
 def check_same(
-    run: Path, identity: Fingerprint, parameters: Mapping[str, nn.Parameter], *, changed: bool = False
+    run: Path, identity: Fingerprint, parameters: Mapping[str, nn.Parameter], *, allow_changes: bool = False
 ) -> int:
     """The step of the newest checkpoint, and 0 without one; what `restore` would refuse of it is refused at once.
 
@@ -185,7 +185,7 @@ def check_same(
     for folder in reversed(checkpoints(run)):
         with suppress(OSError, ValueError):  # damaged: `restore` tells of it
             said = _state(folder)
-            _compare(folder, said, identity, parameters, changed=changed)
+            _compare(folder, said, identity, parameters, allow_changes=allow_changes)
             return int(said["step"])
     return 0
 
@@ -213,17 +213,18 @@ def _compare(
     identity: Fingerprint,
     parameters: Mapping[str, nn.Parameter],
     *,
-    changed: bool,
+    allow_changes: bool,
 ) -> None:
     apart = differences(said["identity"], identity)
     if not apart:
         return
-    told = f"The first {said['step']} steps of {folder.parents[1]} were made otherwise than now ({'; '.join(apart)})."
-    back = "put it back, or start a new run with another output=…"
+    told = f"Settings differ from those of the first {said['step']} steps of {folder.parents[1]}: {'; '.join(apart)}."
+    back = "restore the former settings, or start a new run with another output=…"
     if misfit := _misfit(folder, parameters):
-        raise DiffgraftError(f"{told} That cannot be changed on the way, as {misfit}: {back}")
-    if not changed:
-        raise DiffgraftError(f"{told} If that is meant, add --changed (in Python, changed=True). If not, {back}")
+        raise DiffgraftError(f"{told} A run cannot continue with that change, as {misfit}: {back}")
+    if not allow_changes:
+        meant = "To continue with them, add --allow-changes (in Python, allow_changes=True)"
+        raise DiffgraftError(f"{told} {meant}; otherwise {back}")
 
 
 def _misfit(folder: Path, parameters: Mapping[str, nn.Parameter]) -> str:

@@ -29,8 +29,8 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection
         DiffgraftError: a key of the recipe's rates means nothing that is there, or nothing would train (any more).
     """
     paths = adapter.paths()
-    check_keys("rates", optim.rates, set(paths.values()))
-    still = {path for path in paths.values() if not _trains(optim.rates, base, path)}
+    check_keys("lr_scale", optim.lr_scale, set(paths.values()))
+    still = {path for path in paths.values() if not _trains(optim.lr_scale, base, path)}
     adapter.detach_modules(still - set(kept))
     for name, value in adapter.trainable().items():
         value.requires_grad_(paths[name] not in still)
@@ -79,5 +79,5 @@ def check_attached(optim: OptimSettings, live: Attached) -> None:
         DiffgraftError: parameters have rates that it cannot keep apart.
     """
     trained = {name for name, value in live.trainable().items() if value.requires_grad}
-    rates = lr_scales(optim.rates, live)
+    rates = lr_scales(optim.lr_scale, live)
     check_optimizer(optim, [rates.get(name, 1.0) for name in trained])

@@ -103,7 +103,7 @@ def check_optimizer(optim: OptimSettings, rates: Sequence[float]) -> None:
         if len(set(rates)) > 1:
             raise DiffgraftError(
                 "optimizer=prodigy finds one rate for all, and here some parameters train at another: leave rates, "
-                "options.up_rate and options.word_rate at 1 (or a rate at 0), or use optimizer=adamw."
+                "options.loraplus_ratio and options.token_lr_scale at 1 (or a rate at 0), or use optimizer=adamw."
             )
         if optim.text_encoder_stop is not None:
             raise DiffgraftError(

@@ -13,6 +13,7 @@ from diffgraft.errors import DiffgraftError, did_you_mean, one_line, short_repr
 from diffgraft.files import write_text
 from diffgraft.trainers.recipe.groups import AdapterSettings, Group
 from diffgraft.trainers.recipe.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
+from diffgraft.trainers.recipe.renamed import with_current_keys
 from diffgraft.trainers.recipe.settings import Prior
 from diffgraft.trainers.recipe.synonyms import synonym
 
@@ -41,7 +42,9 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     from diffgraft.adapters.registry import get_method  # brings torch, which listing recipes does without
 
     values = _read(name)
+    is_ours = Path(name).is_file() and is_saved(Path(name))  # a run's recipe has all keys, under the names of its time
     by_method = _by_method(name, values.pop("methods", None) or {})
+    values, settings = with_current_keys(values, warn=not is_ours), with_current_keys(settings)
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise DiffgraftError(
@@ -63,6 +66,8 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         recipe = kind.model_validate(values)
     except ValidationError as error:
         raise DiffgraftError(_say(error, kind, name)) from error
+    if recipe.format not in (formats := adapter_formats()):
+        raise DiffgraftError(f"Invalid value format={short_repr(recipe.format)}: must be one of {', '.join(formats)}.")
     known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
     _check_templates([recipe.data, *recipe.parts(), recipe.outputs], known)
     for key, reason in lacking.items():
@@ -71,6 +76,13 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         if key in recipe.model_fields_set and not off:
             raise DiffgraftError(f"{key} means nothing to {method.name}: {reason}. Leave it out.")
     return recipe
+
+
+def adapter_formats() -> list[str]:
+    """Return the values of `format`: ``auto``, and every dialect whose adapters are one `.safetensors` file."""
+    from diffgraft.adapters.registry import written_dialects
+
+    return ["auto", *(name for name, dialect in written_dialects().items() if dialect.is_safetensors)]
 
 
 def explained(name: str) -> list[tuple[str, str, str]]:
@@ -95,7 +107,8 @@ def _explained(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[s
             own = {**held, **(value if isinstance(value, Mapping) else {})}
             found += [(f"{key}.{name}", said, meaning) for name, said, meaning in _explained(inner, own)]
         else:
-            found.append((key, _as_typed(value), " ".join((info.description or "").split()) + _choices(inner)))
+            choices = f" ({', '.join(adapter_formats())})" if key == "format" else _choices(inner)
+            found.append((key, _as_typed(value), " ".join((info.description or "").split()) + choices))
     return found
 
 
@@ -219,7 +232,7 @@ def _by_method(name: str | Path, said: Any) -> dict[str, dict[str, Any]]:
             f"Under methods: the recipe {name} should say `method: {{key: value}}`, and says "
             f"{one_line(repr(said), 100)}."
         )
-    return {get_method(str(method)).name: own for method, own in said.items()}
+    return {get_method(str(method)).name: with_current_keys(own) for method, own in said.items()}
 
 
 def _lay_over(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
@@ -278,7 +291,7 @@ def _unknown(key: str, kind: type[Recipe]) -> str:
     """There is no such key; the hint is ours for what other tools call so, else the nearest."""
     known = _keys(kind)
     ours = synonym(key)
-    is_here = ours in known or ours.partition(".")[0] in ("options", "rates")
+    is_here = ours in known or ours.partition(".")[0] in ("options", "lr_scale")
     hint = f"here it is called {ours!r}." if ours and is_here else did_you_mean(key, known)
     return f"There is no setting {key!r} in a {kind.model_fields['task'].default} recipe: {hint}"
 
@@ -293,9 +306,9 @@ def _say(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
     inside = kind.model_fields[key].annotation if key in kind.model_fields else None
     if isinstance(inside, type) and issubclass(inside, BaseModel):
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
-        return f"The setting {key}={short_repr(first['input'])} will not do: it has keys of its own, {keys}."
-    value = short_repr(first["input"])
-    return f"The setting {key}={value} will not do: {first['msg'].lower()}. It is: {_meaning(kind, key)}."
+        return f"Invalid value {key}={short_repr(first['input'])}: {key} is a group; set one of its keys: {keys}."
+    reason = first["msg"].lower().replace("input should be", "must be").removeprefix("value error, ")
+    return f"Invalid value {key}={short_repr(first['input'])}: {reason}. Meaning of {key}: {_meaning(kind, key)}."
 
 
 def _meaning(kind: type[BaseModel], key: str) -> str:

@@ -153,10 +153,10 @@ class OptimSettings(Group):
     """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate"""
-    rates: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or pattern of a module's path →
-    factor on the rate of what it means: {"text_encoder": 0.5, "OUT*": 2}; where several mean a module, the last one
-    counts, and they do not multiply; 0: it does not train, and is left out of the adapter"""
+    lr_scale: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Factors on the learning rate, by part (unet, text_encoder, text_encoder_2), block (IN00 … M00 … OUT11, BASE) or
+    pattern of a module's path: {"text_encoder": 0.5, "OUT*": 2}. Where several match a module, the last one counts
+    alone. A module with factor 0 does not train and is left out of the adapter"""
     text_encoder_stop: int | None = Field(None, ge=1)
     """Step from which on text encoders, and new words, train no more; unset: they train to the end"""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
@@ -215,7 +215,7 @@ class OutputSettings(Group):
 
     output: str = ""
     """Folder of the run; unset: runs/<recipe>-<time>"""
-    format: Literal["auto", "kohya", "lycoris", "diffusers", "embedding", "diffgraft"] = "auto"
+    format: str = "auto"
     """Format of the adapter files; auto: the one that most programs open, of those that hold what the method makes"""
     checkpoint_every: int = Field(100, ge=0, le=10_000_000)
     """Steps between checkpoints; 0: only when interrupted"""

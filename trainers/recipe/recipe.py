@@ -110,7 +110,7 @@ class Recipe(
             paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
         options = {f"options.{name}": value for name, value in self.options.items() if isinstance(value, dict)}
-        orders = {name: [*keys] for name, keys in {"rates": self.rates, **options}.items() if len(keys) > 1}
+        orders = {name: [*keys] for name, keys in {"lr_scale": self.lr_scale, **options}.items() if len(keys) > 1}
         return {**self.model_dump(mode="json", exclude=paths), "order": orders}  # of patterns the last counts
 
     def header(self) -> dict[str, Any]:

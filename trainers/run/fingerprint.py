@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.trainers.recipe.recipe import TASKS, Recipe
+from diffgraft.trainers.recipe.renamed import with_current_keys
 
 Fingerprint = Mapping[str, Any]
 """`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
@@ -33,7 +34,10 @@ def run_fingerprint(
 
 def differences(kept: Fingerprint, now: Fingerprint) -> list[str]:
     """What is not as it was, each in a few words; what one of them does not say is left out."""
-    before, after = flat(kept["recipe"]), flat(now["recipe"])
+    # checkpoints of the release before have former names of keys, among them those whose order counts
+    earlier = with_current_keys(kept["recipe"], warn=False)
+    earlier["order"] = with_current_keys(earlier.get("order", {}), warn=False)
+    before, after = flat(earlier), flat(now["recipe"])
     defaults = flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
     found = []
     for key in [*after, *(key for key in before if key not in after)]:

@@ -180,15 +180,15 @@ def earlier_run(folder: Path, settings: dict[str, Any]) -> tuple[Recipe, Path]:
             f"There is no run to resume in {folder}: it holds no recipe.yaml. Give the folder of a run."
         )
     if "output" in settings:
-        raise DiffgraftError(f"A run goes on where it is, in {folder}: leave output=… out.")
+        raise DiffgraftError(f"output cannot be changed when resuming; the run continues in {folder}.")
     return recipe_with(path, settings).with_absolute_paths(folder), folder
 
 
-def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | None:
+def finished(folder: Path, plan: Recipe, done: int, *, allow_changes: bool) -> Run | None:
     """The run in a folder, where it has come to the end of the recipe; one that is to have more steps has not.
 
     Raises:
-        DiffgraftError: it has, and what is `changed` comes too late; or nothing is left to go on from.
+        DiffgraftError: it has, and `allow_changes` comes too late; or nothing is left to go on from.
     """
     run = Run(folder, plan, by_step(read_metrics(folder)), was_finished=True)
     if not run.adapter_file.exists():
@@ -207,8 +207,8 @@ def finished(folder: Path, plan: Recipe, done: int, *, changed: bool) -> Run | N
         )
     steps = said.get("steps", type(plan).model_fields["steps"].default)
     is_finished = f"{folder} is finished after {steps} steps"
-    if steps == plan.steps and changed:
-        raise DiffgraftError(f"{is_finished}: nothing is left to be changed. Give more steps=…")
+    if steps == plan.steps and allow_changes:
+        raise DiffgraftError(f"The run {folder} finished at step {steps}. Pass a larger steps= to continue.")
     if steps != plan.steps and not done:
         raise DiffgraftError(f"{is_finished}, and has no checkpoint to go on from.")
     before = recipe_with(folder / "recipe.yaml", {}).with_absolute_paths(folder)

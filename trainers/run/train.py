@@ -1,5 +1,6 @@
 """A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def train(
     *,
     base: str | Path | Base = "",
     resume: str | Path | None = None,
-    changed: bool = False,
+    allow_changes: bool = False,
     **settings: Any,
 ) -> Run:
     """Train an adapter and leave a folder with everything about it.
@@ -55,7 +56,7 @@ def train(
         base: a base, or what `load_base` takes; the recipe's own where it is not given. A `Base` keeps the precision
             of its weights, and after training has the very same bits.
         resume: the folder of an earlier run to go on with, under the recipe that stands there.
-        changed: with `resume`, that base, pictures or settings that decide what a step does differ on purpose.
+        allow_changes: with `resume`, continue although base, pictures or settings that affect a step differ.
         settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``. With `resume` they
             become part of the run's recipe. ``images`` may be a list of paths and of PIL's pictures, too.
 
@@ -64,8 +65,11 @@ def train(
         ``checkpoints/`` lie in its folder.
 
     Raises:
-        DiffgraftError: recipe, pictures or base will not do; nothing has been trained then.
+        DiffgraftError: invalid recipe, pictures or base; nothing has been trained then.
     """
+    if "changed" in settings:
+        warnings.warn("The argument changed is now called allow_changes; use the new name.", stacklevel=3)
+        allow_changes = bool(settings.pop("changed"))
     settings = save_picture_lists(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
@@ -80,7 +84,7 @@ def train(
     asked, others = current_control(), None if accelerator.is_main_process else silent
     with reporting(others, Control() if accelerator.num_processes > 1 else None):
         try:
-            return _train(recipe, folder, base, accelerator, asked, changed=changed)
+            return _train(recipe, folder, base, accelerator, asked, allow_changes=allow_changes)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
         except StoppedError as error:
@@ -94,7 +98,7 @@ def train(
 
 
 def _train(
-    recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, *, changed: bool
+    recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, *, allow_changes: bool
 ) -> Run:
     """Check everything, train what is left to be trained, and draw what was learnt."""
     device = accelerator.device
@@ -124,16 +128,16 @@ def _train(
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
             begun_with = hash_of(recipe.init_from, start)
             fingerprint = run_fingerprint(recipe, held.hash, "", begun_with, accelerator.num_processes)
-            done = check_same(folder, fingerprint, trained, changed=changed)
+            done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
             if done > recipe.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={recipe.steps}.")
-            run = finished(folder, recipe, done, changed=changed)
+            run = finished(folder, recipe, done, allow_changes=allow_changes)
             if accelerator.is_main_process:
                 remove_partials(folder)
             if run is None:
                 if accelerator.is_main_process and not done:  # a run that goes on keeps its recipe until all is checked
                     save_recipe(recipe, folder / "recipe.yaml")
-                setup = Setup(held, folder, accelerator, read, start, control, changed)
+                setup = Setup(held, folder, accelerator, read, start, control, allow_changes)
                 run = AdapterTraining(recipe, setup).run()
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(curves(run.metrics), folder / "loss.png")

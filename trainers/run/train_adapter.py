@@ -64,7 +64,7 @@ class Setup:
     """What training starts from, where that is a file"""
     control: Control
     """What another thread asks of the run"""
-    changed: bool
+    allow_changes: bool
     """Whether settings that decide what a step does may differ from those of earlier steps"""
 
     @property
@@ -94,7 +94,7 @@ class AdapterTraining:
             start = hash_of(recipe.init_from, setup.start)
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, start, accelerator.num_processes)
             state = self._new_state(live)
-            restore(setup.folder, fingerprint, state, changed=setup.changed)
+            restore(setup.folder, fingerprint, state, allow_changes=setup.allow_changes)
             check_together(accelerator, setup.folder, state.step)
             fingerprint = with_changes(setup.folder, fingerprint)
             metrics = Metrics(setup.folder, recipe.steps, state.step, writes=setup.is_main)
@@ -162,7 +162,7 @@ class AdapterTraining:
     def _new_state(self, live: Attached) -> TrainingState:
         optim = self.recipe.optim
         parameters = {name: value for name, value in live.trainable().items() if value.requires_grad}
-        optimizer = new_optimizer(optim, parameters, lr_scales(optim.rates, live))
+        optimizer = new_optimizer(optim, parameters, lr_scales(optim.lr_scale, live))
         ema = Ema(parameters, optim.ema) if optim.ema else None
         return TrainingState(optim.steps, parameters, optimizer, ema, self.setup.accelerator, self.setup.control)
 

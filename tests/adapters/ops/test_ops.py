@@ -146,9 +146,9 @@ def test_what_cannot_be_combined_is_refused() -> None:
     with pytest.raises(DiffgraftError, match="teaches the word '<zorp>', and an earlier"):
         combine([("1", word, 1.0), ("2", word, 1.0)])
     with pytest.raises(DiffgraftError, match="did you mean 'ties'"):
-        combine([("1", one, 1.0)], way="tie")
+        combine([("1", one, 1.0)], algorithm="tie")
     with pytest.raises(DiffgraftError, match="Invalid value density=0"):
-        combine([("1", one, 1.0)], way="ties", density=0)
+        combine([("1", one, 1.0)], algorithm="ties", density=0)
     with pytest.raises(DiffgraftError, match="cannot be told from the file"):
         combine([("1", made("lokr", 1), 1.0)])
     dora = Adapter({"unet.a": (DoraDelta(low_rank(torch.ones(2, 34), torch.ones(20, 2)), torch.ones(20)),)})

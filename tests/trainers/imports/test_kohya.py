@@ -68,7 +68,7 @@ def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
     recipe, account = make(lora_toml=LORA)
     assert (recipe.task, recipe.base, recipe.method) == ("style", "sd15.safetensors", "lora")
     assert (recipe.layers, recipe.rank, recipe.scale_alpha()) == ("attention+feedforward", 24, 6)
-    assert (recipe.lr, recipe.text_encoder, recipe.rates) == (2e-4, True, {"text_encoder": 0.25})
+    assert (recipe.lr, recipe.text_encoder, recipe.lr_scale) == (2e-4, True, {"text_encoder": 0.25})
     assert (recipe.optimizer, recipe.weight_decay, recipe.max_grad_norm) == ("lion8bit", 0.05, 1e9)
     assert (recipe.lr_schedule, recipe.lr_cycles, recipe.warmup, recipe.steps) == ("cosine_with_restarts", 3, 90, 900)
     assert (recipe.batch, recipe.accumulate, recipe.precision, recipe.seed) == (3, 2, "bfloat16", 7)
@@ -79,7 +79,7 @@ def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
         True,
     )
     buckets = recipe.buckets
-    assert (buckets.use, buckets.step, buckets.least, buckets.most, buckets.upscale) == (True, 32, 320, 1024, True)
+    assert (buckets.use, buckets.step, buckets.min, buckets.max, buckets.upscale) == (True, 32, 320, 1024, True)
     assert (recipe.tags.shuffle, recipe.tags.keep, recipe.tags.drop, recipe.caption_dropout) == (True, 2, 0.2, 0.1)
     words = recipe.captions.use, recipe.long_prompts, recipe.samples()[0]
     assert words == (
@@ -88,7 +88,7 @@ def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
         "a dog on the grass,  style",
     )
     assert (recipe.noise.offset, recipe.noise.pyramid) == (0.06, 0.4)
-    assert (recipe.timesteps.first, recipe.timesteps.last) == (20, 899)  # the end is not included there
+    assert (recipe.timesteps.min, recipe.timesteps.max) == (20, 899)  # the end is not included there
     assert (recipe.loss.kind, recipe.loss.schedule, recipe.loss.delta, recipe.loss.snr_gamma) == (
         *("huber", "exponential", 0.2),
         5,
@@ -114,13 +114,13 @@ def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
         ('network_args = ["conv_dim=8", "conv_alpha=4"]', {"method": "locon", "layers": "all"}),
         ('network_args = ["conv_dim=8", "conv_alpha=4"]', {"options": {"conv_rank": 8, "conv_alpha": 4.0}}),
         ('network_args = ["conv_dim=4", "conv_alpha=1"]', {"options": {}, "method": "locon"}),
-        ('network_args = ["loraplus_lr_ratio=16"]', {"options": {"up_rate": 16.0}}),
+        ('network_args = ["loraplus_lr_ratio=16"]', {"options": {"loraplus_ratio": 16.0}}),
         ("network_alpha = 0", {"alpha": 4.0}),  # there it means the rank
-        ("network_train_unet_only = true", {"text_encoder": False, "rates": {}}),
+        ("network_train_unet_only = true", {"text_encoder": False, "lr_scale": {}}),
         ("text_encoder_lr = 0.0", {"text_encoder": False}),
-        ("text_encoder_lr = [1e-6, 0.0]", {"rates": {"text_encoder": 0.5, "text_encoder_2": 0.0}}),
-        ("text_encoder_lr = [1e-6, 1e-6]", {"rates": {"text_encoder": 0.5}}),
-        ("network_train_text_encoder_only = true", {"rates": {"unet": 0.0}, "text_encoder": True}),
+        ("text_encoder_lr = [1e-6, 0.0]", {"lr_scale": {"text_encoder": 0.5, "text_encoder_2": 0.0}}),
+        ("text_encoder_lr = [1e-6, 1e-6]", {"lr_scale": {"text_encoder": 0.5}}),
+        ("network_train_text_encoder_only = true", {"lr_scale": {"unet": 0.0}, "text_encoder": True}),
         ('network_weights = "before.safetensors"', {"init_from": "before.safetensors"}),
         ("v_parameterization = true\nzero_terminal_snr = true", {"prediction_type": "v_prediction", "zero_snr": True}),
         ("random_crop = true\nalpha_mask = true", {"crop": "random"}),
@@ -157,7 +157,7 @@ def test_single_settings(make: Make, more: str, expected: dict[str, Any]) -> Non
             ("lokr", "attention", {"factor": 6, "full_matrix": True}),
             "",
         ),
-        (["algo=lokr", "decompose_both=True", "dora_wd=True"], ("lokr", "all", {"split_both": True}), "dora_wd"),
+        (["algo=lokr", "decompose_both=True", "dora_wd=True"], ("lokr", "all", {"decompose_both": True}), "dora_wd"),
         (["algo=full"], ("full", None, {}), "algo"),
         (["algo=ia3"], ("lora", "all", {}), "algo"),
         (["algo=lora", "rank_dropout=0.1", "bypass_mode=False"], ("locon", "all", {}), "rank_dropout"),
@@ -264,7 +264,7 @@ def test_textual_inversion_and_full_training(make: Make) -> None:
     assert (recipe.templates, recipe.captions.use, recipe.lr) == ("object", False, 5e-4)
     full = 'train_data_dir = "/nowhere"\nlearning_rate = 4e-6\nlearning_rate_te = 1e-6\n'
     recipe, account = make(full_toml=full + "stop_text_encoder_training = 200")
-    assert (recipe.method, recipe.text_encoder, recipe.rates) == ("full", True, {"text_encoder": 0.25})
+    assert (recipe.method, recipe.text_encoder, recipe.lr_scale) == ("full", True, {"text_encoder": 0.25})
     assert (recipe.text_encoder_stop, account.open) == (200, {})
     _, account = make(db_toml='train_data_dir = "/nowhere"')
     assert "train_db.py" in account.open["text_encoder"]
@@ -359,10 +359,10 @@ def test_a_configuration_of_the_gui(make: Make) -> None:
     recipe, account = make(gui_json=GUI)
     assert (recipe.method, recipe.rank, recipe.scale_alpha()) == ("loha", 8, 4)
     assert recipe.options == {"conv_rank": 2, "tucker": True}
-    assert (recipe.lr, recipe.rates, recipe.weight_decay) == (4e-4, {"text_encoder": 0.25}, 0.1)
+    assert (recipe.lr, recipe.lr_scale, recipe.weight_decay) == (4e-4, {"text_encoder": 0.25}, 0.1)
     assert (recipe.steps, recipe.warmup, recipe.seed) == (math.ceil(11 / 2 * 5), 2, 1234)  # the GUI rounds once
     assert (recipe.noise.offset, recipe.noise.pyramid, recipe.loss.snr_gamma) == (0, 0.2, None)
-    assert (recipe.timesteps.first, recipe.sample_prompts) == (100, ["a sks dog", "a sks cat"])
+    assert (recipe.timesteps.min, recipe.sample_prompts) == (100, ["a sks dog", "a sks cat"])
     assert "no key of kohya_ss" in told(account)["no_such_key"]
     lines = {line.key: str(line) for _, line in account.taken}
     assert lines["LoRA_type"].startswith("LoRA_type = LyCORIS/LoHa → method: loha")
@@ -374,9 +374,9 @@ def test_a_configuration_of_the_gui(make: Make) -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"text_encoder_lr": 0}, {"text_encoder": False, "rates": {}}),
-        ({"unet_lr": 0}, {"text_encoder": True, "rates": {"unet": 0.0}, "lr": 1e-4}),
-        ({"unet_lr": 0, "text_encoder_lr": 0}, {"text_encoder": True, "rates": {}, "lr": 1e-4}),
+        ({"text_encoder_lr": 0}, {"text_encoder": False, "lr_scale": {}}),
+        ({"unet_lr": 0}, {"text_encoder": True, "lr_scale": {"unet": 0.0}, "lr": 1e-4}),
+        ({"unet_lr": 0, "text_encoder_lr": 0}, {"text_encoder": True, "lr_scale": {}, "lr": 1e-4}),
         ({"LoRA_type": "Standard"}, {"method": "lora", "layers": "attention+feedforward", "options": {}}),
         ({"LoRA_type": "Kohya LoCon"}, {"method": "locon", "layers": "all"}),
         ({"LoRA_type": "LyCORIS/LoKr", "factor": 4}, {"method": "lokr", "options": {"factor": 4, "tucker": True}}),
@@ -396,7 +396,7 @@ def test_other_tabs_of_the_gui(make: Make) -> None:
     common = {key: GUI[key] for key in ("max_resolution", "train_data_dir", "learning_rate", "epoch", "optimizer")}
     rates = {"learning_rate_te": 5e-5, "learning_rate_te1": 1e-6, "learning_rate_te2": 1e-6, "sdxl": False}
     recipe, _ = make(db_json={**common, **rates, "stop_text_encoder_training": 0})
-    assert (recipe.method, recipe.text_encoder, recipe.rates) == ("full", True, {"text_encoder": 0.5})
+    assert (recipe.method, recipe.text_encoder, recipe.lr_scale) == ("full", True, {"text_encoder": 0.5})
     recipe, _ = make(db_json={**common, **rates, "learning_rate_te": 0})
     assert (recipe.method, recipe.text_encoder) == ("full", False)
     word = {"token_string": "zxc", "init_word": "cat", "num_vectors_per_token": 3, "template": "style template"}

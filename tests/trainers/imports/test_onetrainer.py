@@ -65,7 +65,7 @@ def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
         "attention+feedforward",
     )
     assert (recipe.layers, recipe.rank, recipe.scale_alpha(), recipe.lr) == ("attention+feedforward", 12, 3, 4e-4)
-    assert (recipe.text_encoder, recipe.rates) == (True, {"text_encoder": 0.25})
+    assert (recipe.text_encoder, recipe.lr_scale) == (True, {"text_encoder": 0.25})
     in_epoch = math.ceil(math.ceil(3 * 4 / 2) / 2)
     assert (recipe.steps, recipe.text_encoder_stop) == (10 * in_epoch, 4 * in_epoch)
     assert (recipe.batch, recipe.accumulate, recipe.warmup, recipe.adapter_every) == (2, 2, 10, 20)  # there: batches
@@ -77,7 +77,7 @@ def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
     assert (recipe.tags.shuffle, recipe.tags.keep, recipe.caption_dropout) == (True, 2, 0.1)
     assert (recipe.masks.use, recipe.masks.outside, recipe.masks.normalize) == (True, 0.2, True)
     times = recipe.timesteps
-    assert (times.first, times.last, times.spread, times.mean, times.width) == (100, 799, "logit-normal", 0.3, 1.5)
+    assert (times.min, times.max, times.distribution, times.mean, times.std) == (100, 799, "logit-normal", 0.3, 1.5)
     assert (recipe.loss.snr_gamma, recipe.noise.offset, recipe.sample_prompts) == (4, 0.03, ["a sks dog"])
     assert set(told(account)) == {"optimizer.beta2"}
     assert "hf_1" not in str(account.report())
@@ -103,8 +103,8 @@ def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
         ({"peft_type": "LOKR", "lokr_full_matrix": True}, {"options": {"factor": -1, "full_matrix": True}}),
         ({"lora_decompose": True, "lora_decompose_output_axis": True}, {"options": {"dora": True}}),
         ({"training_method": "FINE_TUNE"}, {"method": "full", "text_encoder": True}),
-        ({"text_encoder": {"train": False}}, {"text_encoder": False, "rates": {}}),
-        ({"unet": {"train": False}}, {"text_encoder": True, "rates": {"unet": 0.0}}),
+        ({"text_encoder": {"train": False}}, {"text_encoder": False, "lr_scale": {}}),
+        ({"unet": {"train": False}}, {"text_encoder": True, "lr_scale": {"unet": 0.0}}),
         ({"unet": {"weight_dtype": "NFLOAT_4"}}, {"quantize": "nf4"}),
         ({"force_v_prediction": True}, {"prediction_type": "v_prediction", "zero_snr": None}),
         ({"rescale_noise_scheduler_to_zero_terminal_snr": True}, {"zero_snr": True}),
@@ -134,9 +134,9 @@ def test_text_encoders_of_xl_may_learn_apart(make: Make) -> None:
     head = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_XL_10_BASE"}
     parts = {"text_encoder": {"train": True, "learning_rate": 6e-6}, "text_encoder_2": {"train": False}}
     recipe, _ = make(config_json={**head, **parts})
-    assert (recipe.text_encoder, recipe.rates) == (True, {"text_encoder": 2.0, "text_encoder_2": 0.0})
+    assert (recipe.text_encoder, recipe.lr_scale) == (True, {"text_encoder": 2.0, "text_encoder_2": 0.0})
     recipe, _ = make(config_json={**head, "text_encoder": {"train": False}, "text_encoder_2": {"train": False}})
-    assert (recipe.text_encoder, recipe.rates) == (False, {})
+    assert (recipe.text_encoder, recipe.lr_scale) == (False, {})
 
 
 def test_a_word_of_its_own(make: Make) -> None:
