@@ -1,8 +1,8 @@
 """Command-line options that have been renamed: the former ones work for one release, with a warning."""
 
 import warnings
+from typing import Any
 
-import click
 from typer.core import TyperCommand
 
 RENAMED = {
@@ -16,7 +16,7 @@ RENAMED = {
 class Command(TyperCommand):
     """A command that also takes its options under their former names."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse a command line, `args`, in which former option names have been replaced by the current ones."""
         return super().parse_args(ctx, [self._current(word) for word in args])
 
