@@ -1,4 +1,4 @@
-"""diffgraft: teach a frozen diffusion model something new with a few pictures and a few megabytes."""
+"""diffgraft: parameter-efficient fine-tuning of text-to-image diffusion models."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first used: torch and diffusers take seconds that ``--help`` need not pay."""
+    """Import a public name on first use, so that ``diffgraft --help`` does not wait seconds for torch and diffusers."""
     if name not in _HOMES:
         raise AttributeError(f"module 'diffgraft' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,4 +1,4 @@
-"""``python -m diffgraft`` is the command line."""
+"""Entry point of ``python -m diffgraft``, which runs the command line."""
 
 from diffgraft.cli.startup import run
 

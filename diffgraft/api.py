@@ -1,4 +1,4 @@
-"""The commands as functions, for scripts and notebooks: what `diffgraft plan`, `convert`, `combine` and others do."""
+"""The commands `plan`, `convert`, `combine`, `resize`, `extract`, `merge`, `inspect` and `grid` as Python functions."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,28 +24,30 @@ if TYPE_CHECKING:
     from diffgraft.trainers.planning.plan import Plan
 
 File = str | PathLike[str] | Adapter
-"""A file, a run, or an adapter in memory"""
+"""Path of an adapter file, folder of a run, or an `Adapter` in memory"""
 
 
 class Approximation(TypedDict, total=False):
-    """How near LoRAs come to what they replace, and what is computed with."""
+    """Options for approximating adapters by LoRAs: their rank, the base they need, and the device."""
 
     rank: int | None
-    """Of each module"""
+    """Rank of each module's LoRA"""
     energy: float | None
-    """The share of each module's squared norm that is kept, in the place of a rank"""
+    """Share of each module's squared norm to keep, 0 to 1; sets the rank of each module, instead of `rank`"""
     base: str | None
-    """What the adapters are for, where its weights matter"""
+    """Base of the adapters (name or path); needed by methods whose change depends on its weights, such as DoRA"""
     device: str
-    """Where it is computed; a processor where it is not given"""
+    """Device that computes; the CPU by default"""
 
 
 @wrap_system_errors
 def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
-    """What `train` would do with the same arguments, found out without doing it; printed, it reads as `diffgraft plan`.
+    """Predict what `train` would do with the same arguments, without training.
+
+    Printing the result gives the same text as the command `diffgraft plan`.
 
     Raises:
-        DiffgraftError: what `train` would refuse before it starts.
+        DiffgraftError: `train` would refuse these arguments before its first step.
     """
     from diffgraft.trainers.planning.plan import planned
 
@@ -62,20 +64,20 @@ def convert(
     precision: str = "",
     **approximation: Unpack[Approximation],
 ) -> "Converted":
-    """Write an adapter file in another format.
+    """Write an adapter in another file format.
 
     Args:
-        source: a file in any format, a run, or a folder of peft's.
-        path: of the new file.
-        format: a name in `diffgraft.adapters.registry.written_dialects()`, or ``auto``.
-        only: ``weights``, ``words``, or one word of the file.
-        precision: ``float16``, ``bfloat16`` or ``float32``; empty: as it is.
-        approximation: options of `Approximation`, for LoRAs that come near where the format cannot hold the adapter.
+        source: an adapter file in any known format, the folder of a run, or a peft folder.
+        path: path of the new file, which must not exist.
+        format: a name from `diffgraft.adapters.registry.written_dialects()`, or ``auto``.
+        only: write only the ``weights``, only the ``words``, or only the word of this name; empty: everything.
+        precision: ``float16``, ``bfloat16`` or ``float32``; empty: keep each tensor's dtype.
+        approximation: options of `Approximation`; they let LoRAs approximate what the format cannot hold exactly.
 
     Raises:
-        DiffgraftError: the format cannot hold the adapter, or something is at `path` already.
+        DiffgraftError: the format cannot hold the adapter, or `path` exists.
     """
-    from diffgraft.adapters.ops.convert import convert as change
+    from diffgraft.adapters.ops.convert import convert as write_converted
     from diffgraft.adapters.ops.convert import read_part
 
     check_options("convert", approximation, Approximation)
@@ -83,8 +85,8 @@ def convert(
     with _weights(approximation.get("base")) as weights:
         size = _size(approximation.get("rank"), approximation.get("energy"))
         check_new(path)
-        given = read_part(_path(source), only, weights)
-        return change(given, path, format, size, weights, device, precision)
+        adapter = read_part(_path(source), only, weights)
+        return write_converted(adapter, path, format, size, weights, device, precision)
 
 
 @wrap_system_errors
@@ -96,19 +98,19 @@ def combine(
     seed: int = 0,
     **approximation: Unpack[Approximation],
 ) -> Adapter:
-    """One adapter of LoRAs that does what several do together.
+    """Combine several adapters into one adapter made of LoRAs.
 
     Args:
-        adapters: file, run or `Adapter` → strength, or strengths by part or block.
+        adapters: file, run or `Adapter` → its strength, or its strengths by part or block.
         algorithm: ``sum``, ``ties`` or ``dare``.
-        density: with ``ties`` and ``dare``, the share of entries that stays.
-        seed: with ``dare``, of the choice of entries.
-        approximation: options of `Approximation`; with neither rank nor energy the result is as large as it takes.
+        density: with ``ties`` and ``dare``, the share of entries to keep, 0 to 1.
+        seed: with ``dare``, the seed for choosing those entries.
+        approximation: options of `Approximation`; without rank and energy the ranks are large enough to be exact.
 
     Raises:
-        DiffgraftError: they do not go together, or something is no adapter.
+        DiffgraftError: the adapters cannot be combined, or a file is not an adapter.
     """
-    from diffgraft.adapters.ops.combine import combine as together
+    from diffgraft.adapters.ops.combine import combine as combine_adapters
 
     if not isinstance(adapters, Mapping) or not adapters:
         raise DiffgraftError(
@@ -117,9 +119,9 @@ def combine(
     check_options("combine", approximation, Approximation)
     device = str(device_of(approximation.get("device", "cpu")))
     with _weights(approximation.get("base")) as weights:
-        given = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
+        named = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
         size = _size(approximation.get("rank"), approximation.get("energy"))
-        return together(given, size, algorithm, density, seed, weights, device).adapter
+        return combine_adapters(named, size, algorithm, density, seed, weights, device).adapter
 
 
 @wrap_system_errors
@@ -131,15 +133,24 @@ def resize(
     base: str | None = None,
     device: str = "cpu",
 ) -> Adapter:
-    """An adapter of any method as LoRAs of a rank, or of as many ranks as keep a share of each squared norm.
+    """Approximate an adapter of any method by LoRAs of a given rank.
+
+    Args:
+        adapter: an adapter file, the folder of a run, or an `Adapter`.
+        rank: rank of each module's LoRA.
+        energy: share of each module's squared norm to keep, 0 to 1; sets the rank of each module, instead of `rank`.
+        base: base of the adapter; needed by methods whose change depends on its weights, such as DoRA.
+        device: device that computes.
 
     Raises:
-        DiffgraftError: neither is given, or it needs a base.
+        DiffgraftError: both rank and energy are missing, or the adapter needs a base.
     """
-    from diffgraft.adapters.ops.resize import resize as smaller
+    from diffgraft.adapters.ops.resize import resize as resize_adapter
 
     with _weights(base) as weights:
-        return smaller(_loaded(adapter, weights), _needed(rank, energy), weights, str(device_of(device))).adapter
+        return resize_adapter(
+            _loaded(adapter, weights), _required_size(rank, energy), weights, str(device_of(device))
+        ).adapter
 
 
 @wrap_system_errors
@@ -152,29 +163,29 @@ def extract(
     method: str = "locon",
     device: str = "cpu",
 ) -> Adapter:
-    """The difference of two checkpoints as an adapter: `tuned` is what was made of `base`, either in either layout.
+    """Extract the difference between two checkpoints as an adapter.
 
     Args:
-        tuned: a diffusers folder or a ``.safetensors`` checkpoint.
-        base: what it was trained from.
-        rank: of each module.
-        energy: the share of each module's squared norm that is kept, in the place of a rank.
+        tuned: the fine-tuned checkpoint: a diffusers folder or a ``.safetensors`` file.
+        base: the checkpoint it was fine-tuned from, in either layout.
+        rank: rank of each module.
+        energy: share of each module's squared norm to keep, 0 to 1; sets the rank of each module, instead of `rank`.
         method: ``lora``, ``locon`` or ``loha``.
-        device: where it is computed.
+        device: device that computes.
 
     Raises:
-        DiffgraftError: they are of different kinds, or neither rank nor energy is given.
+        DiffgraftError: the checkpoints are of different architectures, or both rank and energy are missing.
     """
-    from diffgraft.adapters.ops.extract import extract as difference
+    from diffgraft.adapters.ops.extract import extract as extract_adapter
     from diffgraft.adapters.ops.extract import stated
 
     tuned, base = str(_path(tuned)), str(_path(base))
     with _weights(tuned) as of_tuned, _weights(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None
-        size = _needed(rank, energy)
-        said = stated(tuned, base)
-        return difference(of_tuned, of_base, size, method, said, str(device_of(device))).adapter
+        size = _required_size(rank, energy)
+        metadata = stated(tuned, base)
+        return extract_adapter(of_tuned, of_base, size, method, metadata, str(device_of(device))).adapter
 
 
 @wrap_system_errors
@@ -186,80 +197,85 @@ def merge(
     precision: str = "",
     device: str = "cpu",
 ) -> Path:
-    """Write a checkpoint: `base` with adapters merged into its weights.
+    """Write a checkpoint of `base` with adapters merged into its weights.
 
     Args:
-        adapters: a file, a run or an `Adapter`, or several with their strengths, as `graft` takes them.
-        output: a name that ends in ``.safetensors`` for one file, any other for a diffusers folder.
-        base: what `load_base` takes, or a base, which stays as it is.
-        precision: of the checkpoint: ``float32``, ``float16`` or ``bfloat16``; empty: that of the base's files.
-        device: where it is computed.
+        adapters: a file, a run or an `Adapter`, or a mapping of several to their strengths, as for `graft`.
+        output: path of the checkpoint: a single file if it ends in ``.safetensors``, otherwise a diffusers folder.
+        base: name or path of a base, as for `load_base`, or a loaded `Base`, which is left unchanged.
+        precision: dtype of the checkpoint, ``float32``, ``float16`` or ``bfloat16``; empty: that of the base's files.
+        device: device that computes.
+
+    Returns:
+        Path of the checkpoint.
 
     Raises:
-        DiffgraftError: something is there already, or an adapter holds what no weight can.
+        DiffgraftError: `output` exists, or an adapter holds words or networks, which cannot be merged into weights.
     """
     from diffgraft.bases import Base, load_base
     from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
     path = check_new(output)  # before a base is loaded
+    strengths = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
     place = device_of(device)
-    held = base if isinstance(base, Base) else load_base(base, dtype_of(precision, place) if precision else None)
-    given = adapters if isinstance(adapters, Mapping) else {adapters: 1.0}
-    return merge_checkpoint(held if isinstance(base, Base) else held.to(place), given, path)
+    if not isinstance(base, Base):
+        base = load_base(base, dtype_of(precision, place) if precision else None).to(place)
+    return merge_checkpoint(base, strengths, path)
 
 
 @wrap_system_errors
 def inspect(adapter: File, device: str = "cpu") -> "Report":
-    """What an adapter holds: method, base, words, and rank, norm and effective rank of every module.
+    """Report an adapter's method, base and words, and the rank, norm and effective rank of each module.
 
     Raises:
-        DiffgraftError: it is no adapter.
+        DiffgraftError: the file is not an adapter.
     """
-    from diffgraft.adapters.ops.inspect import inspect as look
+    from diffgraft.adapters.ops.inspect import inspect as inspect_adapter
 
-    return look(_loaded(adapter), str(device_of(device)))
+    return inspect_adapter(_loaded(adapter), str(device_of(device)))
 
 
 @wrap_system_errors
 def grid(pictures: Mapping[str, Sequence[Any]] | Sequence[Any]) -> Image.Image:
-    """One picture of many: rows under their labels, or a single row without one.
+    """Lay out pictures in one image: labelled rows, or a single row.
 
     Args:
-        pictures: PIL's pictures or paths of files, those of a row in a list; a mapping gives each row its label.
+        pictures: label → list of pictures for one row each, or a list of pictures for a single row without label.
+            A picture is a PIL image or the path of a file.
 
     Raises:
-        DiffgraftError: there are none, a file cannot be read, or something is neither a picture nor a path.
+        DiffgraftError: the list is empty, a file cannot be read, or an item is neither a picture nor a path.
     """
-    from diffgraft.generation.plots import grid as sheet
+    from diffgraft.generation.plots import grid as draw_grid
 
-    given = pictures if isinstance(pictures, Mapping) else {"": pictures}
+    labelled = pictures if isinstance(pictures, Mapping) else {"": pictures}
     rows: dict[str, list[Image.Image]] = {}
-    for label, row in given.items():
+    for label, row in labelled.items():
         if isinstance(row, str | PathLike | Image.Image) or not isinstance(row, Iterable):
             kind = type(row).__name__
             raise DiffgraftError(f"Invalid pictures of type {kind}: must be a list of pictures or of paths.")
-        rows[str(label)] = [_picture(one) for one in row]
+        rows[str(label)] = [_picture(picture) for picture in row]
     if not any(rows.values()):
         raise DiffgraftError("There are no pictures to lay out: give at least one.")
-    return sheet({label: row for label, row in rows.items() if row})
+    return draw_grid({label: row for label, row in rows.items() if row})
 
 
-def _picture(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return given
-    if not isinstance(given, str | PathLike):
-        kind = type(given).__name__
-        raise DiffgraftError(f"Invalid picture of type {kind}: must be a picture of PIL's or a path.")
+def _picture(picture: Any) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture
+    if not isinstance(picture, str | PathLike):
+        kind = type(picture).__name__
+        raise DiffgraftError(f"Invalid picture of type {kind}: must be a PIL image or a path.")
     from diffgraft.data.pictures import read_picture
 
-    return read_picture(os.fsdecode(given))
+    return read_picture(os.fsdecode(picture))
 
 
 def _path(file: Any) -> Path:
     try:
         return Path(file)
     except TypeError as error:
-        raise DiffgraftError(f"{file!r} is no path of a file.") from error
+        raise DiffgraftError(f"Invalid file {file!r}: must be a path.") from error
 
 
 def _loaded(file: Any, weights: "Weights | None" = None) -> Adapter:
@@ -274,10 +290,10 @@ def _size(rank: int | None, energy: float | None) -> RankBudget | None:
     return RankBudget(rank, energy) if rank is not None or energy is not None else None
 
 
-def _needed(rank: int | None, energy: float | None) -> RankBudget:
+def _required_size(rank: int | None, energy: float | None) -> RankBudget:
     size = _size(rank, energy)
     if size is None:
-        raise DiffgraftError("Say how large it may be: rank=8, or energy=0.95.")
+        raise DiffgraftError("The size of the adapter is missing: give rank=8, or energy=0.95.")
     return size
 
 

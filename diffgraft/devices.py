@@ -1,4 +1,4 @@
-"""Which device computes, and in which precision."""
+"""Devices and dtypes by name."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,12 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def device_of(name: str = "") -> "torch.device":
-    """The device called `name` (``cuda``, ``cuda:1``, ``mps``, ``cpu`` …); empty: the accelerator where there is one.
+    """Return the device called `name`, such as ``cuda``, ``cuda:1``, ``mps`` or ``cpu``.
+
+    Empty stands for the accelerator, or for the CPU on machines without one.
 
     Raises:
-        DiffgraftError: there is no such device here.
+        DiffgraftError: this machine has no such device.
     """
     import torch
 
@@ -22,25 +24,25 @@ def device_of(name: str = "") -> "torch.device":
     if not name:
         return accelerator or torch.device("cpu")
     try:
-        found = torch.device(name)
-        torch.empty(1, device=found)
+        device = torch.device(name)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = f"cpu and {accelerator}" if accelerator else "only cpu"
-        raise DiffgraftError(f"Invalid value device={name!r}: this machine has {here}.") from error
-    if found.type == "meta":
-        raise DiffgraftError("The device 'meta' holds no numbers, so that nothing can be computed there.")
-    return found
+        available = f"cpu and {accelerator}" if accelerator else "only cpu"
+        raise DiffgraftError(f"Invalid value device={name!r}: this machine has {available}.") from error
+    if device.type == "meta":
+        raise DiffgraftError("Invalid value device='meta': it holds no numbers, so nothing can be computed on it.")
+    return device
 
 
 def dtype_of(name: str, device: "torch.device") -> "torch.dtype":
-    """The precision called `name`; empty: float16 on a GPU, float32 on a processor.
+    """Return the dtype called `name`; empty stands for float16 on a GPU and float32 on the CPU.
 
     Raises:
-        DiffgraftError: there is no such precision.
+        DiffgraftError: `name` is not in `PRECISIONS`.
     """
     import torch
 
     if name and name not in PRECISIONS:
-        raise DiffgraftError(f"There is no precision {name!r}: {did_you_mean(name, PRECISIONS)}")
-    found: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
-    return found
+        raise DiffgraftError(f"Invalid value precision={name!r}: {did_you_mean(name, PRECISIONS)}")
+    dtype: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
+    return dtype

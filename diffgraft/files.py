@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever has the final name."""
+"""Atomic files and folders: a file appears under its name only when it is complete."""
 
 import errno
 import json
@@ -17,50 +17,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PARTIAL = ".partial-"
-"""What names begin with while something is not whole yet, or no longer: a killed process may leave such"""
+"""Prefix of names of incomplete files and folders; a killed process may leave some behind"""
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
+    """Return the folder of the cache: ``DIFFGRAFT_CACHE``, or ``~/.cache/diffgraft``."""
     default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "diffgraft"
     return Path(os.environ.get("DIFFGRAFT_CACHE", default)).expanduser()
 
 
 def check_folder(folder: Path) -> None:
-    """See whether files can be written into `folder`, or it can be made; nothing is.
+    """Check that files can be written into `folder`, or that it can be created; it is not created.
 
     Raises:
-        NotADirectoryError, PermissionError: they cannot, or it cannot.
+        NotADirectoryError: `folder`, or the nearest parent that exists, is a file.
+        PermissionError: it is not writable.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 def check_new(path: str | Path) -> Path:
-    """The path of a file or folder that is to be made, once it is sure that nothing is there and it can be made.
+    """Check that a file or folder can be created at `path`, and return the path with ``~`` expanded.
 
     Raises:
-        DiffgraftError: something is there already.
-        NotADirectoryError, PermissionError: nothing can be written there.
+        DiffgraftError: `path` exists.
+        NotADirectoryError, PermissionError: nothing can be written into its folder.
     """
     path = Path(path).expanduser()
     if path.exists():
-        raise DiffgraftError(f"{path} is there already. Choose another name, or remove it.")
+        raise DiffgraftError(f"{path} already exists. Choose another name, or remove it.")
     check_folder(path.parent)
     return path
 
 
 @contextmanager
 def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
+    """Yield a temporary path beside `path`, which replaces `path` if the block succeeds and is removed if it fails.
 
-    It is on the disk before it has the name, so that not even a power cut leaves half a file there.
+    The file is flushed to the disk before it gets its name, so that not even a power cut leaves half a file.
+
+    Args:
+        path: path of the file.
+        size: its size in bytes, for the message of a full disk; 0 if it is not known.
 
     Raises:
-        DiskFullError: there is no room, for `size` bytes where that is known.
+        DiskFullError: the disk is full.
     """
     with full_disk_errors(path, size):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ def atomic_write(path: Path, size: int = 0) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, size: int = 0) -> Iterator[Path]:
-    """The same for a folder with all that is in it."""
+    """Yield a temporary folder beside `path`, which replaces `path` if the block succeeds, as `atomic_write` does."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
     with full_disk_errors(path, size):
         shutil.rmtree(partial, ignore_errors=True)
@@ -95,24 +100,24 @@ def atomic_folder(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def remove_dir(folder: Path) -> None:
-    """Delete a folder, or what has its name, if it is there: it loses its name before it loses what it holds."""
+    """Delete a folder, or a file of that name, if it exists; it is renamed first, so that it vanishes at once."""
     if folder.exists():
-        going = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
-        folder.rename(going / folder.name)
-        shutil.rmtree(going)
+        trash = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+        folder.rename(trash / folder.name)
+        shutil.rmtree(trash)
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed process left half-written below `folder`; nobody else may be writing there."""
-    for left in list(folder.rglob(f"{PARTIAL}*")):
-        if left.is_dir():
-            shutil.rmtree(left)
+    """Remove incomplete files below `folder` that killed processes left; no other process may be writing there."""
+    for path in list(folder.rglob(f"{PARTIAL}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or which files a folder holds, is on the disk; Windows does not know this of folders."""
+    """Flush a file, or the entries of a folder, to the disk; Windows does not support this for folders."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -124,21 +129,19 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Iterator[None]:
-    """The folder, made where there is none, for this process alone; a process that dies gives it free.
+    """Lock `folder` for this process within the block, creating it if needed; the lock ends if the process dies.
 
     Raises:
-        DiffgraftError: another process has it.
+        DiffgraftError: another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")  # which stays there: whoever removed it could let two in
+    lock = FileLock(folder / ".lock")  # the file is not removed, as that could let two processes in
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise DiffgraftError(
-            f"Another process is at work in {folder}. Wait for it, or choose another output=…"
-        ) from error
+        raise DiffgraftError(f"Another process is using {folder}. Wait for it, or choose another output=…") from error
     try:
         yield
     finally:
@@ -146,15 +149,15 @@ def exclusive_lock(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` to a file as UTF-8, atomically, and return the path."""
     with atomic_write(path) as partial:
         partial.write_text(text, "utf-8")
     return path
 
 
 def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", header: Mapping[str, str]) -> Path:
-    """Write tensors and a header of strings, whole or not at all; equal content is equal bytes."""
-    from safetensors.torch import save_file  # brings torch, which other files are written without
+    """Write tensors and a header to a safetensors file, atomically; equal content gives equal bytes."""
+    from safetensors.torch import save_file  # imports torch, which the other functions do not need
 
     with atomic_write(path, sum(value.nbytes for value in tensors.values())) as partial:
         save_file(unshared_contiguous(tensors), partial, dict(header))
@@ -163,40 +166,42 @@ def write_safetensors(path: Path, tensors: "Mapping[str, Tensor]", header: Mappi
 
 
 def check_suffix(path: Path) -> None:
-    """Raises DiffgraftError where a safetensors file would have a name that tells tools it is something else."""
+    """Raise DiffgraftError if the name of a safetensors file does not end in ``.safetensors``."""
     if path.suffix != ".safetensors":
-        raise DiffgraftError(f"{path.name} would be a safetensors file: give {path.with_suffix('.safetensors').name}.")
+        fixed = path.with_suffix(".safetensors").name
+        raise DiffgraftError(f"Invalid file name {path.name}: the file has the safetensors format, so call it {fixed}.")
 
 
 def unshared_contiguous(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """`tensors` by name in order, each in plain order and none in another's memory: safetensors refuses all else."""
+    """Return `tensors` sorted by name, contiguous and with no shared memory, as safetensors requires."""
     seen: set[int] = set()
-    found: dict[str, Tensor] = {}
+    unshared: dict[str, Tensor] = {}
     for name, value in sorted(tensors.items()):
-        found[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
-        found[name] = found[name].contiguous()
+        unshared[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
+        unshared[name] = unshared[name].contiguous()
         seen.add(value.untyped_storage().data_ptr())
-    return found
+    return unshared
 
 
 def _sort_header(path: Path) -> None:
-    """Put the header's strings in order, in place: the library writes them in an order that changes with every process.
+    """Sort the header's strings in place; the library writes them in an order that differs between processes.
 
-    A file opens with the length of its JSON header, eight bytes, least significant first; spaces may end the header.
+    A file begins with the length of its JSON header, as eight bytes in little-endian order; the header may be padded
+    with spaces.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         content = json.loads(file.read(length))
         ordered = {"__metadata__": dict(sorted(content.pop("__metadata__", {}).items())), **content}
         text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(text) <= length:  # always, but for characters the two libraries escape differently
+        if len(text) <= length:  # always, except with characters that the two libraries escape differently
             file.seek(8)
             file.write(text.ljust(length))
 
 
 def unique_path(path: Path) -> Path:
-    """`path`, or where something is there already, the same name with the first free number behind it."""
-    number, free = 2, path
-    while free.exists():
-        free, number = path.with_stem(f"{path.stem}-{number}"), number + 1
-    return free
+    """Return `path`, or if it exists, the name with the first free number appended: "name-2", "name-3" and so on."""
+    number, candidate = 2, path
+    while candidate.exists():
+        candidate, number = path.with_stem(f"{path.stem}-{number}"), number + 1
+    return candidate

@@ -1,13 +1,13 @@
-"""Progress of everything that lasts, as events; one reporter at a time shows them, and a control asks for more.
+"""Progress of long operations as events, which a reporter shows, and a control that can stop them.
 
-Work says what it does by `phase`, `track`, `step` and `artifact`, and whoever started it chooses who listens::
+Long operations send events by `phase`, `track` and `emit`; their caller chooses the reporter::
 
     control = Control()
     with reporting(print, control):
-        dg.train("subject", images="my_dog/", subject="dog")   # elsewhere: control.stop()
+        dg.train("subject", images="my_dog/", subject="dog")   # in another thread: control.stop()
 
-Without `reporting`, bars are drawn in a terminal, and lines are written elsewhere (`default_reporter`). Reporter and
-control belong to the thread that set them, so that several runs in one process keep theirs.
+Without `reporting`, events are shown as progress bars in a terminal, and as lines elsewhere (`default_reporter`).
+Reporter and control are set for a thread, so that several runs in one process have their own.
 """
 
 import os
@@ -29,42 +29,42 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of work begins, perhaps inside another one."""
+    """A phase of work has begun; phases may be nested."""
 
     name: str
-    """What is done, such as "encoding pictures" """
+    """Name of the phase, such as "encoding pictures" """
     total: int | None = None
-    """Units of work in it, where that is known"""
+    """Number of units of work in the phase; None if it is not known"""
     done: int = 0
-    """Units that were done before, in an earlier part of the run"""
+    """Number of units that an earlier part of the run has already done"""
 
 
 @dataclass(frozen=True)
 class Advance:
-    """Some of the newest phase that has not ended is done."""
+    """Units of the innermost phase are done."""
 
     name: str
     done: int
     total: int | None
     remaining: float | None = None
-    """Seconds left of it, where they are estimated"""
+    """Estimated seconds until the phase ends; None if there is no estimate"""
     values: Mapping[str, float] = field(default_factory=dict)
-    """What to show beside it, such as the loss"""
+    """Values to show with the progress, such as the loss"""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step was recorded."""
+    """The metrics of a training step were recorded."""
 
     step: int
     total: int
     values: Mapping[str, float]
-    """What was recorded of it: lr, loss and its terms, or the validation after it"""
+    """Recorded metrics: learning rate, loss and its terms, or the results of a validation"""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file was written that people look at or use."""
+    """A file for users was written."""
 
     kind: str
     """`checkpoint`, `samples`, `adapter`, `best` or `plot`"""
@@ -74,7 +74,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Note:
-    """Something a person should read."""
+    """A message for the user."""
 
     text: str
     is_warning: bool = False
@@ -82,7 +82,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Done:
-    """A phase has ended, whether it came to its end or not."""
+    """A phase has ended, successfully or not."""
 
     name: str
     seconds: float
@@ -93,44 +93,44 @@ Reporter = Callable[[Event], None]
 
 
 class StoppedError(DiffgraftError):
-    """What lasted was stopped through its `Control`; a run that had begun has a checkpoint."""
+    """The operation was stopped through its `Control`; a training run has then written a checkpoint."""
 
 
 class Control:
-    """What another thread may ask of work that lasts; it is heeded after the step or unit that is being done."""
+    """Requests from another thread to a long operation, which answers them after the current step or unit of work."""
 
     def __init__(self) -> None:
         self._stop = threading.Event()
-        self._asked: set[str] = set()
+        self._pending: set[str] = set()
         self._lock = threading.Lock()
 
     def stop(self) -> None:
-        """Ask for the end: training writes a checkpoint first."""
+        """Request a stop; training writes a checkpoint first."""
         self._stop.set()
 
     def sample_now(self) -> None:
-        """Ask a run for samples after its current step."""
-        self._ask("sample")
+        """Request samples from a training run after its current step."""
+        self._request("sample")
 
     def save_now(self) -> None:
-        """Ask a run for a checkpoint after its current step."""
-        self._ask("save")
+        """Request a checkpoint from a training run after its current step."""
+        self._request("save")
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the end was asked for."""
+        """Whether a stop was requested."""
         return self._stop.is_set()
 
-    def pop_request(self, what: str) -> bool:
-        """Whether `sample` or `save` was asked for since the last call, which answers the request."""
+    def pop_request(self, kind: str) -> bool:
+        """Whether a request of this kind, ``sample`` or ``save``, is pending; the request is then cleared."""
         with self._lock:
-            was_asked = what in self._asked
-            self._asked.discard(what)
-            return was_asked
+            is_pending = kind in self._pending
+            self._pending.discard(kind)
+            return is_pending
 
-    def _ask(self, what: str) -> None:
+    def _request(self, kind: str) -> None:
         with self._lock:
-            self._asked.add(what)
+            self._pending.add(kind)
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
@@ -139,29 +139,29 @@ _control: ContextVar[Control | None] = ContextVar("control", default=None)
 
 @contextmanager
 def reporting(reporter: Reporter | None = None, control: Control | None = None) -> Iterator[None]:
-    """Within the block events go to `reporter`, and `control` is heeded; what is None stays as it was outside."""
-    tokens = [(_reporter, _reporter.set(reporter))] if reporter is not None else []
-    controls = [(_control, _control.set(control))] if control is not None else []
+    """Set the reporter and the control of this thread within the block; None leaves the outer one in place."""
+    reporter_token = None if reporter is None else _reporter.set(reporter)
+    control_token = None if control is None else _control.set(control)
     try:
         yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
-        for other, held in controls:
-            other.reset(held)
+        if reporter_token is not None:
+            _reporter.reset(reporter_token)
+        if control_token is not None:
+            _control.reset(control_token)
 
 
 def control() -> Control:
-    """The control of the current work; one that nobody holds where none was given."""
+    """Return the control set by `reporting`, or a new one that nobody uses."""
     return _control.get() or Control()
 
 
 def silent(_: Event) -> None:
-    """Show nothing: the reporter of library calls that ask for none."""
+    """Reporter that shows nothing."""
 
 
 def emit(event: Event) -> None:
-    """Send an event to the reporter."""
+    """Send an event to this thread's reporter."""
     reporter = _reporter.get()
     if reporter is None:
         reporter = default_reporter()
@@ -170,7 +170,7 @@ def emit(event: Event) -> None:
 
 
 class Tracker:
-    """Counts what is done of a phase."""
+    """Counter of the units of work of a phase."""
 
     def __init__(self, name: str, total: int | None, done: int) -> None:
         self.name, self.total, self.done = name, total, done
@@ -178,10 +178,15 @@ class Tracker:
     def advance(
         self, count: int = 1, remaining: float | None = None, values: Mapping[str, float] | None = None
     ) -> None:
-        """Say that `count` more units are done.
+        """Report that `count` more units are done.
+
+        Args:
+            count: number of units.
+            remaining: estimated seconds until the phase ends.
+            values: values to show with the progress, such as the loss.
 
         Raises:
-            StoppedError: a stop was asked for.
+            StoppedError: a stop was requested.
         """
         self.done += count
         emit(Advance(self.name, self.done, self.total, remaining, values or {}))
@@ -190,20 +195,20 @@ class Tracker:
 
 @contextmanager
 def phase(name: str, total: int | None = None, done: int = 0) -> Iterator[Tracker]:
-    """A stretch of work; the block is given what counts it."""
-    begun = time.monotonic()
+    """Report the block as a phase of `total` units, of which `done` are done; yield a `Tracker` to advance it."""
+    start = time.monotonic()
     emit(Phase(name, total, done))
     try:
         yield Tracker(name, total, done)
     finally:
-        emit(Done(name, time.monotonic() - begun))
+        emit(Done(name, time.monotonic() - start))
 
 
 def track(items: Collection[T], name: str, min_items: int = 0) -> Iterator[T]:
-    """The items, one after the other, as a phase; of fewer than `min_items` nothing is said.
+    """Yield the items and report them as a phase called `name`; fewer than `min_items` items are not reported.
 
     Raises:
-        StoppedError: a stop was asked for.
+        StoppedError: a stop was requested.
     """
     if len(items) < min_items:
         yield from items
@@ -215,13 +220,13 @@ def track(items: Collection[T], name: str, min_items: int = 0) -> Iterator[T]:
 
 
 def check_stop() -> None:
-    """Raise StoppedError where a stop was asked for."""
-    if (asked := _control.get()) is not None and asked.is_stopping:
-        raise StoppedError("Stopped, as was asked for.")
+    """Raise StoppedError if a stop was requested."""
+    if (current := _control.get()) is not None and current.is_stopping:
+        raise StoppedError("Stopped on request.")
 
 
 class Bars:
-    """Bars in a terminal, one for each phase that has not ended."""
+    """Reporter that shows progress bars in a terminal, one for each phase that has not ended."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
@@ -232,9 +237,9 @@ class Bars:
 
         match event:
             case Phase(name, total, done):
-                shown = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]" if total else None
+                layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]" if total else None
                 bar = tqdm(
-                    total=total, initial=done, desc=printable(name), leave=False, file=self._stream, bar_format=shown
+                    total=total, initial=done, desc=printable(name), leave=False, file=self._stream, bar_format=layout
                 )
                 self._bars.append(bar)
             case Advance(_, done, _, remaining, values) if self._bars:
@@ -242,8 +247,8 @@ class Bars:
                 if values:
                     bar.set_postfix(values, refresh=False)
                 if remaining is not None:
-                    left = _clock(remaining)
-                    bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<" + left + "{postfix}]"
+                    eta = _clock(remaining)
+                    bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<" + eta + "{postfix}]"
                 bar.update(done - bar.n)
             case Done() if self._bars:
                 self._bars.pop().close()
@@ -252,7 +257,7 @@ class Bars:
 
 
 class Lines:
-    """Plain lines for logs: at most one every `every` seconds for each phase, and one for each file or note."""
+    """Reporter that writes lines for logs: for each phase one every `every` seconds, and every file and note."""
 
     def __init__(self, stream: TextIO | None = None, every: float = 10.0) -> None:
         self._stream, self._every = stream, every
@@ -266,10 +271,10 @@ class Lines:
                 now = time.monotonic()
                 if now >= self._next.get(name, now + 1):
                     self._next[name] = now + self._every
-                    told = [f"{name}: {done}" + (f"/{total}" if total else "")]
-                    told += [f"{key} {value:.4g}" for key, value in values.items()]
-                    told += [f"{_clock(remaining)} left"] if remaining is not None else []
-                    self._write(", ".join(told))
+                    items = [f"{name}: {done}" + (f"/{total}" if total else "")]
+                    items += [f"{key} {value:.4g}" for key, value in values.items()]
+                    items += [f"{_clock(remaining)} left"] if remaining is not None else []
+                    self._write(", ".join(items))
             case Artifact(kind, path):
                 self._write(f"{kind}: {path}")
             case Note(text, is_warning):
@@ -280,7 +285,7 @@ class Lines:
 
 
 class JsonLines:
-    """One JSON object a line and event, for programs: its type under ``event``, its fields beside that."""
+    """Reporter that writes each event as a JSON object on a line: its type under ``event``, and its fields."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
@@ -289,9 +294,9 @@ class JsonLines:
         import json
         import math
 
-        def plain(value: Any) -> Any:
+        def plain(value: Any) -> Any:  # JSON has no NaN and no infinity
             if isinstance(value, Mapping):
-                return {str(key): plain(one) for key, one in value.items()}
+                return {str(key): plain(item) for key, item in value.items()}
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
         fields = {key: plain(value) for key, value in asdict(event).items()}
@@ -306,11 +311,11 @@ REPORTERS: dict[str, Callable[[], Reporter]] = {
     "json": JsonLines,
     "none": lambda: silent,
 }
-"""What ``--progress`` takes → the reporter"""
+"""Value of ``--progress`` → factory of the reporter"""
 
 
 def default_reporter() -> Reporter:
-    """Bars where the error output is a terminal and ``TQDM_DISABLE`` is not set, and lines elsewhere."""
+    """Return `Bars` if stderr is a terminal and ``TQDM_DISABLE`` is not set, else `Lines`."""
     is_disabled = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     return Bars() if sys.stderr.isatty() and not is_disabled else Lines()
 

@@ -1,7 +1,7 @@
-"""Seeded random numbers: every number is a function of a seed and of the place it is for, never of what ran before.
+"""Seeded random numbers: every number is a function of a seed and a key, never of earlier random numbers.
 
-A place is a tuple of integers, such as (position of the sample, stream of noise). Runs that are resumed, cut into other
-batches or dealt out to other processes therefore draw the same numbers.
+A key is a tuple of integers, such as (index of the sample, stream of noise). Runs that are resumed, split into other
+batches or distributed over other processes therefore draw the same numbers.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 
-def generator(seed: int, *place: int) -> torch.Generator:
-    """A generator of PyTorch's, on the CPU, for one place."""
-    state = np.random.SeedSequence([seed, *place]).generate_state(2, np.uint32)
+def generator(seed: int, *key: int) -> torch.Generator:
+    """Return a PyTorch generator on the CPU for one key."""
+    state = np.random.SeedSequence([seed, *key]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-def normal(shape: Sequence[int], seed: int, *place: int) -> Tensor:
-    """Standard normal numbers of `shape` for one place, on the CPU, in float32."""
-    return torch.randn(tuple(shape), generator=generator(seed, *place))
+def normal(shape: Sequence[int], seed: int, *key: int) -> Tensor:
+    """Return standard normal numbers of `shape` for one key, on the CPU, in float32."""
+    return torch.randn(tuple(shape), generator=generator(seed, *key))
 
 
-def numpy_generator(seed: int, *place: int) -> np.random.Generator:
-    """A generator of numpy's for one place."""
-    return np.random.default_rng([seed, *place])
+def numpy_generator(seed: int, *key: int) -> np.random.Generator:
+    """Return a numpy generator for one key."""
+    return np.random.default_rng([seed, *key])
 
 
 @lru_cache(4096)
-def permutation(count: int, seed: int, *place: int) -> tuple[int, ...]:
-    """The numbers 0 … `count` − 1 in the order of one place."""
-    return tuple(numpy_generator(seed, *place).permutation(count).tolist())
+def permutation(count: int, seed: int, *key: int) -> tuple[int, ...]:
+    """Return the numbers 0 to `count` − 1 in a random order for one key."""
+    return tuple(numpy_generator(seed, *key).permutation(count).tolist())

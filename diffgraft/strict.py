@@ -1,9 +1,9 @@
-"""The model that all groups of settings are made of."""
+"""Base class of all groups of settings."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """Unknown keys and values of the wrong kind are errors; docstrings of fields say what they mean."""
+    """A pydantic model that refuses unknown keys, and whose field docstrings are the descriptions of its fields."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)

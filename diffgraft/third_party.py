@@ -1,4 +1,4 @@
-"""Libraries that talk while they load, asked to keep it to errors."""
+"""Third-party libraries: importing bitsandbytes on demand, and silencing the logs of diffusers and transformers."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def import_bitsandbytes() -> Any:
-    """The package bitsandbytes, also where the command line hides it from libraries that would load it unasked."""
+    """Import bitsandbytes, even though the command line hides it from libraries that would import it needlessly."""
     if sys.modules.get("bitsandbytes", bool) is None:
         del sys.modules["bitsandbytes"]
     return import_module("bitsandbytes")
@@ -17,20 +17,20 @@ def import_bitsandbytes() -> Any:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Within the block diffusers, transformers and bitsandbytes log errors only and draw no bars of their own."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns once, when peft imports it
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    """Within the block diffusers, transformers and bitsandbytes log errors only and show no progress bars."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not reset: it warns when peft imports it
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    libraries = (of_diffusers, of_transformers)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    libraries = (diffusers_logging, transformers_logging)
+    previous = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, (level, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(level)
-            if bars:
+        for library, (verbosity, has_bars) in zip(libraries, previous, strict=True):
+            library.set_verbosity(verbosity)
+            if has_bars:
                 library.enable_progress_bar()

@@ -54,7 +54,7 @@ def test_a_folder_is_one_process_s_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "there\n"
-        with pytest.raises(DiffgraftError, match="Another process is at work in"), exclusive_lock(folder):
+        with pytest.raises(DiffgraftError, match="Another process is using"), exclusive_lock(folder):
             pass
         first.kill()
     with exclusive_lock(folder):

@@ -1,4 +1,4 @@
-"""Pictures from prompts: a diffusers pipeline, run in small batches with one seed a picture."""
+"""Pictures from prompts: a diffusers pipeline, run in small batches with a seed for each picture."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,83 +32,83 @@ SCHEDULERS = {
     "dpm++-karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""Name → diffusers class and what is set on it beside the base's own schedule."""
+"""Name → diffusers class, and options that are set in addition to the base's noise schedule"""
 
 
 class OverflowedPictureError(DiffgraftError):
-    """A picture that would be black, as its numbers became too large to be held."""
+    """Latents overflowed during generation, so that the picture would be black."""
 
 
 SMALL, SMALL_GUIDANCE = 16, 3.0
-"""Bases whose latents are at most this wide take this guidance: the 7.5 of large models burns their few colours."""
+"""Width of latents up to which a base counts as small, and the default guidance of such bases: the usual 7.5
+oversaturates them"""
 
-
-_MOST_GUIDANCE, _LONGEST = 100, 8192
+_MAX_GUIDANCE, _MAX_SIDE = 100, 8192
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are drawn. What is None is the base's own."""
+    """Options for drawing; None stands for the base's own value."""
 
     size: tuple[int, int] | None = None
     """(width, height) in pixels"""
     steps: int = 25
-    """Denoising steps"""
+    """Number of denoising steps"""
     guidance: float | None = None
-    """Scale of classifier-free guidance; 1 is none. Unset: the pipeline's own, or 3 for small bases"""
+    """Scale of classifier-free guidance; 1 turns it off. None: the pipeline's default, or 3 for small bases"""
     negative: str = ""
-    """What the picture should not show"""
+    """Negative prompt: what the picture should not show"""
     scheduler: str | None = None
-    """A name of `SCHEDULERS`"""
+    """Name of a scheduler in `SCHEDULERS`"""
     batch: int | None = None
-    """Pictures drawn at once; it changes speed and memory, not what is drawn. Unset: by their size"""
+    """Pictures in a batch; affects speed and memory, not the pictures. None: chosen by their size"""
     tiling: bool = False
-    """Decode pictures in overlapping tiles: less memory for large ones, and edges of tiles may show"""
+    """Whether to decode in overlapping tiles, which saves memory for large pictures; edges of tiles may show"""
 
     def __post_init__(self) -> None:
-        """Raises DiffgraftError for what no base can draw with, before one is loaded."""
+        """Raise DiffgraftError for values that no base can draw with."""
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
         if self.steps < 1:
             raise DiffgraftError(f"Invalid value steps={self.steps}: must be at least 1; 20 to 50 is usual.")
-        if self.guidance is not None and not 0 <= self.guidance <= _MOST_GUIDANCE:
+        if self.guidance is not None and not 0 <= self.guidance <= _MAX_GUIDANCE:
             raise DiffgraftError(
-                f"Invalid value guidance={self.guidance}: must be 0 to {_MOST_GUIDANCE}; 1 is none, 5 to 9 is usual."
+                f"Invalid value guidance={self.guidance}: must be 0 to {_MAX_GUIDANCE}; 1 is off, 5 to 9 is usual."
             )
-        if self.size is not None and not all(0 < side <= _LONGEST for side in self.size):
+        if self.size is not None and not all(0 < side <= _MAX_SIDE for side in self.size):
             width, height = self.size
-            raise DiffgraftError(f"A picture of {width}x{height} cannot be drawn: sides are 8 to {_LONGEST} pixels.")
+            raise DiffgraftError(f"Invalid value size={width}x{height}: sides must be 8 to {_MAX_SIDE} pixels.")
 
 
 def check_scheduler(name: str) -> None:
-    """Raises DiffgraftError where there is no scheduler called `name`."""
+    """Raise DiffgraftError if `name` is not in `SCHEDULERS`."""
     if name not in SCHEDULERS:
-        raise DiffgraftError(f"There is no scheduler {name!r}: {did_you_mean(name, SCHEDULERS)}")
+        raise DiffgraftError(f"Invalid value scheduler={name!r}: {did_you_mean(name, SCHEDULERS)}")
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
-    """Give `pipe` the scheduler called `name`, on the base's own noise schedule.
+    """Set the scheduler of `pipe` by name, with the base's noise schedule.
 
     Raises:
-        DiffgraftError: there is no such scheduler, or it cannot follow this base's schedule.
+        DiffgraftError: `name` is not in `SCHEDULERS`, or the scheduler does not support the base's noise schedule.
     """
     import diffusers
 
     check_scheduler(name)
-    class_name, more = SCHEDULERS[name]
+    class_name, options = SCHEDULERS[name]
     kind = getattr(diffusers, class_name)
     config = pipe.scheduler.config
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in kind().config:
-        able = [
+        capable = [
             key
             for key, (other, _) in SCHEDULERS.items()
             if "rescale_betas_zero_snr" in getattr(diffusers, other)().config
         ]
         raise DiffgraftError(
-            f"The scheduler {name!r} cannot follow this base's noise schedule, which ends in pure noise. "
-            f"Use one of: {', '.join(able)}."
+            f"The scheduler {name!r} does not support this base's noise schedule, which has zero terminal SNR. "
+            f"Use one of: {', '.join(capable)}."
         )
-    pipe.scheduler = kind.from_config(config, **more)
+    pipe.scheduler = kind.from_config(config, **options)
 
 
 @torch.no_grad()
@@ -119,54 +119,61 @@ def generate(
     seeds: Sequence[int],
     title: str = "drawing",
     keep: Callable[[int, Image.Image], None] | None = None,
-    source: ImageInput | None = None,
+    image_input: ImageInput | None = None,
 ) -> list[Image.Image]:
-    """One picture for each prompt and seed (two lists of one length); the steps are a phase called `title`.
+    """Draw a picture for each prompt and return them in the order of the prompts; the pipeline is left unchanged.
 
-    `keep` is called with each picture's place in the lists as soon as it is drawn. With a `source` all of them start
-    from its picture; where no size is set it keeps its shape, at about as many pixels as the base was made for. The
-    pipeline is left as it was.
+    Args:
+        pipe: a diffusers pipeline.
+        prompts: a prompt for each picture.
+        settings: options for drawing.
+        seeds: a seed for each picture, as many as prompts.
+        title: name of the phase under which progress is reported.
+        keep: callback that receives the index of a picture and the picture as soon as it is drawn.
+        image_input: picture that all pictures start from. Unless a size is set, they have its aspect ratio and about
+            the base's native number of pixels.
 
     Raises:
-        DiffgraftError: size, steps, scheduler or source are none that this base can draw with.
+        DiffgraftError: this base cannot draw with the size, steps, scheduler or image input.
+        OverflowedPictureError: latents overflowed.
     """
     if is_inpainting(pipe):
-        source = inpainting_input(pipe, source, settings.size)
-    if source is not None:
-        settings = replace(settings, size=settings.size or native_size(pipe, source.image))
-    more = _options(pipe, settings)
-    count = settings.steps if source is None else steps_from_image(source, settings.steps)
-    batch = settings.batch or default_batch_size(more["width"], more["height"])
+        image_input = inpainting_input(pipe, image_input, settings.size)
+    if image_input is not None:
+        settings = replace(settings, size=settings.size or native_size(pipe, image_input.image))
+    arguments = _pipeline_arguments(pipe, settings)
+    count = settings.steps if image_input is None else steps_from_image(image_input, settings.steps)
+    batch = settings.batch or default_batch_size(arguments["width"], arguments["height"])
     images: list[Image.Image] = []
-    rounds = range(0, len(prompts), batch)
+    starts = range(0, len(prompts), batch)
     with (
-        _set_up(pipe, settings, source, more) as (drawing, fitted),
-        phase(title, len(rounds) * count) as tracker,
+        _configured(pipe, settings, image_input, arguments) as (configured_pipe, resized),
+        phase(title, len(starts) * count) as tracker,
     ):
 
-        def tick(_pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
-            if not kept["latents"].isfinite().all():
+        def on_step_end(_pipe: Any, step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if not tensors["latents"].isfinite().all():
                 raise OverflowedPictureError(
-                    f"Numbers overflowed in step {step + 1} of {count}, and the picture would be black. Use smaller "
+                    f"Latents overflowed in step {step + 1} of {count}, so the picture would be black. Use smaller "
                     "strengths of adapters, less guidance, or float32."
                 )
             tracker.advance()
-            return kept
+            return tensors
 
-        for start in rounds:
+        for start in starts:
             rows = range(start, min(start + batch, len(prompts)))
-            drawn = drawing(
+            drawn = configured_pipe(
                 [prompts[row] for row in rows],
-                # none at all where nothing is said: XL zeroes what it is told then
+                # None for an empty one: pipelines of XL then use zeros as its embedding
                 negative_prompt=[settings.negative] * len(rows) if settings.negative else None,
                 num_inference_steps=settings.steps,
                 generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
-                callback_on_step_end=tick,
-                **more,
-                **({} if fitted is None else fitted.arguments(len(rows))),
+                callback_on_step_end=on_step_end,
+                **arguments,
+                **({} if resized is None else resized.pipeline_arguments(len(rows))),
             ).images
-            if fitted is not None:
-                drawn = [fitted.finished(image) for image in drawn]
+            if resized is not None:
+                drawn = [resized.restore_unmasked(image) for image in drawn]
             for row, image in zip(rows, drawn, strict=True):
                 if keep is not None:
                     keep(row, image)
@@ -175,47 +182,45 @@ def generate(
 
 
 def default_batch_size(width: int, height: int) -> int:
-    """How many pictures of this size in pixels are drawn at once, where the settings leave it open."""
+    """Return the number of pictures of a size in pixels that a batch holds unless `Settings.batch` is set."""
     return max(1, min(32, 8 * 256 * 256 // (width * height)))
 
 
 @contextmanager
-def _set_up(
-    pipe: Any, settings: Settings, source: ImageInput | None, more: dict[str, Any]
+def _configured(
+    pipe: Any, settings: Settings, image_input: ImageInput | None, arguments: dict[str, Any]
 ) -> Iterator[tuple[Any, ResizedInput | None]]:
-    """The pipeline that draws, with the scheduler wanted, and the source as it takes it; `pipe` is put back after."""
-    own_scheduler = pipe.scheduler
+    """Yield a pipeline with scheduler and tiling set, and the resized input; restore `pipe` afterwards."""
+    original_scheduler = pipe.scheduler
     try:
         if settings.scheduler is not None:
             use_scheduler(pipe, settings.scheduler)
         pipe.vae.enable_slicing()
         if settings.tiling:
             pipe.vae.enable_tiling()
-        yield (pipe, None) if source is None else prepare_image_input(pipe, source, more)
+        yield (pipe, None) if image_input is None else prepare_image_input(pipe, image_input, arguments)
     finally:
-        pipe.scheduler = own_scheduler
+        pipe.scheduler = original_scheduler
         pipe.vae.disable_slicing()
         pipe.vae.disable_tiling()
 
 
-def _options(pipe: Any, settings: Settings) -> dict[str, Any]:
-    """Size and guidance as keyword arguments of the pipeline, checked before anything is drawn."""
-    own = native_pixels(pipe)
-    width, height = settings.size or (own, own)
+def _pipeline_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """Return size and guidance as keyword arguments of the pipeline, after checking size and steps."""
+    side = native_pixels(pipe)
+    width, height = settings.size or (side, side)
     step = math.lcm(pipe.vae_scale_factor, 8)
     if width % step or height % step:
-        better = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
+        nearest = "x".join(str(max(step, round(length / step) * step)) for length in (width, height))
+        raise DiffgraftError(f"Invalid value size={width}x{height}: sides must be multiples of {step}. Use {nearest}.")
+    timesteps = pipe.scheduler.config.num_train_timesteps
+    if not 1 <= settings.steps <= timesteps:
         raise DiffgraftError(
-            f"A picture of {width}x{height} cannot be drawn: sides are multiples of {step}. Take {better}."
+            f"Invalid value steps={settings.steps}: this base allows 1 to {timesteps}; 20 to 50 is usual."
         )
-    longest = pipe.scheduler.config.num_train_timesteps
-    if not 1 <= settings.steps <= longest:
-        raise DiffgraftError(
-            f"steps={settings.steps} cannot be drawn: this base has 1 to {longest} steps. Take 20 to 50."
-        )
-    more: dict[str, Any] = {"width": width, "height": height}
+    arguments: dict[str, Any] = {"width": width, "height": height}
     if settings.guidance is not None:
-        more["guidance_scale"] = settings.guidance
+        arguments["guidance_scale"] = settings.guidance
     elif denoiser_of(pipe).config.sample_size <= SMALL:
-        more["guidance_scale"] = SMALL_GUIDANCE
-    return more
+        arguments["guidance_scale"] = SMALL_GUIDANCE
+    return arguments

@@ -1,7 +1,7 @@
-"""Adapters on a live pipeline: merged into its weights while wanted, and every bit as before when taken off.
+"""Adapters on a live pipeline: merged into its weights, and removed again so that every bit is as before.
 
-Quantised weights cannot take a merge, as it would be lost in rounding; there the layers compute with what their bits
-stand for and the adapters over it.
+Adapters cannot be merged into quantized weights, as rounding would lose them. Quantized layers dequantize their weight
+and apply the adapters to it whenever they compute.
 """
 
 import unicodedata
@@ -31,86 +31,96 @@ from diffgraft.bases.quantized import Quantized
 from diffgraft.bases.registry import part_names
 from diffgraft.errors import DiffgraftError, did_you_mean
 
-Grafts = Mapping[Any, Strength]
-"""A file's path, a run or an `Adapter` → its strength or strengths. (`Mapping` is invariant in its key: `Any`.)"""
+AdapterStrengths = Mapping[Any, Strength]
+"""File, folder of a run, or `Adapter` → strength, or strengths by part or block (keys of `Mapping` are invariant)"""
 
-Words = Mapping[str, Mapping[str, Tensor]]
-"""Word → text encoder → vectors [n, width]"""
+WordVectors = Mapping[str, Mapping[str, Tensor]]
+"""Word → name of a text encoder → embedding vectors [n, width]"""
 
-_LAYERS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
-"""The grafts that lie on a module now, the newest last: only that one knows which weights to put back."""
+_GRAFTS: WeakKeyDictionary[nn.Module, list["Graft"]] = WeakKeyDictionary()
+"""Module → grafts on it now, the newest last; only the newest may restore the module's weights"""
 
 
-def graft(target: Any, adapters: Grafts | str | PathLike[str] | Adapter | None = None) -> "Graft":
-    """Merge `adapters` (a file's path or an `Adapter` → strength) into `target`, in the order given.
+def graft(target: Any, adapters: AdapterStrengths | str | PathLike[str] | Adapter | None = None) -> "Graft":
+    """Apply adapters to a live pipeline by merging them into its weights, in the order given.
 
     Args:
-        target: anything with `.unet`, `.text_encoder` and so on (a diffusers pipeline, a `Base`), or a bare
-            denoiser. A part that no adapter touches may be absent or None.
-        adapters: one file, run or `Adapter`, at strength 1, or several with theirs: 1 is what was trained, 0 is the
-            bare base, and negative strengths subtract. A strength may be given for each part,
-            ``{"text_encoder": 0.5, "M00": 0}``; a part that is not named then has 1, and a second text encoder what
-            the first one has. Blocks of the UNet may have their own, by name, ``{"OUT05": 0}``, or as a list of 12, 17,
-            20 or 26 numbers (see `diffgraft.adapters.strengths`). Words are there or not: unless their text encoders
-            have 0, they have the vectors that were trained.
+        target: a diffusers pipeline, a `Base` or any object with `.unet`, `.text_encoder` and so on, or a bare
+            denoiser. Parts that no adapter changes may be missing or None.
+        adapters: one file, run or `Adapter`, which gets strength 1, or a mapping of several to their strengths.
+            Strength 1 is the adapter as trained, 0 turns it off, and negative strengths subtract it. A strength may be
+            a mapping of parts and blocks, ``{"text_encoder": 0.5, "M00": 0}``: parts that it does not name have
+            strength 1, and a second text encoder has that of the first. Blocks of the UNet may also be given as a list
+            of 12, 17, 20 or 26 numbers (see `diffgraft.adapters.strengths`). Strengths do not scale the vectors of
+            words: a word is used as trained, or not at all if all its text encoders have strength 0.
 
     Returns:
-        A context manager that restores the very same bits on leaving; also `.set({...})` and `.remove()`.
+        A `Graft`: a context manager that restores the weights bit for bit at its end; its `set` replaces the adapters,
+        and its `remove` restores the weights at once.
 
     Raises:
-        DiffgraftError: an adapter cannot be read, or was made for another base; the target is then as it was.
+        DiffgraftError: an adapter cannot be read, or does not fit this base; `target` is then unchanged.
     """
-    grafted = Graft(target)
-    grafted.set({adapters: 1.0} if isinstance(adapters, str | PathLike | Adapter) else adapters or {})
-    return grafted
+    applied = Graft(target)
+    applied.set({adapters: 1.0} if isinstance(adapters, str | PathLike | Adapter) else adapters or {})
+    return applied
 
 
 class Graft:
-    """What is merged into a target now, and the weights that it had before."""
+    """The adapters that are applied to a target, and the weights it had before."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
         self._parts = _parts(target)
         self._hash = target.hash if isinstance(target, Base) else None
-        self._kept: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]] = {}
-        """Path → module, and the weight and bias it had; none of a quantised one, whose bits do not change"""
-        self._over: list[Callable[[], None]] = []
+        self._saved: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]] = {}
+        """Module path → module, and its original weight and bias; None for quantized modules, whose weight stays"""
+        self._undo: list[Callable[[], None]] = []
+        """Functions that remove words and networks, in the order in which they were added"""
 
-    def set(self, adapters: Grafts) -> None:
-        """Replace what is grafted by `adapters`."""
+    def set(self, adapters: AdapterStrengths) -> None:
+        """Replace all adapters of this graft by `adapters`.
+
+        Raises:
+            DiffgraftError: an adapter cannot be read, or does not fit this base.
+        """
         if not isinstance(adapters, Mapping):
-            raise DiffgraftError(f"{adapters!r} are no adapters with strengths: write {{FILE: 0.8, OTHER: 0.5}}.")
+            raise DiffgraftError(
+                f"Invalid adapters {adapters!r}: must be a mapping of files to strengths, such as {{FILE: 0.8}}."
+            )
         merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
         networks: list[tuple[str, Network, float]] = []
-        words: list[tuple[str, Words]] = []
+        words: list[tuple[str, WordVectors]] = []
         for source, value in adapters.items():
             adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_in_block(self._target))
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
             strengths = strengths_of(name, value)
             if idle := strengths.idle(adapter):
-                warnings.warn(f"{name} changes nothing in {', '.join(idle)}: that strength does nothing.", stacklevel=4)
+                warnings.warn(
+                    f"{name} does not change {', '.join(idle)}: its strength there has no effect.", stacklevel=4
+                )
             modules = self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():
                 if strength := strengths.at(path):
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
-            of_networks = strengths.of_denoiser
-            networks += [(name, network, of_networks) for network in adapter.networks if of_networks]
+            if strength := strengths.of_denoiser:
+                networks += [(name, network, strength) for network in adapter.networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
-        words = _each_once(words)
+        words = _unique_words(words)
         self.remove()
         try:
-            for path, (module, steps) in merged.items():
-                self._merge(path, module, steps)
+            for path, (module, deltas_of_module) in merged.items():
+                self._merge(path, module, deltas_of_module)
             for name, tokens in words:
                 try:
-                    self._over.append(AddedTokens(self._target, tokens).remove)
+                    self._undo.append(AddedTokens(self._target, tokens).remove)
                 except DiffgraftError as error:
                     raise DiffgraftError(f"{name} cannot be used here. {error}") from error
             for name, network, strength in networks:
                 try:
-                    self._over.append(network.hook(self._parts, strength))
+                    self._undo.append(network.hook(self._parts, strength))
                 except (ValueError, KeyError) as error:
                     raise DiffgraftError(f"{name} does not fit this base: {error}.") from error
         except BaseException:
@@ -119,24 +129,24 @@ class Graft:
 
     @torch.no_grad()
     def _merge(self, path: str, module: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> None:
-        """Apply all deltas of one module in float32, and round to its precision once."""
-        if isinstance(module, Quantized):  # it does so whenever it computes, so that its weight is never kept whole
-            self._kept[path] = (module, None, None)
-            _LAYERS.setdefault(module, []).append(self)
-            there = [(_on(module.weight.device, delta), strength) for delta, strength in deltas]
-            module.changes.append(partial(_applied, there))
+        """Apply all deltas of one module in float32, then round to its dtype once."""
+        if isinstance(module, Quantized):  # it applies them whenever it computes, so that no whole weight is held
+            self._saved[path] = (module, None, None)
+            _GRAFTS.setdefault(module, []).append(self)
+            on_device = [(_to_device(module.weight.device, delta), strength) for delta, strength in deltas]
+            module.changes.append(partial(_apply_all, on_device))
             return
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        self._kept[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
-        _LAYERS.setdefault(module, []).append(self)
-        new_weight, new_bias = _applied(
+        self._saved[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
+        _GRAFTS.setdefault(module, []).append(self)
+        new_weight, new_bias = _apply_all(
             deltas, weight.detach().float(), None if bias is None else bias.detach().float()
         )
-        for now, kept in ((new_weight, weight), (new_bias, bias)):
-            if now is not None and kept is not None and not now.to(kept.dtype).isfinite().all():
+        for new, old in ((new_weight, weight), (new_bias, bias)):
+            if new is not None and old is not None and not new.to(old.dtype).isfinite().all():
                 raise DiffgraftError(
-                    f"The adapters make {path} larger than {str(kept.dtype).removeprefix('torch.')} can hold, and "
-                    "pictures would be black. Take smaller strengths, or look at the files with `diffgraft inspect`."
+                    f"With these adapters {path} overflows {str(old.dtype).removeprefix('torch.')}, and pictures would "
+                    "be black. Use smaller strengths, or check the files with `diffgraft inspect`."
                 )
         weight.copy_(new_weight)
         if bias is not None and new_bias is not None:
@@ -144,18 +154,18 @@ class Graft:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put back the weights the target had; doing it twice is no harm.
+        """Restore the target's original weights; calling it again does nothing.
 
         Raises:
-            DiffgraftError: another graft was laid over this one and is still there; nothing has changed then.
+            DiffgraftError: a newer graft changes the same modules and must be removed first; nothing has changed.
         """
-        if any(_LAYERS[module][-1] is not self for module, _, _ in self._kept.values()):
-            raise DiffgraftError("Another graft lies over this one: remove that one first.")
-        while self._over:
-            self._over[-1]()
-            self._over.pop()
-        for module, weight, bias in self._kept.values():
-            _LAYERS[module].pop()
+        if any(_GRAFTS[module][-1] is not self for module, _, _ in self._saved.values()):
+            raise DiffgraftError("A newer graft changes the same modules: remove that one first.")
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        for module, weight, bias in self._saved.values():
+            _GRAFTS[module].pop()
             if weight is None:
                 assert isinstance(module, Quantized)
                 module.changes.pop()
@@ -163,10 +173,10 @@ class Graft:
             module.get_parameter("weight").copy_(weight)
             if bias is not None:
                 module.get_parameter("bias").copy_(bias)
-        self._kept.clear()
+        self._saved.clear()
 
     def _find(self, path: str) -> nn.Module | None:
-        """The module at an adapter's path; some text encoders still have the level ``text_model``."""
+        """Return the module at an adapter's path, or None; some text encoders still have the level ``text_model``."""
         part, _, inside = path.partition(".")
         for name in (inside, f"text_model.{inside}"):
             try:
@@ -176,63 +186,68 @@ class Graft:
         return None
 
     def _resolve(self, name: str, adapter: Adapter) -> dict[str, nn.Module]:
-        """Module for each path of the adapter, or an error that tells what fits and what does not."""
-        found, absent, misshapen = {}, [], []
+        """Return the module for each path of the adapter.
+
+        Raises:
+            DiffgraftError: a module is missing or of another shape; the message says how many match.
+        """
+        found, missing, misshapen = {}, [], []
         for path, deltas in adapter.deltas.items():
             module = self._find(path)
             weight = getattr(module, "weight", None)
             if module is None or not isinstance(weight, Tensor):
-                absent.append(path)
+                missing.append(path)
                 continue
             shape = (module.out_features, module.in_features) if isinstance(module, Quantized) else tuple(weight.shape)
             if not isinstance(module, Quantized) and (not weight.is_floating_point() or is_quantised(weight)):
                 raise DiffgraftError(
-                    f"{name} cannot be merged: {path} of this base is quantised, and rounding to its few values would "
-                    "lose the adapter. Load the base in float16 or bfloat16, or by load_base(…, quantize=…)."
+                    f"{name} cannot be merged: {path} of this base is quantized, and rounding would lose the adapter. "
+                    "Load the base in float16 or bfloat16, or by load_base(…, quantize=…)."
                 )
             if all(delta.fits(shape) for delta in deltas):
                 found[path] = module
             else:
                 misshapen.append(f"{path} (here {' × '.join(map(str, shape))})")
-        if not absent and not misshapen:
+        if not missing and not misshapen:
             return found
         made_for = adapter.metadata.get("base")
         family = made_for.get("family") if isinstance(made_for, Mapping) else ", ".join(fitting(adapter.deltas))
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
             f"{name} does not fit this base: {len(found)} of its {len(adapter.deltas)} modules match.{hint}"
-            + self._absent(absent, few=len(absent) <= len(found))
+            + self._missing(missing, few=len(missing) <= len(found))
             + (f" {len(misshapen)} have another shape, such as {misshapen[0]}." if misshapen else "")
             + " Use the base the adapter was trained on."
         )
 
-    def _absent(self, absent: list[str], few: bool) -> str:
-        if not absent:
+    def _missing(self, missing: list[str], few: bool) -> str:
+        """Return a sentence on modules that the base does not have; if they are `few`, it suggests a similar path."""
+        if not missing:
             return ""
-        part = absent[0].partition(".")[0]
-        here = self._parts.get(part)
-        if here is None:
-            return f" {len(absent)} are not there, such as {absent[0]}: this base has no {part}."
-        last = absent[0].rpartition(".")[2]
-        alike = [f"{part}.{path}" for path, _ in here.named_modules() if path.endswith("." + last)]
-        hint = f" ({did_you_mean(absent[0], alike)})" if alike and few else ""
-        return f" {len(absent)} are not there, such as {absent[0]}{hint}."
+        part = missing[0].partition(".")[0]
+        root = self._parts.get(part)
+        if root is None:
+            return f" {len(missing)} are missing in this base, such as {missing[0]}: it has no {part}."
+        last = missing[0].rpartition(".")[2]
+        similar = [f"{part}.{path}" for path, _ in root.named_modules() if path.endswith("." + last)]
+        hint = f" ({did_you_mean(missing[0], similar)})" if similar and few else ""
+        return f" {len(missing)} are missing in this base, such as {missing[0]}{hint}."
 
     def _warn_of_another_base(self, name: str, adapter: Adapter) -> None:
         made_for = adapter.metadata.get("base")
         if not isinstance(made_for, Mapping):
             return
-        here, trained = predicted(self._target), made_for.get(PREDICTION_KEY)
-        if here and trained in PREDICTIONS and here != trained:
+        own, trained = predicted(self._target), made_for.get(PREDICTION_KEY)
+        if own and trained in PREDICTIONS and own != trained:
             warnings.warn(
-                f"{name} was trained on a base that predicts {trained}, and this one predicts {here}: if that is the "
-                f"same base, its files do not say it; load it with {PREDICTION_KEY}={trained}.",
+                f"{name} was trained on a base that predicts {trained}, but this one predicts {own}. If it is the same "
+                f"base and its files lack this setting, load it with {PREDICTION_KEY}={trained}.",
                 stacklevel=5,
             )
         if self._hash and made_for.get("hash", self._hash) != self._hash:
             other = made_for.get("name", "another base")
             warnings.warn(
-                f"{name} was trained on {other}, not on this base: it fits, but may not do the same.", stacklevel=5
+                f"{name} was trained on {other}, not on this base: it fits, but its effect may differ.", stacklevel=5
             )
 
     def __enter__(self) -> Self:
@@ -245,70 +260,69 @@ class Graft:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether it is one of bitsandbytes' packed weights."""
+    """Whether `weight` is a packed weight of bitsandbytes."""
     return hasattr(weight, "quant_state") or hasattr(weight, "CB")
 
 
-def _applied(
+def _apply_all(
     deltas: Sequence[tuple[Delta, float]], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in float32 under all deltas, in order."""
+    """Apply deltas with their strengths in order, and return the new weight and bias in float32."""
     for delta, strength in deltas:
         weight, bias = delta.apply(weight, bias, strength)
     return weight, bias
 
 
-def _on(device: torch.device, held: Any) -> Any:
-    """A delta, as far as it is made of dataclasses, mappings and tensors, with its tensors on `device`."""
-    if isinstance(held, Tensor):
-        return held.to(device)
-    if isinstance(held, Mapping):
-        return {name: _on(device, value) for name, value in held.items()}
-    if is_dataclass(held) and not isinstance(held, type):
-        return replace(held, **{one.name: _on(device, getattr(held, one.name)) for one in fields(held) if one.init})
-    return held
+def _to_device(device: torch.device, value: Any) -> Any:
+    """Return a delta, or a part of one, with its tensors on `device`; dataclasses and mappings are traversed."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _to_device(device, item) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        moved = {field.name: _to_device(device, getattr(value, field.name)) for field in fields(value) if field.init}
+        return replace(value, **moved)
+    return value
 
 
-def _each_once(files: Sequence[tuple[str, Words]]) -> list[tuple[str, Words]]:
-    """Words by the file that teaches them; a word that a file before has with the same vectors is taught once.
+def _unique_words(files: Sequence[tuple[str, WordVectors]]) -> list[tuple[str, WordVectors]]:
+    """Return the words of each file, without words that an earlier file has with the same vectors.
 
-    Pivotal tuning leaves its word both beside its weights and in a file of its own.
+    Pivotal tuning writes its word both beside its weights and into a file of its own.
 
     Raises:
-        DiffgraftError: two files teach one word with different vectors.
+        DiffgraftError: two files have the same word with different vectors.
     """
     first: dict[str, tuple[str, Mapping[str, Tensor]]] = {}
-    found: list[tuple[str, Words]] = []
+    unique: list[tuple[str, WordVectors]] = []
     for name, words in files:
-        own = {}
+        new = {}
         for word, vectors in words.items():
-            key = unicodedata.normalize("NFC", word).casefold()  # prompts are read without capitals
+            key = unicodedata.normalize("NFC", word).casefold()  # prompts are read in lower case
             other, known = first.setdefault(key, (name, vectors))
-            if (
-                known is vectors or other == name
-            ):  # of one file, words that differ in capitals alone are told apart later
-                own[word] = vectors
-            elif known.keys() != vectors.keys() or not all(_same(known[part], vectors[part]) for part in known):
+            if known is vectors or other == name:  # words of one file may differ in case only; `AddedTokens` handles it
+                new[word] = vectors
+            elif known.keys() != vectors.keys() or not all(_equal(known[part], vectors[part]) for part in known):
                 raise DiffgraftError(
-                    f"{other} and {name} both teach the word {word!r}, with different vectors: leave one of them out, "
-                    "as a prompt can mean one of them only."
+                    f"{other} and {name} both have the word {word!r}, with different vectors: leave one of them out."
                 )
-        if own:
-            found.append((name, own))
-    return found
+        if new:
+            unique.append((name, new))
+    return unique
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.float().cpu(), other.float().cpu())
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.float().cpu(), b.float().cpu())
 
 
 def _parts(target: Any) -> dict[str, nn.Module]:
-    parts = {name: getattr(target, name, None) for name in part_names()}
-    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    if not found and isinstance(target, nn.Module):
-        found = as_denoiser(target)
-    if not found:
+    """Return the parts of a pipeline or base that adapters may change, by name; a bare denoiser is one part."""
+    candidates = {name: getattr(target, name, None) for name in part_names()}
+    parts = {name: part for name, part in candidates.items() if isinstance(part, nn.Module)}
+    if not parts and isinstance(target, nn.Module):
+        parts = as_denoiser(target)
+    if not parts:
         raise DiffgraftError(
-            f"A {type(target).__name__} holds nothing to graft onto: give a diffusers pipeline, a base, or a UNet."
+            f"A {type(target).__name__} has no part to apply adapters to: give a diffusers pipeline, a base, or a UNet."
         )
-    return found
+    return parts

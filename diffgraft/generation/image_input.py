@@ -1,4 +1,4 @@
-"""Pictures to start from instead of noise alone, and to draw into, in diffusers' pipelines for that."""
+"""Pictures as input of generation: image to image and inpainting, by diffusers' pipelines."""
 
 from dataclasses import dataclass, replace
 from math import lcm
@@ -13,14 +13,14 @@ from diffgraft.third_party import quiet_libraries
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture to start from instead of noise alone (image to image), or to draw into (inpainting)."""
+    """A picture to start from (image to image), or to redraw in part (inpainting)."""
 
     image: Image.Image
     denoise: float = 0.7
-    """How far it is taken back to noise: near 0 it stays as it is, at 1 nothing of it is left. diffusers says
-    `strength`, which here is an adapter's"""
+    """How much noise is added to the picture: near 0 it stays as it is, at 1 it is lost. diffusers calls this
+    `strength`, which here means the strength of an adapter"""
     mask: Image.Image | None = None
-    """As large as the picture: white where it is drawn anew, black where it stays"""
+    """Mask of the picture's size: white where it is redrawn, black where it stays"""
 
     def __post_init__(self) -> None:
         if not 0 < self.denoise <= 1:
@@ -31,55 +31,67 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class ResizedInput:
-    """A source in the size that is drawn."""
+    """An `ImageInput` resized to the size that is drawn."""
 
     image: Image.Image
     mask: Image.Image | None
     denoise: float
 
-    def arguments(self, count: int) -> dict[str, Any]:
-        """What diffusers' pipelines are told for `count` pictures."""
+    def pipeline_arguments(self, count: int) -> dict[str, Any]:
+        """Return the keyword arguments of diffusers' pipelines for `count` pictures."""
         masks = {} if self.mask is None else {"mask_image": [self.mask] * count}
         return {"image": [self.image] * count, "strength": self.denoise, **masks}
 
-    def finished(self, drawn: Image.Image) -> Image.Image:
-        """What was drawn, with the very pixels of the source where it stays: the VAE has changed them a little."""
+    def restore_unmasked(self, drawn: Image.Image) -> Image.Image:
+        """Return `drawn` with the input's pixels outside the mask, which the VAE has changed a little."""
         return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
 
 
-def inpainting_input(pipe: Any, source: ImageInput | None, size: tuple[int, int] | None) -> ImageInput:
-    """The source for an inpainting denoiser, which always needs one: without it, grey that is drawn all over."""
-    if source is None:
-        own = native_pixels(pipe)
-        source = ImageInput(Image.new("RGB", size or (own, own), (128, 128, 128)), denoise=1.0)
-    return replace(source, mask=source.mask or Image.new("L", source.image.size, 255))
+def inpainting_input(pipe: Any, image_input: ImageInput | None, size: tuple[int, int] | None) -> ImageInput:
+    """Return the input of an inpainting denoiser, which always needs one: a grey picture, all masked, by default."""
+    if image_input is None:
+        side = native_pixels(pipe)
+        image_input = ImageInput(Image.new("RGB", size or (side, side), (128, 128, 128)), denoise=1.0)
+    return replace(image_input, mask=image_input.mask or Image.new("L", image_input.image.size, 255))
 
 
-def prepare_image_input(pipe: Any, source: ImageInput, more: dict[str, Any]) -> tuple[Any, ResizedInput]:
-    """The pipeline for a source, over the same modules, and the source in its size."""
+def prepare_image_input(pipe: Any, image_input: ImageInput, arguments: dict[str, Any]) -> tuple[Any, ResizedInput]:
+    """Return a pipeline for `image_input`, made of the modules of `pipe`, and the input resized.
+
+    Args:
+        pipe: a text-to-image pipeline.
+        image_input: picture, and mask if there is one.
+        arguments: keyword arguments of the pipeline, with width and height in pixels. Both are removed for image to
+            image, which takes the size from the picture.
+
+    Raises:
+        DiffgraftError: the mask is not of the picture's size, or is black everywhere.
+    """
     with quiet_libraries():
         from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
-    size = (more["width"], more["height"])
-    image = ImageOps.fit(source.image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    size = (arguments["width"], arguments["height"])
+    image = ImageOps.fit(image_input.image.convert("RGB"), size, Image.Resampling.LANCZOS)
     mask = None
-    if source.mask is not None:
-        if source.mask.size != source.image.size:
-            sizes = ["x".join(map(str, image.size)) for image in (source.mask, source.image)]
-            raise DiffgraftError(f"The mask is {sizes[0]} and the picture {sizes[1]}: they must be of one size.")
-        mask = ImageOps.fit(_on_black(source.mask), size, Image.Resampling.BILINEAR)
+    if image_input.mask is not None:
+        if image_input.mask.size != image_input.image.size:
+            sizes = ["x".join(map(str, image.size)) for image in (image_input.mask, image_input.image)]
+            raise DiffgraftError(f"The mask is {sizes[0]} and the picture {sizes[1]}: both must have the same size.")
+        mask = ImageOps.fit(_flatten_mask(image_input.mask), size, Image.Resampling.BILINEAR)
         if mask.getextrema() == (0, 0):
-            raise DiffgraftError("The mask is black everywhere, so nothing would be drawn: paint white what should be.")
+            raise DiffgraftError(
+                "The mask is black everywhere, so nothing would be redrawn: paint white what should be."
+            )
     kind = AutoPipelineForImage2Image if mask is None else AutoPipelineForInpainting
-    drawing = kind.from_pipe(pipe)
-    drawing.set_progress_bar_config(disable=True)
-    if mask is None:  # it takes the size from the picture
-        del more["width"], more["height"]
-    return drawing, ResizedInput(image, mask, source.denoise)
+    input_pipe = kind.from_pipe(pipe)
+    input_pipe.set_progress_bar_config(disable=True)
+    if mask is None:  # image to image takes the size from the picture
+        del arguments["width"], arguments["height"]
+    return input_pipe, ResizedInput(image, mask, image_input.denoise)
 
 
-def _on_black(mask: Image.Image) -> Image.Image:
-    """A mask as "L"; what is transparent in it counts as black."""
+def _flatten_mask(mask: Image.Image) -> Image.Image:
+    """Return a mask in mode L, with transparent pixels as black."""
     if not mask.has_transparency_data:
         return mask.convert("L")
     painted = mask.convert("RGBA")
@@ -87,15 +99,19 @@ def _on_black(mask: Image.Image) -> Image.Image:
 
 
 def native_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
-    """The picture's shape, at about as many pixels as the base was made for."""
-    own, step = native_pixels(pipe), lcm(pipe.vae_scale_factor, 8)
-    zoom = own / (image.width * image.height) ** 0.5
-    width, height = (max(step, round(side * zoom / step) * step) for side in image.size)
+    """Return the (width, height) with the picture's aspect ratio and about the base's native number of pixels."""
+    side, step = native_pixels(pipe), lcm(pipe.vae_scale_factor, 8)
+    zoom = side / (image.width * image.height) ** 0.5
+    width, height = (max(step, round(length * zoom / step) * step) for length in image.size)
     return width, height
 
 
-def steps_from_image(source: ImageInput, steps: int) -> int:
-    """How many of the steps are left from where a source is taken back to."""
-    if int(steps * source.denoise) < 1:
-        raise DiffgraftError(f"denoise={source.denoise} leaves none of {steps} steps. Raise one of them.")
-    return min(steps, int(steps * source.denoise))
+def steps_from_image(image_input: ImageInput, steps: int) -> int:
+    """Return the number of denoising steps that are computed: the share `denoise` of `steps`.
+
+    Raises:
+        DiffgraftError: the share is less than one step.
+    """
+    if int(steps * image_input.denoise) < 1:
+        raise DiffgraftError(f"denoise={image_input.denoise} of {steps} steps is less than one step: raise either.")
+    return min(steps, int(steps * image_input.denoise))

@@ -1,4 +1,4 @@
-"""A checkpoint of its own: a base with adapters merged into its weights for good."""
+"""Writing a checkpoint: a base with adapters merged into its weights."""
 
 import shutil
 from pathlib import Path
@@ -16,25 +16,26 @@ from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import check_new, write_safetensors
-from diffgraft.generation.graft import Grafts, graft
+from diffgraft.generation.graft import AdapterStrengths, graft
 from diffgraft.progress import track
 from diffgraft.third_party import quiet_libraries
 
 
-def merge_checkpoint(base: Base, adapters: Grafts, path: str | Path) -> Path:
-    """Write `base` with `adapters` merged into it, its weights in their own precision.
+def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -> Path:
+    """Write a checkpoint of `base` with `adapters` merged into its weights, and return its path.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
-    `base` is afterwards as it was, and nothing half-written has the name.
+    Weights keep their dtype. `base` is left unchanged, and the checkpoint appears under its name only when complete.
 
     Raises:
-        DiffgraftError: something is there already, an adapter holds what no weight can (words or networks), the
-            base is quantised, or its family has no single-file layout.
+        DiffgraftError: `path` exists, an adapter holds words or networks, the base is quantised, or its family has no
+            single-file layout.
     """
     path = check_new(path)
     if base.quantize != "none":
         raise DiffgraftError(
-            f"This base is held in {base.quantize}, and only whole weights take a merge: load it without quantize."
+            f"This base is quantized to {base.quantize}, and adapters can only be merged into unquantized weights: "
+            "load it without quantize."
         )
     layers = layers_in_block(base)
     loaded = {
@@ -45,16 +46,16 @@ def merge_checkpoint(base: Base, adapters: Grafts, path: str | Path) -> Path:
         if adapter.tokens or adapter.networks:
             what = "words" if adapter.tokens else "networks"
             raise DiffgraftError(
-                f"A {adapter.method} adapter holds {what}, which cannot be merged into weights. Leave it beside the "
-                "base and give it when drawing."
+                f"A {adapter.method} adapter holds {what}, which cannot be merged into weights: leave it out, and "
+                "give it when drawing."
             )
     with graft(base, loaded):
         if path.suffix == ".safetensors":
             weights = {name: value.detach().contiguous() for name, value in ldm_state_dict(base).items()}
-            predicted = base.parameterization.name
-            weights |= v_pred_markers(base.family.name, predicted, base.zero_snr)
-            said = prediction_header(predicted) | config_header(base, CONFIGS / base.family.name)
-            return write_safetensors(path, weights, {"format": "pt", **said})
+            prediction = base.parameterization.name
+            weights |= v_pred_markers(base.family.name, prediction, base.zero_snr)
+            header = prediction_header(prediction) | config_header(base, CONFIGS / base.family.name)
+            return write_safetensors(path, weights, {"format": "pt", **header})
         return _write_folder(base, path)
 
 
@@ -69,7 +70,7 @@ def _write_folder(base: Base, folder: Path) -> Path:
             for name, part in track(parts.items(), "writing the checkpoint"):
                 part.save_pretrained(partial / name)
                 if name.startswith("text_encoder"):
-                    _add_level(partial / name / "model.safetensors", part)
+                    _add_text_model_level(partial / name / "model.safetensors", part)
                 elif name.startswith("tokenizer"):
                     part.backend_tokenizer.model.save(str(partial / name))
         partial.rename(folder)
@@ -78,11 +79,11 @@ def _write_folder(base: Base, folder: Path) -> Path:
     return folder
 
 
-def _add_level(path: Path, encoder: Any) -> None:
-    """Give the weights of a CLIP text encoder the names that every version of transformers reads.
+def _add_text_model_level(path: Path, encoder: Any) -> None:
+    """Rename the weights of a CLIP text encoder so that every version of transformers can read them.
 
-    Version 5 writes those of a ``CLIPTextModel`` without the level ``text_model``, and reads them with it as well;
-    versions up to 5.5 know no other, and fill what they miss with random numbers.
+    Newer versions write the names of a ``CLIPTextModel`` without the level ``text_model``, and read both. Versions up
+    to 5.5 read only names with that level, and fill missing weights with random numbers.
     """
     if type(encoder).__name__ == "CLIPTextModel":
         weights = {add_text_model(name.removeprefix("text_model.")): value for name, value in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Pictures for people: grids with captions, and the curve of a loss."""
+"""Grids of labelled pictures, and plots of losses."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,10 @@ from diffgraft.files import atomic_write
 
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Image.Image:
-    """Rows of pictures, each row under its label, in cells of the first picture's size.
+    """Lay out rows of pictures, each row under its label, in cells of the first picture's size.
 
-    Small pictures are enlarged to `smallest` pixels, unsmoothed; those of another shape keep it, on white.
+    Cells narrower than `smallest` pixels are enlarged by a whole factor, without smoothing. Pictures of another shape
+    keep it, on white.
     """
     first = next(iter(rows.values()))[0]
     zoom = max(1, -(-smallest // first.width))
@@ -26,23 +27,27 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Imag
         top = row * (height + line + gap)
         pen.text((gap, top + 2), label, (70, 70, 70), font)
         for number, image in enumerate(images):
-            how = Image.Resampling.NEAREST if image.size == first.size else Image.Resampling.LANCZOS
-            enlarged = ImageOps.pad(image.convert("RGB"), (width, height), how, "white")
+            resampling = Image.Resampling.NEAREST if image.size == first.size else Image.Resampling.LANCZOS
+            enlarged = ImageOps.pad(image.convert("RGB"), (width, height), resampling, "white")
             sheet.paste(enlarged, (gap + number * (width + gap), top + line))
     return sheet
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a picture, whole or not at all."""
+    """Write a picture to a file atomically."""
     with atomic_write(path) as partial:
         image.save(partial)
     return path
 
 
 def save_loss_plot(curves: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Losses over the steps they are of; linear axes from zero.
+    """Plot losses over steps, on linear axes from zero, and return the path.
 
-    Those of every step are drawn as points with their running mean; those of some are joined.
+    Curves with a value for every step are drawn as points with their running mean, sparser curves as connected points.
+
+    Args:
+        curves: name of a loss → step → value.
+        path: path of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,10 +55,10 @@ def save_loss_plot(curves: Mapping[str, Mapping[int, float]], path: Path) -> Pat
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    most = max(map(len, curves.values()), default=0)
+    longest = max(map(len, curves.values()), default=0)
     for name, points in curves.items():
         steps, values = list(points), list(points.values())
-        if len(points) == most:
+        if len(points) == longest:
             (dots,) = axes.plot(steps, values, ".", markersize=3, alpha=0.35)
             axes.plot(steps, running_mean(values), color=dots.get_color(), label=f"{name} (running mean)")
         else:
@@ -66,10 +71,10 @@ def save_loss_plot(curves: Mapping[str, Mapping[int, float]], path: Path) -> Pat
     return path
 
 
-def running_mean(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """Exponential mean, corrected at its start for having seen little."""
-    out, total, weight = [], 0.0, 0.0
+def running_mean(values: Sequence[float], decay: float = 0.95) -> list[float]:
+    """Return the exponential moving average of `values`, with bias correction for its first values."""
+    means, total, weight = [], 0.0, 0.0
     for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
-    return out
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight)
+    return means

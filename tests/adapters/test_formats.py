@@ -202,7 +202,7 @@ def test_a_misspelt_module_is_told_of(tmp_path: Path) -> None:
 
 def test_names_of_files_say_what_they_are(base: Base, tmp_path: Path) -> None:
     for name in ("a.pt", "a.bin", "a.txt", "a"):
-        with pytest.raises(DiffgraftError, match=r"would be a safetensors file: give a\.safetensors"):
+        with pytest.raises(DiffgraftError, match=r"has the safetensors format, so call it a\.safetensors"):
             made_up(base).save(tmp_path / name, "kohya")
     with pytest.raises(DiffgraftError, match="There is nothing to write"):
         Adapter({}, {"method": "lora"}).save(tmp_path / "a.safetensors")

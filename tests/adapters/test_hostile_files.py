@@ -144,7 +144,7 @@ def test_what_a_base_cannot_hold_is_not_written_into_it(base: Base) -> None:
     before = weight.clone()
     down, up = torch.full((1, *weight.shape[1:]), 1e20), torch.full((weight.shape[0], 1, 1, 1), 1e20)
     huge = Adapter({PATH: (low_rank(down, up, 1.0),)}, {})
-    with pytest.raises(DiffgraftError, match="larger than float32 can hold"):
+    with pytest.raises(DiffgraftError, match="overflows float32"):
         graft(base, {huge: 1.0})
     assert torch.equal(weight, before)
     (module,) = inspect(huge).modules

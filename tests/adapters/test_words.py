@@ -176,7 +176,7 @@ def test_a_word_that_two_files_teach_alike_is_taught_once(base: Base, tmp_path: 
                 graft(base, {word: 1.0})
     other = replace(both, deltas={}, tokens={WORD.upper(): {"text_encoder": both.tokens[WORD]["text_encoder"] + 1}})
     odd = other.save(tmp_path / "odd.safetensors")
-    with pytest.raises(DiffgraftError, match=r"adapter.safetensors and .*odd.safetensors both teach the word"):
+    with pytest.raises(DiffgraftError, match=r"adapter.safetensors and .*odd.safetensors both have the word"):
         graft(base, {whole: 1.0, odd: 1.0})
     assert base.tokenizer is tokenizer
 

@@ -58,7 +58,7 @@ def test_training_and_drawing(pictures: Path, tmp_path: Path) -> None:
             settings_of = Settings(size=(64, 48), steps=3)
             drawn[strength, "alone"] = generate(held.pipeline(), ["a dog"], settings_of, [1])[0]
             source = ImageInput(photo, denoise=1.0, mask=mask)
-            drawn[strength, "into"] = generate(held.pipeline(), ["a dog"], settings_of, [1], source=source)[0]
+            drawn[strength, "into"] = generate(held.pipeline(), ["a dog"], settings_of, [1], image_input=source)[0]
     for kind in ("alone", "into"):
         assert drawn[0.0, kind].size == (64, 48)
         assert drawn[0.0, kind].tobytes() != drawn[50.0, kind].tobytes()

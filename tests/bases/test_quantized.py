@@ -339,7 +339,7 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
         with pytest.raises(DiffgraftError, match="trains the base's own weights, and here they are quantised"):
             train("subject", base=held, **{**settings, **more})
     for name in ("checkpoint", "checkpoint.safetensors"):
-        with pytest.raises(DiffgraftError, match=f"held in {held.quantize}, and only whole weights take a merge"):
+        with pytest.raises(DiffgraftError, match=f"quantized to {held.quantize}, and adapters can only be merged"):
             merge_checkpoint(held, {lora(1, held): 1.0}, tmp_path / name)
     assert not list(tmp_path.iterdir())
 

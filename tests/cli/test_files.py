@@ -40,9 +40,9 @@ def test_convert(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "approximated" not in said
     before = file.read_bytes()
     assert call(monkeypatch, "convert", file, file, "--to", "kohya") == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert call(monkeypatch, "resize", file, "-o", file, "--rank", 1) == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "embedding") == 1
     assert "it can be one word" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_read(
     taken = tmp_path / "taken.safetensors"
     taken.write_bytes(b"mine")
     assert call(monkeypatch, *(str(taken) if word == "NEW" else word for word in words)) == 1
-    assert f"{taken} is there already" in capsys.readouterr().err
+    assert f"{taken} already exists" in capsys.readouterr().err
     assert taken.read_bytes() == b"mine"
 
 

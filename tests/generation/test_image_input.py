@@ -33,7 +33,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def draw(base: Base, source: ImageInput | None, steps: int = 8, **settings: object) -> list[Image.Image]:
-    return generate(base.pipeline(), [PROMPT] * 2, Settings(steps=steps, **settings), [1, 2], source=source)  # type: ignore[arg-type]
+    return generate(base.pipeline(), [PROMPT] * 2, Settings(steps=steps, **settings), [1, 2], image_input=source)  # type: ignore[arg-type]
 
 
 def test_the_less_noise_the_nearer_to_the_source(base: Base) -> None:
@@ -96,7 +96,7 @@ def test_adapters_of_every_method_work_in_all_pipelines(method: str, base: Base)
 
     def draw_all() -> list[np.ndarray]:
         pipe, prompt = base.pipeline(), "a <zorp> dog"
-        return [pixels(generate(pipe, [prompt], Settings(steps=4), [1], source=source)[0]) for source in sources]
+        return [pixels(generate(pipe, [prompt], Settings(steps=4), [1], image_input=source)[0]) for source in sources]
 
     bare = draw_all()
     with graft(base, {adapter: 1.0}):
@@ -122,7 +122,7 @@ def test_a_refused_source_leaves_the_pipeline_as_it_was(base: Base) -> None:
     own = pipe.scheduler
     source = ImageInput(photo(), 0.5, Image.new("L", (10, 10)))
     with pytest.raises(DiffgraftError, match="mask is 10x10"):
-        generate(pipe, [PROMPT], Settings(steps=4, scheduler="euler"), [1], source=source)
+        generate(pipe, [PROMPT], Settings(steps=4, scheduler="euler"), [1], image_input=source)
     assert pipe.scheduler is own
 
 
@@ -130,13 +130,13 @@ def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
     small = load_base(str(sdxl_folder))
     mask = Image.new("L", (64, 64), 255)
     for source in (ImageInput(photo(), 0.5), ImageInput(photo(), 0.5, mask)):
-        assert generate(small.pipeline(), [PROMPT], Settings(steps=4), [1], source=source)[0].size == (32, 32)
+        assert generate(small.pipeline(), [PROMPT], Settings(steps=4), [1], image_input=source)[0].size == (32, 32)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (ImageInput(Image.new("RGB", (64, 64)), 0.05), "leaves none of 8 steps"),
+        (ImageInput(Image.new("RGB", (64, 64)), 0.05), "of 8 steps is less than one step"),
         (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
         (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
     ],

@@ -112,7 +112,7 @@ def test_what_no_weight_can_hold_is_refused(base: Base, tmp_path: Path) -> None:
     word = Adapter({}, {"method": "textual-inversion"}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 64)}})
     with pytest.raises(DiffgraftError, match="holds words, which cannot be merged into weights"):
         merge_checkpoint(base, {word: 1.0}, tmp_path / "x")
-    with pytest.raises(DiffgraftError, match="is there already"):
+    with pytest.raises(DiffgraftError, match="already exists"):
         merge_checkpoint(base, {lora(1): 1.0}, tmp_path)
     with pytest.raises(DiffgraftError, match="does not fit this base"):
         merge_checkpoint(base, {lora(1, path="unet.nowhere.to_k"): 1.0}, tmp_path / "x")

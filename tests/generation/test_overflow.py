@@ -46,7 +46,7 @@ def test_training_goes_on_without_samples_that_overflow(
     base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def overflow(*_: Any) -> None:
-        raise OverflowedPictureError("Numbers overflowed.")
+        raise OverflowedPictureError("Latents overflowed.")
 
     monkeypatch.setattr("diffgraft.trainers.hooks.samples.generate", overflow)
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}}
@@ -55,9 +55,9 @@ def test_training_goes_on_without_samples_that_overflow(
         run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     said = [str(one.message) for one in seen]
     assert said == [
-        "There are no samples of step 1. Numbers overflowed.",
-        "There are no samples of step 2. Numbers overflowed.",
-        "There is no before-after.png. Numbers overflowed.",
+        "There are no samples of step 1. Latents overflowed.",
+        "There are no samples of step 2. Latents overflowed.",
+        "There is no before-after.png. Latents overflowed.",
     ]
     assert run.steps == 2
     assert run.adapter.deltas

@@ -112,7 +112,7 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
     check_whole(tmp_path)
     with started(2, "--resume", folder) as second:
         wait_for_line(7, second)
-        with pytest.raises(DiffgraftError, match="Another process is at work in"):
+        with pytest.raises(DiffgraftError, match="Another process is using"):
             train(base=base, resume=folder)
         second.send_signal(signal.SIGINT)
         _, said = second.communicate()

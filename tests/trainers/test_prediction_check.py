@@ -75,7 +75,7 @@ def test_training_and_drawing_tell_of_a_base_that_says_the_wrong_thing(pictures:
     with pytest.warns(UserWarning, match="trained as one that predicts epsilon, and seems to predict v_prediction"):
         run = train("subject", base=wrong, images=pictures, output=tmp_path / "run", **settings)
     right = load_base("tiny")
-    with pytest.warns(UserWarning, match="trained on a base that predicts epsilon, and this one predicts v_pred"):
+    with pytest.warns(UserWarning, match="trained on a base that predicts epsilon, but this one predicts v_pred"):
         graft(right, run.adapter_file).remove()
     assert run.adapter.metadata["base"]["prediction_type"] == "epsilon"
     graft(wrong, run.adapter_file).remove()
