@@ -1,7 +1,7 @@
-"""Files of the cache: tensors with a checksum, read only if they are what was written, and never needed.
+"""Files of the cache: tensors with a checksum, which is verified when they are read.
 
-A cache saves time and is not required: what is damaged in it is computed again, and where it cannot be written (a full
-or read-only disk) training goes on without.
+The cache saves time and is not required: damaged entries are computed again, and if it cannot be written (a full or
+read-only disk), training continues without it.
 """
 
 import hashlib
@@ -21,31 +21,31 @@ _SUM = "sha256"
 
 
 def read_tensors(file: Path) -> dict[str, Tensor] | None:
-    """Tensors by name; None where there is no such file, or it is not what was written."""
+    """Read tensors by name; None if the file does not exist, or its checksum does not match."""
     try:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # opening a pipe would block
             return None
         with safe_open(file, framework="pt") as opened:
-            found = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            return found if (opened.metadata() or {}).get(_SUM) == checksum(found) else None
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            return tensors if (opened.metadata() or {}).get(_SUM) == checksum(tensors) else None
     except (OSError, SafetensorError):
         return None
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], of: str) -> bool:
-    """Write tensors with their checksum, and what they are computed `of`; whether the cache took them."""
-    held = {name: value.cpu().contiguous() for name, value in tensors.items()}
-    with optional_write() as done:
-        write_safetensors(file, held, {"of": of, _SUM: checksum(held)})
-        done.append(file)
-    return bool(done)
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], source: str) -> bool:
+    """Write tensors with their checksum, and a text that names their source; return whether they were written."""
+    on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
+    with optional_write() as written:
+        write_safetensors(file, on_cpu, {"of": source, _SUM: checksum(on_cpu)})
+        written.append(file)
+    return bool(written)
 
 
 @contextmanager
 def optional_write() -> Iterator[list[Path]]:
-    """A block that writes into the cache; where that fails a warning is given and the block is left.
+    """Turn errors of writing to the cache within the block into a warning.
 
-    The block appends the files it has written to the list.
+    The block appends the files it has written to the list that is yielded.
     """
     written: list[Path] = []
     try:
@@ -53,13 +53,13 @@ def optional_write() -> Iterator[list[Path]]:
     except (OSError, SafetensorError, DiskFullError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         warnings.warn(
-            f"The cache {cache_folder()} cannot be written ({reason}): what it would keep is computed again next time.",
+            f"The cache {cache_folder()} cannot be written ({reason}); its content will be computed again next time.",
             stacklevel=3,
         )
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bits."""
+    """Return the SHA-256 over names, dtypes, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

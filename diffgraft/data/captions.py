@@ -1,4 +1,4 @@
-"""What is said of a picture: its captions, their tags in any order, and what is put around them."""
+"""Prompts built from the captions of a picture: tags shuffled and dropped, and templates around them."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,73 +10,79 @@ if TYPE_CHECKING:
     import numpy as np
 
 _LETTER = r"[^\W\u2e80-\ud7ff\uf900-\ufaff]"
-"""What a word does not end before; writing without spaces, such as Chinese, has no such letters"""
+"""A letter of scripts that separate words by spaces; words do not begin or end next to one"""
 
 
 def mentions(text: str, word: str) -> bool:
-    """Whether a text has a word, or several, as words of their own: "sks" is in "a Sks dog" and not in "tusks".
+    """Whether `text` contains `word` (one or several words) as whole words: "sks" is in "a Sks dog", not in "tusks".
 
-    No word at all is in every text.
+    Case is ignored. An empty word is in every text.
     """
-    return not word or bool(_as_word(word).search(text))
+    return not word or bool(_whole_word(word).search(text))
 
 
-def without_word(text: str, word: str, more: str = "") -> str:
-    """A text without each mention of a word, and of what the pattern `more` finds behind it."""
-    return _as_word(word, more).sub("", text)
+def without_word(text: str, word: str, suffix: str = "") -> str:
+    """Return `text` without each whole word `word`, and what the pattern `suffix` matches behind it."""
+    return _whole_word(word, suffix).sub("", text)
 
 
-def _as_word(word: str, more: str = "") -> re.Pattern[str]:
-    return re.compile(rf"(?<!{_LETTER}){re.escape(word)}{more}(?!{_LETTER})", re.IGNORECASE)
+def _whole_word(word: str, suffix: str = "") -> re.Pattern[str]:
+    return re.compile(rf"(?<!{_LETTER}){re.escape(word)}{suffix}(?!{_LETTER})", re.IGNORECASE)
 
 
-def lines_of(caption: str, how: str, separator: str = ",") -> tuple[str, ...]:
-    """The texts that a caption of several lines stands for: its first line, all of them, or all of them joined."""
-    lines = [line.strip() for line in caption.splitlines() if line.strip()]
-    if how == "join":
-        bare = (line.removesuffix(separator).rstrip() for line in lines)
-        return (f"{separator} ".join(line for line in bare if line),) if lines else ()
-    return tuple(lines if how == "random" else lines[:1])
+def caption_lines(caption: str, lines: str, separator: str = ",") -> tuple[str, ...]:
+    """Return the texts of a caption of several lines.
+
+    Args:
+        caption: the caption.
+        lines: ``first`` for its first line, ``random`` for all lines, ``join`` for all lines joined to one text.
+        separator: separator between joined lines.
+    """
+    texts = [line.strip() for line in caption.splitlines() if line.strip()]
+    if lines == "join":
+        stripped = (text.removesuffix(separator).rstrip() for text in texts)
+        return (f"{separator} ".join(text for text in stripped if text),) if texts else ()
+    return tuple(texts if lines == "random" else texts[:1])
 
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """The texts of one picture, and how they become prompts."""
+    """The captions of one picture, and the templates that make prompts of them."""
 
     texts: tuple[str, ...]
-    """They take turns"""
-    around: tuple[str, ...] = ()
-    """For each text what stands around its `{caption}`; none: nothing"""
-    kept: str = field(default="", repr=False)
-    """The word whose tags are never left out"""
+    """Captions, which take turns"""
+    templates: tuple[str, ...] = ()
+    """Template with `{caption}` for each text; empty: texts are prompts"""
+    kept_word: str = field(default="", repr=False)
+    """Word whose tags are never dropped"""
 
-    def prompt(self, number: int, tags: Tags, dropout: float, random: "np.random.Generator") -> str:
-        """The prompt made of text `number`, or nothing at all, which comes with the probability `dropout`."""
+    def prompt(self, index: int, tags: Tags, dropout: float, random: "np.random.Generator") -> str:
+        """Return the prompt of text `index` with its tags changed, or an empty one with the probability `dropout`."""
         if dropout and random.random() < dropout:
             return ""
-        return self._around(number, _changed(self.texts[number], tags, self.kept, random))
+        return self._fill_template(index, _shuffle_and_drop(self.texts[index], tags, self.kept_word, random))
 
     def prompts(self) -> list[str]:
-        """All prompts, each with its tags as they stand."""
-        return [self._around(number, text) for number, text in enumerate(self.texts)]
+        """Return the prompts of all texts, with their tags unchanged."""
+        return [self._fill_template(index, text) for index, text in enumerate(self.texts)]
 
-    def _around(self, number: int, text: str) -> str:
-        return self.around[number].replace("{caption}", text) if self.around else text
+    def _fill_template(self, index: int, text: str) -> str:
+        return self.templates[index].replace("{caption}", text) if self.templates else text
 
 
 def is_fixed(tags: Tags) -> bool:
-    """Whether each text always makes the same prompt."""
+    """Whether tags are neither shuffled nor dropped, so that a text always makes the same prompt."""
     return not (tags.shuffle or tags.drop)
 
 
-def _changed(text: str, tags: Tags, kept: str, random: "np.random.Generator") -> str:
+def _shuffle_and_drop(text: str, tags: Tags, kept_word: str, random: "np.random.Generator") -> str:
     if is_fixed(tags):
         return text
     parts = [part.strip() for part in text.split(tags.separator) if part.strip()]
     first, rest = parts[: tags.keep], parts[tags.keep :]
     if tags.shuffle:
-        rest = [rest[place] for place in random.permutation(len(rest))]
+        rest = [rest[index] for index in random.permutation(len(rest))]
     if tags.drop:
-        words = [word.strip() for word in kept.split(tags.separator) if word.strip()]  # a trigger may be several tags
+        words = [word.strip() for word in kept_word.split(tags.separator) if word.strip()]  # may be several tags
         rest = [part for part in rest if random.random() >= tags.drop or any(mentions(part, word) for word in words)]
     return f"{tags.separator} ".join([*first, *rest])

@@ -1,4 +1,4 @@
-"""Class images for prior preservation: drawn by the base itself, once, and kept.
+"""Class images for prior preservation: drawn by the base itself, once, and cached.
 
 DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, section 3.3) supervises the model with its own pictures of the class.
 """
@@ -18,76 +18,86 @@ from diffgraft.data.pictures import Picture
 from diffgraft.files import atomic_write, cache_folder, write_text
 from diffgraft.generation.generate import Settings, default_batch_size, generate
 
-_AT_ONCE = 4
-"""Pictures in a batch, at most"""
+_MAX_BATCH = 4
+"""Number of pictures in a batch at most"""
 
 
 def class_images(
     base: Base, prompts: Sequence[str], each: int, settings: Settings, seed: int
 ) -> list[tuple[str, Picture]]:
-    """`each` pictures of every prompt by the bare base, with their prompts; only those not in the cache are drawn.
+    """Return `each` pictures of every prompt, drawn by the base without adapters; those in the cache are reused.
 
-    How many are drawn at once decides their last bits. So batches are as large and hold the same whatever the cache
-    has of them, and an interrupted drawing leaves the same pictures as one that never was.
+    The batch size affects the last bits of a picture. Batches therefore always hold the same pictures, whatever is in
+    the cache, so that an interrupted and continued drawing gives the same pictures as an uninterrupted one.
+
+    Args:
+        base: base that draws.
+        prompts: prompts of the class.
+        each: number of pictures of each prompt.
+        settings: options for drawing.
+        seed: seed of all pictures.
+
+    Returns:
+        The prompt and the picture, for each picture.
     """
     size = settings.size or (base.resolution, base.resolution)
-    batch = min(_AT_ONCE, default_batch_size(*size))
+    batch = min(_MAX_BATCH, default_batch_size(*size))
     settings = replace(settings, batch=batch)
     wanted = [(prompt, _folder(base, prompt, settings, seed), number) for prompt in prompts for number in range(each)]
     paths = [folder / f"{number:04d}.png" for _, folder, number in wanted]
-    missing = {place for place, path in enumerate(paths) if not _is_whole(path, size)}
+    missing = {index for index, path in enumerate(paths) if not _is_readable(path, size)}
     unsaved: dict[int, bytes] = {}
     if missing:
-        for prompt, folder in dict.fromkeys((prompt, folder) for prompt, folder, _ in (wanted[at] for at in missing)):
+        for prompt, folder in dict.fromkeys(wanted[index][:2] for index in missing):
             with optional_write():
                 write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
-        places = _whole_batches(missing, len(wanted), batch)
+        indices = _whole_batches(missing, len(wanted), batch)
 
         def keep(number: int, image: Image.Image) -> None:
-            if (place := places[number]) in missing:
-                missing.remove(place)
-                image.save(written := BytesIO(), "PNG")
-                with optional_write() as done:
-                    with atomic_write(paths[place]) as file:
-                        file.write_bytes(written.getvalue())
-                    done.append(paths[place])  # only now: the disk may be full up to the last moment
-                if not done:
-                    unsaved[place] = written.getvalue()
+            if (index := indices[number]) in missing:
+                missing.remove(index)
+                image.save(png := BytesIO(), "PNG")
+                with optional_write() as files:
+                    with atomic_write(paths[index]) as file:
+                        file.write_bytes(png.getvalue())
+                    files.append(paths[index])  # only now, as a full disk may raise at the end of the block
+                if not files:
+                    unsaved[index] = png.getvalue()
 
-        texts = [wanted[place][0] for place in places]
-        seeds = [seed * 100_003 % 2**31 + wanted[place][2] for place in places]
+        texts = [wanted[index][0] for index in indices]
+        seeds = [seed * 100_003 % 2**31 + wanted[index][2] for index in indices]
         generate(base.pipeline(), texts, settings, seeds, "drawing class images", keep)
     return [
         (
             prompt,
             Picture(
-                f"class image {place}", partial(unsaved.__getitem__, place) if place in unsaved else path.read_bytes
+                f"class image {index}", partial(unsaved.__getitem__, index) if index in unsaved else path.read_bytes
             ),
         )
-        for place, ((prompt, _, _), path) in enumerate(zip(wanted, paths, strict=True))
+        for index, ((prompt, _, _), path) in enumerate(zip(wanted, paths, strict=True))
     ]
 
 
-def _is_whole(path: Path, size: tuple[int, int]) -> bool:
-    """Whether the cache has a picture of `size` that can be read to its end; a damaged one is drawn again."""
+def _is_readable(path: Path, size: tuple[int, int]) -> bool:
+    """Whether the cache has an undamaged picture of `size` at `path`."""
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a pipe would block
             return False
         with Image.open(path, formats=["PNG"]) as image:
             if image.size != size:  # before it is decoded
                 return False
             image.load()
         return True
-    except Exception:  # what the decoder stumbles over in a damaged file is of many kinds
+    except Exception:  # decoders raise many kinds of exceptions for damaged files
         return False
 
 
 def _whole_batches(missing: Set[int], count: int, size: int) -> list[int]:
-    """Places of all batches that lack something; the last one is filled up with its own last picture."""
-    starts = sorted({place // size * size for place in missing})
-    return [min(place, count - 1) for start in starts for place in range(start, start + size)]
+    """Return the indices of all batches with a missing picture; the last batch repeats the last of `count` pictures."""
+    starts = sorted({index // size * size for index in missing})
+    return [min(index, count - 1) for start in starts for index in range(start, start + size)]
 
 
 def _folder(base: Base, prompt: str, settings: Settings, seed: int) -> Path:
-    said = f"{base.generation_hash} {prompt} {settings} {seed}"
-    return cache_folder() / "class-images" / hashlib.sha256(said.encode()).hexdigest()[:20]
+    key = f"{base.generation_hash} {prompt} {settings} {seed}"
+    return cache_folder() / "class-images" / hashlib.sha256(key.encode()).hexdigest()[:20]

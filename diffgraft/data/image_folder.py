@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, with captions in the ways people keep them, or a data set of `datasets`."""
+"""Pictures with captions and masks from a folder, or from a data set of the library `datasets`."""
 
 import re
 import warnings
@@ -21,12 +21,17 @@ def read_source(
     outside: bool = False,
     used: Collection[Path] = (),
 ) -> list[Picture]:
-    """The pictures of a folder, of a data set that `datasets` has saved to a folder, or of one on the hub.
+    """Return the pictures of a folder, of a data set that `datasets` saved to a folder, or of one on the hub.
 
-    If not `thorough`, only the beginnings of their files are looked at, and a damaged one may be among them.
+    Args:
+        where: path of a folder, or id of a data set on the hub.
+        caption_column: column with the captions, of the folder's table or of the data set; empty: a usual name.
+        thorough: whether to decode every picture once, so that damaged ones are found.
+        outside: whether the folder's table and links may lead out of the folder.
+        used: folders whose pictures are used otherwise, so that no warnings are given about them.
 
     Raises:
-        DiffgraftError: there is no such thing, or no readable picture in it.
+        DiffgraftError: the folder or data set does not exist, or has no readable picture.
     """
     folder = Path(where).expanduser()
     is_data_set = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
@@ -34,12 +39,12 @@ def read_source(
         return read_folder(folder, caption_column, thorough=thorough, outside=outside, used=used)
     pictures = _readable(from_data_set(folder if is_data_set else str(where), caption_column), thorough)
     if not pictures:
-        raise DiffgraftError(f"No picture was found in the data set {where}.")
+        raise DiffgraftError(f"The data set {where} has no readable picture.")
     return pictures
 
 
 def _is_id(where: str, folder: Path) -> bool:
-    """Whether it is meant as a name on the hub: `owner/name`, with no folder here that is called as the owner."""
+    """Whether `where` is an id on the hub, `owner/name`: neither the folder nor its parent exists here."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where)) and not folder.exists() and not folder.parent.exists()
 
 
@@ -51,87 +56,84 @@ def read_folder(
     outside: bool = False,
     used: Collection[Path] = (),
 ) -> list[Picture]:
-    """All pictures of `folder`, in the order of their names, and those below it that its table names.
+    """Return all pictures of `folder`, ordered by name, and those below it that its table names.
 
-    Each has the caption of the ``.txt`` or ``.caption`` beside it, or those of its rows in ``metadata.jsonl`` or
-    ``metadata.csv``, and for a mask ``NAME_mask.png``. Pictures are turned upright (EXIF), transparency is laid on
-    white, and grey, CMYK and palette pictures become RGB. What lies in the folder and is not used, or cannot be read,
-    is named in warnings.
+    Captions are read from the ``.txt`` or ``.caption`` file beside a picture, or from its rows in ``metadata.jsonl`` or
+    ``metadata.csv``; masks from ``NAME_mask.png``. Pictures are rotated upright (EXIF), transparency is laid on white,
+    and grey, CMYK and palette pictures become RGB. Warnings name files that are not used or cannot be read.
 
     Args:
-        folder: where they lie.
-        caption_column: the table's column with the captions.
-        thorough: whether every picture is decoded once, so that a damaged one is noticed.
+        folder: path of the folder.
+        caption_column: column of the table with the captions; empty: a usual name.
+        thorough: whether to decode every picture once, so that damaged ones are found.
         outside: whether the table and links may lead out of the folder.
-        used: folders whose pictures are used otherwise, so that nothing is said of them.
+        used: folders whose pictures are used otherwise, so that no warnings are given about them.
 
     Raises:
-        DiffgraftError: there is no such folder, or no readable picture in it, or a picture lies outside of it.
+        DiffgraftError: the folder does not exist or has no readable picture, or a picture is outside of it.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DiffgraftError(f"The picture folder {folder} {what}. Give a folder of JPEG, PNG or WebP pictures.")
-    told = read_table(folder, caption_column, outside=outside)
-    further = [path for path in told if path.parent != folder]
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DiffgraftError(f"The picture folder {folder} {problem}. Give a folder of JPEG, PNG or WebP pictures.")
+    table = read_table(folder, caption_column, outside=outside)
+    elsewhere = [path for path in table if path.parent != folder]
     if not outside:
         _refuse_links(folder)
-    content = take_inventory(folder, further, used)
-    paths = [*content.pictures, *sorted(further)]
-    found = [
+    content = take_inventory(folder, elsewhere, used)
+    paths = [*content.pictures, *sorted(elsewhere)]
+    candidates = [
         Picture(
             path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path),
             path.read_bytes,
-            (content.captions[path],) if path in content.captions else told.get(path, ()),
+            (content.captions[path],) if path in content.captions else table.get(path, ()),
             content.masks.get(path),
             path,
         )
         for path in paths
     ]
-    if not found:
-        more = "".join(f" {said}" for said in content.remarks)
-        raise DiffgraftError(
-            f"No picture was found in {folder}: it holds no picture files. Put JPEG, PNG or WebP pictures there.{more}"
-        )
-    twice = [path for path, said in content.captions.items() if told.get(path) and (said,) != told[path]]
+    if not candidates:
+        more = "".join(f" {remark}" for remark in content.remarks)
+        raise DiffgraftError(f"The folder {folder} has no picture files. Put JPEG, PNG or WebP pictures there.{more}")
+    twice = [path for path, caption in content.captions.items() if table.get(path) and (caption,) != table[path]]
     if twice:
         warnings.warn(
             f"{named(twice)} {'has' if len(twice) == 1 else 'have'} a caption in a file and another in the table: "
             "the file's is used.",
             stacklevel=3,
         )
-    for said in content.remarks:
-        warnings.warn(said, stacklevel=3)
-    pictures = _readable(found, thorough)
+    for remark in content.remarks:
+        warnings.warn(remark, stacklevel=3)
+    pictures = _readable(candidates, thorough)
     if not pictures:
         raise DiffgraftError(
-            f"No picture was found in {folder}: none of its {len(found)} picture files can be read. Put JPEG, PNG or "
-            "WebP pictures there."
+            f"None of the {len(candidates)} picture files in {folder} can be read. Save them again as JPEG or PNG."
         )
-    if moving := [picture.name for picture in pictures if picture.moves]:
-        warnings.warn(f"Of files with several pictures the first is learnt: {named(moving)}.", stacklevel=3)
+    if animated := [picture.name for picture in pictures if picture.is_animated]:
+        warnings.warn(f"Only the first frame of files with several is used: {named(animated)}.", stacklevel=3)
     return pictures
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raises DiffgraftError where a picture, a mask, a caption or a table of a folder is a link out of it."""
+    """Raise DiffgraftError if a picture, mask, caption or table of a folder is a link to a file outside of it."""
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and (path.suffix.lower() in (*SUFFIXES, *CAPTIONS) or path.name in TABLES):
             check_inside(folder, path, str(path))
 
 
 def _readable(pictures: Sequence[Picture], thorough: bool) -> list[Picture]:
-    kept = []
-    for picture in track(pictures, "looking at pictures", min_items=100):
+    """Return the pictures that can be read, and warn about the others; if `thorough`, they are decoded entirely."""
+    readable = []
+    for picture in track(pictures, "checking pictures", min_items=100):
         try:
             _ = picture.image if thorough else picture.size
         except UnreadablePictureError as error:
             warn_left_out(error)
             continue
-        kept.append(picture)
-    return kept
+        readable.append(picture)
+    return readable
 
 
 def warn_left_out(error: UnreadablePictureError) -> None:
-    """Say that a picture is left out."""
+    """Warn that a picture is left out because it cannot be read."""
     warnings.warn(f"{error.name} is left out: it cannot be read as a picture ({error.why}).", stacklevel=4)

@@ -1,4 +1,4 @@
-"""What a folder of pictures holds: what will be learnt from, what lies there and will not be, and why."""
+"""Inventory of a folder of pictures: which files training uses, and remarks on those that it does not use."""
 
 import os
 import re
@@ -13,303 +13,320 @@ from diffgraft.data.settings import FolderLayout
 from diffgraft.errors import DiffgraftError
 
 NUMBERED = re.compile(r"(\d+)_(.+)")
-"""kohya's folders: how often the pictures come in a round, and what they show"""
+"""Names of kohya's folders: repeats of their pictures in an epoch, and their prompt"""
 _UNREADABLE = (
     *(".heic", ".heif", ".hif", ".avifs", ".bpg", ".jxs", ".pcx", ".icns", ".cur", ".wmf", ".emf", ".3fr"),
     *(".jxl", ".jxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".ai", ".pdf", ".tga", ".dds"),
     *(".ico", ".exr", ".hdr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"),
     *(".mp4", ".mov", ".webm", ".mkv", ".avi"),
 )
-"""Pictures and films that people keep among the others, and that are not read here"""
+"""Suffixes of pictures and videos that are not supported"""
 _MASKS = ("_mask", "-masklabel")
-"""How the stems of masks end; the second is OneTrainer's"""
+"""Endings of the stems of masks; the second is OneTrainer's"""
 _CONDITIONS = ("-condlabel",)
-"""How the stems of OneTrainer's conditioning pictures end, which nothing here learns from"""
+"""Endings of the stems of OneTrainer's conditioning pictures, which are not used"""
 CAPTIONS = (".txt", ".caption")
-"""Suffixes of captions, in the order in which they are looked for; the second is that of sd-scripts"""
+"""Suffixes of captions in the order of preference; the second is that of sd-scripts"""
 _TABLE_KINDS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".toml", ".yaml", ".yml", ".xml", ".xmp")
-"""Suffixes of files that may hold captions; the first five of tables of them"""
+"""Suffixes of other files that may hold captions; the first five are tables"""
 _LIKE_MASK = re.compile(r"(.+?)[ ._-]?(mask|masks|alpha|matte)", re.IGNORECASE)
-"""Names of masks as other programs have them, after that of the picture"""
+"""Stems of masks as other programs name them: the picture's stem and a word"""
 _SNIFFED = 1000
-"""Files with other suffixes whose beginnings are looked at, at most"""
+"""Number of files with unknown suffixes whose first bytes are checked at most"""
 TABLES = ("metadata.jsonl", "metadata.csv")
-"""As the image folders of `datasets` have them: a column `file_name`, and the captions"""
+"""Names of tables as in image folders of the library `datasets`: a column `file_name`, and columns of captions"""
 _MANY_REPEATS = 1000
-_MOST_REPEATS = 100_000
-"""As the setting `repeats` has it"""
-_LONGEST_CAPTION = 2**18
-"""Bytes; a text encoder reads some hundred of them"""
+"""Repeats of a folder from which a remark is given"""
+_MAX_REPEATS = 100_000
+"""Repeats of a folder at most, as for the setting `repeats`"""
+_MAX_CAPTION = 2**18
+"""Bytes of a caption at most; a text encoder reads some hundred of them"""
 _NAMED = 3
-"""So many files are named where more of them have the same fault"""
-_MOST_ENTRIES = 100_000
-"""Files that are looked at below a folder, at most: somebody may give a whole disk"""
+"""Number of files that a remark names at most"""
+_MAX_ENTRIES = 100_000
+"""Number of files below a folder that are listed at most, in case a whole disk is given"""
 
 
 @dataclass(frozen=True)
 class KohyaFolder:
-    """One of kohya's folders, `10_sks dog`."""
+    """A numbered folder in kohya's layout, such as `10_sks dog`."""
 
     folder: Path
+    """Path of the folder"""
     repeats: int
+    """Repeats of its pictures in an epoch"""
     prompt: str
-    """The prompt of pictures in it that have no caption"""
+    """Prompt of its pictures without a caption"""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The numbered folders that are learnt from; none where the pictures lie in the folder itself."""
+    """The layout of a folder: its numbered subfolders; none if the pictures are in the folder itself."""
 
     folders: Sequence[KohyaFolder]
     remarks: Sequence[str]
-    """Sentences on pictures that will not be learnt from"""
+    """Sentences about pictures that are not used"""
 
 
 def detect_layout(
     folder: str | Path, layout: FolderLayout = "auto", used: Collection[Path] = (), *, has_setting: bool = True
 ) -> Layout:
-    """How `folder` is laid out: in kohya's way, here or in its `img`, or flat; of `used` folders nothing is said.
+    """Detect whether `folder` is flat, or has numbered subfolders in kohya's layout (in itself or in its `img`).
 
-    Without `has_setting` no setting says how it is laid out, as for folders of class images.
+    Args:
+        folder: path of the folder.
+        layout: the setting `layout`; ``auto`` detects the layout.
+        used: subfolders whose pictures are used otherwise, so that there are no remarks on them.
+        has_setting: whether the user can set the layout, so that messages suggest it; not so for class images.
 
     Raises:
-        DiffgraftError: it can be read in both ways and `layout` does not say which is meant, or it has no numbered
-            folders and should be read as if it had.
+        DiffgraftError: with ``auto``, both layouts are possible; with ``kohya``, there are no numbered folders.
     """
     folder = Path(folder).expanduser()
     for root in (folder, folder / "img") if layout != "flat" else ():
-        found = [(one, match) for one in _folders(root) if (match := NUMBERED.fullmatch(one.name))]
-        counted = [KohyaFolder(one, int(match[1]), match[2].strip()) for one, match in found if int(match[1])]
-        inside = {one.folder: len(pictures_in(one.folder)) for one in counted}
-        if not any(inside.values()):
+        matches = [(path, match) for path in _folders(root) if (match := NUMBERED.fullmatch(path.name))]
+        numbered = [KohyaFolder(path, int(match[1]), match[2].strip()) for path, match in matches if int(match[1])]
+        counts = {item.folder: len(pictures_in(item.folder)) for item in numbered}
+        if not any(counts.values()):
             continue
-        places = dict.fromkeys((folder, root))
-        own = [path for place in places for path in pictures_in(place)]
-        tables = [place / name for place in places for name in TABLES if (place / name).is_file()]
-        if (own or tables) and layout == "auto":
-            numbered = ", ".join(f"{one.folder.name} ({inside[one.folder]} x {one.repeats})" for one in counted)
-            advice = "ove what is not meant to another place."
+        roots = dict.fromkeys((folder, root))
+        loose = [path for place in roots for path in pictures_in(place)]
+        tables = [place / name for place in roots for name in TABLES if (place / name).is_file()]
+        if (loose or tables) and layout == "auto":
+            listed = ", ".join(f"{item.folder.name} ({counts[item.folder]} x {item.repeats})" for item in numbered)
+            advice = "ove the pictures that are not meant to another place."
             advice = f"Set layout=flat or layout=kohya, or m{advice}" if has_setting else f"M{advice}"
-            flat = f"the {pluralize(len(own), 'picture')} in it ({named(own)})" if own else ""
-            flat += " and " if own and tables else ""
+            flat = f"the {pluralize(len(loose), 'picture')} in it ({named(loose)})" if loose else ""
+            flat += " and " if loose and tables else ""
             flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
                 f"{folder} can be read in two ways: as {flat}, or in "
-                f"kohya's layout as those of its numbered folders: {numbered}. {advice}"
+                f"kohya's layout as the pictures of its numbered folders: {listed}. {advice}"
             )
-        _check_repeats(counted)
-        unread = [f"{path} is not read, as layout=kohya takes the tables in numbered folders alone." for path in tables]
-        return Layout(counted, [*_outside_of(folder, counted, used), *unread, *_often(counted)])
+        _check_repeats(numbered)
+        unread = [f"{path} is not read, as layout=kohya only reads tables in numbered folders." for path in tables]
+        return Layout(numbered, [*_outside_of(folder, numbered, used), *unread, *_many_repeats(numbered)])
     if layout == "kohya":
         raise DiffgraftError(
-            f"layout=kohya, and {folder} has no numbered folder with pictures in it: name them like 10_sks dog."
+            f"layout=kohya is set, but {folder} has no numbered folder with pictures: name folders like 10_sks dog."
         )
     return Layout([], [])
 
 
 def kohya_folders(folder: str | Path, layout: FolderLayout = "auto") -> list[KohyaFolder]:
-    """The folders of kohya's layout in `folder`, or in its `img`; none where it is not laid out so."""
+    """Return the numbered folders in `folder`, or in its `img`; an empty list if it is flat."""
     return list(detect_layout(folder, layout).folders)
 
 
-def _check_repeats(counted: Sequence[KohyaFolder]) -> None:
-    for one in counted:
-        if one.repeats > _MOST_REPEATS:
+def _check_repeats(numbered: Sequence[KohyaFolder]) -> None:
+    for item in numbered:
+        if item.repeats > _MAX_REPEATS:
             raise DiffgraftError(
-                f"The folder {one.folder} cannot be read in kohya's way: each picture in it would come "
-                f"{one.repeats:,} times in a round, and the most is {_MOST_REPEATS:,}. Rename it, or set layout=flat."
+                f"The name of the folder {item.folder} means, in kohya's layout, {item.repeats:,} repeats of each "
+                f"picture, but at most {_MAX_REPEATS:,} are allowed. Rename it, or set layout=flat."
             )
 
 
-def _often(counted: Sequence[KohyaFolder]) -> Iterator[str]:
-    for one in counted:
-        if one.repeats >= _MANY_REPEATS:
+def _many_repeats(numbered: Sequence[KohyaFolder]) -> Iterator[str]:
+    for item in numbered:
+        if item.repeats >= _MANY_REPEATS:
             yield (
-                f"The folder {one.folder.name} is read in kohya's way: each picture in it comes {one.repeats:,} times "
-                "in a round. If its number is a year or the like, rename it, or set layout=flat."
+                f"The name of the folder {item.folder.name} means, in kohya's layout, {item.repeats:,} repeats of each "
+                "picture. If its number is a year or the like, rename it, or set layout=flat."
             )
 
 
-def _outside_of(folder: Path, counted: Sequence[KohyaFolder], used: Collection[Path]) -> Iterator[str]:
-    """What lies beside numbered folders and is therefore not learnt from."""
-    learnt = {one.folder for one in counted}
+def _outside_of(folder: Path, numbered: Sequence[KohyaFolder], used: Collection[Path]) -> Iterator[str]:
+    """Yield a remark on pictures beside the numbered folders."""
+    roots = {item.folder for item in numbered}
     places: Counter[str] = Counter()
     for path in _below(folder, used):
-        if path.parent not in learnt and not any(one in learnt for one in path.parents):
+        if not any(parent in roots for parent in path.parents):
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{pluralize(places.total(), 'picture')} in {folder} {_are(places.total())} not learnt from, as only those "
+            f"{pluralize(places.total(), 'picture')} in {folder} {_are(places.total())} not used, as only those "
             f"in numbered folders are: {_listed(places)}."
         )
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The files of one folder, sorted by what they are for."""
+    """The files of one folder, sorted by their use."""
 
     pictures: Sequence[Path]
-    """What is learnt from, in the order of their names"""
+    """Pictures to train on, ordered by name"""
     captions: dict[Path, str]
-    """Picture → what the file beside it says, its lines and all"""
+    """Picture → content of the caption file beside it, with its lines"""
     masks: dict[Path, Path]
     """Picture → its mask"""
     remarks: Sequence[str]
-    """Sentences on what lies in the folder and is not used"""
+    """Sentences about files that are not used"""
 
 
 def take_inventory(folder: Path, in_table: Collection[Path] = (), used: Collection[Path] = ()) -> Inventory:
-    """Sort the files of a folder; `in_table` are pictures below it that a table names, `used` folders of other use.
+    """Sort the files of a folder by their use.
 
-    Captions and masks belong to the picture whose name they have, `a.txt` or `a.jpg.txt` and `a_mask.png` or
-    `a-masklabel.png`, whatever the case of the suffix and the Unicode form of the name.
+    Captions and masks belong to the picture of the same name, such as `a.txt` or `a.jpg.txt` and `a_mask.png` or
+    `a-masklabel.png`; the case of the suffix and the Unicode form of the name do not matter.
+
+    Args:
+        folder: path of the folder.
+        in_table: pictures outside of the folder itself that its table names.
+        used: folders whose pictures are used otherwise, so that there are no remarks on them.
 
     Raises:
-        DiffgraftError: a caption is not written in UTF-8.
+        DiffgraftError: a caption is too long or not written in UTF-8.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("._"))
-    shown = [path for path in files if path.suffix.lower() in SUFFIXES]
-    aside = [path for path in shown if is_mask_or_condition(path)]
-    pictures = [path for path in shown if path not in set(aside)]
-    every = list(dict.fromkeys([*pictures, *in_table]))
-    masks, of_masks = _masks(folder, every, aside)
-    captions, of_captions = _captions(every, files)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    mask_files = [path for path in images if is_mask_or_condition(path)]
+    pictures = [path for path in images if path not in set(mask_files)]
+    all_pictures = list(dict.fromkeys([*pictures, *in_table]))
+    masks, mask_remarks = _match_masks(folder, all_pictures, mask_files)
+    captions, caption_remarks = _match_captions(all_pictures, files)
     remarks = [
-        *_of_formats(files, folder),
+        *_unsupported_formats(files, folder),
         *_without_suffix(files),
-        *_of_broken_links(folder),
-        *of_masks,
-        *_like_masks(pictures),
-        *of_captions,
-        *_of_other_words(every, files, folder),
+        *_broken_links(folder),
+        *mask_remarks,
+        *_named_like_masks(pictures),
+        *caption_remarks,
+        *_unread_captions(all_pictures, files, folder),
         *_in_subfolders(folder, {path.resolve() for path in in_table}, used),
     ]
     return Inventory(pictures, captions, masks, remarks)
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The picture files that lie in a folder itself, masks left out; none where there is no such folder."""
+    """Return the picture files in a folder itself without masks, sorted; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not is_mask_or_condition(path) and not path.name.startswith("._"))
+    images = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in images if not is_mask_or_condition(path) and not path.name.startswith("._"))
 
 
 def named(paths: Sequence[Path] | Sequence[str]) -> str:
-    """The first of some files' names, and how many more there are."""
+    """List the first three names of files, and the number of further ones."""
     names = [path.name if isinstance(path, Path) else path for path in paths]
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def is_mask_or_condition(path: Path) -> bool:
-    """Whether it is by its name the mask, or the conditioning picture, of another."""
+    """Whether the name of a file is that of a mask or of a conditioning picture."""
     return path.stem.lower().endswith((*_MASKS, *_CONDITIONS))
 
 
 class _ByName:
-    """Files by their stems, whatever the case and the Unicode form, those of the very same name first."""
+    """Files by name, whatever the case and the Unicode form; exact matches come first."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._exact: dict[tuple[Path, str], Path] = {}
         self._folded: dict[tuple[Path, str], Path] = {}
         for path in files:
-            self._exact.setdefault((path.parent, _plain(path.name, path.suffix)), path)
-            self._folded.setdefault((path.parent, _plain(path.name, path.suffix).casefold()), path)
+            self._exact.setdefault((path.parent, _normalized(path.name, path.suffix)), path)
+            self._folded.setdefault((path.parent, _normalized(path.name, path.suffix).casefold()), path)
 
     def find(self, folder: Path, name: str) -> Path | None:
-        """The file of that name, if there is one."""
+        """Return the file of that name, or None."""
         key = unicodedata.normalize("NFC", name)
         return self._exact.get((folder, key)) or self._folded.get((folder, key.casefold()))
 
 
-def _plain(name: str, suffix: str) -> str:
-    """A name in its composed form, its suffix in small letters."""
+def _normalized(name: str, suffix: str) -> str:
+    """Return a name in Unicode's composed form, with its suffix in lower case."""
     return unicodedata.normalize("NFC", name.removesuffix(suffix) + suffix.lower())
 
 
-def _masks(folder: Path, pictures: Sequence[Path], aside: Sequence[Path]) -> tuple[dict[Path, Path], list[str]]:
+def _match_masks(
+    folder: Path, pictures: Sequence[Path], mask_files: Sequence[Path]
+) -> tuple[dict[Path, Path], list[str]]:
+    """Return picture → mask, and remarks on masks that are not used."""
     elsewhere = sorted({path.parent for path in pictures} - {folder})
     more = [path for place in elsewhere for path in place.iterdir() if path.suffix.lower() in SUFFIXES]
-    every = [*aside, *(path for path in more if is_mask_or_condition(path))]
-    if not every:
+    candidates = [*mask_files, *(path for path in more if is_mask_or_condition(path))]
+    if not candidates:
         return {}, []
     of_stem: dict[tuple[Path, str], list[Path]] = {}
     for path in pictures:
         for stem in dict.fromkeys((path.stem, path.name)):
-            of_stem.setdefault((path.parent, _stem(stem)), []).append(path)
-    found: dict[Path, Path] = {}
+            of_stem.setdefault((path.parent, _fold(stem)), []).append(path)
+    masks: dict[Path, Path] = {}
     orphans, second, conditions = [], [], []
-    for path in sorted(every, key=lambda one: (not one.stem.lower().endswith(_MASKS[0]), one)):
-        shown = of_stem.get((path.parent, _stem_of(path)), [])
+    for path in sorted(candidates, key=lambda mask: (not mask.stem.lower().endswith(_MASKS[0]), mask)):
+        masked = of_stem.get((path.parent, _stem_of_picture(path)), [])
         if path.stem.lower().endswith(_CONDITIONS):
             conditions.append(path)
-        elif not shown:
+        elif not masked:
             orphans.append(path)
-        elif all(one in found for one in shown):
+        elif all(picture in masks for picture in masked):
             second.append(path)
         else:
-            found |= {one: path for one in shown if one not in found}
+            masks |= {picture: path for picture in masked if picture not in masks}
     orphans = [path for path in orphans if path.parent == folder]
     remarks = []
     if orphans:
         remarks.append(
             f"{pluralize(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not "
-            f"learnt from: {named(orphans)}. If {_it(len(orphans))} a picture to learn from, rename it."
+            f"used: {named(orphans)}. If {_it(len(orphans))} a picture to train on, rename it."
         )
     if second:
-        remarks.append(f"Each picture has one mask, and there are more of them: {named(second)} not used.")
+        remarks.append(f"Only one mask of a picture is used; not used: {named(second)}.")
     if conditions:
-        remarks.append(f"Conditioning pictures are not learnt from: {named(conditions)}.")
-    return found, remarks
+        remarks.append(f"Conditioning pictures are not used: {named(conditions)}.")
+    return masks, remarks
 
 
-def _stem_of(mask: Path) -> str:
-    """The stem of the picture that a mask is of, by its name."""
-    ending = next(one for one in (*_MASKS, *_CONDITIONS) if mask.stem.lower().endswith(one))
-    return _stem(mask.stem[: -len(ending)])
+def _stem_of_picture(mask: Path) -> str:
+    """Return the folded stem of the picture that a mask belongs to by its name."""
+    ending = next(ending for ending in (*_MASKS, *_CONDITIONS) if mask.stem.lower().endswith(ending))
+    return _fold(mask.stem[: -len(ending)])
 
 
-def _stem(said: str) -> str:
-    """A stem to be compared, whatever its case and Unicode form."""
-    return unicodedata.normalize("NFC", said).casefold()
+def _fold(stem: str) -> str:
+    """Return a stem for comparisons, without differences of case and Unicode form."""
+    return unicodedata.normalize("NFC", stem).casefold()
 
 
-def _captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+def _match_captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Return picture → caption, and remarks on caption files that are empty or not used."""
     beside = [path for path in files if path.suffix.lower() in CAPTIONS]
     elsewhere = sorted({path.parent for path in pictures} - {path.parent for path in files})
     more = [path for folder in elsewhere for path in folder.iterdir() if path.suffix.lower() in CAPTIONS]
-    there = _ByName([*beside, *more])
-    found: dict[Path, str] = {}
+    caption_files = _ByName([*beside, *more])
+    captions: dict[Path, str] = {}
     seen: set[Path] = set()
     empty: list[Path] = []
     others: list[Path] = []
     for picture in pictures:
         names = [f"{stem}{suffix}" for stem in (picture.stem, picture.name) for suffix in CAPTIONS]
-        own = [path for name in names if (path := there.find(picture.parent, name)) is not None]
-        said = {path: text for path in own if (text := _read(path))}
+        own = [path for name in names if (path := caption_files.find(picture.parent, name)) is not None]
+        texts = {path: text for path in own if (text := _read(path))}
         seen.update(own)
-        if said:
-            found[picture] = next(iter(said.values()))
-            others += [path for path, text in said.items() if text != found[picture]]
+        if texts:
+            captions[picture] = next(iter(texts.values()))
+            others += [path for path, text in texts.items() if text != captions[picture]]
         elif own:
             empty.append(own[0])
     remarks = []
     if empty:
         remarks.append(
-            f"{pluralize(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): the pictures are learnt as "
-            "if there were none."
+            f"{pluralize(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): their pictures are used "
+            "as if they had none."
         )
     if others:
-        remarks.append(f"Of two captions beside a picture that differ only the first is used: {named(others)} not.")
-    if left := [path for path in beside if path not in seen]:
-        remarks.append(f"{pluralize(len(left), 'text file')} {_belong(len(left))} to no picture: {named(left)}.")
-    return found, remarks
+        remarks.append(f"Only the first of two different captions of a picture is used; not used: {named(others)}.")
+    if unmatched := [path for path in beside if path not in seen]:
+        count = len(unmatched)
+        remarks.append(f"{pluralize(count, 'text file')} {_belong(count)} to no picture: {named(unmatched)}.")
+    return captions, remarks
 
 
 def _read(path: Path) -> str:
-    if (size := path.stat().st_size) > _LONGEST_CAPTION:
-        raise DiffgraftError(f"The caption {path} has {size:,} bytes, and none has more than {_LONGEST_CAPTION:,}.")
+    """Return the caption in a file."""
+    if (size := path.stat().st_size) > _MAX_CAPTION:
+        raise DiffgraftError(f"The caption {path} has {size:,} bytes, but at most {_MAX_CAPTION:,} are allowed.")
     try:
         text = path.read_text("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -321,22 +338,22 @@ def _read(path: Path) -> str:
     return text
 
 
-def _of_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
+def _unsupported_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
     if found := [path for path in files if path.suffix.lower() in _UNREADABLE]:
         yield (
-            f"{pluralize(len(found), 'file')} in {folder} {_are(len(found))} of a format that cannot be read, and not "
-            f"learnt from: {named(found)}. Save such pictures as JPEG or PNG."
+            f"{pluralize(len(found), 'file')} in {folder} {_are(len(found))} of an unsupported format and not used: "
+            f"{named(found)}. Save such pictures as JPEG or PNG."
         )
 
 
 def _without_suffix(files: Sequence[Path]) -> Iterator[str]:
-    """Pictures by their content whose names do not say so."""
+    """Yield a remark on files that have the content of pictures, but not their suffixes."""
     known = (*SUFFIXES, *_UNREADABLE, *CAPTIONS, *_TABLE_KINDS)
-    strange = [path for path in files if path.suffix.lower() not in known and not path.name.startswith(".")]
-    if found := [path for path in strange[:_SNIFFED] if _begins_as_picture(path)]:
+    unknown = [path for path in files if path.suffix.lower() not in known and not path.name.startswith(".")]
+    if found := [path for path in unknown[:_SNIFFED] if _begins_as_picture(path)]:
         yield (
-            f"{named(found)} {'holds' if len(found) == 1 else 'hold'} a picture, and {_are(len(found))} not learnt "
-            "from: the name does not end as those of pictures do (.jpg, .png, …). Rename it."
+            f"{named(found)} {'holds' if len(found) == 1 else 'hold'} a picture, but {_are(len(found))} not used: the "
+            "name has no suffix of pictures (.jpg, .png, …). Rename it."
         )
 
 
@@ -349,43 +366,40 @@ def _begins_as_picture(path: Path) -> bool:
     return head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
-def _of_broken_links(folder: Path) -> Iterator[str]:
+def _broken_links(folder: Path) -> Iterator[str]:
     links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and path.suffix.lower() in SUFFIXES)
     if found := [path for path in links if not path.exists()]:
-        yield f"{pluralize(len(found), 'link')} in {folder} {_lead(len(found))} to no picture: {named(found)}."
+        yield f"{pluralize(len(found), 'link')} in {folder} {_are(len(found))} broken: {named(found)}."
 
 
-def _like_masks(pictures: Sequence[Path]) -> Iterator[str]:
-    """Pictures that are called as the masks of others are elsewhere."""
-    stems = {(path.parent, _stem(path.stem)) for path in pictures}
+def _named_like_masks(pictures: Sequence[Path]) -> Iterator[str]:
+    """Yield a remark on pictures that are named like masks of other programs."""
+    stems = {(path.parent, _fold(path.stem)) for path in pictures}
     found = [
         path
         for path in pictures
-        if (match := _LIKE_MASK.fullmatch(path.stem)) and (path.parent, _stem(match[1])) in stems
+        if (match := _LIKE_MASK.fullmatch(path.stem)) and (path.parent, _fold(match[1])) in stems
     ]
     if found:
-        yield f"{named(found)} {_are(len(found))} learnt as pictures: if they are masks, call them NAME_mask.png."
+        yield f"{named(found)} {_are(len(found))} used as pictures: if they are masks, name them NAME_mask.png."
 
 
-def _of_other_words(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
-    """Files that may hold captions and are not looked into."""
-    stems = {_stem(one) for path in pictures for one in (path.stem, path.name)}
+def _unread_captions(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
+    """Yield remarks on files that may hold captions, but are not read."""
+    stems = {_fold(stem) for path in pictures for stem in (path.stem, path.name)}
     tables = [name for name in TABLES if any(path.name == name for path in files)]
     beside = [
         path
         for path in files
-        if path.suffix.lower() in (*_TABLE_KINDS, ".tags", ".cap", ".text") and _stem(path.stem) in stems
+        if path.suffix.lower() in (*_TABLE_KINDS, ".tags", ".cap", ".text") and _fold(path.stem) in stems
     ]
     if beside:
-        yield (
-            f"What {named(beside)} says of the picture beside it is not read: captions are files that end in .txt or "
-            "in .caption."
-        )
-    strange = [path for path in files if path.suffix.lower() in _TABLE_KINDS[:5] and path not in beside]
-    strange = [path for path in strange if path.name not in tables]
-    if strange:
-        yield f"{named(strange)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
-            f", and here {tables[0]} is the one." if tables else "."
+        yield (f"Captions are not read from {named(beside)}: a caption file ends in .txt or .caption.")
+    other_tables = [path for path in files if path.suffix.lower() in _TABLE_KINDS[:5] and path not in beside]
+    other_tables = [path for path in other_tables if path.name not in tables]
+    if other_tables:
+        yield f"{named(other_tables)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
+            f", and {tables[0]} is read here." if tables else "."
         )
 
 
@@ -396,13 +410,13 @@ def _in_subfolders(folder: Path, in_table: Collection[Path], used: Collection[Pa
             places[_first_level(path, folder)] += 1
     if places:
         yield (
-            f"{pluralize(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not learnt from: "
+            f"{pluralize(places.total(), 'picture')} in subfolders of {folder} {_are(places.total())} not used: "
             f"{_listed(places)}. Move them up, name the folders as kohya does (10_sks dog), or give each as a concept."
         )
 
 
 def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
-    """Picture files in a folder and all below it, but for hidden folders and those of other use; masks left out."""
+    """Yield picture files in a folder and below it, without masks, hidden folders and the folders `used`."""
     resolved = {path.expanduser().resolve() for path in used}
     seen = 0
     for place, folders, names in os.walk(folder):
@@ -417,7 +431,7 @@ def _below(folder: Path, used: Collection[Path]) -> Iterator[Path]:
                 and not is_mask_or_condition(path)
             ):
                 yield path
-        if (seen := seen + len(names)) > _MOST_ENTRIES:
+        if (seen := seen + len(names)) > _MAX_ENTRIES:
             return
 
 
@@ -434,9 +448,9 @@ def _listed(places: Counter[str]) -> str:
     return ", ".join(f"{count} in {place}" for place, count in places.items())
 
 
-def pluralize(number: int, what: str) -> str:
-    """A number of things: "1 picture", "1,200 pictures"."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+def pluralize(number: int, noun: str) -> str:
+    """Return a number with a noun in singular or plural: "1 picture", "1,200 pictures"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _are(number: int) -> str:
@@ -445,10 +459,6 @@ def _are(number: int) -> str:
 
 def _belong(number: int) -> str:
     return "belongs" if number == 1 else "belong"
-
-
-def _lead(number: int) -> str:
-    return "leads" if number == 1 else "lead"
 
 
 def _it(number: int) -> str:

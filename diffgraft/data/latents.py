@@ -1,4 +1,4 @@
-"""Pictures as the VAE's latents, encoded once and kept."""
+"""Latents of pictures, encoded by the VAE once and cached."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,130 +22,141 @@ from diffgraft.progress import track
 from diffgraft.third_party import quiet_libraries
 
 _IN_MEMORY = 2**31
-"""Bytes of latents that are held; what is more is read from its file each time"""
+"""Bytes of latents that are held in memory; further ones are read from their files each time"""
 _VERSION = "latents 1"
 Distribution = tuple[Tensor, Tensor]
-"""Mean and standard deviation, [c, h, w] each, scaled as the UNet expects"""
+"""Mean and standard deviation of a picture's latents, [c, h, w] each, scaled as the denoiser expects"""
 
 
 class Latents:
-    """What the VAE says of n pictures: a normal distribution each, which may differ in size."""
+    """The VAE's posteriors of n pictures: a normal distribution for each, which may differ in size."""
 
-    def __init__(self, of_pictures: Sequence[Distribution | Path]) -> None:
-        self._of_pictures = of_pictures
+    def __init__(self, distributions: Sequence[Distribution | Path]) -> None:
+        """Hold a distribution for each picture, or the path of the file that it is read from."""
+        self._distributions = distributions
 
     def __len__(self) -> int:
-        return len(self._of_pictures)
+        return len(self._distributions)
 
     def __getitem__(self, row: int) -> Distribution:
-        found = self._of_pictures[row]
-        if not isinstance(found, Path):
-            return found
-        kept = _read(found)
-        if kept is None:
-            raise OSError(0, "The cache of latents was damaged while it was in use; start again", str(found))
-        return kept
+        item = self._distributions[row]
+        if not isinstance(item, Path):
+            return item
+        distribution = _read(item)
+        if distribution is None:
+            raise OSError(0, "The cache of latents was damaged while it was in use; start again", str(item))
+        return distribution
 
     def shape(self, row: int) -> tuple[int, ...]:
-        """[c, h, w] of one."""
+        """Return the shape [c, h, w] of the latents of a row."""
         return tuple(self[row][0].shape)
 
     def sample(self, rows: Sequence[int], noise: Tensor) -> Tensor:
-        """Latents [len(rows), c, h, w] for standard normal `noise` of that shape, where that is."""
+        """Sample latents of n rows with standard normal `noise`, both [n, c, h, w], on the device of `noise`."""
         means, stds = zip(*(self[row] for row in rows), strict=True)
         return torch.stack(means).to(noise.device) + torch.stack(stds).to(noise.device) * noise
 
 
 @torch.no_grad()
 def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "encoding pictures") -> Latents:
-    """Latents of `images`, each cut to a square of `side` pixels first."""
+    """Encode images to latents, each cropped to a square of `side` pixels; `title` names the phase of progress."""
     with _encoder(base) as distribution:
         return Latents([distribution(square(image, side)) for image in track(images, title, min_items=2)])
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures in their frames: one row a frame, those of a picture beside one another."""
+    """Encoded pictures: a row for each frame; the frames of a picture are consecutive."""
 
     latents: Latents
     frames: Sequence[Frame]
+    """Frame of each row"""
     masks: Sequence[Tensor | None]
-    """Where each counts, [h, w] in 0..1"""
+    """Mask of each row, [h, w] with values from 0 to 1; None without a mask"""
     rows: Mapping[int, range]
-    """Place of a picture in the list → its rows; without those that could not be opened"""
+    """Index of a picture → its rows; pictures that could not be opened are missing"""
 
 
 @torch.no_grad()
 def encode_cached(
     base: Base,
     pictures: Sequence[Picture],
-    ways: Sequence[Sequence[Frame]],
+    frames_of: Sequence[Sequence[Frame]],
     *,
     masked: bool = False,
     keep: bool = True,
     title: str = "encoding pictures",
 ) -> Encoded:
-    """Latents of each picture in each of its frames; if `keep`, those in the cache are taken from there.
+    """Encode each picture in each of its frames, reading from the cache what it has.
 
-    The cache knows them by the picture's content, its frame, and the VAE: what has changed is encoded anew, and so is
-    what cannot be read or is not what was written. A picture that cannot be opened is named in a warning and left out.
+    Entries of the cache are found by the picture's content, the frame and the VAE; what has changed or is damaged is
+    encoded anew. Pictures that cannot be opened are left out with a warning.
+
+    Args:
+        base: base whose VAE encodes.
+        pictures: pictures to encode.
+        frames_of: frames of each picture.
+        masked: whether to return masks.
+        keep: whether to use the cache on disk.
+        title: name of the phase under which progress is reported.
     """
     of_vae = f"{base.vae_hash} {base.device.type}" if keep else ""
-    found: list[Distribution | Path] = []
+    distributions: list[Distribution | Path] = []
     frames: list[Frame] = []
     masks: list[Tensor | None] = []
     rows: dict[int, range] = {}
-    held = 0
+    size = 0
     with _encoder(base) as distribution:
-        pairs = list(zip(pictures, ways, strict=True))
-        for place, (picture, own) in enumerate(track(pairs, title, min_items=2)):
-            files = [_file(picture, frame, of_vae) for frame in own]
-            kept = [_read(file) if keep else None for file in files]
-            is_kept = True
-            if None in kept:
+        pairs = list(zip(pictures, frames_of, strict=True))
+        for index, (picture, own_frames) in enumerate(track(pairs, title, min_items=2)):
+            files = [_file(picture, frame, of_vae) for frame in own_frames]
+            encoded = [_read(file) if keep else None for file in files]
+            is_cached = True
+            if None in encoded:
                 try:
                     image = picture.image
                 except UnreadablePictureError as error:
                     warn_left_out(error)
                     continue
-                for number, frame in enumerate(own):
-                    if kept[number] is None:
-                        kept[number] = fresh = distribution(frame.crop(image))
+                for number, frame in enumerate(own_frames):
+                    if encoded[number] is None:
+                        encoded[number] = fresh = distribution(frame.crop(image))
                         if keep:
                             mean, std = fresh
-                            is_kept = write_tensors(files[number], {"mean": mean, "std": std}, picture.name) and is_kept
+                            is_written = write_tensors(files[number], {"mean": mean, "std": std}, picture.name)
+                            is_cached = is_written and is_cached
             mask = picture.mask() if masked else None
-            rows[place] = range(len(found), len(found) + len(own))
-            for file, now, frame in zip(files, kept, own, strict=True):
-                assert now is not None
-                held += sum(value.nbytes for value in now)
-                found.append(file if keep and is_kept and held > _IN_MEMORY else now)
-                masks.append(None if mask is None else _small(frame.crop(mask), now[0].shape[-2:]))
-            frames += own
-    return Encoded(Latents(found), frames, masks, rows)
+            rows[index] = range(len(distributions), len(distributions) + len(own_frames))
+            for file, item, frame in zip(files, encoded, own_frames, strict=True):
+                assert item is not None
+                size += sum(value.nbytes for value in item)
+                distributions.append(file if keep and is_cached and size > _IN_MEMORY else item)
+                masks.append(None if mask is None else _latent_mask(frame.crop(mask), item[0].shape[-2:]))
+            frames += own_frames
+    return Encoded(Latents(distributions), frames, masks, rows)
 
 
 @contextmanager
 def _encoder(base: Base) -> Iterator[Any]:
-    """A function from an image to its distribution; some VAEs overflow in half precision, so it runs in float32."""
-    stored, scale = base.vae.dtype, base.latents.scale
+    """Yield a function from an image to its distribution; the VAE runs in float32, as some overflow in float16."""
+    original_dtype, scale = base.vae.dtype, base.latents.scale
     is_ready = False
 
     def distribution(image: Image.Image) -> Distribution:
         nonlocal is_ready
         if not is_ready:
             with quiet_libraries():
-                base.vae.to(torch.float32)  # casting there and back changes no bit
+                base.vae.to(torch.float32)  # casting to float32 and back changes no bit
             is_ready = True
-        told = base.vae.encode(to_tensor([image]).to(base.vae.device)).latent_dist
-        mean, std = base.scaled(told.mean[0].float()).cpu(), (told.std[0].float() * scale).cpu()
+        posterior = base.vae.encode(to_tensor([image]).to(base.vae.device)).latent_dist
+        mean, std = base.scaled(posterior.mean[0].float()).cpu(), (posterior.std[0].float() * scale).cpu()
         return mean, std
 
     try:
         yield distribution
     finally:
         with quiet_libraries():
-            base.vae.to(stored)
+            base.vae.to(original_dtype)
 
 
 def _file(picture: Picture, frame: Frame, of_vae: str) -> Path:
@@ -156,12 +167,12 @@ def _file(picture: Picture, frame: Frame, of_vae: str) -> Path:
 
 
 def _read(file: Path) -> Distribution | None:
-    """What a file of the cache holds; None where there is none, or it is not what was written."""
+    """Read a distribution from a file of the cache; None if the file does not exist or is damaged."""
     tensors = read_tensors(file)
     return (tensors["mean"], tensors["std"]) if tensors is not None and tensors.keys() == {"mean", "std"} else None
 
 
-def _small(mask: Image.Image, size: Sequence[int]) -> Tensor:
-    """A mask as [h, w] in 0..1, the mean over what each latent stands for."""
-    shown = to_tensor([mask.convert("RGB")])[:, :1] / 2 + 0.5
-    return F.adaptive_avg_pool2d(shown, (size[0], size[1]))[0, 0]
+def _latent_mask(mask: Image.Image, size: Sequence[int]) -> Tensor:
+    """Downscale a mask to the latents' size [h, w], by averaging; values are from 0 to 1."""
+    values = to_tensor([mask.convert("RGB")])[:, :1] / 2 + 0.5
+    return F.adaptive_avg_pool2d(values, (size[0], size[1]))[0, 0]

@@ -1,4 +1,4 @@
-"""Pictures, whatever people have: opened as upright RGB, with their masks; files of them, as tensors."""
+"""Picture files: opened as upright RGB images, with their masks, and converted to tensors."""
 
 import hashlib
 import io
@@ -24,34 +24,34 @@ SUFFIXES = (
     *(".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
     *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi"),
 )
-"""Names of pictures end so, in small letters or capitals"""
+"""Suffixes of picture files, compared in lower case"""
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
-"""What a picture's content may be, whatever its name: Pillow knows others, and runs a program for one (EPS)"""
-_MOVING = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
-"""Formats whose further frames are others to look at; a telephone's JPEG may have a depth map behind its picture"""
+"""Formats that are opened, whatever the file's name; Pillow knows more, and runs a program for one of them (EPS)"""
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Formats in which further frames are pictures; the second image of a phone's JPEG may be a depth map"""
 _ORIENTATION = 0x0112
-"""EXIF's tag for how the camera was turned"""
+"""EXIF tag of the camera's orientation"""
 _SIDEWAYS = (5, 6, 7, 8)
-"""Its values that let height and width change places"""
+"""Orientations that swap width and height"""
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LONGEST_NOTE = 2**24
-"""Bytes of a chunk that is looked at"""
-_PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-"""Chunks of a PNG that may say how the camera was turned"""
+_MAX_METADATA = 2**24
+"""Bytes of a metadata chunk that is read at most"""
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+"""Chunks of a PNG that may hold the orientation"""
 _STRIP = 64
-"""Rows of a picture that are worked on at once"""
+"""Rows of a picture that are converted at once"""
 
 
 class UnreadablePictureError(DiffgraftError):
-    """A picture file that no decoder can make anything of."""
+    """A picture file that cannot be decoded."""
 
     def __init__(self, name: str, cause: Exception) -> None:
-        """`name` is the picture's, `cause` what the decoder raised."""
+        """Build the message from the picture's name and the exception of the decoder."""
         if isinstance(cause, Image.DecompressionBombError):
             most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
             self.why = f"it claims more than {most / 1e6:.0f} million pixels"
         elif isinstance(cause, UnidentifiedImageError):
-            self.why = "its content is of no format that is known here"
+            self.why = "its content is of no known format"
         else:
             self.why = f"{cause or type(cause).__name__}"
         self.name = name
@@ -60,155 +60,155 @@ class UnreadablePictureError(DiffgraftError):
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a folder or a data set, opened each time it is asked for."""
+    """One picture of a folder or a data set; it is decoded anew at each access."""
 
     name: str
-    """What to call it: the file's name, below its folder"""
+    """Name for messages: the file's path relative to its folder"""
     read: Callable[[], bytes]
-    """The file's content"""
+    """Function that returns the file's content"""
     captions: tuple[str, ...] = ()
-    """What stands beside it; none, one, or several that take turns"""
+    """Captions of the picture; several take turns"""
     mask_file: Path | None = None
-    """A picture of the same size, white where this one counts"""
+    """Mask of the same size, white where the picture counts"""
     file: Path | None = None
-    """Where it lies, if it is a file of its own: its size is then read without the rest of it"""
+    """Path of the picture if it is a file of its own; the size can then be read without the rest"""
 
     @property
     def image(self) -> Image.Image:
-        """The picture, upright, RGB, in its own size.
+        """The decoded picture, upright, RGB, in its own size.
 
         Raises:
-            UnreadablePictureError: it is damaged, or no picture.
+            UnreadablePictureError: the file is damaged, or not a picture.
         """
-        with _told_of(self.name):
+        with _decoding_errors(self.name):
             return upright_rgb(io.BytesIO(self.read()))
 
     @property
     def caption(self) -> str | None:
-        """The first of its captions."""
+        """The first caption, or None."""
         return self.captions[0] if self.captions else None
 
     @cached_property
     def content(self) -> str:
-        """SHA-256 of the file."""
+        """SHA-256 of the file's content."""
         return hashlib.sha256(self.read()).hexdigest()
 
     @property
     def mask_content(self) -> str:
-        """SHA-256 of the mask's file; empty without one."""
+        """SHA-256 of the mask file's content; empty without a mask file."""
         return hashlib.sha256(self.mask_file.read_bytes()).hexdigest() if self.mask_file else ""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height), upright, as the file's header says it: no pixel is decoded.
+        """(width, height) of the upright picture, read from the file's header without decoding pixels.
 
         Raises:
-            UnreadablePictureError: it is no picture.
+            UnreadablePictureError: the file is not a picture.
         """
         return self._header[0]
 
     @property
-    def moves(self) -> bool:
-        """Whether its file holds further frames, of an animation or further pages, which `image` leaves out."""
+    def is_animated(self) -> bool:
+        """Whether the file holds further frames or pages, which `image` leaves out."""
         return self._header[1]
 
     @cached_property
     def _header(self) -> tuple[tuple[int, int], bool]:
-        with _told_of(self.name), self._stream() as stream, opened(_notes_first(stream)) as file:
-            # of a TIFF Pillow gives the upright size, and turns it as it decodes
-            turned = file.format != "TIFF" and _orientation(file) in _SIDEWAYS
-            moves = file.format in _MOVING and getattr(file, "is_animated", False)
-            return (file.size[::-1] if turned else file.size), moves
+        with _decoding_errors(self.name), self._stream() as stream, open_image(_png_metadata(stream)) as file:
+            # Pillow gives the upright size of a TIFF, and rotates it while decoding
+            is_turned = file.format != "TIFF" and _orientation(file) in _SIDEWAYS
+            is_animated = file.format in _ANIMATED and getattr(file, "is_animated", False)
+            return (file.size[::-1] if is_turned else file.size), is_animated
 
     def _stream(self) -> IO[bytes]:
         return io.BytesIO(self.read()) if self.file is None else self.file.open("rb")
 
     @property
     def has_mask(self) -> bool:
-        """Whether `mask` has one to give."""
+        """Whether the picture has a mask file or an alpha channel."""
         if self.mask_file is not None:
             return True
-        with _told_of(self.name), self._stream() as stream, opened(stream) as file:
+        with _decoding_errors(self.name), self._stream() as stream, open_image(stream) as file:
             return bool(file.has_transparency_data)
 
     def mask(self) -> Image.Image | None:
-        """Where it counts, in mode L and its own size: the mask file's, or its alpha channel; None without either.
+        """Return the mask in mode L and the picture's size, from its file or the alpha channel; None without either.
 
         Raises:
-            DiffgraftError: the mask is no picture, or has another shape.
+            DiffgraftError: the mask file is not a picture, or has another aspect ratio.
         """
         if self.mask_file is None:
-            with _told_of(self.name), opened(io.BytesIO(self.read())) as file:
+            with _decoding_errors(self.name), open_image(io.BytesIO(self.read())) as file:
                 return _upright(file).convert("RGBA").getchannel("A") if file.has_transparency_data else None
         mask = read_picture(self.mask_file, "black").convert("L")
         if abs(mask.width * self.size[1] - mask.height * self.size[0]) > max(*mask.size, *self.size):
             raise DiffgraftError(
-                f"The mask {self.mask_file.name} is {mask.width}x{mask.height} and its picture {self.size[0]}x"
-                f"{self.size[1]}: make it as large as the picture."
+                f"The mask {self.mask_file.name} is {mask.width}x{mask.height}, but its picture is {self.size[0]}x"
+                f"{self.size[1]}: give the mask the size of the picture."
             )
         return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
 
 
-def read_picture(path: str | Path, ground: str = "white") -> Image.Image:
-    """One picture file as an upright RGB image, what is transparent in it laid on `ground`.
+def read_picture(path: str | Path, background: str = "white") -> Image.Image:
+    """Read a picture file as an upright RGB image, with transparency laid on the colour `background`.
 
     Raises:
-        DiffgraftError: there is no such file, or it is no picture that can be read.
+        DiffgraftError: the file does not exist, or cannot be read as a picture.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise DiffgraftError(f"There is no picture {path}.")
-    with _told_of(str(path)):
-        return upright_rgb(path, ground)
+        raise DiffgraftError(f"The picture {path} does not exist.")
+    with _decoding_errors(str(path)):
+        return upright_rgb(path, background)
 
 
 @contextmanager
-def _told_of(name: str) -> Iterator[None]:
-    """What a decoder raises within the block, told with the picture's name."""
+def _decoding_errors(name: str) -> Iterator[None]:
+    """Raise exceptions of decoders within the block as UnreadablePictureError with the picture's name."""
     try:
         yield
     except DiffgraftError:
         raise
-    except Exception as error:  # what the decoders stumble over in a damaged file is of many kinds
+    except Exception as error:  # decoders raise many kinds of exceptions for damaged files
         raise UnreadablePictureError(name, error) from error
 
 
 @contextmanager
-def opened(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A picture file as Pillow opens it, its pixels not yet decoded.
+def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Open a picture file by Pillow, without decoding its pixels.
 
-    Pillow's warnings are left out: those of damaged notes beside the pixels, and of sizes that cameras have.
+    Pillow's warnings of damaged metadata and of large sizes, which cameras have, are suppressed.
     """
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as found:
-        yield found
+    with warnings.catch_warnings(action="ignore"), Image.open(file, formats=formats) as image:
+        yield image
 
 
-def upright_rgb(path: Path | IO[bytes], ground: str = "white") -> Image.Image:
-    """One picture file as an upright RGB image, what is transparent in it laid on `ground`."""
-    with opened(path) as file:
+def upright_rgb(path: Path | IO[bytes], background: str = "white") -> Image.Image:
+    """Decode a picture file as an upright RGB image, with transparency laid on the colour `background`."""
+    with open_image(path) as file:
         image = _upright(file)
         if image.mode.startswith(("I", "F")):  # 16-bit and float grey: PIL's own conversion clips at 255
-            return _in_eight_bits(np.asarray(image)).convert("RGB")
+            return _grey_to_8_bit(np.asarray(image)).convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
+            return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
         return image.convert("RGB")
 
 
-def _in_eight_bits(values: np.ndarray) -> Image.Image:
-    """Grey values [h, w] up to 255 or 65535 as an image, in strips: 8 bytes for every pixel would be gigabytes."""
+def _grey_to_8_bit(values: np.ndarray) -> Image.Image:
+    """Convert grey values [h, w] up to 255 or 65535 to an image, in strips so that float64 needs little memory."""
     top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    found = np.empty(values.shape, np.uint8)
+    grey = np.empty(values.shape, np.uint8)
     for start in range(0, len(values), _STRIP):
         strip = values[start : start + _STRIP].astype(np.float64)
-        found[start : start + _STRIP] = (strip / top * 255).clip(0, 255)
-    return Image.fromarray(found)
+        grey[start : start + _STRIP] = (strip / top * 255).clip(0, 255)
+    return Image.fromarray(grey)
 
 
 def _upright(file: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; as it lies where that cannot be read (the pixels are whole all the same)."""
+    """Return the image rotated by its EXIF orientation, or as it is if its EXIF data are damaged."""
     try:
         return ImageOps.exif_transpose(file)
     except (struct.error, LookupError, ValueError, SyntaxError, OverflowError):
@@ -217,23 +217,23 @@ def _upright(file: Image.Image) -> Image.Image:
 
 
 def _orientation(file: Image.Image) -> int:
-    """1 to 8, as EXIF has it (other numbers mean nothing); 1 where nothing is said."""
+    """Return the EXIF orientation, 1 to 8 (other numbers have no meaning); 1 if there is none."""
     try:
-        # the plain method: that of PNGs decodes the pixels, for what may stand behind them
+        # the base class's method: the one for PNGs decodes the pixels to reach chunks behind them
         return int(Image.Image.getexif(file).get(_ORIENTATION, 1))
     except (struct.error, LookupError, ValueError, TypeError, SyntaxError, OverflowError):
         return 1
 
 
-def _notes_first(stream: IO[bytes]) -> IO[bytes]:
-    """A PNG without its pixels, what is noted behind them put in front; any other file as it is.
+def _png_metadata(stream: IO[bytes]) -> IO[bytes]:
+    """Return a PNG without its pixels, and with metadata chunks from behind them; any other file is returned as it is.
 
     A chunk is its content's length, four letters, the content and a checksum (PNG 1.2, section 3.2).
     """
     if stream.read(len(_PNG)) != _PNG:
         stream.seek(0)
         return stream
-    kept, is_behind = [_PNG], False
+    chunks, is_behind = [_PNG], False
     while len(head := stream.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         if kind == b"IEND":
@@ -242,22 +242,22 @@ def _notes_first(stream: IO[bytes]) -> IO[bytes]:
             is_behind = True
             stream.seek(length + 4, io.SEEK_CUR)
             continue
-        if length > _LONGEST_NOTE:
+        if length > _MAX_METADATA:
             stream.seek(length + 4, io.SEEK_CUR)
             continue
         rest = stream.read(length + 4)
-        is_whole = zlib.crc32(kind + rest[:-4]) == int.from_bytes(rest[-4:], "big")
-        if not is_behind or (kind in _PNG_NOTES and is_whole):
-            kept.append(head + rest)
+        is_intact = zlib.crc32(kind + rest[:-4]) == int.from_bytes(rest[-4:], "big")
+        if not is_behind or (kind in _PNG_METADATA and is_intact):
+            chunks.append(head + rest)
     empty = b"\0\0\0\0IDAT"
-    return io.BytesIO(b"".join([*kept, empty, zlib.crc32(empty[4:]).to_bytes(4, "big")]))
+    return io.BytesIO(b"".join([*chunks, empty, zlib.crc32(empty[4:]).to_bytes(4, "big")]))
 
 
 def square(image: Image.Image, side: int) -> Image.Image:
-    """The largest centred square of `image`, scaled to `side` pixels."""
+    """Return the largest centred square of `image`, resized to `side` pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size → float32 [n, 3, h, w] in -1..1."""
+    """Convert n RGB images of one size to a float32 tensor [n, 3, h, w] with values from -1 to 1."""
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images])

@@ -1,4 +1,4 @@
-"""Groups of settings about pictures and captions: buckets, masks, captions, tags."""
+"""Groups of recipe settings for pictures and captions: buckets, masks, captions, tags."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,63 +8,64 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from diffgraft.strict import Strict
 
 FolderLayout = Literal["auto", "flat", "kohya"]
-"""How a folder is read: by what it holds, as pictures that lie in it, or as numbered folders of them (`10_sks dog`)"""
+"""How a folder is read: detected from its content, as a flat folder of pictures, or as numbered subfolders of pictures
+as kohya's tools have them (`10_sks dog`)"""
 
 
 class Buckets(Strict):
-    """Aspect-ratio buckets: pictures keep about their shape, and those of one size make a batch."""
+    """Aspect-ratio buckets: pictures about keep their shape, and a batch holds pictures of one size."""
 
     use: bool = False
-    """Whether pictures are sorted into sizes of about resolution² pixels, instead of cut to squares"""
+    """Whether pictures are resized to buckets of about resolution² pixels, instead of cropped to squares"""
     step: int | None = Field(None, ge=8, le=8192)
-    """Pixels by which sides differ from one size to the next; unset: 64, or an eighth of smaller resolutions"""
+    """Step in pixels between the sides of buckets; unset: 64, or an eighth of resolutions below 512"""
     min: int | None = Field(None, ge=8, le=8192)
     """Shortest side of a bucket in pixels; unset: half the resolution"""
     max: int | None = Field(None, ge=8, le=8192)
     """Longest side of a bucket in pixels; unset: twice the resolution"""
     upscale: bool = True
-    """Whether pictures smaller than their bucket are enlarged; if not, they make a bucket of their own size"""
+    """Whether pictures smaller than their bucket are enlarged; if not, they get a bucket of their own size"""
 
 
 class Masks(Strict):
-    """Where a picture counts: white, or opaque, in its mask."""
+    """Masks, which weight the loss over a picture: white or opaque counts, black or transparent does not."""
 
     use: bool = False
-    """Whether losses are weighted by `NAME_mask.png` beside each picture or, without one, by its alpha channel"""
+    """Whether the loss is weighted by `NAME_mask.png` beside each picture or, without one, by its alpha channel"""
     outside: float = Field(0.0, ge=0, le=1)
-    """Weight of what the mask leaves out"""
+    """Weight of the loss outside the mask, 0 to 1"""
     normalize: bool = True
-    """Whether a picture's loss is the mean over its mask, so that small subjects count as much as large ones"""
+    """Whether a picture's loss is averaged over its mask, so that small subjects count as much as large ones"""
 
 
 class Captions(Strict):
-    """What stands beside pictures; `captions=false` alone says that it is not used."""
+    """Captions of pictures; `captions=false` turns them off."""
 
     use: bool = True
-    """Whether a picture's captions, in the `.txt` or `.caption` file beside it or in the folder's `metadata.jsonl` or
-    `.csv`, replace the prompt"""
+    """Whether captions replace the prompt; they are read from the `.txt` or `.caption` file beside a picture, or from
+    the folder's `metadata.jsonl` or `metadata.csv`"""
     lines: Literal["first", "random", "join"] = "first"
-    """Of a caption of several lines the first, each of them in turn and at random, or all of them as one prompt"""
+    """Which lines of a caption are used: the first, all of them in turn in random order, or all joined to one prompt"""
 
     @model_validator(mode="before")
     @classmethod
-    def _whether_alone(cls, said: Any) -> Any:
-        return said if isinstance(said, Mapping | Captions) else {"use": said}
+    def _from_flag(cls, value: Any) -> Any:
+        return value if isinstance(value, Mapping | Captions) else {"use": value}
 
     @model_serializer(mode="wrap")
-    def _as_short_as_it_was(self, whole: SerializerFunctionWrapHandler) -> Any:
-        """One word where nothing is said of lines, as in files of earlier releases."""
-        return self.use if self.lines == "first" else whole(self)
+    def _to_flag(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """Return `use` alone if `lines` has its default, as in files of earlier releases."""
+        return self.use if self.lines == "first" else serialize(self)
 
 
 class Tags(Strict):
-    """Captions as lists of tags, changed each time they come round."""
+    """Captions as lists of tags, which are shuffled and dropped anew for each sample."""
 
     separator: str = Field(",", min_length=1)
-    """What stands between tags"""
+    """Separator between tags"""
     shuffle: bool = False
-    """Whether tags come in another order each time"""
+    """Whether tags are shuffled for each sample"""
     keep: int = Field(0, ge=0, le=1000)
-    """So many at the front stay where they are, and are never dropped"""
+    """Number of tags at the front that are never moved or dropped"""
     drop: float = Field(0.0, ge=0, lt=1)
-    """Share of the other tags that is left out each time; one with the trigger in it never is"""
+    """Probability that each of the other tags is dropped; tags that contain the trigger never are"""

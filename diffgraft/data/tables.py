@@ -1,4 +1,4 @@
-"""Tables of captions: `metadata.jsonl` or `metadata.csv` beside pictures, one row a picture, or several of one."""
+"""Tables of captions: `metadata.jsonl` or `metadata.csv` in a folder of pictures, with one or more rows a picture."""
 
 import csv
 import json
@@ -16,76 +16,80 @@ from diffgraft.data.pictures import SUFFIXES
 from diffgraft.errors import DiffgraftError, did_you_mean
 
 _CAPTIONS = ("text", "caption", "captions", "prompt")
-"""What columns of captions are usually called"""
+"""Usual names of columns of captions"""
 
 
 def read_table(folder: Path, caption_column: str = "", *, outside: bool = False) -> dict[Path, tuple[str, ...]]:
-    """Picture → its captions, of the folder's table; empty where it has none.
+    """Read the folder's table and return picture → its captions; empty if the folder has no table.
 
-    Names are paths from the folder on, or whole ones; several rows of one picture are its captions, in their order.
+    File names are relative to the folder, or absolute. Several rows of one picture give it several captions.
 
     Args:
-        folder: where the table lies.
-        caption_column: the column with the captions; empty: text, caption, captions or prompt.
-        outside: whether rows may name pictures that lie elsewhere.
+        folder: folder with the table.
+        caption_column: column with the captions; empty: text, caption, captions or prompt.
+        outside: whether rows may name pictures outside of the folder.
 
     Raises:
-        DiffgraftError: the table cannot be read, lacks a column, or names what lies outside the folder.
+        DiffgraftError: the table cannot be read, lacks a column, or names a file outside of the folder.
     """
     path = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if path is None:
         return {}
     if other := [name for name in TABLES if name != path.name and (folder / name).is_file()]:
-        warnings.warn(f"{folder} has two tables of captions: {path.name} is read, and {other[0]} is not.", stacklevel=3)
+        warnings.warn(f"{folder} has two tables of captions: {path.name} is read, {other[0]} is not.", stacklevel=3)
     rows = list(_rows(path))
     columns = list(dict.fromkeys(key for _, row in rows for key in row))
     if not rows:
         raise DiffgraftError(
-            f"{path} cannot be read as a table: it has no rows. Give it a row a picture, or remove it."
+            f"{path} cannot be read as a table: it has no rows. Give it a row for each picture, or remove it."
         )
     if "file_name" not in columns:
-        raise DiffgraftError(f"{path} has the columns {', '.join(columns)}, and needs one called file_name.")
+        raise DiffgraftError(f"{path} lacks the column file_name; its columns are: {', '.join(columns)}.")
     column = find_caption_column(columns, caption_column, str(path))
     if not caption_column and len(also := [name for name in _CAPTIONS if name in columns]) > 1:
         warnings.warn(
-            f"{path} has {len(also)} columns of captions, {', '.join(also)}: {column} is read. Choose another by "
+            f"{path} has {len(also)} columns of captions, {', '.join(also)}: {column} is used. Choose another with "
             "caption_column.",
             stacklevel=3,
         )
-    found: dict[Path, dict[str, None]] = {}
+    captions: dict[Path, dict[str, None]] = {}
     missing: list[str] = []
     others: list[str] = []
     for line, row in rows:
-        place = _placed(folder, row.get("file_name"), f"{path}, line {line}", outside)
-        if not place.is_file():
+        picture = _resolve(folder, row.get("file_name"), f"{path}, line {line}", outside)
+        if not picture.is_file():
             missing.append(str(row["file_name"]))
             continue
-        if place.suffix.lower() not in SUFFIXES or is_mask_or_condition(place):
+        if picture.suffix.lower() not in SUFFIXES or is_mask_or_condition(picture):
             others.append(str(row["file_name"]))
             continue
-        said = parse_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
-        found.setdefault(place, {}).update(dict.fromkeys(said))
+        texts = parse_captions(row.get(column), f"{path}, line {line}, column {column}") if column else ()
+        captions.setdefault(picture, {}).update(dict.fromkeys(texts))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        warnings.warn(f"The table in {folder} names {missing[0]}{more}, and there is no such file.", stacklevel=3)
+        warnings.warn(f"The table in {folder} names files that do not exist: {missing[0]}{more}.", stacklevel=3)
     if others:
         warnings.warn(
-            f"The table in {folder} names what is no picture to learn from, and is left out: {named(others)}.",
+            f"The table in {folder} names files that are not pictures to learn from, which are left out: "
+            f"{named(others)}.",
             stacklevel=3,
         )
     if not column:
-        what = f"{path} has no column of captions ({', '.join(_CAPTIONS)}), but: {', '.join(columns)}."
-        warnings.warn(f"{what} Name one as caption_column.", stacklevel=3)
-    if column and (silent := [place.name for place, said in found.items() if not said]):
-        warnings.warn(f"The table in {folder} says nothing of {named(silent)}.", stacklevel=3)
-    return {place: tuple(said) for place, said in found.items()}
+        warnings.warn(
+            f"{path} has no column of captions ({', '.join(_CAPTIONS)}); its columns are: {', '.join(columns)}. Choose "
+            "one with caption_column.",
+            stacklevel=3,
+        )
+    if column and (without := [picture.name for picture, texts in captions.items() if not texts]):
+        warnings.warn(f"The table in {folder} has no captions for {named(without)}.", stacklevel=3)
+    return {picture: tuple(texts) for picture, texts in captions.items()}
 
 
 def find_caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
-    """The column with the captions: the one wanted or, if none is, one that is called as such; empty without.
+    """Return the column with the captions: `wanted`, else one with a usual name, else an empty string.
 
     Raises:
-        DiffgraftError: there is no column of the name wanted.
+        DiffgraftError: `wanted` is given and there is no such column.
     """
     if wanted and wanted not in columns:
         raise DiffgraftError(f"{where} has no column {wanted!r}: {did_you_mean(wanted, columns)}")
@@ -93,64 +97,64 @@ def find_caption_column(columns: Sequence[str], wanted: str, where: str) -> str:
 
 
 def parse_captions(value: Any, where: str) -> tuple[str, ...]:
-    """A cell, which may hold one caption or a list of them.
+    """Return the captions in a cell of a table, which holds one caption or a list of them.
 
     Raises:
-        DiffgraftError: it holds something else.
+        DiffgraftError: it holds something else; the message begins with `where`, the name of the cell.
     """
-    listed = value if isinstance(value, list) else [value]
-    listed = [one for one in listed if not (isinstance(one, float) and math.isnan(one))]  # an empty cell of pandas'
-    strange = [one for one in listed if isinstance(one, Mapping | list | bool)]
-    if strange:
-        raise DiffgraftError(f"{where} holds {type(strange[0]).__name__}: write a caption, or a list of captions.")
-    return tuple(text for one in listed if one is not None and (text := str(one).strip()))
+    values = value if isinstance(value, list) else [value]
+    values = [item for item in values if not (isinstance(item, float) and math.isnan(item))]  # pandas' empty cells
+    invalid = [item for item in values if isinstance(item, Mapping | list | bool)]
+    if invalid:
+        raise DiffgraftError(f"{where} holds {type(invalid[0]).__name__}: write a caption, or a list of captions.")
+    return tuple(text for item in values if item is not None and (text := str(item).strip()))
 
 
-def inside(folder: Path, path: Path) -> bool:
-    """Whether a file lies in a folder or below it, links followed."""
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a file is in a folder or below it, after following links."""
     return path.resolve().is_relative_to(folder.resolve())
 
 
 def check_inside(folder: Path, path: Path, where: str) -> None:
-    """Raises DiffgraftError where a file leads out of a folder."""
+    """Raise DiffgraftError if a file is outside of a folder; the message begins with `where`, the name of the file."""
     try:
-        is_inside = inside(folder, path)
+        inside = is_inside(folder, path)
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or "it leads in circles"
-        raise DiffgraftError(f"{where} is a link that cannot be followed ({why}). Remove it.") from error
-    if not is_inside:
+        reason = getattr(error, "strerror", None) or "links form a loop"
+        raise DiffgraftError(f"{where} is a link that cannot be followed ({reason}). Remove it.") from error
+    if not inside:
         raise DiffgraftError(
-            f"{where} leads to {path.resolve()}, outside of {folder}. Move it there or, if that is meant, set "
-            "outside=true."
+            f"{where} is a file outside of {folder}: {path.resolve()}. Move it into the folder, or set outside=true to "
+            "allow it."
         )
 
 
-def _placed(folder: Path, name: Any, where: str, outside: bool) -> Path:
-    """The file that a row names."""
+def _resolve(folder: Path, name: Any, where: str, outside: bool) -> Path:
+    """Return the path of the file that a row names."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise DiffgraftError(f"{where} names no file: file_name is {name!r}.")
     try:
         plain = name.strip() if os.sep == "\\" or (folder / name).exists() else name.strip().replace("\\", "/")
         plain = plain if Path(plain).is_absolute() else posixpath.normpath(plain)
-        known = dict.fromkeys((plain, *(unicodedata.normalize(one, plain) for one in _FORMS)))
-        forms = [folder / form for form in known]
-        place = next((form for form in forms if form.is_file()), forms[0])
+        spellings = dict.fromkeys((plain, *(unicodedata.normalize(form, plain) for form in _FORMS)))
+        candidates = [folder / spelling for spelling in spellings]
+        path = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
         if not outside:
-            check_inside(folder, place, where)
-        if place.is_absolute() != folder.is_absolute() or not place.is_relative_to(folder):
-            place = folder / place.resolve().relative_to(folder.resolve()) if inside(folder, place) else place
+            check_inside(folder, path, where)
+        if path.is_absolute() != folder.is_absolute() or not path.is_relative_to(folder):
+            path = folder / path.resolve().relative_to(folder.resolve()) if is_inside(folder, path) else path
     except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or "it leads in circles"
-        raise DiffgraftError(f"{where} names a file that cannot be looked at: {name[:80]!r} ({why}).") from error
-    return place
+        reason = getattr(error, "strerror", None) or "links form a loop"
+        raise DiffgraftError(f"{where} names a file that cannot be opened: {name[:80]!r} ({reason}).") from error
+    return path
 
 
 _FORMS: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
-"""Unicode's composed and decomposed forms, of which the table may have one and the disk the other"""
+"""Unicode's composed and decomposed forms; the table may use one and the disk the other"""
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Number of its line and content of each row."""
+    """Yield the line number and the content of each row."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -162,24 +166,26 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, object_pairs_hook=_without_doubles)
+            row = json.loads(line, object_pairs_hook=_unique_keys)
         except json.JSONDecodeError as error:
-            what = f"line {number}, column {error.colno}: {error.msg}"
-            raise DiffgraftError(f"{path} cannot be read as a table: {what}. Each line is a JSON object.") from error
+            problem = f"line {number}, column {error.colno}: {error.msg}"
+            raise DiffgraftError(
+                f"{path} cannot be read as a table: {problem}. Each line must be a JSON object."
+            ) from error
         except (ValueError, RecursionError) as error:
-            what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-            raise DiffgraftError(f"{path} cannot be read as a table: line {number}: {what}.") from error
+            problem = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise DiffgraftError(f"{path} cannot be read as a table: line {number}: {problem}.") from error
         if not isinstance(row, dict):
             kind = type(row).__name__
-            raise DiffgraftError(f"{path} cannot be read as a table: line {number} is no JSON object, but a {kind}.")
+            raise DiffgraftError(f"{path} cannot be read as a table: line {number} is a {kind}, not a JSON object.")
         yield number, row
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of whose equal keys JSON itself would keep the last alone."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, or raise ValueError if a key is there twice; the json module would keep the last one."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
         raise ValueError(f"{twice!r} is there twice")
     return row
 
@@ -199,6 +205,6 @@ def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]
         raise DiffgraftError(f"{path} cannot be read as a table: {error}.") from error
     if names and not reader.line_num > 1:
         raise DiffgraftError(
-            f"{path} has one line, {', '.join(names)}, and no rows below it: the first line names the columns, "
-            "file_name and text."
+            f"{path} has no rows, only the line {', '.join(names)}: the first line names the columns, file_name and "
+            "text."
         )

@@ -1,4 +1,4 @@
-"""What a frozen text encoder says of prompts, computed once and kept."""
+"""Text embeddings of frozen text encoders, computed once for each prompt and cached."""
 
 import hashlib
 from collections import OrderedDict
@@ -18,72 +18,78 @@ _STATES = "hidden_states"
 
 
 class TextEmbeddingCache:
-    """The conditioning of prompts, without framing, by text encoders that do not change."""
+    """A cache of the conditioning of prompts, without micro-conditioning, for frozen text encoders."""
 
     def __init__(self, base: Base, *, whole: bool = False, keep: bool = False, limit: int = 4096) -> None:
-        """`whole` prompts are read in pieces; if `keep`, what `prepare` computes also goes to files of the cache.
+        """Create an empty cache.
 
-        At most `limit` prompts are held in memory.
+        Args:
+            base: base whose text encoders are used.
+            whole: whether long prompts are encoded in chunks instead of being truncated.
+            keep: whether `prepare` also reads and writes files of the cache on disk.
+            limit: number of prompts that are held in memory at most.
         """
         self._base, self._whole, self._keep, self._limit = base, whole, keep, limit
-        self._held: OrderedDict[str, Conditioning] = OrderedDict()
+        self._cached: OrderedDict[str, Conditioning] = OrderedDict()
 
     def prepare(self, prompts: Iterable[str]) -> None:
-        """Compute, or read from the cache, what these say: the text encoders are not asked for them again."""
-        wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._held]
-        self._limit = max(self._limit, len(self._held) + len(wanted))
-        for prompt in track(wanted, "encoding prompts", min_items=2):
-            found = _read(self._file(prompt)) if self._keep else None
-            if found is None:
-                found = self._ask(prompt)
+        """Encode prompts, or read them from the cache on disk, so that later calls do not need the text encoders."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cached]
+        self._limit = max(self._limit, len(self._cached) + len(missing))
+        for prompt in track(missing, "encoding prompts", min_items=2):
+            conditioning = _read(self._file(prompt)) if self._keep else None
+            if conditioning is None:
+                conditioning = self._encode(prompt)
                 if self._keep:
-                    write_tensors(self._file(prompt), {_STATES: found.hidden_states, **found.added}, prompt)
-            self._held[prompt] = _to(found, self._base.device)
+                    tensors = {_STATES: conditioning.hidden_states, **conditioning.added}
+                    write_tensors(self._file(prompt), tensors, prompt)
+            self._cached[prompt] = _to(conditioning, self._base.device)
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Of n prompts; those of fewer pieces are filled up with empty ones."""
+        """Return the conditioning of n prompts; those of fewer chunks are padded with chunks of the empty prompt."""
         for prompt in dict.fromkeys(prompts):
-            if prompt not in self._held:
-                self._held[prompt] = self._ask(prompt)
-            self._held.move_to_end(prompt)
-        kept = [self._held[prompt] for prompt in prompts]
-        while len(self._held) > self._limit:
-            self._held.popitem(last=False)
-        longest = max(one.hidden_states.shape[1] for one in kept)
-        if any(one.hidden_states.shape[1] < longest for one in kept):
-            kept = [_filled(one, self._empty(), longest) for one in kept]
-        added = {name: torch.cat([one.added[name] for one in kept]) for name in kept[0].added}
-        return Conditioning(torch.cat([one.hidden_states for one in kept]), added)
+            if prompt not in self._cached:
+                self._cached[prompt] = self._encode(prompt)
+            self._cached.move_to_end(prompt)
+        parts = [self._cached[prompt] for prompt in prompts]
+        while len(self._cached) > self._limit:
+            self._cached.popitem(last=False)
+        longest = max(part.hidden_states.shape[1] for part in parts)
+        if any(part.hidden_states.shape[1] < longest for part in parts):
+            parts = [_padded(part, self._empty(), longest) for part in parts]
+        added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
+        return Conditioning(torch.cat([part.hidden_states for part in parts]), added)
 
     def _empty(self) -> Tensor:
-        if "" not in self._held:
-            self._held[""] = self._ask("")
-        return self._held[""].hidden_states
+        if "" not in self._cached:
+            self._cached[""] = self._encode("")
+        return self._cached[""].hidden_states
 
     @torch.no_grad()
-    def _ask(self, prompt: str) -> Conditioning:
+    def _encode(self, prompt: str) -> Conditioning:
         return self._base.family.encode(self._base, [prompt], self._whole)
 
     def _file(self, prompt: str) -> Path:
         base = self._base
         encoders = [repr(part.dtype) for part in base.text_encoders().values()]
-        said = f"{_VERSION} {base.hash} {base.quantize} {encoders} {base.device.type} {self._whole} {prompt}"
-        name = hashlib.sha256(said.encode()).hexdigest()
+        key = f"{_VERSION} {base.hash} {base.quantize} {encoders} {base.device.type} {self._whole} {prompt}"
+        name = hashlib.sha256(key.encode()).hexdigest()
         return cache_folder() / "texts" / name[:2] / f"{name}.safetensors"
 
 
-def _filled(one: Conditioning, empty: Tensor, longest: int) -> Conditioning:
-    missing = (longest - one.hidden_states.shape[1]) // empty.shape[1]
-    return Conditioning(torch.cat([one.hidden_states, *[empty] * missing], 1), one.added)
+def _padded(conditioning: Conditioning, empty: Tensor, length: int) -> Conditioning:
+    """Append hidden states of the empty prompt, [1, tokens, width], up to `length` tokens."""
+    missing = (length - conditioning.hidden_states.shape[1]) // empty.shape[1]
+    return Conditioning(torch.cat([conditioning.hidden_states, *[empty] * missing], 1), conditioning.added)
 
 
-def _to(one: Conditioning, device: torch.device) -> Conditioning:
-    added = {name: value.to(device) for name, value in one.added.items()}
-    return Conditioning(one.hidden_states.to(device), added)
+def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    added = {name: value.to(device) for name, value in conditioning.added.items()}
+    return Conditioning(conditioning.hidden_states.to(device), added)
 
 
 def _read(file: Path) -> Conditioning | None:
-    """What a file of the cache holds; None where there is none, or it is damaged."""
+    """Read a conditioning from a file of the cache; None if the file does not exist or is damaged."""
     tensors = read_tensors(file)
     if tensors is None or _STATES not in tensors:
         return None

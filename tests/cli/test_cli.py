@@ -89,7 +89,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["generate", "x", "--size", "60x64"], "Take 64x64"),
         (["generate", "x", "--quantize", "nf8"], "did you mean 'nf4'"),
         (["generate", "x", "--mask", "m.png"], "there is none: give an image as well"),
-        (["generate", "x", "--image", "/none.png"], "There is no picture /none.png"),
+        (["generate", "x", "--image", "/none.png"], "The picture /none.png does not exist"),
         (["generate", "x", "-a", "/none.safetensors:text=0.5"], "/none.safetensors"),
         (["generate", "x", "--size", "²x64"], "write WIDTHxHEIGHT"),
         (["generate", "x", "--steps", "5000"], "1 to 1000 steps"),

@@ -146,7 +146,7 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     started = time.monotonic()
-    with pytest.raises(DiffgraftError, match=r"There is no model 'some/model' in a folder, .*--model FOLDER"):
+    with pytest.raises(DiffgraftError, match=r"The model 'some/model' was not found as a folder, .*--model FOLDER"):
         load_hf_model([AutoModel], "some/model", "look")
     assert time.monotonic() - started < 10
     assert not constants.HF_HUB_OFFLINE

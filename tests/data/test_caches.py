@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffgraft.bases import Base, load_base
 from diffgraft.data.cache import checksum
 from diffgraft.data.class_images import class_images
-from diffgraft.data.frames import frames, mirrored
+from diffgraft.data.frames import frames, with_mirrored
 from diffgraft.data.image_folder import read_folder, read_source
 from diffgraft.data.latents import Encoded, encode, encode_cached
 from diffgraft.data.pictures import Picture, square
@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def encoded(base: Base, pictures: list[Picture], **more: Any) -> Encoded:
-    ways = [mirrored(frames(one.size, 64, Buckets(use=True), 8)) for one in pictures]
+    ways = [with_mirrored(frames(one.size, 64, Buckets(use=True), 8)) for one in pictures]
     return encode_cached(base, pictures, ways, **more)
 
 
@@ -153,7 +153,7 @@ def test_masks_are_cut_and_mirrored_with_their_pictures(base: Base, tmp_path: Pa
     mask.paste(255, (32, 0, 64, 64))
     mask.save(tmp_path / "a_mask.png")
     (picture,) = read_folder(tmp_path)
-    ways = [mirrored(frames(picture.size, 64, Buckets(), 8))]
+    ways = [with_mirrored(frames(picture.size, 64, Buckets(), 8))]
     plain, turned = encode_cached(base, [picture], ways, masked=True).masks
     assert plain is not None
     assert turned is not None
@@ -189,7 +189,7 @@ def test_few_prompts_are_held_where_they_are_without_number(base: Base) -> None:
     texts = TextEmbeddingCache(base, limit=3)
     for number in range(6):
         texts([f"a dog {number}", "a cat"])
-    assert len(texts._held) == 3
+    assert len(texts._cached) == 3
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

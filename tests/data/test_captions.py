@@ -50,7 +50,7 @@ def test_other_separators_and_captions_that_drop_out() -> None:
 
 
 def test_a_trigger_of_several_tags_is_never_dropped() -> None:
-    wording = PromptBuilder(("red, sks, on grass, dog",), kept="sks, dog")
+    wording = PromptBuilder(("red, sks, on grass, dog",), kept_word="sks, dog")
     for place in range(50):
         parts = wording.prompt(0, Tags(drop=0.9), 0.0, np.random.default_rng([5, place])).split(", ")
         assert {"sks", "dog"} <= set(parts)

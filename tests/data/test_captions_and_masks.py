@@ -233,18 +233,21 @@ def test_masks_grow(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["caption", "{photos}", "--model", "no/such"], "There is no model 'no/such'"),
-        (["caption", "{photos}", "--model", "{models}/clip"], "no model that can caption pictures: it is of the kind"),
+        (["caption", "{photos}", "--model", "no/such"], "The model 'no/such' was not found"),
+        (
+            ["caption", "{photos}", "--model", "{models}/clip"],
+            "not a model that can caption pictures: it is of the kind",
+        ),
         (["caption", "{photos}", "--model", "{models}/clipseg"], "'clipseg'"),
         (["caption", "{photos}", "--model", "{models}/half"], "its file lacks"),
         (["caption", "{photos}", "--model", "{models}/pickled"], "no weights in safetensors"),
-        (["caption", "{photos}", "--model", "{models}/coded"], "no model that can caption pictures"),
-        (["caption", "{photos}", "--model", "{models}/joined"], "want to be asked in another way than is known here"),
+        (["caption", "{photos}", "--model", "{models}/coded"], "not a model that can caption pictures"),
+        (["caption", "{photos}", "--model", "{models}/joined"], "need inputs that are not supported here"),
         (["caption", "{photos}/none", "--model", "no/such"], "does not exist"),
-        (["caption", "{models}", "--model", "no/such"], "holds no picture files"),
-        (["mask", "{photos}", "--prompt", " ", "--model", "{models}/clipseg"], "Say what to look for"),
-        (["mask", "{photos}", "--prompt", "dog", "--model", "{models}/blip"], "no model that can find things"),
-        (["mask", "{photos}", "--prompt", "dog", "--model", "no/such"], "There is no model"),
+        (["caption", "{models}", "--model", "no/such"], "has no picture files"),
+        (["mask", "{photos}", "--prompt", " ", "--model", "{models}/clipseg"], "The prompt is empty"),
+        (["mask", "{photos}", "--prompt", "dog", "--model", "{models}/blip"], "not a model that can segment pictures"),
+        (["mask", "{photos}", "--prompt", "dog", "--model", "no/such"], "The model 'no/such' was not found"),
     ],
 )
 def test_mistakes_are_answered(

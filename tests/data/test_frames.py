@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgraft.data.frames import Frame, bucket_sizes, frames, mirrored
+from diffgraft.data.frames import Frame, bucket_sizes, frames, with_mirrored
 from diffgraft.data.settings import Buckets
 from diffgraft.errors import DiffgraftError
 
@@ -83,7 +83,7 @@ def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
     wanted = image.resize((96, 64), Image.Resampling.LANCZOS).crop((20, 0, 84, 64))
     found = np.asarray(frame.crop(image)).astype(int)
     assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1
-    plain, turned = mirrored([frame])
+    plain, turned = with_mirrored([frame])
     assert plain == frame
     assert np.array_equal(np.asarray(turned.crop(image)), np.asarray(frame.crop(image))[:, ::-1])
 
@@ -91,9 +91,9 @@ def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        (Buckets(use=True, step=20), "buckets.step=20 is no multiple of 8"),
-        (Buckets(use=True, min=100), "leave out squares of the resolution, 64"),
-        (Buckets(use=True, max=40), "leave out squares of the resolution, 64"),
+        (Buckets(use=True, step=20), "buckets.step=20: must be a multiple of 8"),
+        (Buckets(use=True, min=100), "exclude squares of the resolution, 64"),
+        (Buckets(use=True, max=40), "exclude squares of the resolution, 64"),
     ],
 )
 def test_buckets_that_cannot_be_are_told(settings: Buckets, answer: str) -> None:

@@ -45,14 +45,14 @@ def test_no_pixel_is_decoded_for_a_size(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "a.png").write_bytes(png(Image.new("RGB", SIZE), 6, "behind"))
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     found = Picture("a.png", (tmp_path / "a.png").read_bytes, file=tmp_path / "a.png")
-    assert (found.size, found.moves, found.has_mask) == (SIZE[::-1], False, False)
+    assert (found.size, found.is_animated, found.has_mask) == (SIZE[::-1], False, False)
 
 
 def test_a_program_is_not_run_for_a_picture_of_another_kind(tmp_path: Path) -> None:
     """Pillow would hand PostScript to another program, whatever the file is called."""
     Image.new("RGB", SIZE).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(UnreadablePictureError, match=r"a\.jpg .*of no format that is known here"):
+    with pytest.raises(UnreadablePictureError, match=r"a\.jpg .*of no known format"):
         read_picture(tmp_path / "a.jpg")
 
 

@@ -49,7 +49,7 @@ def test_a_table_of_commas_and_the_text_beside_a_picture_which_comes_first(tmp_p
 @pytest.mark.parametrize(
     ("name", "text", "answer"),
     [
-        ("metadata.jsonl", '{"text": "a dog"}\n', "needs one called file_name"),
+        ("metadata.jsonl", '{"text": "a dog"}\n', "lacks the column file_name"),
         ("metadata.jsonl", '{"file_name": "a.png", "te', "cannot be read as a table"),
         ("metadata.csv", "", "cannot be read as a table"),
     ],
@@ -144,7 +144,7 @@ def test_masks_lie_beside_pictures_or_in_their_alpha(tmp_path: Path) -> None:
     assert (of_b.size, of_b.getpixel((2, 3)), of_b.getpixel((28, 3))) == ((30, 20), 0, 255)
     assert c.mask() is None
     Image.new("L", (20, 30)).save(tmp_path / "a_mask.png")
-    with pytest.raises(DiffgraftError, match=r"mask a_mask\.png is 20x30 and its picture 30x20"):
+    with pytest.raises(DiffgraftError, match=r"mask a_mask\.png is 20x30, but its picture is 30x20"):
         a.mask()
 
 
@@ -171,5 +171,5 @@ def test_rows_of_no_file_are_told_of(tmp_path: Path) -> None:
     Image.new("RGB", (40, 24)).save(tmp_path / "a.png")
     rows = [{"file_name": name, "text": name} for name in ("a.png", "b.png", "c.png")]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    with pytest.warns(UserWarning, match=r"names b.png and 1 more, and there is no such file"):
+    with pytest.warns(UserWarning, match=r"names files that do not exist: b.png and 1 more"):
         assert [one.name for one in read_folder(tmp_path)] == ["a.png"]

@@ -53,7 +53,7 @@ def test_pictures_outside_are_read_only_where_that_is_meant(tmp_path: Path, name
     picture(own / "a.png")
     (own / "link").symlink_to(tmp_path / "secret")
     table(own, {"file_name": name.format(tmp_path), "text": "a secret"})
-    with pytest.raises(DiffgraftError, match=r"metadata\.jsonl, line 1 leads to .*x\.png, outside of .*outside=true"):
+    with pytest.raises(DiffgraftError, match=r"metadata\.jsonl, line 1 is a file outside of .*x\.png.*outside=true"):
         read_folder(own)
     assert sorted(one.captions for one in read_folder(own, outside=True)) == [(), ("a secret",)]
 
@@ -64,14 +64,14 @@ def test_pictures_outside_are_read_only_where_that_is_meant(tmp_path: Path, name
         ("", "has no rows"),
         ('{"file_name": null}\n', "line 1 names no file: file_name is None"),
         ('{"file_name": 3}\n', "line 1 names no file: file_name is 3"),
-        ('{"file_name": "a.png", "text": "x"}\n\n["a"]\n', "line 3 is no JSON object"),
+        ('{"file_name": "a.png", "text": "x"}\n\n["a"]\n', "line 3 is a list, not a JSON object"),
         ('{"file_name": "a.png", "text": {"x": 1}}\n', "line 1, column text holds dict"),
         ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png",}\n', "line 2, column 23"),
         ('{"file_name": "a.png", "text": "x", "text": "y"}\n', "line 1: 'text' is there twice"),
         ('{"file_name": "a.png", "text": true}\n', "line 1, column text holds bool"),
         ("[" * 100_000, "cannot be read as a table"),
         ('{"file_name": "a\\u0000.png"}\n', "names no file"),
-        (json.dumps({"file_name": "x" * 5000, "text": ""}), "cannot be looked at"),
+        (json.dumps({"file_name": "x" * 5000, "text": ""}), "cannot be opened"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, rows: str, answer: str) -> None:
@@ -91,17 +91,17 @@ def test_a_table_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 def test_rows_without_words_and_tables_without_captions_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    with pytest.warns(UserWarning, match=r"says nothing of a\.png"):
+    with pytest.warns(UserWarning, match=r"has no captions for a\.png"):
         read_folder(table(tmp_path, {"file_name": "a.png", "text": " "}))
-    with pytest.warns(UserWarning, match="no column of captions .*but: file_name, said"):
+    with pytest.warns(UserWarning, match="no column of captions .*columns are: file_name, said"):
         read_folder(table(tmp_path, {"file_name": "a.png", "said": "a dog"}))
 
 
 @pytest.mark.parametrize(
     ("rows", "answer"),
     [
-        ("a.png,a dog\n", "no rows below it: the first line names the columns"),
-        ("file_name,text\n", "no rows below it"),
+        ("a.png,a dog\n", "no rows, only the line .*: the first line names the columns"),
+        ("file_name,text\n", "no rows, only the line"),
         ("file_name,text,text\na.png,a,b\n", "the column 'text' is there twice"),
         ("file_name,text\na.png,a,b\n", "line 2 has more cells"),
     ],
@@ -127,18 +127,18 @@ def test_a_row_that_names_no_picture_to_learn_from_is_told(tmp_path: Path, name:
     for each in ("a.png", "deep/b.png", name):
         picture(tmp_path / each) if each.endswith("png") else (tmp_path / each).write_text("x", "utf-8")
     table(tmp_path, *({"file_name": each, "text": "a dog"} for each in ("a.png", "deep/b.png", name)))
-    with pytest.warns(UserWarning, match=f"names what is no picture to learn from, and is left out: {name}"):
+    with pytest.warns(UserWarning, match=f"files that are not pictures to learn from, which are left out: {name}"):
         assert [one.name for one in read_folder(tmp_path)] == ["a.png", "deep/b.png"]
 
 
 def test_of_two_sources_of_captions_the_one_that_is_used_is_told(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     table(tmp_path, {"file_name": "a.png", "text": "of the table", "prompt": "of another column"})
-    with pytest.warns(UserWarning, match="2 columns of captions, text, prompt: text is read"):
+    with pytest.warns(UserWarning, match="2 columns of captions, text, prompt: text is used"):
         assert [one.captions for one in read_folder(tmp_path)] == [("of the table",)]
     table(tmp_path, {"file_name": "a.png", "text": "of the table"})
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,of the csv\n", "utf-8")
-    with pytest.warns(UserWarning, match=r"two tables of captions: metadata\.jsonl is read, and metadata\.csv is not"):
+    with pytest.warns(UserWarning, match=r"two tables of captions: metadata\.jsonl is read, metadata\.csv is not"):
         assert [one.captions for one in read_folder(tmp_path)] == [("of the table",)]
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "a.txt").write_text("of the file", "utf-8")

@@ -76,7 +76,7 @@ def test_class_images_are_looked_at_before_the_run(
             base,
             monkeypatch,
             tmp_path,
-            "none of its 1 picture files",
+            "None of the 1 picture files",
             {"images": pictures, "prior": {"folder": broken}},
         )
 

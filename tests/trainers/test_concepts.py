@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffgraft.bases import Base
-from diffgraft.data.captions import PromptBuilder, lines_of, mentions
+from diffgraft.data.captions import PromptBuilder, caption_lines, mentions
 from diffgraft.data.settings import Tags
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.plan import planned
@@ -153,7 +153,7 @@ def test_tags_with_the_trigger_are_never_dropped() -> None:
     import numpy as np
 
     tags = Tags(separator=",", shuffle=True, drop=0.9)
-    wording = PromptBuilder(("tree, SKS dog, tusks, lake, sky",), kept="sks")
+    wording = PromptBuilder(("tree, SKS dog, tusks, lake, sky",), kept_word="sks")
     said = [wording.prompt(0, tags, 0.0, np.random.default_rng(n)) for n in range(60)]
     assert all("SKS dog" in one for one in said)
     assert sum("tusks" in one for one in said) < 20
@@ -178,7 +178,7 @@ def test_captions_of_several_lines(base: Base, tmp_path: Path, how: str, texts: 
     (data / "00.txt").write_text(
         "a sks dog\r\n\n  sks, sunny,\non grass\n".replace("sunny,", "sunny," if how == "join" else "sunny"), "utf-8"
     )
-    assert lines_of("a\n\nb", "random") == ("a", "b")
+    assert caption_lines("a\n\nb", "random") == ("a", "b")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         _, (item,) = items_of(base, "subject", images=str(data), subject="dog", **{"captions.lines": how})

@@ -12,7 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
-from diffgraft.data.frames import Frame, frames, mirrored
+from diffgraft.data.frames import Frame, frames, with_mirrored
 from diffgraft.data.inventory import named, pluralize
 from diffgraft.data.latents import encode_cached
 from diffgraft.data.pictures import Picture, UnreadablePictureError
@@ -90,7 +90,7 @@ def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]
         for picture in pictures:
             wording, of_class = wording_of(part, picture)
             own = _frames(data, picture, base)
-            samples.append(Sample(part, picture, wording, of_class, mirrored(own) if data.flip else own))
+            samples.append(Sample(part, picture, wording, of_class, with_mirrored(own) if data.flip else own))
     _check_repeats(samples)
     check_prompts(data.long_prompts, [(one.part, one.picture, one.wording) for one in samples], base.tokenizer)
     if data.masks.use and not data.masks.outside:
@@ -214,7 +214,7 @@ def class_examples(data: DataSettings, seed: int, base: Base, items: Sequence[Sa
             way = frames(picture.size, resolution_of(data, base), data.buckets, step_of(base))
             said = PromptBuilder((prompt,))
             each = weighted.model_copy(update={"repeats": repeats})
-            found.append(Sample(each, picture, said, said, mirrored(way) if data.flip else way))
+            found.append(Sample(each, picture, said, said, with_mirrored(way) if data.flip else way))
     if not found:
         return None
     bare = data.model_copy(update={"masks": data.masks.model_copy(update={"use": False}), "caption_dropout": 0.0})

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffgraft.bases.tokens import truncated_text
-from diffgraft.data.captions import PromptBuilder, lines_of, mentions
+from diffgraft.data.captions import PromptBuilder, caption_lines, mentions
 from diffgraft.data.inventory import named
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError, shorten
@@ -33,7 +33,7 @@ def wording_of(part: DataSettings, picture: Picture) -> tuple[PromptBuilder, Pro
     if not captions:
         texts = TEMPLATES[part.templates] if part.templates != "none" else (part.prompt,)
         said = tuple(_with_trigger(part, part.fill(text)) for text in texts)
-        return PromptBuilder(said, kept=part.trigger), PromptBuilder((part.class_text(None),) * len(said))
+        return PromptBuilder(said, kept_word=part.trigger), PromptBuilder((part.class_text(None),) * len(said))
     of_class = PromptBuilder(tuple(part.class_text(caption) for caption in captions))
     around = tuple("{caption}" if mentions(caption, part.trigger) else _around(part) for caption in captions)
     return PromptBuilder(captions, around, part.trigger), of_class
@@ -43,7 +43,7 @@ def captions_of(part: DataSettings, picture: Picture) -> tuple[str, ...]:
     """A picture's captions as they are used, their placeholders filled; none where the recipe wants none."""
     if not part.captions.use:
         return ()
-    lines = (line for one in picture.captions for line in lines_of(one, part.captions.lines, part.tags.separator))
+    lines = (line for one in picture.captions for line in caption_lines(one, part.captions.lines, part.tags.separator))
     return tuple(dict.fromkeys(_filled(part, line) for line in lines))
 
 
@@ -126,7 +126,7 @@ def _of_lines(said: Said) -> Iterator[str]:
     """Captions of several lines, of which not all may be used."""
     long: dict[str, list[str]] = {}
     for part, picture, _ in said:
-        if part.captions.use and any(len(lines_of(one, "random")) > 1 for one in picture.captions):
+        if part.captions.use and any(len(caption_lines(one, "random")) > 1 for one in picture.captions):
             long.setdefault(part.captions.lines, []).append(picture.name)
     ways = {
         "first": "the first is the prompt (captions.lines=random takes each in turn, join all of them)",
