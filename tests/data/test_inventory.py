@@ -110,7 +110,7 @@ def test_pictures_that_their_names_hide_are_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"hold a picture|is broken") as told:
         assert [one.name for one in read_folder(tmp_path)] == ["b.jpg"]
     said = [str(one.message) for one in told]
-    assert any(text.startswith("e.gif!small, noname, photo.jpg_large hold a picture, and are not") for text in said)
+    assert any(text.startswith("e.gif!small, noname, photo.jpg_large hold a picture, but are not") for text in said)
     assert f"1 link in {tmp_path} is broken: f.png." in said
     assert len(said) == 2
 
@@ -179,7 +179,7 @@ def test_captions_that_are_not_used_are_named(tmp_path: Path) -> None:
     text(tmp_path / "captions.csv", "a,b")
     said = take_inventory(tmp_path).remarks
     wanted = ["1 caption is empty (a.txt)", "not used: b.caption", "1 text file belongs to no picture: gone.txt"]
-    wanted += ["What c.json says of the picture beside it is not read", "captions.csv in"]
+    wanted += ["Captions are not read from c.json", "captions.csv in"]
     assert len(said) == len(wanted)
     for text_of, part in zip(said, wanted, strict=True):
         assert part in text_of
