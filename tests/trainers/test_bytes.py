@@ -14,5 +14,7 @@ def test_a_recipe_trains_the_same_adapter_as_ever(name: str, base: Base, tmp_pat
     known = json.loads(DIGESTS.read_text("utf-8"))
     found = digests(adapter_of(name, base, tmp_path))
     assert found["shape"] in {own[name]["shape"] for own in known.values()}, "names, shapes or header have changed"
-    if kernels() in known:  # other vector instructions round otherwise
-        assert found == known[kernels()][name]
+    values = {processor: own[name]["values"] for processor, own in known.items()}
+    if kernels() not in known and found["values"] not in values.values():  # other kernels round differently
+        pytest.skip(f"the digests of this processor are not known: {kernels()}")
+    assert found["values"] == values.get(kernels(), found["values"])

@@ -21,7 +21,9 @@ from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
 
 DIGESTS = Path(__file__).parent / "digests.json"
-"""Version of PyTorch and vector instructions → run → digests of its adapter file, as `digests` takes them"""
+"""Version of PyTorch, vector instructions and processor → run → digests of its adapter file, as `digests` takes them.
+
+The first processor's model was not recorded."""
 STEPS = 30
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "subject": ("subject", {}),
