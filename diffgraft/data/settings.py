@@ -1,4 +1,4 @@
-"""Groups of recipe settings for pictures and captions: buckets, masks, captions, tags."""
+"""Groups of recipe settings for images and captions: buckets, masks, captions, tags."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,15 +8,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from diffgraft.strict import Strict
 
 FolderLayout = Literal["auto", "flat", "kohya"]
-"""How a folder is read: detected from its content, as a flat folder of pictures, or as numbered subfolders of pictures
+"""How a folder is read: detected from its content, as a flat folder of images, or as numbered subfolders of images
 as kohya's tools have them (`10_sks dog`)"""
 
 
 class Buckets(Strict):
-    """Aspect-ratio buckets: pictures about keep their shape, and a batch holds pictures of one size."""
+    """Aspect-ratio buckets: images about keep their shape, and a batch holds images of one size."""
 
     use: bool = False
-    """Whether pictures are resized to buckets of about resolution² pixels, instead of cropped to squares"""
+    """Whether images are resized to buckets of about resolution² pixels, instead of cropped to squares"""
     step: int | None = Field(None, ge=8, le=8192)
     """Step in pixels between the sides of buckets; unset: 64, or an eighth of resolutions below 512"""
     min: int | None = Field(None, ge=8, le=8192)
@@ -24,25 +24,25 @@ class Buckets(Strict):
     max: int | None = Field(None, ge=8, le=8192)
     """Longest side of a bucket in pixels; unset: twice the resolution"""
     upscale: bool = True
-    """Whether pictures smaller than their bucket are enlarged; if not, they get a bucket of their own size"""
+    """Whether images smaller than their bucket are enlarged; if not, they get a bucket of their own size"""
 
 
 class Masks(Strict):
-    """Masks, which weight the loss over a picture: white or opaque counts, black or transparent does not."""
+    """Masks, which weight the loss over an image: white or opaque counts, black or transparent does not."""
 
     use: bool = False
-    """Whether the loss is weighted by `NAME_mask.png` beside each picture or, without one, by its alpha channel"""
+    """Whether the loss is weighted by `NAME_mask.png` beside each image or, without one, by its alpha channel"""
     outside: float = Field(0.0, ge=0, le=1)
     """Weight of the loss outside the mask, 0 to 1"""
     normalize: bool = True
-    """Whether a picture's loss is averaged over its mask, so that small subjects count as much as large ones"""
+    """Whether an image's loss is averaged over its mask, so that small subjects count as much as large ones"""
 
 
 class Captions(Strict):
-    """Captions of pictures; `captions=false` turns them off."""
+    """Captions of images; `captions=false` turns them off."""
 
     use: bool = True
-    """Whether captions replace the prompt; they are read from the `.txt` or `.caption` file beside a picture, or from
+    """Whether captions replace the prompt; they are read from the `.txt` or `.caption` file beside an image, or from
     the folder's `metadata.jsonl` or `metadata.csv`"""
     lines: Literal["first", "random", "join"] = "first"
     """Which lines of a caption are used: the first, all of them in turn in random order, or all joined to one prompt"""

@@ -8,18 +8,18 @@ from diffgraft.strict import Strict
 
 
 class Noise(Strict):
-    """What is laid on latents beside plain noise; 0 leaves each away."""
+    """Noise beyond plain Gaussian noise; 0 turns each kind off."""
 
     offset: float = Field(0.0, ge=0, le=10)
-    """Standard deviation of one number added to all of a channel (offset noise; 0.05 to 0.1 are common)"""
+    """Standard deviation of a constant added to each channel of the noise (offset noise; 0.05 to 0.1 are common)"""
     pyramid: float = Field(0.0, ge=0, lt=1)
-    """Factor from one level of coarser noise to the next (pyramid noise; 0.3 to 0.8 are common)"""
+    """Factor from each level of pyramid noise to the next coarser one (0.3 to 0.8 are common)"""
     perturbation: float = Field(0.0, ge=0, le=10)
-    """Share γ of further noise that is laid on the input alone (input perturbation; 0.1 in the paper)"""
+    """Strength γ of extra noise on the input alone (input perturbation; 0.1 in the paper)"""
 
 
 class Timesteps(Strict):
-    """At which timesteps training takes place; 0 is almost no noise."""
+    """Distribution of the training timesteps; timestep 0 has almost no noise."""
 
     min: int = Field(0, ge=0)
     """Smallest timestep"""
@@ -34,15 +34,15 @@ class Timesteps(Strict):
 
 
 class Loss(Strict):
-    """How errors are counted."""
+    """Loss function and loss weights."""
 
     kind: Literal["squared", "huber"] = "squared"
-    """The squared error, or the pseudo-Huber loss, in which large errors count less"""
+    """Squared error, or the pseudo-Huber loss, which counts large errors less"""
     delta: float = Field(0.1, gt=0, le=1)
-    """Where the Huber loss turns from squared to linear"""
+    """Error at which the pseudo-Huber loss turns from quadratic to linear"""
     schedule: Literal["constant", "exponential", "snr"] = "constant"
-    """How delta goes on the way to noise: the same everywhere, or falling to delta from 1"""
+    """Schedule of delta over the timesteps: constant, or falling from 1 to delta towards pure noise"""
     snr_gamma: float | None = Field(None, gt=0)
-    """γ of min-SNR weighting (5 in the paper); unset: every timestep counts alike"""
+    """γ of min-SNR loss weights (5 in the paper); unset: all timesteps count alike"""
     debiased: bool = False
-    """Weigh each timestep by 1 / √SNR, or 1 / (SNR + 1) where v is predicted (debiased estimation)"""
+    """Debiased estimation: weight timesteps by 1 / √SNR, or by 1 / (SNR + 1) for v-prediction"""

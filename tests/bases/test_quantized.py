@@ -345,7 +345,9 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
 
 
 def test_there_is_no_other_kind() -> None:
-    with pytest.raises(DiffgraftError, match="quantize means nothing to full: every weight trains, and those in few"):
+    with pytest.raises(
+        DiffgraftError, match="quantize is not supported by method=full: every weight trains, and those in few"
+    ):
         recipe("full", quantize="nf4")
     assert recipe("full", quantize="none").quantize == "none"
     with pytest.raises(DiffgraftError, match="quantize='nf8': did you mean 'nf4'"):

@@ -85,8 +85,8 @@ def test_a_recipe_has_settings_of_its_own_for_a_method(tmp_path: Path) -> None:
     assert load_recipe(path, {"method": "loha", "options.conv_rank": "2"}).options == {"tucker": True, "conv_rank": "2"}
     for text, answer in (
         ("  ful: {lr: 1e-5}", "There is no method 'ful': did you mean 'full'"),
-        ("  full: {ler: 1e-5}", "There is no setting 'ler'"),
-        ("  full: 3", "Under methods:"),
+        ("  full: {ler: 1e-5}", "Unknown setting 'ler'"),
+        ("  full: 3", "Invalid methods: of the recipe"),
     ):
         path.write_text(f"task: style\nmethods:\n{text}\n", "utf-8")
         with pytest.raises(DiffgraftError, match=answer):
@@ -96,15 +96,21 @@ def test_a_recipe_has_settings_of_its_own_for_a_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"method": "textual-inversion", "rank": 4}, "rank means nothing to textual-inversion: it has no low-rank"),
-        ({"method": "textual-inversion", "prior.weight": 1}, "prior means nothing to textual-inversion"),
-        ({"method": "hypernetwork", "text_encoder": "true"}, "text_encoder means nothing to hypernetwork"),
-        ({"method": "full", "alpha": 4}, "alpha means nothing to full: .*options.rank"),
+        (
+            {"method": "textual-inversion", "rank": 4},
+            "rank is not supported by method=textual-inversion: it has no low-rank",
+        ),
+        ({"method": "textual-inversion", "prior.weight": 1}, "prior is not supported by method=textual-inversion"),
+        ({"method": "hypernetwork", "text_encoder": "true"}, "text_encoder is not supported by method=hypernetwork"),
+        ({"method": "full", "alpha": 4}, "alpha is not supported by method=full: .*options.rank"),
         (
             {"method": "pivotal", "options.weights": "full", "rank": 4},
-            "rank means nothing to pivotal: with options.weights=full, .*options.weights_options.rank",
+            "rank is not supported by method=pivotal: with options.weights=full, .*options.weights_options.rank",
         ),
-        ({"method": "pivotal", "options.weights": "hypernetwork", "layers": "all"}, "layers means nothing to pivotal"),
+        (
+            {"method": "pivotal", "options.weights": "hypernetwork", "layers": "all"},
+            "layers is not supported by method=pivotal",
+        ),
         ({"method": "lorra"}, "did you mean 'lora'"),
     ],
 )
@@ -118,12 +124,12 @@ def test_a_setting_that_means_nothing_to_the_method_is_refused(settings: dict[st
     ("name", "settings", "answer"),
     [
         ("subjcet", {}, "did you mean 'subject'"),
-        ("none-such.yaml", {}, "There is no recipe"),
+        ("none-such.yaml", {}, "Unknown recipe"),
         ("subject", {"subject": "dog", "stepps": 3}, "did you mean 'steps'"),
         ("subject", {"subject": "dog", "prior.wieght": 3}, "did you mean 'prior.weight'"),
-        ("subject", {"subject": "dog", "steps.more": 3}, "There is no setting 'steps.more'"),
-        ("style", {"subject": "dog"}, "There is no setting 'subject' in a style recipe"),
-        ("subject", {}, "needs a value for 'subject'"),
+        ("subject", {"subject": "dog", "steps.more": 3}, "Unknown setting 'steps.more'"),
+        ("style", {"subject": "dog"}, "Unknown setting 'subject' for a style recipe"),
+        ("subject", {}, "requires 'subject'"),
         (
             "subject",
             {"subject": "dog", "steps": "many"},
@@ -135,8 +141,16 @@ def test_a_setting_that_means_nothing_to_the_method_is_refused(settings: dict[st
         ("subject", {"subject": "dog", "alpha": 0}, "greater than 0"),
         ("subject", {"subject": "dog", "lr": "inf"}, "finite"),
         ("subject", {"subject": "dog", "seed": 10**20}, "less than"),
-        ("subject", {"subject": "dog", "sample_prompts": "a {triger} dog"}, "Nothing fills {triger} in sample_prompts"),
-        ("subject", {"subject": "dog", "prompt": "a {triger} dog"}, "Nothing fills {triger}.*did you mean '{trigger}'"),
+        (
+            "subject",
+            {"subject": "dog", "sample_prompts": "a {triger} dog"},
+            "Unknown placeholder {triger} in sample_prompts",
+        ),
+        (
+            "subject",
+            {"subject": "dog", "prompt": "a {triger} dog"},
+            "Unknown placeholder {triger}.*did you mean '{trigger}'",
+        ),
     ],
 )
 def test_mistakes_are_answered(name: str, settings: dict[str, Any], answer: str) -> None:
@@ -147,10 +161,10 @@ def test_mistakes_are_answered(name: str, settings: dict[str, Any], answer: str)
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     for text, answer in (
-        ("- a\n- b\n", "holds no keys"),
+        ("- a\n- b\n", "has no keys"),
         ("a: [", "not readable YAML"),
-        ("task: subjct\n", "has task 'subjct'"),
-        ("task: [subject]\n", "has task"),
+        ("task: subjct\n", "Invalid task 'subjct'"),
+        ("task: [subject]\n", "Invalid task"),
         ("task: subject\nsubject: dog\nprior: 5\n", "Invalid value prior=5: prior is a group"),
     ):
         path.write_text(text, "utf-8")
@@ -213,7 +227,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     for text in ("task: style\nrank: 4\nrank: 8\n", "task: style\nloss:\n  kind: huber\n  kind: l2\n"):
         path.write_text(text, "utf-8")
         with pytest.raises(
-            DiffgraftError, match=r"not readable YAML \(line \d, column \d\): '(rank|kind)' is there twice"
+            DiffgraftError, match=r"not readable YAML \(line \d, column \d\): the key '(rank|kind)' occurs twice"
         ):
             load_recipe(path, {})
 
@@ -244,7 +258,7 @@ def test_captions_have_a_word_and_keys_of_their_own(tmp_path: Path) -> None:
         (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", r"refers to \*a \(line 2\)"),
         (b"[" * 5000, "not readable YAML"),
         (b"a: 1\n" * 300_000, "is larger than"),
-        (b"- a\n- b\n", "holds no keys"),
+        (b"- a\n- b\n", "has no keys"),
     ],
 )
 def test_recipes_that_cannot_be_read(content: bytes, said: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_keys_of_imported_configurations_are_synonyms() -> None:
     ],
 )
 def test_keys_of_other_tools_get_ours_as_the_hint(theirs: str, ours: str) -> None:
-    with pytest.raises(DiffgraftError, match=rf"There is no setting '{theirs}' .*: here it is called '{ours}'\."):
+    with pytest.raises(DiffgraftError, match=rf"Unknown setting '{theirs}' .*: in diffgraft it is called '{ours}'\."):
         load_recipe("subject", {"subject": "dog", theirs: "1"})
 
 

@@ -1,4 +1,4 @@
-"""The settings of a recipe in groups: written flat by users, and taken group by group by the code."""
+"""The keys of a recipe in groups: users write them flat, functions take the group that they need."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # listing recipes does without torch
 
 
 class Group(Strict):
-    """A group of settings, which never change."""
+    """A group of recipe keys; immutable."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,23 +27,25 @@ class ModelSettings(Group):
     base: str = "tiny"
     """`tiny`, a diffusers folder, a single .safetensors checkpoint, or a hub id"""
     prediction_type: Literal["epsilon", "v_prediction", None] = None
-    """What the base's UNet predicts; unset: what its files say"""
+    """What the denoiser predicts; unset: what the files of the base say"""
     zero_snr: bool | None = None
-    """Whether its noise schedule is rescaled to end in pure noise; unset: what its files say"""
+    """Whether the noise schedule is rescaled to end in pure noise (zero terminal SNR); unset: what the files of the
+    base say"""
     quantize: Literal["none", "int8", "nf4"] = "none"
-    """Hold the weights of its linear layers in 8 bits (int8) or about 4 (nf4): less memory, a little less exact"""
+    """Hold the frozen linear layers of the base in 8 bits (int8) or 4 bits (nf4), by bitsandbytes: less memory,
+    slightly less exact"""
 
     @property
     def says_prediction(self) -> bool:
-        """Whether the recipe, and not the base's files, says what the denoiser predicts."""
+        """Whether the recipe sets the prediction type, instead of the files of the base."""
         return self.prediction_type is not None
 
     def schedule_options(self) -> dict[str, Any]:
-        """What the recipe says of prediction and noise schedule."""
+        """Return the settings of the prediction type and the noise schedule."""
         return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
 
     def load_options(self) -> "LoadOptions":
-        """How the base is loaded, beside its precision."""
+        """Return the options of `load_base`, without the dtype."""
         return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr, "quantize": self.quantize}
 
 
@@ -51,104 +53,103 @@ class AdapterSettings(Group):
     """The adapter: its method, where it is attached, and what it starts from."""
 
     method: str = "lora"
-    """How the adapter is parametrised; `diffgraft methods` lists them"""
+    """Method of the adapter; `diffgraft methods` lists them"""
     rank: int = Field(8, ge=1, le=8192)
     """Inner dimension of the low-rank factors"""
     alpha: float | None = Field(None, gt=0, le=1_000_000)
-    """The adapter's scale is alpha / rank; unset: alpha = rank, a scale of 1"""
+    """Numerator of the scale alpha / rank of the adapter; unset: alpha = rank, a scale of 1"""
     layers: Literal["attention", "attention+feedforward", "all", None] = None
-    """Layers that are adapted: the projections of the attention, with the feed-forward layers too, or also the
-    convolutions; unset: what the method is made for"""
+    """Layers that are adapted: the projections of attention, those and the feed-forward layers, or also the
+    convolutions; unset: the default of the method"""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Settings that only the method has: options.dora=true; `diffgraft methods NAME` lists them"""
+    """Settings of the method itself, such as options.dora=true; `diffgraft methods NAME` lists them"""
     text_encoder: bool = False
-    """Whether the text encoder's attention is adapted too"""
+    """Whether the attention of the text encoder is adapted too"""
     init_from: str = ""
-    """An adapter file of any tool that training starts from, or a run's folder; ranks, scales and values are those of
-    the file, in the modules that it has"""
+    """Adapter file of any tool, or folder of a run, that training starts from; its ranks, scales and values are used
+    for the modules that it has"""
 
     def scale_alpha(self) -> float:
-        """Alpha, with the default filled in."""
+        """Return alpha, or the rank where alpha is unset."""
         return float(self.rank if self.alpha is None else self.alpha)
 
 
 class DataSettings(Group):
-    """Pictures and prompts, of the whole recipe or of one concept."""
+    """Images and prompts, of the whole recipe or of one concept."""
 
     images: str = ""
-    """The pictures to learn from: a folder, in kohya's layout (`10_sks dog/`) as well, or a data set of `datasets`, in
-    a folder or by its id on the hub"""
+    """Images to learn from: a folder (numbered folders such as `10_sks dog/` work as in kohya's tools), a data set of
+    `datasets` on disk, or its id on the hub"""
     layout: FolderLayout = "auto"
-    """How the folder is read: by what it holds, as the pictures in it (flat), or as numbered folders (kohya)"""
+    """How a folder is read: as the images in it (flat), as numbered folders (kohya), or by what it contains (auto)"""
     outside: bool = False
-    """Whether tables of captions and links may bring pictures from outside the folder"""
+    """Whether caption tables and symbolic links may name images outside the folder"""
     repeats: int = Field(1, ge=1, le=100_000)
-    """How often each picture comes in a round"""
+    """Times that each image is shown in an epoch"""
     weight: float = Field(1.0, ge=0, le=1000)
-    """Factor on the loss of the pictures; for concepts that have their own"""
+    """Factor on the loss of these images; useful for concepts"""
     resolution: int | None = Field(None, ge=8, le=8192)
-    """Side in pixels that pictures are cut and scaled to; unset: the base's own"""
+    """Side in pixels that images are cropped and scaled to; unset: the resolution of the base"""
     buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
-    """Sizes other than squares"""
+    """Aspect-ratio buckets: sizes other than squares"""
     crop: Literal["center", "random"] = "center"
-    """Which part of a picture is shown, where its shape is another: the middle, or places drawn at random"""
+    """Which part of an image is shown where its aspect ratio differs: the center, or random crops"""
     crops: int = Field(4, ge=1, le=256)
-    """How many such places of each picture take turns"""
+    """Number of random crops of each image, shown in turn"""
     flip: bool = False
-    """Whether pictures are also shown mirrored, every other time they come round"""
+    """Whether images are also shown mirrored, every other time"""
     masks: Masks = Field(default_factory=lambda: Masks.model_validate({}))
-    """Where pictures count"""
+    """Masks that weight the loss by region"""
     trigger: str = "sks"
-    """The word that calls what was learnt; a rare one, with little meaning of its own"""
+    """Word that calls what was learned; a rare word with little meaning of its own"""
     prompt: str = "{trigger}"
-    """Prompt of a picture without a caption, with {trigger} and, in subject recipes, {subject}"""
+    """Prompt of images without a caption; {trigger} and, in subject recipes, {subject} are filled in"""
     captions: Captions = Field(default_factory=lambda: Captions.model_validate({}))
-    """What stands beside pictures"""
+    """Captions beside the images"""
     caption_column: str = ""
-    """Column of a table or data set that holds the captions; unset: text, caption, captions or prompt"""
+    """Column of a table or data set with the captions; unset: text, caption, captions or prompt"""
     insert_trigger: bool = False
-    """Whether the trigger is put before captions, and names of kohya's folders, that lack it"""
+    """Whether the trigger is put before captions, and before names of kohya folders, that lack it"""
     caption_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the times that a picture is shown without any prompt"""
+    """Share of the times that an image is shown with an empty prompt"""
     tags: Tags = Field(default_factory=lambda: Tags.model_validate({}))
     """Captions as lists of tags"""
     long_prompts: Literal["cut", "refuse", "chunk"] = "cut"
-    """What to do with prompts that are longer than the text encoder reads: cut them, refuse them, or read them in
-    pieces of that length, as the webui does"""
+    """Prompts longer than the context of the text encoder are cut, refused, or encoded in chunks as the webui does"""
     templates: Literal["none", "object", "style"] = "none"
-    """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
+    """Show each image without a caption under many prompts in turn: templates for objects, or for styles"""
     cache: bool = True
-    """Whether latents and text states are kept in the cache for other runs"""
+    """Whether latents and text embeddings are cached on disk for other runs"""
 
     @property
     def noun(self) -> str:
-        """The class noun of what the pictures show; empty where the task has none."""
+        """Class noun of the subject; empty for tasks without one."""
         return str(getattr(self, "subject", ""))
 
     @property
     def prior_preservation(self) -> Prior | None:
-        """Its prior preservation, where there is any."""
+        """Settings of prior preservation; None where it is off."""
         prior: Prior | None = getattr(self, "prior", None)
         return None if prior is None or prior.weight == 0 else prior
 
     def fill(self, template: str) -> str:
-        """A template with the trigger and the class noun."""
+        """Return `template` with {trigger} and {subject} filled in."""
         return template.replace("{trigger}", self.trigger).replace("{subject}", self.noun)
 
     def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002  (others need them)
-        """What class images show, given the pictures' captions; none where the task has no prior preservation."""
+        """Return the prompts of class images for images with these captions; empty without prior preservation."""
         return []
 
     def class_text(self, caption: str | None) -> str:  # noqa: ARG002  (others need it)
-        """What a picture with that caption shows, but for what is learnt; empty where the task does not know."""
+        """Return the class prompt of an image with that caption; empty for tasks without class prompts."""
         return ""
 
 
 class OptimSettings(Group):
-    """Optimisation: steps, batches, learning rates and the optimizer."""
+    """Optimization: steps, batch size, learning rates and the optimizer."""
 
     steps: int = Field(300, ge=1, le=10_000_000)
-    """Optimiser steps"""
+    """Number of optimizer steps"""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of everything random: initial weights, noise, timesteps, order, class images, samples"""
     lr: float = Field(1e-3, gt=0)
@@ -158,86 +159,88 @@ class OptimSettings(Group):
     pattern of a module's path: {"text_encoder": 0.5, "OUT*": 2}. Where several match a module, the last one counts
     alone. A module with factor 0 does not train and is left out of the adapter"""
     text_encoder_stop: int | None = Field(None, ge=1)
-    """Step from which on text encoders, and new words, train no more; unset: they train to the end"""
+    """Step after which text encoders and new words are frozen; unset: they train to the end"""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts"] = "constant"
-    """How the rate goes after the warm-up"""
+    """Learning-rate schedule after the warmup"""
     lr_cycles: int = Field(1, ge=1, le=10_000)
-    """How often it falls to zero, with cosine_with_restarts"""
+    """Number of cycles of cosine_with_restarts"""
     warmup: int = Field(0, ge=0, le=10_000_000)
-    """Steps over which the rate rises from zero"""
+    """Steps of linear learning-rate warmup"""
     batch: int = Field(4, ge=1, le=4096)
-    """Instance pictures in a step, on each process; class images come on top"""
+    """Batch size on each process; class images come on top"""
     accumulate: int = Field(1, ge=1, le=10_000)
-    """Batches whose gradients are added up for one optimiser step"""
+    """Gradient accumulation: micro-batches of one optimizer step"""
     optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule-free"] = "adamw"
-    """AdamW of torch, or in 8 bits of bitsandbytes, whose Lion is, too; Adafactor of transformers; Prodigy, which finds
-    the rate itself (lr=1); schedulefree's AdamW"""
+    """AdamW of PyTorch, AdamW or Lion in 8 bits of bitsandbytes, Adafactor of transformers, Prodigy, which finds the
+    learning rate itself (lr=1), or the AdamW of schedulefree"""
     weight_decay: float = Field(0.01, ge=0, le=1000)
     """Decoupled weight decay"""
     ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of a moving average of what trains, which is then what is saved and drawn with; 0: none. 0.999 for
-    thousands of steps, less for few"""
+    """Decay of the exponential moving average (EMA) of the trained parameters, which is then saved and used for
+    samples; 0: no EMA. 0.999 suits thousands of steps, less suits fewer"""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Norm the gradient is clipped to"""
+    """Norm that the gradient is clipped to"""
 
 
 class ObjectiveSettings(Group):
-    """What the loss is made of."""
+    """Noise, timesteps and loss."""
 
     noise: Noise = Field(default_factory=lambda: Noise.model_validate({}))
-    """What is laid on latents beside plain noise"""
+    """Noise beyond plain Gaussian noise"""
     timesteps: Timesteps = Field(default_factory=lambda: Timesteps.model_validate({}))
-    """At which timesteps training takes place"""
+    """Timesteps that are trained on"""
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({}))
-    """How errors are counted"""
+    """Loss function and loss weights"""
 
 
 class RuntimeSettings(Group):
-    """How a run computes: precision, memory and speed."""
+    """Precision, memory and speed."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the frozen base and of the arithmetic; the adapter itself is trained in float32"""
+    """Dtype of the frozen base and of autocast; the adapter itself is trained in float32"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time"""
     attention: Literal["default", "plain", "xformers", "sliced"] = "default"
-    """How the UNet's attentions are computed: by PyTorch's fused attention, step by step, by the package xformers, or
-    one head after the other"""
+    """Attention of the denoiser: the fused kernel of PyTorch (default), plain matrix products, the package xformers, or
+    one head at a time (sliced)"""
     channels_last: bool = False
-    """Lay the weights of the UNet's convolutions out with the channels last, as GPUs have it in half precision"""
+    """Store the convolution weights of the denoiser in channels-last memory format, which GPUs prefer in half
+    precision"""
     compile: bool = False
-    """Compile the UNet (torch.compile): the first steps take minutes, the others less time"""
+    """Compile the denoiser with torch.compile: the first steps take minutes, later steps are faster"""
     shard: Literal["none", "fsdp", "zero3"] = "none"
-    """Deal the frozen UNet out to the processes that train together, by PyTorch's FSDP or DeepSpeed's ZeRO, stage 3"""
+    """Shard the frozen denoiser over the processes of the run, by FSDP of PyTorch or ZeRO stage 3 of DeepSpeed"""
 
 
 class OutputSettings(Group):
-    """What a run writes and draws, and when."""
+    """Files and images that a run writes, and when."""
 
     output: str = ""
     """Folder of the run; unset: runs/<recipe>-<time>"""
     format: str = "auto"
-    """Format of the adapter files; auto: the one that most programs open, of those that hold what the method makes"""
+    """Format of the adapter file; auto: of the formats that can hold the adapter, the one that most programs open"""
     checkpoint_every: int = Field(100, ge=0, le=10_000_000)
     """Steps between checkpoints; 0: only when interrupted"""
     sample_every: int = Field(100, ge=0, le=10_000_000)
-    """Steps between sample pictures; 0: none"""
+    """Steps between sample images; 0: none"""
     previews: bool = True
-    """Whether pictures are drawn at all: samples on the way, and before-after.png in the end"""
+    """Whether any images are generated: samples during training, and before-after.png at the end"""
     adapter_every: int = Field(0, ge=0, le=10_000_000)
-    """Steps between adapters that are kept on the way, in `adapters/` of the run's folder; 0: none"""
+    """Steps between adapters saved during training, in `adapters/` of the folder of the run; 0: none"""
     trackers: list[str] = Field(default_factory=list)
-    """Trackers of accelerate that are shown losses and samples: tensorboard (into `logs/` of the run's folder), wandb
+    """Trackers of accelerate that log losses and samples: tensorboard (into `logs/` of the folder of the run), wandb
     and others"""
     sample_prompts: list[str] = Field(default_factory=list)
-    """Prompts of the samples and of before-after.png, with {trigger} and {subject}; unset: the task's own"""
+    """Prompts of the samples and of before-after.png; {trigger} and {subject} are filled in; unset: those of the
+    task"""
     validation: Validation = Field(default_factory=lambda: Validation.model_validate({}))
-    """Pictures held out, and what their loss decides"""
+    """Held-out images, and what their loss decides"""
 
     @field_validator("trackers", mode="before")
     @classmethod
-    def _taken_apart(cls, said: Any) -> Any:
-        """As a command line gives them, by commas or strokes."""
-        words = [said] if isinstance(said, str) else said
+    def _split_names(cls, value: Any) -> Any:
+        """Split text from the command line at commas and vertical bars."""
+        words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            return said
+            return value
         return [part.strip() for word in words for part in re.split(r"[,|]", word) if part.strip()]

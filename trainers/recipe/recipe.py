@@ -1,7 +1,7 @@
-"""Recipes: what to train and how, as data; a file states only what differs from the defaults here.
+"""Recipes: what to train and how, as data; a file states only the keys that differ from the defaults here.
 
-A recipe is flat for those who write it. Inside it is groups: `recipe.model`, `recipe.adapter`, `recipe.data`,
-`recipe.optim`, `recipe.objective`, `recipe.runtime` and `recipe.outputs`, each frozen, of which functions take those
+Users write a recipe flat. Inside, it has groups: `recipe.model`, `recipe.adapter`, `recipe.data`,
+`recipe.optim`, `recipe.objective`, `recipe.runtime` and `recipe.outputs`, each immutable; functions take the groups
 that they need.
 """
 
@@ -30,23 +30,23 @@ FREE = (
     *("images", "layout", "outside", "base", "init_from", "output", "cache"),
     *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format", "previews"),
 )
-"""Keys that decide nothing about what a step does, or that the digest of the data and hashes of files stand for"""
+"""Keys that do not affect training steps, or whose files enter the fingerprint through hashes"""
 
 
 # pydantic takes the keys of the last class first
 class Recipe(
     OutputSettings, RuntimeSettings, ObjectiveSettings, OptimSettings, DataSettings, AdapterSettings, ModelSettings
 ):
-    """The keys every recipe has."""
+    """Keys of every recipe."""
 
     task: str
-    """What kind of training this is; fixed by the recipe's file"""
+    """Task of the recipe: subject, style or concept; fixed by its file"""
     concepts: list[Concept] = Field(default_factory=list)
-    """Several things learnt at once, each with pictures and words of its own, in the place of `images`"""
+    """Several concepts learned at once, each with its own images and words; used instead of `images`"""
 
     default_samples: ClassVar[tuple[str, ...]] = ()
     data_group: ClassVar[type[DataSettings]] = DataSettings
-    """The group of pictures and prompts, with what the task has besides"""
+    """Group of images and prompts, with the keys of the task"""
 
     @property
     def model(self) -> ModelSettings:
@@ -77,7 +77,7 @@ class Recipe(
         return self._group(OutputSettings)
 
     def groups(self) -> list[Group]:
-        """All of its groups."""
+        """Return all groups of the recipe."""
         return [self.model, self.adapter, self.data, self.optim, self.objective, self.runtime, self.outputs]
 
     def _group(self, kind: type[G]) -> G:
@@ -85,47 +85,55 @@ class Recipe(
         return kind.model_construct(_fields_set=self.model_fields_set & values.keys(), **values)
 
     def samples(self) -> list[str]:
-        """The prompts to draw, filled in; some for each concept, where none are given."""
+        """Return the prompts of the samples, filled in; those of the task are filled in for each concept."""
         if self.sample_prompts or not self.concepts:
             return [self.fill(prompt) for prompt in self.sample_prompts or self.default_samples]
         few = (*self.default_samples[:2], *self.default_samples[-1:])
         return list(dict.fromkeys(part.fill(prompt) for prompt in few for part in self.parts()))
 
     def parts(self) -> list[DataSettings]:
-        """Pictures and prompts of each concept: the recipe's own, with the concept's keys; itself without concepts."""
-        own = ({key: getattr(one, key) for key in one.model_fields_set} for one in self.concepts)
-        return [self.data.model_copy(update=keys) for keys in own] or [self.data]
+        """Return images and prompts of each concept: those of the recipe, overridden by the keys of the concept."""
+        overrides = ({key: getattr(concept, key) for key in concept.model_fields_set} for concept in self.concepts)
+        return [self.data.model_copy(update=keys) for keys in overrides] or [self.data]
 
     def folders(self) -> list[str]:
-        """All folders with pictures that it names: to learn from, to validate with, of classes."""
+        """Return all image folders of the recipe: training images, held-out images and class images."""
         parts = self.parts()
         priors = [prior for part in (self, *parts) if (prior := getattr(part, "prior", None)) is not None]
-        named = (self.images, *(part.images for part in parts), self.validation.images, *(one.folder for one in priors))
-        return [one for one in dict.fromkeys(named) if one]
+        named = (
+            self.images,
+            *(part.images for part in parts),
+            self.validation.images,
+            *(prior.folder for prior in priors),
+        )
+        return [folder for folder in dict.fromkeys(named) if folder]
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything in the recipe that decides what a step does; a run goes on under the same, unless one insists."""
+        """Return the keys that affect training steps; a resumed run must have the same, unless changes are allowed."""
         paths: dict[str, Any] = dict.fromkeys(FREE, True)
-        if self.lr_schedule == "constant":  # the number of steps then decides when it ends, and nothing before
+        if self.lr_schedule == "constant":  # the learning rate does not depend on the number of steps
             paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
         options = {f"options.{name}": value for name, value in self.options.items() if isinstance(value, dict)}
         orders = {name: [*keys] for name, keys in {"lr_scale": self.lr_scale, **options}.items() if len(keys) > 1}
-        return {**self.model_dump(mode="json", exclude=paths), "order": orders}  # of patterns the last counts
+        return {
+            **self.model_dump(mode="json", exclude=paths),
+            "order": orders,
+        }  # the last of several matching patterns counts
 
     def header(self) -> dict[str, Any]:
-        """What an adapter file says of the recipe: neither times nor paths, so that equal runs give equal files."""
+        """Return the keys for the header of the adapter file; equal runs give equal files, so times and paths are left out."""
         paths: dict[str, Any] = dict.fromkeys(
             ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
-        said = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
-        return {"task": self.task, **said}
+        keys = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
+        return {"task": self.task, **keys}
 
     def with_absolute_paths(self, folder: Path) -> "Recipe":
-        """The recipe of a run in `folder`, its paths such that they hold wherever it is read again."""
+        """Return the recipe of a run in `folder`, with absolute paths, so that it can be loaded from anywhere."""
 
-        def placed(group: Any) -> Any:
+        def absolute_paths(group: Any) -> Any:
             update: dict[str, Any] = {"images": absolute(group.images)} if group.images else {}
             prior = getattr(group, "prior", None)
             if prior is not None and prior.folder:
@@ -134,33 +142,33 @@ class Recipe(
 
         return self.model_copy(
             update={
-                **placed(self),
+                **absolute_paths(self),
                 "init_from": absolute(self.init_from) if self.init_from else "",
                 "output": str(folder),
                 "base": self.base if self.base == "tiny" else absolute(self.base),
-                "concepts": [one.model_copy(update=placed(one)) for one in self.concepts],
-                "validation": self.validation.model_copy(update=placed(self.validation)),
+                "concepts": [concept.model_copy(update=absolute_paths(concept)) for concept in self.concepts],
+                "validation": self.validation.model_copy(update=absolute_paths(self.validation)),
             }
         )
 
 
 def absolute(path: str) -> str:
-    """The absolute path of a folder or file; what is neither, such as an id on the hub, as it is."""
-    found = Path(path).expanduser()
-    return str(found.resolve()) if found.exists() else path
+    """Return the absolute path of an existing folder or file; other text, such as a hub id, is returned as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 class SubjectData(DataSettings):
-    """Pictures of one subject."""
+    """Images of one subject."""
 
     subject: str = Field(..., min_length=1)
-    """The class noun of what the pictures show: dog, backpack, teapot"""
+    """Class noun of the subject: dog, backpack, teapot"""
     prompt: str = "a {trigger} {subject}"
-    """Prompt of every instance picture without a caption"""
+    """Prompt of instance images without a caption"""
     class_prompt: str = "a {subject}"
     """Prompt of the class images"""
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
-    """Prior preservation: its weight and its pictures"""
+    """Prior preservation"""
 
     def class_text(self, caption: str | None) -> str:  # noqa: ARG002
         return self.fill(self.class_prompt)
@@ -170,10 +178,10 @@ class SubjectData(DataSettings):
 
 
 class SubjectRecipe(SubjectData, Recipe):
-    """DreamBooth: one subject from a few pictures of it."""
+    """DreamBooth: a subject from a few images of it."""
 
     task: Literal["subject"] = "subject"
-    """What kind of training this is; fixed by the recipe's file"""
+    """Task of the recipe: subject, style or concept; fixed by its file"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a {trigger} {subject}",
@@ -186,38 +194,39 @@ class SubjectRecipe(SubjectData, Recipe):
     @model_validator(mode="before")
     @classmethod
     def _named_by_its_concepts(cls, values: Any) -> Any:
-        """Where all concepts say what they are, the recipe need not."""
+        """Take the class noun of the first concept where all concepts have one and the recipe has none."""
         concepts = values.get("concepts")
         concepts = concepts if isinstance(concepts, list) else []
-        named = [one.get("subject") for one in concepts if isinstance(one, dict)]
+        named = [concept.get("subject") for concept in concepts if isinstance(concept, dict)]
         return {"subject": named[0], **values} if named and all(named) else values
 
 
 class StyleData(DataSettings):
-    """Captioned pictures of one style."""
+    """Captioned images of one style."""
 
     prompt: str = "a picture, {trigger} style"
-    """Prompt of a picture that has no caption"""
+    """Prompt of images without a caption"""
     caption: str = "{caption}, {trigger} style"
-    """How a picture's caption becomes its prompt"""
+    """Prompt of an image with a caption; {caption} and {trigger} are filled in"""
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
-    """Prior preservation, its pictures drawn from the captions alone: without the trigger, the style stays away"""
+    """Prior preservation; class prompts are the captions without the trigger, so that the style stays away without
+    it"""
 
     def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
         return list(dict.fromkeys(self.class_text(caption) for caption in captions))
 
     def class_text(self, caption: str | None) -> str:
-        """A caption without the trigger, which class images must not know, and without the commas it leaves behind."""
+        """Return the caption without the trigger, which class images must not contain, and without leftover commas."""
         without = without_word(caption or "", self.trigger, "( style)?")
         kept = ", ".join(part for part in (" ".join(words.split()) for words in without.split(",")) if part)
         return kept or "a picture"
 
 
 class StyleRecipe(StyleData, Recipe):
-    """A style from captioned pictures."""
+    """A style from captioned images."""
 
     task: Literal["style"] = "style"
-    """What kind of training this is; fixed by the recipe's file"""
+    """Task of the recipe: subject, style or concept; fixed by its file"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a dog on the grass, {trigger} style",
@@ -229,25 +238,25 @@ class StyleRecipe(StyleData, Recipe):
 
 
 class ConceptData(DataSettings):
-    """Pictures of what a new word stands for."""
+    """Images of the meaning of a new word."""
 
     trigger: str = "<concept>"
-    """The new word; one that the base does not know"""
+    """New word, unknown to the base"""
     subject: str = ""
-    """The noun that comes near; the word starts with its vectors"""
+    """Noun with a similar meaning; the vectors of the new word start from its embedding"""
     prompt: str = "a {trigger}"
-    """Prompt of a picture without a caption, where templates=none"""
+    """Prompt of images without a caption, where templates=none"""
     templates: Literal["none", "object", "style"] = "object"
-    """Show each picture without a caption under many prompts in turn: those for objects, or those for styles"""
+    """Show each image without a caption under many prompts in turn: templates for objects, or for styles"""
 
 
 class ConceptRecipe(ConceptData, Recipe):
     """A new word for an object or a style, by textual inversion or pivotal tuning."""
 
     task: Literal["concept"] = "concept"
-    """What kind of training this is; fixed by the recipe's file"""
+    """Task of the recipe: subject, style or concept; fixed by its file"""
     method: str = "textual-inversion"
-    """How the adapter is parametrised; `textual-inversion`, or `pivotal` where weights learn as well"""
+    """Method: `textual-inversion` trains the word alone, `pivotal` weights as well"""
     lr: float = Field(5e-3, gt=0)
     """Peak learning rate"""
 

@@ -1,4 +1,4 @@
-"""Settings inside the groups of a recipe: prior preservation, concepts, validation, the loss."""
+"""Nested settings of a recipe: prior preservation, concepts, validation, the loss."""
 
 from typing import Literal
 
@@ -12,49 +12,50 @@ class Prior(Strict):
     """Prior preservation (DreamBooth, arXiv:2208.12242, equation 2)."""
 
     weight: float = Field(1.0, ge=0, le=1000)
-    """Factor λ of the loss on class images; 0 turns prior preservation off"""
+    """Weight λ of the loss on class images; 0 turns prior preservation off"""
     images: int = Field(64, ge=1, le=100_000)
-    """Class images drawn by the base (and kept in a cache)"""
+    """Number of class images that the base generates (they are cached)"""
     folder: str = ""
-    """Folder with class images of your own, in the place of those that the base draws"""
+    """Folder of your own class images, used instead of generated ones"""
     by: Literal["pictures", "prediction"] = "pictures"
-    """What holds the class: pictures of it, or what the bare base says of the instance pictures as the class"""
+    """What preserves the class: pictures of it, or the prediction of the base without the adapter for your own images
+    under the class prompt"""
 
 
 class Concept(Strict):
-    """One of several things learnt at once; what is unset is as in the recipe."""
+    """One of several concepts learned at once; unset keys are those of the recipe."""
 
     images: str = Field(..., min_length=1)
-    """Its pictures"""
+    """Images of the concept"""
     trigger: str | None = None
-    """The word that calls it"""
+    """Word that calls the concept"""
     subject: str | None = None
-    """Its class noun"""
+    """Class noun of the concept"""
     prompt: str | None = None
-    """Prompt of its pictures without a caption"""
+    """Prompt of images without a caption"""
     class_prompt: str | None = None
-    """Prompt of its class images"""
+    """Prompt of the class images"""
     repeats: int | None = Field(None, ge=1, le=100_000)
-    """How often each of its pictures comes in a round"""
+    """Times that each image is shown in an epoch"""
     weight: float | None = Field(None, ge=0, le=1000)
-    """Factor on the loss of its pictures"""
+    """Factor on the loss of the images"""
     prior: Prior | None = None
-    """Its own prior preservation"""
+    """Prior preservation of the concept"""
 
 
 class Validation(Strict):
-    """Pictures that are never learnt from, and what their loss decides."""
+    """Held-out images, and what their loss decides."""
 
     images: str = ""
-    """Folder of pictures to validate with"""
+    """Folder of held-out images"""
     share: float = Field(0.0, ge=0, lt=1)
-    """Share of the pictures that is held out in place of such a folder, the same ones in every run"""
+    """Share of the images held out instead of such a folder, the same in every run"""
     every: int = Field(50, ge=1)
-    """Steps from one validation to the next"""
+    """Steps between validations"""
     pairs: int = Field(64, ge=1, le=10_000)
-    """Pairs of timestep and noise, the same ones in every run"""
+    """Fixed pairs of timestep and noise that the held-out loss is a mean over"""
     patience: int = Field(0, ge=0)
-    """Validations without a new best after which training ends; 0: it goes on"""
+    """Validations without a new best loss after which training ends; 0: never"""
 
     @property
     def is_on(self) -> bool:
@@ -62,8 +63,8 @@ class Validation(Strict):
 
 
 class Loss(LossOfErrors):
-    """What the loss is, and how errors are counted."""
+    """Objective, loss function and loss weights."""
 
     objective: str = ""
-    """What the loss is made of: captioned, dreambooth, prior-prediction, or an objective of an outside package; unset:
-    what the task and its prior preservation ask for"""
+    """Objective: captioned, dreambooth, prior-prediction, or one of an outside package; unset: the one that fits the
+    task and its prior preservation"""

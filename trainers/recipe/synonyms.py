@@ -1,7 +1,7 @@
-"""What other tools call the settings of a recipe: for who types one of their names here."""
+"""Names that other tools have for the keys of a recipe: an unknown key is answered with ours."""
 
 _SYNONYMS = {
-    # keys of configurations of kohya's tools and of OneTrainer
+    # keys of configurations of kohya's tools and OneTrainer
     "base_model_name": "base",
     "torch_compile": "compile",
     "unet.gradient_checkpointing": "gradient_checkpointing",
@@ -92,9 +92,9 @@ _SYNONYMS = {
     "max_token_length": "long_prompts",
     "random_seed": "seed",
 }
-"""Name in another tool → key of a recipe that stands for the same, though not always with the same values"""
+"""Name in another tool → key of a recipe with the same meaning, though not always with the same values"""
 
 
 def synonym(key: str) -> str:
-    """The key of a recipe for a setting that another tool calls `key`; empty where none is known."""
+    """Return the recipe key for a setting that another tool calls `key`; empty where none is known."""
     return _SYNONYMS.get(key.lower().lstrip("-").replace("-", "_"), "")
