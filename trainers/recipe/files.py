@@ -259,7 +259,7 @@ def _merge_override(kind: type[Recipe], values: dict[str, Any], key: str, value:
 
 
 def _with_key(previous: Any, key: str, value: Any, *, deep: bool) -> dict[str, Any]:
-    """Return the mapping `previous` with `key` set, as the last item, because the last of several matching patterns counts.
+    """Return the mapping `previous` with `key` set last, as the last of several matching patterns counts.
 
     With `deep`, the part of the key before its first dot names a nested mapping. Names of options are checked by the
     method, not here; keys without `deep` may contain dots themselves.

@@ -122,7 +122,7 @@ class Recipe(
         }  # the last of several matching patterns counts
 
     def header(self) -> dict[str, Any]:
-        """Return the keys for the header of the adapter file; equal runs give equal files, so times and paths are left out."""
+        """Return the keys for the header of the adapter file, without times and paths: equal runs give equal files."""
         paths: dict[str, Any] = dict.fromkeys(
             ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
         )
