@@ -1,7 +1,8 @@
-"""The tables on the pages of methods: ``python -m benchmarks.method_pages`` writes them anew.
+"""The tables in `docs`, about recipe keys and methods: ``python -m benchmarks.method_pages`` writes them.
 
-Options are read from the methods, measured figures from the pages in `benchmarks/results`; the text between the tables
-is written by hand. A table stands between ``<!-- options -->`` (or ``measured``, ``formats``) and ``<!-- end -->``.
+Keys are read from the recipes, options from the methods, and measured figures from the pages in `benchmarks/results`;
+the text between the tables is written by hand. A table stands between ``<!-- options -->`` (or ``measured``,
+``formats``, ``keys subject``) and ``<!-- end -->``.
 """
 
 import re
@@ -11,8 +12,11 @@ from pathlib import Path
 from diffgraft.adapters.method import Method
 from diffgraft.adapters.registry import methods
 from diffgraft.files import write_text
+from diffgraft.trainers.recipe.files import described_keys
 
-PAGES = Path(__file__).parents[1] / "docs" / "methods"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = DOCS / "methods"
+KEYS = DOCS / "recipe-keys.md"
 RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- (options|measured|formats) -->\n).*?(<!-- end -->)", re.DOTALL)
 _READ_ONLY = ("(IA)³", "GLoRA", "OFT", "BOFT")
@@ -29,6 +33,23 @@ def page(name: str, text: str) -> str:
     """The page of the method called `name`, with the tables in its `text` made anew."""
     tables = {"options": _options, "measured": _measured, "formats": _formats}
     return _BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]](name)}{found[3]}", text)
+
+
+def keys_page(text: str) -> str:
+    """Return the page of recipe keys, with the tables in its `text` written anew."""
+    return re.sub(
+        r"(<!-- keys (\w+) -->\n).*?(<!-- end -->)", lambda at: f"{at[1]}{_keys(at[2])}{at[3]}", text, flags=re.S
+    )
+
+
+def _keys(task: str) -> str:
+    """Return the table of the keys of the recipe `subject`, or of those that differ in another recipe."""
+    rows = {key: (value, meaning) for key, value, meaning in described_keys(task)}
+    if task != "subject":
+        known = {key: (value, meaning) for key, value, meaning in described_keys("subject")}
+        rows = {key: row for key, row in rows.items() if known.get(key) != row}
+    lines = [f"| `{key}` | {_value(value)} | {_cell(meaning)} |\n" for key, (value, meaning) in rows.items()]
+    return f"| key | value | meaning |\n|-|-|-|\n{''.join(lines)}"
 
 
 def _options(name: str) -> str:
@@ -99,6 +120,7 @@ def _formats(name: str) -> str:
 
 def main() -> None:
     """Write the tables of all pages."""
+    write_text(KEYS, keys_page(KEYS.read_text("utf-8")))
     for file in sorted(PAGES.glob("*.md")):
         write_text(file, page(file.stem, file.read_text("utf-8")))
 

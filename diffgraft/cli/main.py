@@ -347,10 +347,10 @@ def recipes(
     ] = "",
 ) -> None:
     """List the recipes, or the keys of one."""
-    from diffgraft.trainers.recipe.files import explained, recipe_names
+    from diffgraft.trainers.recipe.files import described_keys, recipe_names
 
     if name:
-        for key, value, meaning in explained(name):
+        for key, value, meaning in described_keys(name):
             say(f"{key}={value}")
             say(f"    {meaning}")
         return

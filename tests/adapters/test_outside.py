@@ -15,7 +15,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.objectives.registry import check_objective, objectives
-from diffgraft.trainers.recipe.files import explained, load_recipe
+from diffgraft.trainers.recipe.files import described_keys, load_recipe
 from tests.adapters.outside import DIALECT, ENTRY_POINTS, METHOD, OBJECTIVE
 from tests.adapters.toys import Net, attach, shake
 
@@ -79,7 +79,7 @@ def test_the_method_goes_through_the_dialect_and_is_converted_to_the_bit(tmp_pat
 def test_a_recipe_may_name_the_dialect_and_help_lists_it() -> None:
     settings = {"subject": "dog", "method": "rows", "format": "piped"}
     assert load_recipe("subject", settings).format == "piped"
-    (meaning,) = (meaning for key, _, meaning in explained("subject") if key == "format")
+    (meaning,) = (meaning for key, _, meaning in described_keys("subject") if key == "format")
     assert "piped" in meaning
     with pytest.raises(DiffgraftError, match=r"Invalid value format='pip': must be one of auto, .*, piped"):
         load_recipe("subject", {**settings, "format": "pip"})

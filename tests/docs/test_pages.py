@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.method_pages import PAGES, page
+from benchmarks.method_pages import KEYS, PAGES, keys_page, page
 from diffgraft.adapters.registry import methods
 from diffgraft.trainers.recipe.files import load_recipe
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / f"{name}.md" for name in ("ARCHITECTURE", "GLOSSARY", "CONTRIBUTING")])
+DOCUMENTS = sorted([ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "GLOSSARY", "CONTRIBUTING")])
+DOCUMENTS += [ROOT / "recipes/README.md", ROOT / "trainers/README.md"]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 NAMES = [file.relative_to(ROOT).as_posix() for file in DOCUMENTS]
 PATH = re.compile(r"[\w./-]+\.(?:py|md|yaml)|(?:adapters|trainers|diffgraft|recipes|docs|tests|benchmarks)/[\w./-]*")
@@ -33,6 +34,10 @@ def test_every_method_has_a_page_whose_tables_are_up_to_date(name: str) -> None:
     assert file.is_file(), f"docs/methods/{name}.md is missing: copy another method's page"
     assert text_of(file) == page(name, text_of(file)), "run: python -m benchmarks.method_pages"
     assert f"(methods/{name}.md)" in text_of(ROOT / "docs/README.md")
+
+
+def test_the_page_of_recipe_keys_is_up_to_date() -> None:
+    assert text_of(KEYS) == keys_page(text_of(KEYS)), "run: python -m benchmarks.method_pages"
 
 
 def test_every_page_is_about_a_method() -> None:
@@ -63,7 +68,9 @@ def test_commands_on_a_page_are_valid_recipes(file: Path) -> None:
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=NAMES)
 def test_lines_are_short_and_links_lead_somewhere(file: Path) -> None:
-    long = [line for line in text_of(file).splitlines() if len(line) > 120 and not line.startswith("|")]
+    long = [
+        line for line in text_of(file).splitlines() if len(line) > 120 and not line.lstrip().startswith(("|", "!["))
+    ]
     assert long == []
     for link in re.findall(r"\]\(([^)#]+)", prose(text_of(file))):
         assert link.startswith("https://") or (file.parent / link).exists(), link

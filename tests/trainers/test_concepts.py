@@ -265,7 +265,9 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
             split(recipe.data, recipe.validation, items, base)
     folder(tmp_path / "both", 1)
     folder(tmp_path / "both" / "1_zwx man", 1, start=50)
-    with pytest.raises(DiffgraftError, match=r"zwx man \(1 x 1\)\. Move the pictures that are not meant to another place"):
+    with pytest.raises(
+        DiffgraftError, match=r"zwx man \(1 x 1\)\. Move the pictures that are not meant to another place"
+    ):
         split(recipe.data, Validation(images=str(tmp_path / "both")), items, base)
     one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
     folder(tmp_path / "noun" / "1_man", 1, start=40)

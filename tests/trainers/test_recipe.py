@@ -7,7 +7,7 @@ import pytest
 
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.files import explained, load_recipe, recipe_names, save_recipe
+from diffgraft.trainers.recipe.files import described_keys, load_recipe, recipe_names, save_recipe
 from diffgraft.trainers.recipe.recipe import TASKS, SubjectRecipe
 
 SHIPPED = list(recipe_names())
@@ -193,7 +193,7 @@ def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> Non
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_key_is_explained_by_what_one_would_type(name: str) -> None:
-    rows = explained(name)
+    rows = described_keys(name)
     assert all(meaning for _, _, meaning in rows)
     assert len({key for key, _, _ in rows}) == len(rows) > 60
     own = {"subject": "dog"} if name.endswith("subject") else {}
@@ -209,7 +209,7 @@ def test_a_group_of_keys_is_no_key() -> None:
 
 
 def test_keys_with_few_values_tell_them() -> None:
-    meanings = {key: meaning for key, _, meaning in explained("subject")}
+    meanings = {key: meaning for key, _, meaning in described_keys("subject")}
     assert meanings["prior.by"].endswith("(pictures, prediction)")
     assert meanings["attention"].endswith("(default, plain, xformers, sliced)")
     assert not meanings["lr"].endswith(")")
@@ -246,7 +246,7 @@ def test_captions_have_a_word_and_keys_of_their_own(tmp_path: Path) -> None:
     assert (found.captions.use, found.captions.lines) == (False, "join")
     save_recipe(found, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml", {}).captions == found.captions
-    assert {"captions.use", "captions.lines"} <= {key for key, _, _ in explained("style")}
+    assert {"captions.use", "captions.lines"} <= {key for key, _, _ in described_keys("style")}
 
 
 @pytest.mark.parametrize(

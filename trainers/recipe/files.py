@@ -85,7 +85,7 @@ def adapter_formats() -> list[str]:
     return ["auto", *(name for name, dialect in written_dialects().items() if dialect.is_safetensors)]
 
 
-def explained(name: str) -> list[tuple[str, str, str]]:
+def described_keys(name: str) -> list[tuple[str, str, str]]:
     """Return the name, the value as text and the meaning of every key that the recipe `name` and its method support."""
     from diffgraft.adapters.registry import get_method
 
