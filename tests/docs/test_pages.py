@@ -80,7 +80,7 @@ def test_lines_are_short_and_links_lead_somewhere(file: Path) -> None:
 def test_paths_that_a_page_names_exist(file: Path) -> None:
     """A path in backticks is that of a file from the root of the project, or of the page."""
     for span in re.findall(r"`([^`\n]+)`", prose(text_of(file))):
-        if PATH.fullmatch(span):
+        if PATH.fullmatch(span) and span != "recipe.yaml":  # which runs leave
             assert (ROOT / span).exists() or (file.parent / span).exists(), span
 
 
