@@ -190,30 +190,38 @@ def upright_rgb(path: Path | IO[bytes], background: str = "white") -> Image.Imag
     with open_image(path) as file:
         image = _upright(file)
         if image.mode.startswith(("I", "F")):  # 16-bit and float grey: PIL's own conversion clips at 255
-            return _grey_to_8_bit(np.asarray(image)).convert("RGB")
+            grey = _grey_to_8_bit(image)
+            image.close()  # its pixels take twice as much memory as those of the grey image
+            return grey.convert("RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB")
         return image.convert("RGB")
 
 
-def _grey_to_8_bit(values: np.ndarray) -> Image.Image:
-    """Convert grey values [h, w] up to 255 or 65535 to an image, in strips so that float64 needs little memory."""
-    top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    grey = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), _STRIP):
-        strip = values[start : start + _STRIP].astype(np.float64)
-        grey[start : start + _STRIP] = (strip / top * 255).clip(0, 255)
-    return Image.fromarray(grey)
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert a grey image with values up to 255 or 65535 to mode L, in strips so that copies need little memory."""
+    width, height = image.size
+    strips = [
+        (0, top, width, min(top + _STRIP, height)) for top in range(0, height, _STRIP)
+    ]  # left, top, right, bottom
+    largest = max(np.asarray(image.crop(strip)).max(initial=0) for strip in strips)
+    full_scale = 65535.0 if largest > 255 else 255.0
+    grey = Image.new("L", image.size)
+    for strip in strips:
+        values = np.asarray(image.crop(strip)).astype(np.float64)
+        grey.paste(Image.fromarray((values / full_scale * 255).clip(0, 255).astype(np.uint8)), strip)
+    return grey
 
 
 def _upright(file: Image.Image) -> Image.Image:
     """Return the image rotated by its EXIF orientation, or as it is if its EXIF data are damaged."""
     try:
-        return ImageOps.exif_transpose(file)
-    except (struct.error, LookupError, ValueError, SyntaxError, OverflowError):
         file.load()
-        return file.copy()
+        ImageOps.exif_transpose(file, in_place=True)  # a copy would take as much memory again
+        return file
+    except (struct.error, LookupError, ValueError, SyntaxError, OverflowError):
+        return file
 
 
 def _orientation(file: Image.Image) -> int:

@@ -1,5 +1,7 @@
 """Any folder of pictures: turned, flattened, and made RGB; what cannot be read is named."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +148,21 @@ def test_class_images_are_drawn_once(base: Base, tmp_path: Path, monkeypatch: py
         for (_, before), (_, after) in zip(first, found, strict=True):
             assert before.read() == after.read()
     assert len(sorted(tmp_path.rglob("*.png"))) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read as Linux gives it")
+def test_a_large_picture_of_16_bits_takes_little_more_memory_than_its_rgb_pixels(tmp_path: Path) -> None:
+    width, height = 6000, 4000
+    values = np.zeros((height, width), np.uint16)
+    values[2000:2010, 100:200] = 40_000
+    Image.fromarray(values).save(tmp_path / "a.png")
+    code = (
+        "import resource\nfrom pathlib import Path\nfrom diffgraft.data.pictures import upright_rgb\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"before = peak()\nimage = upright_rgb(Path({str(tmp_path / 'a.png')!r}))\n"
+        "print(peak() - before, *image.getpixel((150, 2005)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    taken, *pixel = map(int, done.stdout.split())
+    assert pixel == [40_000 * 255 // 65_535] * 3
+    assert taken < 6.5 * width * height  # of which 4 are the pixels as Pillow keeps them
