@@ -132,9 +132,11 @@ class MixerFamily(Family):
         ids = token_ids(base.tokenizer, prompts, whole).to(base.device)
         return Conditioning(base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2]).flatten(1, 2))
 
-    def denoise(self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
+    def denoise(
+        self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         sigmas = base.parameterization.sigmas.to(noisy)[timesteps]
-        prediction: Tensor = denoiser(noisy.to(base.denoiser.dtype), sigmas, told.hidden_states)
+        prediction: Tensor = denoiser(noisy.to(base.denoiser.dtype), sigmas, conditioning.hidden_states)
         return prediction
 
     def timing_block(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:

@@ -1,4 +1,4 @@
-"""Frozen bases: `load_base` takes a name, a folder, a hub id or a single file to a `Base`."""
+"""Frozen bases: `load_base` loads a `Base` by name, or from a folder, the hub or a single file."""
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Conditioning, Family, SizeConditioning

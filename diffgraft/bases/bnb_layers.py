@@ -1,4 +1,4 @@
-"""Layers in 8 and in 4 bits a weight: bitsandbytes' own, which keep the bits, with the forward of `Quantized`."""
+"""Quantized layers with 8 and 4 bits per weight: bitsandbytes' storage with the forward of `Quantized`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,34 +12,35 @@ from diffgraft.bases.quantized import Quantized
 
 
 class Int8(Quantized, Linear8bitLt):  # type: ignore[misc]
-    """Each row in 127 steps to either side of zero, of its largest magnitude.
+    """A linear layer with 8 bits per weight: each row is divided by its largest magnitude and rounded to 127 steps.
 
-    As the weights are in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 2.1).
+    This is the quantization of weights in LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339, section 2.1).
     """
 
     def __init__(self, plain: nn.Linear) -> None:
         size = (plain.in_features, plain.out_features, plain.bias is not None)
         super().__init__(*size, has_fp16_weights=False, device="meta")
         self.weight = Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False).to("cpu")
-        self.weight.CB = None  # a second name of the same bits, which copies would hold twice
+        self.weight.CB = None  # another reference to the same data, which copies would hold twice
         self.bias = plain.bias
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        # bitsandbytes' own int8_vectorwise_dequant has no place to write to, and takes twice the memory and time
-        found: Tensor = self.weight.data.float().mul_(self.weight.SCB.view(-1, 1) / 127)
-        return found.to(dtype)
+        # bitsandbytes' own int8_vectorwise_dequant does not work in place, and takes twice the memory and time
+        weight: Tensor = self.weight.data.float().mul_(self.weight.SCB.view(-1, 1) / 127)
+        return weight.to(dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8":
         scales = self.weight.SCB
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight.SCB = scales.to(self.weight.device)  # it goes along to other devices, and stays in float32
+        self.weight.SCB = scales.to(self.weight.device)  # moved, but kept in float32
         return self
 
 
 class Nf4(Quantized, LinearNF4):  # type: ignore[misc]
-    """Blocks of 64 weights, each to one of 16 quantiles of a normal distribution times the block's scale.
+    """A linear layer with 4 bits per weight: in blocks of 64, each weight is a quantile of 16 times the block's scale.
 
-    The scales are in 8 bits themselves (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+    The quantiles are those of a normal distribution, and the scales have 8 bits themselves (Dettmers et al. 2023,
+    arXiv:2305.14314, section 3).
     """
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -48,8 +49,8 @@ class Nf4(Quantized, LinearNF4):  # type: ignore[misc]
         self.bias = plain.bias
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        found: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
-        return found.to(dtype)
+        weight: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
+        return weight.to(dtype)
 
 
 KINDS: dict[str, Callable[[nn.Linear], Quantized]] = {"int8": Int8, "nf4": Nf4}

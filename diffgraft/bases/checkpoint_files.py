@@ -1,4 +1,4 @@
-"""How the weights of a base lie on disk: in which files, and in which precision."""
+"""Files of a base's weights on disk, and their dtypes."""
 
 import re
 from collections import Counter
@@ -15,17 +15,16 @@ from diffgraft.errors import DiffgraftError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FLOAT_DTYPES = (*_DTYPES, "F8_E4M3", "F8_E5M2")
-"""What safetensors calls the precisions in which a base may lie on disk"""
-"""What safetensors calls them; whatever else there is in a file (numbers of positions) decides nothing"""
+"""Names in safetensors of the dtypes that weights on disk may have"""
 
 _OF_LAYER = re.compile(r"(?<!\.lora_down)(?<!\.lora_up)(?<!\.lora_mid)(?<!\.lora_A)(?<!\.lora_B)\.(weight|bias)$")
-"""The end of a layer's own parameters"""
-_LARGEST_TABLE = 2**26
-"""Bytes of a table of shards"""
+"""Ending of the name of a layer's own weight or bias, not of an adapter's"""
+_MAX_INDEX = 2**26
+"""Bytes of an index of shards at most"""
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a whole base lies there: a diffusers folder, or a single file in the original layout."""
+    """Whether `path` is a whole base: a diffusers folder, or a single file in the original layout."""
     if path.is_dir():
         return (path / "model_index.json").is_file()
     if path.suffix != ".safetensors" or not path.is_file():
@@ -38,46 +37,50 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_checkpoint_key(key: str) -> bool:
-    """Whether a key is that of a layer's own weight or bias in a single file; adapters may begin so as well."""
+    """Whether a key in a file is that of a base's own weight or bias; keys of adapters may have the same prefix."""
     return key.startswith(UNET_PREFIX) and _OF_LAYER.search(key) is not None
 
 
 def files_of_part(folder: Path) -> list[Path]:
-    """The files of one part: those of its index, else the one without a variant, else the one of half precision.
+    """Return the weight files in the folder of a network: those of its index, else the default one, else the fp16 one.
 
     Raises:
-        DiffgraftError: there is an index that cannot be read, or names a file that is not beside it.
+        DiffgraftError: the index cannot be read, or names a file that is missing.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        table = read_object(index, _LARGEST_TABLE).get("weight_map")
-        names = set(table.values()) if isinstance(table, dict) and all(map(_is_plain, table.values())) else set()
+        weight_map = read_object(index, _MAX_INDEX).get("weight_map")
+        is_valid = isinstance(weight_map, dict) and all(map(_is_file_name, weight_map.values()))
+        names = set(weight_map.values()) if isinstance(weight_map, dict) and is_valid else set()
         if not names:
             raise DiffgraftError(f"{index} has no weight_map from weights to the files beside it; copy it again.")
         files = [folder / name for name in sorted(names)]
-        lacking = [file for file in files if not file.is_file()]
-        if lacking:
-            raise DiffgraftError(f"{index} names {lacking[0].name}, which is missing: copy the model's folder again.")
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise DiffgraftError(f"{index} names {missing[0].name}, which is missing: copy the model's folder again.")
         return files
-    found = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in found if path.stem in ("diffusion_pytorch_model", "model")]
-    half = [path for path in found if path.stem.endswith(".fp16")]
-    return (plain or half or found)[:1]
+    files = sorted(folder.glob("*.safetensors"))
+    default = [path for path in files if path.stem in ("diffusion_pytorch_model", "model")]
+    half = [path for path in files if path.stem.endswith(".fp16")]
+    return (default or half or files)[:1]
 
 
-def _is_plain(name: object) -> bool:
+def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
 
 
-def main_dtype(files: Iterable[Path], start: str = "") -> torch.dtype | None:
-    """That of most of the numbers whose names begin with `start`; only headers are read. None where there are none."""
+def main_dtype(files: Iterable[Path], prefix: str = "") -> torch.dtype | None:
+    """Return the dtype of most numbers in the tensors whose names begin with `prefix`; None if there are none.
+
+    Only headers are read.
+    """
     counts: Counter[str] = Counter()
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a mapping)
-                    if key.startswith(start):
-                        held = file.get_slice(key)
-                        counts[held.get_dtype()] += prod(held.get_shape())
+                    if key.startswith(prefix):
+                        tensor = file.get_slice(key)
+                        counts[tensor.get_dtype()] += prod(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}); copy it again.") from error
     return next((_DTYPES[name] for name, _ in counts.most_common() if name in _DTYPES), None)

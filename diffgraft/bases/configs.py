@@ -1,8 +1,8 @@
-"""Typed reading of the configurations in a base's folder: plain values within bounds, or a sentence that names them.
+"""Validation of the configuration files in a base's folder, which are not trusted.
 
-A folder may come from anyone. Only the fields listed here, and those of the same type as the library's own defaults,
-reach the libraries; sizes are bounded, so that nothing absurd is ever built, and what our training and drawing do not
-support (a class embedding, a shifted VAE, a flow) is refused instead of being ignored.
+A folder may come from anyone. Only the fields listed here, and fields with the type of the library's own default, reach
+the libraries. Sizes are bounded, so that no absurdly large network is built. Values that training and generation do not
+support (class embeddings, shifted latents, flow matching) are refused instead of being ignored.
 """
 
 import inspect
@@ -17,9 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffgraft.errors import DiffgraftError
 
 LARGEST_JSON = 2**22
-"""Bytes of a configuration; real ones have a few thousand"""
+"""Bytes of a configuration file at most; real ones have a few thousand"""
 _SHOWN = 60
-"""Characters of a strange value that are shown"""
+"""Characters of an invalid value that a message shows"""
 
 Depth = Annotated[int, Field(ge=0, le=64)]
 Layers = Annotated[int, Field(ge=1, le=64)]
@@ -33,13 +33,13 @@ TokenId = Annotated[int, Field(ge=0, lt=2**22)] | None
 
 
 class _Config(BaseModel):
-    """What a configuration may say; fields it does not give keep the library's defaults."""
+    """Known fields of a configuration; missing ones keep the library's defaults."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
 class UNetConfig(_Config):
-    """A ``UNet2DConditionModel`` that is told timesteps, text, and, in XL, a pooled embedding and sizes."""
+    """A ``UNet2DConditionModel`` conditioned on timestep and text, and in XL on a pooled embedding and sizes."""
 
     sample_size: Side
     in_channels: Side = 4
@@ -67,7 +67,7 @@ class UNetConfig(_Config):
 
 
 class VAEConfig(_Config):
-    """An ``AutoencoderKL`` of pictures, whose latents are scaled and not shifted."""
+    """An ``AutoencoderKL`` of RGB pictures, with scaled but not shifted latents."""
 
     in_channels: Literal[3] = 3
     out_channels: Literal[3] = 3
@@ -84,7 +84,7 @@ class VAEConfig(_Config):
 
 
 class ClipConfig(_Config):
-    """A ``CLIPTextConfig``; without `model_type` and whatever else only the library's own loading reads."""
+    """A ``CLIPTextConfig``, without fields that only the library's own loading uses, such as `model_type`."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -106,7 +106,7 @@ class ClipConfig(_Config):
 
 
 class BertConfig(_Config):
-    """A ``BertConfig`` of an encoder with absolute positions."""
+    """A ``BertConfig`` of an encoder with absolute position embeddings."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -129,7 +129,7 @@ class BertConfig(_Config):
 
 
 class SchedulerConfig(_Config):
-    """A noise schedule of a diffusion, whose UNet predicts ε or v."""
+    """A scheduler of a diffusion model that predicts ε or v."""
 
     num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     beta_start: Beta = 0.0001
@@ -143,63 +143,63 @@ class SchedulerConfig(_Config):
 
 
 def read_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """The JSON object in a file of at most `largest` bytes.
+    """Read the JSON object in a file of at most `largest` bytes.
 
     Raises:
-        DiffgraftError: the file is missing, too large, not JSON, or holds something else.
+        DiffgraftError: the file is missing, too large, or not a JSON object.
     """
     if not path.is_file():
         raise DiffgraftError(f"{path} is missing, or is not a file; copy the model's folder again.")
     if path.stat().st_size > largest:
-        raise DiffgraftError(f"{path} is larger than {largest:,} bytes, which no such file is; copy it again.")
+        raise DiffgraftError(f"{path} is larger than the allowed {largest:,} bytes; copy it again.")
     try:
-        found = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DiffgraftError(f"{path} cannot be read as JSON ({error}); copy the model's folder again.") from error
-    if not isinstance(found, dict):
-        raise DiffgraftError(f"{path} holds no JSON object; copy the model's folder again.")
-    return found
+    if not isinstance(value, dict):
+        raise DiffgraftError(f"{path} is not a JSON object; copy the model's folder again.")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def checked(path: Path, given: Mapping[str, Any], model: type[_Config], kind: type | None = None) -> dict[str, Any]:
-    """Those values of a configuration that may reach the library, each of the right type and within its bounds.
+def validated(path: Path, config: Mapping[str, Any], model: type[_Config], kind: type | None = None) -> dict[str, Any]:
+    """Validate a configuration, and return the values that may be passed to the library.
 
     Args:
-        path: file they were read from, for messages.
-        given: the JSON object.
-        model: what is known about its fields.
-        kind: the library's class; its further arguments pass if they have the type of their defaults.
+        path: file of the configuration, for messages.
+        config: the JSON object in it.
+        model: known fields with their types and bounds.
+        kind: the library's class; further arguments of it are allowed if they have the type of their defaults.
 
     Raises:
         DiffgraftError: a value is of another type, out of bounds or not supported.
     """
-    if given.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None:
         raise DiffgraftError(
-            f"{path} says that the weights are quantized already (quantization_config); take the model in float32 or "
-            "half precision, and quantize=int8 or nf4."
+            f"{path} has quantization_config: the weights are already quantized. Use the model in float32 or half "
+            "precision, and quantize=int8 or nf4."
         )
-    if model is SchedulerConfig and given.get("prediction_type") in ("sample", "flow_prediction", "flow"):
+    if model is SchedulerConfig and config.get("prediction_type") in ("sample", "flow_prediction", "flow"):
         raise DiffgraftError(
-            f"{path} says prediction_type={given['prediction_type']}: adapters are trained on bases that predict the "
-            "noise (epsilon) or the velocity (v_prediction); take such a base."
+            f"{path} has prediction_type={config['prediction_type']}: only bases that predict noise (epsilon) or v "
+            "(v_prediction) are supported; use such a base."
         )
     fields = model.model_fields
     defaults = {} if kind is None else _defaults(kind)
-    values = {key: value for key, value in given.items() if key in fields or key in defaults}
+    values = {key: value for key, value in config.items() if key in fields or key in defaults}
     try:
         model.model_validate({key: value for key, value in values.items() if key in fields})
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        said = f"gives {key}={short(values[key])}" if key in values else f"gives no {key}"
-        raise DiffgraftError(f"{path} {said}, which is not supported: {_reason(first)}.") from error
+        problem = f"has {key}={short(values[key])}" if key in values else f"has no {key}"
+        raise DiffgraftError(f"{path} {problem}, which is not supported: {_reason(first)}.") from error
     for key, value in values.items():
-        if key not in fields and not _is_alike(value, defaults[key]):
-            raise DiffgraftError(f"{path} gives {key}={short(value)} where a value like {defaults[key]!r} belongs.")
+        if key not in fields and not _has_type_of(value, defaults[key]):
+            raise DiffgraftError(f"{path} has {key}={short(value)}, but needs a value like {defaults[key]!r}.")
     return {key: value for key, value in values.items() if key in defaults or kind is None}
 
 
@@ -210,13 +210,13 @@ def _reason(error: Any) -> str:
 
 def _defaults(kind: type) -> dict[str, Any]:
     parameters = inspect.signature(kind).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not one.empty}
+    return {item.name: item.default for item in parameters if item.default is not item.empty}
 
 
-def _is_alike(value: Any, default: Any) -> bool:
-    """Whether a JSON value has the type of an argument's default; numbers are small, texts short."""
+def _has_type_of(value: Any, default: Any) -> bool:
+    """Whether a JSON value has the type of an argument's default; numbers must be small, and texts short."""
     if value is None or (default is None and not isinstance(value, dict)):
-        return value is None or _is_alike(value, value)
+        return value is None or _has_type_of(value, value)
     if isinstance(value, bool) or isinstance(default, bool):
         return isinstance(value, bool) and (isinstance(default, bool) or default is None)
     if isinstance(value, str):
@@ -224,11 +224,11 @@ def _is_alike(value: Any, default: Any) -> bool:
     if isinstance(value, int | float):
         return isinstance(default, int | float | tuple | list) and math.isfinite(value) and abs(value) <= 2**20
     if isinstance(value, list):
-        return isinstance(default, list | tuple | int) and len(value) < 100 and all(_is_alike(v, v) for v in value)
+        return isinstance(default, list | tuple | int) and len(value) < 100 and all(_has_type_of(v, v) for v in value)
     return False
 
 
 def short(value: object) -> str:
-    """A strange value, as Python writes it, cut where it is long."""
+    """Return the `repr` of an invalid value, cut to its first characters."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,8 +1,8 @@
-"""The contract of a family of bases: everything that is architecture, in one object for each.
+"""The contract of a family of bases, which holds everything that depends on the architecture.
 
-A new family is one module of `diffgraft.bases.families`, or of an outside package that names it in the entry-point
-group ``diffgraft.families``. It holds ``FAMILY``, an instance of a subclass of `Family`. Nothing outside `bases` and
-`adapters.formats` may assume a kind of denoiser, text encoder, prediction or noise schedule: it asks the family.
+A new family is one module of `diffgraft.bases.families`, or of an outside package with an entry point in the group
+``diffgraft.families``. The module holds ``FAMILY``, an instance of a subclass of `Family`. Code outside of `bases` and
+`adapters.formats` asks the family instead of assuming a kind of denoiser, text encoder, prediction or noise schedule.
 
 Who calls what: loading asks `matches`; text encoding `encode` and `size_conditioning`; every training step and the
 measurements `denoise`; the loss `parameterization`; attaching adapters `layers`; strengths and learning rates `blocks`;
@@ -26,34 +26,35 @@ GROUP = "diffgraft.families"
 
 
 class SizeConditioning(NamedTuple):
-    """How a picture was scaled and cropped, in pixels, for denoisers that are told."""
+    """Size and crop of a picture in pixels, for denoisers with micro-conditioning such as SDXL's."""
 
     original: tuple[int, int]
-    """(height, width) before it was scaled"""
+    """(height, width) of the picture before scaling"""
     corner: tuple[int, int]
-    """(top, left) of the crop, in the scaled picture"""
-    shown: tuple[int, int]
+    """(top, left) of the crop in the scaled picture"""
+    target: tuple[int, int]
     """(height, width) of the crop"""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told beside the noisy latents and the timestep, for n prompts."""
+    """Input of the denoiser beside noisy latents and timesteps: the embeddings of n prompts."""
 
     hidden_states: Tensor
-    """[n, tokens, width], for the cross-attention"""
+    """Hidden states of the text encoders, [n, tokens, width], for cross-attention"""
     added: dict[str, Tensor] = field(default_factory=dict)
-    """Further tensors by name, each [n, …], as the family's `Family.denoise` takes them"""
+    """Further tensors [n, …] by name, such as pooled embeddings, as `Family.denoise` takes them"""
 
     def with_size(self, more: Mapping[str, Tensor]) -> "Conditioning":
-        """The same with the tensors of `Family.size_conditioning` added, on the device of the states."""
+        """Return a copy with the tensors of `Family.size_conditioning` added, on the device of the hidden states."""
         device = self.hidden_states.device
-        return Conditioning(self.hidden_states, {**self.added, **{name: at.to(device) for name, at in more.items()}})
+        moved = {name: value.to(device) for name, value in more.items()}
+        return Conditioning(self.hidden_states, {**self.added, **moved})
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """How latents are made of what the autoencoder encodes: (encoded − shift) · scale."""
+    """Channels of latents, and their scaling: (encoded − shift) · scale, where `encoded` comes from the VAE."""
 
     channels: int
     scale: float
@@ -65,32 +66,32 @@ class TextSlot:
     """A text encoder of a family."""
 
     component: str
-    """Name of the encoder, in pipelines, strengths and adapter paths: `text_encoder`"""
+    """Name of the encoder in pipelines, strengths and adapter paths, such as `text_encoder`"""
     tokenizer: str
-    """Name of its tokenizer: `tokenizer`"""
+    """Name of its tokenizer, such as `tokenizer`"""
     single_file_prefix: str = ""
-    """What the names of its weights begin with in single-file checkpoints; empty where there are none"""
+    """Prefix of its weights' names in single-file checkpoints; empty for families without such files"""
 
 
 class Family(ABC):
     """An architecture of bases; each is one file in `diffgraft.bases.families`."""
 
     name: str
-    """Short name, as it stands in the header of adapter files"""
+    """Short name, which is also written to the header of adapter files"""
     pipeline_class: str = ""
-    """Name of the diffusers pipeline that draws with such a base; empty where `pipeline` is overridden"""
+    """Class name of the diffusers pipeline of such bases; empty if `pipeline` is overridden"""
     denoiser: str
-    """Component that denoises, which is also its prefix in adapter paths and its name in strengths: `unet`"""
+    """Name of the denoiser in pipelines, adapter paths and strengths, such as `unet`"""
     text: Sequence[TextSlot]
-    """Its text encoders, in order"""
+    """Text encoders, in order"""
     layers: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Component → group (`attention`, `feedforward`, `convolution`) → what the paths of its layers end in"""
+    """Network → group (`attention`, `feedforward`, `convolution`) → endings of the paths of its layers"""
     blocks: bool = False
-    """Whether the denoiser has the block names IN00 … M00 … OUT11; without them strengths know BASE alone"""
+    """Whether the denoiser has the block names IN00 … M00 … OUT11; if not, strengths only know BASE"""
     checkpointed: tuple[str, ...] = ()
-    """Classes of the denoiser's blocks, for gradient checkpointing, its memory estimate and shards"""
+    """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
     unsupported: Mapping[str, str] = {}
-    """Keys of recipes that have no meaning for this family → why; ``train`` and ``plan`` refuse them by name"""
+    """Recipe key that this family does not support → reason; ``train`` and ``plan`` refuse such keys"""
 
     @abstractmethod
     def matches(self, pipe: Any) -> bool:
@@ -98,64 +99,67 @@ class Family(ABC):
 
     @abstractmethod
     def parameterization(self, scheduler: Any) -> Parameterization:
-        """What the denoiser predicts, on the schedule of a diffusers `scheduler`."""
+        """Return the denoiser's prediction and noise schedule, from a diffusers `scheduler`."""
 
     @abstractmethod
     def encode(self, base: "Base", prompts: Sequence[str], whole: bool) -> Conditioning:
-        """What the denoiser is told about n `prompts`, of each only what fits the tokenizer, or the `whole` in pieces.
+        """Encode n prompts to conditioning with hidden states [n, tokens, width] on the base's device.
 
-        Shapes: hidden states [n, tokens, width] on the base's device.
+        Args:
+            base: base whose tokenizers and text encoders are used.
+            prompts: n prompts.
+            whole: whether prompts beyond the tokenizer's length are read in chunks instead of being truncated.
         """
 
     @abstractmethod
     def denoise(
-        self, base: "Base", denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: Conditioning
+        self, base: "Base", denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """The prediction [n, c, h, w] for noisy latents [n, c, h, w] at `timesteps` [n].
+        """Return the prediction [n, c, h, w] for noisy latents [n, c, h, w] at `timesteps` [n].
 
         Args:
-            base: whose denoiser it is.
+            base: base of the denoiser.
             denoiser: `base.denoiser`, or a compiled or sharded copy of it.
-            noisy: of the family's forward process.
+            noisy: noisy latents of the family's forward process.
             timesteps: indices into the schedule of `parameterization`.
-            told: of `encode` and `size_conditioning`, for n prompts.
+            conditioning: result of `encode` and `size_conditioning` for n prompts.
         """
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
-        """What the denoiser is told about how n pictures were cropped, [n, …] by name; empty: it is told nothing."""
+        """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""
         return {}
 
     def affects_output(self, base: "Base", part: str, path: str) -> bool:  # noqa: ARG002
-        """Whether the output of the module at `path` of the text encoder `part` reaches the denoiser."""
+        """Whether the output of the module at `path` in the text encoder `part` affects the denoiser."""
         return True
 
     def latents(self, base: "Base") -> LatentSpec:
-        """The latents of its autoencoder."""
+        """Return channels, scale and shift of the VAE's latents."""
         config = base.vae.config
         return LatentSpec(int(config.latent_channels), config.scaling_factor, getattr(config, "shift_factor", 0) or 0.0)
 
     def native_size(self, base: "Base") -> int:
-        """Side in latents of the pictures that the denoiser was made for."""
+        """Return the native side of pictures, in latents."""
         return int(base.denoiser.config.sample_size)
 
     def header(self, base: "Base") -> dict[str, Any]:  # noqa: ARG002
-        """What an adapter's header says of the base's topology, where names in files depend on it."""
+        """Return entries for an adapter's header on the base's topology, if names in adapter files depend on it."""
         return {}
 
     def timing_block(self, base: "Base") -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
-        """A part of the denoiser to measure the device's speed on.
+        """Return a block of the denoiser for measuring the device's speed.
 
         Returns:
             The block, the shapes of its keyword arguments, and the channels of its input [1, channels, side, side].
         """
-        raise NotImplementedError(f"the family {self.name} names no block to measure")
+        raise NotImplementedError(f"the family {self.name} has no timing_block")
 
     def set_attention(self, denoiser: Any, kind: str) -> None:
-        """Compute the denoiser's attentions as a recipe's ``attention`` says; a family without it is `unsupported`."""
-        raise NotImplementedError(f"the family {self.name} has no other ways to compute attention ({kind})")
+        """Set how attention is computed: the recipe key ``attention``; families without it list it in `unsupported`."""
+        raise NotImplementedError(f"the family {self.name} does not support attention={kind}")
 
     def pipeline(self, base: "Base") -> Any:
-        """A pipeline over the modules of `base`: called with prompts it draws, as diffusers' pipelines do."""
+        """Return a pipeline of the modules of `base`, which is called as diffusers' pipelines are."""
         import diffusers
 
         shared: dict[str, Any] = dict(base.parts()) | base.tokenizers()
@@ -166,5 +170,5 @@ class Family(ABC):
 
     @property
     def single_file_prefixes(self) -> dict[str, str]:
-        """Text encoder → what the names of its weights begin with in single-file checkpoints; empty without such."""
+        """Text encoder → prefix of its weights' names in single-file checkpoints; empty for families without such."""
         return {slot.component: slot.single_file_prefix for slot in self.text if slot.single_file_prefix}

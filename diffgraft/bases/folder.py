@@ -1,8 +1,8 @@
-"""A diffusers folder as a base: the one place that decides what such a folder may hold.
+"""Loading a base from a diffusers folder, which is not trusted.
 
-A folder may come from anyone. Its index may name a few classes of two libraries and nothing else; the folder's own code
-is never run, and nobody is asked whether to run it. Networks are laid out on the device ``meta``, held against the
-headers of the files, and only then filled: every weight is there, in the right shape, and none is left over.
+A folder may come from anyone. Its index may only name certain classes of two libraries, and code in the folder is never
+run. Networks are created on the device ``meta``, compared with the headers of the weight files, and only then filled,
+so that every weight is there, in the right shape, and none is left over.
 """
 
 import re
@@ -22,16 +22,16 @@ from diffgraft.bases.configs import (
     SchedulerConfig,
     UNetConfig,
     VAEConfig,
-    checked,
     read_object,
     short,
+    validated,
 )
 from diffgraft.bases.unet import inpainting
 from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
 
 WeightsFrom = Literal["files", "headers", "nowhere"]
-"""Whether networks get the weights of their files, are only held against the files' headers, or neither"""
+"""Whether weights are read from files, only compared with the files' headers, or neither"""
 
 _TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
@@ -62,86 +62,86 @@ KNOWN_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
     "tokenizer_2": ("transformers", _TOKENIZERS),
 }
-"""Part → the library and the classes it may have; all of those a pipeline takes must be there"""
+"""Part → library and permitted classes; a pipeline must have all the parts that it takes"""
 _CLIP = Path(__file__).parent / "tiny" / "model" / "tokenizer"
-"""CLIP's own, which the embedded base has as well"""
+"""CLIP's own tokenizer, which the embedded base uses"""
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts that may stand in the index and are never loaded"""
+"""Parts that the index may list, but that are never loaded"""
 
 _UNREAD = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "cls.", "position_ids")
-"""What the weights of text encoders may hold beside those of the model: the other half of CLIP, heads of BERT"""
+"""Weights that files of text encoders may have in addition: CLIP's vision model, heads of BERT"""
 _LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.")
-"""A layer of a text encoder; files of bases with clip skip hold more of them than their configurations say"""
+"""A layer of a text encoder; files of bases with clip skip have more layers than their configurations"""
 _RENAMED = {
     "vae": ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")),
     "text": ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
 }
-"""Names in files of earlier releases of the libraries, and what they are called now"""
+"""Names in files of earlier versions of the libraries, and their names now"""
 
 
-def index_of(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[str, str]]:
-    """Part → library and class, from the index of a diffusers folder; under ``""`` the class of the pipeline.
+def read_index(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[str, str]]:
+    """Read the index of a diffusers folder and return part → library and class; ``""`` stands for the pipeline.
 
-    `pipelines` are the known classes of pipelines, with whether they have two text encoders.
+    Args:
+        folder: a diffusers folder.
+        pipelines: class name of a known pipeline → whether it has two text encoders.
 
     Raises:
-        DiffgraftError: there is no index, it cannot be read, a part is missing, or something in it is not known here.
+        DiffgraftError: the index is missing or damaged, lacks a part, or names an unknown class.
     """
     path = folder / "model_index.json"
     if not path.is_file():
         raise DiffgraftError(
-            f"{folder} is no diffusers folder: it holds no model_index.json. Give the folder that "
+            f"{folder} is not a diffusers folder: it has no model_index.json. Give the folder that "
             "`save_pretrained` wrote, a single .safetensors checkpoint, a hub id, or `tiny`."
         )
     index = read_object(path)
     kind = index.get("_class_name", "model without a class")
-    known = {name: two for one, two in pipelines.items() for name in (one, inpainting(one))}
+    known = {name: has_two for plain, has_two in pipelines.items() for name in (plain, inpainting(plain))}
     if not isinstance(kind, str) or kind not in known:
         named = kind if isinstance(kind, str) and len(kind) < 60 else short(kind)
-        raise DiffgraftError(
-            f"{folder} is a {named}; the families known here are drawn with: {', '.join(sorted(pipelines))}."
-        )
+        raise DiffgraftError(f"{folder} is a {named}; supported pipelines are: {', '.join(sorted(pipelines))}.")
     needed = {name for name in KNOWN_PARTS if known[kind] or not name.endswith("_2")}
-    found: dict[str, tuple[str, str]] = {"": ("diffusers", kind)}
-    for name, said in index.items():
+    classes_of: dict[str, tuple[str, str]] = {"": ("diffusers", kind)}
+    for name, entry in index.items():
         if name in needed:
             library, classes = KNOWN_PARTS[name]
-            if not isinstance(said, list) or len(said) != 2 or said[0] != library or said[1] not in classes:
+            if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or entry[1] not in classes:
                 raise DiffgraftError(
-                    f"{path} has {short(said)} as its {name}; supported are, of {library}: {', '.join(classes)}."
+                    f"{path} has {short(entry)} as its {name}; supported classes of {library}: {', '.join(classes)}."
                 )
-            found[name] = (library, said[1])
-        elif isinstance(said, list | dict) and name not in _LEFT_OUT:
-            raise DiffgraftError(f"{path} lists a part {short(name)}, which a {kind} does not have: take it out.")
-    for name in sorted(needed - set(found)):
+            classes_of[name] = (library, entry[1])
+        elif isinstance(entry, list | dict) and name not in _LEFT_OUT:
+            raise DiffgraftError(f"{path} lists a part {short(name)}, which a {kind} does not have: remove it.")
+    for name in sorted(needed - set(classes_of)):
         raise DiffgraftError(f"{path} lists no {name}, which a {kind} needs: copy the model's folder again.")
-    return found
+    return classes_of
 
 
-def pipeline_of(
+def build_pipeline(
     folder: Path,
     pipelines: Mapping[str, bool],
     weights: WeightsFrom,
     tokenizers: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The diffusers pipeline of a folder; its networks lie on ``meta`` if their weights are not read.
+    """Build the diffusers pipeline of a folder; its networks are on ``meta`` unless their weights are read.
 
-    Weights that are read have the precision of most of their files' numbers: that is what a base's hash is taken of.
+    Weights get the dtype of most numbers in their files; the base's hash is computed from them.
 
     Args:
         folder: a diffusers folder.
-        pipelines: as in `index_of`.
-        weights: where the weights are read from.
-        tokenizers: tokenizers by name that stand for those of the folder.
+        pipelines: class name of a known pipeline → whether it has two text encoders.
+        weights: whether weights are read from files.
+        tokenizers: tokenizers by name, instead of those in the folder.
 
     Raises:
-        DiffgraftError: the folder holds something that is not known, damaged or missing.
+        DiffgraftError: a part of the folder is unknown, damaged or missing.
     """
     import diffusers
 
-    index = index_of(folder, pipelines)
+    index = read_index(folder, pipelines)
     parts: dict[str, Any] = {**(tokenizers or {})}
-    for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # last, as they take longest
+    for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # tokenizers last, as they take longest
         library, kind = index[name]
         if name in ("unet", "vae") or name.startswith("text_encoder"):
             parts[name] = _network(folder / name, name, library, kind)
@@ -153,106 +153,106 @@ def pipeline_of(
         elif name and name not in parts:
             parts[name] = _tokenizer(folder / name, kind)
     _check_fit(folder, parts)
-    more: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if "text_encoder_2" not in parts:
-        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    with _said_of(folder, "the parts do not make a pipeline"):
-        return getattr(diffusers, index[""][1])(**parts, **more)
+        options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with _library_errors(folder, "the parts do not make a pipeline"):
+        return getattr(diffusers, index[""][1])(**parts, **options)
 
 
 @contextmanager
-def _said_of(path: Path, what: str) -> Iterator[None]:
-    """Whatever the libraries stumble over in the block becomes a sentence about the file or folder at `path`."""
+def _library_errors(path: Path, problem: str) -> Iterator[None]:
+    """Raise exceptions of libraries within the block as DiffgraftError with the path and the `problem`."""
     try:
         yield
     except (DiffgraftError, MemoryError):
         raise
     except BaseException as error:
-        # what tokenizers raises when its Rust code gives up is no Exception
+        # the PanicException of Rust code in tokenizers is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0] if len(lines[0]) < 200 else f"{lines[0][:200]}…"
-        raise DiffgraftError(f"{path} cannot be used, as {what}: {reason.rstrip('.')}.") from error
+        raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.')}.") from error
 
 
 def _network(folder: Path, part: str, library: str, kind: str) -> Any:
-    """A network of the configuration in `folder`, on the device ``meta``."""
+    """Create a network on the device ``meta`` from the configuration in `folder`."""
     import diffusers
     import transformers
 
     path = folder / "config.json"
-    said = read_object(path)
+    config = read_object(path)
     if library == "diffusers":
         model: Any = getattr(diffusers, kind)
-        values = checked(path, said, UNetConfig if part == "unet" else VAEConfig, model)
-        with _said_of(path, f"no {kind} can be built from it"), torch.device("meta"):
+        values = validated(path, config, UNetConfig if part == "unet" else VAEConfig, model)
+        with _library_errors(path, f"no {kind} can be built from it"), torch.device("meta"):
             return model.from_config(values)
     model = getattr(transformers, kind)
-    if said.get("model_type") == "clip" and isinstance(said.get("text_config"), dict):
-        said = said["text_config"]
-    values = checked(path, said, BertConfig if kind == "BertModel" else ClipConfig)
-    with _said_of(path, f"no {kind} can be built from it"), torch.device("meta"):
+    if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    values = validated(path, config, BertConfig if kind == "BertModel" else ClipConfig)
+    with _library_errors(path, f"no {kind} can be built from it"), torch.device("meta"):
         if values["hidden_size"] % values["num_attention_heads"]:
-            raise ValueError("hidden_size is no multiple of num_attention_heads")
+            raise ValueError("hidden_size is not a multiple of num_attention_heads")
         return model(model.config_class(**values))
 
 
-def _plain(part: str) -> Callable[[str], str]:
-    """From the name of a weight to the one that all releases of the libraries share."""
-    renamed = _RENAMED.get("vae" if part == "vae" else "text" if part.startswith("text") else "", ())
+def _normalizer(part: str) -> Callable[[str], str]:
+    """Return a function from names of weights to names that do not depend on the version of the libraries."""
+    replacements = _RENAMED.get("vae" if part == "vae" else "text" if part.startswith("text") else "", ())
 
-    def plain(name: str) -> str:
-        for before, now in renamed:
-            name = name.replace(before, now)
+    def normalize(name: str) -> str:
+        for old, new in replacements:
+            name = name.replace(old, new)
         return name if part in ("unet", "vae") else name.removeprefix("bert.").removeprefix("text_model.")
 
-    return plain
+    return normalize
 
 
 def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None:
-    """Hold a network on ``meta`` against the headers of its files, and, if they are read, give it their weights.
+    """Compare a network on ``meta`` with the headers of its files, and load their weights if `is_read`.
 
     Raises:
-        DiffgraftError: a weight is missing, left over, of another shape, or holds no floating-point numbers.
+        DiffgraftError: a weight is missing, unknown, of another shape, or not floating-point.
     """
     files = files_of_part(folder)
     if not files:
         raise DiffgraftError(
-            f"{folder} holds no weights in .safetensors; other files may hold code and are not opened: convert them, "
+            f"{folder} has no weights in .safetensors; other files may hold code and are not opened: convert them, "
             "or copy the model's folder again."
         )
-    plain = _plain(part)
-    wanted = {plain(name): (name, value) for name, value in network.state_dict().items()}
+    normalize = _normalizer(part)
+    wanted = {normalize(name): (name, value) for name, value in network.state_dict().items()}
     state: dict[str, Tensor] = {}
     layers = int(getattr(getattr(network, "config", None), "num_hidden_layers", 0))
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                    if plain(key) not in wanted:
-                        if part.startswith("text") and (key.endswith(_UNREAD) or plain(key).startswith(_UNREAD)):
+                    if normalize(key) not in wanted:
+                        if part.startswith("text") and (key.endswith(_UNREAD) or normalize(key).startswith(_UNREAD)):
                             continue
-                        if part.startswith("text") and (layer := _layer_beyond(plain(key), layers)) is not None:
+                        if part.startswith("text") and (layer := _layer_beyond(normalize(key), layers)) is not None:
                             raise DiffgraftError(
-                                f"{file} holds {key}, and {folder}/config.json says num_hidden_layers={layers}, as in "
-                                f"a base with clip skip: set it to {layer + 1} or more to use all layers of the file, "
-                                "or load and save the folder by diffusers, which leaves the others out."
+                                f"{file} holds {key}, but {folder}/config.json has num_hidden_layers={layers}, as for "
+                                f"clip skip: set it to {layer + 1} or more to use all layers of the file, or load and "
+                                "save the folder with diffusers, which drops the others."
                             )
                         raise DiffgraftError(
-                            f"{file} holds {short(key)}, which is no weight of the {part} that {folder}/config.json "
+                            f"{file} holds {short(key)}, which is not a weight of the {part} that {folder}/config.json "
                             "describes: the two belong to different models."
                         )
-                    name, value = wanted[plain(key)]
-                    held = opened.get_slice(key)
-                    if held.get_shape() != [*value.shape]:
+                    name, value = wanted[normalize(key)]
+                    tensor = opened.get_slice(key)
+                    if tensor.get_shape() != [*value.shape]:
                         raise DiffgraftError(
-                            f"{file} holds {key} as {held.get_shape()}; {folder}/config.json makes it "
+                            f"{file} holds {key} of shape {tensor.get_shape()}, but by {folder}/config.json it is "
                             f"{[*value.shape]}: the two belong to different models."
                         )
-                    if held.get_dtype() not in FLOAT_DTYPES:
+                    if tensor.get_dtype() not in FLOAT_DTYPES:
                         raise DiffgraftError(
-                            f"{file} holds {key} in {held.get_dtype()}; weights are in float32 or half precision."
+                            f"{file} holds {key} in {tensor.get_dtype()}; weights must be float32 or half precision."
                         )
                     state[name] = opened.get_tensor(key).clone() if is_read else value
         except (SafetensorError, OSError) as error:
@@ -264,18 +264,18 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
             f"{missing[0]}: copy the model's folder again."
         )
     if is_read:
-        kept = _most_common(state)
-        network.load_state_dict({name: value.to(kept) for name, value in state.items()}, assign=True)
+        dtype = _most_common_dtype(state)
+        network.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
         _fill_buffers(network)
 
 
 def _layer_beyond(name: str, layers: int) -> int | None:
-    """The number of the layer that a weight belongs to, if a text encoder of so many `layers` does not have it."""
-    found = _LAYER.match(name)
-    return int(found[1]) if found and int(found[1]) >= layers else None
+    """Return the index of a weight's layer if a text encoder with `layers` layers does not have it, else None."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match and int(match[1]) >= layers else None
 
 
-def _most_common(state: Mapping[str, Tensor]) -> torch.dtype:
+def _most_common_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for value in state.values():
         counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
@@ -283,7 +283,7 @@ def _most_common(state: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def _fill_buffers(network: nn.Module) -> None:
-    """Text encoders count the places of their tokens in buffers that are in no file."""
+    """Fill the buffers of text encoders, position and token type ids, which are in no file."""
     for path, module in network.named_modules():
         for name, value in module.named_buffers(recurse=False):
             if not value.is_meta:
@@ -301,16 +301,17 @@ def _scheduler(folder: Path, kind: str) -> Any:
 
     model: Any = getattr(diffusers, kind)
     path = folder / "scheduler_config.json"
-    values = checked(path, read_object(path), SchedulerConfig, model)
+    values = validated(path, read_object(path), SchedulerConfig, model)
     if values.get("trained_betas") is not None and len(values["trained_betas"]) != values.get(
         "num_train_timesteps", 1000
     ):
-        raise DiffgraftError(f"{path} gives {len(values['trained_betas'])} trained_betas; each timestep has one.")
-    with _said_of(path, f"no {kind} can be built from it"):
+        raise DiffgraftError(f"{path} has {len(values['trained_betas'])} trained_betas; each timestep needs one.")
+    with _library_errors(path, f"no {kind} can be built from it"):
         scheduler = model.from_config(values)
-        kept = scheduler.alphas_cumprod.double()
-        if not (kept.isfinite().all() and (kept >= 0).all() and (kept <= 1).all() and (kept.diff() <= 0).all()):
-            raise ValueError("its noise does not grow from step to step")
+        alphas = scheduler.alphas_cumprod.double()
+        is_valid = alphas.isfinite().all() and (alphas >= 0).all() and (alphas <= 1).all()
+        if not (is_valid and (alphas.diff() <= 0).all()):
+            raise ValueError("its noise does not increase with the timestep")
         return scheduler
 
 
@@ -318,44 +319,46 @@ def _tokenizer(folder: Path, kind: str) -> Any:
     import transformers
 
     if not folder.is_dir() or (not any(folder.glob("*.json")) and not any(folder.glob("*.txt"))):
-        raise DiffgraftError(f"{folder} is missing, or holds no vocabulary: copy the model's folder again.")
+        raise DiffgraftError(f"{folder} is missing, or has no vocabulary: copy the model's folder again.")
     config = folder / "tokenizer_config.json"
     if config.exists():
         read_object(config)
-    with _said_of(folder, f"no {kind} can be made of it"):
+    with _library_errors(folder, f"no {kind} can be made of it"):
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _check_fit(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Raises DiffgraftError where the parts of a folder do not belong together."""
+    """Raise DiffgraftError if the parts of a folder do not belong together."""
     unet, vae = parts["unet"].config, parts["vae"].config
     encoders = {name: part.config for name, part in parts.items() if name.startswith("text_encoder")}
     width = sum(config.hidden_size for config in encoders.values())
     reason = ""
     if unet.out_channels != vae.latent_channels or unet.in_channels < vae.latent_channels:
         reason = (
-            f"its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, and its VAE has "
+            f"its UNet takes {unet.in_channels} channels and returns {unet.out_channels}, but its VAE has "
             f"{vae.latent_channels}"
         )
     elif width != unet.cross_attention_dim:
-        reason = f"its UNet takes text of width {unet.cross_attention_dim}, and its text encoders give {width}"
+        reason = f"its UNet takes text of width {unet.cross_attention_dim}, but its text encoders return {width}"
     elif ("text_encoder_2" in parts) != (unet.addition_embed_type is not None):
         reason = f"its UNet has addition_embed_type={unet.addition_embed_type!r}"
     for name, config in encoders.items():
         tokenizer = parts[name.replace("text_encoder", "tokenizer")]
-        with _said_of(folder / name.replace("text_encoder", "tokenizer"), "the tokenizer is damaged"):
+        with _library_errors(folder / name.replace("text_encoder", "tokenizer"), "the tokenizer is damaged"):
             if type(tokenizer).__name__.startswith("CLIP"):
                 check_vocabulary(tokenizer, config.vocab_size, _CLIP)
             first, last = [*tokenizer("").input_ids, None, None][:2]
             ids = tokenizer("a photo").input_ids
             if None in (first, last, tokenizer.pad_token_id) or len(ids) < 3:
-                reason = reason or f"the tokenizer of its {name} reads nothing of a text, or has no ends and padding"
+                reason = (
+                    reason or f"the tokenizer of its {name} returns no tokens, or lacks start, end or padding tokens"
+                )
             elif max(*ids, tokenizer.pad_token_id, len(tokenizer) - 1) >= config.vocab_size:
-                reason = reason or f"the tokenizer of its {name} has more words than the table of the text encoder"
+                reason = reason or f"the tokenizer of its {name} has more tokens than the text encoder's table"
             elif not 3 <= tokenizer.model_max_length <= config.max_position_embeddings:
                 reason = reason or (
-                    f"the tokenizer of its {name} reads {tokenizer.model_max_length} tokens, and the text encoder has "
-                    f"places for {config.max_position_embeddings}"
+                    f"the tokenizer of its {name} returns {tokenizer.model_max_length} tokens, but the encoder has "
+                    f"{config.max_position_embeddings} positions"
                 )
     if reason:
-        raise DiffgraftError(f"{folder} is no base that works: {reason}; copy the model's folder again.")
+        raise DiffgraftError(f"{folder} is not a working base: {reason}; copy the model's folder again.")

@@ -1,8 +1,8 @@
-"""The original layout of Stable Diffusion: the names that CompVis' ldm and Stability's sgm give to the same weights.
+"""The original layout of Stable Diffusion: names of weights in CompVis' ldm and Stability's sgm.
 
-Single-file checkpoints have them, and so do adapter files of kohya's tools for Stable Diffusion XL. All here is about
-names; the few tensors that also change their shape (the text encoder of OpenCLIP, the attention of the VAE) do so in
-`ldm_state_dict`.
+Single-file checkpoints have these names, and so do adapter files of kohya's tools for Stable Diffusion XL. Most of this
+module only maps names; `ldm_state_dict` also reshapes the few tensors that differ (OpenCLIP's text encoder, attention
+of the VAE).
 Sources: CompVis/latent-diffusion, ``ldm/modules/diffusionmodules/openaimodel.py`` and ``model.py``; Stability-AI/
 generative-models, ``sgm/modules/encoders/modules.py``; mlfoundations/open_clip, ``src/open_clip/transformer.py``.
 """
@@ -19,12 +19,12 @@ from diffgraft.bases.base import Base
 from diffgraft.errors import DiffgraftError
 
 UNET_PREFIX, VAE_PREFIX = "model.diffusion_model.", "first_stage_model."
-"""What the names of their weights begin with in single files."""
+"""Prefixes of the names of their weights in single files"""
 
 MAX_LEVELS = 6
-"""So many levels names are read of; UNets have three or four."""
+"""Number of levels of a UNet for which names are recognised at most; real UNets have three or four"""
 LDM_PREFIXES = ("input_blocks.", "output_blocks.", "middle_block.", "time_embed.", "label_emb.", "out.")
-"""What paths inside the original UNet begin with."""
+"""Prefixes of paths inside the original UNet"""
 
 _ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -35,7 +35,7 @@ _ENDS = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-"""Modules of the UNet outside its blocks: diffusers' name → the original's."""
+"""Modules of the UNet outside its blocks: diffusers' name → original name"""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -55,20 +55,20 @@ _THEIR_MIDDLE = re.compile(r"middle_block\.(?P<slot>[012])(?P<rest>\..+|$)")
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """How a UNet's blocks are counted; the original numbers through what diffusers keeps in levels."""
+    """Mapping of names between diffusers, which numbers blocks by level, and the original, which numbers all blocks."""
 
     layers: int
-    """Pairs of a ResNet and an attention in a level on the way down; one more on the way up"""
+    """ResNets in a down block (`layers_per_block`); up blocks have one more"""
     attention: tuple[bool, ...]
-    """Whether a level has attentions, from the top of the way down"""
+    """Whether each down block has attentions, from the first to the last"""
 
     @classmethod
     def from_config(cls, config: Any) -> "BlockLayout":
-        """Of the configuration of a ``UNet2DConditionModel``."""
+        """Return the layout of a ``UNet2DConditionModel`` with this configuration."""
         return cls(config.layers_per_block, tuple("CrossAttn" in kind for kind in config.down_block_types))
 
     def to_ldm(self, path: str) -> str:
-        """What the original calls the module or parameter that diffusers' UNet has at `path`.
+        """Convert the path of a module or parameter from diffusers' UNet to the original layout.
 
         Raises:
             ValueError: no UNet has such a path.
@@ -90,13 +90,13 @@ class BlockLayout:
                 slot = 0 if kind == "resnets" else 1
                 blocks = "input_blocks" if side == "down" else "output_blocks"
                 return f"{blocks}.{first + number}.{slot}{_inner(kind, found['rest'])}"
-        raise ValueError(f"{path} is no path in a UNet of diffusers")
+        raise ValueError(f"{path} is not a path in a UNet of diffusers")
 
     def to_diffusers(self, path: str) -> str:
-        """What diffusers calls the module or parameter that the original UNet has at `path`: `original`, backwards.
+        """Convert the path of a module or parameter from the original UNet to diffusers' layout: inverse of `to_ldm`.
 
         Raises:
-            ValueError: no UNet of that layout has such a path.
+            ValueError: no UNet of the original layout has such a path.
         """
         if end := _moved(path, _ENDS_BACK):
             return end
@@ -119,11 +119,11 @@ class BlockLayout:
             if slot < 2 and 0 <= level < len(self.attention) and number <= self.layers - (side == "down"):
                 kind = "attentions" if slot else "resnets"
                 return f"{side}_blocks.{level}.{kind}.{number}{_outer(kind, rest)}"
-        raise ValueError(f"{path} is no path in a UNet of the original layout")
+        raise ValueError(f"{path} is not a path in a UNet of the original layout")
 
 
 def layers_in_block(target: Any) -> int | None:
-    """Layers in a block of the UNet of a base or a pipeline, or of a UNet; None where it has no one such number."""
+    """Return ``layers_per_block`` of a UNet, base or pipeline; None if blocks differ or there is no UNet."""
     config = getattr(getattr(target, "unet", target), "config", None)
     layers = getattr(config, "layers_per_block", None)
     return layers if isinstance(layers, int) else None
@@ -134,29 +134,29 @@ def _under(rest: str, start: str) -> bool:
 
 
 def _moved(path: str, names: Mapping[str, str]) -> str | None:
-    """`path` with its beginning renamed; None where it begins with none of `names`."""
+    """Return `path` with its first part renamed by `names`; None if none of them matches."""
     return next((new + path.removeprefix(old) for old, new in names.items() if _under(path, old)), None)
 
 
 def _inner(kind: str, rest: str) -> str:
-    """The rest of a path in a block, a leading dot included, in the original's names."""
+    """Convert the rest of a path inside a block, with its leading dot, to the original names."""
     return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], _RESNET)}"
 
 
 def _outer(kind: str, rest: str) -> str:
-    """The same in diffusers' names."""
+    """Convert the rest of a path inside a block, with its leading dot, to diffusers' names."""
     return rest if kind == "attentions" or not rest else f".{_renamed(rest[1:], _RESNET_BACK)}"
 
 
 def _renamed(path: str, names: Mapping[str, str]) -> str:
     moved = _moved(path, names)
     if moved is None:
-        raise ValueError(f"{path} is no part of a ResNet")
+        raise ValueError(f"{path} is not a part of a ResNet")
     return moved
 
 
 def ldm_vae_key(path: str, levels: int) -> str:
-    """What the original autoencoder calls what diffusers' has at `path`; it counts its way up from the end."""
+    """Convert a path from diffusers' VAE to the original one, which numbers its up blocks from the last."""
 
     def up(found: re.Match[str]) -> str:
         return f"up.{levels - 1 - int(found[1])}."
@@ -191,13 +191,16 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def is_open_clip(start: str) -> bool:
-    """Whether text encoders under names that begin like this are OpenCLIP's; those of CLIP have transformers' names."""
-    return not start.endswith("text_model.")
+def is_open_clip(prefix: str) -> bool:
+    """Whether a text encoder with this prefix in single files is OpenCLIP's; CLIP has transformers' names."""
+    return not prefix.endswith("text_model.")
 
 
 def open_clip_state_dict(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """A CLIP text encoder's weights under OpenCLIP's names: query, key and value in one, the projection transposed."""
+    """Yield a CLIP text encoder's weights under OpenCLIP's names.
+
+    Query, key and value are concatenated, and the text projection is transposed.
+    """
     joined: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         if name == "text_projection.weight":
@@ -209,15 +212,17 @@ def open_clip_state_dict(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
         elif found := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
             yield f"transformer.resblocks.{found[1]}.{_OPEN_CLIP[found[2]]}.{found[3]}", value
         else:
-            raise ValueError(f"{name} is no weight of a CLIP text encoder")
+            raise ValueError(f"{name} is not a weight of a CLIP text encoder")
     for name, thirds in joined.items():
         yield name, torch.cat([thirds[letter] for letter in "qkv"])
 
 
 def clip_names_from_open_clip(name: str) -> list[tuple[str, int | None, bool]]:
-    """Transformers' names for a weight of OpenCLIP's text encoder: name, which third of the rows, whether transposed.
+    """Return transformers' names for a weight of OpenCLIP's text encoder.
 
-    Empty where transformers has none, as for the scale of logits.
+    Returns:
+        For each name: the name, the third of the rows that it stands for (None: all), and whether it is transposed.
+        Empty for weights that transformers does not have, such as the logit scale.
     """
     if name == "text_projection":
         return [("text_projection.weight", None, True)]
@@ -235,23 +240,23 @@ def clip_names_from_open_clip(name: str) -> list[tuple[str, int | None, bool]]:
 
 
 def ldm_state_dict(base: Base) -> dict[str, Tensor]:
-    """Every weight of a base under the names of its family's single-file checkpoints; what can be shared, is.
+    """Return all weights of a base under the names of single-file checkpoints; tensors share memory where possible.
 
     Raises:
-        DiffgraftError: its family has no such layout.
+        DiffgraftError: its family has no single-file layout, or its UNet's blocks differ in depth.
     """
     if not base.family.single_file_prefixes:
-        raise DiffgraftError(f"Bases of the family {base.family.name} have no single-file layout: write a folder.")
+        raise DiffgraftError(f"The family {base.family.name} has no single-file layout: write a folder instead.")
     if not isinstance(base.unet.config.layers_per_block, int):
         raise DiffgraftError(
-            f"{base.name} has levels of different depth, for which single files have no names: write a folder, under a "
+            f"{base.name} has blocks of different depth, which single files do not support: write a folder, under a "
             "name without .safetensors."
         )
     blocks, levels = BlockLayout.from_config(base.unet.config), len(base.vae.config.block_out_channels)
     weights = {f"{UNET_PREFIX}{blocks.to_ldm(name)}": value for name, value in base.unet.state_dict().items()}
     for name, value in base.vae.state_dict().items():
         theirs = ldm_vae_key(name, levels)
-        is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution there
+        is_matrix = ".attn_1." in theirs and value.ndim == 2  # a 1 x 1 convolution in the original
         weights[f"{VAE_PREFIX}{theirs}"] = value[:, :, None, None] if is_matrix else value
     for part, start in base.family.single_file_prefixes.items():
         state = {name.removeprefix("text_model."): value for name, value in getattr(base, part).state_dict().items()}

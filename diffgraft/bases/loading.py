@@ -1,4 +1,4 @@
-"""From a name to a base: the embedded one, a diffusers folder, a hub id, or a single checkpoint file."""
+"""Loading bases: the embedded one, a diffusers folder, a model on the hub, or a single checkpoint file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from diffgraft.bases.base import Base
 from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part, main_dtype
 from diffgraft.bases.family import Family
-from diffgraft.bases.folder import pipeline_of
+from diffgraft.bases.folder import build_pipeline
 from diffgraft.bases.header_config import ConfigOverrides, copy_config, read_config_overrides, write_config_overrides
 from diffgraft.bases.ldm_keys import UNET_PREFIX, VAE_PREFIX, is_open_clip, ldm_state_dict
-from diffgraft.bases.prediction import scheduled, told_by
+from diffgraft.bases.prediction import detect_prediction_type, with_prediction_type
 from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
@@ -26,30 +26,30 @@ from diffgraft.third_party import quiet_libraries
 
 
 def known_pipelines() -> dict[str, bool]:
-    """Class of a pipeline of diffusers → whether it has two text encoders."""
-    return {one.pipeline_class: len(one.text) > 1 for one in families().values() if one.pipeline_class}
+    """Return class name of a diffusers pipeline → whether it has two text encoders, for all families."""
+    return {family.pipeline_class: len(family.text) > 1 for family in families().values() if family.pipeline_class}
 
 
 TINY = Path(__file__).parent / "tiny" / "model"
 CONFIGS = Path(__file__).parent / "configs"
 _FIRST = f"{UNET_PREFIX}input_blocks.0.0.weight"
-_ADVICE = "An adapter is no base: `generate` takes it with --adapter, and `merge` before --into."
+_ADVICE = "If it is an adapter, not a base: give it to `generate` with --adapter, or to `merge`."
 
 
 class LoadOptions(TypedDict, total=False):
-    """How a base is loaded, beside its precision."""
+    """Options for loading a base, beside its dtype."""
 
     prediction_type: str | None
-    """``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong"""
+    """Prediction type, ``epsilon`` or ``v_prediction``, if the files lack it or it is wrong"""
     zero_snr: bool | None
-    """Whether the noise schedule is rescaled to end in pure noise, alike"""
+    """Whether the noise schedule has zero terminal SNR, if the files lack it or it is wrong"""
     quantize: Quantize
-    """``int8`` or ``nf4``: the weights of linear layers, of denoiser and text encoders, in 8 or about 4 bits"""
+    """``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per weight"""
 
 
-def load_options(predicts: str | None, zero_snr: bool | None, quantize: str = "none") -> LoadOptions:
-    """`LoadOptions`, as a command line has them."""
-    return {"prediction_type": predicts, "zero_snr": zero_snr, "quantize": quantize}  # type: ignore[typeddict-item]
+def load_options(prediction_type: str | None, zero_snr: bool | None, quantize: str = "none") -> LoadOptions:
+    """Return `LoadOptions` from options of the command line."""
+    return {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}  # type: ignore[typeddict-item]
 
 
 @wrap_system_errors
@@ -67,104 +67,105 @@ def load_base(
     Args:
         source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
             layout, or a model's id on the Hugging Face hub.
-        dtype: precision the weights are held in; None: of each part that of its files.
-        family: a key of `diffgraft.bases.registry.families`, where what is found in the files is not to decide.
-        prediction_type: ``epsilon`` or ``v_prediction``, where what the files say, or do not say, is wrong.
-        zero_snr: whether the noise schedule is rescaled to end in pure noise, alike.
-        quantize: ``int8`` or ``nf4``: the weights of linear layers, of UNet and text encoders, in 8 or about 4 bits;
-            such a base trains adapters and draws, in less memory.
+        dtype: dtype of the weights; None: for each network that of its files.
+        family: a key of `diffgraft.bases.registry.families`; by default the family is detected.
+        prediction_type: ``epsilon`` or ``v_prediction``, if the files lack it or it is wrong.
+        zero_snr: whether the noise schedule has zero terminal SNR, if the files lack it or it is wrong.
+        quantize: ``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per
+            weight. Such a base needs less memory, and can train adapters and draw.
 
     Raises:
-        DiffgraftError: nothing by that name can be read, or it is no base of a known family.
+        DiffgraftError: `source` does not exist, cannot be read, or is not a base of a known family.
     """
     if family is not None and family not in families():
-        raise DiffgraftError(f"There is no family {family!r} of bases: {did_you_mean(family, families())}")
+        raise DiffgraftError(f"Invalid value family={family!r}: {did_you_mean(family, families())}")
     if not isinstance(source, str | Path):
         raise DiffgraftError(f"Invalid base {short_repr(source)}: must be a name or a path.")
     if quantize not in get_args(Quantize):
-        hint = "for 4 bits take 'nf4'." if "4" in str(quantize) else did_you_mean(quantize, get_args(Quantize))
+        hint = "for 4 bits use 'nf4'." if "4" in str(quantize) else did_you_mean(quantize, get_args(Quantize))
         raise DiffgraftError(f"Invalid value quantize={quantize!r}: {hint}")
     with quiet_libraries():
-        path = located(source)
-        pipe = _from_file(path, family) if path.is_file() else pipeline_of(path, known_pipelines(), "files")
-    pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
-    found = families()[family] if family else next(one for one in families().values() if one.matches(pipe))
-    if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
-        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
-    base = Base(name=str(source), family=found, **parts_of(pipe))
-    held = _precisions(path, found) if dtype is None else {}
+        path = locate_base(source)
+        pipe = _from_file(path, family) if path.is_file() else build_pipeline(path, known_pipelines(), "files")
+    pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
+    detected = families()[family] if family else next(item for item in families().values() if item.matches(pipe))
+    if type(pipe).__name__ not in (detected.pipeline_class, inpainting(detected.pipeline_class)):
+        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, which is not a base of the family {detected.name}.")
+    base = Base(name=str(source), family=detected, **parts_of(pipe))
+    dtypes = _dtypes_on_disk(path, detected) if dtype is None else {}
     with quiet_libraries():
         for name, part in base.parts():
-            part.to(held.get(name, dtype))
+            part.to(dtypes.get(name, dtype))
         return quantized(base, quantize)
 
 
-def located(source: str | Path, *, weights: bool = True) -> Path:
-    """Where a base lies on disk; of one on the hub, what is needed is brought: all but the weights, if those are not.
+def locate_base(source: str | Path, *, weights: bool = True) -> Path:
+    """Return the path of a base on disk; a base on the hub is downloaded, without its weights unless `weights` is set.
 
     Raises:
-        DiffgraftError: there is none.
+        DiffgraftError: the base does not exist, or the hub cannot be reached.
     """
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     if path.exists():
         return path
     if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
-        raise DiffgraftError(f"There is no base {source}: no file of that name exists.")
+        raise DiffgraftError(f"The base {source} was not found: there is no such file.")
     return _from_hub(str(source), weights)
 
 
-def _precisions(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
-    """Part → the precision in which a folder, or a single file of a family, holds it."""
+def _dtypes_on_disk(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
+    """Return network → dtype of its weights in a diffusers folder, or in a single file of a family."""
     if family is None or path.is_dir():
-        found = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
+        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
     else:
-        starts = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
-        found = {name: main_dtype([path], start) for name, start in starts.items()}
-    return {name: dtype for name, dtype in found.items() if dtype is not None}
+        prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
+        dtypes = {name: main_dtype([path], prefix) for name, prefix in prefixes.items()}
+    return {name: dtype for name, dtype in dtypes.items() if dtype is not None}
 
 
 def parts_of(pipe: Any) -> dict[str, Any]:
-    """Networks, tokenizers and scheduler of a pipeline, as `Base` takes them."""
+    """Return networks, tokenizers and scheduler of a pipeline as keyword arguments of `Base`."""
     names = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     return {name: getattr(pipe, name, None) for name in names}
 
 
-def _holds_plain_weights(folder: Path) -> bool:
+def _has_full_precision(folder: Path) -> bool:
     return any(".fp16." not in path.name for path in folder.glob("unet/*.safetensors"))
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What the header of a checkpoint in the original layout tells."""
+    """Properties of a checkpoint in the original layout, read from its header."""
 
     family: str
+    """Name of its family"""
     channels: int
-    """What the UNet takes"""
-    told: dict[str, Any]
-    """`prediction_type` and `zero_snr`, as far as it tells"""
-    stated: ConfigOverrides
-    """What of its configuration is not the family's, as files that were written here say it"""
+    """Input channels of the UNet"""
+    prediction: dict[str, Any]
+    """`prediction_type` and `zero_snr`, as far as the header determines them"""
+    overrides: ConfigOverrides
+    """Fields in which its configuration differs from its family's, if diffgraft wrote the file"""
 
     @property
     def pipeline(self) -> Any:
-        """The class of its diffusers pipeline."""
+        """Class of its diffusers pipeline."""
         import diffusers
 
         kind = families()[self.family].pipeline_class
         return getattr(diffusers, kind if self.channels == 4 else inpainting(kind))
 
     def tokenizers(self) -> dict[str, Any]:
-        """Its tokenizers by name."""
-        starts = families()[self.family].single_file_prefixes.items()
-        pads = {part: "!" if is_open_clip(start) else "<|endoftext|>" for part, start in starts}
+        """Return its tokenizers by name."""
+        prefixes = families()[self.family].single_file_prefixes.items()
+        pads = {part: "!" if is_open_clip(prefix) else "<|endoftext|>" for part, prefix in prefixes}
         return {part.replace("text_encoder", "tokenizer"): clip_tokenizer(pad) for part, pad in pads.items()}
 
 
 def read_single_file(path: Path, family: str | None = None) -> SingleFile:
-    """Look at a checkpoint's header.
+    """Read the header of a checkpoint in the original layout.
 
     Raises:
-        DiffgraftError: it is no safetensors file, or no checkpoint of the family, or of any.
+        DiffgraftError: it is not a safetensors file, or not a checkpoint of `family`, or of any family if that is None.
     """
     if path.suffix != ".safetensors":
         raise DiffgraftError(
@@ -177,104 +178,111 @@ def read_single_file(path: Path, family: str | None = None) -> SingleFile:
             name = _family_of(path, keys, family)
             channels = file.get_slice(_FIRST).get_shape()[1] if _FIRST in keys else 4
             return SingleFile(
-                name, channels, told_by(name, file, keys), read_config_overrides(path, file.metadata() or {})
+                name,
+                channels,
+                detect_prediction_type(name, file, keys),
+                read_config_overrides(path, file.metadata() or {}),
             )
     except (SafetensorError, OSError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {_first_line(error)}") from error
 
 
 def _from_file(path: Path, family: str | None) -> Any:
-    found = read_single_file(path, family)
-    dtypes = {*_precisions(path, families()[found.family]).values()}
-    more = found.tokenizers()
-    if "safety_checker" in found.pipeline._optional_components:
-        more["safety_checker"] = None
+    file = read_single_file(path, family)
+    dtypes = {*_dtypes_on_disk(path, families()[file.family]).values()}
+    arguments = file.tokenizers()
+    if "safety_checker" in file.pipeline._optional_components:
+        arguments["safety_checker"] = None
     if len(dtypes) == 1:
-        more["dtype"] = dtypes.pop()
-    _check_names(path, found)
+        arguments["dtype"] = dtypes.pop()
+    _check_weights(path, file)
     try:
-        with configuration(found) as config:
-            pipe = found.pipeline.from_single_file(path, config=str(config), local_files_only=True, **more)
-    except Exception as error:  # the loader raises whatever its parsing stumbles over
+        with config_folder(file) as config:
+            pipe = file.pipeline.from_single_file(path, config=str(config), local_files_only=True, **arguments)
+    except Exception as error:  # the loader raises many kinds of exceptions for files that it cannot parse
         raise DiffgraftError(
-            f"{path} cannot be loaded as a checkpoint of {found.family}: {_first_line(error)} {_ADVICE}"
+            f"{path} cannot be loaded as a checkpoint of {file.family}: {_first_line(error)} {_ADVICE}"
         ) from error
-    pipe.scheduler = scheduled(pipe.scheduler, **found.told)
+    pipe.scheduler = with_prediction_type(pipe.scheduler, **file.prediction)
     return pipe
 
 
-def _check_names(path: Path, found: SingleFile) -> None:
-    """Hold a single file's header against the family's configuration, for the loader fills what is missing at random.
+def _check_weights(path: Path, single: SingleFile) -> None:
+    """Compare the header of a single file with its configuration, as the loader fills missing weights at random.
 
     Raises:
         DiffgraftError: a weight is missing, has another shape, or belongs to a UNet of another configuration.
     """
-    with configuration(found) as folder:
-        pipe = pipeline_of(folder, known_pipelines(), "nowhere", found.tokenizers())
-    family = families()[found.family]
+    with config_folder(single) as folder:
+        pipe = build_pipeline(folder, known_pipelines(), "nowhere", single.tokenizers())
+    family = families()[single.family]
     wanted = {
         name: tuple(value.shape)
         for name, value in ldm_state_dict(Base(name=str(path), family=family, **parts_of(pipe))).items()
     }
     with safe_open(path, framework="pt") as file:
-        held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        what = f"{path} is no whole checkpoint of {found.family}"
-        if missing := [name for name in wanted if name not in held]:
-            raise DiffgraftError(f"{what}: it lacks {len(missing)} of its weights, such as {missing[0]}. {_ADVICE}")
-        if others := [name for name in held if name.startswith(UNET_PREFIX) and name not in wanted]:
-            raise DiffgraftError(f"{what}: {others[0]} belongs to a UNet of another configuration. {_ADVICE}")
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        problem = f"{path} is not a whole checkpoint of {single.family}"
+        if missing := [name for name in wanted if name not in tensors]:
+            raise DiffgraftError(f"{problem}: it lacks {len(missing)} of its weights, such as {missing[0]}. {_ADVICE}")
+        if others := [name for name in tensors if name.startswith(UNET_PREFIX) and name not in wanted]:
+            raise DiffgraftError(f"{problem}: {others[0]} belongs to a UNet of another configuration. {_ADVICE}")
         for name, shape in wanted.items():
-            there = tuple(held[name].get_shape())
-            if _without_ones(there) != _without_ones(shape):
-                raise DiffgraftError(f"{what}: {name} has the shape {[*there]}, and should have {[*shape]}. {_ADVICE}")
-            if held[name].get_dtype() not in FLOAT_DTYPES:
-                raise DiffgraftError(f"{what}: {name} is in {held[name].get_dtype()}; weights are floating-point.")
+            actual = tuple(tensors[name].get_shape())
+            if _without_ones(actual) != _without_ones(shape):
+                raise DiffgraftError(f"{problem}: {name} has the shape {[*actual]}, expected {[*shape]}. {_ADVICE}")
+            if tensors[name].get_dtype() not in FLOAT_DTYPES:
+                raise DiffgraftError(f"{problem}: {name} is {tensors[name].get_dtype()}; weights are floating-point.")
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A 1 x 1 convolution and a linear layer hold the same numbers, and files have either."""
+    """Return the shape of a 1 x 1 convolution as that of a linear layer; files may have either for the same weight."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 @contextmanager
-def configuration(found: SingleFile) -> Iterator[Path]:
-    """A folder with the family's configuration, and what the file says of its own laid over it."""
-    folder = CONFIGS / found.family
-    if found.channels == 4 and not found.stated:
+def config_folder(file: SingleFile) -> Iterator[Path]:
+    """Yield a folder with the configuration of a single file: its family's, with the overrides in its header."""
+    folder = CONFIGS / file.family
+    if file.channels == 4 and not file.overrides:
         yield folder
         return
     with TemporaryDirectory() as name:
         copy = copy_config(folder, Path(name))
-        write_config_overrides(copy, found.stated, found.channels)
+        write_config_overrides(copy, file.overrides, file.channels)
         yield copy
 
 
 def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
-    """The family whose text encoders a single file has, or the one that is wanted."""
-    starts = {
+    """Return the family of a single file by the names of its text encoders; `wanted` is checked against them."""
+    prefixes_of = {
         name: family.single_file_prefixes.values() for name, family in families().items() if family.single_file_prefixes
     }
-    fitting = [name for name, own in starts.items() if all(any(key.startswith(w) for key in keys) for w in own)]
-    if wanted is None and fitting:
-        return fitting[0]
-    if wanted in fitting:
+    matches = [
+        name
+        for name, prefixes in prefixes_of.items()
+        if all(any(key.startswith(prefix) for key in keys) for prefix in prefixes)
+    ]
+    if wanted is None and matches:
+        return matches[0]
+    if wanted in matches:
         return str(wanted)
-    named = wanted or ", ".join(starts)
+    expected = wanted or ", ".join(prefixes_of)
     raise DiffgraftError(
-        f"{path} is not a whole single-file checkpoint of {named}: it has no text encoder under the names of Stable "
+        f"{path} is not a whole single-file checkpoint of {expected}: it has no text encoder under the names of Stable "
         f"Diffusion's own code. {_ADVICE}"
     )
 
 
 def clip_tokenizer(padding: str) -> Any:
-    """CLIP's own, which all of these families have; OpenCLIP's pads with id 0, which is that of ``!``."""
+    """Return CLIP's tokenizer with a padding token; OpenCLIP pads with ``!``, whose id is 0."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=padding)
 
 
 def _from_hub(name: str, weights: bool = True) -> Path:
-    """The folder into which the hub's client has brought a model."""
+    """Download a model from the hub and return its folder; without `weights` only its configuration."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -283,13 +291,13 @@ def _from_hub(name: str, weights: bool = True) -> Path:
         if not weights:
             return Path(snapshot_download(name, allow_patterns=wanted[:2], ignore_patterns=unwanted))
         folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*unwanted, "*/*.fp16.*"])
-        if not _holds_plain_weights(Path(folder)):  # there are models in half precision alone
+        if not _has_full_precision(Path(folder)):  # some models only have fp16 weights
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
     except (OSError, RuntimeError, HFValidationError) as error:
         raise DiffgraftError(
-            f"There is no base {name!r}: no folder or file of that name exists here, and the hub gave no such model "
-            "(or cannot be reached). Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id. "
-            f"The hub's client said: {_first_line(error)}"
+            f"The base {name!r} was not found: there is no folder or file of that name, and the hub has no such model "
+            "or cannot be reached. Give `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id. "
+            f"The hub's client reports: {_first_line(error)}"
         ) from error
     return Path(folder)
 

@@ -1,4 +1,4 @@
-"""A base without its weights: what it is made of, for counting and estimating, in a second and in no memory."""
+"""Bases on the device ``meta``, whose weights have shapes but no values, for counting and estimates."""
 
 import copy
 from dataclasses import fields
@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.folder import pipeline_of
-from diffgraft.bases.loading import configuration, known_pipelines, located, parts_of, read_single_file
-from diffgraft.bases.prediction import scheduled
+from diffgraft.bases.folder import build_pipeline
+from diffgraft.bases.loading import config_folder, known_pipelines, locate_base, parts_of, read_single_file
+from diffgraft.bases.prediction import with_prediction_type
 from diffgraft.bases.registry import families
 from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError
@@ -23,42 +23,42 @@ def meta_base(
     prediction_type: str | None = None,
     zero_snr: bool | None = None,
 ) -> Base:
-    """A base whose weights have shapes and precisions but no values (on the device ``meta``); its tokenizers are real.
+    """Load a base on the device ``meta``: its weights have shapes and dtypes but no values; its tokenizers are real.
 
     Args:
-        source: what `load_base` takes; of a single file only the header is read, and of a model on the hub only its
-            configuration is brought.
-        dtype: precision.
+        source: as in `load_base`; of a single file only the header is read, and of a model on the hub only its
+            configuration is downloaded.
+        dtype: dtype of the weights.
         prediction_type: as in `load_base`.
         zero_snr: as in `load_base`.
 
     Raises:
         DiffgraftError: as in `load_base`.
     """
-    path = located(source, weights=False)
+    path = locate_base(source, weights=False)
     with quiet_libraries():
         if path.is_file():
             file = read_single_file(path)
-            with configuration(file) as folder:
-                pipe = pipeline_of(folder, known_pipelines(), "nowhere", tokenizers=file.tokenizers())
-            pipe.scheduler = scheduled(pipe.scheduler, **file.told)
+            with config_folder(file) as folder:
+                pipe = build_pipeline(folder, known_pipelines(), "nowhere", tokenizers=file.tokenizers())
+            pipe.scheduler = with_prediction_type(pipe.scheduler, **file.prediction)
         else:
             is_local = str(source) == "tiny" or Path(source).expanduser().exists()
-            pipe = pipeline_of(path, known_pipelines(), "headers" if is_local else "nowhere")
-    pipe.scheduler = scheduled(pipe.scheduler, prediction_type, zero_snr)
-    found = next(one for one in families().values() if one.matches(pipe))
-    if type(pipe).__name__ not in (found.pipeline_class, inpainting(found.pipeline_class)):
-        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, and no base of the family {found.name} is.")
-    return Base(name=str(source), family=found, **parts_of(pipe)).to(dtype=dtype)
+            pipe = build_pipeline(path, known_pipelines(), "headers" if is_local else "nowhere")
+    pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
+    family = next(family for family in families().values() if family.matches(pipe))
+    if type(pipe).__name__ not in (family.pipeline_class, inpainting(family.pipeline_class)):
+        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, which is not a base of the family {family.name}.")
+    return Base(name=str(source), family=family, **parts_of(pipe)).to(dtype=dtype)
 
 
 def without_values(base: Base) -> Base:
-    """A copy of a loaded base whose weights have no values (on the device ``meta``); tokenizers are shared."""
+    """Return a copy of a loaded base on the device ``meta``, with shapes but no values; tokenizers are shared."""
     copies = {name: copy.deepcopy(part).to("meta") for name, part in base.parts()}
-    known = {one.name for one in fields(Base) if one.init}
+    known = {field.name for field in fields(Base) if field.init}
     shared = {"name": base.name, "family": base.family, "scheduler": base.scheduler, **base.tokenizers()}
-    found = {**shared, **copies}
+    parts = {**shared, **copies}
     return Base(
-        **{name: value for name, value in found.items() if name in known},
-        others={name: value for name, value in found.items() if name not in known},
+        **{name: value for name, value in parts.items() if name in known},
+        others={name: value for name, value in parts.items() if name not in known},
     )

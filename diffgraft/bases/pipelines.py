@@ -1,4 +1,4 @@
-"""What drawing needs to know of a pipeline, whatever its denoiser is."""
+"""Properties of diffusers pipelines, whatever their denoiser."""
 
 from typing import Any
 
@@ -9,30 +9,30 @@ from diffgraft.bases.registry import denoisers
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The denoiser of a diffusers pipeline, or of a base."""
-    return next(found for name in denoisers() if (found := getattr(pipe, name, None)) is not None)
+    """Return the denoiser of a diffusers pipeline or of a base."""
+    return next(module for name in denoisers() if (module := getattr(pipe, name, None)) is not None)
 
 
 def as_denoiser(module: nn.Module) -> dict[str, nn.Module]:
-    """A bare denoiser under the name that adapters know: that of a UNet, which has down and up blocks."""
+    """Return a bare denoiser under its name in adapter paths; modules with ``down_blocks`` are UNets."""
     first, *others = denoisers()
     name = first if hasattr(module, "down_blocks") or not others else others[0]
     return {name: module}
 
 
 def native_pixels(pipe: Any) -> int:
-    """Side in pixels of the pictures that a pipeline's denoiser was made for."""
+    """Return the native side of a pipeline's pictures in pixels."""
     return int(denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor)
 
 
 def is_inpainting(pipe: Any) -> bool:
-    """Whether the denoiser is told, beside the noisy latents, where to draw and what stays."""
+    """Whether the denoiser also takes a mask and the latents of the masked picture."""
     channels = getattr(denoiser_of(pipe).config, "in_channels", 0)
     return bool(hasattr(denoiser_of(pipe), "down_blocks") and channels > pipe.vae.config.latent_channels)
 
 
-def predicted(target: Any) -> str:
-    """What the denoiser of a pipeline or base predicts, as its scheduler says; empty where it says nothing known."""
+def prediction_of(target: Any) -> str:
+    """Return the prediction type in the scheduler of a pipeline or base; empty if there is no known one."""
     scheduler = getattr(target, "scheduler", None)
-    said = scheduler.config.get(PREDICTION_KEY) if scheduler is not None else None
-    return str(said) if said in PREDICTIONS else ""
+    prediction_type = scheduler.config.get(PREDICTION_KEY) if scheduler is not None else None
+    return str(prediction_type) if prediction_type in PREDICTIONS else ""

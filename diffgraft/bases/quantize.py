@@ -1,4 +1,4 @@
-"""A base whose linear layers are rounded to 8 or 4 bits a weight, in place."""
+"""Quantizing the linear layers of a base to 8 or 4 bits per weight."""
 
 from torch import nn
 
@@ -9,21 +9,21 @@ from diffgraft.third_party import import_bitsandbytes
 
 
 def quantized(base: Base, to: Quantize) -> Base:
-    """`base`, which lies in the processor's memory, with its linear layers changed in place."""
+    """Quantize the linear layers of `base`, which must be on the CPU, in place, and return it; the VAE is left out."""
     if to == "none":
         return base
     import_bitsandbytes()  # takes seconds
     from diffgraft.bases.bnb_layers import KINDS
 
-    places = [
+    layers = [
         (owner, name)
         for part_name, part in base.parts()
         if part_name != "vae"
         for owner in part.modules()
         for name, layer in owner.named_children()
-        if type(layer) is nn.Linear  # what is more than that may have its weight used in other ways
+        if type(layer) is nn.Linear  # subclasses may use their weight in other ways
     ]
-    for owner, name in track(places, f"rounding weights to {to}"):
+    for owner, name in track(layers, f"rounding weights to {to}"):
         setattr(owner, name, KINDS[to](getattr(owner, name)))
     base.quantize = to
     return base

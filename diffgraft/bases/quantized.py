@@ -1,7 +1,7 @@
-"""A frozen base's linear layers in 8 or 4 bits a weight: they compute with what the bits stand for.
+"""Quantized linear layers of a frozen base, with 8 or 4 bits per weight, which compute with dequantized weights.
 
-The weights alone are rounded, once. Activations stay as they come, products are made in their precision, and gradients
-flow through to what lies before. Convolutions, norms, embeddings, biases and the VAE are left as they are.
+Only weights are quantized, once. Activations keep their dtype, products are computed in it, and gradients flow through
+the layers. Convolutions, norms, embeddings, biases and the VAE are not quantized.
 """
 
 from abc import abstractmethod
@@ -15,34 +15,34 @@ from torch.nn import functional as F
 
 Quantize = Literal["none", "int8", "nf4"]
 Change = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""Weight [out, in] and bias [out] in float32 → others in their places."""
+"""Function of weight [out, in] and bias [out], both float32, that returns a changed weight and bias"""
 
 _BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
-"""Of a weight; with them go the scales of nf4's blocks, while those of int8's rows are few"""
+"""Bytes per weight, including the scales of nf4's blocks; int8 has few scales, one for each row"""
 
 
 class Quantized(nn.Linear):
-    """A linear layer whose weight is kept in few bits; each kind is one class in `bits.py`.
+    """A linear layer with a quantized weight; `diffgraft.bases.bnb_layers` has a subclass for each kind.
 
-    The forward is not bitsandbytes' own. That of 8 bits rounds activations as well (on processors only while the layer
-    is in evaluation mode) and keeps them through gradient checkpointing; that of 4 bits repacks weights in evaluation
-    mode, on processors with AVX512-BF16, into a form from which no gradient flows; both may cast the bias for good.
+    The forward is not bitsandbytes' own: its 8-bit forward also rounds activations (on CPUs only in evaluation mode)
+    and keeps them despite gradient checkpointing. Its 4-bit forward repacks weights in evaluation mode, on CPUs with
+    AVX512-BF16, into a form without gradients. Both may cast the bias permanently.
     """
 
     weight: Any
-    """The bits, in a parameter of the kind's own"""
+    """Quantized weight, in a parameter class of bitsandbytes"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.changes: list[Change] = []
-        """What lies over the weight now, in order: a graft's merge, as its bits cannot take one"""
+        """Changes that adapters make to the dequantized weight, in order"""
 
     @abstractmethod
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the bits stand for, [out, in], in `dtype`."""
+        """Return the dequantized weight [out, in] in `dtype`."""
 
     def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
-        """Weight [out, in] and bias [out] that it computes with, in `dtype`, what lies over them included."""
+        """Return weight [out, in] and bias [out] after all `changes`, in `dtype`."""
         weight = self.dequantized(torch.float32 if self.changes else dtype)
         bias: Tensor | None = None if self.bias is None else self.bias.to(weight.dtype)
         for change in self.changes:
@@ -50,7 +50,7 @@ class Quantized(nn.Linear):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out], in the precision of `x`, or autocast's."""
+        """Map [..., in] to [..., out] in the dtype of `x`, or in autocast's."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -59,7 +59,7 @@ class Quantized(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x · Wᵀ + b of a frozen layer; W is read again on the way back, and never kept."""
+    """x · Wᵀ + b of a frozen layer; W is dequantized again in the backward pass instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Quantized) -> Tensor:
@@ -74,14 +74,14 @@ class _Product(torch.autograd.Function):
 
 
 def held_bytes(part: nn.Module, to: Quantize) -> int:
-    """Bytes of the weights of a whole part, as they would be in `to`."""
-    rounded = {id(layer.weight) for layer in part.modules() if type(layer) is nn.Linear and to != "none"}
-    values = ((value, _BYTES[to] if id(value) in rounded else value.element_size()) for value in part.parameters())
-    return round(sum(value.numel() * each for value, each in values))
+    """Return the bytes of all weights of a network if its linear layers were quantized to `to`."""
+    quantized = {id(layer.weight) for layer in part.modules() if type(layer) is nn.Linear and to != "none"}
+    values = ((value, _BYTES[to] if id(value) in quantized else value.element_size()) for value in part.parameters())
+    return round(sum(value.numel() * size for value, size in values))
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """What a layer computes with: weight [out, in, …] and bias [out]; of a `Quantized` one as its bits read."""
+    """Return weight [out, in, …] and bias [out] of a layer; those of a `Quantized` layer are dequantized."""
     if isinstance(layer, Quantized):
         return layer.read()
     return layer.get_parameter("weight"), getattr(layer, "bias", None)

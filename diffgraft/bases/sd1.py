@@ -1,4 +1,4 @@
-"""Names that moved to `diffgraft.bases.tokens`, for one release."""
+"""Former names of functions in `diffgraft.bases.tokens`, kept for one release."""
 
 from diffgraft.bases.tokens import token_ids
 from diffgraft.bases.tokens import truncated_text as lost_words

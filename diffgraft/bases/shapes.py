@@ -1,4 +1,4 @@
-"""Shapes of the layers of the real bases, from their configurations: nothing of a base's size is allocated."""
+"""Shapes of the layers of known bases, computed from their configurations without allocating weights."""
 
 import json
 from functools import cache
@@ -12,15 +12,15 @@ from diffgraft.third_party import quiet_libraries
 
 Shape = tuple[int, ...]
 KNOWN: dict[str, Path] = {"tiny": TINY, **{name: CONFIGS / name for name in ("sd1", "sd2", "sdxl")}}
-"""Name of a base, or of the family whose usual configuration it is → where its configuration lies."""
+"""Name of a base, or of a family for its usual configuration → folder of the configuration"""
 
 FAMILY = {name: "sd1" if name == "tiny" else name for name in KNOWN}
-"""Name of a known base → its family."""
+"""Name of a known base → its family"""
 
 
 @cache
 def layer_shapes(name: str) -> dict[str, Shape]:
-    """Path, as adapters have it, of every module with a weight → the weight's shape; `name` is a key of `KNOWN`."""
+    """Return module path → shape of its weight, for all modules of a base; `name` is a key of `KNOWN`."""
     return {
         f"{part}.{path.removeprefix('text_model.')}": tuple(module.weight.shape)
         for part, root in _parts(KNOWN[name]).items()

@@ -1,4 +1,4 @@
-"""What the families with a UNet of diffusers share: layers, blocks, schedule, inpainting, ways to compute attention."""
+"""Base class of the families whose denoiser is a diffusers UNet: layers, blocks, noise schedule, inpainting."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _TEXT = {
     "feedforward": ("fc1", "fc2", "intermediate.dense", "output.dense"),
 }
 _USUAL_LAYERS = 2
-"""Layers in a block of all UNets of Stable Diffusion; files say it of others, as some names are counted by it"""
+"""Layers per block in all UNets of Stable Diffusion; headers give other numbers, as some names depend on them"""
 
 
 class UNetFamily(Family):
@@ -40,24 +40,26 @@ class UNetFamily(Family):
     checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
 
     def has_pipeline(self, pipe: Any) -> bool:
-        """Whether a pipeline is of the family's class, or of that for inpainting."""
+        """Whether a pipeline has the family's class, or its inpainting class."""
         return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
 
     def parameterization(self, scheduler: Any) -> Parameterization:
-        """ε or v, on the schedule of DDPM."""
+        """Return ε- or v-prediction on the noise schedule of DDPM."""
         return ddpm_parameterization(scheduler)
 
-    def denoise(self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, told: Conditioning) -> Tensor:
-        prediction: Tensor = denoiser(base.denoiser_input(noisy), timesteps, **unet_arguments(told)).sample
+    def denoise(
+        self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        prediction: Tensor = denoiser(base.denoiser_input(noisy), timesteps, **unet_arguments(conditioning)).sample
         return prediction
 
     def header(self, base: Base) -> dict[str, Any]:
-        """The layers in a block, where there are not two, as usual."""
+        """Return ``layers_per_block``, unless it is the usual 2."""
         layers = base.unet.config.layers_per_block
         return {"layers_per_block": layers} if isinstance(layers, int) and layers != _USUAL_LAYERS else {}
 
     def timing_block(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
-        """The first block of the way down."""
+        """Return the first down block, the shapes of its arguments, and the channels of its input."""
         unet = base.unet
         block, width = unet.down_blocks[0], int(unet.config.block_out_channels[0])
         shapes: dict[str, tuple[int, ...]] = {"temb": (1, 4 * width)}
@@ -66,25 +68,25 @@ class UNetFamily(Family):
         return block, shapes, width
 
     def set_attention(self, denoiser: Any, kind: str) -> None:
-        """Give the attentions of a UNet one of diffusers' processors.
+        """Set one of diffusers' attention processors: ``plain``, ``sliced`` or ``xformers``.
 
-        They are of the older kind, which its attention backends (`set_attention_backend`) do not reach.
+        A UNet's attentions are of the older kind, which diffusers' `set_attention_backend` does not affect.
         """
         from diffusers.models.attention_processor import AttnProcessor
 
         if kind == "plain":
             denoiser.set_attn_processor(AttnProcessor())
         elif kind == "sliced":
-            denoiser.set_attention_slice("max")  # "auto" halves the heads, and of one head makes none
+            denoiser.set_attention_slice("max")  # "auto" halves the number of heads, which fails for one head
         elif kind == "xformers":
             denoiser.enable_xformers_memory_efficient_attention()
 
     def pipeline(self, base: Base) -> Any:
-        """Diffusers' pipeline of the family, or its inpainting one, without what checks or describes pictures."""
+        """Return the family's pipeline, or its inpainting pipeline, without safety checker and feature extractor."""
         import diffusers
 
         shared: dict[str, Any] = dict(base.parts()) | base.tokenizers()
-        if self.pipeline_class == "StableDiffusionPipeline":  # of inpainting, too
+        if self.pipeline_class == "StableDiffusionPipeline":  # for inpainting, too
             shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
         kind = inpainting(self.pipeline_class) if base.is_inpainting else self.pipeline_class
@@ -93,12 +95,12 @@ class UNetFamily(Family):
         return pipe
 
 
-def unet_arguments(told: Conditioning) -> dict[str, Any]:
-    """The keyword arguments of a UNet's call for what it is told."""
-    more = {"added_cond_kwargs": told.added} if told.added else {}
-    return {"encoder_hidden_states": told.hidden_states, **more}
+def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
+    """Return the keyword arguments of a UNet's forward for a conditioning."""
+    more = {"added_cond_kwargs": conditioning.added} if conditioning.added else {}
+    return {"encoder_hidden_states": conditioning.hidden_states, **more}
 
 
 def inpainting(pipeline_class: str) -> str:
-    """Name of diffusers' pipeline for inpainting UNets of a family, from that of its own."""
+    """Return the class name of diffusers' inpainting pipeline for the class name of a text-to-image pipeline."""
     return pipeline_class.replace("Pipeline", "InpaintPipeline")

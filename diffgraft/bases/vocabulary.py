@@ -1,7 +1,7 @@
-"""Whether a CLIP tokenizer's vocabulary and merges are whole: cut short, they give every prompt other tokens silently.
+"""Checks that a tokenizer's vocabulary and merges are complete; damaged ones would silently change all tokens.
 
-A vocabulary of byte pairs (Sennrich et al. 2016, arXiv:1508.07909) has one token for each byte, with and without the
-end of a word, and one for each merge; CLIP's has 2 · 256 + 48,894, and two for the ends of a text.
+A vocabulary of byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) has a token for each byte, with and without
+the end of a word, and one for each merge; CLIP's has 2 · 256 + 48,894 tokens, and two for start and end of a text.
 """
 
 import json
@@ -10,61 +10,57 @@ from pathlib import Path
 from typing import Any
 
 _ROWS = 49_408
-"""Rows in the table of CLIP's text encoders"""
-_ALIKE = 0.9
-"""Share of a vocabulary that CLIP's has, too, from which it is meant to be CLIP's"""
+"""Rows in the embedding table of CLIP's text encoders"""
+_CLIP_SHARE = 0.9
+"""Share of its tokens that a vocabulary must have in common with CLIP's to be taken for CLIP's"""
 _END = "</w>"
 
 Parts = tuple[dict[str, int], list[tuple[str, str]]]
-"""Token → id, and pairs of tokens in the order in which they are joined"""
+"""Token → id, and pairs of tokens in the order in which they are merged"""
 
 
 def check_vocabulary(tokenizer: Any, rows: int, clip: Path) -> None:
-    """Refuse a vocabulary of byte pairs that does not fit its merges, or a part of CLIP's beside a whole table.
+    """Check that a byte-pair vocabulary fits its merges and the text encoder, and that CLIP's is complete.
 
     Args:
-        tokenizer: one of transformers', of any kind; those without byte pairs pass.
-        rows: tokens that the table of the text encoder has.
+        tokenizer: a tokenizer of transformers; those without byte-pair encoding pass.
+        rows: rows of the text encoder's embedding table.
         clip: folder of CLIP's own tokenizer.
 
     Raises:
-        ValueError: something is missing, or stands in another order.
+        ValueError: tokens or merges are missing, duplicated, or in another order.
     """
     numbers = tokenizer.get_vocab().values()
     if len(set(numbers)) < len(numbers):
-        raise ValueError("several words of vocab.json have the same number")
-    if (highest := max(numbers, default=0)) >= rows:  # writing it out would take as many steps
-        raise ValueError(
-            f"it has more words than the table of the text encoder, numbered up to {highest:,} for {rows:,} rows"
-        )
-    found = _parts(tokenizer)
-    if found is None:
+        raise ValueError("several tokens of vocab.json have the same id")
+    if (highest := max(numbers, default=0)) >= rows:  # transformers would list all ids up to it
+        raise ValueError(f"its ids go up to {highest:,}, but the embedding table of the text encoder has {rows:,} rows")
+    parts = _vocabulary_and_merges(tokenizer)
+    if parts is None:
         return
-    vocabulary, merges = found
+    vocabulary, merges = parts
     known = {first + second for first, second in merges} | set(tokenizer.added_tokens_encoder)
-    lone = [word for word in vocabulary if len(word.removesuffix(_END)) > 1 and word not in known]
-    if lone:
-        raise ValueError(f"merges.txt never makes {len(lone):,} of the words in vocab.json, such as {lone[0]!r}")
+    orphans = [word for word in vocabulary if len(word.removesuffix(_END)) > 1 and word not in known]
+    if orphans:
+        raise ValueError(f"merges.txt lacks {len(orphans):,} of the tokens in vocab.json, such as {orphans[0]!r}")
     words, pairs = _clip(clip)
-    if rows == _ROWS and len(vocabulary.keys() & words.keys()) > _ALIKE * len(vocabulary):
-        if lacking := [word for word in words if vocabulary.get(word) != words[word]]:
-            raise ValueError(
-                f"{len(lacking):,} of CLIP's words are missing or numbered otherwise, such as {lacking[0]!r}"
-            )
+    if rows == _ROWS and len(vocabulary.keys() & words.keys()) > _CLIP_SHARE * len(vocabulary):
+        if missing := [word for word in words if vocabulary.get(word) != words[word]]:
+            raise ValueError(f"{len(missing):,} of CLIP's tokens are missing or have other ids, such as {missing[0]!r}")
         if merges[: len(pairs)] != pairs:
-            raise ValueError("merges.txt has CLIP's pairs in another order, or not all of them")
+            raise ValueError("merges.txt lacks some of CLIP's merges, or has them in another order")
 
 
 @cache
 def _clip(folder: Path) -> Parts:
     from transformers import CLIPTokenizer
 
-    found = _parts(CLIPTokenizer.from_pretrained(folder))
-    assert found is not None
-    return found
+    parts = _vocabulary_and_merges(CLIPTokenizer.from_pretrained(folder))
+    assert parts is not None
+    return parts
 
 
-def _parts(tokenizer: Any) -> Parts | None:
+def _vocabulary_and_merges(tokenizer: Any) -> Parts | None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model.get("type") != "BPE":
         return None

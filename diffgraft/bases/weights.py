@@ -1,6 +1,6 @@
-"""A base's weights on disk, each read when it is asked for: for work that goes from layer to layer and needs no more.
+"""A base's weights on disk, each read on access, for work that goes from layer to layer.
 
-Names are those of adapters' paths, with the parameter behind: ``unet.mid_block.attentions.0.proj_in.weight``,
+Names are module paths of adapters with the name of the parameter: ``unet.mid_block.attentions.0.proj_in.weight``,
 ``text_encoder.encoder.layers.0.self_attn.q_proj.bias``. The VAE is left out.
 """
 
@@ -22,12 +22,12 @@ from diffgraft.bases.registry import families, part_names
 from diffgraft.errors import DiffgraftError
 
 _COUNTS = (2, 1, 3, 4)
-"""Layers in a block that UNets may have, the usual first."""
+"""Possible numbers of layers per block of a UNet, the usual one first"""
 _LAYER = re.compile(r"unet\.down_blocks\.\d+\.resnets\.(\d+)\.")
 
 
 class Weights(Mapping[str, Tensor]):
-    """Name → weight, in the precision of the file. A context manager: leaving it closes the files."""
+    """A mapping of name → weight in the dtype of its file; a context manager that closes the files at its end."""
 
     def __init__(self) -> None:
         self._open = ExitStack()
@@ -44,17 +44,17 @@ class Weights(Mapping[str, Tensor]):
         return len(self._readers)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one weight; it is not read for that."""
+        """Return the shape of a weight without reading it."""
         return self._shapes[name]
 
     @property
     def layers_in_block(self) -> int | None:
-        """Layers in a block of the UNet; None where there is no UNet."""
-        numbers = [int(found[1]) + 1 for name in self if (found := _LAYER.match(name))]
+        """Layers per block of the UNet; None without a UNet."""
+        numbers = [int(match[1]) + 1 for name in self if (match := _LAYER.match(name))]
         return max(numbers, default=None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Path of a module → shape of its ``weight``; nothing is read for it."""
+        """Return module path → shape of its ``weight``, without reading weights."""
         return {name.removesuffix(".weight"): s for name, s in self._shapes.items() if name.endswith(".weight")}
 
     def __enter__(self) -> Self:
@@ -64,75 +64,83 @@ class Weights(Mapping[str, Tensor]):
         self._open.close()
 
     def open(self, path: Path) -> Any:
-        """A safetensors file that stays open as long as this does."""
+        """Open a safetensors file, which is closed together with this object."""
         try:
             return self._open.enter_context(safe_open(path, framework="pt"))
         except (SafetensorError, OSError) as error:
             raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}).") from error
 
-    def add(self, name: str, file: Any, key: str, third: int | None = None, turned: bool = False) -> None:
-        """The tensor under `key` of `file`, one `third` of its rows, or transposed, as the weight `name`."""
+    def add(self, name: str, file: Any, key: str, third: int | None = None, transposed: bool = False) -> None:
+        """Add the tensor under `key` of `file` as the weight `name`.
+
+        Args:
+            name: name of the weight.
+            file: an open safetensors file.
+            key: name of the tensor in the file.
+            third: 0, 1 or 2 to take only that third of its rows.
+            transposed: whether the weight is the transposed tensor.
+        """
         rows, *rest = file.get_slice(key).get_shape() or [1]
         shape = (rows if third is None else rows // 3, *rest)
 
         def read() -> Tensor:
             if third is not None:
-                found: Tensor = file.get_slice(key)[third * rows // 3 : (third + 1) * rows // 3]
+                value: Tensor = file.get_slice(key)[third * rows // 3 : (third + 1) * rows // 3]
             else:
-                found = file.get_tensor(key)
-            return found.T if turned else found.clone()
+                value = file.get_tensor(key)
+            return value.T if transposed else value.clone()
 
         self._readers[name] = read
-        self._shapes[name] = shape[::-1] if turned else shape
+        self._shapes[name] = shape[::-1] if transposed else shape
 
 
 def open_weights(source: str | Path) -> Weights:
-    """The weights of ``tiny``, of a diffusers folder, or of a single ``.safetensors`` checkpoint.
+    """Open the weights of ``tiny``, of a diffusers folder, or of a single ``.safetensors`` checkpoint.
 
     Raises:
-        DiffgraftError: it is none of these, or a file in it cannot be read.
+        DiffgraftError: `source` is none of these, or a file cannot be read.
     """
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     weights = Weights()
     if path.is_dir():
         for part in part_names():
             for file in files_of_part(path / part):
-                held = weights.open(file)
-                for key in held.keys():  # noqa: SIM118  (not a mapping)
-                    weights.add(f"{part}.{key.removeprefix('text_model.')}", held, key)
+                opened = weights.open(file)
+                for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                    weights.add(f"{part}.{key.removeprefix('text_model.')}", opened, key)
     elif path.is_file():
         _add_single_file(weights, path)
     else:
         raise DiffgraftError(
-            f"There is no base {source}: give `tiny`, a diffusers folder or a .safetensors checkpoint."
+            f"The base {source} was not found: give `tiny`, a diffusers folder or a .safetensors checkpoint."
         )
     if not weights:
         raise DiffgraftError(
-            f"{path} holds no weights of a base: no unet/*.safetensors, and no names of the original layout."
+            f"{path} has no weights of a base: neither unet/*.safetensors nor names of the original layout."
         )
     return weights
 
 
 def _add_single_file(weights: Weights, path: Path) -> None:
-    held = weights.open(path)
-    keys = list(held.keys())
+    file = weights.open(path)
+    keys = list(file.keys())
     for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET_PREFIX)]).items():
-        weights.add(f"unet.{name}", held, key)
+        weights.add(f"unet.{name}", file, key)
     for family in families().values():
-        starts = family.single_file_prefixes
-        if not starts or not all(any(key.startswith(start) for key in keys) for start in starts.values()):
+        prefixes = family.single_file_prefixes
+        if not prefixes or not all(any(key.startswith(prefix) for key in keys) for prefix in prefixes.values()):
             continue
-        for part, start in starts.items():
-            said = read_config_overrides(path, held.metadata() or {}).get(part, {})
-            layers = said.get("num_hidden_layers", _layers(family.name, part))
+        for part, prefix in prefixes.items():
+            overrides = read_config_overrides(path, file.metadata() or {}).get(part, {})
+            layers = overrides.get("num_hidden_layers", _layers(family.name, part))
             for key in keys:
-                if key.startswith(start):
-                    _add_text(weights, held, part, key, start, layers)
+                if key.startswith(prefix):
+                    _add_text_weight(weights, file, part, key, prefix, layers)
         return
 
 
 def _unet_names(path: Path, keys: list[str]) -> dict[str, str]:
-    """Key → diffusers' name; the layers in a block, by which keys are counted, are those that all keys fit."""
+    """Return key → diffusers' name, for the first number of layers per block that fits all keys."""
     reason: ValueError | None = None
     for count in _COUNTS:
         blocks = BlockLayout(count, (True,) * MAX_LEVELS)
@@ -140,19 +148,19 @@ def _unet_names(path: Path, keys: list[str]) -> dict[str, str]:
             return {key: blocks.to_diffusers(key.removeprefix(UNET_PREFIX)) for key in keys}
         except ValueError as error:
             reason = reason or error
-    raise DiffgraftError(f"{path} holds weights of a UNet that is not known here: {reason}.") from reason
+    raise DiffgraftError(f"{path} holds weights of an unknown kind of UNet: {reason}.") from reason
 
 
-def _add_text(weights: Weights, held: Any, part: str, key: str, start: str, layers: int) -> None:
-    inside = key.removeprefix(start)
-    if not is_open_clip(start):
-        weights.add(f"{part}.{inside}", held, key)
+def _add_text_weight(weights: Weights, file: Any, part: str, key: str, prefix: str, layers: int) -> None:
+    inside = key.removeprefix(prefix)
+    if not is_open_clip(prefix):
+        weights.add(f"{part}.{inside}", file, key)
         return
     number = re.match(r"transformer\.resblocks\.(\d+)\.", inside)
-    if number and int(number[1]) >= layers:  # the last layer of Stable Diffusion 2 stands in files, and is not used
+    if number and int(number[1]) >= layers:  # files of Stable Diffusion 2 have a last layer that is not used
         return
-    for name, third, turned in clip_names_from_open_clip(inside):
-        weights.add(f"{part}.{name}", held, key, third, turned)
+    for name, third, transposed in clip_names_from_open_clip(inside):
+        weights.add(f"{part}.{name}", file, key, third, transposed)
 
 
 def _layers(family: str, part: str) -> int:

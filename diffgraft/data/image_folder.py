@@ -124,7 +124,7 @@ def _refuse_links(folder: Path) -> None:
 def _readable(pictures: Sequence[Picture], thorough: bool) -> list[Picture]:
     """Return the pictures that can be read, and warn about the others; if `thorough`, they are decoded entirely."""
     readable = []
-    for picture in track(pictures, "checking pictures", min_items=100):
+    for picture in track(pictures, "looking at pictures", min_items=100):
         try:
             _ = picture.image if thorough else picture.size
         except UnreadablePictureError as error:

@@ -25,7 +25,7 @@ from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
 from diffgraft.bases.ldm_keys import layers_in_block
-from diffgraft.bases.pipelines import as_denoiser, predicted
+from diffgraft.bases.pipelines import as_denoiser, prediction_of
 from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
 from diffgraft.bases.quantized import Quantized
 from diffgraft.bases.registry import part_names
@@ -237,7 +237,7 @@ class Graft:
         made_for = adapter.metadata.get("base")
         if not isinstance(made_for, Mapping):
             return
-        own, trained = predicted(self._target), made_for.get(PREDICTION_KEY)
+        own, trained = prediction_of(self._target), made_for.get(PREDICTION_KEY)
         if own and trained in PREDICTIONS and own != trained:
             warnings.warn(
                 f"{name} was trained on a base that predicts {trained}, but this one predicts {own}. If it is the same "

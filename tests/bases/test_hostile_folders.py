@@ -88,7 +88,7 @@ CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "s
     ("key", "value", "answer"),
     [
         ("text_encoder", ..., "lists no text_encoder"),
-        ("text_encoder", [None, None], "supported are, of transformers: CLIPTextModel"),
+        ("text_encoder", [None, None], "supported classes of transformers: CLIPTextModel"),
         ("unet", {"diffusers": "UNet2DConditionModel"}, "as its unet"),
         ("unet", ["diffusers", "DiffusionPipeline"], "UNet2DConditionModel"),
         ("unet", ["diffusers", "utils"], "UNet2DConditionModel"),
@@ -119,30 +119,35 @@ def test_an_index_names_known_classes_alone(folder: Path, key: str, value: Any, 
         ("unet/config.json", "layers_per_block", 10**6, "layers_per_block=1000000"),
         ("unet/config.json", "layers_per_block", True, "layers_per_block=True"),
         ("unet/config.json", "cross_attention_dim", "768", "cross_attention_dim='768'"),
-        ("unet/config.json", "sample_size", ..., "gives no sample_size"),
+        ("unet/config.json", "sample_size", ..., "has no sample_size"),
         ("unet/config.json", "class_embed_type", "timestep", "class_embed_type='timestep'"),
         ("unet/config.json", "down_block_types", ["os.system"], "down_block_types"),
         ("unet/config.json", "act_fn", ["silu"], "act_fn"),
         ("unet/config.json", "act_fn", "evil", "no UNet2DConditionModel can be built"),
         ("unet/config.json", "flip_sin_to_cos", 1, "flip_sin_to_cos=1"),
         ("unet/config.json", "freq_shift", float("nan"), "NaN is not a JSON number"),
-        ("unet/config.json", "quantization_config", {"load_in_4bit": True}, "quantized already"),
+        ("unet/config.json", "quantization_config", {"load_in_4bit": True}, "already quantized"),
         ("vae/config.json", "shift_factor", 0.1, "shift_factor=0.1"),
         ("vae/config.json", "scaling_factor", 0, "scaling_factor=0"),
         ("vae/config.json", "latent_channels", 16, "belong to different models"),
-        ("text_encoder/config.json", "hidden_size", 21, "no multiple of num_attention_heads"),
+        ("text_encoder/config.json", "hidden_size", 21, "not a multiple of num_attention_heads"),
         ("text_encoder/config.json", "hidden_act", "evil", "hidden_act='evil'"),
         ("text_encoder/config.json", "num_hidden_layers", 10**12, "num_hidden_layers"),
         ("text_encoder/config.json", "num_hidden_layers", 1, "encoder.layers.1."),
         ("text_encoder/config.json", "num_hidden_layers", 3, "lacks 16 of the"),
-        ("text_encoder/config.json", "quantization_config", {"quant_method": "gptq"}, "quantized already"),
+        ("text_encoder/config.json", "quantization_config", {"quant_method": "gptq"}, "already quantized"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 0, "num_train_timesteps=0"),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**12, "num_train_timesteps"),
         ("scheduler/scheduler_config.json", "beta_start", -1, "beta_start=-1"),
         ("scheduler/scheduler_config.json", "beta_end", "0.01", "beta_end='0.01'"),
-        ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "gives 2 trained_betas"),
+        ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "has 2 trained_betas"),
         ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type=sample"),
-        ("scheduler/scheduler_config.json", "prediction_type", "flow_prediction", "epsilon) or the velocity"),
+        (
+            "scheduler/scheduler_config.json",
+            "prediction_type",
+            "flow_prediction",
+            "only bases that predict noise (epsilon) or v",
+        ),
         ("scheduler/scheduler_config.json", "prediction_type", ["epsilon"], "prediction_type=['epsilon']"),
         ("scheduler/scheduler_config.json", "timestep_spacing", "evil", "timestep_spacing"),
     ],
@@ -211,7 +216,7 @@ def test_every_weight_is_accounted_for(part: str, folder: Path) -> None:
     assert f"lacks {lacking} of the {len(names)} weights" in refused(folder)
     last = names[-1]
     written({**whole, last: torch.zeros(3, 5, 7)})
-    assert f"{last} as [3, 5, 7]" in refused(folder)
+    assert f"{last} of shape [3, 5, 7]" in refused(folder)
     written({**whole, "evil.weight": torch.zeros(2, 3)})
     assert "'evil.weight', which is no weight of the" in refused(folder)
     written({**whole, last: torch.zeros(whole[last].shape, dtype=torch.int64)})
@@ -252,7 +257,7 @@ def test_names_of_earlier_releases_are_read(folder: Path) -> None:
         ({"weight_map": ["a"]}, "has no weight_map"),
         ({"weight_map": {}}, "has no weight_map"),
         ({}, "has no weight_map"),
-        ([], "holds no JSON object"),
+        ([], "is not a JSON object"),
         ({"weight_map": {"a": "absent.safetensors"}}, "names absent.safetensors, which is missing"),
     ],
 )
@@ -266,12 +271,12 @@ def test_tables_of_shards(folder: Path, table: Any, answer: str) -> None:
     ("file", "content", "answer"),
     [
         ("model_index.json", b"[" * 200_000, "cannot be read as JSON"),
-        ("model_index.json", b"[]", "holds no JSON object"),
+        ("model_index.json", b"[]", "is not a JSON object"),
         ("model_index.json", b" " * 2**23, "is larger than"),
         ("unet/config.json", b'{"a": ' * 100_000, "cannot be read as JSON"),
         ("unet/config.json", b"\xff\xfe", "cannot be read as JSON"),
         ("tokenizer/tokenizer_config.json", b"{", "cannot be read as JSON"),
-        ("tokenizer/tokenizer_config.json", b'{"model_max_length": 1000000}', "reads 1000000 tokens"),
+        ("tokenizer/tokenizer_config.json", b'{"model_max_length": 1000000}', "returns 1000000 tokens"),
         ("tokenizer/tokenizer_config.json", b'{"model_max_length": "77"}', "tokenizer"),
         ("tokenizer/tokenizer_config.json", b'{"model_max_length": -1}', "tokenizer"),
         ("tokenizer/tokenizer_config.json", b'{"unk_token": 7}', "tokenizer"),
@@ -349,10 +354,10 @@ def reversed_pairs(lines: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("changed", "answer"),
     [
-        (lambda lines: lines[:1], "merges.txt never makes 48,894 of the words"),
-        (lambda lines: lines[:40_000], "merges.txt never makes 8,895 of the words"),
-        (lambda lines: lines[:-1], "merges.txt never makes 1 of the words in vocab.json, such as 'jekyll</w>'"),
-        (reversed_pairs, "has CLIP's pairs in another order"),
+        (lambda lines: lines[:1], "merges.txt lacks 48,894 of the tokens"),
+        (lambda lines: lines[:40_000], "merges.txt lacks 8,895 of the tokens"),
+        (lambda lines: lines[:-1], "merges.txt lacks 1 of the tokens in vocab.json, such as 'jekyll</w>'"),
+        (reversed_pairs, "lacks some of CLIP's merges, or has them in another order"),
     ],
 )
 def test_merges_that_are_cut_short_would_change_every_prompt(
@@ -368,9 +373,9 @@ def test_merges_that_are_cut_short_would_change_every_prompt(
 @pytest.mark.parametrize(
     ("number", "answer"),
     [
-        (lambda old: min(old, 5), "several words of vocab.json have the same number"),
-        (lambda old: (old + 1) % 49_406 if old < 49_406 else old, "of CLIP's words are missing or numbered otherwise"),
-        (lambda old: 10**9 if old == 600 else old, "more words than the table of the text encoder"),
+        (lambda old: min(old, 5), "several tokens of vocab.json have the same id"),
+        (lambda old: (old + 1) % 49_406 if old < 49_406 else old, "of CLIP's tokens are missing or have other ids"),
+        (lambda old: 10**9 if old == 600 else old, "but the embedding table of the text encoder has"),
     ],
 )
 def test_words_under_other_numbers_would_change_every_prompt(
@@ -387,6 +392,6 @@ def test_words_under_other_numbers_would_change_every_prompt(
 def test_a_text_encoder_of_more_layers_than_are_used_is_told_as_clip_skip(folder: Path) -> None:
     change(folder / "text_encoder" / "config.json", num_hidden_layers=1)
     said = refused(folder)
-    assert "says num_hidden_layers=1, as in a base with clip skip: set it to 2 or more" in said
+    assert "has num_hidden_layers=1, as for clip skip: set it to 2 or more" in said
     change(folder / "text_encoder" / "config.json", num_hidden_layers=2)
     assert load_base(folder).text_encoder.config.num_hidden_layers == 2

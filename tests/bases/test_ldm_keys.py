@@ -79,7 +79,7 @@ def test_modules_as_well_as_parameters(family: str) -> None:
     ],
 )
 def test_what_is_no_path_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="is no pa"):
+    with pytest.raises(ValueError, match="is not a pa"):
         BlockLayout(2, (True, True, True, False)).to_ldm(path)
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_path_is_refused(path: str) -> None:
     ["input_blocks.12.0.in_layers.0", "input_blocks.3.1.op", "output_blocks.3.2.norm", "middle_block.3.norm", "out.1"],
 )
 def test_what_is_no_path_of_the_original_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="is no pa"):
+    with pytest.raises(ValueError, match="is not a pa"):
         BlockLayout(2, (True, True, True, False)).to_diffusers(path)
 
 

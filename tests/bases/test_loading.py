@@ -128,10 +128,10 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders:
     assert load_base(file, prediction_type="epsilon", zero_snr=False).prediction_type == "epsilon"
     assert load_base(file, family=family).family.name == family
     for more, answer in (
-        ({"prediction_type": "velocity"}, "There is no prediction type 'velocity'"),
-        ({"prediction_type": "epsilon", "zero_snr": True}, "cannot go with a UNet that predicts ε"),
+        ({"prediction_type": "velocity"}, "Invalid value prediction_type='velocity'"),
+        ({"prediction_type": "epsilon", "zero_snr": True}, "predicts ε cannot have zero_snr=true"),
         ({"family": "taiyi"}, "is not a whole single-file checkpoint of taiyi"),
-        ({"family": "sd3"}, "There is no family 'sd3'"),
+        ({"family": "sd3"}, "Invalid value family='sd3'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             load_base(file, **more)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_a_family_is_known_by_its_parts(family: str, folders: Path) -> None:
 
 
 def test_a_single_file_of_a_family_without_that_layout(folders: Path) -> None:
-    with pytest.raises(DiffgraftError, match="of the family taiyi have no single-file layout"):
+    with pytest.raises(DiffgraftError, match="The family taiyi has no single-file layout"):
         ldm_state_dict(load_base(folders / "taiyi"))
 
 
@@ -170,7 +170,7 @@ def test_an_id_of_the_hub(variant: str | None, folders: Path, tmp_path: Path, mo
     assert found.name == "someone/a-model"
     assert found.hash == load_base(folders / "sd1").hash
     assert found.unet.dtype == (torch.float16 if variant else torch.float32)
-    with pytest.raises(DiffgraftError, match="There is no base 'someone/another': no folder or file"):
+    with pytest.raises(DiffgraftError, match="The base 'someone/another' was not found: there is no folder or file"):
         load_base("someone/another")
 
 
@@ -181,8 +181,8 @@ def answer(source: str | Path) -> str:
 
 
 def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) -> None:
-    assert "There is no base 'no/such-model'" in answer("no/such-model")
-    assert "holds no model_index.json" in answer(tmp_path)
+    assert "The base 'no/such-model' was not found" in answer("no/such-model")
+    assert "has no model_index.json" in answer(tmp_path)
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04pickle")
     assert "must be .safetensors" in answer(tmp_path / "model.ckpt")
     save_file({"unet.conv_in.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "lora.safetensors")
@@ -259,5 +259,5 @@ def test_stable_diffusion_15_at_its_real_size(pictures: Path, tmp_path: Path) ->
 
 
 def test_four_bits_are_found_by_their_number() -> None:
-    with pytest.raises(DiffgraftError, match="Invalid value quantize='int4': for 4 bits take 'nf4'"):
+    with pytest.raises(DiffgraftError, match="Invalid value quantize='int4': for 4 bits use 'nf4'"):
         load_base("tiny", quantize="int4")  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["generate", "x", "-o", "/dev/null/x"], "A file or folder cannot be used"),
         (["generate", "x", "-a", "file.safetensors:much"], "is no number"),
         (["generate", "x", "-a", "none.safetensors"], "there is no file none.safetensors"),
-        (["generate", "x", "--base", "no/such"], "There is no base 'no/such'"),
+        (["generate", "x", "--base", "no/such"], "The base 'no/such' was not found"),
         (["generate", "x", "--size", "big"], "write WIDTHxHEIGHT"),
         (["generate", "x", "--scheduler", "eular"], "did you mean 'euler'"),
         (["inspect", "none.safetensors"], "there is no file"),

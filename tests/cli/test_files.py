@@ -105,7 +105,7 @@ def test_extract(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert call(monkeypatch, "inspect", new, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["modules"]) == len(load_adapter(file).modules)
     assert call(monkeypatch, "extract", tuned, tmp_path / "none", "-o", tmp_path / "new.safetensors", "--rank", 5) == 1
-    assert "There is no base" in capsys.readouterr().err
+    assert "The base " in capsys.readouterr().err
 
 
 def test_what_full_training_leaves_goes_into_the_names_of_lycoris(

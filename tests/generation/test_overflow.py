@@ -66,6 +66,6 @@ def test_training_goes_on_without_samples_that_overflow(
 
 def test_a_schedule_that_ends_in_noise_goes_with_no_prediction_of_noise() -> None:
     """The embedded base has such a schedule: from its last step a prediction of ε leads to infinity."""
-    with pytest.raises(DiffgraftError, match=r"ends in pure noise cannot go with .*zero_snr=false"):
+    with pytest.raises(DiffgraftError, match=r"predicts ε cannot have zero_snr=true.*zero_snr=false"):
         load_base("tiny", prediction_type="epsilon")
     assert load_base("tiny", prediction_type="epsilon", zero_snr=False).prediction_type == "epsilon"

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, its last hidden state for the cross-attention."""
+"""Stable Diffusion 1.x: one CLIP text encoder, whose last hidden state is used for cross-attention."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +17,13 @@ class StableDiffusion1(UNetFamily):
     text = (TextSlot("text_encoder", "tokenizer", "cond_stage_model.transformer.text_model."),)
 
     def matches(self, pipe: Any) -> bool:
-        """Its pipeline is one that other families share; its text encoder is CLIP's own."""
+        """Whether the pipeline has the class of 1.x, which other families share, and CLIP's own text encoder."""
         config = getattr(pipe.text_encoder, "config", None)
         is_clip = type(pipe.text_encoder).__name__ != "BertModel"
         return self.has_pipeline(pipe) and is_clip and getattr(config, "hidden_act", "") != "gelu"
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
-        """Last hidden state [n, 77, width], or, of whole prompts, [n, 77 · pieces, width]."""
+        """Return the last hidden state [n, 77, width], or [n, 77 · chunks, width] if `whole`."""
         ids = token_ids(base.tokenizer, prompts, whole).to(base.device)
         return Conditioning(base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2]).flatten(1, 2))
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, a pooled embedding, and the picture's size and crop."""
+"""Stable Diffusion XL: two text encoders, a pooled embedding, and micro-conditioning by size and crop."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,11 +22,14 @@ class StableDiffusionXL(UNetFamily):
     )
 
     def matches(self, pipe: Any) -> bool:
-        """Its pipeline is one of its own."""
+        """Whether the pipeline has SDXL's class, which no other family has."""
         return self.has_pipeline(pipe)
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
-        """Penultimate hidden states of both encoders side by side; pooled embedding of the second, first piece."""
+        """Return the penultimate hidden states of both encoders, concatenated, and the second one's pooled embedding.
+
+        The pooled embedding is that of the first chunk of a prompt.
+        """
         states, pooled = [], None
         for tokenizer, encoder in ((base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)):
             ids = token_ids(tokenizer, prompts, whole).to(base.device)
@@ -37,14 +40,17 @@ class StableDiffusionXL(UNetFamily):
         return Conditioning(torch.cat(states, -1), {"text_embeds": pooled})
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, torch.Tensor]:
-        """Original size, corner of what is shown, and its size; in float32, as larger numbers need it."""
-        return {"time_ids": torch.tensor([[*one.original, *one.corner, *one.shown] for one in frames]).float()}
+        """Return ``time_ids`` [n, 6]: original size, crop corner and target size; float32, as float16 rounds them."""
+        return {"time_ids": torch.tensor([[*frame.original, *frame.corner, *frame.target] for frame in frames]).float()}
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
-        """The end of the first encoder does not: of it the states before its last layer are used alone."""
+        """Whether the module affects the denoiser: the end of the first encoder does not.
+
+        Only the hidden states before its last layer are used.
+        """
         last = base.text_encoder.config.num_hidden_layers - 1
-        behind = f"encoder.layers.{last}." in path or path.endswith("final_layer_norm")
-        return not (part == "text_encoder" and behind)
+        is_after = f"encoder.layers.{last}." in path or path.endswith("final_layer_norm")
+        return not (part == "text_encoder" and is_after)
 
 
 FAMILY = StableDiffusionXL()

@@ -1,4 +1,4 @@
-"""Taiyi, the Chinese Stable Diffusion: BERT and its vocabulary in CLIP's place (IDEA-CCNL, arXiv:2209.02970)."""
+"""Taiyi, the Chinese Stable Diffusion, with BERT instead of CLIP as text encoder (IDEA-CCNL, arXiv:2209.02970)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Taiyi(StableDiffusion1):
     text = (TextSlot("text_encoder", "tokenizer"),)
 
     def matches(self, pipe: Any) -> bool:
-        """Its pipeline is that of 1.x; the text encoder is a BERT."""
+        """Whether the pipeline has the class of 1.x, and a BERT as text encoder."""
         return self.has_pipeline(pipe) and type(pipe.text_encoder).__name__ == "BertModel"
 
 

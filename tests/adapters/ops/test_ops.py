@@ -236,9 +236,9 @@ def test_checkpoints_that_cannot_be_compared_are_refused(folders: Path) -> None:
             extract(one, two, RankBudget(rank=1), "lokon")
         with pytest.raises(DiffgraftError, match="give --rank"):
             extract(one, two, RankBudget(energy=0.9), "loha")
-    with pytest.raises(DiffgraftError, match="There is no base"):
+    with pytest.raises(DiffgraftError, match=r"The base .* was not found"):
         open_weights(folders / "none")
-    with pytest.raises(DiffgraftError, match="holds no weights of a base"):
+    with pytest.raises(DiffgraftError, match="has no weights of a base"):
         open_weights(folders)
 
 
