@@ -1,4 +1,4 @@
-"""The adapter in memory: what it does to each module of a base, and what is known about it. No base is needed."""
+"""The adapter in memory: what it does to each module of a base, and its metadata. It does not need a base."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,42 +11,46 @@ from torch import Tensor, nn
 
 
 class Delta(ABC):
-    """What a method does to one module.
+    """The change that an adapter makes to the weight and bias of one module.
 
-    The contract is `apply`: weight and bias in, weight and bias out, in float32. Methods that are a function of the
-    weight need no more; methods that add a matrix are `LinearDelta`.
+    The contract is `apply`: weight and bias in, weight and bias out, in float32. Methods that compute a function of the
+    weight implement `apply` directly; methods that add a matrix subclass `LinearDelta`.
     """
 
     kind: str
-    """Which kind of delta it is: the name of the `Method` that reads its leaves again."""
+    """Kind of the delta: the name of the `Method` that reads its leaves again."""
     leaves: Mapping[str, Tensor]
-    """The tensors it consists of, by their canonical names."""
+    """Tensors that the delta consists of, by their canonical names."""
     alpha: float | None
-    """What its scale is made of; None where it has no scale."""
-    follows: str | None = None
-    """Whose way of strengths other than 1 it follows, where tools differ in that."""
+    """Alpha, from which the scale is computed; None if the delta has no scale."""
+    strength_convention: str | None = None
+    """Tool, such as `peft`, that defines what strengths other than 1 mean for this delta; None where tools agree."""
     is_lora: bool = False
-    """Whether its leaves are those of LoRA (perhaps with DoRA), which every tool reads."""
+    """Whether the leaves are those of LoRA (possibly with DoRA), which every tool reads."""
     is_low_rank: bool = False
-    """Whether it adds the product of two thin matrices, as LoRA and LoHa do."""
+    """Whether the delta adds the product of two thin matrices, as LoRA and LoHa do."""
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """Shape [out, in] or [out, in, height, width] of the weight it is for; None where its leaves do not tell.
+        """Shape [out, in] or [out, in, height, width] of the weight that the delta is for; None if leaves do not tell.
 
         Raises:
-            IndexError, RuntimeError, ValueError: its leaves have too many axes or too few.
+            IndexError, RuntimeError, ValueError: the leaves have too many or too few axes.
         """
         return None
 
     @property
     def matrix_shape(self) -> tuple[int, ...] | None:
-        """Shape [out, in · height · width] of the weight as a matrix, which more leaves tell; else `weight_shape`."""
+        """Shape [out, in · height · width] of the weight as a matrix, if leaves tell only that; else `weight_shape`."""
         return self.weight_shape
 
     @abstractmethod
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
-        """The module's weight [out, in, …] and bias [out] under this delta at `strength`. The inputs stay untouched."""
+        """Apply the delta to a module's weight [out, in, …] and bias [out] at `strength`, without modifying the inputs.
+
+        Returns:
+            The new weight and bias, in float32.
+        """
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} {'×'.join(map(str, leaf.shape)) or 'scalar'}" for name, leaf in self.leaves.items())
@@ -54,20 +58,20 @@ class Delta(ABC):
 
     @abstractmethod
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        """Whether it can be applied to a weight of this shape."""
+        """Whether the delta can be applied to a weight of this shape."""
 
 
 class LinearDelta(Delta):
-    """A delta that adds a matrix of its own, whatever the weight: these sum, and merge exactly."""
+    """A delta that adds a matrix which does not depend on the weight; such deltas can be summed and merged exactly."""
 
     @abstractmethod
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
-        """ΔW in float32, scale included, in the shape of the weight."""
+        """Compute ΔW in float32, scale included, in the shape of the weight."""
 
-    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  (others have one)
-        """`up` [out, r] and `down` [r, in · height · width] in float32, with up · down = strength · ΔW as a matrix.
+    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  (subclasses use it)
+        """Return `up` [out, r] and `down` [r, in · height · width] with up · down = strength · ΔW, in float32.
 
-        None where it is not the product of two thin matrices.
+        Returns None if ΔW is not the product of two thin matrices.
         """
         return None
 
@@ -76,76 +80,77 @@ class LinearDelta(Delta):
 
 
 class Network(ABC):
-    """What a method does to what layers are given, where no weight could say it: a network beside the base."""
+    """A trained network beside the base that changes the inputs of layers, which no change of a weight can express."""
 
     kind: str
-    """Which kind of network it is: the name of the `Method` that reads it again."""
+    """Kind of the network: the name of the `Method` that reads it again."""
     tensors: Mapping[str, Tensor]
-    """Its weights, by name."""
+    """Weights of the network, by name."""
     settings: Mapping[str, Any]
-    """What else it takes to build it, in JSON's types."""
+    """Further settings needed to build the network, as JSON types."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind}: {len(self.tensors)} tensors)"
 
     @abstractmethod
     def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
-        """Lay it over live parts of a base; what is returned takes it off again.
+        """Hook the network into live parts of a base, and return a function that removes it again.
 
         Raises:
-            ValueError: it was made for a base of other widths.
+            ValueError: the network was made for a base of other widths.
         """
 
 
 _WRITERS: list[Callable[[Any, Path, str], Path]] = []
-"""What `Adapter.save` calls; the formats, which know adapters and are not known here, put themselves in"""
+"""Functions that `Adapter.save` calls; `diffgraft.adapters.formats` registers itself here, as it imports this module"""
 
 
 def writes_adapters(write: Callable[[Any, Path, str], Path]) -> Callable[[Any, Path, str], Path]:
-    """Have `Adapter.save` call the function that is decorated: adapter, path and dialect → the path."""
+    """Register the decorated function, (adapter, path, dialect) → path, as the one that `Adapter.save` calls."""
     _WRITERS.append(write)
     return write
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
-    """Deltas by module path, networks, new words, and metadata.
+    """Deltas by module path, networks, learned words, and metadata.
 
-    A path is the part of the pipeline and the module inside it in diffusers' naming, without the level
+    A module path is the part of the pipeline and the module inside it in diffusers' naming, without the level
     ``text_model`` that transformers has dropped: ``unet.mid_block.attentions.0.proj_in``,
-    ``text_encoder.encoder.layers.0.self_attn.q_proj``. A module may have several deltas; they apply in order.
+    ``text_encoder.encoder.layers.0.self_attn.q_proj``. A module can have several deltas; they are applied in order.
     """
 
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the header says: method, rank, alpha, trigger, class, base (family, hash), recipe, seed, …"""
+    """Contents of the file's header: method, rank, alpha, trigger, class, base (family, hash), recipe, seed, …"""
     networks: tuple[Network, ...] = ()
-    """Networks that lie over the base, each seeing what the one before it made."""
+    """Networks hooked into the base in this order; each receives the output of the previous one."""
     tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Words it adds to the tokenizers: word → text encoder → vectors [n, width]."""
+    """Words that the adapter adds to the tokenizers: word → text encoder → embeddings [n, width]."""
 
     def __repr__(self) -> str:
-        held = [f"{len(self.deltas)} modules"] if self.deltas else []
-        held += [f"{len(self.networks)} networks"] if self.networks else []
-        held += [f"word {word!r}" for word in self.tokens]
-        return f"Adapter({self.method}: {', '.join(held) or 'nothing'})"
+        contents = [f"{len(self.deltas)} modules"] if self.deltas else []
+        contents += [f"{len(self.networks)} networks"] if self.networks else []
+        contents += [f"word {word!r}" for word in self.tokens]
+        return f"Adapter({self.method}: {', '.join(contents) or 'nothing'})"
 
     @property
     def method(self) -> str:
-        """Name of the method that made it, `unknown` where the file does not say."""
+        """Name of the method that trained the adapter; `unknown` if the file does not say."""
         return str(self.metadata.get("method", "unknown"))
 
     @property
     def modules(self) -> list[str]:
-        """Paths of the modules it changes."""
+        """Paths of the modules that the adapter changes."""
         return list(self.deltas)
 
     def save(self, path: str | Path, format: str = "auto") -> Path:  # noqa: A002  (the public face says `format`)
-        """Write it to `path` in a dialect of `diffgraft.adapters.formats`; nothing half-written gets that name.
+        """Write the adapter to `path` in a dialect of `diffgraft.adapters.formats`; no partial file is ever left there.
 
-        By default it is the one that most programs open, of those that can hold it: a word alone as diffusers and webui
-        have it, weights under kohya's names, else diffusers' or this project's own layout.
+        The default ``auto`` selects the dialect that most programs open among those that can hold the adapter: for a
+        single word the files of diffusers and webui, for weights kohya's names, else diffusers' or the project's own
+        layout.
         """
-        if not _WRITERS:  # whoever has an adapter need not have read a file before
+        if not _WRITERS:  # an adapter made in memory does not need the formats before it is saved
             import_module("diffgraft.adapters.formats")
         return _WRITERS[-1](self, Path(path), format)

@@ -1,7 +1,7 @@
-"""DoRA: the length of each output apart from its direction (Liu et al. 2024, arXiv:2402.09353, equation 5).
+"""DoRA learns the norm of each output apart from its direction (Liu et al. 2024, arXiv:2402.09353, equation 5).
 
-W' = m · (W + ΔW) / ‖W + ΔW‖, where ΔW is LoRA's, or any other that adds a matrix. Files of LyCORIS may have the norm of
-each input in the place of each output's.
+W' = m · (W + ΔW) / ‖W + ΔW‖, where ΔW is that of LoRA or of another method that adds a matrix. LyCORIS files may hold
+the norm of each input instead of each output.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from diffgraft.bases.quantized import weight_and_bias
 from diffgraft.errors import DiffgraftError
 
 PEFT, LYCORIS = "peft", "lycoris"
-"""Whose way of a strength other than 1 is followed."""
+"""Tools that define differently what a strength other than 1 means for DoRA"""
 LEAF = "dora_scale"
 
 
@@ -28,10 +28,10 @@ class DoraDelta(Delta):
 
     direction: FactorDelta
     magnitude: Tensor
-    """m: [out] or [out, 1, …] of the outputs, [1, in, …] of the inputs"""
-    follows: str = PEFT
-    """At other strengths s, peft has m · V / ‖V‖ with V = W + s · ΔW; LyCORIS has V · (1 + s · (m / ‖V‖ − 1)) with the
-    whole ΔW, in ``lycoris/functional/general.py``"""
+    """m: [out] or [out, 1, …] for norms of the outputs, [1, in, …] for norms of the inputs"""
+    strength_convention: str = PEFT
+    """At a strength s other than 1, peft computes m · V / ‖V‖ with V = W + s · ΔW. LyCORIS computes
+    V · (1 + s · (m / ‖V‖ − 1)) with the whole ΔW (``lycoris/functional/general.py``)"""
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -58,88 +58,87 @@ class DoraDelta(Delta):
         return self.direction.matrix_shape
 
     @property
-    def of_inputs(self) -> bool:
-        """Whether the norms are those of the inputs."""
+    def has_input_norms(self) -> bool:
+        """Whether `magnitude` holds the norms of the inputs instead of the outputs."""
         return self.magnitude.ndim > 1 and self.magnitude.shape[0] != self.magnitude.numel()
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         weight = weight.float()
         delta = self.direction.delta(tuple(weight.shape)).to(weight.device)
-        v = weight + (delta if self.follows == LYCORIS else strength * delta)
-        axis = 1 if self.of_inputs else 0
+        v = weight + (delta if self.strength_convention == LYCORIS else strength * delta)
+        axis = 1 if self.has_input_norms else 0
         norm = torch.linalg.vector_norm(v.transpose(0, axis).flatten(1), dim=1)
         factor = self.magnitude.float().flatten().to(weight.device) / norm.clamp_min(torch.finfo(v.dtype).tiny)
-        if self.follows == LYCORIS:
+        if self.strength_convention == LYCORIS:
             factor = 1 + strength * (factor - 1)
         sides = [1] * v.ndim
         sides[axis] = -1
         return v * factor.view(sides), bias
 
     def fits(self, weight_shape: Shape) -> bool:
-        axis = 1 if self.of_inputs else 0
+        axis = 1 if self.has_input_norms else 0
         return (
             len(weight_shape) > 1 and self.magnitude.numel() == weight_shape[axis] and self.direction.fits(weight_shape)
         )
 
 
 def with_optional_dora(read: Callable[[Leaves, float | None], FactorDelta]) -> ReadDelta:
-    """`read`, for leaves among which there may be a ``dora_scale``."""
+    """Wrap a function that reads leaves, so that it also accepts a ``dora_scale`` among them and then builds DoRA."""
 
-    def read_either(leaves: Leaves, alpha: float | None) -> Delta:
-        found = read({name: leaf for name, leaf in leaves.items() if name != LEAF}, alpha)
+    def read_with_dora(leaves: Leaves, alpha: float | None) -> Delta:
+        direction = read({name: leaf for name, leaf in leaves.items() if name != LEAF}, alpha)
         if LEAF not in leaves:
-            return found
+            return direction
         magnitude = leaves[LEAF]
         if sum(side != 1 for side in magnitude.shape) > 1 or magnitude.ndim == 0:
-            raise ValueError(f"dora_scale is {list(magnitude.shape)}, which is no row of norms")
-        delta = DoraDelta(found, magnitude)
-        # LoRA's leaves tell how many axes the weight has, so that the row can be made a column again
-        return delta if delta.of_inputs or "lora_down" not in leaves else DoraDelta(found, magnitude.flatten())
+            raise ValueError(f"dora_scale has shape {list(magnitude.shape)}; expected one norm per output or input")
+        delta = DoraDelta(direction, magnitude)
+        # LoRA's leaves tell how many axes the weight has, so that the flat norms can be reshaped into a column again
+        is_column = delta.has_input_norms or "lora_down" not in leaves
+        return delta if is_column else DoraDelta(direction, magnitude.flatten())
 
-    return read_either
+    return read_with_dora
 
 
 def with_strength_convention(delta: Delta, tool: str) -> Delta:
-    """`delta`, with strengths as `tool` has them where tools differ.
+    """Return `delta` with the meaning that `tool` gives to strengths other than 1, where tools differ in it.
 
     Raises:
-        ValueError: there is no such tool here.
+        ValueError: `tool` is not `peft` or `lycoris`.
     """
     if not isinstance(delta, DoraDelta):
         return delta
     if tool not in (PEFT, LYCORIS):
-        raise ValueError(f"strengths are said to follow {tool!r}; known are {PEFT} and {LYCORIS}")
-    return replace(delta, follows=tool)
+        raise ValueError(f"unknown convention {tool!r} for strengths of DoRA: expected {PEFT} or {LYCORIS}")
+    return replace(delta, strength_convention=tool)
 
 
 class DoraLayer(AdapterLayer):
-    """DoRA on a live layer. As in the paper (section 4.3) no gradient flows through the norm."""
+    """DoRA on a live layer. As in section 4.3 of the paper, no gradient flows through the norm."""
 
     def __init__(self, direction: FactorLayer, layer: nn.Module) -> None:
         super().__init__()
         weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or weight.shape != weight_shape(layer):
-            raise DiffgraftError(
-                "DoRA needs the weights of the base, which are quantised here: set options.dora=false."
-            )
+            raise DiffgraftError("DoRA needs unquantized weights of the base: set options.dora=false or quantize=none.")
         self.direction = direction
         self.magnitude = nn.Parameter(norms(weight.detach().float()))
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        weight, own = weight_and_bias(layer)
+        weight, layer_bias = weight_and_bias(layer)
         shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
-        bias = out.new_zeros(1) if own is None else own.view(shape)
+        bias = out.new_zeros(1) if layer_bias is None else layer_bias.view(shape)
         with torch.no_grad():
             norm = norms(weight.float() + self.direction.weight(layer))
         factor = (self.magnitude / norm).view(shape)
-        return (factor * (out - bias + self.direction.added(layer, x).to(out.dtype)) + bias).to(out.dtype)
+        return (factor * (out - bias + self.direction.contribution(layer, x).to(out.dtype)) + bias).to(out.dtype)
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
-        """Of a delta without norms they are those that layer and delta have together."""
-        if isinstance(delta, DoraDelta) and delta.of_inputs:
-            raise ValueError("has the norms of its inputs, and what trains here are those of the outputs")
+        """Take the values of `delta`; a LoRA without norms gets those of the layer with the LoRA merged."""
+        if isinstance(delta, DoraDelta) and delta.has_input_norms:
+            raise ValueError("is a DoRA with norms of the inputs; only DoRA with norms of the outputs can be trained")
         if isinstance(delta, DoraDelta) and not delta.fits(weight_shape(layer)):
-            raise ValueError("has norms for a layer of another shape than this base has")
+            raise ValueError("is a DoRA for a layer of another shape than this base has")
         self.direction.load(delta.direction if isinstance(delta, DoraDelta) else delta, layer)
         with torch.no_grad():
             if isinstance(delta, DoraDelta):
@@ -150,11 +149,11 @@ class DoraLayer(AdapterLayer):
     def delta(self) -> DoraDelta:
         return DoraDelta(self.direction.delta(), self.magnitude.detach().float().cpu().clone())
 
-    def rates(self) -> dict[str, float]:
-        return {f"direction.{name}": rate for name, rate in self.direction.rates().items()}
+    def lr_scales(self) -> dict[str, float]:
+        return {f"direction.{name}": scale for name, scale in self.direction.lr_scales().items()}
 
 
 def norms(weight: Tensor) -> Tensor:
-    """Norm of each output of a weight [out, …], [out]."""
-    found: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
-    return found
+    """Norm of each output of a weight [out, …], as a tensor [out]."""
+    per_output: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    return per_output

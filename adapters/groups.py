@@ -1,17 +1,17 @@
-"""Where methods and dialects are found: a package of ours, and an entry-point group for outside packages."""
+"""Where methods and dialects are found: a package of the project, and an entry-point group for outside packages."""
 
 from typing import NamedTuple
 
 
 class Plugins(NamedTuple):
-    """The plugins of one kind."""
+    """Where the plugins of one kind are found."""
 
     package: str
-    """The package of our own; each of its modules may hold one"""
+    """The project's own package of such plugins; each of its modules may define one"""
     attribute: str
-    """What it is called in such a module"""
+    """Name of the plugin object in such a module"""
     group: str
-    """Entry-point group in which outside packages name theirs"""
+    """Entry-point group in which outside packages list their plugins"""
 
 
 METHODS = Plugins("diffgraft.adapters.methods", "METHOD", "diffgraft.methods")

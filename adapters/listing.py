@@ -1,4 +1,4 @@
-"""Names and summaries of methods and formats, read from their source: importing them takes torch, and thus seconds."""
+"""Names and summaries of methods and formats, parsed from their source, as importing them loads torch and is slow."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from diffgraft.adapters.groups import DIALECTS, METHODS, Plugins
 
 
 def method_summaries() -> dict[str, str]:
-    """Name of each method → one line on what it does, in the order of the names.
+    """Name of each method → one line on what it does, sorted by name.
 
     Methods of outside packages are imported, if there are any.
     """
@@ -21,7 +21,7 @@ def method_summaries() -> dict[str, str]:
 
 
 def format_summaries() -> dict[str, str]:
-    """Name of each format that adapters are saved in → one line on what it is, in the order of the names.
+    """Name of each format that adapters can be saved in → one line on what it is, sorted by name.
 
     Formats of outside packages are imported, if there are any.
     """
@@ -33,13 +33,13 @@ def format_summaries() -> dict[str, str]:
 
 
 def _in_source(plugins: Plugins) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, summary and keywords of each ``METHOD = Method(name="…", summary="…", …)`` in the modules of a package."""
-    begin = f"\n{plugins.attribute} = "
+    """Yield name, summary and keywords of each ``METHOD = Method(name="…", summary="…", …)`` in a package's modules."""
+    assignment = f"\n{plugins.attribute} = "
     for file in (Path(__file__).parent / plugins.package.rpartition(".")[2]).glob("*.py"):
-        _, found, rest = file.read_text("utf-8").partition(begin)
-        if not found:
+        _, is_assigned, rest = file.read_text("utf-8").partition(assignment)
+        if not is_assigned:
             continue
-        match ast.parse(f"{begin}{rest}").body[0]:
+        match ast.parse(f"{assignment}{rest}").body[0]:
             case ast.Assign(value=ast.Call(keywords=keywords)):
-                said = {word.arg: word.value.value for word in keywords if isinstance(word.value, ast.Constant)}
-                yield str(said["name"]), str(said["summary"]), [str(word.arg) for word in keywords]
+                values = {word.arg: word.value.value for word in keywords if isinstance(word.value, ast.Constant)}
+                yield str(values["name"]), str(values["summary"]), [str(word.arg) for word in keywords]

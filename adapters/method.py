@@ -1,13 +1,13 @@
 """The contract of a method, with a template for a new one.
 
-A new method is one module of `diffgraft.adapters.methods`, or of an outside package that names it in the entry-point
-group ``diffgraft.methods``. A method that adds a matrix ΔW says only how ΔW is made of its leaves; the live layer, the
-delta in memory, saving and loading are in `factors.py` and `patch.py`::
+A new method is one module of `diffgraft.adapters.methods`, or of an outside package that lists it in the entry-point
+group ``diffgraft.methods``. A method that adds a matrix ΔW only defines how ΔW is computed from its leaves; the live
+layer, the delta in memory, saving and loading are in `factors.py` and `patch.py`::
 
     class Rows(Factors):                                     # one number for each output, added to its whole row
         kind = "rows"
 
-        def start(self, shape, rank, generator):             # [out, in] or [out, in / groups, h, w] → leaves, ΔW = 0
+        def init_leaves(self, shape, rank, generator):       # [out, in] or [out, in / groups, h, w] → leaves, ΔW = 0
             return {"rows": torch.zeros(shape[0])}
 
         def rank(self, leaves):                              # divides alpha: the scale of ΔW is alpha / rank
@@ -24,18 +24,18 @@ delta in memory, saving and loading are in `factors.py` and `patch.py`::
 
     METHOD = Method(name="rows", summary="one number for each output", attach=attach, read=read)
 
-Who calls what, and when:
+How the functions are called:
 
-- `Method.read_options` and `Method.unsupported` when a recipe is read; the latter names keys that mean nothing here.
-- `Method.attach` when a run starts. It gets the live base and a `Spec`, and returns an `Attached`.
-- `Attached.trainable`, `rates` and `paths` once, to build the optimizer; `after_step` after each of its steps.
+- `Method.read_options` and `Method.unsupported` when a recipe is read; the latter names keys that have no meaning here.
+- `Method.attach` when a run starts. It receives the live base and a `Spec`, and returns an `Attached`.
+- `Attached.trainable`, `lr_scales` and `paths` once, to build the optimizer; `after_step` after each of its steps.
 - `Attached.adapter` for checkpoints, samples and the final file: float32 tensors on the CPU.
-- `Method.read` or `Method.read_network` for each module of an adapter file that is of this kind.
-- A `Delta` that is not ``ΔW + W`` overrides `Delta.apply`: weight [out, in, …] and bias [out] in, the same shapes out.
+- `Method.read` or `Method.read_network` for each module of an adapter file that has this kind.
+- A `Delta` that is not W + ΔW overrides `Delta.apply`: weight [out, in, …] and bias [out] in, the same shapes out.
 
-Everything else (formats, merging, stacking, converting, the tests' matrices) finds it through
+Everything else (formats, merging, stacking, converting, the test matrices) finds the method through
 `diffgraft.adapters.registry`. The command ``diffgraft methods`` lists methods without importing torch, so `name` and
-`summary` are literals, given by keyword.
+`summary` must be string literals, passed by keyword.
 """
 
 from abc import abstractmethod
@@ -54,7 +54,7 @@ from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
 NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
-"""`Method.unsupported` of methods that are not made of factors."""
+"""Value of `Method.unsupported` for methods that have no low-rank factors"""
 
 
 class Options(BaseModel):
@@ -64,10 +64,13 @@ class Options(BaseModel):
 
 
 class Attached(nn.Module):
-    """A method applied to a live base: it changes what the base computes, and its parameters are trained."""
+    """A method applied to a live base: it changes what the base computes, and its parameters are trained.
+
+    Its parameters are separate from those of the base, which are not changed.
+    """
 
     is_disabled = False
-    """Whether it is switched off for now, within `disabled`"""
+    """Whether the method is switched off for now, within `disabled`"""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -75,18 +78,17 @@ class Attached(nn.Module):
 
     @abstractmethod
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        """The current values as an `Adapter` with this metadata: copies, in float32 on the CPU."""
+        """Copy the current values into an `Adapter` with this metadata, in float32 on the CPU."""
 
-    def load(self, adapter: Adapter) -> set[str]:  # noqa: ARG002  (others need it)
-        """Start from the values, ranks and scales of `adapter`.
+    def load(self, adapter: Adapter) -> set[str]:  # noqa: ARG002  (subclasses use it)
+        """Start training from the values, ranks and scales of `adapter`.
 
         Returns:
-            The paths, as in `paths`, of the modules that `adapter` has weights for; the others keep their initial
-            values.
+            Paths, as in `paths`, of the modules that `adapter` has weights for; all others keep their initial values.
 
         Raises:
             ValueError: `adapter` holds something that this method cannot train, or does not fit the base. This object
-                must not be used any more then.
+                must not be used after that.
         """
         raise ValueError("this method cannot start from a file")
 
@@ -103,8 +105,8 @@ class Attached(nn.Module):
         finally:
             self.is_disabled = False
 
-    def rates(self) -> dict[str, float]:
-        """Learning-rate scale by the name of the parameter; parameters without one have a scale of 1."""
+    def lr_scales(self) -> dict[str, float]:
+        """Learning-rate scale by parameter name; parameters that are not listed have a scale of 1."""
         return {}
 
     def paths(self) -> dict[str, str]:
@@ -112,14 +114,17 @@ class Attached(nn.Module):
         return {name: strip_text_model(name.rpartition(".")[0]) for name in self.trainable()}
 
     def detach_modules(self, paths: Collection[str]) -> None:
-        """Remove the method from the modules at `paths` only, so that they are not trained; other methods ignore it."""
+        """Remove the method from the modules at `paths` only, so that they are not trained.
+
+        Methods that do not adapt single modules ignore the call.
+        """
 
     def after_step(self) -> None:
         """Called after each optimizer step, for example to rescale parameters."""
 
     @property
     def affects_text_encoder(self) -> bool:
-        """Whether it changes the outputs of text encoders: it adapts their modules, or adds tokens."""
+        """Whether the method changes the outputs of text encoders: it adapts their modules, or adds tokens."""
         return any(is_of_text(path) for path in self.paths().values())
 
     @property
@@ -131,73 +136,74 @@ class Attached(nn.Module):
 
 @dataclass(frozen=True)
 class Spec:
-    """What `Method.attach` applies to a base."""
+    """The layers that `Method.attach` adapts, and the settings for it."""
 
     paths: Mapping[str, Sequence[str]]
-    """Part of the base (`unet`, `text_encoder`, …) → paths inside it of the layers that are adapted"""
+    """Part of the base (`unet`, `text_encoder`, …) → paths, inside that part, of the layers to adapt"""
     rank: int
     """Inner dimension of the factors"""
     alpha: float
-    """The scale is alpha / rank"""
+    """Alpha; the scale of ΔW is alpha / rank"""
     seed: int
     """Seed of the initial values"""
     options: Any = None
-    """The method's own settings, an instance of its `Method.options`"""
+    """Options of the method, an instance of its `Method.options`"""
     trigger: str = ""
-    """The trigger word of what is learned"""
+    """Trigger word of the subject that is learned"""
     noun: str = ""
-    """The class noun of what is learned; empty where there is none"""
+    """Class noun of the subject that is learned; empty if it has none"""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to parametrize an adapter; the module's docstring has a template."""
+    """One way to parametrize an adapter; the docstring of this module has a template."""
 
     name: str
     summary: str
-    """One line for ``diffgraft methods``."""
+    """One line for ``diffgraft methods``"""
     attach: Callable[[Any, Spec], Attached]
-    """``attach(target, spec)`` applies it to a base, a pipeline, or anything with such components as attributes."""
+    """``attach(target, spec)`` applies the method to a base, a pipeline, or any object with such attributes"""
     options: type[Options] = Options
-    """The class of its options."""
+    """Class of the method's options"""
     layers: str | Callable[[Any], str] = "attention"
-    """The layers it adapts where the recipe does not choose any: a key of `LAYERS`, or a function of the options."""
+    """Layers that are adapted if the recipe does not choose any: a key of `LAYERS`, or a function of the options"""
     unsupported: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
-    """Recipe keys that have no meaning for this method → the reason, or a function of the options that returns them. A
-    recipe that sets one is refused with the reason."""
+    """Recipe keys that have no meaning for this method → the reason, or a function of the options that returns this
+    mapping. A recipe that sets such a key is refused with the reason"""
     learns_token: bool = False
-    """Whether it learns the trigger word as a new token, with or without weights"""
+    """Whether the method learns the trigger word as a new token, with or without weights"""
     read: ReadDelta | None = None
-    """Leaves by their canonical names, and alpha → the delta. Raises ValueError where they do not fit together."""
+    """Function of leaves by canonical name, and alpha, that builds the delta. Raises ValueError if they do not fit"""
     read_network: ReadNetwork | None = None
-    """Tensors and settings → the network, for methods that train one. Raises ValueError where they do not fit."""
+    """Function of tensors and settings that builds the network, for methods that train one. Raises ValueError if they
+    do not fit"""
 
     def layers_under(self, options: Options) -> str:
-        """The layers it adapts under `options`, where the recipe does not choose any."""
+        """Layers that are adapted with `options`, if the recipe does not choose any: a key of `LAYERS`."""
         return self.layers if isinstance(self.layers, str) else self.layers(options)
 
     def unsupported_under(self, options: Options) -> Mapping[str, str]:
-        """Recipe keys that have no meaning for this method under `options` → the reason."""
+        """Recipe keys that have no meaning for this method with `options` → the reason."""
         return self.unsupported(options) if callable(self.unsupported) else self.unsupported
 
-    def read_options(self, given: Mapping[str, Any]) -> Options:
-        """The options `given`, validated and with their types.
+    def read_options(self, values: Mapping[str, Any]) -> Options:
+        """Validate the values of the recipe's `options` key, and convert them to their types.
 
         Raises:
             DiffgraftError: an option is unknown (the message names the nearest one), or its value is invalid.
         """
-        if not isinstance(given, Mapping):
+        if not isinstance(values, Mapping):
             raise DiffgraftError(
-                f"Invalid value options={short_repr(given)}: options have names, as options.NAME=VALUE."
+                f"Invalid value options={short_repr(values)}: expected names, as in options.NAME=VALUE."
             )
-        given = self._laid_out({str(key): value for key, value in given.items()})
-        unknown = [key for key in given if key not in self.options.model_fields]
+        values = self._nested({str(key): value for key, value in values.items()})
+        unknown = [key for key in values if key not in self.options.model_fields]
         if unknown:
             known = [f"options.{key}" for key in self.options.model_fields]
-            hint = did_you_mean(f"options.{unknown[0]}", known) if known else "it has none."
+            hint = did_you_mean(f"options.{unknown[0]}", known) if known else "the method has no options."
             raise DiffgraftError(f"The method {self.name!r} has no option {unknown[0]!r}: {hint}")
         try:
-            return self.options.model_validate({key: self._parsed(key, value) for key, value in given.items()})
+            return self.options.model_validate({key: self._parse_list(key, value) for key, value in values.items()})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -205,38 +211,41 @@ class Method:
                 f"Invalid value options.{key}={short_repr(first['input'])}: {first['msg'].lower()}."
             ) from error
 
-    def _laid_out(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """``{"ranks.BASE": 4}``, as a command line gives it inside other options, as ``{"ranks": {"BASE": 4}}``."""
-        found: dict[str, Any] = {}
-        for key, value in given.items():
+    def _nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Nest dotted option names, as command lines have them: {"ranks.BASE": 4} becomes {"ranks": {"BASE": 4}}."""
+        nested: dict[str, Any] = {}
+        for key, value in values.items():
             name, dot, rest = key.partition(".")
             if dot and name in self.options.model_fields:
-                held = found.get(name)
-                found[name] = {**(held if isinstance(held, Mapping) else {}), rest: value}
+                previous = nested.get(name)
+                nested[name] = {**(previous if isinstance(previous, Mapping) else {}), rest: value}
             else:
-                found[key] = value
-        return found
+                nested[key] = value
+        return nested
 
-    def _parsed(self, key: str, value: Any) -> Any:
-        """Text for a list, as a command line gives it (1,2,1), as a list; other values as they are."""
+    def _parse_list(self, key: str, value: Any) -> Any:
+        """Split the text "1,2,1" of a command line into a list, if the option is a list; return other values as is."""
         if get_origin(self.options.model_fields[key].annotation) is list and isinstance(value, str):
             return [part.strip() for part in value.strip("[] ").split(",") if part.strip()]
         return value
 
 
-def refuse(adapter: Adapter, *others: str) -> None:
-    """Raises ValueError where an adapter holds something under one of these fields: deltas, networks, tokens."""
-    for field_, what in (("deltas", "weights of layers"), ("networks", "a network"), ("tokens", "a word")):
-        if field_ in others and getattr(adapter, field_):
-            raise ValueError(f"it holds {what}, for which this method has no place")
+def refuse(adapter: Adapter, *fields: str) -> None:
+    """Raise ValueError if the adapter has contents in one of these fields: `deltas`, `networks`, `tokens`."""
+    for name, contents in (("deltas", "weights of layers"), ("networks", "a network"), ("tokens", "a word")):
+        if name in fields and getattr(adapter, name):
+            raise ValueError(f"it holds {contents}, which this method cannot train")
 
 
 def strip_text_model(path: str) -> str:
-    """A path without the level ``text_model``, which only some text encoders have."""
+    """Remove the level ``text_model``, which only some text encoders have, from a module path."""
     return path.replace(".text_model.", ".", 1)
 
 
-def add_text_model(inside: str) -> str:
-    """A path inside a CLIP text encoder with that level, as files have it; the projection behind it never had it."""
-    within = inside.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
-    return f"text_model.{inside}" if within else inside
+def add_text_model(path: str) -> str:
+    """Add the level ``text_model``, as files have it, to a path inside a CLIP text encoder.
+
+    Modules behind the transformer, such as the text projection, never had that level.
+    """
+    is_inside = path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm"))
+    return f"text_model.{path}" if is_inside else path

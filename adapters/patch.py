@@ -1,8 +1,8 @@
-"""A method on live layers: what a layer gives is changed by a hook, so its module, names and weights stay as they are.
+"""Adapters on live layers, by forward hooks: a layer's module, parameter names and weights stay as they are.
 
-Patches of any methods lie over one another on the same layer, in the order in which they were attached; each is taken
-off by itself. They work beside frozen layers of any precision, quantised ones included; a method that asks for the
-weight can have it from the layers of `diffgraft.bases.quantized`, and from no other quantised ones.
+Adapter layers of different methods can be stacked on the same layer; they run in the order in which they were attached,
+and can be removed in any order. They work on frozen layers of any precision, quantised ones included; the weight itself
+is available to methods only from the quantised layers of `diffgraft.bases.quantized`, and from no other kind.
 """
 
 from abc import abstractmethod
@@ -19,101 +19,105 @@ from diffgraft.adapters.method import Attached, Spec, refuse, strip_text_model
 from diffgraft.bases.layers import parts_of
 
 Make = Callable[[str, nn.Module, torch.Generator], "AdapterLayer"]
-"""Path of a layer (with its part), the layer, a generator for initial values → the patch for it."""
+"""Factory of adapter layers: (path of the layer with its part, layer, generator for initial values) → `AdapterLayer`"""
 
 
 class AdapterLayer(nn.Module):
-    """One method on one linear layer or convolution; its parameters are the ones that train."""
+    """A method on one linear layer or convolution, with the parameters that are trained."""
 
     @abstractmethod
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        """What the layer gives under this patch, where it got `x` and gave `out`."""
+        """Return the adapted output of `layer`, given its input `x` and its own output `out`."""
 
     @abstractmethod
     def delta(self) -> Delta:
-        """A copy of what it is now, in float32 on the CPU."""
+        """Copy the current values into a `Delta`, in float32 on the CPU."""
 
-    def load(self, delta: Delta, layer: nn.Module) -> None:  # noqa: ARG002  (others need it)
-        """Become what `delta` is. Raises ValueError where it is of another kind, or does not fit the layer."""
+    def load(self, delta: Delta, layer: nn.Module) -> None:  # noqa: ARG002  (subclasses use it)
+        """Take the values of `delta`. Raises ValueError if its kind is another, or it does not fit the layer."""
         raise ValueError(f"is a {delta.kind}, and this method cannot start from a file")
 
-    def rates(self) -> dict[str, float]:
-        """Factors on the learning rate, by the name of the parameter."""
+    def lr_scales(self) -> dict[str, float]:
+        """Learning-rate scale by parameter name; parameters that are not listed have a scale of 1."""
         return {}
 
 
 class AttachedLayers(Attached):
-    """Patches on the layers that a `Spec` names."""
+    """Adapter layers on the layers that a `Spec` names."""
 
     def __init__(self, target: Any, spec: Spec, make: Make) -> None:
         super().__init__()
         parts = parts_of(target)
         generator = torch.Generator().manual_seed(spec.seed)
-        self._patches = nn.ModuleList()
+        self._adapter_layers = nn.ModuleList()
         self._layers: dict[str, tuple[nn.Module, RemovableHandle]] = {}
         for part, paths in spec.paths.items():
             for path in paths:
                 layer = parts[part].get_submodule(path)
-                patch = make(f"{part}.{path}", layer, generator).to(_device(layer))
-                self._patches.append(patch)
-                self._layers[f"{part}.{path}"] = layer, layer.register_forward_hook(self._hook(patch))
+                adapter_layer = make(f"{part}.{path}", layer, generator).to(_device(layer))
+                self._adapter_layers.append(adapter_layer)
+                self._layers[f"{part}.{path}"] = layer, layer.register_forward_hook(self._hook(adapter_layer))
 
-    def patches(self) -> dict[str, AdapterLayer]:
-        """Path → patch."""
-        return dict(zip(self._layers, self._patches, strict=True))  # type: ignore[arg-type]
+    def adapter_layers(self) -> dict[str, AdapterLayer]:
+        """Path of each adapted layer, with its part → its `AdapterLayer`."""
+        return dict(zip(self._layers, self._adapter_layers, strict=True))  # type: ignore[arg-type]
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: value for name, _, value in self._named()}
+        return {name: value for name, _, value in self._parameters_with_paths()}
 
     def paths(self) -> dict[str, str]:
-        return {name: strip_text_model(path) for name, path, _ in self._named()}
+        return {name: strip_text_model(path) for name, path, _ in self._parameters_with_paths()}
 
-    def _named(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Name of each parameter, path of its layer, and the parameter."""
-        for path, patch in self.patches().items():
-            for name, value in patch.named_parameters():
+    def _parameters_with_paths(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Yield the name of each parameter, the path of its layer, and the parameter."""
+        for path, adapter_layer in self.adapter_layers().items():
+            for name, value in adapter_layer.named_parameters():
                 yield f"{path}.{name.replace('leaves.', '')}", path, value
 
-    def rates(self) -> dict[str, float]:
+    def lr_scales(self) -> dict[str, float]:
         return {
-            f"{path}.{name}": rate for path, patch in self.patches().items() for name, rate in patch.rates().items()
+            f"{path}.{name}": scale
+            for path, adapter_layer in self.adapter_layers().items()
+            for name, scale in adapter_layer.lr_scales().items()
         }
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        return Adapter({strip_text_model(path): (patch.delta(),) for path, patch in self.patches().items()}, metadata)
+        deltas = {strip_text_model(path): (layer.delta(),) for path, layer in self.adapter_layers().items()}
+        return Adapter(deltas, metadata)
 
     def load(self, adapter: Adapter) -> set[str]:
         refuse(adapter, "networks", "tokens")
-        patches = {strip_text_model(path): (path, patch) for path, patch in self.patches().items()}
-        if strange := [path for path in adapter.deltas if path not in patches]:
-            few = f"{', '.join(strange[:4])}{' …' if len(strange) > 4 else ''}"
-            raise ValueError(f"{len(strange)} of its {len(adapter.deltas)} modules are not adapted here: {few}")
+        targets = {strip_text_model(path): (path, layer) for path, layer in self.adapter_layers().items()}
+        if unknown := [path for path in adapter.deltas if path not in targets]:
+            examples = f"{', '.join(unknown[:4])}{' …' if len(unknown) > 4 else ''}"
+            raise ValueError(f"{len(unknown)} of its {len(adapter.deltas)} modules are not adapted here: {examples}")
         for path, deltas in adapter.deltas.items():
-            full, patch = patches[path]
+            full_path, adapter_layer = targets[path]
             if len(deltas) != 1:
-                raise ValueError(f"{path} has {len(deltas)} deltas, of which one can train")
+                raise ValueError(f"{path} has {len(deltas)} deltas; only a single one can be trained")
             try:
-                patch.load(deltas[0], self._layers[full][0])
+                adapter_layer.load(deltas[0], self._layers[full_path][0])
             except ValueError as error:
                 raise ValueError(f"{path} {error}") from error
         return set(adapter.deltas)
 
     def detach_modules(self, paths: Collection[str]) -> None:
-        kept = {path: patch for path, patch in self.patches().items() if strip_text_model(path) not in paths}
-        for path in self._layers.keys() - kept.keys():
+        layers = self.adapter_layers()
+        remaining = {path: layer for path, layer in layers.items() if strip_text_model(path) not in paths}
+        for path in self._layers.keys() - remaining.keys():
             _, hook = self._layers.pop(path)
             hook.remove()
-        self._patches = nn.ModuleList(kept.values())
+        self._adapter_layers = nn.ModuleList(remaining.values())
 
     def detach(self) -> None:
         for _, hook in self._layers.values():
             hook.remove()
 
-    def _hook(self, patch: AdapterLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def change(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return out if self.is_disabled else patch.forward(layer, args[0], out)
+    def _hook(self, adapter_layer: AdapterLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return out if self.is_disabled else adapter_layer.forward(layer, args[0], out)
 
-        return change
+        return hook
 
 
 def _device(layer: nn.Module) -> torch.device:
@@ -123,7 +127,7 @@ def _device(layer: nn.Module) -> torch.device:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
-    """Shape of a layer's weight: [out, in], or [out, in / groups, height, width]; of a quantised layer, too."""
+    """Shape of a layer's weight, [out, in] or [out, in / groups, height, width]; works for quantised layers too."""
     if isinstance(layer, nn.Conv2d):
         return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
     assert isinstance(layer, nn.Linear)
@@ -131,24 +135,24 @@ def weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def run_layer(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """What the layer would give for `x` with `weight` in the place of its own, and without a bias."""
+    """Run `layer` on `x` with `weight` in place of its own weight, and without a bias."""
     if isinstance(layer, nn.Conv2d):
-        # its stride, padding and mode of padding, dilation and groups
+        # with the layer's own stride, padding, padding mode, dilation and groups
         out: Tensor = layer._conv_forward(x, weight, None)
         return out
     return F.linear(x, weight)
 
 
 def cast_like(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the precision of `like`; under autocast, which sees to that itself, as it is."""
+    """Cast `x` to the dtype of `like`; return it as is under autocast, which casts by itself."""
     return x if is_autocast(x.device) else x.to(like.dtype)
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast sees to precisions on this device; on ``meta``, where nothing is computed, there is none."""
+    """Whether autocast is enabled on this device; never on ``meta``, where nothing is computed."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def to_cpu_float32(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in float32 on the CPU."""
+    """Copy tensors to float32 on the CPU."""
     return {name: value.detach().float().cpu().clone() for name, value in leaves.items()}

@@ -1,9 +1,9 @@
-"""Which modules a person means: by part of the base, by block of the UNet, or by a pattern.
+"""Selection of modules by keys in recipes: by part of the base, by block of the UNet, or by a pattern.
 
-A key is a part (`unet`, `text_encoder` and so on), a block by the names of `strengths` (`BASE`, `IN00`, `M00`,
-`OUT00` and so on), a module's path with its part, or a pattern of any of these, in which `*` stands for anything:
-``OUT*``, ``unet.mid_block.*``, ``*.attn2.*``. `text_encoder` is all text encoders, but for those that are keys
-themselves. Of several keys that mean one module the last counts, so that ``{"*": 0, "OUT*": 1}`` is the way up alone.
+A key is a part (`unet`, `text_encoder` and so on), a block as named in `strengths` (`BASE`, `IN00`, `M00`, `OUT00` and
+so on), a module's path with its part, or a pattern of any of these, in which `*` matches anything: ``OUT*``,
+``unet.mid_block.*``, ``*.attn2.*``. `text_encoder` matches all text encoders, except those that are keys themselves.
+If several keys match a module, the last one counts: ``{"*": 0, "OUT*": 1}`` selects only the up blocks.
 """
 
 import difflib
@@ -18,26 +18,26 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 T = TypeVar("T")
 
 
-def chosen(values: Mapping[str, T], path: str, otherwise: T) -> T:
-    """The value of the last key that means the module at an adapter's `path`."""
-    return next((value for key, value in reversed([*values.items()]) if _means(key, path, values)), otherwise)
+def last_match(values: Mapping[str, T], path: str, default: T) -> T:
+    """Return the value of the last key that matches the module at `path`, or `default` if no key does."""
+    return next((value for key, value in reversed([*values.items()]) if _matches(key, path, values)), default)
 
 
 def check_keys(setting: str, keys: Collection[str], paths: Collection[str]) -> None:
-    """See that each key of a setting means one of `paths`.
+    """Check that each key of a setting matches at least one of `paths`.
 
     Raises:
-        DiffgraftError: one means none of them; the nearest that does is named.
+        DiffgraftError: a key matches none of them; the message names the nearest key that does.
     """
     for key in keys:
-        if not any(_means(key, path, keys) for path in paths):
-            raise DiffgraftError(f"{setting}.{key} is for nothing that is trained here: {_hint(key, paths)}")
+        if not any(_matches(key, path, keys) for path in paths):
+            raise DiffgraftError(f"{setting}.{key} matches no trained module: {_hint(key, paths)}")
 
 
-def _means(key: str, path: str, keys: Collection[str]) -> bool:
+def _matches(key: str, path: str, keys: Collection[str]) -> bool:
     part = path.partition(".")[0]
     first, *further = tokenizers()
-    if key == first and part in further:  # of several text encoders, all are meant
+    if key == first and part in further:  # the key `text_encoder` stands for all of them
         return part not in keys
     return any(fnmatchcase(name, key) for name in (part, block_of(path), path))
 
@@ -45,7 +45,7 @@ def _means(key: str, path: str, keys: Collection[str]) -> bool:
 def _hint(key: str, paths: Collection[str]) -> str:
     names = {name for path in paths for name in (path.partition(".")[0], block_of(path))}
     if key.startswith("text_encoder") and not any(name.startswith("text_encoder") for name in names):
-        return "no text encoder is. Most methods train those that there are under text_encoder=true."
+        return "no text encoder is trained. With most methods, text_encoder=true trains them."
     guesses: set[str] = set()
     if any(sign in key for sign in ".*?["):
         for path in paths:

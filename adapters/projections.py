@@ -1,4 +1,4 @@
-"""Layers that are linear in one tool and 1 × 1 convolutions in another: the same numbers on two axes or on four.
+"""Layers that are linear in one tool and 1 × 1 convolutions in another: the same weights on two or on four axes.
 
 The projections around the attentions of Stable Diffusion 2 are linear layers in diffusers and 1 × 1 convolutions in
 kohya's tools (sd-scripts, ``library/model_util.py``, which loads that UNet with ``use_linear_projection`` off). A file
@@ -10,23 +10,24 @@ from collections.abc import Mapping
 from torch import Tensor
 
 Shape = tuple[int, ...]
-_WITH_KERNEL = ("lora_down", "lora_up", "lora_mid", "lokr_w2", "lokr_t2", "hada_t1", "hada_t2", "diff")
-"""Leaves that have the axes of a kernel where the layer is a convolution."""
+_KERNEL_LEAVES = ("lora_down", "lora_up", "lora_mid", "lokr_w2", "lokr_t2", "hada_t1", "hada_t2", "diff")
+"""Leaves that have kernel axes if the layer is a convolution"""
 
 
-def same_layer(one: Shape, two: Shape) -> bool:
-    """Whether two shapes are those of one layer, linear or as a 1 × 1 convolution."""
-    return _core(one) == _core(two)
+def same_layer(first: Shape, second: Shape) -> bool:
+    """Whether two weight shapes are those of the same layer, as a linear layer or as a 1 × 1 convolution."""
+    return _core(first) == _core(second)
 
 
 def _core(shape: Shape) -> Shape:
+    """The shape without the kernel axes of a 1 × 1 convolution."""
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def laid_out(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
-    """`leaves` with two axes for a weight [out, in], with four for one of [out, in, 1, 1]; views, nothing is copied.
+def match_axes(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Give leaves two axes for a weight [out, in], and four for a weight [out, in, 1, 1]; these are views, not copies.
 
-    Of other shapes, and of leaves with a larger kernel, all stays as it is.
+    Leaves with a larger kernel, and leaves for weights of other shapes, are returned unchanged.
     """
     if len(shape) == 2:
         return {
@@ -35,7 +36,7 @@ def laid_out(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
         }
     if len(shape) == 4 and tuple(shape[2:]) == (1, 1):
         return {
-            name: leaf[:, :, None, None] if leaf.ndim == 2 and name in _WITH_KERNEL else leaf
+            name: leaf[:, :, None, None] if leaf.ndim == 2 and name in _KERNEL_LEAVES else leaf
             for name, leaf in leaves.items()
         }
     return dict(leaves)

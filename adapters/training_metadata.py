@@ -1,6 +1,6 @@
-"""What kohya's tools write into the headers of adapter files, read: ``ss_*``, and Stability's ``modelspec.*``.
+"""Reading of training metadata in adapter file headers: kohya's ``ss_*`` keys, and Stability AI's ``modelspec.*``.
 
-webui and others tell by these which base a file is for. All values are strings, some of them JSON.
+webui and other programs use these keys to tell which base a file is for. All values are strings, some of them JSON.
 Sources: sd-scripts 48d368fa, ``train_network.py`` and ``library/sai_model_spec.py``; the model specification 1.0.1 of
 Stability AI.
 """
@@ -23,7 +23,7 @@ _SETTINGS = {
     "epochs": "ss_num_epochs",
     "images": "ss_num_train_images",
 }
-"""What `inspect` shows of them → where it stands."""
+"""Name of a setting, as `inspect` shows it → its header key"""
 
 
 _V_PREDICTION = {
@@ -31,71 +31,71 @@ _V_PREDICTION = {
     "ss_v_parameterization": "True",
     "modelspec.prediction_type": "v",
 }
-"""Entry → what it says where the base predicts v"""
+"""Header key → its value if the base predicts v"""
 
 
 def read_training(header: Mapping[str, str]) -> dict[str, Any]:
-    """What the header says in these keys, under the names that this project has for it; empty where it has none."""
-    said: dict[str, Any] = {}
+    """Translate these header entries into the project's metadata: rank, alpha, seed, base, trigger; may be empty."""
+    metadata: dict[str, Any] = {}
     for name, key in (("rank", "ss_network_dim"), ("alpha", "ss_network_alpha"), ("seed", "ss_seed")):
         if (value := _number(header.get(key))) is not None:
-            said[name] = value
+            metadata[name] = value
     family = _family(header)
     if family:
         name = header.get("ss_sd_model_name") or header.get("ss_base_model_version", "–")
-        said["base"] = {"family": family, "name": name}
+        metadata["base"] = {"family": family, "name": name}
         if any(header.get(key) == value for key, value in _V_PREDICTION.items()):
-            said["base"]["prediction_type"] = "v_prediction"
+            metadata["base"]["prediction_type"] = "v_prediction"
     if phrase := header.get("modelspec.trigger_phrase"):
-        said["trigger"] = phrase
-    return said
+        metadata["trigger"] = phrase
+    return metadata
 
 
-_OF_NETWORK = re.compile(
+_FILE_ENTRIES = re.compile(
     r"ss_(network_.+|output_name|session_id|training_(started|finished)_at|new_sd_model_hash|scale_weight_norms"
     r"|dim_from_weights|lowram)|sshs_.+|modelspec\.(title|date|hash_.+|sai_model_spec|implementation|architecture)"
 )
-"""Entries about the network in the file, or that one file, which are another's after it was changed."""
-_COUNTED = ("ss_tag_frequency", "ss_dataset_dirs")
-"""Entries with JSON objects of folders, of which several adapters together have all."""
+"""Entries about one file and the network in it, which are no longer true once the adapter was changed"""
+_FOLDER_ENTRIES = ("ss_tag_frequency", "ss_dataset_dirs")
+"""Entries with a JSON object by folder, which are merged when adapters are combined"""
 
 
-def still_true(foreign: Any) -> dict[str, str]:
-    """Header entries that stay true of an adapter of other factors: of pictures and the settings of the training."""
+def entries_after_change(foreign: Any) -> dict[str, str]:
+    """Header entries that are still true after the adapter's weights changed: those about pictures and settings."""
     entries = foreign.items() if isinstance(foreign, Mapping) else ()
-    return {str(key): str(value) for key, value in entries if not _OF_NETWORK.fullmatch(str(key))}
+    return {str(key): str(value) for key, value in entries if not _FILE_ENTRIES.fullmatch(str(key))}
 
 
-def of_all(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Header entries that are true of adapters together: those all agree in, and the folders and tags of each."""
+def common_entries(entries: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Header entries of a combined adapter: those that are equal in all of `entries`, and all folders and tags."""
     first, *others = entries
-    kept = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    for key in _COUNTED:
-        if merged := _merged([entry[key] for entry in entries if key in entry]):
-            kept[key] = merged
-    return kept
+    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    for key in _FOLDER_ENTRIES:
+        if merged := _merge_folders([entry[key] for entry in entries if key in entry]):
+            common[key] = merged
+    return common
 
 
-def _merged(texts: Sequence[str]) -> str:
-    """JSON objects by folder as one; of a folder that several have, the first's. Empty where there are none."""
-    together: dict[str, Any] = {}
+def _merge_folders(texts: Sequence[str]) -> str:
+    """Merge JSON objects by folder, the first value of a folder wins; returns "" if there are none."""
+    merged: dict[str, Any] = {}
     for text in texts:
         try:
             folders = json.loads(text)
         except (ValueError, RecursionError):
             continue
-        together = {**folders, **together} if isinstance(folders, dict) else together
-    return json.dumps(together) if together else ""
+        merged = {**folders, **merged} if isinstance(folders, dict) else merged
+    return json.dumps(merged) if merged else ""
 
 
 def training_settings(header: Mapping[str, str]) -> dict[str, str]:
-    """The settings of a training run that a header tells of, by short names."""
-    found = {name: header[key] for name, key in _SETTINGS.items() if header.get(key) not in (None, "", "None")}
-    return found | {key: value for key, value in header.items() if key.startswith("modelspec.") and value}
+    """The settings of a training run that a header holds, by short names."""
+    settings = {name: header[key] for name, key in _SETTINGS.items() if header.get(key) not in (None, "", "None")}
+    return settings | {key: value for key, value in header.items() if key.startswith("modelspec.") and value}
 
 
 def tags(header: Mapping[str, str]) -> list[tuple[str, int]]:
-    """The tags of the captions that a header tells of, each with how often it stood in them, the commonest first."""
+    """Caption tags that a header lists, each with its number of occurrences, the most frequent first."""
     try:
         folders = json.loads(header.get("ss_tag_frequency", "{}"))
     except (ValueError, RecursionError):
@@ -115,7 +115,7 @@ def _family(header: Mapping[str, str]) -> str | None:
     for family, (of_version, of_architecture) in starts.items():
         if version.startswith(of_version) or architecture.startswith(of_architecture):
             return family
-    return "sd2" if header.get("ss_v2") == "True" else None  # all that kohya's older files say
+    return "sd2" if header.get("ss_v2") == "True" else None  # older files of kohya's have only this entry
 
 
 def _number(text: str | None) -> int | float | None:

@@ -1,7 +1,7 @@
-"""New words in live tokenizers and text encoders, every other row of their tables untouched.
+"""Learned words in live tokenizers and text encoders, which leave all other rows of the embedding tables untouched.
 
-The table of a text encoder is not resized: a module is put before it that answers for the new ids and asks the table
-for all others. The tokenizer is a copy of the old one, which comes back.
+The table of a text encoder is not resized: a module in front of it answers for the new token ids and looks up all
+others in the table. The tokenizer is replaced by an extended copy, and put back later.
 """
 
 import copy
@@ -17,72 +17,71 @@ from torch import Tensor, nn
 from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError
 
-"""Text encoder → its tokenizer, as attributes of a base or a pipeline."""
-_INNER = "⟨{}⟩"
-"""Name of the token with an id that belongs to a taught word."""
+_TOKEN_NAME = "⟨{}⟩"
+"""Name of the token with an id that belongs to an added word"""
 
 
-def expanded(tokenizer: Any, words: Mapping[str, int]) -> Any:
-    """A copy of `tokenizer` that reads each of `words` as so many new tokens, with consecutive ids in that order.
+def extended_tokenizer(tokenizer: Any, words: Mapping[str, int]) -> Any:
+    """Copy `tokenizer` so that it reads each of `words` as several new tokens, with consecutive ids in that order.
 
-    The expansion is a step of the tokenizer's own normaliser, so that whoever tokenises a prompt (a diffusers
-    pipeline, training, a count of tokens) gets all vectors of a word, before anything is cut. Capitals do not matter,
-    as they do not for other words of CLIP; a word is not found inside a longer one. The new tokens have names that
-    nobody types, unlike diffusers' ``<dog>_1``, which a pipeline replaces in the text of the prompt, inside of other
-    words too, and not at all where the word has capitals.
+    The expansion is a step of the tokenizer's own normaliser, so that every user of the tokenizer (a diffusers
+    pipeline, training, a count of tokens) gets all tokens of a word, before truncation. Matching ignores case, as CLIP
+    does for other words; a word is not matched inside a longer one. The new tokens have names that nobody types, unlike
+    diffusers' ``<dog>_1``: pipelines replace those in the text of the prompt, inside other words too, and do not
+    replace them if the word has capitals.
 
     Args:
-        tokenizer: one of transformers', backed by the library ``tokenizers``.
-        words: word → number of its vectors.
+        tokenizer: a tokenizer of transformers that is backed by the library ``tokenizers``.
+        words: word → number of its embeddings.
     """
     from tokenizers import AddedToken, Regex, normalizers
 
-    grown, first = copy.deepcopy(tokenizer), len(tokenizer)
+    extended, first = copy.deepcopy(tokenizer), len(tokenizer)
     tokens: dict[str, str] = {}
     for word, count in words.items():
-        tokens[word] = " ".join(_INNER.format(first + number) for number in range(count))
+        tokens[word] = " ".join(_TOKEN_NAME.format(first + number) for number in range(count))
         first += count
-    grown.add_tokens([AddedToken(name, normalized=True) for names in tokens.values() for name in names.split()])
+    extended.add_tokens([AddedToken(name, normalized=True) for names in tokens.values() for name in names.split()])
     replacements = [
         normalizers.Replace(Regex(_pattern(word)), tokens[word]) for word in sorted(words, key=len, reverse=True)
     ]
-    steps = [normalizers.NFC(), *replacements, grown.backend_tokenizer.normalizer]
-    grown.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-    return grown
+    steps = [normalizers.NFC(), *replacements, extended.backend_tokenizer.normalizer]
+    extended.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    return extended
 
 
 def _pattern(word: str) -> str:
-    """Regular expression that finds `word` whatever its capitals, but not as a part of a longer word."""
+    """Regular expression that matches `word` in any case, but not as a part of a longer word."""
     text = unicodedata.normalize("NFC", word)
     before = r"(?<!⟨)" + (r"(?<!\w)" if re.match(r"\w", text) else "")
     after = (r"(?!\w)" if re.search(r"\w$", text) else "") + r"(?!⟩)"
     return f"(?i){before}{re.escape(text)}{after}"
 
 
-def _is_taught(tokenizer: Any, word: str) -> bool:
-    """Whether it is written out as tokens that were added to the tokenizer."""
+def _is_added(tokenizer: Any, word: str) -> bool:
+    """Whether the word is read as tokens that were added to the tokenizer."""
     return set(tokenizer.tokenize(word)) <= set(tokenizer.added_tokens_encoder) - set(tokenizer.all_special_tokens)
 
 
 def _is_known(tokenizer: Any, word: str) -> bool:
-    """Whether it is one token of the vocabulary, on its own or with a mark that a word ends (or begins) there."""
+    """Whether the word is a single token of the vocabulary, possibly with the mark of a word's end or beginning."""
     tokens = tokenizer.tokenize(word)
     return word in tokenizer.get_vocab() or (len(tokens) == 1 and tokens != [tokenizer.unk_token])
 
 
 class ExtendedEmbedding(nn.Module):
-    """A table of embeddings, and rows of its own behind it."""
+    """An embedding table with additional trainable rows behind it."""
 
     def __init__(self, table: nn.Module, first: int, rows: nn.Parameter) -> None:
         super().__init__()
         self.table, self._first = table, first
-        # one level down, so that the first parameter of the encoder, by which its precision is told, stays the table's
-        self.grown = nn.ParameterList([rows])
+        # inside a list, so that the first parameter of the encoder, from which its dtype is read, stays the table's
+        self.added = nn.ParameterList([rows])
 
     @property
     def rows(self) -> Tensor:
-        """What stands in the new rows, [new words, width]."""
-        rows: Tensor = self.grown[0]
+        """The additional rows [new tokens, width]."""
+        rows: Tensor = self.added[0]
         return rows
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -93,63 +92,64 @@ class ExtendedEmbedding(nn.Module):
 
 
 class AddedTokens:
-    """Words that a base or a pipeline knows until `remove`."""
+    """Words added to the tokenizers and text encoders of a base or a pipeline, until `remove`."""
 
     def __init__(self, target: Any, words: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Teach `words`: word → text encoder → vectors [n, width].
+        """Add `words`: word → text encoder → embeddings [n, width].
 
         Raises:
-            DiffgraftError: a word is known already, the target has no such text encoder, or its width is another.
+            DiffgraftError: a word is known already, or the target has no such text encoder, or one of another width.
         """
         self._target = target
         self._encoders: list[tuple[nn.Module, nn.Module, ExtendedEmbedding]] = []
         self._tokenizers: list[tuple[str, Any]] = []
         self.rows: dict[str, nn.Parameter] = {}
-        """Text encoder → its new rows [vectors, width], in the order of the words."""
+        """Text encoder → its new rows [embeddings, width], in the order of the words"""
         parts = dict.fromkeys(part for vectors in words.values() for part in vectors)
-        plans = [(part, *self._plan(part, words)) for part in parts]
+        plans = [(part, *self._check(part, words)) for part in parts]
         for part, encoder, tokenizer, rows in plans:
-            grown_tokenizer = expanded(tokenizer, {word: len(vectors[part]) for word, vectors in words.items()})
+            new_tokenizer = extended_tokenizer(tokenizer, {word: len(vectors[part]) for word, vectors in words.items()})
             table = encoder.get_input_embeddings()
-            own = nn.Parameter(rows.to(next(encoder.parameters()).device))
-            grown = ExtendedEmbedding(table, len(tokenizer), own)
-            encoder.set_input_embeddings(grown)
-            setattr(target, tokenizers()[part], grown_tokenizer)
-            self._encoders.append((encoder, table, grown))
+            parameter = nn.Parameter(rows.to(next(encoder.parameters()).device))
+            extended = ExtendedEmbedding(table, len(tokenizer), parameter)
+            encoder.set_input_embeddings(extended)
+            setattr(target, tokenizers()[part], new_tokenizer)
+            self._encoders.append((encoder, table, extended))
             self._tokenizers.append((tokenizers()[part], tokenizer))
-            self.rows[part] = own
+            self.rows[part] = parameter
 
-    def _plan(self, part: str, words: Mapping[str, Mapping[str, Tensor]]) -> tuple[Any, Any, Tensor]:
+    def _check(self, part: str, words: Mapping[str, Mapping[str, Tensor]]) -> tuple[Any, Any, Tensor]:
+        """Check that all words can be added to a text encoder; returns it, its tokenizer, and the rows to add."""
         encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, tokenizers()[part], None)
         if encoder is None or tokenizer is None:
-            raise DiffgraftError(f"It has words for {part}, which this base does not have, or not with its tokenizer.")
+            raise DiffgraftError(f"The adapter has words for {part}, but this base has no {part} with a tokenizer.")
         width = encoder.config.hidden_size
-        alike = Counter(word.casefold() for word in words)
+        spellings = Counter(word.casefold() for word in words)
         for word, vectors in words.items():
             if part not in vectors:
-                raise DiffgraftError(f"The word {word!r} has no vectors for {part}, and others of the file have.")
-            if _is_taught(tokenizer, word):
+                raise DiffgraftError(f"The word {word!r} has no embeddings for {part}, unlike other words of the file.")
+            if _is_added(tokenizer, word):
                 raise DiffgraftError(
-                    f"The word {word!r} is taught already, by an adapter that is applied here: remove that one first."
+                    f"The word {word!r} was already added by another adapter that is applied: remove that one first."
                 )
             if _is_known(tokenizer, word):
-                raise DiffgraftError(f"The word {word!r} is known to the base already. Choose one like '<{word}>'.")
-            if alike[word.casefold()] > 1:
-                raise DiffgraftError(f"The word {word!r} comes twice, and capitals do not tell words apart.")
+                raise DiffgraftError(f"The word {word!r} is already known to the base. Choose one like '<{word}>'.")
+            if spellings[word.casefold()] > 1:
+                raise DiffgraftError(f"The word {word!r} occurs twice; words must differ in more than case.")
             if vectors[part].shape[1:] != (width,):
                 raise DiffgraftError(
-                    f"The word {word!r} has vectors of width {vectors[part].shape[1]}, and {part} of this base has "
-                    f"{width}: it was made for another family of bases."
+                    f"The word {word!r} has embeddings of width {vectors[part].shape[1]}, but {part} of this base has "
+                    f"width {width}: the word was made for another family of bases."
                 )
         return encoder, tokenizer, torch.cat([vectors[part].float() for vectors in words.values()])
 
     def remove(self) -> None:
-        """Put back tables and tokenizers; doing it twice is no harm.
+        """Restore the original tables and tokenizers; a second call does nothing.
 
         Raises:
-            DiffgraftError: words were taught after these, and are still there; nothing has changed then.
+            DiffgraftError: other words were added later and are still there; in that case nothing is changed.
         """
-        if any(encoder.get_input_embeddings() is not grown for encoder, _, grown in self._encoders):  # type: ignore[operator]
+        if any(encoder.get_input_embeddings() is not extended for encoder, _, extended in self._encoders):  # type: ignore[operator]
             raise DiffgraftError("Other words were added after these: remove those first.")
         for encoder, table, _ in self._encoders:
             encoder.set_input_embeddings(table)  # type: ignore[operator]

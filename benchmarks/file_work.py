@@ -61,7 +61,7 @@ def on_every_layer(family: str, factors: Factors, rank: int, seed: int) -> Adapt
     deltas = {}
     for path, shape in layer_shapes(family).items():
         if len(shape) in (2, 4) and not path.endswith("_embedding"):
-            start = factors.start(shape, rank, generator)
+            start = factors.init_leaves(shape, rank, generator)
             leaves = {key: 0.02 * torch.randn(leaf.shape, generator=generator).half() for key, leaf in start.items()}
             deltas[path] = (FactorDelta(factors, leaves, float(rank)),)
     return Adapter(deltas, {"method": factors.kind, "base": {"family": family}})

@@ -83,7 +83,7 @@ def samples() -> dict[str, Adapter]:
 
     found: dict[str, Adapter] = {}
     for name, (kind, factors) in _FACTORS.items():
-        leaves = {path: factors.start(shape, 2, generator) for path, shape in shapes.items()}
+        leaves = {path: factors.init_leaves(shape, 2, generator) for path, shape in shapes.items()}
         filled = {path: {key: drawn(*leaf.shape) for key, leaf in own.items()} for path, own in leaves.items()}
         found[name] = on_all(kind, filled, 1.0)
         if "Tucker" not in name:

@@ -177,14 +177,14 @@ def extract(
         DiffgraftError: the checkpoints are of different architectures, or both rank and energy are missing.
     """
     from diffgraft.adapters.ops.extract import extract as extract_adapter
-    from diffgraft.adapters.ops.extract import stated
+    from diffgraft.adapters.ops.extract import provenance
 
     tuned, base = str(_path(tuned)), str(_path(base))
     with _weights(tuned) as of_tuned, _weights(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None
         size = _required_size(rank, energy)
-        metadata = stated(tuned, base)
+        metadata = provenance(tuned, base)
         return extract_adapter(of_tuned, of_base, size, method, metadata, str(device_of(device))).adapter
 
 

@@ -207,7 +207,7 @@ def test_results_are_short_in_a_console(short_run: Run) -> None:
 
 @pytest.mark.parametrize("file", [5, None, object()])
 def test_what_is_no_path_is_said(file: Any) -> None:
-    with pytest.raises(DiffgraftError, match="is no path of an adapter file"):
+    with pytest.raises(DiffgraftError, match="Invalid adapter path"):
         dg.load_adapter(file)
 
 

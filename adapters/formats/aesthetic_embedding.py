@@ -1,4 +1,4 @@
-"""Aesthetic embeddings: a bare tensor [1, 768] or [768] in a ``.pt`` file. Read only.
+"""Aesthetic embeddings of webui: a bare tensor [1, 768] or [768] in a ``.pt`` file. Read only.
 
 Source: AUTOMATIC1111/stable-diffusion-webui-aesthetic-gradients, ``aesthetic_clip.py``.
 """
@@ -14,7 +14,7 @@ from diffgraft.adapters.registry import read_network
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
-    """Whether it is one tensor without a name."""
+    """Whether the file is a single tensor without a name."""
     return set(tensors) == {""}
 
 
@@ -23,7 +23,7 @@ def read(
     header: Mapping[str, str],
     layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
 ) -> Adapter:
-    """Raises ValueError where it is no row of numbers."""
+    """Build the adapter. Raises ValueError if the tensor is not a single row of numbers."""
     network = read_network("aesthetic", {"embedding": tensors[""]}, {})
     return Adapter({}, read_metadata(header, method="aesthetic"), (network,))
 

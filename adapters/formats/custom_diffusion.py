@@ -1,7 +1,7 @@
 """Custom Diffusion as diffusers saves it: ``<attention>.processor.to_k_custom_diffusion.weight``. Read only.
 
-Keys and values of the cross-attention, and where they were trained, too, queries and outputs. The words it taught lie
-in files of their own, which `embedding` reads.
+Files hold the keys and values of the cross-attentions and, if they were trained too, queries and outputs. Learned words
+are in separate files, which `embedding` reads.
 Source: diffusers 0.42.1, ``models/attention_processor.py`` and ``loaders/unet.py``.
 """
 
@@ -31,20 +31,20 @@ def read(
     header: Mapping[str, str],
     layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
 ) -> Adapter:
-    """Every key is used, or named in a ValueError."""
+    """Build the adapter. Raises ValueError for an unknown key, or for a module with missing tensors."""
     modules: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
-            raise UnknownKeyError(key, "<attention>.processor.to_<k or v>_custom_diffusion.weight")
-        layer = "to_out.0" if found["layer"] == "out" else f"to_{found['layer']}"
-        modules.setdefault(f"unet.{found['path']}.{layer}", {})[found["leaf"]] = value
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise UnknownKeyError(key, "<attention>.processor.to_<q, k, v or out>_custom_diffusion.weight")
+        layer = "to_out.0" if match["layer"] == "out" else f"to_{match['layer']}"
+        modules.setdefault(f"unet.{match['path']}.{layer}", {})[match["leaf"]] = value
     deltas = {}
     for path, leaves in modules.items():
         try:
             deltas[path] = (read_delta("replacement", leaves, None),)
         except ValueError as error:
-            raise ValueError(f"{path} is not whole: {error}") from error
+            raise ValueError(f"the tensors of {path} are incomplete: {error}") from error
     return Adapter(deltas, read_metadata(header, method="custom-diffusion"))
 
 

@@ -1,9 +1,9 @@
-"""Diffusers' older names for LoRA, which its scripts still write, for attentions and beside today's: read only.
+"""Older key names of LoRA in diffusers, which its scripts still write for attentions, beside today's names: read only.
 
-Layers of a UNet's attentions have ``.lora.`` before ``down.weight`` and ``up.weight``, those of text encoders
+Layers of a UNet's attentions have ``.lora.`` before ``down.weight`` and ``up.weight``, those of text encoders have
 ``.lora_linear_layer.``. Older files name the attention's processor, ``attn1.processor.to_q_lora.down.weight``, with
-``to_out_lora`` for ``to_out.0`` and, in text encoders, ``self_attn.to_q_lora`` for ``q_proj``. The first files held the
-UNet alone, without the level ``unet.``.
+``to_out_lora`` for ``to_out.0`` and, in text encoders, ``self_attn.to_q_lora`` for ``q_proj``. The first files held
+only the UNet, without the level ``unet.``.
 Source: diffusers 0.42.1, ``utils/state_dict_utils.py``.
 """
 
@@ -16,18 +16,18 @@ _KEY = re.compile(
 ENDINGS = (".lora.down.weight", ".lora.up.weight")
 
 
-def placed(key: str) -> tuple[str, str] | None:
-    """The path of the module, as adapters have it, and the leaf that `key` stands for; None where it is no such key."""
-    found = _KEY.fullmatch(key)
-    if found is None:
+def parse_key(key: str) -> tuple[str, str] | None:
+    """Module path (as in `Adapter.deltas`) and leaf name of `key`; None if the key is not of this form."""
+    match = _KEY.fullmatch(key)
+    if match is None:
         return None
-    part = found["part"] or "unet"
-    path = f"{part}.{found['path'].removeprefix('text_model.')}{_layer(part, found['layer'])}"
-    return path, f"lora_{found['leaf']}"
+    part = match["part"] or "unet"
+    path = f"{part}.{match['path'].removeprefix('text_model.')}{_layer_name(part, match['layer'])}"
+    return path, f"lora_{match['leaf']}"
 
 
-def _layer(part: str, letter: str | None) -> str:
-    """The layer that a processor's name for it stands for, a leading dot included."""
+def _layer_name(part: str, letter: str | None) -> str:
+    """Name, with a leading dot, of the layer that an attention processor calls q, k, v or out."""
     if letter is None:
         return ""
     if part == "unet":

@@ -1,10 +1,10 @@
-"""Textual inversion files: words, and no weights.
+"""Textual inversion files: learned words (tokens with their embeddings) and no weights.
 
-A file of one text encoder is ``{word: [n, width]}``, as diffusers writes it (``learned_embeds.safetensors``) and webui
-and ComfyUI read it. Other tools leave the word out, and it is the name of the file: ``emb_params`` (sd-scripts, and the
-only one that InvokeAI reads), ``emp_params`` (OneTrainer), ``*``, and ``string_to_param.*`` (webui's ``.pt``). Two text
-encoders are a pair of keys: ``clip_l`` [n, 768] and ``clip_g`` [n, 1280], or ``text_encoders_0`` and
-``text_encoders_1`` (the scripts of SDXL training that write ``embeddings.pti``); either may stand alone.
+A file for one text encoder is ``{word: [n, width]}``, as diffusers writes it (``learned_embeds.safetensors``) and webui
+and ComfyUI read it. Other tools do not store the word, so that the file's name is the word: ``emb_params`` (sd-scripts,
+and the only key that InvokeAI reads), ``emp_params`` (OneTrainer), ``*``, and ``string_to_param.*`` (webui's ``.pt``).
+Files for two text encoders have a pair of keys: ``clip_l`` [n, 768] and ``clip_g`` [n, 1280], or ``text_encoders_0``
+and ``text_encoders_1`` (SDXL training scripts that write ``embeddings.pti``); one of the two may be missing.
 """
 
 import re
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
-from diffgraft.adapters.formats.header import OURS, read_json, read_metadata, write_ours
-from diffgraft.adapters.formats.reader import STEM
+from diffgraft.adapters.formats.header import DIFFGRAFT_KEY, read_json, read_metadata, write_metadata
+from diffgraft.adapters.formats.reader import FILE_STEM
 
 PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Key in files of two text encoders → the encoder."""
+"""Key in files of two text encoders → text encoder"""
 NAMELESS: Mapping[str, str] = {
     "string_to_param.*": "text_encoder",
     "emb_params": "text_encoder",
@@ -29,30 +29,30 @@ NAMELESS: Mapping[str, str] = {
     "text_encoders_1": "text_encoder_2",
     **PARTS,
 }
-"""Key that does not name the word → the text encoder that its vectors are for."""
-_UNDER_WORD = re.compile(r"string_to_param\.(?P<word>.+)")
+"""Key that does not contain the word → text encoder that its embeddings are for"""
+_WEBUI_WORD = re.compile(r"string_to_param\.(?P<word>.+)")
 _BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+?)\.(?P<key>string_to_param\..+|[^.]+)")
-"""Words that adapter files bring along, by LyCORIS and OneTrainer"""
-_MARKED = re.compile(r"<.+>")
-"""Words that look like words of textual inversion; several may lie in one file"""
+"""Keys of words inside adapter files, as LyCORIS and OneTrainer write them"""
+_BRACKETED = re.compile(r"<.+>")
+"""Words in angle brackets, the usual form of textual inversion; a file may hold several of them"""
 _IDS = re.compile(r"(placeholder_)?string_to_token\..+|string_to_param_dict\..+")
-"""Ids that a word had in the tokenizer of the tool that trained it; no other tokenizer has them"""
-_WIDTH_OF_BIG_G = 1280
-"""Width of vectors for OpenCLIP's bigG, which is the second text encoder wherever it is one; diffusers' scripts for XL
-write them into a file of their own, ``learned_embeds_2.safetensors``, under the word alone"""
-_OF_FIRST = ("clip_l", "text_encoders_0")
-_OUTPUTS = ("emp_params_out", "clip_l_out", "clip_g_out")
-"""OneTrainer's vectors for the output of a text encoder"""
+"""Token ids that the word had in the training tool's tokenizer; they are meaningless in any other tokenizer"""
+_BIG_G_WIDTH = 1280
+"""Embedding width of OpenCLIP's bigG, which is always the second text encoder; diffusers' scripts for XL write its
+embeddings into a separate file, ``learned_embeds_2.safetensors``, with the word as the only key"""
+_FIRST_ENCODER_KEYS = ("clip_l", "text_encoders_0")
+_OUTPUT_KEYS = ("emp_params_out", "clip_l_out", "clip_g_out")
+"""Keys of OneTrainer's embeddings for the output of a text encoder"""
 
 
 def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
-    """Whether a key is known for such files, or all are words with vectors."""
+    """Whether a key is known for such files, or all keys are words with embeddings."""
     vectors = {key: value for key, value in tensors.items() if not _IDS.fullmatch(key)}
-    known = (*NAMELESS, *_OUTPUTS)
-    if any(key in known or _UNDER_WORD.fullmatch(key) or is_bundled(key) for key in vectors):
+    known = (*NAMELESS, *_OUTPUT_KEYS)
+    if any(key in known or _WEBUI_WORD.fullmatch(key) or is_bundled(key) for key in vectors):
         return True
     plain = all(key and "." not in key and value.ndim in (1, 2) for key, value in vectors.items())
-    return bool(vectors) and plain and (len(vectors) == 1 or all(_MARKED.fullmatch(key) for key in vectors))
+    return bool(vectors) and plain and (len(vectors) == 1 or all(_BRACKETED.fullmatch(key) for key in vectors))
 
 
 def read(
@@ -60,100 +60,98 @@ def read(
     header: Mapping[str, str],
     layers: int | None = None,  # noqa: ARG001  (its names do not count layers)
 ) -> Adapter:
-    """Words by text encoder.
+    """Build the adapter, with words by text encoder.
 
     Raises:
-        ValueError: a tensor is no list of vectors, is of no known kind, or comes twice.
+        ValueError: a tensor does not hold embeddings, its key is unknown, or a word occurs twice.
     """
-    ours = read_json(header, OURS)
-    of_file = str(ours.get("trigger") or header.get(STEM, "<word>"))
+    metadata = read_json(header, DIFFGRAFT_KEY)
+    default_word = str(metadata.get("trigger") or header.get(FILE_STEM, "<word>"))
     tokens: dict[str, dict[str, Tensor]] = {}
     nameless = next((key for key in tensors if key in NAMELESS), None)
     for key, value in tensors.items():
         if _IDS.fullmatch(key):
             continue
-        word, part = placed(key, of_file)
-        if nameless and word == key and key not in NAMELESS and not _MARKED.fullmatch(key):
-            known = ", ".join(NAMELESS)
-            raise ValueError(f"its key {key} is for no text encoder that is known here: beside {nameless} are {known}")
-        if part == "text_encoder" and value.shape[-1:] == (_WIDTH_OF_BIG_G,) and not key.endswith(_OF_FIRST):
+        word, part = parse_key(key, default_word)
+        if nameless and word == key and key not in NAMELESS and not _BRACKETED.fullmatch(key):
+            raise ValueError(f"unknown key {key}: beside {nameless}, the known keys are {', '.join(NAMELESS)}")
+        if part == "text_encoder" and value.shape[-1:] == (_BIG_G_WIDTH,) and not key.endswith(_FIRST_ENCODER_KEYS):
             part = "text_encoder_2"
         if value.ndim not in (1, 2) or 0 in value.shape or not value.is_floating_point():
-            raise ValueError(f"its key {key} is {list(value.shape)} of {value.dtype}, which is no list of vectors")
+            raise ValueError(f"the key {key} is {list(value.shape)} of {value.dtype}; expected embeddings [n, width]")
         vectors = tokens.setdefault(word, {})
         if part in vectors:
-            raise ValueError(f"its key {key} holds a second set of vectors of the word {word!r} for {part}")
+            raise ValueError(f"the key {key} is a second set of embeddings of the word {word!r} for {part}")
         vectors[part] = value if value.ndim == 2 else value.unsqueeze(0)
     if not tokens:
-        raise ValueError("it holds ids of tokens and no vectors")
+        raise ValueError("it holds only token ids and no embeddings")
     return Adapter({}, read_metadata(header, method="textual-inversion", trigger=next(iter(tokens))), tokens=tokens)
 
 
 def is_bundled(key: str) -> bool:
-    """Whether `key` is that of a word which an adapter file brings along."""
+    """Whether `key` is that of a word inside an adapter file."""
     return _BUNDLED.fullmatch(key) is not None
 
 
-def placed(key: str, of_file: str) -> tuple[str, str]:
-    """The word and the text encoder that the vectors under `key` are for.
+def parse_key(key: str, default_word: str) -> tuple[str, str]:
+    """The word, and the text encoder, that the embeddings under `key` are for.
 
     Args:
-        key: of a tensor.
-        of_file: the word that keys without one stand for.
+        key: key of a tensor.
+        default_word: word for keys that do not contain one.
 
     Raises:
-        ValueError: they are vectors for another place, or the key has levels and is of no known kind.
+        ValueError: the key is unknown, or one of embeddings for the output of a text encoder.
     """
-    if found := _BUNDLED.fullmatch(key):
-        inner = "string_to_param.*" if _UNDER_WORD.fullmatch(found["key"]) else found["key"]
-        if inner not in (*NAMELESS, *_OUTPUTS):
-            known = ", ".join(NAMELESS)
-            raise ValueError(f"its key {key} ends in {inner}; known for words in bundles are {known}")
-        return placed(inner, found["word"])
-    if key in _OUTPUTS:
+    if match := _BUNDLED.fullmatch(key):
+        inner = "string_to_param.*" if _WEBUI_WORD.fullmatch(match["key"]) else match["key"]
+        if inner not in (*NAMELESS, *_OUTPUT_KEYS):
+            raise ValueError(f"the key {key} ends in {inner}; keys of words in adapters end in {', '.join(NAMELESS)}")
+        return parse_key(inner, match["word"])
+    if key in _OUTPUT_KEYS:
         raise ValueError(
-            f"its key {key} holds vectors for the output of a text encoder (an output embedding of OneTrainer), which "
-            "no pipeline has a place for: train the word with output embedding switched off"
+            f"the key {key} holds embeddings for the output of a text encoder (OneTrainer's output embedding), which "
+            "pipelines cannot use: train the word with output embedding switched off"
         )
     if key in NAMELESS:
-        return of_file, NAMELESS[key]
-    if found := _UNDER_WORD.fullmatch(key):
-        return found["word"], "text_encoder"
+        return default_word, NAMELESS[key]
+    if match := _WEBUI_WORD.fullmatch(key):
+        return match["word"], "text_encoder"
     if "." in key or not key:
-        raise ValueError(f"its key {key} is none of a textual inversion file")
+        raise ValueError(f"the key {key} is not one of textual inversion files")
     return key, "text_encoder"
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header, with the word as the key where there is one text encoder.
+    """Return tensors and header; for one text encoder, the word is the key.
 
     Raises:
-        ValueError: there is more, or less, than one word.
+        ValueError: the adapter does not hold exactly one word, or holds weights.
     """
     word, vectors = _only_word(adapter)
     if set(vectors) == {"text_encoder"}:
-        return {word: vectors["text_encoder"].contiguous()}, {"format": "pt", **write_ours(adapter)}
+        return {word: vectors["text_encoder"].contiguous()}, {"format": "pt", **write_metadata(adapter)}
     return _write_by_encoder(adapter, word, vectors)
 
 
 def write_nameless(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file whose name is the word in other tools: what webui, ComfyUI and InvokeAI all read.
+    """Return tensors and header of a file whose name is the word, which webui, ComfyUI and InvokeAI all read.
 
     Raises:
-        ValueError: there is more, or less, than one word.
+        ValueError: the adapter does not hold exactly one word, or holds weights.
     """
     word, vectors = _only_word(adapter)
     if set(vectors) != {"text_encoder"}:
         return _write_by_encoder(adapter, word, vectors)
-    header = {"format": "pt", **write_ours(_with_trigger(adapter, word))}
+    header = {"format": "pt", **write_metadata(_with_trigger(adapter, word))}
     return {"emb_params": vectors["text_encoder"].contiguous()}, header
 
 
 def _only_word(adapter: Adapter) -> tuple[str, Mapping[str, Tensor]]:
     if adapter.deltas or len(adapter.tokens) != 1:
         raise ValueError(
-            f"it holds {len(adapter.deltas)} modules and {len(adapter.tokens)} words; it can be one word alone: "
-            "--only WORD takes it out"
+            f"it holds {len(adapter.deltas)} modules and {len(adapter.tokens)} words, but such a file holds a single "
+            "word: select it with --only WORD"
         )
     ((word, vectors),) = adapter.tokens.items()
     return word, vectors
@@ -162,14 +160,14 @@ def _only_word(adapter: Adapter) -> tuple[str, Mapping[str, Tensor]]:
 def _write_by_encoder(
     adapter: Adapter, word: str, vectors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if strange := set(vectors) - set(PARTS.values()):
-        raise ValueError(f"the word has vectors for {', '.join(sorted(strange))}, for which these files have no key")
+    if unknown := set(vectors) - set(PARTS.values()):
+        raise ValueError(f"the word has embeddings for {', '.join(sorted(unknown))}, for which these files have no key")
     tensors = {key: vectors[part].contiguous() for key, part in PARTS.items() if part in vectors}
-    return tensors, {"format": "pt", **write_ours(_with_trigger(adapter, word))}
+    return tensors, {"format": "pt", **write_metadata(_with_trigger(adapter, word))}
 
 
 def _with_trigger(adapter: Adapter, word: str) -> Adapter:
-    """The adapter with `word` as the trigger in its metadata, as the file's keys do not name it."""
+    """Set the trigger in the metadata to `word`, as the file's keys do not contain it."""
     return replace(adapter, metadata={"method": "textual-inversion", **adapter.metadata, "trigger": word})
 
 

@@ -1,4 +1,4 @@
-"""Keys that a dialect has no place for: the known keys nearest to them, and the base that the rest of a file is for."""
+"""Help with unknown keys and module names: the nearest known key, and the base that the rest of a file fits."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,14 +7,14 @@ from difflib import SequenceMatcher
 from torch import Tensor
 
 from diffgraft.adapters.dialect import Read
-from diffgraft.adapters.ops.effect import fitting
+from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.bases.registry import part_names
 from diffgraft.errors import did_you_mean
 
-_ALIKE = 0.7
-"""From this share of letters in common a beginning may have been meant as the other"""
-_AT_MOST = 20
-"""So many modules with unknown keys are left aside to see what the others fit."""
+_SIMILAR = 0.7
+"""Similarity from which an unknown beginning of a key is taken for a misspelled known one"""
+_MAX_DROPPED = 20
+"""Maximum number of modules with unknown keys that are dropped to see which base the others fit"""
 _NAMES = """
 down_blocks up_blocks mid_block attentions resnets downsamplers upsamplers transformer_blocks attn1 attn2 ff net proj
 proj_in proj_out to_q to_k to_v to_out norm norm1 norm2 norm3 group_norm conv conv1 conv2 conv_in conv_out conv_norm_out
@@ -24,88 +24,90 @@ layer_norm1 layer_norm2 final_layer_norm text_projection
 word_embeddings position_embeddings token_type_embeddings layer attention self query key value output dense intermediate
 pooler LayerNorm
 """
-"""What modules are called in the UNets and text encoders known here: those of CLIP, and of BERT"""
+"""Names of modules in the UNets and text encoders known here: those of CLIP, and of BERT"""
 _WORDS = frozenset(_NAMES.split())
 _TRANSFORMERS = re.compile(
     r"(base_model\.model\.)?(transformer\.|diffusion_model\.(?!input_|output_|middle_block|time_embed|label_emb|out\.))"
     r"|lora_(transformer|te3)_"
     r"|(lora_unet|lycoris)_(double|single|joint)_blocks?_"
 )
-"""What keys of adapters for transformers begin with: Stable Diffusion 3, Flux, and video models."""
+"""Beginnings of keys in adapters for transformers: Stable Diffusion 3, Flux, and video models"""
 
 
 class UnknownKeyError(ValueError):
-    """`key` is none of the keys that were `expected`.
+    """A key of a file that its dialect does not know.
 
-    Where the known keys begin with one of `begins` and end in one of `endings`, the nearest is named. A beginning ends
-    in ``.`` or ``_`` and an ending starts with ``.``; both may hold more of these.
+    Args:
+        key: the unknown key.
+        expected: description of the keys that the dialect has.
+        begins: known beginnings of keys, each ending in ``.`` or ``_``.
+        endings: known endings of keys, each starting with ``.``; with both, the message names the nearest known key.
     """
 
     def __init__(self, key: str, expected: str, begins: Sequence[str] = (), endings: Sequence[str] = ()) -> None:
         self.key = self.module = key
-        near = ""
-        begin = max(begins, key=lambda word: _like(word, _first(key, word)), default="")
-        if begin and _like(begin, _first(key, begin)) > _ALIKE:
-            middle = key.removeprefix(_first(key, begin))
-            stems = {ending: begin + middle.removesuffix(_last(middle, ending)) for ending in endings}
+        hint = ""
+        begin = max(begins, key=lambda known: _similarity(known, _beginning(key, known)), default="")
+        if begin and _similarity(begin, _beginning(key, begin)) > _SIMILAR:
+            middle = key.removeprefix(_beginning(key, begin))
+            stems = {ending: begin + middle.removesuffix(_ending(middle, ending)) for ending in endings}
             others = (ending for ending, stem in stems.items() if stem + ending != key)
-            ending = max(others, key=lambda word: (_like(word, _last(middle, word)), len(word)))
+            ending = max(others, key=lambda known: (_similarity(known, _ending(middle, known)), len(known)))
             self.module = stems[ending]
-            """What the keys of the module begin with that it may belong to"""
-            near = f"; the nearest known key is {self.module}{ending}"
-        super().__init__(f"its key {key} is no {expected}{near}")
+            """Beginning of the keys of the module that the key probably belongs to"""
+            hint = f"; the nearest known key is {self.module}{ending}"
+        super().__init__(f"unknown key {key}: expected {expected}{hint}")
 
 
-def _first(key: str, like: str) -> str:
-    """As many words of the beginning of `key` as `like` has, whose last sign divides words."""
+def _beginning(key: str, like: str) -> str:
+    """The beginning of `key` with as many words as `like` has; the last character of `like` separates words."""
     words = key.split(like[-1], like.count(like[-1]))
     return key[: len(key) - len(words[-1])] if len(words) > 1 else ""
 
 
-def _last(key: str, like: str) -> str:
-    """As many words of the end of `key` as `like` has, each with the dot before it."""
+def _ending(key: str, like: str) -> str:
+    """The end of `key` with as many words as `like` has, each with the dot before it."""
     words = key.rsplit(".", like.count("."))
     return key[len(words[0]) :]
 
 
-def _like(one: str, two: str) -> float:
-    return SequenceMatcher(None, one, two).ratio()
+def _similarity(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second).ratio()
 
 
-def made_for(read: Read, tensors: Mapping[str, Tensor], header: Mapping[str, str], error: UnknownKeyError) -> str:
-    """A half-sentence on the known bases whose layers the modules without unknown keys fit; empty where none does."""
-    left = dict(tensors)
-    for _ in range(_AT_MOST):
-        left = {
-            key: value for key, value in left.items() if key != error.key and not key.startswith(f"{error.module}.")
-        }
+def describe_fitting_bases(
+    read: Read, tensors: Mapping[str, Tensor], header: Mapping[str, str], error: UnknownKeyError
+) -> str:
+    """Half-sentence on the known bases that the modules without unknown keys fit; empty if they fit none."""
+    remaining = dict(tensors)
+    for _ in range(_MAX_DROPPED):
+        module = f"{error.module}."
+        remaining = {key: value for key, value in remaining.items() if key != error.key and not key.startswith(module)}
         try:
-            found = fitting(read(left, header, None).deltas) if left else []
+            bases = fitting_bases(read(remaining, header, None).deltas) if remaining else []
         except UnknownKeyError as another:
             error = another
         except ValueError:
             break
         else:
-            return f", and its other modules are those of {', '.join(found)}" if found else ""
+            return f", and its other modules are those of {', '.join(bases)}" if bases else ""
     return ""
 
 
-def misspelt(paths: Sequence[str]) -> str:
-    """A sentence on modules with names that no base known here has, where most have names that some base has."""
-    strange = [path for path in paths if not _WORDS.issuperset(_words(path))]
-    if not strange or 2 * len(strange) > len(paths):
+def describe_unknown_modules(paths: Sequence[str]) -> str:
+    """Sentence on modules with names that no known base has, if most modules have known names; else empty."""
+    unknown = [path for path in paths if not _WORDS.issuperset(_words(path))]
+    if not unknown or 2 * len(unknown) > len(paths):
         return ""
-    word = next(word for word in _words(strange[0]) if word not in _WORDS)
-    return (
-        f"{len(strange)} of its modules are in no base known here, such as {strange[0]}; {did_you_mean(word, _WORDS)}"
-    )
+    word = next(word for word in _words(unknown[0]) if word not in _WORDS)
+    return f"no known base has {len(unknown)} of its modules, such as {unknown[0]}; {did_you_mean(word, _WORDS)}"
 
 
 def _words(path: str) -> list[str]:
     return [word for word in path.split(".")[1:] if not word.isdecimal()]
 
 
-def is_for_a_transformer(keys: Iterable[str]) -> bool:
-    """Whether a file is for a base whose denoiser is a transformer, and no known family has a network of that name."""
+def is_for_transformer(keys: Iterable[str]) -> bool:
+    """Whether the keys are for a base with a transformer as denoiser, and not for a network of a known family."""
     known = tuple(f"{name}." for name in part_names())
     return any(_TRANSFORMERS.match(key) and not key.startswith(known) for key in keys)

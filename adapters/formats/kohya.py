@@ -1,6 +1,6 @@
-"""kohya's own files: the names of `lycoris`, with the header that sd-scripts writes and webui reads.
+"""kohya's own files: the key names of `lycoris`, with the header that sd-scripts writes and webui reads.
 
-A word alone becomes the file of vectors that sd-scripts writes; see `embedding`.
+A single word without weights is written in the form of sd-scripts; see `embedding`.
 """
 
 from torch import Tensor
@@ -8,17 +8,17 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats import embedding, lycoris
-from diffgraft.adapters.formats.families import with_known_family
-from diffgraft.adapters.formats.training_written import write_training
+from diffgraft.adapters.formats.families import with_inferred_family
+from diffgraft.adapters.formats.kohya_header import kohya_header
 
 
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header. Raises ValueError where a module holds something that has no name here."""
+    """Return tensors and header. Raises ValueError for contents that such files cannot hold."""
     if not adapter.deltas:
         return embedding.write_nameless(adapter)
-    adapter = with_known_family(adapter)
+    adapter = with_inferred_family(adapter)
     tensors, header = lycoris.write(adapter)
-    return tensors, {**header, **write_training(adapter, tensors)}
+    return tensors, {**header, **kohya_header(adapter, tensors)}
 
 
 DIALECT = Dialect(

@@ -1,9 +1,9 @@
-"""Modules of files that name a module and a leaf, as LyCORIS, kohya's, ComfyUI and OneTrainer do: leaves → deltas.
+"""Modules of files with one name and several leaves per module, as LyCORIS, kohya, ComfyUI and OneTrainer write them.
 
-How a module is written, with dots or underscores, in diffusers' names or in the original layout's, is up to a dialect;
-what its leaves mean is the same in all of them and stands here. One layer may stand in a file under several names: a
-merge of two files that goes by the names of keys leaves it so. What such a file means is the sum. Where both hold the
-very same numbers it is one copy under a second name, for programs that know only that one, and counts once.
+How a module is named, with dots or underscores, in diffusers' names or those of the original layout, depends on the
+dialect; the meaning of its leaves is the same in all of them, and is defined here. A file can hold a layer under
+several names, as tools that merge files by key names leave it; the deltas are then summed. If two names hold exactly
+the same values, they are one delta, stored twice for programs that know only one of the names, and count once.
 Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``utils``; ComfyUI, ``comfy/lora.py``; OneTrainer, ``LoRAModule.py``.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.dora import LEAF
-from diffgraft.adapters.formats.families import read_names
-from diffgraft.adapters.formats.header import number
+from diffgraft.adapters.formats.families import to_diffusers_names
+from diffgraft.adapters.formats.header import finite_number
 from diffgraft.adapters.ops.effect import LARGEST
-from diffgraft.adapters.projections import laid_out
+from diffgraft.adapters.projections import match_axes
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.ldm_keys import LDM_PREFIXES
 
@@ -34,13 +34,14 @@ KINDS = {
     "boft": ("oft_blocks", "rescale"),
     "oft-inputs": ("oft_R", "scaled_oft"),
 }
-"""Kind of delta → its leaves. Those of LoRA and GLoRA stand for layers and end in ``.weight``; the others are bare."""
+"""Kind of delta → its leaves. Keys of the leaves of LoRA and GLoRA end in ``.weight``, as those leaves are layers"""
 LAYERS = {*KINDS["lora"], *KINDS["glora"], "oft_R"} - {LEAF}
-_BESIDE = ("lora", "loha", "lokr")
-"""Kinds beside which a module may also have a difference of its bias, or a sparse rest of its weight."""
+_WITH_EXTRAS = ("lora", "loha", "lokr")
+"""Kinds beside which a module may also have a difference of its bias, or a sparse remainder of its weight"""
 _SPARSE = ("bias_indices", "bias_values", "bias_size")
-"""What a low-rank matrix leaves over, as LyCORIS' ``extract`` keeps it with ``use_sparse_bias``: indices [2, n], values
-[n] and the shape of the matrix [out, in · kernel]. Its name is bias there; it is a part of the weight."""
+"""Leaves of the sparse remainder of a low-rank matrix, which LyCORIS' ``extract`` writes with ``use_sparse_bias``:
+indices [2, n], values [n] and the shape of the matrix [out, in · kernel]. Despite the names, it belongs to the weight
+"""
 OTHER_NAMES = {
     "w_norm": "diff",
     "b_norm": "diff_b",
@@ -50,14 +51,13 @@ OTHER_NAMES = {
     "lora_magnitude_vector": LEAF,
     "oft_R.scaled_oft": "scaled_oft",
 }
-"""What leaves are called as well → what they are called here: differences of normalisations, peft's and ai-toolkit's
-names."""
+"""Other names of leaves → their names here: differences of normalisations, and the names of peft and ai-toolkit"""
 LEAVES = {"alpha", *_SPARSE, *(leaf for leaves in KINDS.values() for leaf in leaves)}
 ENDINGS = [f".{leaf}.weight" if leaf in LAYERS else f".{leaf}" for leaf in sorted(LEAVES)]
 
 
 def leaf_of(ending: str) -> str | None:
-    """The leaf that the end of a key, behind the module's name, stands for; None where it is no leaf."""
+    """The leaf that the end of a key, behind the module's name, stands for; None if there is no such leaf."""
     leaf = ending.removesuffix(".weight")
     leaf = OTHER_NAMES.get(leaf, leaf)
     return leaf if leaf in LEAVES else None
@@ -65,95 +65,97 @@ def leaf_of(ending: str) -> str | None:
 
 @dataclass
 class Module:
-    """One module as it stands in a file."""
+    """A module of a file, with its leaves."""
 
     part: str
     """`unet`, `text_encoder` or `text_encoder_2`"""
     inside: str
-    """Its path inside the part, with dots, in diffusers' names or in the original layout's"""
+    """Path inside the part, with dots, in diffusers' names or in those of the original layout"""
     leaves: dict[str, Tensor] = field(default_factory=dict)
-    stilled: bool = False
-    """Whether its rotations are bound by 0, which kohya's OFT has where LyCORIS' has no bound"""
+    has_zero_bound: bool = False
+    """Whether its rotations are bounded by 0, so that it does nothing: so in kohya's OFT; in LyCORIS', 0 is no bound"""
 
-    def put(self, key: str, leaf: str, value: Tensor) -> None:
-        """Take `value` as the leaf. Raises ValueError where there is one already, under another name."""
+    def add_leaf(self, key: str, leaf: str, value: Tensor) -> None:
+        """Store `value` as the leaf. Raises ValueError if the module already has it, from a key with another name."""
         if leaf in self.leaves:
-            raise ValueError(f"its key {key} is the second {leaf} of {self.part}.{self.inside}")
+            raise ValueError(f"the key {key} repeats the leaf {leaf} of {self.part}.{self.inside}")
         self.leaves[leaf] = value
 
 
 @dataclass(frozen=True)
-class Read:
-    """The modules of a file as an adapter has them."""
+class ModuleDeltas:
+    """Deltas of all modules of a file."""
 
     deltas: dict[str, tuple[Delta, ...]]
+    """Module path, as in `Adapter.deltas` → its deltas"""
     layers: int | None
-    """Layers in a block of the UNet, where names of the original layout are counted by it; None where there are none"""
+    """Layers per block of the UNet by which names of the original layout count; None if there are no such names"""
 
 
-def read_modules(modules: Mapping[str, Module], layers: int | None) -> Read:
-    """Deltas by the path that adapters have, of modules by the names that the file has.
+def read_modules(modules: Mapping[str, Module], layers: int | None) -> ModuleDeltas:
+    """Build the deltas of the modules of a file.
 
     Args:
         modules: name in the file → module.
-        layers: layers in a block of the UNet that the file is for, where that is known.
+        layers: layers per block of the base's UNet, if known.
 
     Raises:
         ValueError: leaves do not fit together, or names fit no UNet, or several.
     """
     built = {name: tuple(_deltas(module)) for name, module in modules.items()}
-    theirs = {
+    original_names = {
         module.inside: built[name]
         for name, module in modules.items()
         if module.part == "unet" and module.inside.startswith(LDM_PREFIXES)
     }
-    names, layers = read_names(theirs, layers) if theirs else ({}, None)
+    names, layers = to_diffusers_names(original_names, layers) if original_names else ({}, None)
     copies: dict[str, list[tuple[Delta, ...]]] = {}
     for name, module in modules.items():
         inside = names.get(module.inside, module.inside) if module.part == "unet" else module.inside
         earlier = copies.setdefault(f"{module.part}.{inside.removeprefix('text_model.')}", [])
-        if not any(_same(built[name], other) for other in earlier):
+        if not any(_are_equal(built[name], other) for other in earlier):
             earlier.append(built[name])
-    return Read({path: _together(path, different) for path, different in copies.items()}, layers)
+    return ModuleDeltas({path: _combined(path, different) for path, different in copies.items()}, layers)
 
 
-def _together(path: str, copies: Sequence[tuple[Delta, ...]]) -> tuple[Delta, ...]:
-    """The deltas of a module under as many names as there are `copies`, no two of which are the same."""
-    together = tuple(delta for own in copies for delta in own)
-    strange = next((delta for delta in together if not isinstance(delta, LinearDelta)), None)
-    if len(copies) > 1 and strange is not None:
-        what = "DoRA" if LEAF in strange.leaves else strange.kind
+def _combined(path: str, copies: Sequence[tuple[Delta, ...]]) -> tuple[Delta, ...]:
+    """The deltas of a module that the file holds under several names, with different values under each."""
+    combined = tuple(delta for deltas in copies for delta in deltas)
+    nonlinear = next((delta for delta in combined if not isinstance(delta, LinearDelta)), None)
+    if len(copies) > 1 and nonlinear is not None:
+        kind = "DoRA" if LEAF in nonlinear.leaves else nonlinear.kind
         raise ValueError(
-            f"{path} stands in it {len(copies)} times, under different names, and one of them is {what}: what tools "
-            "make of all together differs, so leave all but one of them out"
+            f"it holds {path} {len(copies)} times, under different names, and one of them is {kind}: tools differ in "
+            "how they combine these, so remove all but one of them"
         )
-    return together
+    return combined
 
 
-def _same(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
-    """Whether they hold the same numbers, in whatever precision, for a linear layer or for a 1 × 1 convolution."""
-    return len(one) == len(two) and all(
+def _are_equal(first: tuple[Delta, ...], second: tuple[Delta, ...]) -> bool:
+    """Whether deltas hold the same values, in any dtype, for a linear layer or for a 1 × 1 convolution."""
+    return len(first) == len(second) and all(
         a.kind == b.kind
         and a.alpha == b.alpha
         and set(a.leaves) == set(b.leaves)
-        and all(torch.equal(leaf.float(), theirs[name].float()) for name, leaf in laid_out(a.leaves, (1, 1)).items())
-        for a, b in zip(one, two, strict=True)
-        for theirs in [laid_out(b.leaves, (1, 1))]
+        and all(torch.equal(leaf.float(), other[name].float()) for name, leaf in match_axes(a.leaves, (1, 1)).items())
+        for a, b in zip(first, second, strict=True)
+        for other in [match_axes(b.leaves, (1, 1))]
     )
 
 
 def _deltas(module: Module) -> Iterator[Delta]:
-    """The deltas of one module: one, or also what stands beside it."""
+    """Yield the deltas of one module: that of its kind, and those of a bias or a sparse remainder beside it."""
     path, leaves = f"{module.part}.{module.inside}", dict(module.leaves)
     alpha = leaves.pop("alpha", None)
-    if module.stilled:
+    if module.has_zero_bound:
         leaves = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     sparse = {name: leaves.pop(name) for name in _SPARSE if name in leaves}
     bias = leaves.pop("diff_b") if "diff_b" in leaves and "diff" not in leaves else None
     kind = next((kind for kind, names in KINDS.items() if leaves and set(leaves) <= set(names)), None)
-    if (kind is None and (leaves or bias is None)) or (bias is not None and kind not in (None, *_BESIDE)):
-        raise ValueError(f"{path} has the leaves {', '.join(sorted(module.leaves)) or 'alpha alone'}: of no one method")
-    if kind in ("loha", "lokr"):  # OneTrainer's, of 1 × 1 convolutions, have the axes of a kernel
+    if (kind is None and (leaves or bias is None)) or (bias is not None and kind not in (None, *_WITH_EXTRAS)):
+        names = ", ".join(sorted(module.leaves)) or "only an alpha"
+        raise ValueError(f"{path} has the leaves {names}, which are not those of one method")
+    if kind in ("loha", "lokr"):  # OneTrainer's factors of 1 × 1 convolutions have kernel axes
         matrices = {name for name in leaves if "_w" in name and name != "lokr_w2"}
         leaves = {
             name: leaf[:, :, 0, 0] if name in matrices and leaf.ndim == 4 and leaf.shape[2:] == (1, 1) else leaf
@@ -165,40 +167,40 @@ def _deltas(module: Module) -> Iterator[Delta]:
         if kind is not None:
             yield (first := read_delta(kind, leaves, _alpha(kind, leaves, alpha)))
             if sparse:
-                yield read_delta("full", {"diff": _rest(first, sparse)}, None)
+                yield read_delta("full", {"diff": _sparse_remainder(first, sparse)}, None)
         elif sparse:
-            raise ValueError(f"it has {', '.join(sparse)} without a low-rank matrix")
+            raise ValueError(f"it has {', '.join(sparse)} without a low-rank matrix beside it")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the factors of {path} do not fit together: {error}") from error
 
 
 def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> float | None:
-    """Alpha, where it says something: of a LoKr of whole factors, which has no scale, some tools' is beyond float16."""
+    """Value of an alpha; None if it is missing, or infinite in a LoKr of unsplit factors, which has no scale."""
     if alpha is None:
         return None
     if alpha.numel() != 1:
-        raise ValueError(f"alpha is {list(alpha.shape)}; one number was expected")
+        raise ValueError(f"alpha has shape {list(alpha.shape)}; expected a single number")
     value = alpha.float().item()
     if kind == "lokr" and {"lokr_w1", "lokr_w2"} <= set(leaves) and not math.isfinite(value):
         return None
-    return number(value)
+    return finite_number(value)
 
 
-def _rest(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
-    """A sparse rest as a whole matrix, in the shape of the weight and with the scale of the low-rank one."""
+def _sparse_remainder(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
+    """A sparse remainder as a dense matrix, in the shape of the weight and with the scale of the low-rank matrix."""
     if set(sparse) != set(_SPARSE) or not delta.is_lora or not isinstance(delta, LinearDelta):
-        raise ValueError(f"{', '.join(sparse)} are no sparse rest of a LoRA")
+        raise ValueError(f"{', '.join(sparse)} are not a complete sparse remainder of a LoRA")
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]
     mid = delta.leaves.get("lora_mid", down)
     shape = (up.shape[0], down.shape[1], *mid.shape[2:])
     size = tuple(sparse["bias_size"].flatten().long().tolist())
     if math.prod(shape) > LARGEST:
-        raise ValueError(f"its sparse rest is for a matrix of {list(shape)}, larger than the layers of any base known")
+        raise ValueError(f"its sparse remainder has shape {list(shape)}, larger than the layers of any known base")
     indices, values = sparse["bias_indices"].long(), sparse["bias_values"]
     if math.prod(size) != math.prod(shape) or indices.ndim != 2 or indices.shape != (len(size), values.numel()):
-        raise ValueError(f"its sparse rest is for a matrix of {list(size)}, and the layer is {list(shape)}")
+        raise ValueError(f"its sparse remainder has shape {list(size)}, but the layer has {list(shape)}")
     if indices.numel() and (int(indices.min()) < 0 or (indices.amax(1) >= torch.tensor(size)).any()):
-        raise ValueError("its sparse rest has indices outside the matrix")
-    whole = torch.zeros(size).index_put(tuple(indices), values.float().flatten(), accumulate=True)
+        raise ValueError("its sparse remainder has indices outside the matrix")
+    dense = torch.zeros(size).index_put(tuple(indices), values.float().flatten(), accumulate=True)
     rank = down.shape[0]
-    return (float(delta.alpha if delta.alpha is not None else rank) / rank) * whole.view(shape)
+    return (float(delta.alpha if delta.alpha is not None else rank) / rank) * dense.view(shape)

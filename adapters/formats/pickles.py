@@ -1,8 +1,8 @@
-"""Pickles of PyTorch's, looked through before they are opened: a small file must not take much memory.
+"""Safe loading of PyTorch pickles, which are checked before they are opened, so that small files take little memory.
 
-``weights_only=True`` runs no code, but it does make what a pickle asks for: gigabytes of zeros by a number of a few
-bytes, or what stands in another table of contents than the one that was checked. So the instructions are read first,
-and only what files of weights consist of is let through.
+``weights_only=True`` runs no code, but it creates whatever a pickle asks for: gigabytes of zeros from a number of a few
+bytes, or contents of another table of contents than the one that was checked. So the instructions are read first, and
+only those that files of weights consist of are accepted.
 """
 
 import io
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-_DICTIONARY = "torch.nn.modules.container ParameterDict"
-"""The one class that is known, in which the first words of textual inversion lie"""
+_PARAMETER_DICT = "torch.nn.modules.container ParameterDict"
+"""The only accepted class, in which the first textual inversion files store their words"""
 _STORAGES = frozenset(
     f"torch {name}Storage"
     for name in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
@@ -32,99 +32,104 @@ _KNOWN = _STORAGES | {
     "torch float8_e4m3fn",
     "torch float8_e5m2",
     "__builtin__ set",
-    _DICTIONARY,
+    _PARAMETER_DICT,
 }
-"""What files of weights name"""
+"""Names of functions and classes that occur in files of weights"""
 _LARGE = 2**25
-"""What numbers beyond the file's length may come to in all: counts of steps, and no sizes"""
-_MOST_PICKLES = 5
-"""What a file of the older format begins with: a sign, a version, sizes of types, what is held, and the storages"""
-_SIGN = 0x1950A86A20F9469CFC6C
+"""Maximum sum of numbers larger than the file's length; such numbers are counts of steps, not sizes"""
+_MAX_PICKLES = 5
+"""Pickles at the start of a file in the older format: magic number, version, sizes of types, contents, storage keys"""
+_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
 
 class ParameterDict:
-    """What stands in for PyTorch's ``ParameterDict``: its pickled attributes, without any method of the real class."""
+    """Stand-in for PyTorch's ``ParameterDict``: its pickled attributes, without any method of the real class."""
 
 
-class StrangePickleError(ValueError):
-    """It names something that no file of weights consists of."""
+class UnsafePickleError(ValueError):
+    """A pickle names a function or class, or uses an instruction, that files of weights do not contain."""
 
 
 def load(path: Path) -> Any:
-    """What a file of PyTorch's holds.
+    """Load a file written by `torch.save`, with tensors on the CPU.
 
     Raises:
-        StrangePickleError: it names functions or classes that may be code.
-        Exception: it is damaged, or claims to hold more than it is long; of many kinds.
+        UnsafePickleError: the pickle names functions or classes that may be code.
+        Exception: of many types: the file is damaged, or claims to hold more than its length.
     """
     content = path.read_bytes()
     if content[:4] == b"PK\x03\x04":
-        return _loaded(_packed_again(content))
+        return _torch_load(_repack(content))
     stream = io.BytesIO(content)
-    for number in range(_MOST_PICKLES):
+    for number in range(_MAX_PICKLES):
         if len(content) - stream.tell() < 2 or content[stream.tell()] != 0x80:
-            break  # the storages begin; where there is no sign the first is all there is
-        _check(stream, len(content), is_sign=number == 0)
-    return _loaded(content)
+            break  # the storages begin here; a file without a magic number has only one pickle
+        _check(stream, len(content), may_be_magic=number == 0)
+    return _torch_load(content)
 
 
-def _loaded(content: bytes) -> Any:
-    with torch.serialization.safe_globals([(ParameterDict, _DICTIONARY.replace(" ", "."))]):
+def _torch_load(content: bytes) -> Any:
+    with torch.serialization.safe_globals([(ParameterDict, _PARAMETER_DICT.replace(" ", "."))]):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
-def _packed_again(content: bytes) -> bytes:
-    """The same archive with what its one table of contents lists, and nothing else.
+def _repack(content: bytes) -> bytes:
+    """Rewrite a zip archive with only the entries that its table of contents lists.
 
-    PyTorch reads archives by itself: of a file with two tables it could take the one that was not looked at.
+    PyTorch has its own zip reader, which could use another table of contents than the one that was checked here.
     """
-    again = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(again, "w", zipfile.ZIP_STORED) as clean:
+    repacked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(repacked, "w", zipfile.ZIP_STORED) as clean:
         entries = archive.infolist()
         names = [item.filename for item in entries]
         if any(item.compress_type != zipfile.ZIP_STORED for item in entries):
-            raise ValueError("it is compressed, which files of PyTorch are not")
+            raise ValueError("it is compressed, unlike files written by PyTorch")
         if sum(item.file_size for item in entries) > len(content) or len(set(names)) < len(names):
-            raise ValueError("it claims to hold more than it is long")
+            raise ValueError("it claims to hold more than its length")
         pickles = [item for item in entries if item.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or sum(name.endswith(".pkl") for name in names) != 1:
-            raise ValueError("it has no data.pkl of its own")
+            raise ValueError("it does not have exactly one data.pkl")
         for item in entries:
-            held = archive.read(item)
+            entry = archive.read(item)
             if item is pickles[0]:
-                _check(io.BytesIO(held), len(content))
-            clean.writestr(zipfile.ZipInfo(item.filename), held)
-    return again.getvalue()
+                _check(io.BytesIO(entry), len(content))
+            clean.writestr(zipfile.ZipInfo(item.filename), entry)
+    return repacked.getvalue()
 
 
-def _check(stream: io.BytesIO, size: int, *, is_sign: bool = False) -> None:
-    """Read the instructions of one pickle in a file of `size` bytes, and leave the stream behind it."""
+def _check(stream: io.BytesIO, size: int, *, may_be_magic: bool = False) -> None:
+    """Check the instructions of one pickle in a file of `size` bytes, and leave the stream behind it.
+
+    Raises:
+        UnsafePickleError: the pickle names something that files of weights do not contain.
+        ValueError: its numbers are too large for the file.
+    """
     large, names = 0, set[str]()
     texts: list[str] = []
     for instruction, argument, _ in pickletools.genops(stream):
         name = instruction.name
         if name in ("GLOBAL", "INST"):
-            names.add(_checked(str(argument)))
+            names.add(_check_name(str(argument)))
         elif name == "STACK_GLOBAL":
-            names.add(_checked(" ".join(texts[-2:])))
-        elif name == "NEWOBJ" and _DICTIONARY in names:
+            names.add(_check_name(" ".join(texts[-2:])))
+        elif name == "NEWOBJ" and _PARAMETER_DICT in names:
             continue
         elif name in ("NEWOBJ", "NEWOBJ_EX", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID"):
-            raise StrangePickleError(f"it has the instruction {name}")
+            raise UnsafePickleError(f"it has the instruction {name}")
         elif isinstance(argument, str):
             texts.append(argument)
         elif isinstance(argument, int) and not name.endswith(("PUT", "GET")) and name not in ("FRAME", "PROTO"):
-            if is_sign and argument == _SIGN:
+            if may_be_magic and argument == _MAGIC_NUMBER:
                 continue
             large += abs(argument) if abs(argument) > size else 0
             if large > _LARGE:
-                raise ValueError("it claims to hold more than it is long")
+                raise ValueError("it claims to hold more than its length")
 
 
-def _checked(name: str) -> str:
-    """`name` again. Raises ValueError where it is none of `_KNOWN`."""
+def _check_name(name: str) -> str:
+    """Return `name` if it is in `_KNOWN`. Raises ValueError if it is another one of torch's, else UnsafePickleError."""
     if name not in _KNOWN and name.startswith("torch"):
-        raise ValueError(f"{name.replace(' ', '.')[:60]} is no plain tensor")
+        raise ValueError(f"{name.replace(' ', '.')[:60]} is not a plain tensor")
     if name not in _KNOWN:
-        raise StrangePickleError(f"it names {name.replace(' ', '.')[:60]}")
+        raise UnsafePickleError(f"it names {name.replace(' ', '.')[:60]}")
     return name

@@ -1,8 +1,8 @@
-"""What lies in a file: tensors by name and a header of strings, whether it is safetensors or a pickle of PyTorch's.
+"""Reading of files: tensors by name and a header of strings, from safetensors or from pickles written by PyTorch.
 
-A pickle is never trusted: it is opened with ``weights_only=True``, which builds tensors and plain containers and calls
-nothing else, and what it claims to hold may not be more than the file is long. Its nested containers become names with
-dots, and its numbers and texts entries of the header, as JSON.
+A pickle is never trusted: it is opened with ``weights_only=True``, which builds only tensors and plain containers, and
+its contents must not be larger than the file. Nested containers are flattened to names with dots; numbers and texts
+become entries of the header, as JSON.
 """
 
 import json
@@ -18,127 +18,127 @@ from torch import Tensor
 from diffgraft.adapters.formats import float8, pickles
 from diffgraft.errors import DiffgraftError, one_line
 
-STEM = "file_stem"
-"""Header entry with the file's name without its ending; some tools take it for the word that the file teaches."""
-_DEEPEST = 8
-_MOST_AXES = 6
-"""Convolutions have four, in video models five"""
-_NUMBER = ".alpha"
-"""End of the keys whose tensors are single numbers, which some tools pickle as plain numbers"""
-_ADVICE = "It may have been cut off or be of another kind; download or export it again."
+FILE_STEM = "file_stem"
+"""Header key of the file's name without its extension, which for some tools is the word that the file holds"""
+_MAX_DEPTH = 8
+_MAX_AXES = 6
+"""Maximum number of axes of a tensor; convolutions have four, in video models five"""
+_NUMBER_ENDING = ".alpha"
+"""Ending of keys with single numbers as tensors, which some tools pickle as plain numbers"""
+_ADVICE = "The file may be incomplete or of another kind; download or export it again."
 
 
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which are copies, and header of the file at `path`.
+    """Read the tensors (as copies) and the header of the file at `path`.
 
     Raises:
-        DiffgraftError: it is missing, damaged, of neither kind, or holds what no file of weights should.
+        DiffgraftError: the file is missing, damaged, of another kind, or holds something other than weights.
     """
     if not path.is_file():
-        there = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
-        raise DiffgraftError(f"No adapter was loaded: {there}.")
+        reason = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
+        raise DiffgraftError(f"No adapter was loaded: {reason}.")
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix != ".safetensors" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
-        tensors, header = _pickled(path)
+        tensors, header = _read_pickle(path)
     else:
-        tensors, header = _safetensors(path)
+        tensors, header = _read_safetensors(path)
     for key, value in tensors.items():
-        is_number = value.numel() == 1 or key.endswith(
-            ("_indices", "_size")
-        )  # such as an alpha, or places in a sparse remainder
+        # single numbers are alphas, the others belong to sparse remainders
+        is_number = value.numel() == 1 or key.endswith(("_indices", "_size"))
         is_number &= value.dtype is not torch.bool
         if value.is_complex() or not (value.is_floating_point() or is_number):
             raise DiffgraftError(
-                f"{path} holds {one_line(key, 100)} as {str(value.dtype).removeprefix('torch.')}; adapters are made of "
-                "floating-point numbers. It is of another kind, or was damaged: download or export it again."
+                f"{path} holds {one_line(key, 100)} as {str(value.dtype).removeprefix('torch.')}; adapters consist of "
+                f"floating-point numbers. {_ADVICE}"
             )
-        if value.ndim > _MOST_AXES:
+        if value.ndim > _MAX_AXES:
             raise DiffgraftError(
-                f"{path} holds {one_line(key, 100)} with {value.ndim} axes; at most {_MOST_AXES}. {_ADVICE}"
+                f"{path} holds {one_line(key, 100)} with {value.ndim} axes; at most {_MAX_AXES} are allowed. {_ADVICE}"
             )
-    # PyTorch computes with no numbers of eight bits; float32 holds all of them
-    wide = {key: value.float() if _is_fp8(value) else value for key, value in tensors.items()}
-    return wide, {STEM: path.stem, **header}
+    # PyTorch cannot compute with float8; float32 represents all its values
+    wide = {key: value.float() if _is_float8(value) else value for key, value in tensors.items()}
+    return wide, {FILE_STEM: path.stem, **header}
 
 
-def _is_fp8(value: Tensor) -> bool:
+def _is_float8(value: Tensor) -> bool:
     return value.is_floating_point() and value.itemsize == 1
 
 
-def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118  (not a mapping)
-                if len(file.get_slice(key).get_shape()) > _MOST_AXES:
-                    raise ValueError(f"{one_line(key, 100)} has more than {_MOST_AXES} axes")
-            # copies: what safetensors hands out is a view of the file, and changes with it
-            held = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
-            return float8.widened(held), header
+                if len(file.get_slice(key).get_shape()) > _MAX_AXES:
+                    raise ValueError(f"{one_line(key, 100)} has more than {_MAX_AXES} axes")
+            # copies, as safetensors returns views of the file, which change with it
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (not a mapping)
+            return float8.upcast(tensors), header
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise DiffgraftError(f"{path} is not a readable .safetensors file ({one_line(error)}). {_ADVICE}") from error
 
 
-def _pickled(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     try:
-        held = pickles.load(path)
+        contents = pickles.load(path)
         tensors: dict[str, Tensor] = {}
         header: dict[str, str] = {}
-        _lay_flat(held, "", tensors, header, _DEEPEST, [size])
-        return float8.widened(_copied(tensors, size)), header
-    except (pickles.StrangePickleError, pickle.UnpicklingError) as error:
-        if not isinstance(error, pickles.StrangePickleError) and "weights_only" not in str(error):
-            raise DiffgraftError(f"{path} was not opened as a file of PyTorch's. {_ADVICE}") from error
+        _flatten(contents, "", tensors, header, _MAX_DEPTH, [size])
+        return float8.upcast(_copy(tensors, size)), header
+    except (pickles.UnsafePickleError, pickle.UnpicklingError) as error:
+        if not isinstance(error, pickles.UnsafePickleError) and "weights_only" not in str(error):
+            raise DiffgraftError(f"{path} is not a readable file of PyTorch's. {_ADVICE}") from error
         raise DiffgraftError(
-            f"{path} holds more than tensors, numbers and texts, which may be code that runs on opening: it was not "
-            "opened. Get it as .safetensors, from someone you trust."
+            f"{path} holds more than tensors, numbers and texts, which may be code that runs on opening, so it was not "
+            "opened. Download it as .safetensors, from a source that you trust."
         ) from error
-    except Exception as error:  # a damaged pickle raises anything
-        raise DiffgraftError(f"{path} was not opened as a file of PyTorch's ({one_line(error)}). {_ADVICE}") from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise DiffgraftError(f"{path} is not a readable file of PyTorch's ({one_line(error)}). {_ADVICE}") from error
 
 
-def _copied(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
-    """Copies of tensors from a file of `size` bytes; where one stands there under several names, a single copy."""
+def _copy(tensors: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Copy tensors from a file of `size` bytes; a tensor with several names is copied once."""
     copies: dict[object, Tensor] = {}
-    found: dict[str, Tensor] = {}
-    left = size
+    result: dict[str, Tensor] = {}
+    remaining = size
     for key, value in tensors.items():
         place = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if place not in copies:
-            left -= value.numel() * value.element_size()
-            if left < 0:
-                raise ValueError("it claims to hold more than it is long")
+            remaining -= value.numel() * value.element_size()
+            if remaining < 0:
+                raise ValueError("it claims to hold more than its length")
             copies[place] = value.detach().clone()
-        found[key] = copies[place]
-    return found
+        result[key] = copies[place]
+    return result
 
 
-def _lay_flat(
-    held: Any, name: str, tensors: dict[str, Tensor], header: dict[str, str], deeper: int, room: list[int]
+def _flatten(
+    value: Any, name: str, tensors: dict[str, Tensor], header: dict[str, str], depth: int, budget: list[int]
 ) -> None:
-    """Put what `held` consists of into `tensors` and `header`, under names that begin with `name`.
+    """Add the tensors, numbers and texts inside `value` to `tensors` and `header`, under names that begin with `name`.
 
-    The one number in `room` is how many bytes may still come of it: a pickle can hold one list a billion times.
+    `depth` levels of nesting are allowed. The single number in `budget` is the number of bytes that may still be added,
+    as a pickle can contain the same list a billion times.
     """
-    room[0] -= len(held) if isinstance(held, str) else 1
-    if room[0] < 0:
-        raise ValueError("it claims to hold more than it is long")
-    if isinstance(held, pickles.ParameterDict):
-        held = vars(held).get("_parameters")
-    if isinstance(held, Tensor):
-        if held.layout != torch.strided or held.is_quantized or held.device.type != "cpu":
-            raise ValueError(f"{name or 'it'} is no plain tensor")
-        tensors[name] = held
-    elif isinstance(held, dict | list | tuple):
-        if deeper == 0:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
-        for key, value in held.items() if isinstance(held, dict) else enumerate(held):
-            _lay_flat(value, f"{name}.{key}" if name else str(key), tensors, header, deeper - 1, room)
-    elif name.endswith(_NUMBER) and isinstance(held, int | float) and not isinstance(held, bool):
-        tensors[name] = torch.tensor(float(held))
-    elif held is None or isinstance(held, str | int | float | bool):
-        header[name] = json.dumps(held)
+    budget[0] -= len(value) if isinstance(value, str) else 1
+    if budget[0] < 0:
+        raise ValueError("it claims to hold more than its length")
+    if isinstance(value, pickles.ParameterDict):
+        value = vars(value).get("_parameters")
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise ValueError(f"{name or 'it'} is not a plain tensor")
+        tensors[name] = value
+    elif isinstance(value, dict | list | tuple):
+        if depth == 0:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _flatten(inner, f"{name}.{key}" if name else str(key), tensors, header, depth - 1, budget)
+    elif name.endswith(_NUMBER_ENDING) and isinstance(value, int | float) and not isinstance(value, bool):
+        tensors[name] = torch.tensor(float(value))
+    elif value is None or isinstance(value, str | int | float | bool):
+        header[name] = json.dumps(value)
     else:
-        raise ValueError(f"{name or 'it'} is a {type(held).__name__}")
+        raise ValueError(f"{name or 'it'} is a {type(value).__name__}")

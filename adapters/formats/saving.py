@@ -1,4 +1,4 @@
-"""Saving adapter files: what a dialect writes is read again in memory, before anything stands on the disk."""
+"""Saving of adapter files: what a dialect writes is read again in memory before the file is stored on disk."""
 
 import re
 from pathlib import Path
@@ -12,77 +12,77 @@ from diffgraft.errors import DiffgraftError
 
 @writes_adapters
 def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
-    """Write `adapter` to `path` in `dialect`; `auto` is the most widely read one that can hold it.
+    """Write `adapter` to `path` in `dialect`; `auto` selects the most widely read dialect that can hold it.
 
     Raises:
-        DiffgraftError: there is no such dialect, it cannot hold the adapter, or its writer leaves something out;
-            nothing is written then.
+        DiffgraftError: there is no such dialect, or it cannot hold the adapter, or its writer drops something; no file
+            is written then.
     """
     if not (adapter.deltas or adapter.tokens or adapter.networks):
         raise DiffgraftError(f"There is nothing to write into {path}: the adapter changes no layer and holds no word.")
-    chosen, (tensors, header) = _written(adapter, dialect)
-    check_contents(adapter, tensors, header, chosen.name)
+    selected, (tensors, header) = _write(adapter, dialect)
+    check_contents(adapter, tensors, header, selected.name)
     try:
-        return chosen.store(path, tensors, header)
+        return selected.store(path, tensors, header)
     except ValueError as error:
-        raise _cannot(dialect, error) from error
+        raise _cannot_write(dialect, error) from error
 
 
 def save_words(adapter: Adapter, folder: Path) -> list[Path]:
-    """Write each word of an adapter into a file of its own, beside the weights that were trained with it.
+    """Write each learned word of an adapter into its own file in `folder`, beside the weights trained with it.
 
-    Of the programs that open adapter files with words in them, ComfyUI, Forge and InvokeAI take the weights alone.
+    ComfyUI, Forge and InvokeAI load only the weights from adapter files that also hold words.
 
     Returns:
-        ``adapter.<word>.safetensors`` for each, with what no file system takes left out of the word.
+        Paths ``adapter.<word>.safetensors``; characters that file names cannot contain are removed from the word.
     """
     return [
-        save_adapter(only_word(adapter, word), folder / f"adapter.{_plain(word)}.safetensors", "webui")
+        save_adapter(only_word(adapter, word), folder / f"adapter.{_safe_name(word)}.safetensors", "webui")
         for word in adapter.tokens
     ]
 
 
 def only_word(adapter: Adapter, word: str) -> Adapter:
-    """An adapter that teaches one of the words of `adapter`, and changes no weights."""
+    """An adapter that holds one of the words of `adapter`, and no weights."""
     metadata = {**adapter.metadata, "method": "textual-inversion", "trigger": word}
     return Adapter({}, metadata, tokens={word: adapter.tokens[word]})
 
 
-def _plain(word: str) -> str:
+def _safe_name(word: str) -> str:
     return re.sub(r"[^\w.-]+", "", word) or "word"
 
 
 def check_dialect(adapter: Adapter, dialect: str) -> None:
-    """Raise DiffgraftError where `dialect` cannot hold the adapter; nothing is written."""
-    chosen, contents = _written(adapter, dialect)
-    check_contents(adapter, *contents, chosen.name)
+    """Raise DiffgraftError if `dialect` cannot hold the adapter; nothing is written."""
+    selected, contents = _write(adapter, dialect)
+    check_contents(adapter, *contents, selected.name)
 
 
 def dialect_of(adapter: Adapter, dialect: str) -> str:
-    """Name of the dialect that `save_adapter` writes: `dialect` itself, or what ``auto`` stands for.
+    """Name of the dialect that `save_adapter` writes: `dialect` itself, or the one that ``auto`` selects.
 
     Raises:
-        DiffgraftError: it cannot hold the adapter.
+        DiffgraftError: no dialect can hold the adapter.
     """
-    return dialect if dialect != "auto" else _written(adapter, dialect)[0].name
+    return dialect if dialect != "auto" else _write(adapter, dialect)[0].name
 
 
-def _written(adapter: Adapter, name: str) -> tuple[Dialect, Contents]:
-    """The dialect that holds the adapter, with tensors and header."""
+def _write(adapter: Adapter, name: str) -> tuple[Dialect, Contents]:
+    """The dialect called `name` (or selected by ``auto``), with the tensors and the header that it writes."""
     last = ValueError("no format was tried")
-    for dialect in _preferred(adapter) if name == "auto" else [get_written_dialect(name)]:
+    for dialect in _in_auto_order(adapter) if name == "auto" else [get_written_dialect(name)]:
         assert dialect.write is not None
         try:
             if adapter.networks and not dialect.holds_networks:
-                raise ValueError(f"it holds a {adapter.networks[0].kind}, for which these files have no place")
+                raise ValueError(f"it holds a {adapter.networks[0].kind}, which such files cannot hold")
             return dialect, dialect.write(adapter)
         except ValueError as error:
             last = error
-    raise _cannot(name, last) from last
+    raise _cannot_write(name, last) from last
 
 
-def _preferred(adapter: Adapter) -> list[Dialect]:
-    """What ``auto`` tries, in order."""
+def _in_auto_order(adapter: Adapter) -> list[Dialect]:
+    """Dialects in the order in which ``auto`` tries them for `adapter`."""
     tried = {dialect: dialect.auto for dialect in dialects().values() if dialect.write and dialect.auto is not None}
 
     def place(dialect: Dialect) -> tuple[bool, int]:
@@ -92,5 +92,5 @@ def _preferred(adapter: Adapter) -> list[Dialect]:
     return sorted(tried, key=place)
 
 
-def _cannot(dialect: str, error: ValueError) -> DiffgraftError:
+def _cannot_write(dialect: str, error: ValueError) -> DiffgraftError:
     return DiffgraftError(f"The adapter cannot be written in the format {dialect!r}: {error}.")

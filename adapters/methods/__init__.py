@@ -1,1 +1,1 @@
-"""The methods, one module each: it holds a `METHOD`, or the `KINDS` or `NETWORKS` that are read from files."""
+"""The methods, one module each, which defines `METHOD`, or `KINDS` or `NETWORKS` that are only read from files."""

@@ -1,8 +1,8 @@
 """Full fine-tuning, as DreamBooth was published (Ruiz et al. 2022, arXiv:2208.12242): every weight of a part trains.
 
-What trains is a copy: the base's own tensors are laid aside and come back on detaching. What is kept is the difference,
-whole, or reduced to LoRA by a truncated singular value decomposition (Eckart and Young 1936), of a rank or of as many
-ranks as hold a share of each difference's energy.
+Training changes copies; the base's own tensors are set aside, and restored on detaching. The adapter is the difference,
+either complete, or reduced to a LoRA by a truncated singular value decomposition (Eckart and Young 1936) of a given
+rank, or of the rank that holds a given share of each difference's energy.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -15,22 +15,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
-from diffgraft.adapters.lowrank import RankBudget, nearest
+from diffgraft.adapters.lowrank import RankBudget, approximate
 from diffgraft.adapters.method import Attached, Method, Options, Spec, refuse, strip_text_model
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.layers import is_embedding, parts_of
 from diffgraft.errors import DiffgraftError
 
 NAMES = {"weight": "diff", "bias": "diff_b"}
-"""Name of a module's parameter → that of its difference in files (LyCORIS, ``lycoris/modules/full.py``)."""
+"""Name of a module's parameter → name of its difference in files (LyCORIS, ``lycoris/modules/full.py``)"""
 
 
 @dataclass(frozen=True, repr=False)
 class FullDelta(LinearDelta):
-    """The difference of a weight and, where there is one, of a bias."""
+    """Difference of a weight and, if the module has one, of a bias."""
 
     leaves: Mapping[str, Tensor]
-    """``diff`` in the shape of the weight, ``diff_b`` in that of the bias; either may be missing"""
+    """``diff`` in the shape of the weight, and ``diff_b`` in the shape of the bias; either may be missing"""
 
     kind = "full"
     alpha = None
@@ -56,34 +56,34 @@ class FullDelta(LinearDelta):
 
 
 class FullOptions(Options):
-    """How the difference is kept."""
+    """Options of full fine-tuning: how the difference is saved."""
 
     rank: int | None = Field(None, ge=1)
     """Reduce each layer's difference to a LoRA of this rank; changes of biases, norms and embeddings are dropped"""
     energy: float | None = Field(None, gt=0, lt=1)
-    """Reduce it to the least rank that holds this share of its squared norm"""
+    """Reduce each layer's difference to a LoRA of the least rank that holds this share of its squared norm"""
 
 
 class AttachedFull(Attached):
-    """Trainable copies in the places of a part's parameters."""
+    """Trainable copies in place of the parameters of whole parts of a base."""
 
     def __init__(self, target: Any, spec: Spec) -> None:
         super().__init__()
         self._options: FullOptions = spec.options
-        self._places: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
+        self._originals: dict[str, tuple[nn.Module, str, nn.Parameter]] = {}
         self._copies: dict[str, nn.Parameter] = {}
         parts = parts_of(target)
         if any(not value.is_floating_point() for part in spec.paths for value in parts[part].parameters()):
             raise DiffgraftError(
-                "The method 'full' trains the base's own weights, and here they are quantised: leave quantize at none, "
-                "or take another method."
+                "The method 'full' trains the base's own weights, but they are quantised: set quantize=none, or choose "
+                "another method."
             )
         for part in spec.paths:
             for path, module in parts[part].named_modules():
-                for name, kept in list(module.named_parameters(recurse=False)):
-                    full = ".".join(word for word in (part, path, name) if word)
-                    copy = nn.Parameter(kept.detach().float().clone())
-                    self._places[full], self._copies[full] = (module, name, kept), copy
+                for name, original in list(module.named_parameters(recurse=False)):
+                    full_name = ".".join(word for word in (part, path, name) if word)
+                    copy = nn.Parameter(original.detach().float().clone())
+                    self._originals[full_name], self._copies[full_name] = (module, name, original), copy
                     setattr(module, name, copy)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -94,9 +94,9 @@ class AttachedFull(Attached):
 
     def _deltas(self) -> dict[str, Delta]:
         differences: dict[str, dict[str, Tensor]] = {}
-        for full, (_, name, kept) in self._places.items():
-            path = full.rpartition(".")[0]
-            difference = self._copies[full].detach().float() - kept.detach().float()
+        for full_name, (_, name, original) in self._originals.items():
+            path = full_name.rpartition(".")[0]
+            difference = self._copies[full_name].detach().float() - original.detach().float()
             differences.setdefault(path, {})[NAMES[name]] = difference.cpu()
         options = self._options
         if options.rank is None and options.energy is None:
@@ -106,24 +106,24 @@ class AttachedFull(Attached):
             for path, leaves in differences.items()
             if leaves["diff"].ndim > 1 and not is_embedding(strip_text_model(path))  # no tool applies a LoRA to those
         }
-        size = RankBudget(options.rank, options.energy)
-        small = {path: nearest(diff.flatten(1), size).lora(tuple(diff.shape)) for path, diff in matrices.items()}
-        return {path: delta for path, delta in small.items() if delta is not None}
+        budget = RankBudget(options.rank, options.energy)
+        loras = {path: approximate(diff.flatten(1), budget).lora(tuple(diff.shape)) for path, diff in matrices.items()}
+        return {path: delta for path, delta in loras.items() if delta is not None}
 
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:
-        """Any deltas: what trains is the weight that they make."""
+        """Start from deltas of any kind, by applying them to the trained weights."""
         refuse(adapter, "networks", "tokens")
-        names = {(path, full.rpartition(".")[2]): full for full, path in self.paths().items()}
+        names = {(path, full_name.rpartition(".")[2]): full_name for full_name, path in self.paths().items()}
         for path, deltas in adapter.deltas.items():
             if (path, "weight") not in names:
-                raise ValueError(f"{path} does not train here")
+                raise ValueError(f"{path} is not trained here")
             weight = self._copies[names[path, "weight"]]
             bias = self._copies[names[path, "bias"]] if (path, "bias") in names else None
             for delta in deltas:
                 if not delta.fits(tuple(weight.shape)):
-                    here = " × ".join(map(str, weight.shape))
-                    raise ValueError(f"{path} is for a layer of another shape than {here}, which this base has")
+                    shape = " × ".join(map(str, weight.shape))
+                    raise ValueError(f"{path} does not fit this base's layer of shape {shape}")
                 new_weight, new_bias = delta.apply(weight, bias, 1.0)
                 weight.copy_(new_weight)
                 if bias is not None and new_bias is not None:
@@ -131,10 +131,10 @@ class AttachedFull(Attached):
         return set(adapter.deltas)
 
     def detach_modules(self, paths: Collection[str]) -> None:
-        for full in [full for full, path in self.paths().items() if path in paths]:
-            module, name, kept = self._places.pop(full)
-            setattr(module, name, kept)
-            del self._copies[full]
+        for full_name in [full_name for full_name, path in self.paths().items() if path in paths]:
+            module, name, original = self._originals.pop(full_name)
+            setattr(module, name, original)
+            del self._copies[full_name]
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -143,16 +143,16 @@ class AttachedFull(Attached):
             with super().disabled():
                 yield
         finally:
-            for full, (module, name, _) in self._places.items():
-                setattr(module, name, self._copies[full])
+            for full_name, (module, name, _) in self._originals.items():
+                setattr(module, name, self._copies[full_name])
 
     def detach(self) -> None:
-        for module, name, kept in self._places.values():
-            setattr(module, name, kept)
+        for module, name, original in self._originals.values():
+            setattr(module, name, original)
 
 
-def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
-    """A difference from its leaves."""
+def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (a difference has no alpha)
+    """Build the difference from its leaves. Raises ValueError for leaves of another kind."""
     if not leaves or not set(leaves) <= set(NAMES.values()):
         raise ValueError(f"{', '.join(sorted(leaves))} are not the leaves of a full difference")
     return FullDelta(dict(leaves))
@@ -165,9 +165,9 @@ METHOD = Method(
     options=FullOptions,
     layers="all",
     unsupported={
-        **dict.fromkeys(("rank", "alpha"), "every weight trains; to reduce what was learnt, set options.rank"),
+        **dict.fromkeys(("rank", "alpha"), "every weight trains; options.rank reduces the result to a LoRA"),
         "layers": "every weight trains",
-        "quantize": "every weight trains, and those in few bits cannot",
+        "quantize": "every weight trains, which quantised weights cannot",
     },
     read=read,
 )

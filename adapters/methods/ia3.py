@@ -1,6 +1,6 @@
-"""(IA)³: the inputs or the outputs of a layer, each scaled by a learnt factor (Liu et al. 2022, arXiv:2205.05638).
+"""(IA)³: the inputs or the outputs of a layer, each scaled by a learned factor (Liu et al. 2022, arXiv:2205.05638).
 
-Read, merged and converted; nothing here trains it.
+It is read, merged and converted, but not trained here.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from diffgraft.adapters.adapter import Delta
 
 @dataclass(frozen=True, repr=False)
 class Ia3Delta(Delta):
-    """W' = W · (1 + strength · w), along the inputs or the outputs; the bias stays, as in LyCORIS' merging."""
+    """W' = W · (1 + strength · w), along the inputs or the outputs; as in LyCORIS' merging, the bias is unchanged."""
 
     leaves: Mapping[str, Tensor]
-    """``weight`` [in or out] (of convolutions [1, in or out, 1, 1]), ``on_input`` 0 or 1"""
+    """``weight`` [in or out] (for convolutions [1, in or out, 1, 1]), and ``on_input`` 0 or 1"""
 
     kind = "ia3"
     alpha = None
 
     @property
     def on_input(self) -> bool:
-        """Whether inputs are scaled."""
+        """Whether the inputs are scaled, and not the outputs."""
         return bool(self.leaves["on_input"].item())
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
@@ -38,16 +38,16 @@ class Ia3Delta(Delta):
         return len(weight_shape) > 1 and self.leaves["weight"].numel() == weight_shape[axis]
 
 
-def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
-    """From its leaves; without ``on_input``, outputs are scaled."""
+def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  ((IA)³ has no alpha)
+    """Build (IA)³ from its leaves; without ``on_input``, outputs are scaled. Raises ValueError for invalid leaves."""
     if "weight" not in leaves or not set(leaves) <= {"weight", "on_input"}:
         raise ValueError(f"{', '.join(sorted(leaves))} are not the leaves of (IA)³")
     weight = leaves["weight"]
     if weight.ndim == 0 or max(weight.shape) != weight.numel():
-        raise ValueError(f"its weight is {list(weight.shape)}, which is no row of factors")
+        raise ValueError(f"its weight has shape {list(weight.shape)}; expected one factor per input or output")
     on_input = leaves.get("on_input", torch.tensor(0))
     if on_input.numel() != 1:
-        raise ValueError(f"its on_input is {list(on_input.shape)}; one number was expected")
+        raise ValueError(f"its on_input has shape {list(on_input.shape)}; expected a single number")
     return Ia3Delta({"weight": weight, "on_input": on_input})
 
 

@@ -1,7 +1,7 @@
 """LoCon: LoRA on the convolutions as well (LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.1).
 
-A k × k convolution down to the rank and a 1 × 1 up; or, in the Tucker variant, 1 × 1 down, a k × k kernel between r
-channels, and 1 × 1 up.
+A k × k convolution down to the rank is followed by a 1 × 1 convolution up; or, in the Tucker variant, a 1 × 1 down, a
+k × k core between r channels, and a 1 × 1 up.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from diffgraft.adapters.patch import AdapterLayer
 
 
 class LoconOptions(LoraOptions):
-    """What there is to set on LoCon."""
+    """Options of LoCon beside rank and alpha."""
 
     conv_rank: int | None = Field(None, ge=1)
-    """Rank of convolutions whose kernel is larger than 1 × 1; unset: as everywhere"""
+    """Rank of convolutions with kernels larger than 1 × 1; unset: the same rank as other layers"""
     conv_alpha: float | None = Field(None, gt=0)
-    """Alpha of those; unset: the same scale as everywhere"""
+    """Alpha of convolutions with kernels larger than 1 × 1; unset: the same scale as other layers"""
     tucker: bool = False
-    """A small k × k kernel between two 1 × 1 factors"""
+    """Tucker decomposition: a small k × k core between two 1 × 1 factors"""
 
 
 def attach(target: Any, spec: Spec) -> Attached:
@@ -43,7 +43,7 @@ def attach(target: Any, spec: Spec) -> Attached:
 
 METHOD = Method(
     name="locon",
-    summary="LoRA on convolutions too: textures and styles",
+    summary="LoRA on convolutions too: for textures and styles",
     attach=attach,
     options=LoconOptions,
     layers="all",

@@ -1,9 +1,9 @@
 """LoHa: the elementwise product of two low-rank matrices.
 
 W' = W + (alpha / r) · (w1_a · w1_b) ∘ (w2_a · w2_b), of rank up to r² (FedPara, Hyeon-Woo et al. 2021,
-arXiv:2108.06098, proposition 1; LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.2). For convolutions the input's
-channels and the kernel are one axis, or, in the Tucker variant (FedPara, proposition 3), each of the two products is a
-small k × k kernel between 1 × 1 factors.
+arXiv:2108.06098, proposition 1; LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.2). For convolutions the input
+channels and the kernel form one axis, or, in the Tucker variant (FedPara, proposition 3), each of the two products is a
+small k × k core between 1 × 1 factors.
 """
 
 import math
@@ -22,26 +22,26 @@ from diffgraft.adapters.factors import (
     Factors,
     Leaves,
     Shape,
+    add_product,
     attach_factors,
-    plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
 from diffgraft.adapters.patch import AdapterLayer, run_layer, weight_shape
 
 
 def khatri_rao(leaves: Leaves) -> tuple[Tensor, Tensor]:
-    """U [out, r²] and D [r², in · k · k] with U · D = (w1_a · w1_b) ∘ (w2_a · w2_b).
+    """Return U [out, r²] and D [r², in · k · k] with U · D = (w1_a · w1_b) ∘ (w2_a · w2_b).
 
-    U[o, (i, j)] = w1_a[o, i] · w2_a[o, j] and D[(i, j), n] = w1_b[i, n] · w2_b[j, n]: the product of sums is the sum
-    over all pairs of products. So LoHa of rank r is LoRA of rank r², with factors that cost next to nothing.
+    U[o, (i, j)] = w1_a[o, i] · w2_a[o, j] and D[(i, j), n] = w1_b[i, n] · w2_b[j, n]: a product of sums is the sum of
+    the products of all pairs. So LoHa of rank r is LoRA of rank r², with factors that are cheap to compute.
     """
     up = (leaves["hada_w1_a"].unsqueeze(2) * leaves["hada_w2_a"].unsqueeze(1)).flatten(1)
     down = (leaves["hada_w1_b"].unsqueeze(1) * leaves["hada_w2_b"].unsqueeze(0)).flatten(0, 1)
     return up, down
 
 
-def _without_core(leaves: Leaves) -> dict[str, Tensor]:
-    """A LoHa in Tucker's variant as a plain one: w_a [out, r], and the core t [r, r, …] contracted with w_b [r, in]."""
+def _contract_core(leaves: Leaves) -> dict[str, Tensor]:
+    """Convert a Tucker LoHa to a plain one, by contracting each core t [r, r, …] with its factor w_b [r, in]."""
     plain: dict[str, Tensor] = {}
     for side in (1, 2):
         core, out, inner = (leaves[f"hada_{name}"] for name in (f"t{side}", f"w{side}_a", f"w{side}_b"))
@@ -51,7 +51,7 @@ def _without_core(leaves: Leaves) -> dict[str, Tensor]:
 
 
 class HadamardProduct(Factors):
-    """The two products and their Hadamard product.
+    """ΔW as the Hadamard product of two low-rank products.
 
     Leaves: hada_w1_a, hada_w2_a [out, r] and hada_w1_b, hada_w2_b [r, in · k · k]; in the Tucker variant hada_t1,
     hada_t2 [r, r, k, k], with _a [r, out] and _b [r, in].
@@ -63,11 +63,11 @@ class HadamardProduct(Factors):
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
 
-    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """As LyCORIS does: w1_b of spread 1, w1_a of 0.1, w2_b of 1, t of 0.1, and w2_a zero."""
+    def init_leaves(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initialize as LyCORIS does: w1_b and w2_b with standard deviation 1, w1_a and t with 0.1, w2_a with zero."""
 
-        def normal(spread: float, *sides: int) -> Tensor:
-            return torch.randn(*sides, generator=generator) * spread
+        def normal(std: float, *sides: int) -> Tensor:
+            return torch.randn(*sides, generator=generator) * std
 
         out, width, kernel = shape[0], shape[1], shape[2:]
         if self._tucker and kernel != () and kernel != (1, 1):
@@ -99,20 +99,20 @@ class HadamardProduct(Factors):
         return self.weight_shape(leaves) or (leaves["hada_w1_a"].shape[0], leaves["hada_w1_b"].shape[1])
 
     def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
-        return khatri_rao(_without_core(leaves) if "hada_t1" in leaves else leaves)
+        return khatri_rao(_contract_core(leaves) if "hada_t1" in leaves else leaves)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
         if "hada_t1" in leaves:
-            one, two = (
+            first, second = (
                 torch.einsum("ij...,ip,jq->pq...", leaves[f"hada_t{n}"], leaves[f"hada_w{n}_a"], leaves[f"hada_w{n}_b"])
                 for n in (1, 2)
             )
-            return one * two
-        one, two = (leaves[f"hada_w{n}_a"] @ leaves[f"hada_w{n}_b"] for n in (1, 2))
-        return (one * two).view(shape)
+            return first * second
+        first, second = (leaves[f"hada_w{n}_a"] @ leaves[f"hada_w{n}_b"] for n in (1, 2))
+        return (first * second).view(shape)
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
-        """By the thin pair of Khatri–Rao factors where that is less to compute than the layer with a weight of ΔW."""
+        """Apply the thin Khatri–Rao factors if that is cheaper than running the layer with ΔW as its weight."""
         if not self._is_thin(leaves, layer):
             return super().forward(leaves, layer, x)
         up, down = khatri_rao(leaves)
@@ -124,7 +124,7 @@ class HadamardProduct(Factors):
         if isinstance(layer, nn.Conv2d) or not self._is_thin(leaves, layer):
             return super().add(out, scale, leaves, layer, x)
         up, down = khatri_rao(leaves)
-        return plus_product(out, scale, x, down, up)
+        return add_product(out, scale, x, down, up)
 
     def _is_thin(self, leaves: Leaves, layer: nn.Module) -> bool:
         out, *rest = weight_shape(layer)
@@ -137,12 +137,12 @@ HADAMARD = HadamardProduct()
 
 
 class LohaOptions(FactorOptions):
-    """What there is to set on LoHa."""
+    """Options of LoHa beside rank and alpha."""
 
     conv_rank: int | None = Field(None, ge=1)
-    """Rank of convolutions whose kernel is larger than 1 × 1; unset: as everywhere"""
+    """Rank of convolutions with kernels larger than 1 × 1; unset: the same rank as other layers"""
     tucker: bool = False
-    """Small k × k kernels between 1 × 1 factors"""
+    """Tucker decomposition: small k × k cores between 1 × 1 factors"""
 
 
 def attach(target: Any, spec: Spec) -> Attached:
@@ -158,33 +158,33 @@ def attach(target: Any, spec: Spec) -> Attached:
 
 
 def _product_shape(leaves: Leaves, number: int) -> tuple[int, ...]:
-    """The shape of the first or second of the two products. Raises ValueError where its factors do not fit."""
+    """Shape of the first or the second of the two products. Raises ValueError if its factors do not fit together."""
     a, b = leaves[f"hada_w{number}_a"].shape, leaves[f"hada_w{number}_b"].shape
     core = leaves.get(f"hada_t{number}")
     if core is None and a[1] == b[0]:
         return a[0], b[1]
     if core is not None and core.shape[:2] == (a[0], b[0]):
         return a[1], b[1], *core.shape[2:]
-    raise ValueError(f"hada_w{number}_a is {list(a)} and hada_w{number}_b {list(b)}, which make no product")
+    raise ValueError(f"hada_w{number}_a is {list(a)} and hada_w{number}_b {list(b)}, which cannot be multiplied")
 
 
 @with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
-    """LoHa from its leaves; without an alpha the scale is 1."""
+    """Build LoHa from its leaves; without an alpha the scale is 1. Raises ValueError if leaves do not fit together."""
     plain = {f"hada_w{n}_{side}" for n in (1, 2) for side in "ab"}
     if set(leaves) not in (plain, plain | {"hada_t1", "hada_t2"}):
         raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoHa")
     if any(leaf.ndim != 2 for name, leaf in leaves.items() if name in plain):
-        raise ValueError("the factors of a LoHa are matrices, and these are not")
-    one, two = _product_shape(leaves, 1), _product_shape(leaves, 2)
-    if one != two:  # which the elementwise product would stretch
-        raise ValueError(f"the first two factors make a matrix {list(one)}, and the others {list(two)}")
+        raise ValueError("the factors of a LoHa must be matrices")
+    first, second = _product_shape(leaves, 1), _product_shape(leaves, 2)
+    if first != second:  # which the elementwise product would broadcast
+        raise ValueError(f"the two products of a LoHa must have one shape, but are {list(first)} and {list(second)}")
     return FactorDelta(HADAMARD, leaves, HADAMARD.rank(leaves) if alpha is None else alpha)
 
 
 METHOD = Method(
     name="loha",
-    summary="the elementwise product of two low-rank matrices: rank up to r², in a file twice as large",
+    summary="the elementwise product of two low-rank matrices: rank up to r², in a file of twice the size",
     attach=attach,
     options=LohaOptions,
     layers="all",

@@ -1,7 +1,7 @@
-"""LoKr: a Kronecker product of a small matrix and a larger one that is itself low-rank.
+"""LoKr: a Kronecker product of a small matrix and a larger one, which is itself low-rank.
 
 W' = W + (alpha / r) · w1 ⊗ w2, with w1 [out_1, in_1], w2 [out_2, in_2, …kernel], out = out_1 · out_2 and
-in = in_1 · in_2; w2 = w2_a · w2_b, or with a k × k kernel between them (Tucker). Where neither w1 nor w2 is split, the
+in = in_1 · in_2; w2 = w2_a · w2_b, or with a k × k core between them (Tucker). If neither w1 nor w2 is split, the
 scale is 1 (LyCORIS, Yeh et al. 2023, arXiv:2309.14859, section 3.3).
 """
 
@@ -29,23 +29,24 @@ from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LokrOptions(FactorOptions):
-    """What there is to set on LoKr."""
+    """Options of LoKr beside rank and alpha."""
 
     factor: int = Field(-1, ge=-1)
-    """Side of w1 (or of w2) where it divides the weight's, else the largest that w1 may have; -1: as near to the root
-    of the weight's side as it divides"""
+    """Side of w1 (or of w2) if it divides the weight's side, and otherwise an upper limit for w1's; -1: the divisor
+    nearest to the square root of the weight's side"""
     decompose_both: bool = False
-    """w1 low-rank as well (`decompose_both` in LyCORIS)"""
+    """Split w1 into low-rank factors as well as w2 (`decompose_both` in LyCORIS)"""
     full_matrix: bool = False
-    """w2 whole, whatever the rank"""
+    """Do not split w2, whatever the rank"""
     tucker: bool = False
-    """A small k × k kernel between 1 × 1 factors of w2"""
+    """Tucker decomposition: a small k × k core between 1 × 1 factors of w2"""
 
 
-def divided(side: int, factor: int) -> tuple[int, int]:
-    """`side` as a product of two numbers, the smaller first, as LyCORIS divides it.
+def factorize(side: int, factor: int) -> tuple[int, int]:
+    """Write `side` as a product of two numbers, the smaller one first, as LyCORIS does.
 
-    One of them is `factor` where that divides; else the smaller is the largest divisor up to `factor` and to the root.
+    One of them is `factor` if that divides `side`; otherwise the smaller one is the largest divisor up to `factor` and
+    up to the square root of `side`.
     """
     if factor > 0 and side % factor == 0:
         return min(factor, side // factor), max(factor, side // factor)
@@ -55,7 +56,7 @@ def divided(side: int, factor: int) -> tuple[int, int]:
 
 
 class Kronecker(Factors):
-    """The Kronecker product of w1 and w2.
+    """ΔW as the Kronecker product of w1 and w2.
 
     Leaves: lokr_w1 [out_1, in_1], or lokr_w1_a [out_1, r] and lokr_w1_b [r, in_1]; lokr_w2 [out_2, in_2, …kernel], or
     lokr_w2_a [out_2, r] and lokr_w2_b [r, in_2 · kernel], or (Tucker) lokr_t2 [r, r, …kernel], lokr_w2_a [r, out_2] and
@@ -67,10 +68,10 @@ class Kronecker(Factors):
     def __init__(self, options: LokrOptions | None = None) -> None:
         self._options = options or LokrOptions.model_validate({})
 
-    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """As LyCORIS does: the last factor of w2 is zero, all others start as PyTorch starts its layers."""
+    def init_leaves(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initialize as LyCORIS does: the last factor of w2 with zero, all others as PyTorch initializes layers."""
         options, kernel = self._options, shape[2:]
-        (out_1, out_2), (in_1, in_2) = divided(shape[0], options.factor), divided(shape[1], options.factor)
+        (out_1, out_2), (in_1, in_2) = factorize(shape[0], options.factor), factorize(shape[1], options.factor)
         leaves: dict[str, Tensor] = {}
         if options.decompose_both and rank < max(out_1, in_1) / 2 and not options.full_matrix:
             leaves["lokr_w1_a"] = kaiming((out_1, rank), generator)
@@ -93,8 +94,8 @@ class Kronecker(Factors):
         return 1 if split is None else split.shape[0]
 
     def scale(self, leaves: Leaves, alpha: float) -> float:
-        whole = "lokr_w1" in leaves and "lokr_w2" in leaves
-        return 1.0 if whole else super().scale(leaves, alpha)
+        is_unsplit = "lokr_w1" in leaves and "lokr_w2" in leaves
+        return 1.0 if is_unsplit else super().scale(leaves, alpha)
 
     def weight_shape(self, leaves: Leaves) -> Shape | None:
         if "lokr_t2" not in leaves:
@@ -102,50 +103,50 @@ class Kronecker(Factors):
         return tuple(self.weight(leaves, (0, 0, *leaves["lokr_t2"].shape[2:])).shape)
 
     def matrix_shape(self, leaves: Leaves) -> Shape:
-        if (own := self.weight_shape(leaves)) is not None:
-            return own
+        if (shape := self.weight_shape(leaves)) is not None:
+            return shape
         (out_1, in_1), (out_2, in_2, *kernel) = (
-            leaves[whole].shape if whole in leaves else (leaves[f"{whole}_a"].shape[0], leaves[f"{whole}_b"].shape[1])
-            for whole in ("lokr_w1", "lokr_w2")
+            leaves[name].shape if name in leaves else (leaves[f"{name}_a"].shape[0], leaves[f"{name}_b"].shape[1])
+            for name in ("lokr_w1", "lokr_w2")
         )
         return (out_1 * out_2, in_1 * in_2, *kernel)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
-        one, two = self.pair(leaves, shape)
-        return torch.kron(one.reshape(*one.shape, *[1] * len(shape[2:])), two)
+        w1, w2 = self.kronecker_factors(leaves, shape)
+        return torch.kron(w1.reshape(*w1.shape, *[1] * len(shape[2:])), w2)
 
-    def pair(self, leaves: Leaves, shape: Shape) -> tuple[Tensor, Tensor]:
-        """w1 [out_1, in_1] and w2 [out_2, in_2, …kernel] for a weight of `shape`."""
-        one, kernel = self._one(leaves), shape[2:]
+    def kronecker_factors(self, leaves: Leaves, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Compute w1 [out_1, in_1] and w2 [out_2, in_2, …kernel] for a weight of `shape`, without the scale."""
+        w1, kernel = self._w1(leaves), shape[2:]
         if "lokr_w2" in leaves:
-            two = leaves["lokr_w2"]
+            w2 = leaves["lokr_w2"]
         elif "lokr_t2" in leaves:
             a, b = leaves["lokr_w2_a"], leaves["lokr_w2_b"]
-            two = torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
+            w2 = torch.einsum("ij...,ip,jq->pq...", leaves["lokr_t2"], a, b).contiguous()
         else:
-            two = (leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]).view(leaves["lokr_w2_a"].shape[0], -1, *kernel)
-        return one, two
+            w2 = (leaves["lokr_w2_a"] @ leaves["lokr_w2_b"]).view(leaves["lokr_w2_a"].shape[0], -1, *kernel)
+        return w1, w2
 
-    def _one(self, leaves: Leaves) -> Tensor:
-        """w1 [out_1, in_1]."""
+    def _w1(self, leaves: Leaves) -> Tensor:
+        """Compute w1 [out_1, in_1]."""
         return leaves["lokr_w1"] if "lokr_w1" in leaves else leaves["lokr_w1_a"] @ leaves["lokr_w1_b"]
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
-        """(w1 ⊗ w2) x, with x as [in_1, in_2]: w2 acts on the second axis, w1 on the first, and ⊗ is never formed.
+        """Compute (w1 ⊗ w2) x without forming ⊗: with x as [in_1, in_2], w2 acts on the second axis, w1 on the first.
 
-        Where w2 is split, w1 comes between its factors, when that axis is r long: (1 ⊗ a) (w1 ⊗ 1) (1 ⊗ b).
+        If w2 is split, w1 is applied between its factors, where the second axis is r long: (1 ⊗ a) (w1 ⊗ 1) (1 ⊗ b).
         """
         if isinstance(layer, nn.Conv2d):
             return super().forward(leaves, layer, x) if layer.groups > 1 else self._convolution(leaves, layer, x)
-        one = self._one(leaves)
+        w1 = self._w1(leaves)
         down = leaves["lokr_w2"] if "lokr_w2" in leaves else leaves["lokr_w2_b"]
-        h = F.linear(x.reshape(*x.shape[:-1], one.shape[1], down.shape[1]), down)
-        h = F.linear(h.transpose(-1, -2), one).transpose(-1, -2)
+        h = F.linear(x.reshape(*x.shape[:-1], w1.shape[1], down.shape[1]), down)
+        h = F.linear(h.transpose(-1, -2), w1).transpose(-1, -2)
         return (h if "lokr_w2" in leaves else F.linear(h, leaves["lokr_w2_a"])).flatten(-2)
 
     def _convolution(self, leaves: Leaves, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        one, n = self._one(leaves), x.shape[0]
-        h = x.reshape(n * one.shape[1], -1, *x.shape[2:])
+        w1, n = self._w1(leaves), x.shape[0]
+        h = x.reshape(n * w1.shape[1], -1, *x.shape[2:])
         up: Tensor | None = None
         if "lokr_t2" in leaves:
             up = leaves["lokr_w2_a"].t()
@@ -156,7 +157,7 @@ class Kronecker(Factors):
             up = leaves["lokr_w2_a"]
             h = run_layer(layer, h, leaves["lokr_w2_b"].view(-1, h.shape[1], *layer.kernel_size))
         size = h.shape[1:]
-        h = (one @ h.reshape(n, one.shape[1], -1)).view(n, one.shape[0], size[0], -1)
+        h = (w1 @ h.reshape(n, w1.shape[1], -1)).view(n, w1.shape[0], size[0], -1)
         return (h if up is None else up @ h).view(n, -1, *size[1:])
 
 
@@ -175,14 +176,13 @@ def attach(target: Any, spec: Spec) -> Attached:
 
 @with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
-    """LoKr from its leaves; without an alpha the scale is 1."""
-    ones, twos = {"lokr_w1"}, {"lokr_w2"}
-    split_one, split_two = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}
-    tucker = split_two | {"lokr_t2"}
-    if set(leaves) not in [one | two for one in (ones, split_one) for two in (twos, split_two, tucker)]:
+    """Build LoKr from its leaves; without an alpha the scale is 1. Raises ValueError if leaves do not fit together."""
+    split_1, split_2 = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}
+    w1_forms, w2_forms = ({"lokr_w1"}, split_1), ({"lokr_w2"}, split_2, split_2 | {"lokr_t2"})
+    if set(leaves) not in [w1 | w2 for w1 in w1_forms for w2 in w2_forms]:
         raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoKr")
     if any(leaf.ndim < 2 or (leaf.ndim > 2 and name not in ("lokr_w2", "lokr_t2")) for name, leaf in leaves.items()):
-        raise ValueError("the factors of a LoKr are matrices, and these are not")
+        raise ValueError("the factors of a LoKr must be matrices")
     return FactorDelta(KRONECKER, leaves, KRONECKER.rank(leaves) if alpha is None else alpha)
 
 

@@ -1,7 +1,7 @@
 """LoRA: a low-rank matrix added to the weight (Hu et al. 2021, arXiv:2106.09685).
 
 W' = W + (alpha / r) · up · down, with down [r, in] and up [out, r]; equation (3) and section 4.1 of the paper.
-With `options.dora` the sum is brought to a learnt length per output (see `dora.py`); with `options.rslora` the scale is
+With `options.dora` the norm of each output is learned as well (see `dora.py`); with `options.rslora` the scale is
 alpha / √r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 
@@ -22,16 +22,16 @@ from diffgraft.adapters.factors import (
     Factors,
     Leaves,
     Shape,
+    add_product,
     attach_factors,
     kaiming,
-    plus_product,
 )
 from diffgraft.adapters.method import Attached, Method, Spec
 from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
 class LowRank(Factors):
-    """The product of two thin matrices.
+    """ΔW as the product of two thin matrices.
 
     Leaves: lora_down [r, in, …kernel], lora_up [out, r, …ones]; in the Tucker variant lora_down [r, in, 1, 1],
     lora_mid [r, r, …kernel].
@@ -43,8 +43,8 @@ class LowRank(Factors):
     def __init__(self, tucker: bool = False) -> None:
         self._tucker = tucker
 
-    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`down` as PyTorch starts its layers, `up` zero, as in the reference code of the paper."""
+    def init_leaves(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Initialize `down` as PyTorch initializes layers, and `up` with zero, as in the paper's reference code."""
         out, width, *kernel = shape
         ones = [1] * len(kernel)
         leaves = {"lora_up": torch.zeros(out, rank, *ones)}
@@ -75,10 +75,10 @@ class LowRank(Factors):
         return (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
-        """Down, (mid,) up: the matrix itself is never formed."""
+        """Apply down, the core if there is one, and up in turn, so that ΔW is never formed."""
         if not isinstance(layer, nn.Conv2d):
             return F.linear(F.linear(x, leaves["lora_down"]), leaves["lora_up"])
-        if layer.groups > 1:  # each group of outputs has its own inputs, which one `down` cannot serve
+        if layer.groups > 1:  # each group of outputs has its own inputs, which a single `down` cannot express
             return super().forward(leaves, layer, x)
         if "lora_mid" in leaves:
             inner = run_layer(layer, F.conv2d(x, leaves["lora_down"]), leaves["lora_mid"])
@@ -89,22 +89,22 @@ class LowRank(Factors):
     def add(self, out: Tensor, scale: float, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
         if isinstance(layer, nn.Conv2d):
             return super().add(out, scale, leaves, layer, x)
-        return plus_product(out, scale, x, leaves["lora_down"], leaves["lora_up"])
+        return add_product(out, scale, x, leaves["lora_down"], leaves["lora_up"])
 
 
 LOW_RANK = LowRank()
 
 
 def low_rank(down: Tensor, up: Tensor, alpha: float | None = None, mid: Tensor | None = None) -> FactorDelta:
-    """A LoRA delta from its factors; without an alpha the scale is 1.
+    """Build a LoRA delta from its factors; without an alpha the scale is 1.
 
     Raises:
-        ValueError: they do not fit together.
+        ValueError: the factors do not fit together.
     """
     if down.ndim < 2 or up.ndim < 2 or down.shape[0] == 0:
-        raise ValueError(f"lora_down is {list(down.shape)} and lora_up {list(up.shape)}, which are no factors")
+        raise ValueError(f"lora_down is {list(down.shape)} and lora_up {list(up.shape)}, which are not LoRA factors")
     if any(side != 1 for side in up.shape[2:]):
-        raise ValueError(f"lora_up is {list(up.shape)}, but its kernel can only be of size one")
+        raise ValueError(f"lora_up is {list(up.shape)}; its kernel must be of size 1")
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"lora_down has rank {down.shape[0]}, lora_up has rank {up.shape[1]}")
     leaves = {"lora_down": down, "lora_up": up} | ({} if mid is None else {"lora_mid": mid})
@@ -112,9 +112,10 @@ def low_rank(down: Tensor, up: Tensor, alpha: float | None = None, mid: Tensor |
 
 
 def with_alpha(delta: FactorDelta, alpha: float) -> FactorDelta:
-    """The same LoRA with another alpha: ``lora_up`` is multiplied so that ΔW stays what it was.
+    """Change the alpha of a LoRA without changing ΔW, by scaling ``lora_up``.
 
-    It is so to the bit where the quotient of the two is a power of two, and else rounded once to ``lora_up``'s dtype.
+    The result is exact if the quotient of the two alphas is a power of two; else it is rounded once to ``lora_up``'s
+    dtype.
     """
     if delta.alpha == alpha:
         return delta
@@ -125,22 +126,22 @@ def with_alpha(delta: FactorDelta, alpha: float) -> FactorDelta:
 
 @with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
-    """LoRA from its leaves, or DoRA; without an alpha the scale is 1."""
-    strange = set(leaves) - {"lora_down", "lora_up", "lora_mid"}
-    if strange or not {"lora_down", "lora_up"} <= set(leaves):
-        raise ValueError(f"it has {', '.join(sorted(leaves))}, where a LoRA has lora_down and lora_up")
+    """Build LoRA or DoRA from its leaves; without an alpha the scale is 1. Raises ValueError for invalid leaves."""
+    unknown = set(leaves) - {"lora_down", "lora_up", "lora_mid"}
+    if unknown or not {"lora_down", "lora_up"} <= set(leaves):
+        raise ValueError(f"it has {', '.join(sorted(leaves))}; expected lora_down and lora_up, as in a LoRA")
     return low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
 
 
 class LoraOptions(FactorOptions):
-    """What there is to set on LoRA beside rank and alpha."""
+    """Options of LoRA beside rank and alpha."""
 
     dora: bool = False
-    """Learn the length of each output apart from its direction (DoRA)"""
+    """Learn the norm of each output apart from its direction (DoRA)"""
     rslora: bool = False
     """Scale by alpha / √rank instead of alpha / rank"""
     loraplus_ratio: float = Field(1.0, gt=0)
-    """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, has 16)"""
+    """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, uses 16)"""
 
 
 def lora_layer(
@@ -153,14 +154,13 @@ def lora_layer(
     alpha: float,
     tucker: bool = False,
 ) -> AdapterLayer:
-    """LoRA or DoRA on one layer, of the rank and alpha given unless a key of its options says otherwise."""
+    """Create LoRA or DoRA for one layer; `rank` and `alpha` apply unless a key of the options matches the layer."""
     options: LoraOptions = spec.options
     rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
-        alpha *= math.sqrt(rank)  # what is kept is the alpha that gives this scale by alpha / rank
-    rates = {"lora_up": options.loraplus_ratio}
-    patch = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, rates)
-    return DoraLayer(patch, layer) if options.dora else patch
+        alpha *= math.sqrt(rank)  # the saved alpha gives the rsLoRA scale by the usual alpha / rank
+    lora = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, {"lora_up": options.loraplus_ratio})
+    return DoraLayer(lora, layer) if options.dora else lora
 
 
 def attach(target: Any, spec: Spec) -> Attached:

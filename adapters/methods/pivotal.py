@@ -1,7 +1,7 @@
-"""Pivotal tuning: a new word and weights learn together, and go into one file (the word, into one beside it as well).
+"""Pivotal tuning: a new word and weights are trained together, and saved in one file (the word also in its own file).
 
-The word takes what is a matter of naming, the weights what no word can say (Roich et al. 2021, arXiv:2106.05744, is
-where the name comes from; cloneofsimo's ``lora`` brought it to diffusion models).
+The word learns what can be named, and the weights what words cannot express. (The name is from Roich et al. 2021,
+arXiv:2106.05744; cloneofsimo's ``lora`` applied it to diffusion models.)
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -20,25 +20,25 @@ from diffgraft.errors import DiffgraftError
 
 
 class PivotalOptions(WordOptions):
-    """What there is to set on the word, and which method takes the weights."""
+    """Options of the word, and of the method that trains the weights."""
 
     weights: str = "lora"
-    """Method for the weights, on the layers it is made for; what a recipe has under its name does not come along"""
+    """Method that trains the weights, on its default layers; a recipe's settings for that method do not apply"""
     weights_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of that method: {"dora": true}"""
+    """Options of the method that trains the weights: {"dora": true}"""
     token_lr_scale: float = Field(1.0, gt=0)
-    """Factor on the learning rate of the word's vectors"""
+    """Factor on the learning rate of the word's embeddings"""
 
 
 class AttachedPivotal(Attached):
-    """A word and a method of weights, on one live base."""
+    """A new word and a method that trains weights, on the same live base."""
 
     def __init__(self, target: Any, spec: Spec) -> None:
         super().__init__()
         options: PivotalOptions = spec.options
         if options.weights in ("pivotal", "textual-inversion"):
             raise DiffgraftError(
-                f"options.weights={options.weights!r} has no weights: name a method that has, like lora."
+                f"options.weights={options.weights!r} trains no weights: choose a method that does, such as lora."
             )
         method = get_method(options.weights)
         self.weights = method.attach(target, replace(spec, options=method.read_options(options.weights_options)))
@@ -47,13 +47,13 @@ class AttachedPivotal(Attached):
         except BaseException:
             self.weights.detach()
             raise
-        self._rate = options.token_lr_scale
+        self._word_lr_scale = options.token_lr_scale
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {**self.weights.trainable(), **{f"word.{name}": p for name, p in self.word.trainable().items()}}
 
-    def rates(self) -> dict[str, float]:
-        return {**self.weights.rates(), **{f"word.{name}": self._rate for name in self.word.trainable()}}
+    def lr_scales(self) -> dict[str, float]:
+        return {**self.weights.lr_scales(), **{f"word.{name}": self._word_lr_scale for name in self.word.trainable()}}
 
     def paths(self) -> dict[str, str]:
         return {**self.weights.paths(), **{f"word.{name}": path for name, path in self.word.paths().items()}}
@@ -62,10 +62,10 @@ class AttachedPivotal(Attached):
         self.weights.detach_modules(paths)
 
     def load(self, adapter: Adapter) -> set[str]:
-        """Weights, a word, or both."""
-        weights, word = replace(adapter, tokens={}), replace(adapter, deltas={}, networks=())
-        return (self.weights.load(weights) if adapter.deltas or adapter.networks else set()) | (
-            self.word.load(word) if adapter.tokens else set()
+        """Start from weights, from a word, or from both."""
+        weights_only, word_only = replace(adapter, tokens={}), replace(adapter, deltas={}, networks=())
+        return (self.weights.load(weights_only) if adapter.deltas or adapter.networks else set()) | (
+            self.word.load(word_only) if adapter.tokens else set()
         )
 
     def after_step(self) -> None:
@@ -93,13 +93,13 @@ def _layers(options: PivotalOptions) -> str:
 def _unsupported(options: PivotalOptions) -> Mapping[str, str]:
     method = get_method(options.weights)
     reasons = method.unsupported_under(method.read_options(options.weights_options))
-    said = {key: reason.replace("options.", "options.weights_options.") for key, reason in reasons.items()}
-    return {key: f"with options.weights={method.name}, {reason}" for key, reason in said.items()}
+    renamed = {key: reason.replace("options.", "options.weights_options.") for key, reason in reasons.items()}
+    return {key: f"with options.weights={method.name}, {reason}" for key, reason in renamed.items()}
 
 
 METHOD = Method(
     name="pivotal",
-    summary="a new word and weights together; the word is saved in a file of its own, too",
+    summary="a new word and weights together; the word is also saved in its own file",
     attach=AttachedPivotal,
     options=PivotalOptions,
     learns_token=True,

@@ -1,7 +1,7 @@
-"""A weight that takes another's place, as in Custom Diffusion (Kumari et al. 2022, arXiv:2212.04488, section 3.1).
+"""A weight that replaces another, as in Custom Diffusion (Kumari et al. 2022, arXiv:2212.04488, section 3.1).
 
-Custom Diffusion trains the keys and values of the cross-attention, and its files hold what became of them, not the
-difference. Read, merged and converted; `full` trains such weights here.
+Custom Diffusion trains the keys and values of the cross-attention, and its files hold the new weights, not the
+differences. They are read, merged and converted; here the method `full` trains such weights.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from diffgraft.adapters.projections import same_layer
 
 @dataclass(frozen=True, repr=False)
 class ReplacementDelta(Delta):
-    """W' = W + strength · (R − W), and the bias alike where there is one."""
+    """W' = W + strength · (R − W), and the same for the bias, if there is one."""
 
     leaves: Mapping[str, Tensor]
-    """``weight`` in the shape of the weight, and perhaps ``bias`` [out]"""
+    """R as ``weight``, in the shape of the weight, and optionally ``bias`` [out]"""
 
     kind = "replacement"
     alpha = None
@@ -29,18 +29,18 @@ class ReplacementDelta(Delta):
 
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         weight = weight.float()
-        found = weight + strength * (self.leaves["weight"].float().to(weight.device).view(weight.shape) - weight)
+        replaced = weight + strength * (self.leaves["weight"].float().to(weight.device).view(weight.shape) - weight)
         if bias is not None and "bias" in self.leaves:
             bias = bias.float() + strength * (self.leaves["bias"].float().to(bias.device) - bias.float())
-        return found, bias
+        return replaced, bias
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
         bias_fits = "bias" not in self.leaves or self.leaves["bias"].shape == weight_shape[:1]
         return same_layer(tuple(self.leaves["weight"].shape), tuple(weight_shape)) and bias_fits
 
 
-def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (it has none)
-    """From its leaves."""
+def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: ARG001  (a replacement has no alpha)
+    """Build the replacement from its leaves. Raises ValueError for other leaves than a weight and its bias."""
     if "weight" not in leaves or not set(leaves) <= {"weight", "bias"}:
         raise ValueError(f"{', '.join(sorted(leaves))} are not a weight and its bias")
     return ReplacementDelta(dict(leaves))

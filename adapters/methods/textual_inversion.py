@@ -1,7 +1,7 @@
-"""Textual inversion: a new word, and nothing else, learns (Gal et al. 2022, arXiv:2208.01618, section 3.2).
+"""Textual inversion: only a new word is trained (Gal et al. 2022, arXiv:2208.01618, section 3.2).
 
-The word has one to n vectors in the table of each text encoder. They start as those of a word that comes near, and keep
-the length they start with, so that the word does not drown out the others.
+The word has one or more embeddings in the table of each text encoder. They start as those of similar words, and keep
+the norm that they start with, so that the word does not dominate the others.
 """
 
 from collections.abc import Mapping
@@ -19,33 +19,33 @@ from diffgraft.errors import DiffgraftError
 
 
 class WordOptions(Options):
-    """What there is to set on a new word."""
+    """Options of a new word."""
 
     vectors: int = Field(1, ge=1, le=75)
-    """Vectors of the word; each takes one of the 75 places of a prompt"""
+    """Number of embeddings (tokens) of the word; each takes one of the 75 tokens of a prompt"""
     start: str = ""
-    """Word or words whose vectors it starts with; unset: the recipe's `subject`, or the mean of all words"""
+    """Word or words to initialize the embeddings from; unset: the recipe's `subject`, or the mean of all words"""
     keep_norm: bool = True
-    """Keep the length of each vector at what it was at the start"""
+    """Keep the norm of each embedding at its initial value"""
 
 
 class AttachedWord(Attached):
-    """One new word in the live text encoders of a base."""
+    """A new word in the live text encoders of a base, which is trained."""
 
     def __init__(self, target: Any, spec: Spec) -> None:
         super().__init__()
         self._options: WordOptions = spec.options
         if not spec.trigger:
-            raise DiffgraftError("Textual inversion needs a word to teach: set trigger=<something>.")
+            raise DiffgraftError("Textual inversion needs a word to train: set trigger=<something>.")
         self._word = spec.trigger
         start = self._options.start or spec.noun
         vectors = {
-            part: _start(getattr(target, part), getattr(target, name), start, self._options.vectors)
+            part: _initial_embeddings(getattr(target, part), getattr(target, name), start, self._options.vectors)
             for part, name in tokenizers().items()
             if getattr(target, part, None) is not None
         }
-        self._taught = AddedTokens(target, {self._word: vectors})
-        self.rows = nn.ParameterDict(self._taught.rows)
+        self._tokens = AddedTokens(target, {self._word: vectors})
+        self.rows = nn.ParameterDict(self._tokens.rows)
         self._norms = {part: rows.detach().norm(dim=1, keepdim=True) for part, rows in self.rows.items()}
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -56,17 +56,22 @@ class AttachedWord(Attached):
 
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:
-        """Its one word, whatever it is called there; its lengths are the ones that are kept."""
+        """Start from the only word of `adapter`, whatever its name; the norms of its embeddings are kept."""
         refuse(adapter, "deltas", "networks")
         if len(adapter.tokens) != 1:
-            raise ValueError(f"it holds {len(adapter.tokens)} words, of which one can train")
+            raise ValueError(f"it holds {len(adapter.tokens)} words; only a single one can be trained")
         (vectors,) = adapter.tokens.values()
         for part, rows in vectors.items():
             if part not in self.rows or rows.shape[1] != self.rows[part].shape[1]:
-                raise ValueError(f"its word has vectors of width {rows.shape[1]} for {part}, for another kind of base")
+                raise ValueError(
+                    f"its embeddings for {part} have width {rows.shape[1]}: they are for another kind of base"
+                )
             if len(rows) != len(self.rows[part]):
-                here, there = len(self.rows[part]), len(rows)
-                raise ValueError(f"its word has {there} vectors, and {here} train here: set options.vectors={there}")
+                count = len(rows)
+                raise ValueError(
+                    f"its word has {count} embeddings, but this run trains {len(self.rows[part])}: "
+                    f"set options.vectors={count}"
+                )
             self.rows[part].copy_(rows)
             self._norms[part] = self.rows[part].norm(dim=1, keepdim=True)
         return {f"{part}.{self._word}" for part in vectors}
@@ -82,14 +87,14 @@ class AttachedWord(Attached):
         return Adapter({}, metadata, tokens={self._word: vectors})
 
     def detach(self) -> None:
-        self._taught.remove()
+        self._tokens.remove()
 
 
 @torch.no_grad()
-def _start(encoder: Any, tokenizer: Any, words: str, count: int) -> Tensor:
-    """`count` vectors [count, width] to begin with: those of `words`, over and over, or the mean of the table."""
-    every = torch.arange(len(tokenizer), device=next(encoder.parameters()).device)
-    table: Tensor = encoder.get_input_embeddings()(every).float()
+def _initial_embeddings(encoder: Any, tokenizer: Any, words: str, count: int) -> Tensor:
+    """Initial embeddings [count, width]: those of `words`, repeated as needed, or the mean of the table."""
+    ids_of_all = torch.arange(len(tokenizer), device=next(encoder.parameters()).device)
+    table: Tensor = encoder.get_input_embeddings()(ids_of_all).float()
     ids = tokenizer(words, add_special_tokens=False).input_ids
     rows = table[ids] if ids else table.mean(0, keepdim=True) / table.mean(0).norm() * table.norm(dim=1).median()
     return rows[torch.arange(count) % len(rows)].clone()
@@ -97,14 +102,14 @@ def _start(encoder: Any, tokenizer: Any, words: str, count: int) -> Tensor:
 
 METHOD = Method(
     name="textual-inversion",
-    summary="a new word learns, no weight: the smallest file, a few kilobytes",
+    summary="only a new word is trained, no weight: the smallest file, a few kilobytes",
     attach=AttachedWord,
     options=WordOptions,
     learns_token=True,
     unsupported={
         **NO_FACTORS,
         "layers": "it adapts no layer",
-        "text_encoder": "it learns a row of the text encoder's table, and none of its weights",
-        "prior": "what the base draws of the class does not change, as no weight does",
+        "text_encoder": "it trains a row of the text encoder's embedding table, and none of its weights",
+        "prior": "no weight changes, so the base's pictures of the class stay the same",
     },
 )

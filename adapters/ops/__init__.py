@@ -1,1 +1,1 @@
-"""What can be done with adapter files: convert, combine, extract, resize, inspect and compare. No base is loaded."""
+"""Operations on adapter files: convert, combine, extract, resize, inspect and compare. No base is loaded."""

@@ -1,4 +1,4 @@
-"""Where two adapters differ in what they do, module by module."""
+"""Comparison of two adapters by what they do to each module."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.ops.effect import as_product, matrix_shape, refuse_vast, shapes_of
+from diffgraft.adapters.ops.effect import as_product, check_delta_size, matrix_shape, shapes_of
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -18,39 +18,46 @@ from diffgraft.progress import track
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two adapters are apart."""
+    """Differences between two adapters."""
 
     errors: Mapping[str, float]
-    """Path → ‖W′ − W″‖ / ‖W′ − W‖, of a weight W under the first and the second; infinite where only the latter acts"""
+    """Module path → ‖W′ − W″‖ / ‖W′ − W‖, where W becomes W′ under the first and W″ under the second adapter; infinite
+    if only the second changes it"""
     only_first: tuple[str, ...]
+    """Paths of the modules that only the first adapter changes"""
     only_second: tuple[str, ...]
+    """Paths of the modules that only the second adapter changes"""
     words: tuple[str, ...]
-    """Words that only one of them teaches, or to which they give other vectors"""
+    """Words that only one adapter has, or that have different embeddings"""
     networks_differ: bool
+    """Whether the networks of the two adapters are not equal"""
     others: Mapping[str, float]
-    """The same of words and networks, as ``word <x>`` and ``network 0``: ‖a − b‖ / ‖a‖ of their numbers; infinite where
-    only one of the two has them"""
+    """``word <x>`` or ``network 0`` → ‖a − b‖ / ‖a‖ of their values a and b; infinite if only one adapter has it"""
     metadata: Mapping[str, tuple[object, object]]
-    """Key → what either says, where they do not say the same"""
+    """Metadata key → its values in both adapters, for keys where they differ"""
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The module in which they are furthest apart."""
+        """Path and error of the module in which the adapters differ most."""
         return max(self.errors.items(), key=lambda item: item[1], default=("–", 0.0))
 
     @property
     def same(self) -> bool:
-        """Whether they do the very same."""
+        """Whether both adapters do exactly the same."""
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 
 def compare(first: Adapter, second: Adapter, weights: Weights | None = None, device: str = "cpu") -> Comparison:
-    """Both at strength 1, on the base's weights where they are given, else, where one matters, on a seeded random one.
+    """Compare two adapters at strength 1.
 
-    It is computed on `device`.
+    Args:
+        first: an adapter, to which differences are relative.
+        second: the adapter that is compared with it.
+        weights: weights of the base. Without them, a seeded random weight is used where the result depends on it.
+        device: device on which the differences are computed.
 
     Raises:
-        DiffgraftError: the shapes of the layers cannot be told, or are not the same.
+        DiffgraftError: the shapes of layers are unknown, or the adapters are for layers of different shapes.
     """
     paths = {*first.deltas, *second.deltas}
     differing = {p for p in paths if not _same_leaves(first.deltas.get(p, ()), second.deltas.get(p, ()))}
@@ -58,8 +65,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
     for path, shape in _shapes(second, differing, weights).items():
         if not same_layer(shapes.setdefault(path, shape), shape):
             raise DiffgraftError(
-                f"The one has {path} of shape {list(shapes[path])}, the other of {list(shape)}: they are for different "
-                "bases."
+                f"The shapes of {path} differ, {list(shapes[path])} and {list(shape)}: they are for different bases."
             )
     errors: dict[str, float] = {}
     order = [*first.deltas, *(path for path in second.deltas if path not in first.deltas)]
@@ -67,130 +73,132 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         if path not in differing:
             errors[path] = 0.0
             continue
-        one, two, shape = first.deltas.get(path, ()), second.deltas.get(path, ()), shapes[path]
-        if (apart := _products_apart(one, two, shape, device)) is not None:
-            errors[path] = apart
+        a, b, shape = first.deltas.get(path, ()), second.deltas.get(path, ()), shapes[path]
+        if (error := _product_error(a, b, shape, device)) is not None:
+            errors[path] = error
             continue
-        refuse_vast(path, shape, [*one, *two])
-        weight = weights[f"{path}.weight"].float() if weights is not None else probe(shape, place)
-        errors[path] = _apart(one, two, weight.to(device))
+        check_delta_size(path, shape, [*a, *b])
+        weight = weights[f"{path}.weight"].float() if weights is not None else random_weight(shape, place)
+        errors[path] = _error(a, b, weight.to(device))
     keys = {*first.metadata, *second.metadata}
-    said = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
+    metadata = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
     return Comparison(
         errors,
         tuple(path for path in first.deltas if path not in second.deltas),
         tuple(path for path in second.deltas if path not in first.deltas),
         tuple(word for word in {**first.tokens, **second.tokens} if not _same_word(first, second, word)),
         not _same_networks(first, second),
-        _others(first, second),
-        {key: pair for key, pair in said.items() if pair[0] != pair[1]},
+        _other_errors(first, second),
+        {key: pair for key, pair in metadata.items() if pair[0] != pair[1]},
     )
 
 
-_ROUNDED = 1e-14
-"""Relative difference below which nothing but the rounding of float64 is left"""
+_ROUNDING = 1e-14
+"""Relative difference below which two products are considered equal, up to the rounding of float64"""
 
 
 def _shapes(adapter: Adapter, paths: set[str], weights: Weights | None) -> dict[str, Shape]:
-    """Shapes of the weights at `paths`; where no base tells, [out, in · kernel], in which factors compare as well."""
-    part = replace(adapter, deltas={path: own for path, own in adapter.deltas.items() if path in paths})
+    """Shapes of the weights at `paths`; [out, in · kernel] if only that is known, which suffices to compare factors."""
+    part = replace(adapter, deltas={path: deltas for path, deltas in adapter.deltas.items() if path in paths})
     try:
         return shapes_of(part, weights)
     except DiffgraftError:
-        flat = {path: matrix_shape(own) for path, own in part.deltas.items()}
+        flat = {path: matrix_shape(deltas) for path, deltas in part.deltas.items()}
         if weights is not None or not all(flat.values()):
             raise
         return {path: shape for path, shape in flat.items() if shape is not None}
 
 
-def probe(shape: Shape, seed: int) -> Tensor:
-    """A random weight as large as those of trained layers are."""
+def random_weight(shape: Shape, seed: int) -> Tensor:
+    """Random weight of the magnitude that trained layers have."""
     generator = torch.Generator().manual_seed(seed)
     fan_in = max(1, int(torch.tensor(shape[1:]).prod()))
-    found: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
-    return found
+    weight: Tensor = torch.randn(shape, generator=generator) / fan_in**0.5
+    return weight
 
 
-def _products_apart(one: tuple[Delta, ...], two: tuple[Delta, ...], shape: Shape, device: str) -> float | None:
-    """The same for products of thin factors, in float64 and without forming them; None where they are something else.
+def _product_error(first: tuple[Delta, ...], second: tuple[Delta, ...], shape: Shape, device: str) -> float | None:
+    """Relative error of `second` if all deltas are products of thin factors; None if they are not.
 
-    A file of a few kilobytes can hold a LoRA whose ΔW takes gigabytes.
+    It is computed in float64 without forming ΔW, as a file of a few kilobytes can hold a LoRA with gigabytes of ΔW.
     """
-    steps = [(delta, 1.0) for delta in one]
+    steps = [(delta, 1.0) for delta in first]
     norms = []
-    for own in ([*steps, *((delta, -1.0) for delta in two)], steps):
-        product = as_product(own, shape) if own else (torch.zeros(1, 1), torch.zeros(1, 1))
+    for signed in ([*steps, *((delta, -1.0) for delta in second)], steps):
+        product = as_product(signed, shape) if signed else (torch.zeros(1, 1), torch.zeros(1, 1))
         if product is None:
             return None
         norms.append(_norm(*(factor.to(device).double() for factor in product)))
-    apart, whole = norms
-    if apart <= _ROUNDED * whole:
+    difference, total = norms
+    if difference <= _ROUNDING * total:
         return 0.0
-    return apart / whole if whole > 0 else float("inf")
+    return difference / total if total > 0 else float("inf")
 
 
 def _norm(up: Tensor, down: Tensor) -> float:
-    """‖up · down‖ of up [out, r] and down [r, n]."""
+    """‖up · down‖ for up [out, r] and down [r, n]."""
     return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm())
 
 
-def _apart(one: tuple[Delta, ...], two: tuple[Delta, ...], weight: Tensor) -> float:
+def _error(first: tuple[Delta, ...], second: tuple[Delta, ...], weight: Tensor) -> float:
+    """Relative error of `second`, by applying both to `weight` and a zero bias."""
     bias = torch.zeros(weight.shape[0], device=weight.device)
-    (w1, b1), (w2, b2) = (_under(deltas, weight, bias) for deltas in (one, two))
-    apart = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
-    whole = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()
-    if apart == 0:
+    (w1, b1), (w2, b2) = (_apply(deltas, weight, bias) for deltas in (first, second))
+    difference = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
+    total = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()
+    if difference == 0:
         return 0.0
-    return float(apart / whole) if whole > 0 else float("inf")
+    return float(difference / total) if total > 0 else float("inf")
 
 
-def _under(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _apply(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     for delta in deltas:
         weight, changed = delta.apply(weight, bias, 1.0)
         bias = bias if changed is None else changed
     return weight, bias
 
 
-def _same_leaves(one: tuple[Delta, ...], two: tuple[Delta, ...]) -> bool:
-    """Whether they are the same to the bit, so that nothing need be computed."""
-    return len(one) == len(two) and all(
+def _same_leaves(first: tuple[Delta, ...], second: tuple[Delta, ...]) -> bool:
+    """Whether the deltas are bitwise equal, so that nothing needs to be computed."""
+    return len(first) == len(second) and all(
         (a.kind, a.alpha, set(a.leaves)) == (b.kind, b.alpha, set(b.leaves))
         and all(_equal(leaf, b.leaves[name]) for name, leaf in a.leaves.items())
-        for a, b in zip(one, two, strict=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 
-def _equal(one: Tensor, two: Tensor) -> bool:
-    """Files may write a row of numbers as a column."""
-    return one.numel() == two.numel() and torch.equal(one.flatten(), two.flatten())
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal values; shapes may differ, as files may store a row as a column."""
+    return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())
 
 
-def _others(first: Adapter, second: Adapter) -> dict[str, float]:
-    found: dict[str, float] = {}
+def _other_errors(first: Adapter, second: Adapter) -> dict[str, float]:
+    """Relative errors of words and networks."""
+    errors: dict[str, float] = {}
     for word in {**first.tokens, **second.tokens}:
-        found[f"word {word}"] = _numbers_apart(first.tokens.get(word, {}), second.tokens.get(word, {}))
-    for place, (one, two) in enumerate(zip_longest(first.networks, second.networks)):
-        found[f"network {place}"] = _numbers_apart(one.tensors if one else {}, two.tensors if two else {})
-    return found
+        errors[f"word {word}"] = _tensors_error(first.tokens.get(word, {}), second.tokens.get(word, {}))
+    for place, (a, b) in enumerate(zip_longest(first.networks, second.networks)):
+        errors[f"network {place}"] = _tensors_error(a.tensors if a else {}, b.tensors if b else {})
+    return errors
 
 
-def _numbers_apart(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
-    if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
+def _tensors_error(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    if {name: value.shape for name, value in first.items()} != {name: value.shape for name, value in second.items()}:
         return float("inf")
-    apart = sum(float((value.double() - two[name].double()).square().sum()) for name, value in one.items())
-    whole = sum(float(value.double().square().sum()) for value in one.values())
-    return 0.0 if apart == 0 else float((apart / whole) ** 0.5) if whole > 0 else float("inf")
+    difference = sum(float((value.double() - second[name].double()).square().sum()) for name, value in first.items())
+    total = sum(float(value.double().square().sum()) for value in first.values())
+    return 0.0 if difference == 0 else float((difference / total) ** 0.5) if total > 0 else float("inf")
 
 
 def _same_word(first: Adapter, second: Adapter, word: str) -> bool:
-    one, two = first.tokens.get(word, {}), second.tokens.get(word, {})
-    return set(one) == set(two) and all(torch.equal(rows, two[part]) for part, rows in one.items())
+    a, b = first.tokens.get(word, {}), second.tokens.get(word, {})
+    return set(a) == set(b) and all(torch.equal(rows, b[part]) for part, rows in a.items())
 
 
 def _same_networks(first: Adapter, second: Adapter) -> bool:
     return len(first.networks) == len(second.networks) and all(
-        set(one.tensors) == set(two.tensors)
-        and dict(one.settings) == dict(two.settings)
-        and all(torch.equal(value, two.tensors[name]) for name, value in one.tensors.items())
-        for one, two in zip(first.networks, second.networks, strict=True)
+        set(a.tensors) == set(b.tensors)
+        and dict(a.settings) == dict(b.settings)
+        and all(torch.equal(value, b.tensors[name]) for name, value in a.tensors.items())
+        for a, b in zip(first.networks, second.networks, strict=True)
     )

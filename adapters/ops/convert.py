@@ -1,4 +1,4 @@
-"""From one dialect to another, and how near the new file comes to the old one."""
+"""Conversion of adapter files between dialects, and measurement of the error of the new file."""
 
 import tempfile
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, save_adapter
-from diffgraft.adapters.formats.elsewhere import remarks
+from diffgraft.adapters.formats.compatibility import compatibility_notes
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.compare import Comparison, compare
@@ -28,21 +28,23 @@ PRECISIONS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
 }
+"""Name of a precision → dtype"""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A file in its new dialect."""
+    """Result of a conversion: a file in another dialect."""
 
     path: Path
+    """Path of the new file"""
     comparison: Comparison
-    """Of the old file and the new one, both read from disk"""
+    """Differences between the old and the new file, both read from disk"""
     approximated: bool
-    """Whether modules became LoRAs because the dialect cannot hold what they were"""
+    """Whether modules became LoRAs, because the dialect cannot hold their kinds"""
     dropped: tuple[str, ...]
-    """What approximating left out, as no LoRA can hold it: differences of biases, of norms and of embeddings"""
+    """Differences of biases, norms and embeddings that the approximation dropped, as a LoRA cannot hold them"""
     remarks: tuple[str, ...]
-    """What other programs make of the new file, where it is not what the adapter does"""
+    """Sentences on how other programs misread the new file"""
 
 
 def convert(
@@ -54,64 +56,65 @@ def convert(
     device: str = "cpu",
     precision: str = "",
 ) -> Converted:
-    """Write the adapter at `source` to `path` in `dialect`.
+    """Write the adapter in `source` to `path` in `dialect`.
 
     Args:
-        source: a file in any dialect, a folder of peft's, or an adapter that was read, as by `read_part`.
-        path: of the new file.
-        dialect: the name of a dialect in `registry.written_dialects()`, or ``auto``.
-        approximate: where the dialect cannot hold the adapter, LoRAs of this size in its place.
-        weights: the base, for approximations of methods that are functions of its weights.
-        device: where approximations and errors are computed.
-        precision: a key of `PRECISIONS`, to which all numbers are rounded. Empty: they stay as they are.
+        source: a file in any dialect, a folder written by peft, or an adapter in memory, as from `read_part`.
+        path: path of the new file.
+        dialect: name of a dialect in `registry.written_dialects()`, or ``auto``.
+        approximate: size of the LoRAs that replace modules if the dialect cannot hold them; None: raise an error.
+        weights: weights of the base, needed to approximate methods that are functions of them.
+        device: device on which approximations and errors are computed.
+        precision: key of `PRECISIONS` to which all values are rounded; empty: they are not rounded.
 
     Raises:
-        DiffgraftError: the dialect cannot hold the adapter, and no approximation was asked for; there is no such
-            precision; something is at `path` already.
+        DiffgraftError: the dialect cannot hold the adapter and `approximate` is None, `precision` is unknown, or `path`
+            exists already.
     """
     path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
     rounded = in_precision(adapter, precision) if precision else adapter
-    found: Reduced | None = None
+    approximation: Reduced | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
-    # all checks are made on a file in a folder beside, under the very name that some tools read a word from
+    # all checks are made on a file in a temporary folder, under its final name, from which some tools read the word
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
-        new = Path(folder) / path.name
+        partial = Path(folder) / path.name
         try:
-            save_adapter(rounded, new, dialect)
+            save_adapter(rounded, partial, dialect)
         except LossyWriteError:
             raise
         except DiffgraftError as error:
-            reason = str(error).replace(str(new), str(path))
+            reason = str(error).replace(str(partial), str(path))
             if not _can_be_approximated(adapter, dialect):
                 raise DiffgraftError(reason) from error
             if approximate is None:
-                raise DiffgraftError(f"{reason} With --rank or --energy it is approximated by LoRAs.") from error
-            found = resize(adapter, approximate, weights, device)
-            save_adapter(in_precision(found.adapter, precision) if precision else found.adapter, new, dialect)
-        again = load_for_base(new, weights)
+                raise DiffgraftError(f"{reason} Use --rank or --energy to approximate it by LoRAs.") from error
+            approximation = resize(adapter, approximate, weights, device)
+            loras = approximation.adapter
+            save_adapter(in_precision(loras, precision) if precision else loras, partial, dialect)
+        again = load_for_base(partial, weights)
         written = written_dialects()[dialect_of(again, dialect)]
-        said = (*filter(None, [written.note]), *remarks(again, written.name, path.stem))
+        notes = (*filter(None, [written.note]), *compatibility_notes(again, written.name, path.stem))
         comparison = compare(adapter, again, weights, device)
-        new.rename(path)
-    return Converted(path, comparison, found is not None, found.dropped if found else (), said)
+        partial.rename(path)
+    return Converted(path, comparison, approximation is not None, approximation.dropped if approximation else (), notes)
 
 
 def read_part(source: str | Path, only: str, weights: Weights | None = None) -> Adapter:
-    """The adapter at `source`, or of it ``weights``, ``words`` or one word alone; empty `only` stands for all of it.
+    """Read the adapter at `source`, and select ``weights``, ``words`` or a single word of it; empty `only`: everything.
 
     Raises:
-        DiffgraftError: it cannot be read, or there is no such word in it.
+        DiffgraftError: the file cannot be read, or has no such word.
     """
     adapter = load_for_base(source, weights)
     return part_of(adapter, only) if only else adapter
 
 
 def part_of(adapter: Adapter, only: str) -> Adapter:
-    """Its weights and networks, its words, or one of them.
+    """Select from an adapter its ``weights`` (with networks), its ``words``, or a single word.
 
     Raises:
-        DiffgraftError: there is no such word in it.
+        DiffgraftError: the adapter has no such word.
     """
     if only == "weights":
         return replace(adapter, tokens={})
@@ -119,18 +122,18 @@ def part_of(adapter: Adapter, only: str) -> Adapter:
         return replace(adapter, deltas={}, networks=())
     if only not in adapter.tokens:
         known = ["weights", "words", *adapter.tokens]
-        raise DiffgraftError(f"There is nothing called {only!r} in the file: {did_you_mean(only, known)}")
+        raise DiffgraftError(f"The file contains nothing called {only!r}: {did_you_mean(only, known)}")
     return only_word(adapter, only)
 
 
 def in_precision(adapter: Adapter, precision: str) -> Adapter:
-    """With every number rounded to a key of `PRECISIONS`.
+    """Round all values of an adapter to a key of `PRECISIONS`.
 
     Raises:
-        DiffgraftError: there is no such precision, or a number is beyond its range.
+        DiffgraftError: the precision is unknown, or a value is beyond its range.
     """
     if precision not in PRECISIONS:
-        raise DiffgraftError(f"There is no precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
+        raise DiffgraftError(f"Unknown precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
     dtype = PRECISIONS[precision]
 
     largest = torch.finfo(dtype).max
@@ -139,16 +142,17 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
         for name, value in tensors.items():
             if value.is_floating_point() and value.numel() and float(value.float().abs().max()) > largest:
                 raise DiffgraftError(
-                    f"A number in {name} is beyond {largest:g}, the largest of {precision}: take another precision."
+                    f"A value in {name} is beyond {largest:g}, the largest of {precision}: choose another precision."
                 )
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
-    def again(delta: Delta) -> Delta:
-        found = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
-        return with_strength_convention(found, delta.follows) if delta.follows else found
+    def rounded_delta(delta: Delta) -> Delta:
+        result = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
+        convention = delta.strength_convention
+        return with_strength_convention(result, convention) if convention else result
 
     return Adapter(
-        {path: tuple(map(again, own)) for path, own in adapter.deltas.items()},
+        {path: tuple(map(rounded_delta, deltas)) for path, deltas in adapter.deltas.items()},
         adapter.metadata,
         tuple(read_network(network.kind, rounded(network.tensors), network.settings) for network in adapter.networks),
         {word: rounded(vectors) for word, vectors in adapter.tokens.items()},
@@ -156,7 +160,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
 
 
 def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:
-    """Whether LoRAs in the place of its modules may be what the dialect can hold."""
+    """Whether replacing its modules by LoRAs can make the adapter one that the dialect can hold."""
     plain = {"lora_down", "lora_up"}
-    others = any(len(own) > 1 or set(own[0].leaves) != plain for own in adapter.deltas.values())
+    others = any(len(deltas) > 1 or set(deltas[0].leaves) != plain for deltas in adapter.deltas.values())
     return others and dialect in written_dialects() and not adapter.networks

@@ -1,4 +1,4 @@
-"""What an adapter does to the weight of each module: its shape, and the matrix that is added to it."""
+"""Effect of an adapter on the weight of each module: the shape of the weight, and the matrix that is added to it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,102 +14,108 @@ from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
 LARGEST = 2**26
-"""Entries of a weight, at most: the largest known here, of XL's second table of tokens, has 2^25.9"""
+"""Maximum number of entries of a weight; the largest known, of XL's second token table, has 2^25.9"""
 Steps = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 
 
 def matrix_shape(deltas: Sequence[Delta]) -> Shape | None:
-    """The shape [out, in · kernel] of a module's weight as a matrix, where one of its deltas tells."""
+    """Shape [out, in · kernel] of a module's weight as a matrix, if one of its deltas tells; else None."""
     return next((shape for delta in deltas if (shape := delta.matrix_shape) is not None), None)
 
 
-def fit_together(deltas: Sequence[Delta]) -> bool:
-    """Whether all deltas of a module are for a weight of one shape, as far as their leaves tell."""
-    shape = _told(deltas)
+def have_one_shape(deltas: Sequence[Delta]) -> bool:
+    """Whether all deltas of a module are for a weight of the same shape, as far as their leaves tell."""
+    shape = _weight_shape(deltas)
     if shape is not None:
         return all(delta.fits(shape) for delta in deltas)
     flat: list[Shape] = []
     for delta in deltas:
-        own = delta.matrix_shape
-        # lengths of inputs are for channels, which a matrix does not tell from the kernel
-        if own is not None and not (delta.direction if isinstance(delta, DoraDelta) else delta).fits(own):
+        matrix = delta.matrix_shape
+        # input norms are per channel, but a matrix shape does not separate channels from the kernel
+        if matrix is not None and not (delta.direction if isinstance(delta, DoraDelta) else delta).fits(matrix):
             return False
-        flat += [] if own is None else [(own[0], math.prod(own[1:]))]
+        flat += [] if matrix is None else [(matrix[0], math.prod(matrix[1:]))]
     return len(set(flat)) < 2
 
 
 def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Shape]:
-    """Path → shape of the weight, for every module of an adapter.
+    """Module path → shape of its weight, for every module of an adapter.
 
-    They are those of `weights` where a base is given; else what the deltas tell themselves, or the base whose layers
-    all deltas fit, the one that the header names first.
+    With `weights` these are the shapes of the base. Without them they come from the deltas, or from the first known
+    base that all deltas fit, starting with the one in the adapter's metadata.
 
     Raises:
-        DiffgraftError: they cannot be told, or the adapter does not fit the base given.
+        DiffgraftError: the shapes are unknown, or the adapter does not fit the base.
     """
     if weights is not None:
-        there = weights.shapes()
+        base_shapes = weights.shapes()
         for path, deltas in adapter.deltas.items():
-            if path not in there or not all(delta.fits(there[path]) for delta in deltas):
-                here = f"of shape {list(there[path])}" if path in there else "not there"
-                raise DiffgraftError(f"The adapter does not fit this base: {path} is {here}. Name the base it is for.")
-        return {path: there[path] for path in adapter.deltas}
-    told = {path: _told(deltas) for path, deltas in adapter.deltas.items()}
-    if all(shape is not None for shape in told.values()):
-        return {path: shape for path, shape in told.items() if shape is not None}
-    for name in _likely(adapter):
-        there = layer_shapes(name)
-        if _fit(adapter.deltas, there):
-            return {path: there[path] for path in adapter.deltas}
-    lacking = next(path for path, shape in told.items() if shape is None)
+            if path not in base_shapes or not all(delta.fits(base_shapes[path]) for delta in deltas):
+                problem = f"of shape {list(base_shapes[path])}" if path in base_shapes else "not in it"
+                raise DiffgraftError(
+                    f"The adapter does not fit this base: {path} is {problem}. Name the base it is for (--base)."
+                )
+        return {path: base_shapes[path] for path in adapter.deltas}
+    known = {path: _weight_shape(deltas) for path, deltas in adapter.deltas.items()}
+    if all(shape is not None for shape in known.values()):
+        return {path: shape for path, shape in known.items() if shape is not None}
+    for name in _bases_in_likely_order(adapter):
+        base_shapes = layer_shapes(name)
+        if _fit(adapter.deltas, base_shapes):
+            return {path: base_shapes[path] for path in adapter.deltas}
+    missing = next(path for path, shape in known.items() if shape is None)
     raise DiffgraftError(
-        f"The shape of {lacking} cannot be told from the file, and the adapter fits none of {', '.join(KNOWN)}: "
+        f"The file does not tell the shape of {missing}, and the adapter fits none of {', '.join(KNOWN)}: "
         "name the base it is for (--base)."
     )
 
 
-def _told(deltas: Sequence[Delta]) -> Shape | None:
-    """The shape of a module's weight, where one of its deltas tells."""
+def _weight_shape(deltas: Sequence[Delta]) -> Shape | None:
+    """Shape of a module's weight, if one of its deltas tells; else None."""
     return next((shape for delta in deltas if (shape := delta.weight_shape) is not None), None)
 
 
-def _likely(adapter: Adapter) -> list[str]:
-    said = adapter.metadata.get("base")
-    hints = [said.get("name"), said.get("family")] if isinstance(said, Mapping) else []
+def _bases_in_likely_order(adapter: Adapter) -> list[str]:
+    """Names of the known bases, beginning with those that the adapter's metadata names."""
+    base = adapter.metadata.get("base")
+    hints = [base.get("name"), base.get("family")] if isinstance(base, Mapping) else []
     first = [name for name in hints if name in KNOWN]
     return [*first, *(name for name in KNOWN if name not in first)]
 
 
-def fitting(deltas: Mapping[str, Sequence[Delta]]) -> list[str]:
-    """Names of the known bases whose layers all deltas fit."""
+def fitting_bases(deltas: Mapping[str, Sequence[Delta]]) -> list[str]:
+    """Names of the known bases that have all these modules, with weights that all deltas fit."""
     return [name for name in KNOWN if _fit(deltas, layer_shapes(name))]
 
 
-def _fit(deltas: Mapping[str, Sequence[Delta]], there: Mapping[str, Shape]) -> bool:
-    return all(path in there and all(delta.fits(there[path]) for delta in own) for path, own in deltas.items())
+def _fit(deltas: Mapping[str, Sequence[Delta]], shapes: Mapping[str, Shape]) -> bool:
+    return all(
+        path in shapes and all(delta.fits(shapes[path]) for delta in module_deltas)
+        for path, module_deltas in deltas.items()
+    )
 
 
-def refuse_vast(path: str, shape: Shape, deltas: Sequence[Delta]) -> None:
-    """Raises DiffgraftError where a whole ΔW is larger than any layer, and than what the deltas themselves hold.
+def check_delta_size(path: str, shape: Shape, deltas: Sequence[Delta]) -> None:
+    """Raise DiffgraftError if ΔW would be larger than any known layer, and much larger than the deltas' own leaves.
 
-    A file of a few kilobytes can stand for a matrix of many gigabytes.
+    A file of a few kilobytes can describe a matrix of many gigabytes.
     """
-    held = sum(leaf.numel() for delta in deltas for leaf in delta.leaves.values())
-    if math.prod(shape) > max(LARGEST, 2 * held):
+    stored = sum(leaf.numel() for delta in deltas for leaf in delta.leaves.values())
+    if math.prod(shape) > max(LARGEST, 2 * stored):
         raise DiffgraftError(
-            f"What {path} adds is a matrix of {list(shape)}, larger than the layers of any base known here; it is not "
-            "formed. The file is damaged or for another kind of base."
+            f"The adapter adds a matrix of shape {list(shape)} to {path}, larger than the layers of any known base, so "
+            "it is not computed. The file is damaged or for another kind of base."
         )
 
 
 def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
-    """What all steps together add to a weight, [out, …] in float32; those that are functions of it need `weights`.
+    """Compute what all steps together add to a weight, as [out, …] in float32.
 
     Raises:
-        DiffgraftError: there are such deltas, and no weights; or ΔW is larger than any layer.
+        DiffgraftError: a delta is a function of the weight and `weights` is None, or ΔW is larger than any known layer.
     """
-    refuse_vast(path, shape, [delta for delta, _ in steps])
+    check_delta_size(path, shape, [delta for delta, _ in steps])
     if all(isinstance(delta, LinearDelta) for delta, _ in steps):
         total = torch.zeros(shape, device=device)
         for delta, strength in steps:
@@ -119,7 +125,7 @@ def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, de
     if weights is None:
         kinds = sorted({delta.kind for delta, _ in steps if not isinstance(delta, LinearDelta)})
         raise DiffgraftError(
-            f"What {path} does depends on the base's weights ({', '.join(kinds)}, or DoRA): name the base (--base)."
+            f"The change of {path} depends on the base's weights ({', '.join(kinds)}, or DoRA): name the base (--base)."
         )
     before = weights[f"{path}.weight"].float().to(device)
     after = before
@@ -129,9 +135,9 @@ def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, de
 
 
 def as_product(steps: Steps, shape: Shape) -> tuple[Tensor, Tensor] | None:
-    """The same as up [out, r] · down [r, n], where that is thinner than the matrix; None where it is not.
+    """Return the sum of all steps as up [out, r] · down [r, n], if that is thinner than the matrix; else None.
 
-    LoRAs stand side by side; LoHa of rank r is LoRA of rank r² by its Khatri–Rao factors.
+    LoRAs are concatenated along the rank; LoHa of rank r is LoRA of rank r² by its Khatri–Rao factors.
     """
     pairs = [delta.thin_product(strength) if isinstance(delta, LinearDelta) else None for delta, strength in steps]
     thin = [pair for pair in pairs if pair is not None]

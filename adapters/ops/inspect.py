@@ -1,4 +1,4 @@
-"""What an adapter file holds, in figures: for people to read and, as JSON, for programs."""
+"""Inspection of an adapter: figures of its modules, for people to read and, as JSON, for programs."""
 
 import math
 from collections import Counter
@@ -14,71 +14,80 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.methods.lokr import Kronecker
-from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting
+from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting_bases
 from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.progress import track
 from diffgraft.terminal import printable
 
 HALF = 65504.0
-"""The largest number of float16."""
+"""Largest number of float16"""
 
-_AT_ONCE = 2**24
-"""Entries of ΔW that are formed at a time"""
+_BLOCK_SIZE = 2**24
+"""Entries of ΔW that are computed at a time"""
 
 
 @dataclass(frozen=True)
 class Module:
-    """One module that is changed."""
+    """Figures of one delta of a module."""
 
     path: str
+    """Path of the module"""
     kind: str
+    """Kind of the delta"""
     rank: int | None
+    """Inner dimension of its factors; None if it has none"""
     alpha: float | None
+    """Alpha; None if the delta has no scale"""
     norm: float | None
-    """‖ΔW‖; None where it depends on the base's weights"""
+    """‖ΔW‖; None if it depends on the base's weights"""
     effective_rank: float | None
     """exp of the entropy of the squared singular values, as shares of their sum (Roy and Vetterli 2007)"""
     largest: float
-    """Of all numbers in its leaves; beyond 65504 float16 cannot hold it"""
+    """Largest absolute value in its leaves; float16 cannot hold values beyond 65504"""
 
     @property
     def is_dead(self) -> bool:
-        """Whether it does nothing."""
+        """Whether the delta does nothing."""
         return self.norm == 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of it."""
+    """Contents and figures of an adapter."""
 
     method: str
+    """Name of the method that trained the adapter"""
     family: str | None
-    """That of the header, else of the bases whose layers it fits"""
+    """Family of the base in the header, or of the bases that the adapter fits"""
     fits: list[str]
-    """Known bases whose layers it fits; looked for where the file leaves family or shapes open"""
+    """Known bases that the adapter fits; only computed if the file does not tell the family or all shapes"""
     metadata: Mapping[str, Any]
+    """Metadata from the header"""
     training: Mapping[str, str]
     """Settings of the training run, from headers of other tools"""
     modules: list[Module]
+    """Figures of each delta"""
     networks: list[str]
+    """Kind and parts of each network"""
     words: Mapping[str, Mapping[str, Sequence[int]]]
-    """Word → text encoder → number and width of its vectors"""
+    """Word → text encoder → number and width of its embeddings"""
     strengths: str
-    """Whose way of strengths other than 1 it follows, where tools differ; empty where they do not"""
+    """Tools that define what strengths other than 1 mean for the adapter; empty if tools agree"""
     tags: Sequence[tuple[str, int]] = ()
-    """Tags of the captions it was trained with, and how often each stood there, from headers of other tools"""
+    """Tags of the captions that the adapter was trained with, and their counts, from headers of other tools"""
     dead: list[str] = field(default_factory=list)
+    """Paths of the modules with a ΔW of zero"""
     overflows: list[str] = field(default_factory=list)
-    """Modules with numbers that float16 cannot hold, or whose ΔW has such"""
+    """Paths of the modules with values, in leaves or in ΔW, that float16 cannot hold"""
 
     def __str__(self) -> str:
         return "\n".join(map(printable, summary(self)))
 
     def as_json(self) -> dict[str, Any]:
-        """In JSON's types; numbers that are none, or beyond all bounds, are null."""
-        found: dict[str, Any] = _in_json(asdict(self))
-        return found
+        """The report as JSON types; NaN and infinite numbers become null."""
+        report: dict[str, Any] = _in_json(asdict(self))
+        return report
 
 
 def _in_json(value: Any) -> Any:
@@ -90,23 +99,25 @@ def _in_json(value: Any) -> Any:
 
 
 def inspect(adapter: Adapter, device: str = "cpu") -> Report:
-    """Figures of every module, computed on `device`, and what the header says."""
-    said = adapter.metadata.get("base")
-    family = said.get("family") if isinstance(said, Mapping) else None
-    # the known bases take seconds to lay out: only where the file leaves something open
+    """Compute figures of every module on `device`, and collect the contents of the header."""
+    base = adapter.metadata.get("base")
+    family = base.get("family") if isinstance(base, Mapping) else None
+    # computing the shapes of all known bases takes seconds, so it is done only if the file leaves something open
     is_open = family is None or any(delta.weight_shape is None for own in adapter.deltas.values() for delta in own)
-    fits = fitting(adapter.deltas) if adapter.deltas and is_open else []
-    there = layer_shapes(fits[0]) if fits else {}
+    fits = fitting_bases(adapter.deltas) if adapter.deltas and is_open else []
+    base_shapes = layer_shapes(fits[0]) if fits else {}
     modules: list[Module] = []
     overflows: list[str] = []
     for path, deltas in track(adapter.deltas.items(), "modules", min_items=20):
         for delta in deltas:
-            module, most = _module(path, delta, delta.weight_shape or there.get(path), device)
+            module, largest_entry = _module(path, delta, delta.weight_shape or base_shapes.get(path), device)
             modules.append(module)
-            if not max(module.largest, most) <= HALF:
+            if not max(module.largest, largest_entry) <= HALF:
                 overflows.append(path)
     foreign = adapter.metadata.get(FOREIGN) or {}
-    follow = {delta.follows for deltas in adapter.deltas.values() for delta in deltas if delta.follows}
+    conventions = {
+        delta.strength_convention for deltas in adapter.deltas.values() for delta in deltas if delta.strength_convention
+    }
     return Report(
         method=adapter.method,
         family=family or (fits[0] if fits else None),
@@ -118,7 +129,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
             f"{n.kind}: {', '.join(dict.fromkeys(k.split('.')[0] for k in n.tensors))}" for n in adapter.networks
         ],
         words={word: {part: [*rows.shape] for part, rows in own.items()} for word, own in adapter.tokens.items()},
-        strengths=", ".join(sorted(follow)),
+        strengths=", ".join(sorted(conventions)),
         tags=tags(foreign),
         dead=[module.path for module in modules if module.is_dead],
         overflows=overflows,
@@ -126,68 +137,69 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
 
 
 def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[Module, float]:
-    """Its figures, and the largest entry of ΔW as far as it is formed."""
+    """Figures of a delta, and the largest entry of ΔW, or an upper bound of it that float16 can hold."""
     factors = delta.direction if isinstance(delta, DoraDelta) else delta
     rank = factors.rank if isinstance(factors, FactorDelta) else None
     largest = max(float(leaf.abs().max()) for leaf in delta.leaves.values() if leaf.numel())
     norm = effective = None
-    most = 0.0
+    largest_entry = 0.0
     if isinstance(delta, LinearDelta) and shape is not None:
-        squares = _squares(path, delta, shape, device)
+        squares = _squared_singular_values(path, delta, shape, device)
         norm = float(squares.sum().clamp_min(0).sqrt())
         effective = effective_rank(squares)
-        most = norm  # no entry is larger than that; only where it could matter is the matrix itself looked at
+        largest_entry = norm  # no entry is larger than the norm; the matrix itself is only needed for large norms
         if norm > HALF:
-            most = _largest_entry(delta, shape)
-    return Module(path, delta.kind, rank, delta.alpha, norm, effective, largest), most
+            largest_entry = _largest_entry(delta, shape)
+    return Module(path, delta.kind, rank, delta.alpha, norm, effective, largest), largest_entry
 
 
-def _squares(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor:
-    """Squared singular values of ΔW; of a vector its squared norm."""
+def _squared_singular_values(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor:
+    """Squared singular values of ΔW; for a vector, its squared norm."""
     if len(shape) < 2:
-        of_vector: Tensor = delta.delta(shape).double().square().sum()[None]
-        return of_vector
+        squared_norm: Tensor = delta.delta(shape).double().square().sum()[None]
+        return squared_norm
     product = as_product([(delta, 1.0)], shape)
     if product is not None:
         up, down = (factor.to(device).double() for factor in product)
         core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
-        found: Tensor = torch.linalg.svdvals(core).square() if core.isfinite().all() else _beyond(core)
-        return found
+        values: Tensor = torch.linalg.svdvals(core).square() if core.isfinite().all() else _infinite(core)
+        return values
     if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
-        # the singular values of w1 ⊗ w2 are all products of theirs
-        one, two = delta.factors.pair({name: leaf.to(device).double() for name, leaf in delta.leaves.items()}, shape)
-        if not (one.isfinite().all() and two.isfinite().all()):
-            return _beyond(one)
-        products = torch.outer(torch.linalg.svdvals(one).square(), torch.linalg.svdvals(two.flatten(1)).square())
+        # the singular values of w1 ⊗ w2 are all products of a singular value of w1 and one of w2
+        leaves = {name: leaf.to(device).double() for name, leaf in delta.leaves.items()}
+        w1, w2 = delta.factors.kronecker_factors(leaves, shape)
+        if not (w1.isfinite().all() and w2.isfinite().all()):
+            return _infinite(w1)
+        products = torch.outer(torch.linalg.svdvals(w1).square(), torch.linalg.svdvals(w2.flatten(1)).square())
         return products.flatten() * delta.scale**2
     matrix = as_matrix(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     if not gram.isfinite().all():
-        return _beyond(gram)
+        return _infinite(gram)
     squares: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
     return squares
 
 
-def _beyond(matrix: Tensor) -> Tensor:
-    """What is told of a ΔW that is larger than any number: one singular value without bounds."""
+def _infinite(matrix: Tensor) -> Tensor:
+    """Singular values for a ΔW beyond the range of numbers: a single infinite value."""
     return torch.full((1,), float("inf"), dtype=matrix.dtype)
 
 
 def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
-    """The largest entry of ΔW; of a product it is looked for in some rows at a time, and never formed as a whole."""
+    """Largest absolute entry of ΔW; of a product, some rows are computed at a time, and never the whole matrix."""
     product = as_product([(delta, 1.0)], shape)
     if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
         leaves = {name: leaf.double() for name, leaf in delta.leaves.items()}
-        one, two = (factor.abs().max() for factor in delta.factors.pair(leaves, shape))
-        return abs(delta.scale) * float(one * two)  # every entry is a product of one of each
+        w1, w2 = (factor.abs().max() for factor in delta.factors.kronecker_factors(leaves, shape))
+        return abs(delta.scale) * float(w1 * w2)  # each entry is the product of an entry of w1 and one of w2
     if product is None:
         return float(delta.delta(shape).abs().max())
     up, down = product
-    return max(float((rows @ down).abs().max()) for rows in torch.split(up, max(1, _AT_ONCE // down.shape[1])))
+    return max(float((rows @ down).abs().max()) for rows in torch.split(up, max(1, _BLOCK_SIZE // down.shape[1])))
 
 
 def effective_rank(squares: Tensor) -> float:
-    """exp(−Σ p log p) of p = squares / Σ squares; 0 where all are 0."""
+    """exp(−Σ p log p) with p = squares / Σ squares; 0 if all squares are 0."""
     total = squares.sum()
     if total <= 0:
         return 0.0
@@ -198,44 +210,42 @@ def effective_rank(squares: Tensor) -> float:
 
 
 def summary(report: Report) -> list[str]:
-    """Lines for a person."""
-    said = report.metadata
-    base: Any = said.get("base")
+    """The report as lines of text."""
+    metadata = report.metadata
+    base: Any = metadata.get("base")
     base = base if isinstance(base, Mapping) else {}
     lines = [f"method   {report.method}"]
-    lines += [
-        f"{key:8} {said[key]}" for key in ("rank", "alpha", "trigger", "class", "seed") if said.get(key, "") != ""
-    ]
-    known = [report.family or "family unknown", str(base.get("hash", ""))[:12]]
-    lines.append(f"base     {base.get('name', '–')} ({', '.join(word for word in known if word)})")
-    recipe = said.get("recipe")
+    keys = ("rank", "alpha", "trigger", "class", "seed")
+    lines += [f"{key:8} {metadata[key]}" for key in keys if metadata.get(key, "") != ""]
+    details = [report.family or "family unknown", str(base.get("hash", ""))[:12]]
+    lines.append(f"base     {base.get('name', '–')} ({', '.join(word for word in details if word)})")
+    recipe = metadata.get("recipe")
     if isinstance(recipe, Mapping):
         lines.append(f"recipe   {', '.join(f'{key}={value}' for key, value in recipe.items())}")
     if report.fits and not base:
         lines.append(f"fits     {', '.join(report.fits)}")
     if report.modules:
-        lines += _of_modules(report)
+        lines += _module_lines(report)
     lines += [f"network  {network}" for network in report.networks]
     for word, vectors in report.words.items():
         shapes = ", ".join(f"{count} × {width} in {part}" for part, (count, width) in vectors.items())
         lines.append(f"word     {word}: {shapes}")
     if report.strengths:
-        lines.append(f"strength other than 1: as {report.strengths} has it, where tools differ")
+        lines.append(f"strength other than 1: as defined by {report.strengths}, where tools differ")
     if report.dead:
-        lines.append(f"dead     {len(report.dead)} modules do nothing, such as {report.dead[0]}")
+        lines.append(f"dead     {len(report.dead)} modules do nothing (e.g. {report.dead[0]})")
     if report.overflows:
-        lines.append(
-            f"overflow {len(report.overflows)} modules are too large for float16, such as {report.overflows[0]}"
-        )
+        lines.append(f"overflow {len(report.overflows)} modules are too large for float16 (e.g. {report.overflows[0]})")
     lines += [f"{key:8} {value}" for key, value in report.training.items()]
     if report.tags:
         lines.append(f"tags     {', '.join(f'{tag} ({count})' for tag, count in report.tags[:12])}")
     return lines
 
 
-def _of_modules(report: Report) -> list[str]:
+def _module_lines(report: Report) -> list[str]:
+    """Lines of the summary on the adapter's modules."""
     lines = []
-    # a module may be changed by several deltas, which are a figure each
+    # a module with several deltas has several figures, but counts once here
     parts = Counter(path.partition(".")[0] for path in dict.fromkeys(module.path for module in report.modules))
     kinds = Counter(module.kind for module in report.modules)
     lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")
@@ -249,8 +259,8 @@ def _of_modules(report: Report) -> list[str]:
     norms = sorted((module.norm, module.path) for module in report.modules if module.norm is not None)
     if norms:
         median = norms[len(norms) // 2][0]
-        lines.append(f"norms    {norms[0][0]:.3g} to {norms[-1][0]:.3g} ({norms[-1][1]}), in the middle {median:.3g}")
-    found = sorted(module.effective_rank for module in report.modules if module.effective_rank)
-    if found:
-        lines.append(f"effective ranks {found[0]:.1f} to {found[-1]:.1f}, in the middle {found[len(found) // 2]:.1f}")
+        lines.append(f"norms    {norms[0][0]:.3g} to {norms[-1][0]:.3g} ({norms[-1][1]}), median {median:.3g}")
+    ranks = sorted(module.effective_rank for module in report.modules if module.effective_rank)
+    if ranks:
+        lines.append(f"effective ranks {ranks[0]:.1f} to {ranks[-1]:.1f}, median {ranks[len(ranks) // 2]:.1f}")
     return lines

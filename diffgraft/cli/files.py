@@ -172,7 +172,7 @@ def extract(
     For example: diffgraft extract dreamboothed/ stable-diffusion-v1-5/ -o dog.safetensors --rank 16
     """
     from diffgraft.adapters.ops.extract import extract as difference
-    from diffgraft.adapters.ops.extract import stated
+    from diffgraft.adapters.ops.extract import provenance
     from diffgraft.files import check_new
 
     size = _size(rank, energy)
@@ -180,7 +180,7 @@ def extract(
     with opened(tuned) as of_tuned, opened(base) as of_base:
         assert of_tuned is not None
         assert of_base is not None
-        _save(difference(of_tuned, of_base, size, method, stated(tuned, base), device), output, to)
+        _save(difference(of_tuned, of_base, size, method, provenance(tuned, base), device), output, to)
 
 
 def resize(
@@ -213,7 +213,7 @@ def resize(
         _save(found, output, to)
     before, after = adapter_size(adapter), adapter_size(output)
     say(f"size: {before / 1000:,.1f} kB before, {after / 1000:,.1f} kB now")
-    for path, lost in found.lost.items() if verbose else ():
+    for path, lost in found.errors.items() if verbose else ():
         own = found.adapter.deltas.get(path)
         say(f"rank {own[0].leaves['lora_down'].shape[0] if own else 0:4}  relative error {lost:.2g}  {path}")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.ops.effect import fitting
+from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
@@ -95,16 +95,16 @@ class Graft:
             adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_in_block(self._target))
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
             strengths = strengths_of(name, value)
-            if idle := strengths.idle(adapter):
+            if unused := strengths.unused_blocks(adapter):
                 warnings.warn(
-                    f"{name} does not change {', '.join(idle)}: its strength there has no effect.", stacklevel=4
+                    f"{name} does not change {', '.join(unused)}: its strength there has no effect.", stacklevel=4
                 )
             modules = self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():
                 if strength := strengths.at(path):
                     merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
-            if strength := strengths.of_denoiser:
+            if strength := strengths.denoiser:
                 networks += [(name, network, strength) for network in adapter.networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
@@ -211,7 +211,7 @@ class Graft:
         if not missing and not misshapen:
             return found
         made_for = adapter.metadata.get("base")
-        family = made_for.get("family") if isinstance(made_for, Mapping) else ", ".join(fitting(adapter.deltas))
+        family = made_for.get("family") if isinstance(made_for, Mapping) else ", ".join(fitting_bases(adapter.deltas))
         hint = f" It was made for a base of the family {family}." if family else ""
         raise DiffgraftError(
             f"{name} does not fit this base: {len(found)} of its {len(adapter.deltas)} modules match.{hint}"

@@ -30,7 +30,7 @@ class Rows(Factors):
 
     kind = "rows"
 
-    def start(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
+    def init_leaves(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG002
         return {"rows": torch.zeros(shape[0])}
 
     def rank(self, leaves: Leaves) -> int:  # noqa: ARG002
@@ -46,7 +46,7 @@ def attach(target: Any, spec: Spec) -> Attached:
 
 def read_rows(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
     if set(leaves) != {"rows"} or leaves["rows"].ndim != 1:
-        raise ValueError(f"{', '.join(sorted(leaves))} are not one row of numbers")
+        raise ValueError(f"{', '.join(sorted(leaves))} are not a single row of numbers")
     return FactorDelta(Rows(), dict(leaves), 1.0 if alpha is None else alpha)
 
 

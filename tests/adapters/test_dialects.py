@@ -83,10 +83,10 @@ def test_the_older_names_of_diffusers(form: str, folders: Path, tmp_path: Path) 
         if key != next(iter(only_unet)) and key != "unet." + next(iter(only_unet))
     }
     save_file(torn, tmp_path / "torn.safetensors")
-    with pytest.raises(DiffgraftError, match=r"it has only one of the two factors: lora_[AB] is missing"):
+    with pytest.raises(DiffgraftError, match=r"has only one of the two factors: lora_[AB] is missing"):
         load_adapter(tmp_path / "torn.safetensors")
     save_file({**old, "unet.conv_in.more": torch.ones(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(DiffgraftError, match=r"its key unet\.conv_in\.more is no"):
+    with pytest.raises(DiffgraftError, match=r"unknown key unet\.conv_in\.more: expected"):
         load_adapter(tmp_path / "more.safetensors")
 
 
@@ -111,7 +111,7 @@ def test_dora_of_lycoris_at_any_strength(module: type[Any], outputs: bool, tmp_p
         adapter = load_adapter(tmp_path / "a.safetensors")
         ((delta,),) = adapter.deltas.values()
         assert isinstance(delta, DoraDelta)
-        assert delta.of_inputs is not outputs
+        assert delta.has_input_norms is not outputs
         weight = made.org_module[0].weight.detach()
         assert delta.fits(tuple(weight.shape))
         again = load_adapter(adapter.save(tmp_path / "b.safetensors", "lycoris"))
@@ -163,7 +163,7 @@ def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:
     path = "unet.mid_block.attentions.0.proj_in"
     torn = {f"text_encoder_2.encoder.layers.0.self_attn.{name}_proj": (lora,) for name in "qk"}
     for deltas, answer in (
-        ({path: (DoraDelta(lora, torch.ones(14)),)}, "a DoRA by outputs"),
+        ({path: (DoraDelta(lora, torch.ones(14)),)}, "a DoRA with norms of the outputs"),
         (torn, "it needs all four"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
@@ -193,10 +193,10 @@ def test_hypernetworks_for_webui(options: dict[str, str], folders: Path, tmp_pat
     adapter = live.adapter({"method": "hypernetwork", "trigger": "sks"})
     live.detach()
     if "activation" in options:
-        with pytest.raises(DiffgraftError, match="no activation behind its last layer, where ComfyUI puts one"):
+        with pytest.raises(DiffgraftError, match="no activation after its last layer, where ComfyUI adds one"):
             adapter.save(tmp_path / "x.pt", "webui")
         return
-    with pytest.raises(DiffgraftError, match=r"give x\.pt as a name"):
+    with pytest.raises(DiffgraftError, match=r"name it x\.pt"):
         adapter.save(tmp_path / "x.safetensors", "webui")
     file = adapter.save(tmp_path / "x.pt", "webui")
     held = torch.load(file, weights_only=True)
@@ -271,7 +271,9 @@ def test_two_kinds_of_names_in_one_file(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "a.safetensors").modules == [f"{start}.to_q"]
     twice = {key.replace("to_k", "to_q"): value for key, value in old.items()}
     save_file({**new, **twice}, tmp_path / "a.safetensors")
-    with pytest.raises(DiffgraftError, match=r"is the second of that kind for unet\.mid_block.*to_q, beside one"):
+    with pytest.raises(
+        DiffgraftError, match=r"repeats the leaf lora_\w+ of unet\.mid_block.*to_q, which an earlier key has"
+    ):
         load_adapter(tmp_path / "a.safetensors")
 
 

@@ -89,20 +89,20 @@ def test_words_that_an_adapter_file_brings_along(tmp_path: Path) -> None:
         assert found.method == "pivotal"
         assert torch.equal(found.tokens["<my.dog>"][FIRST], ONE)
     save_file({**weights, "bundle_emb.x.clip_m": ONE}, tmp_path / "odd.safetensors")
-    with pytest.raises(DiffgraftError, match=r"bundle_emb\.x\.clip_m ends in clip_m; known for words in bundles are"):
+    with pytest.raises(DiffgraftError, match=r"bundle_emb\.x\.clip_m ends in clip_m; keys of words in adapters end in"):
         load_adapter(tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize(
     ("held", "reason"),
     [
-        ({"emp_params": ONE, "emp_params_out": ONE + 1}, "emp_params_out holds vectors for the output of a text enc"),
-        ({"clip_l_out": ONE, "clip_g_out": TWO}, "holds vectors for the output of a text encoder"),
-        ({"emb_params": ONE, "emp_params": ONE + 1}, "holds a second set of vectors of the word 'zorp' for text_enc"),
-        ({"emb_params": ONE[None]}, r"emb_params is \[1, 2, 20\] of torch.float32, which is no list of vectors"),
+        ({"emp_params": ONE, "emp_params_out": ONE + 1}, "emp_params_out holds embeddings for the output of a text"),
+        ({"clip_l_out": ONE, "clip_g_out": TWO}, "holds embeddings for the output of a text encoder"),
+        ({"emb_params": ONE, "emp_params": ONE + 1}, "is a second set of embeddings of the word 'zorp' for text_"),
+        ({"emb_params": ONE[None]}, r"emb_params is \[1, 2, 20\] of torch.float32; expected embeddings \[n, width\]"),
         ({"emb_params": ONE.long()}, "holds emb_params as int64"),
-        ({"clip_l": ONE, "clip_g": TWO, "t5xxl": ONE + 1}, "its key t5xxl is for no text encoder that is known here"),
-        ({"emb_params": ONE, "unet.conv": ONE + 1}, "its key unet.conv is none of a textual inversion file"),
+        ({"clip_l": ONE, "clip_g": TWO, "t5xxl": ONE + 1}, "unknown key t5xxl: beside clip_g, the known keys are"),
+        ({"emb_params": ONE, "unet.conv": ONE + 1}, "the key unet.conv is not one of textual inversion files"),
     ],
 )
 def test_what_is_no_word_is_refused(held: dict[str, Tensor], reason: str, tmp_path: Path) -> None:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter, native
 from diffgraft.adapters.method import Spec
-from diffgraft.adapters.methods.hypernetwork import AttachedHypernetwork, ContextNetwork, HypernetworkOptions, contexts
+from diffgraft.adapters.methods.hypernetwork import (
+    AttachedHypernetwork,
+    ContextNetwork,
+    HypernetworkOptions,
+    context_projections,
+)
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
@@ -111,7 +116,7 @@ def test_attached_is_grafted_and_a_fresh_one_is_near_the_base(base: Base) -> Non
 
     bare = said()
     live = attach(base)
-    assert set(contexts(base.unet)) == {64, 128}
+    assert set(context_projections(base.unet)) == {64, 128}
     assert len(live.trainable()) == 2 * 2 * 4
     assert 0 < (said() - bare).norm() < 0.02 * bare.norm()
     shake(live, size=0.05)
@@ -161,20 +166,18 @@ def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> 
     assert again.networks[0].settings == adapter.networks[0].settings
     for name, value in adapter.networks[0].tensors.items():
         assert torch.equal(again.networks[0].tensors[name], value)
-    with pytest.raises(DiffgraftError, match=r"contexts as wide as \[10, 12\], and this base has \[64, 128\]"):
+    with pytest.raises(DiffgraftError, match=r"contexts of width \[10, 12\], but this base has \[64, 128\]"):
         graft(base, {again: 1.0})
-    with pytest.raises(DiffgraftError, match="for which these files have no place"):
+    with pytest.raises(DiffgraftError, match="which such files cannot hold"):
         adapter.save(tmp_path / "b.safetensors", "diffusers")
     (network,) = adapter.networks
     broken = type(network)(network.tensors, {**network.settings, "structure": [1, 3, 1]})  # type: ignore[call-arg]
-    with pytest.raises(
-        DiffgraftError, match=r"could not be read again, as .* do not fit a structure of \[1.0, 3.0, 1.0\]"
-    ):
+    with pytest.raises(DiffgraftError, match=r"cannot read again: .* do not fit a structure of \[1.0, 3.0, 1.0\]"):
         Adapter({}, {}, (broken,)).save(tmp_path / "c.safetensors")
     write_safetensors(tmp_path / "c.safetensors", *native.write(Adapter({}, {}, (broken,))))
     with pytest.raises(DiffgraftError, match=r"do not fit a structure of \[1.0, 3.0, 1.0\]"):
         load_adapter(tmp_path / "c.safetensors")
-    with pytest.raises(DiffgraftError, match="the first and the last of them 1"):
+    with pytest.raises(DiffgraftError, match="the first and the last are 1"):
         attach(base, structure=[1, 2])
 
 
@@ -183,7 +186,7 @@ def test_layers_with_nothing_between_are_one_matrix(options: dict[str, Any]) -> 
     live = attach(SimpleNamespace(unet=unet()), **options)
     shake(live, size=0.2)
     for network in live.networks.values():
-        weight, bias = network.double().as_one()  # type: ignore[operator, union-attr]
+        weight, bias = network.double().fused()  # type: ignore[operator, union-attr]
         x = torch.randn(5, weight.shape[1], dtype=torch.float64)
         torch.testing.assert_close(nn.functional.linear(x, weight, bias), network(x))
 
@@ -193,14 +196,14 @@ def test_the_one_matrix_is_taken_where_it_is_less_to_compute() -> None:
         return ContextNetwork(12, HypernetworkOptions.model_validate(options))
 
     # 2 · 12² · 12 to make and 12² a token to use, against 4 · 12² a token
-    assert network().shorter_for(9)
-    assert not network().shorter_for(8)
-    assert not network(structure=[1, 1]).shorter_for(1000)
-    assert not network(activation="relu").shorter_for(1000)
-    assert not network(layer_norm=True).shorter_for(1000)
+    assert network().is_cheaper_fused(9)
+    assert not network().is_cheaper_fused(8)
+    assert not network(structure=[1, 1]).is_cheaper_fused(1000)
+    assert not network(activation="relu").is_cheaper_fused(1000)
+    assert not network(layer_norm=True).is_cheaper_fused(1000)
     dropping = network(dropout=[0, 0.3, 0])
-    assert not dropping.shorter_for(1000)
-    assert dropping.eval().shorter_for(1000)
+    assert not dropping.is_cheaper_fused(1000)
+    assert dropping.eval().is_cheaper_fused(1000)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -227,7 +230,7 @@ def test_what_is_worked_out_once_is_what_each_attention_would_work_out(
     def before(network: nn.Module) -> Any:
         return lambda _, args: (args[0] + network(args[0]), *args[1:])
 
-    for width, projections in contexts(base.unet).items():
+    for width, projections in context_projections(base.unet).items():
         for keys, projection in projections:
             projection.register_forward_pre_hook(before(live.networks[f"{width}-{keys}"]))
     slow, slow_gradients = run(live)
@@ -243,7 +246,7 @@ def test_the_text_is_asked_once_a_pass_however_many_attentions_there_are() -> No
     for network in live.networks.values():
         network.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[1]))
     base.unet(torch.randn(1, 4, 16, 12), torch.tensor(3), encoder_hidden_states=torch.randn(1, 7, 64))
-    attentions = sum(1 for width, found in contexts(base.unet).items() if width == 64 for _ in found) // 2
+    attentions = sum(1 for width, found in context_projections(base.unet).items() if width == 64 for _ in found) // 2
     assert attentions > 2
     assert calls.count(7) == 2
 
@@ -296,6 +299,6 @@ def test_a_strength_means_the_same_where_the_network_is_one_matrix(monkeypatch: 
             found: Tensor = base.unet(x, torch.tensor([3, 700]), encoder_hidden_states=text).sample
         return found
 
-    as_one = said()
-    monkeypatch.setattr(ContextNetwork, "shorter_for", lambda *_: False)
-    torch.testing.assert_close(as_one, said(), rtol=1e-4, atol=1e-5)
+    fused = said()
+    monkeypatch.setattr(ContextNetwork, "is_cheaper_fused", lambda *_: False)
+    torch.testing.assert_close(fused, said(), rtol=1e-4, atol=1e-5)

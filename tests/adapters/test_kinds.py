@@ -112,18 +112,18 @@ def test_files_of_lycoris_are_read_and_written_again(name: str, tmp_path: Any) -
 @pytest.mark.parametrize(
     ("kind", "leaves", "answer"),
     [
-        ("ia3", {"weight": torch.ones(2, 3)}, "no row of factors"),
-        ("ia3", {"weight": torch.ones(3), "on_input": torch.ones(2)}, "one number was expected"),
+        ("ia3", {"weight": torch.ones(2, 3)}, "expected one factor per input or output"),
+        ("ia3", {"weight": torch.ones(3), "on_input": torch.ones(2)}, "expected a single number"),
         ("glora", {"a1": torch.ones(4, 2), "a2": torch.ones(2, 4), "b1": torch.ones(5, 3)}, "are not the factors"),
         (
             "glora",
             {"a1": torch.ones(4, 2), "a2": torch.ones(2, 4), "b1": torch.ones(5, 2), "b2": torch.ones(3, 4)},
             "b2 ",
         ),
-        ("oft", {"oft_blocks": torch.ones(2, 3, 4)}, "no square blocks"),
+        ("oft", {"oft_blocks": torch.ones(2, 3, 4)}, "expected square blocks"),
         ("boft", {"oft_blocks": torch.ones(2, 3, 5, 5)}, "an even size"),
         ("oft", {"oft_blocks": torch.ones(2, 3, 3), "more": torch.ones(1)}, "are not the leaves"),
-        ("ofd", {}, "there is no kind 'ofd'"),
+        ("ofd", {}, "unknown kind 'ofd'"),
     ],
 )
 def test_what_does_not_fit_is_told(kind: str, leaves: dict[str, Tensor], answer: str) -> None:

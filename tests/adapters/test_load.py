@@ -272,18 +272,18 @@ def test_what_has_no_place_or_does_not_fit_is_told(base: Base) -> None:
     one = Adapter({path: (fits,)})
     for method, options, adapter, answer in (
         ("lora", {}, Adapter({"unet.conv_in": (fits,)}), r"1 of its 1 modules are not adapted here: unet\.conv_in"),
-        ("lora", {}, Adapter({path: (fits, fits)}), "has 2 deltas, of which one can train"),
+        ("lora", {}, Adapter({path: (fits, fits)}), "has 2 deltas; only a single one can be trained"),
         ("lora", {}, Adapter({path: (wide,)}), "is for a layer of another shape than 128 × 128"),
-        ("lora", {}, Adapter({path: (loha,)}), "is a loha, and what trains here is a lora"),
-        ("loha", {}, one, "is a lora, and what trains here is a loha"),
+        ("lora", {}, Adapter({path: (loha,)}), "is a loha, but this run trains a lora"),
+        ("loha", {}, one, "is a lora, but this run trains a loha"),
         ("lora", {}, Adapter({path: (dora,)}), r"is a DoRA \(options\.dora=true of lora and locon\)"),
-        ("lora", {"dora": True}, Adapter({path: (of_inputs,)}), "has the norms of its inputs"),
+        ("lora", {"dora": True}, Adapter({path: (of_inputs,)}), "is a DoRA with norms of the inputs"),
         ("lora", {}, replace(one, tokens={"<a>": {"text_encoder": torch.ones(1, 64)}}), "it holds a word"),
         ("full", {}, Adapter({path: (wide,)}), "is for a layer of another shape than 128 × 128"),
-        ("full", {}, Adapter({"unet.conv_inn": (fits,)}), r"unet\.conv_inn does not train here"),
+        ("full", {}, Adapter({"unet.conv_inn": (fits,)}), r"unet\.conv_inn is not trained here"),
         ("textual-inversion", {}, one, "it holds weights of layers"),
         ("hypernetwork", {}, one, "it holds weights of layers"),
-        ("hypernetwork", {}, Adapter(), "it holds 0 networks, and one hypernetwork can train"),
+        ("hypernetwork", {}, Adapter(), "it holds 0 networks, but exactly one hypernetwork is needed"),
     ):
         live = on_modules_of(base, one, method, **options)
         with pytest.raises(ValueError, match=answer):
@@ -300,11 +300,11 @@ def test_words_and_networks_of_another_size_are_told(base: Base) -> None:
     def rows(*sides: int, part: str = "text_encoder") -> Adapter:
         return Adapter(tokens={"<a>": {part: torch.ones(*sides)}})
 
-    refused(word(base), rows(3, 64), r"its word has 3 vectors, and 1 train here: set options\.vectors=3")
+    refused(word(base), rows(3, 64), r"its word has 3 embeddings, but this run trains 1: set options\.vectors=3")
     refused(word(base), rows(1, 48), "width 48 for text_encoder, for another kind of base")
     refused(word(base), rows(1, 64, part="text_encoder_2"), "for text_encoder_2, for another kind of base")
     two = {name: {"text_encoder": torch.ones(1, 64)} for name in ("<a>", "<b>")}
-    refused(word(base), Adapter(tokens=two), "it holds 2 words, of which one can train")
+    refused(word(base), Adapter(tokens=two), "it holds 2 words; only a single one can be trained")
     made = get_method("hypernetwork")
 
     def network(**options: Any) -> Attached:

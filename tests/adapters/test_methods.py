@@ -291,8 +291,8 @@ def test_patterns_choose_rank_and_alpha_and_rates() -> None:
     assert sides["unet.out"] == (5, 7.5)  # of the same scale as all others
     assert sides["unet.wide"] == (3, 7.0)
     assert sides["unet.narrow"] == (3, 4.5)
-    assert live.rates() == {f"unet.{path}.lora_up": 16 for path in PATHS}
-    assert set(live.rates()) < set(live.trainable())
+    assert live.lr_scales() == {f"unet.{path}.lora_up": 16 for path in PATHS}
+    assert set(live.lr_scales()) < set(live.trainable())
 
 
 @pytest.mark.parametrize(("method", "bound"), [("lora", 3), ("loha", 3 * 3), ("lokr", 4 * 6)])
@@ -361,7 +361,7 @@ def test_it_trains_beside_quantised_layers(method: str, options: dict[str, Any],
     options = {key: value for key, value in options.items() if key not in ("ranks", "alphas")}  # of other layers
     packed = nn.ModuleDict({"layer": kind.to("cpu")})
     if options.get("dora"):
-        with pytest.raises(DiffgraftError, match=r"quantised here: set options\.dora=false"):
+        with pytest.raises(DiffgraftError, match=r"unquantized weights of the base: set options\.dora=false"):
             attach(packed, method, options, ["layer"])
         return
     lives = [attach(net, method, options, ["layer"]) for net in (whole, packed)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.method import Attached, Spec
-from diffgraft.adapters.methods.lokr import divided
+from diffgraft.adapters.methods.lokr import factorize
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
@@ -273,4 +273,4 @@ def test_lokr_divides_sides_as_lycoris_does(factor: int) -> None:
     from lycoris.functional.general import factorization
 
     for side in (1, 7, 12, 40, 127, 128, 250, 320, 360, 640, 768, 1280):
-        assert divided(side, factor) == factorization(side, factor), side
+        assert factorize(side, factor) == factorization(side, factor), side

@@ -31,7 +31,7 @@ def test_gradients_are_those_of_a_plain_layer() -> None:
     shared, plain = layers()
     given = inputs()
     for _ in range(2):  # gradients of two passes add up
-        shared.begin()
+        shared.begin_pass()
         found = torch.autograd.grad(loss(shared, given), [shared.weight, shared.bias, *given])
         wanted = torch.autograd.grad(loss(plain, given), [plain.weight, plain.bias, *given])
         for one, other in zip(found, wanted, strict=True):
@@ -41,9 +41,9 @@ def test_gradients_are_those_of_a_plain_layer() -> None:
 def test_two_passes_before_one_step_back() -> None:
     shared, plain = layers()
     given = inputs()
-    shared.begin()
+    shared.begin_pass()
     first = loss(shared, given)
-    shared.begin()
+    shared.begin_pass()
     (first + 2 * loss(shared, given[:1])).backward()  # type: ignore[no-untyped-call]
     (loss(plain, given) + 2 * loss(plain, given[:1])).backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(shared.weight.grad, plain.weight.grad)
@@ -56,19 +56,19 @@ def test_a_pass_without_uses_and_a_use_without_a_pass() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(loss(shared, given), shared.weight), torch.autograd.grad(loss(plain, given), plain.weight)
     )
-    shared.begin()
+    shared.begin_pass()
     assert torch.autograd.grad(shared.bias.sum(), shared.weight, allow_unused=True) == (None,)
     with torch.no_grad():
         torch.testing.assert_close(shared(given[0]), plain(given[0]))
     shared.requires_grad_(False)
-    shared.begin()
+    shared.begin_pass()
     torch.testing.assert_close(shared(given[0]), plain(given[0]))
 
 
 def test_a_way_back_that_asks_for_something_else_leaves_nothing_behind() -> None:
     shared, plain = layers()
     given = inputs()
-    shared.begin()
+    shared.begin_pass()
     total = loss(shared, given)
     torch.autograd.grad(total, given[0], retain_graph=True)
     (found,) = torch.autograd.grad(total, shared.weight)
@@ -78,10 +78,10 @@ def test_a_way_back_that_asks_for_something_else_leaves_nothing_behind() -> None
 def test_a_copy_can_be_made_within_a_pass() -> None:
     shared, plain = layers()
     given = inputs()
-    shared.begin()
+    shared.begin_pass()
     loss(shared, given)
     copied = copy.deepcopy(shared)
-    copied.begin()
+    copied.begin_pass()
     (found,) = torch.autograd.grad(loss(copied, given), copied.weight)
     torch.testing.assert_close(found, torch.autograd.grad(loss(plain, given), plain.weight)[0])
 
@@ -90,7 +90,7 @@ def test_in_half_precision_under_autocast() -> None:
     shared, plain = (layer.float() for layer in layers())
     xs = [torch.randn(4, 6), torch.randn(7, 6)]
     with torch.autocast("cpu", torch.bfloat16):
-        shared.begin()
+        shared.begin_pass()
         found, wanted = ([layer(x) for x in xs] for layer in (shared, plain))
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype == torch.bfloat16

@@ -66,13 +66,13 @@ def writing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        (without("bundle_emb"), "the vectors of the word '<zorp>' for text_encoder are not read again"),
-        (without("<blub>"), "the vectors of the word '<blub>' for text_encoder are not read again"),
-        (other_vectors, "the vectors of the word '<zorp>' for text_encoder are not read again"),
-        (without("proj_out"), rf"{OTHER} is read again as nothing, and is lora \(lora_down, lora_up\)"),
-        (without("proj_out.lora_up"), "could not be read again"),
+        (without("bundle_emb"), "the embeddings of the word '<zorp>' for text_encoder are not read again"),
+        (without("<blub>"), "the embeddings of the word '<blub>' for text_encoder are not read again"),
+        (other_vectors, "the embeddings of the word '<zorp>' for text_encoder are not read again"),
+        (without("proj_out"), rf"{OTHER} is read again as nothing instead of lora \(lora_down, lora_up\)"),
+        (without("proj_out.lora_up"), "cannot read again"),
         (renamed("proj_out", "proj_other"), rf"{OTHER} is read again as nothing"),
-        (renamed("lora_unet", "unknown"), "no format recognises what was written|could not be read again"),
+        (renamed("lora_unet", "unknown"), "no format recognises what was written|cannot read again"),
         (no_header, "the metadata entry 'trigger' is not read again|'seed' is not read again"),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_a_writer_leaves_out_is_told_and_nothing_is_saved(
 def test_a_conversion_that_loses_words_is_refused(writing: Any, tmp_path: Path) -> None:
     source = pivotal().save(tmp_path / "a.safetensors", "diffgraft")
     writing("lycoris", without("bundle_emb"))
-    with pytest.raises(LossyWriteError, match="the vectors of the word"):
+    with pytest.raises(LossyWriteError, match="the embeddings of the word"):
         convert(source, tmp_path / "b.safetensors", "lycoris")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -99,7 +99,7 @@ def test_a_part_of_a_delta_that_is_left_out_is_told(writing: Any, tmp_path: Path
     leaves = {"diff": torch.ones(7, 5), "diff_b": torch.ones(7)}
     adapter = Adapter({PATH: (read_delta("full", leaves, None),)}, {"method": "full"})
     writing("kohya", without(".diff_b"))
-    with pytest.raises(LossyWriteError, match=r"read again as full \(diff\), and is full \(diff, diff_b\)"):
+    with pytest.raises(LossyWriteError, match=r"read again as full \(diff\) instead of full \(diff, diff_b\)"):
         adapter.save(tmp_path / "a.safetensors", "kohya")
 
 

@@ -336,7 +336,7 @@ def test_a_base_that_was_given_stays_what_it_is(held: Base, base: Base, pictures
 def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "images": pictures, "output": tmp_path / "run", "trigger": "<zorp>"}
     for more in ({"method": "full"}, {"method": "pivotal", "options": {"weights": "full"}}):
-        with pytest.raises(DiffgraftError, match="trains the base's own weights, and here they are quantised"):
+        with pytest.raises(DiffgraftError, match="trains the base's own weights, but they are quantised"):
             train("subject", base=held, **{**settings, **more})
     for name in ("checkpoint", "checkpoint.safetensors"):
         with pytest.raises(DiffgraftError, match=f"quantized to {held.quantize}, and adapters can only be merged"):
@@ -346,7 +346,7 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
 
 def test_there_is_no_other_kind() -> None:
     with pytest.raises(
-        DiffgraftError, match="quantize is not supported by method=full: every weight trains, and those in few"
+        DiffgraftError, match="quantize is not supported by method=full: every weight trains, which quantised"
     ):
         recipe("full", quantize="nf4")
     assert recipe("full", quantize="none").quantize == "none"

@@ -45,7 +45,7 @@ def test_convert(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "already exists" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert call(monkeypatch, "convert", file, tmp_path / "x.safetensors", "--to", "embedding") == 1
-    assert "it can be one word" in capsys.readouterr().err
+    assert "holds a single word" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
 
@@ -56,7 +56,7 @@ def test_what_a_format_cannot_hold_is_approximated_on_request(
     twice = type(adapter)({path: (*own, *own) for path, own in adapter.deltas.items()}, adapter.metadata)
     stacked = twice.save(tmp_path / "stacked.safetensors", "diffgraft")
     assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "diffusers") == 1
-    assert "With --rank or --energy it is approximated" in capsys.readouterr().err
+    assert "Use --rank or --energy to approximate it" in capsys.readouterr().err
     assert call(monkeypatch, "convert", stacked, tmp_path / "x.safetensors", "--to", "diffusers", "--energy", 0.9) == 0
     said = capsys.readouterr().out
     assert "approximated: x.safetensors holds LoRAs" in said

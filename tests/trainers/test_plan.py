@@ -70,7 +70,7 @@ def test_a_loha_is_twice_as_large_as_its_summary_says() -> None:
     plans = {method: load_recipe("subject", {"subject": "dog", "method": method}) for method in ("locon", "loha")}
     locon, loha = (cost_of(plan, meta_base("tiny"), (64, 64)).trained for plan in plans.values())
     assert loha == 2 * locon
-    assert "twice as large" in get_method("loha").summary
+    assert "twice the size" in get_method("loha").summary
 
 
 @pytest.mark.parametrize(

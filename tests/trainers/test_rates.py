@@ -16,7 +16,7 @@ from torch import nn
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import Attached, Spec
-from diffgraft.adapters.methods.hypernetwork import contexts
+from diffgraft.adapters.methods.hypernetwork import context_projections
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
@@ -189,7 +189,7 @@ def test_words_and_weights_have_rates_of_their_own(go: Any) -> None:
 
 
 def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
-    widths = sorted(contexts(base.unet))
+    widths = sorted(context_projections(base.unet))
     assert len(widths) > 1
     live = get_method("hypernetwork").attach(
         base, Spec({}, 1, 1.0, SHORT["seed"], get_method("hypernetwork").read_options({}))
@@ -199,15 +199,18 @@ def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
     done = go(steps=2, method="hypernetwork", lr_scale={f"unet.{widths[0]}-*": 0})
     for name, value in done.adapter.networks[0].tensors.items():
         assert torch.equal(value, start[name]) == name.startswith(f"{widths[0]}-"), name
-    with pytest.raises(DiffgraftError, match=r"lr_scale\.unet\.96-k is for nothing .*'unet\.\d+-k'"):
+    with pytest.raises(DiffgraftError, match=r"lr_scale\.unet\.96-k matches no trained module: .*'unet\.\d+-k'"):
         go(method="hypernetwork", lr_scale={"unet.96-k": 0})
 
 
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"lr_scale": {"OUT11": 2}}, r"lr_scale\.OUT11 is for nothing that is trained here: did you mean 'OUT0\d'"),
-        ({"lr_scale": {"*.atn2.*": 2}}, r"lr_scale\.\*\.atn2\.\* is for nothing .*did you mean '\*\.attn2\.\*'"),
+        ({"lr_scale": {"OUT11": 2}}, r"lr_scale\.OUT11 matches no trained module: did you mean 'OUT0\d'"),
+        (
+            {"lr_scale": {"*.atn2.*": 2}},
+            r"lr_scale\.\*\.atn2\.\* matches no trained module: .*did you mean '\*\.attn2\.\*'",
+        ),
         ({"lr_scale": {"text_encoder": 0.5}}, "no text encoder is.*text_encoder=true"),
         ({"lr_scale": {"*": 0}}, "Nothing would train: the rates are 0"),
         ({"lr_scale": {"text_encoder": 0}, "method": "textual-inversion"}, "Nothing would train"),

@@ -141,8 +141,8 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
     ("made", "settings", "answer"),
     [
         ({"method": "loha"}, {}, r"Set method=loha, or make a LoRA of it: diffgraft resize \S+made\.safetensors -o"),
-        ({"method": "loha", "layers": "attention"}, {}, r"is a loha, and what trains here is a lora\. Set method=loha"),
-        ({}, {"method": "lokr"}, r"is a lora, and what trains here is a lokr\. Set method=lora\.$"),
+        ({"method": "loha", "layers": "attention"}, {}, r"is a loha, but this run trains a lora\. Set method=loha"),
+        ({}, {"method": "lokr"}, r"is a lora, but this run trains a lokr\. Set method=lora\.$"),
         ({"method": "full", "lr": 1e-4}, {}, "Set method=full, or make a LoRA of it"),
         (
             {"text_encoder": True},
@@ -162,7 +162,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
             {"method": "hypernetwork", "options.structure": "1,3,1"},
             "options.structure=1,2,1",
         ),
-        ({"method": "full"}, {"method": "full", "text_encoder": False}, r"does not train here\. Set text_encoder=true"),
+        ({"method": "full"}, {"method": "full", "text_encoder": False}, r"is not trained here\. Set text_encoder=true"),
         (
             lines("unet.conv_in"),
             {},

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from diffgraft.adapters.method import Attached
-from diffgraft.adapters.patterns import check_keys, chosen
+from diffgraft.adapters.patterns import check_keys, last_match
 from diffgraft.bases import Base
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError
@@ -16,8 +16,8 @@ from diffgraft.trainers.recipe.groups import OptimSettings
 
 def lr_scales(rates: Mapping[str, float], adapter: Attached) -> dict[str, float]:
     """Learning-rate scale of each parameter, by its name: the method's own times that of the recipe's `rates`."""
-    own = adapter.rates()
-    return {name: own.get(name, 1.0) * chosen(rates, path, 1.0) for name, path in adapter.paths().items()}
+    own = adapter.lr_scales()
+    return {name: own.get(name, 1.0) * last_match(rates, path, 1.0) for name, path in adapter.paths().items()}
 
 
 def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection[str] = ()) -> None:
@@ -51,7 +51,7 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection
 def _trains(rates: Mapping[str, float], base: Base, path: str) -> bool:
     part, _, inside = path.partition(".")
     reaches = not is_of_text(path) or base.family.affects_output(base, part, inside)
-    return reaches and chosen(rates, path, 1.0) > 0
+    return reaches and last_match(rates, path, 1.0) > 0
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, nearest, nearest_to_product
+from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, approximate, approximate_product
 from diffgraft.adapters.ops.effect import as_product
 from diffgraft.adapters.registry import read_delta
 from diffgraft.errors import DiffgraftError
@@ -34,15 +34,15 @@ def off(found: LowRankApproximation, matrix: Tensor) -> float:
 @pytest.mark.parametrize("rank", [1, 3, 20])  # far below the sides, and not
 def test_the_nearest_of_a_rank(shape: tuple[int, int], rank: int) -> None:
     matrix = falling(*shape, 0.8)
-    found = nearest(matrix, RankBudget(rank=rank))
+    found = approximate(matrix, RankBudget(rank=rank))
     assert found.up.shape == (shape[0], rank)
     assert off(found, matrix) == pytest.approx(least(matrix, rank), rel=1e-3, abs=1e-6)
-    assert found.lost == pytest.approx(off(found, matrix), rel=1e-3, abs=1e-3)
+    assert found.relative_error == pytest.approx(off(found, matrix), rel=1e-3, abs=1e-3)
 
 
 def test_the_range_finder_is_as_good_where_values_fall_slowly() -> None:
     matrix = falling(400, 900, 0.995)
-    found = nearest(matrix, RankBudget(rank=16))
+    found = approximate(matrix, RankBudget(rank=16))
     assert off(found, matrix) <= 1.005 * least(matrix, 16)
 
 
@@ -51,10 +51,10 @@ def test_the_least_rank_that_holds_an_energy(energy: float) -> None:
     matrix = falling(30, 50, 0.8)
     squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
     wanted = int(np.searchsorted(squares.cumsum() / squares.sum(), energy)) + 1
-    found = nearest(matrix, RankBudget(energy=energy))
+    found = approximate(matrix, RankBudget(energy=energy))
     assert found.up.shape[1] == wanted
-    assert 1 - found.lost**2 >= energy
-    assert nearest(matrix, RankBudget(rank=2, energy=energy)).up.shape[1] == min(2, wanted)
+    assert 1 - found.relative_error**2 >= energy
+    assert approximate(matrix, RankBudget(rank=2, energy=energy)).up.shape[1] == min(2, wanted)
 
 
 @pytest.mark.parametrize("rate", [0.8, 0.99])  # the share lies within the first ranks, or far beyond them
@@ -62,32 +62,32 @@ def test_large_matrices_have_the_rank_of_their_energy_too(rate: float) -> None:
     matrix = falling(300, 410, rate)
     squares = np.linalg.svd(matrix.double().numpy(), compute_uv=False) ** 2
     for energy in (0.9, 0.99):
-        found = nearest(matrix, RankBudget(energy=energy))
+        found = approximate(matrix, RankBudget(energy=energy))
         assert found.up.shape[1] == int(np.searchsorted(squares.cumsum() / squares.sum(), energy)) + 1
-        assert off(found, matrix) == pytest.approx(found.lost, rel=1e-3)
+        assert off(found, matrix) == pytest.approx(found.relative_error, rel=1e-3)
 
 
 def test_a_product_is_reduced_without_being_formed() -> None:
     up, down = falling(50, 9, 0.7), falling(9, 80, 0.7)
     for size in (RankBudget(rank=4), RankBudget(energy=0.99)):
-        direct, by_product = nearest(up @ down, size), nearest_to_product(up, down, size)
+        direct, by_product = approximate(up @ down, size), approximate_product(up, down, size)
         assert by_product.up.shape == direct.up.shape
         torch.testing.assert_close(
             by_product.up @ by_product.down, (direct.up @ direct.down).double(), atol=1e-5, rtol=0, check_dtype=False
         )
-    whole = nearest_to_product(up, down, RankBudget(energy=1.0))
+    whole = approximate_product(up, down, RankBudget(energy=1.0))
     assert off(whole, up.double() @ down.double()) < 1e-6
-    wide = nearest_to_product(
+    wide = approximate_product(
         torch.cat([up] * 7, 1), torch.cat([down] * 7), RankBudget(energy=1.0)
     )  # rank 63 of 50 × 80
     assert wide.up.shape[1] == 9
 
 
 def test_of_nothing_nothing_is_left() -> None:
-    found = nearest(torch.zeros(5, 7), RankBudget(rank=3))
+    found = approximate(torch.zeros(5, 7), RankBudget(rank=3))
     assert found.up.shape == (5, 0)
     assert found.lora((5, 7)) is None
-    assert found.lost == 0
+    assert found.relative_error == 0
     for wrong in ({"rank": 0}, {"energy": 0.0}, {"energy": 1.5}):
         with pytest.raises(DiffgraftError, match="Invalid value"):
             RankBudget(**wrong)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.methods.lora import low_rank
-from diffgraft.adapters.strengths import BLOCKS, LISTS, block_of, strengths_of
+from diffgraft.adapters.strengths import BLOCK_LISTS, BLOCKS, block_of, strengths_of
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.errors import DiffgraftError
@@ -28,8 +28,8 @@ def unet(family: str) -> Any:
 def test_lists_have_one_number_for_each_block_that_such_files_touch(family: str, layers: str, count: int) -> None:
     """LoRA touches the attentions' blocks alone; LoCon all but the first, which is a convolution that none adapts."""
     touched = {block_of(f"unet.{path}") for path in choose_layers("unet", unet(family), layers)}
-    assert touched <= set(LISTS[count])
-    assert set(LISTS[count]) - touched <= {"BASE", "IN00"}
+    assert touched <= set(BLOCK_LISTS[count])
+    assert set(BLOCK_LISTS[count]) - touched <= {"BASE", "IN00"}
 
 
 def test_blocks_of_well_known_modules() -> None:
@@ -55,16 +55,16 @@ def test_what_is_not_named_has_one_and_parts_multiply() -> None:
     assert strengths.at("unet.conv_in") == 0.5
     assert strengths.at("text_encoder_2.encoder.layers.0.mlp.fc1") == 0.0
     numbers = [0.0] * 17
-    numbers[LISTS[17].index("OUT04")] = -0.3
+    numbers[BLOCK_LISTS[17].index("OUT04")] = -0.3
     strengths = strengths_of("a", numbers)
     assert strengths.at("unet.up_blocks.1.attentions.1.proj_in") == -0.3
     assert strengths.at("text_encoder.encoder.layers.0.mlp.fc1") == 0
     assert strengths_of("a", 0.7).at("unet.conv_in") == 0.7
     for value, answer in (
-        ([1.0] * 13, "a list of 13 strengths; lists for blocks have 12, 17, 20, 26"),
+        ([1.0] * 13, "a list of 13 numbers; lists by block have 12, 17, 20, 26"),
         ({"OUT5": 1.0}, "did you mean 'OUT05'"),
-        ({"M00": "x"}, "is 'x', which is no number"),
-        (float("nan"), "is nan, which is no number"),
+        ({"M00": "x"}, "'x' is not a number"),
+        (float("nan"), "nan is not a number"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             strengths_of("a", value)
@@ -96,7 +96,7 @@ def test_a_graft_takes_blocks() -> None:
 
 def test_blocks_in_which_nothing_changes_are_told_of() -> None:
     adapter = Adapter({"unet.mid_block.attentions.0.proj_in": (low_rank(torch.ones(2, 5), torch.ones(5, 2)),)})
-    assert strengths_of("a", {"unet": 0.5, "M00": 0.0, "OUT05": 0.0}).idle(adapter) == ["OUT05"]
-    assert strengths_of("a", [0.0] * 12).idle(adapter) == []
-    with pytest.raises(DiffgraftError, match=r"A fraction is written with a point, 0\.8"):
+    assert strengths_of("a", {"unet": 0.5, "M00": 0.0, "OUT05": 0.0}).unused_blocks(adapter) == ["OUT05"]
+    assert strengths_of("a", [0.0] * 12).unused_blocks(adapter) == []
+    with pytest.raises(DiffgraftError, match=r"Write fractions with a point: 0\.8"):
         strengths_of("a", [0.0, 8.0])

@@ -1,4 +1,4 @@
-"""What kohya's tools write into the headers of adapter files, written: see `training_metadata` for the sources."""
+"""Headers that kohya's tools write into adapter files: see `training_metadata`, which reads them, for the sources."""
 
 import hashlib
 import json
@@ -12,34 +12,34 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dora import LEAF as NORMS
 
 _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"""Family → ``ss_base_model_version``."""
+"""Family → ``ss_base_model_version``"""
 _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-512", "sdxl": "stable-diffusion-xl-v1-base"}
-"""Family → ``modelspec.architecture``, before ``/lora``."""
+"""Family → ``modelspec.architecture``, without the ending ``/lora``"""
 _V_PREDICTION = {"sd2": ("sd_v2_v", "stable-diffusion-v2-768-v")}
-"""Family → version and architecture where it predicts v."""
+"""Family → version and architecture of bases that predict v"""
 _SGM = "https://github.com/Stability-AI/generative-models"
-"""``modelspec.implementation`` of adapters for XL; those for 1.x and 2.x have ``diffusers``."""
-_PLAIN = "networks.lora"
-"""sd-scripts' module of LoRA"""
+"""``modelspec.implementation`` of adapters for XL; for 1.x and 2.x it is ``diffusers``"""
+_LORA_MODULE = "networks.lora"
+"""Name of sd-scripts' network module for LoRA"""
 _ALGORITHMS = {"lora": "locon"}
-"""Kind of delta → what LyCORIS calls it, where that is another word"""
-_WINDOW = range(0x100000, 0x110000)
-"""Bytes of a file that the older hash of the webui world is made of"""
+"""Kind of delta → its name in LyCORIS, if it differs"""
+_LEGACY_HASH_RANGE = range(0x100000, 0x110000)
+"""Bytes of a file that webui's legacy hash is computed from"""
 
 
-def write_training(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Header entries for an adapter; those that its own file had come along."""
-    said: dict[str, str] = {
+def kohya_header(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Header entries for an adapter, including those that its original file had."""
+    entries: dict[str, str] = {
         key: str(value)
         for key, value in (adapter.metadata.get("foreign") or {}).items()
         if key.startswith(("ss_", "modelspec."))
     }
-    of_base = adapter.metadata.get("base") or {}
-    family = of_base.get("family") if isinstance(of_base, Mapping) else None
-    predicts_v = isinstance(of_base, Mapping) and of_base.get("prediction_type") == "v_prediction"
-    new = dict(_module(adapter))
-    if new["ss_network_module"] != _PLAIN and said.get("ss_network_module") == _PLAIN:
-        said = {key: value for key, value in said.items() if key not in new}
+    base = adapter.metadata.get("base") or {}
+    family = base.get("family") if isinstance(base, Mapping) else None
+    predicts_v = isinstance(base, Mapping) and base.get("prediction_type") == "v_prediction"
+    new = dict(_network_module(adapter))
+    if new["ss_network_module"] != _LORA_MODULE and entries.get("ss_network_module") == _LORA_MODULE:
+        entries = {key: value for key, value in entries.items() if key not in new}
     for key, name in (("ss_network_dim", "rank"), ("ss_network_alpha", "alpha"), ("ss_seed", "seed")):
         if adapter.metadata.get(name) is not None:
             new[key] = str(adapter.metadata[name])
@@ -59,8 +59,8 @@ def write_training(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str,
         }
     if adapter.metadata.get("trigger"):
         new["modelspec.trigger_phrase"] = str(adapter.metadata["trigger"])
-    said = {**new, **said}
-    return {**said, **_hashes(tensors, {key: value for key, value in said.items() if key.startswith("ss_")})}
+    entries = {**new, **entries}
+    return {**entries, **_hashes(tensors, {key: value for key, value in entries.items() if key.startswith("ss_")})}
 
 
 def _resolution(family: str, predicts_v: bool) -> str:
@@ -68,16 +68,16 @@ def _resolution(family: str, predicts_v: bool) -> str:
     return f"{side}x{side}"
 
 
-def _module(adapter: Adapter) -> dict[str, str]:
-    """The module of kohya's or LyCORIS' that reads all that the adapter holds, and its arguments.
+def _network_module(adapter: Adapter) -> dict[str, str]:
+    """The network module of sd-scripts or LyCORIS that reads everything the adapter holds, and its arguments.
 
-    sd-scripts' own leaves the lengths of DoRA and the middle factors of Tucker's decomposition away, without a word.
+    sd-scripts' own module silently ignores the norms of DoRA and the core of a Tucker decomposition.
     """
-    deltas = [delta for found in adapter.deltas.values() for delta in found]
+    deltas = [delta for module_deltas in adapter.deltas.values() for delta in module_deltas]
     kinds = {delta.kind for delta in deltas}
     leaves = {leaf for delta in deltas for leaf in delta.leaves}
     if all(delta.is_lora for delta in deltas) and leaves <= {"lora_down", "lora_up"}:
-        return {"ss_network_module": _PLAIN, "ss_network_args": json.dumps({})}
+        return {"ss_network_module": _LORA_MODULE, "ss_network_args": json.dumps({})}
     kind = next(iter(kinds))
     arguments = {"algo": _ALGORITHMS.get(kind, kind)} if len(kinds) == 1 else {}
     if NORMS in leaves:
@@ -88,23 +88,23 @@ def _module(adapter: Adapter) -> dict[str, str]:
 
 
 def _hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
-    """What webui indexes its LoRA files by: of the tensors' bytes alone, as a file with `header` has them.
+    """Hashes by which webui indexes LoRA files, computed from the bytes of the tensors in a file with `header`.
 
-    The file is never made, as it may be as large as a checkpoint: its bytes pass by one tensor at a time.
+    The file, which may be as large as a checkpoint, is not created: its bytes are hashed one tensor at a time.
     """
     whole, window, place = hashlib.sha256(), bytearray(), 0
-    for content in _file_of(tensors, header):
-        if place:  # behind the JSON header
+    for content in _file_contents(tensors, header):
+        if place:  # after the JSON header
             whole.update(content)
-        window += content[max(0, _WINDOW.start - place) : max(0, _WINDOW.stop - place)]
+        window += content[max(0, _LEGACY_HASH_RANGE.start - place) : max(0, _LEGACY_HASH_RANGE.stop - place)]
         place += len(content)
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(window).hexdigest()[:8]}
 
 
-def _file_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Iterator[memoryview]:
-    """A safetensors file piece by piece: its JSON header with the length before it, then each tensor's bytes in order.
+def _file_contents(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> Iterator[memoryview]:
+    """Yield a safetensors file in pieces: its JSON header preceded by its length, then each tensor's bytes in order.
 
-    The library decides the order of tensors, and tells it for tensors of the same names that hold nothing.
+    The order of tensors is decided by the library, from a file with empty tensors of the same names.
     """
     empty = save({name: torch.empty(0, dtype=value.dtype) for name, value in tensors.items()}, dict(header))
     layout = json.loads(empty[8 : 8 + int.from_bytes(empty[:8], "little")])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.formats.elsewhere import remarks
+from diffgraft.adapters.formats.compatibility import compatibility_notes
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.full import FullDelta
@@ -31,32 +31,32 @@ def adapter_of(*deltas: Delta, path: str = PATH, **more: Any) -> Adapter:
 
 
 def said(adapter: Adapter, dialect: str) -> str:
-    return " | ".join(remarks(adapter, dialect))
+    return " | ".join(compatibility_notes(adapter, dialect))
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "lycoris", "webui"])
 def test_a_plain_lora_under_kohya_s_names_is_what_it_is_everywhere(dialect: str) -> None:
-    assert remarks(adapter_of(LORA, LORA), dialect) == []
-    assert remarks(Adapter({f"{TEXT}{name}": (LORA,) for name in ("q_proj", "out_proj")}), dialect) == []
+    assert compatibility_notes(adapter_of(LORA, LORA), dialect) == []
+    assert compatibility_notes(Adapter({f"{TEXT}{name}": (LORA,) for name in ("q_proj", "out_proj")}), dialect) == []
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "lycoris"])
 def test_what_other_programs_misread_is_said(dialect: str) -> None:
     outputs, inputs = DoraDelta(LORA, torch.ones(7)), DoraDelta(LORA, torch.ones(1, 5))
     assert "webui and InvokeAI take its norms of outputs for norms of inputs" in said(adapter_of(outputs), dialect)
-    assert "sd-scripts and diffusers leave out its norms" in said(adapter_of(inputs), dialect)
+    assert "sd-scripts and diffusers ignore its norms" in said(adapter_of(inputs), dialect)
     assert "norms of inputs, which is far" not in said(adapter_of(inputs), dialect)
     tucker = low_rank(torch.ones(2, 5, 1, 1), torch.ones(7, 2, 1, 1), 1.0, torch.ones(2, 2, 3, 3))
     assert "do not read lora_mid" in said(adapter_of(tucker), dialect)
     other = low_rank(torch.ones(2, 5), torch.ones(7, 2), 2.0)
-    assert "of which diffusers takes the commonest for all" in said(adapter_of(LORA, other), dialect)
-    assert "only where self_attn.out_proj is among them" in said(adapter_of(LORA, path=f"{TEXT}q_proj"), dialect)
+    assert "but diffusers uses the most frequent one for all" in said(adapter_of(LORA, other), dialect)
+    assert "only if self_attn.out_proj is among them" in said(adapter_of(LORA, path=f"{TEXT}q_proj"), dialect)
     word = {"<zorp>": {"text_encoder": torch.ones(2, 8)}}
     assert "`--only <zorp> --to webui` writes a word" in said(adapter_of(LORA, tokens=word), dialect)
     norm = FullDelta({"diff": torch.ones(7), "diff_b": torch.ones(7)})
-    assert "1 of its modules are norms" in said(adapter_of(norm, path="text_encoder.final_layer_norm"), dialect)
+    assert "1 modules are norms" in said(adapter_of(norm, path="text_encoder.final_layer_norm"), dialect)
     assert said(adapter_of(norm, path="unet.conv_norm_out"), dialect) == (
-        "diffusers reads LoRA alone under these names, and not full differences."
+        "diffusers reads only LoRA under these names, and not full differences."
     )
 
 
@@ -77,13 +77,13 @@ KRON = {"lokr_w1": torch.ones(7, 2), "lokr_t2": torch.ones(3, 3, 3, 3), "lokr_w2
         (
             "lokr",
             {**KRON, "lokr_w2_b": torch.ones(3, 5)},
-            "hold a LoKr in its Tucker variant, with which ComfyUI fails",
+            "hold a LoKr in its Tucker variant, on which ComfyUI fails",
         ),
         ("ia3", {"weight": torch.ones(7), "on_input": torch.tensor(0)}, "hold (IA)³, which webui or ComfyUI does not"),
         (
             "oft",
             {"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(8, 1)},
-            "a rescaling, which ComfyUI leaves away",
+            "a rescaling, which ComfyUI ignores",
         ),
         ("oft-inputs", {"oft_R": torch.ones(2, 3)}, "hold OFT of inputs, which webui or ComfyUI does not read"),
     ],
@@ -92,7 +92,7 @@ def test_what_is_said_of_other_kinds_is_what_webui_s_files_are_refused_for(
     kind: str, leaves: dict[str, torch.Tensor], others: str, tmp_path: Path
 ) -> None:
     adapter = adapter_of(read_delta(kind, leaves, 1.0), metadata={"base": {"family": "sd1"}})
-    assert "diffusers reads LoRA alone under these names" in said(adapter, "kohya")
+    assert "diffusers reads only LoRA under these names" in said(adapter, "kohya")
     assert others in said(adapter, "kohya")
     if others:
         with pytest.raises(DiffgraftError, match=re.escape(others.removeprefix("hold "))):
@@ -103,9 +103,9 @@ def test_what_is_said_of_other_kinds_is_what_webui_s_files_are_refused_for(
 
 def test_a_bias_beside_a_lora_and_half_an_attention_of_openclip_are_left_out_by_webui(tmp_path: Path) -> None:
     beside = Adapter({PATH: (LORA, FullDelta({"diff_b": torch.ones(7)}))}, {"base": {"family": "sd1"}})
-    assert "webui leaves out differences of biases beside other factors" in said(beside, "kohya")
+    assert "webui and diffusers ignore differences of biases beside other factors" in said(beside, "kohya")
     half = adapter_of(LORA, path="text_encoder_2.encoder.layers.0.self_attn.q_proj")
-    assert "webui leaves out q_proj of text_encoder_2.encoder.layers.0.self_attn" in said(half, "kohya")
+    assert "webui ignores q_proj of text_encoder_2.encoder.layers.0.self_attn" in said(half, "kohya")
     for adapter in (beside, half):
         with pytest.raises(DiffgraftError, match="webui"):
             adapter.save(tmp_path / "a.safetensors", "webui")
@@ -116,13 +116,13 @@ def test_what_a_layout_is_not_read_by_is_said() -> None:
     assert "do not open peft's folders" in written_dialects()["peft"].note
     assert "No other program reads" in written_dialects()["diffgraft"].note
     of_xl = adapter_of(LORA, metadata={"base": {"family": "sdxl"}})
-    assert "webui takes it for an adapter of Stable Diffusion 1.x, and its base is sdxl" in said(of_xl, "lycoris")
+    assert "webui assumes an adapter of Stable Diffusion 1.x, but the base is sdxl" in said(of_xl, "lycoris")
     assert said(of_xl, "kohya") == ""
     word = Adapter({}, tokens={"<x>": {"text_encoder": torch.ones(1, 8)}})
-    assert "call the word by the file's name, x, and not <x>" in " ".join(remarks(word, "webui", "x"))
-    assert remarks(word, "webui", "<x>") == []
+    assert "call the word by the file's name, x, instead of <x>" in " ".join(compatibility_notes(word, "webui", "x"))
+    assert compatibility_notes(word, "webui", "<x>") == []
     assert "InvokeAI reads words" in said(Adapter({}, tokens={"x": {"text_encoder": torch.ones(1, 8)}}), "embedding")
-    assert remarks(Adapter({}, tokens={"x": {"text_encoder": torch.ones(1, 8)}}), "webui") == []
+    assert compatibility_notes(Adapter({}, tokens={"x": {"text_encoder": torch.ones(1, 8)}}), "webui") == []
 
 
 def test_converting_says_it(tmp_path: Path) -> None:
