@@ -195,7 +195,7 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     assert "is a FluxPipeline" in answer(tmp_path)
     shutil.copytree(loading.TINY, tmp_path / "torn")
     (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "unet holds no weights in .safetensors" in answer(tmp_path / "torn")
+    assert "unet has no weights in .safetensors" in answer(tmp_path / "torn")
     assert base.name == "tiny"
 
 
