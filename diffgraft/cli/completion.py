@@ -1,8 +1,8 @@
-"""Names that a shell completes: recipes and methods, listed without loading what they are."""
+"""Shell completion of recipes and methods, whose names are listed without importing them."""
 
 
 def recipe_words(incomplete: str) -> list[str]:
-    """Names of shipped recipes that begin with `incomplete`."""
+    """Return the names of shipped recipes that begin with `incomplete`."""
     from importlib.resources import files
 
     names = (file.name for file in files("diffgraft.recipes").iterdir())
@@ -12,7 +12,7 @@ def recipe_words(incomplete: str) -> list[str]:
 
 
 def method_words(incomplete: str) -> list[str]:
-    """Names of methods that begin with `incomplete`."""
+    """Return the names of methods that begin with `incomplete`."""
     from diffgraft.adapters.listing import method_summaries
 
     return [name for name in method_summaries() if name.startswith(incomplete)]

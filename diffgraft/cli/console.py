@@ -15,18 +15,18 @@ from diffgraft.terminal import printable
 
 _SAID: list[str] = []
 """Lines shown so far"""
-_STRONGEST = 20
-"""Beyond it any adapter gives noise, or black pictures"""
+_MAX_STRENGTH = 20
+"""Largest strength; beyond it any adapter gives noise or black pictures"""
 
 
 def say(line: object) -> None:
-    """Show a line, whoever wrote what is in it."""
+    """Show a line on stdout, with control characters escaped."""
     _SAID.append(printable(line))
     typer.echo(_SAID[-1])
 
 
 def warn(message: object) -> None:
-    """Show a warning, unless a line before it has said the same."""
+    """Show a warning on stderr, unless an earlier line already contains it."""
     text = printable(message)
     if not any(text in line for line in _SAID):
         typer.secho(f"warning: {text}", fg="yellow", err=True)
@@ -34,10 +34,10 @@ def warn(message: object) -> None:
 
 @contextmanager
 def shown_progress(name: str) -> Iterator[None]:
-    """Within the block progress is shown by a reporter of `diffgraft.progress.REPORTERS`; warnings are its notes.
+    """Show progress within the block by a reporter of `diffgraft.progress.REPORTERS`; with ``json`` also warnings.
 
     Raises:
-        DiffgraftError: there is no such reporter.
+        DiffgraftError: `name` is not a reporter.
     """
     if name not in REPORTERS:
         raise DiffgraftError(f"Invalid --progress {name}: {did_you_mean(name, REPORTERS)}")
@@ -46,7 +46,7 @@ def shown_progress(name: str) -> Iterator[None]:
         return
     usual = warnings.showwarning
     if name == "json":
-        warnings.showwarning = lambda said, *_, **__: emit(Note(str(said), is_warning=True))
+        warnings.showwarning = lambda message, *_, **__: emit(Note(str(message), is_warning=True))
     try:
         with reporting(REPORTERS[name]()):
             yield
@@ -55,23 +55,23 @@ def shown_progress(name: str) -> Iterator[None]:
 
 
 def say_json(value: Any) -> None:
-    """Show a value as JSON; numbers that JSON does not have, infinite ones and NaN, are null."""
+    """Show a value as JSON; infinite numbers and NaN, which JSON does not have, become null."""
     typer.echo(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def key_values(words: Sequence[str]) -> dict[str, str]:
-    """``key=value`` words as a mapping.
+    """Parse ``key=value`` words to a mapping.
 
     Raises:
-        DiffgraftError: a word is something else; of options in other tools' manner it says how they are written here.
+        DiffgraftError: a word is something else; for options like those of other tools it suggests the setting.
     """
     out: dict[str, str] = {}
     for place, word in enumerate(words):
@@ -95,14 +95,14 @@ def key_values(words: Sequence[str]) -> dict[str, str]:
 
 
 def _named(option: str) -> str:
-    """The setting that an option of another tool stands for."""
+    """Return the setting that corresponds to an option of another tool."""
     from diffgraft.trainers.recipe.synonyms import synonym
 
     return synonym(option) or option.replace("-", "_")
 
 
 def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float] | list[float]]:
-    """``FILE``, ``FILE:STRENGTH``, ``FILE:PART=STRENGTH,…`` or ``FILE:1,0.5,…`` (by block); without one it is 1."""
+    """Parse ``FILE``, ``FILE:STRENGTH``, ``FILE:PART=STRENGTH,…`` or ``FILE:1,0.5,…`` (by block); 1 by default."""
     out: dict[str, float | dict[str, float] | list[float]] = {}
     for word in words:
         file, colon, tail = word.rpartition(":")
@@ -132,16 +132,18 @@ def _number(text: str, word: str) -> float:
         number = float("nan")
     if number != number or abs(number) == float("inf"):
         raise DiffgraftError(
-            f"The strength in {word!r} is no number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, 12 to 26 numbers "
-            "for the blocks, or FILE alone for strength 1."
+            f"The strength in {word!r} is not a number: write FILE:0.8, FILE:unet=0.8,text_encoder=0.5, FILE:1,0.5,… "
+            "with 12 to 26 numbers for the blocks, or FILE alone for strength 1."
         )
-    if abs(number) > _STRONGEST:
-        raise DiffgraftError(f"The strength in {word!r} is beyond ±{_STRONGEST}: 0 to 1 as a rule, and 1 was trained.")
+    if abs(number) > _MAX_STRENGTH:
+        raise DiffgraftError(
+            f"The strength in {word!r} is beyond ±{_MAX_STRENGTH}: 1 is the adapter as trained, 0 to 1 is usual."
+        )
     return number
 
 
 def width_height(word: str) -> tuple[int, int] | None:
-    """``WIDTHxHEIGHT`` (or one number for both) as a pair; None for an empty word."""
+    """Parse ``WIDTHxHEIGHT``, or one number for both, to (width, height); None for an empty word."""
     if not word:
         return None
     parts = word.lower().split("x")

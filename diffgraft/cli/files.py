@@ -15,22 +15,24 @@ if TYPE_CHECKING:
     from diffgraft.adapters.ops.resize import Reduced
     from diffgraft.bases.weights import Weights
 
-BASE = typer.Option(help="The base it is for, where its weights matter: `tiny`, a diffusers folder, a .safetensors.")
+BASE = typer.Option(
+    help="Base of the adapter, if its weights are needed: `tiny`, a diffusers folder or a .safetensors file."
+)
 RANK = typer.Option(min=1, help="Rank of each module's LoRA.")
 ENERGY = typer.Option(
-    help="Share of each module's squared norm to keep, such as 0.95: each has the rank it needs, at most --rank."
+    help="Share of each module's squared norm to keep, such as 0.95; sets each module's rank, up to --rank."
 )
 
 
 def adapter_size(path: Path) -> int:
-    """Bytes of a file, of the adapter in a run's folder, or of all files in a folder."""
+    """Return the bytes of a file, of the adapter in a run's folder, or of all files in a folder."""
     if (path / "adapter.safetensors").is_file():
         path = path / "adapter.safetensors"
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
 def _device(name: str) -> str:
-    """The name again, where there is such a device."""
+    """Return the name of a device after checking that it exists."""
     if name != "cpu":
         from diffgraft.devices import device_of
 
@@ -38,38 +40,38 @@ def _device(name: str) -> str:
     return name
 
 
-DEVICE = typer.Option(help="Where it is computed: cpu, cuda, …", callback=_device)
-OUTPUT = typer.Option("--output", "-o", help="The new file.")
-FORMAT = typer.Option("--to", help=f"Its format: auto, {', '.join(format_summaries())}.")
+DEVICE = typer.Option(help="Device that computes: cpu, cuda, …", callback=_device)
+OUTPUT = typer.Option("--output", "-o", help="Path of the new file.")
+FORMAT = typer.Option("--to", help=f"Format of the new file: auto, {', '.join(format_summaries())}.")
 
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="FILE", help="An adapter in any format, a folder of peft's, or a checkpoint.")
+        Path, typer.Argument(metavar="FILE", help="An adapter in any format, a peft folder, or a checkpoint.")
     ],
     output: Annotated[
-        Path, typer.Argument(help="The new file (for peft: a folder; hypernetworks for webui: .pt).", metavar="NEW")
+        Path, typer.Argument(help="Path of the new file (peft: a folder; hypernetworks for webui: .pt).", metavar="NEW")
     ],
     to: Annotated[
         str,
         typer.Option(
-            help="Its format; auto: the one that most programs open, of those that hold it. "
+            help="Format; auto: of those that can hold the adapter, the one that most programs open. "
             + " ".join(f"{name}: {summary}." for name, summary in format_summaries().items())
         ),
     ] = "auto",
-    only: Annotated[str, typer.Option(help="`weights`, `words`, or one word of the file: the rest is left out.")] = "",
-    precision: Annotated[str, typer.Option(help="float16, bfloat16 or float32. [default: as it is]")] = "",
+    only: Annotated[str, typer.Option(help="Write only `weights`, only `words`, or only the word of this name.")] = "",
+    precision: Annotated[str, typer.Option(help="float16, bfloat16 or float32. [default: unchanged]")] = "",
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     base: Annotated[str | None, BASE] = None,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Write an adapter in the format of another tool, and say how near it comes.
+    """Write an adapter in the format of another tool, and report the error.
 
-    What a format cannot hold is refused, unless --rank or --energy ask for LoRAs that come near.
+    An adapter that the format cannot hold is refused, unless --rank or --energy allow approximating it by LoRAs.
     For example: diffgraft convert dog.safetensors dog-webui.safetensors --to webui
 
-    A whole checkpoint goes from a diffusers folder into one file, or back, to the bit:
+    A whole checkpoint is converted from a diffusers folder to a single file, or back, bit for bit:
     diffgraft convert stable-diffusion-v1-5/ sd15.safetensors
     """
     from diffgraft.bases.checkpoint_files import is_checkpoint
@@ -107,8 +109,8 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
 
     if to != "auto":
         raise DiffgraftError(
-            f"{source} is a whole checkpoint, and --to is for adapters: it becomes one file where the new name ends in "
-            ".safetensors, and a diffusers folder where it does not."
+            f"{source} is a whole checkpoint, but --to is for adapters: leave it out. The new checkpoint is a single "
+            "file if its name ends in .safetensors, else a diffusers folder."
         )
 
     from diffgraft.bases import load_base
@@ -127,18 +129,16 @@ def combine(
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     algorithm: Annotated[str, typer.Option(help="How weights are combined: sum, ties or dare.")] = "sum",
-    density: Annotated[
-        float, typer.Option(help="With ties and dare: the share of entries that is kept, not dropped.")
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(help="With dare: seed of the choice of what is dropped.")] = 0,
+    density: Annotated[float, typer.Option(help="With ties and dare: share of entries to keep, 0 to 1.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="With dare: seed for choosing the entries to drop.")] = 0,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Make one adapter of several, of any methods and ranks; negative strengths subtract.
+    """Combine several adapters of any methods and ranks into one; negative strengths subtract.
 
-    LoRAs and LoHas are summed exactly where neither --rank nor --energy asks for less, at the sum of their ranks;
-    of others 0.999 of the squared norm is kept. For a small file, give --rank.
+    Without --rank and --energy, LoRAs and LoHas are summed exactly, at the sum of their ranks; of other methods 0.999
+    of the squared norm is kept. For a small file, give --rank.
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
     """
     from diffgraft.adapters.formats import load_for_base
@@ -155,10 +155,8 @@ def combine(
 
 
 def extract(
-    tuned: Annotated[
-        str, typer.Argument(help="The checkpoint that was trained: a diffusers folder or a .safetensors.")
-    ],
-    base: Annotated[str, typer.Argument(help="The one it was trained from, in either layout.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint: a diffusers folder or a .safetensors file.")],
+    base: Annotated[str, typer.Argument(help="The checkpoint it was fine-tuned from, in either layout.")],
     output: Annotated[Path, OUTPUT],
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
@@ -166,9 +164,9 @@ def extract(
     to: Annotated[str, FORMAT] = "auto",
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Make an adapter of the difference of two checkpoints, text encoders included, layer by layer.
+    """Extract the difference between two checkpoints, including text encoders, as an adapter.
 
-    How large it may be is said by --rank, or by --energy.
+    Its size is set by --rank or --energy.
     For example: diffgraft extract dreamboothed/ stable-diffusion-v1-5/ -o dog.safetensors --rank 16
     """
     from diffgraft.adapters.ops.extract import extract as difference
@@ -190,10 +188,10 @@ def resize(
     energy: Annotated[float | None, ENERGY] = None,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="List rank and error of every module.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="List rank and error of each module.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Make a LoRA of a smaller rank of any adapter, convolutions included; --rank or --energy says how small.
+    """Approximate an adapter of any method, including convolutions, by LoRAs whose size --rank or --energy sets.
 
     For example: diffgraft resize dog.safetensors -o small-dog.safetensors --energy 0.95
     """
@@ -208,7 +206,7 @@ def resize(
         given = load_for_base(adapter, weights)
         most = max((rank_of(delta) for own in given.deltas.values() for delta in own), default=0)
         if rank is not None and 0 < most <= rank:
-            warn(f"No module of {adapter} has more than rank {most}, so that --rank {rank} makes nothing smaller.")
+            warn(f"No module of {adapter} has more than rank {most}, so --rank {rank} makes nothing smaller.")
         found = smaller(given, size, weights, device)
         _save(found, output, to)
     before, after = adapter_size(adapter), adapter_size(output)
@@ -221,12 +219,12 @@ def resize(
 def inspect(
     file: Annotated[Path, typer.Argument(help="An adapter file.")],
     figures: Annotated[
-        bool, typer.Option("--figures", help="Norms, effective ranks and dead modules as well, of all tensors.")
+        bool, typer.Option("--figures", help="Also compute norms, effective ranks and dead modules from all tensors.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="All figures of every module, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Write all figures of each module as JSON.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Say what an adapter file holds: method, base, ranks, trigger, tags, and how it was trained.
+    """Report what an adapter file holds: method, base, ranks, trigger, tags, and how it was trained.
 
     For example: diffgraft inspect dog.safetensors
     """
@@ -252,10 +250,9 @@ def inspect(
 
 
 def _with_figures(short: Sequence[str], whole: Sequence[str]) -> list[str]:
-    """All lines that the header gives, then those of a whole report that are about something else.
+    """Return the lines from the header, and those of the full report on other topics.
 
-    The first words of a line say what it is about; words that were learnt have a line in each, of which the second
-    tells of text encoders.
+    A line begins with its topic. Lines on learnt words are in both, as those of the full report name text encoders.
     """
     about = {line[:8].strip() for line in short}
     more = [line for line in whole if line[:8].strip() not in about or line.startswith("word")]
@@ -264,14 +261,14 @@ def _with_figures(short: Sequence[str], whole: Sequence[str]) -> list[str]:
 
 def diff(
     first: Annotated[Path, typer.Argument(help="An adapter file.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    second: Annotated[Path, typer.Argument(help="Another adapter file.")],
     base: Annotated[str | None, BASE] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The error of every module, for programs; null where only one has it.")
+        bool, typer.Option("--json", help="Write each module's error as JSON; null if only one file has it.")
     ] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Say where two adapters differ in what they do.
+    """Report the modules in which two adapters differ.
 
     For example: diffgraft diff dog.safetensors small-dog.safetensors
     """
@@ -313,13 +310,13 @@ def _size(rank: int | None, energy: float | None) -> "RankBudget":
     from diffgraft.errors import DiffgraftError
 
     if rank is None and energy is None:
-        raise DiffgraftError("Say how large it may be: --rank 8, or --energy 0.95.")
+        raise DiffgraftError("The size of the adapter is missing: give --rank 8, or --energy 0.95.")
     return RankBudget(rank, energy)
 
 
 @contextmanager
 def opened(base: str | None) -> "Iterator[Weights | None]":
-    """The weights of a base for the length of the block; None where there is no base."""
+    """Open the weights of a base for the block; None without a base."""
     from diffgraft.bases.weights import open_weights
 
     if base is None:
@@ -330,7 +327,7 @@ def opened(base: str | None) -> "Iterator[Weights | None]":
 
 
 def _save(found: "Reduced", output: Path, to: str) -> None:
-    """Write the adapter and say how near it comes."""
+    """Write the adapter and report its largest error."""
     say(found.adapter.save(output, to))
     path, lost = found.worst
     say(f"largest relative error: {lost:.2g}" + (f", in {path}" if lost else ""))

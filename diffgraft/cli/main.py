@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside commands, so that ``--help`` answers at once."""
+"""The command line. Heavy imports are inside of commands, so that ``--help`` is fast."""
 
 import os
 import sys
@@ -37,48 +37,48 @@ def _say_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which version this is.")
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """What goes before a command."""
+    """Options before a command."""
 
 
 PREDICTION = typer.Option(
-    "--prediction-type", help="What the base predicts, epsilon or v_prediction, if its files do not say it."
+    "--prediction-type", help="Prediction type of the base, epsilon or v_prediction, if its files lack it."
 )
-ZERO_SNR = typer.Option(help="Whether its noise schedule ends in pure noise, if its files do not say it.")
+ZERO_SNR = typer.Option(help="Whether its noise schedule has zero terminal SNR, if its files lack it.")
 
 
 def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
-    """Raises DiffgraftError where the first word is a setting, as the recipe was forgotten or comes later."""
+    """Raise DiffgraftError if the first word is a setting, because the recipe is missing or comes later."""
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
 
-    if recipe.startswith("-"):  # an option of another tool: what it is called here is told
+    if recipe.startswith("-"):  # an option of another tool: the error suggests the setting
         key_values([recipe, *settings])
     if "=" not in recipe or Path(recipe).is_file():
         return
 
     names = [word for word in settings if "=" not in word and not word.startswith("-")]
     others = [word for word in (recipe, *settings) if word not in names[:1]]
-    said = " ".join([command, *(names[:1] or ["subject"]), *others])
-    raise DiffgraftError(f"The recipe comes first: diffgraft {said} (`diffgraft recipes` lists them).")
+    fixed = " ".join([command, *(names[:1] or ["subject"]), *others])
+    raise DiffgraftError(f"The recipe comes first: diffgraft {fixed} (`diffgraft recipes` lists them).")
 
 
 RECIPE = typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.", autocompletion=recipe_words)
 PROGRESS = typer.Option(help="How progress is shown on the error output: auto, bars, lines, json or none.")
 _SETTINGS = {"ignore_unknown_options": True}
-"""What looks like an option of another tool comes among the settings, where its name here can be told"""
+"""Unknown options are parsed as settings, so that errors can suggest the setting's name"""
 
 
 @app.command(cls=Command, context_settings=_SETTINGS)
 def train(
     recipe: Annotated[str, RECIPE] = "",
     settings: Annotated[
-        list[str] | None, typer.Argument(help="What differs from the recipe: key=value, nested keys with dots.")
+        list[str] | None, typer.Argument(help="Settings that override the recipe: key=value, nested keys with dots.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with the run in this folder; settings are laid over its recipe.")
+        Path | None, typer.Option(help="Continue the run in this folder; settings override its recipe.")
     ] = None,
     allow_changes: Annotated[
         bool,
@@ -90,7 +90,7 @@ def train(
 
     For example: diffgraft train subject images=my_dog/ subject=dog steps=300
 
-    `diffgraft recipes NAME` tells of all keys of a recipe, and `diffgraft methods NAME` of a method's options.…
+    `diffgraft recipes NAME` lists all keys of a recipe, and `diffgraft methods NAME` a method's options.…
     """
     from diffgraft.cli.console import key_values
     from diffgraft.errors import DiffgraftError
@@ -138,9 +138,9 @@ def train(
 @app.command(context_settings=_SETTINGS)
 def plan(
     recipe: Annotated[str, RECIPE],
-    settings: Annotated[list[str] | None, typer.Argument(help="As for `train`: key=value.")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings as for `train`: key=value.")] = None,
 ) -> None:
-    """Say what a run would do, without doing it: pictures, captions, sizes, steps, memory, time, and pitfalls.
+    """Predict a run without training: pictures, captions, sizes, steps, memory, time, and pitfalls.
 
     For example: diffgraft plan sd15-subject base=path/to/stable-diffusion-v1-5 images=my_dog/ subject=dog
     """
@@ -167,47 +167,47 @@ def generate(
     base: Annotated[
         str, typer.Option(help="`tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures to draw.")] = 1,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the first picture; the next ones count up.")] = 0,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels; the base's own if not given.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the base's native size]")] = "",
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; 1 is none. [default: the base's own]")
+        float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off. [default: the base's own]")
     ] = None,
-    negative: Annotated[str, typer.Option(help="What the picture should not show.")] = "",
+    negative: Annotated[str, typer.Option(help="Negative prompt: what the picture should not show.")] = "",
     scheduler: Annotated[
         str | None,
         typer.Option(
             help="ddim, ddpm, euler, euler-a, heun, pndm, dpm++, dpm++-karras, unipc. [default: the base's own]"
         ),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
     denoise: Annotated[
         float | None,
-        typer.Option(
-            help="With --image: how far it is taken back to noise; near 0 it stays, at 1 it is gone. [default: 0.7]"
-        ),
+        typer.Option(help="With --image: how much noise is added to it, above 0 (none) to 1 (all). [default: 0.7]"),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="With --image: a picture as large, white where it is drawn anew.")
+        Path | None, typer.Option(help="With --image: mask of its size, white where it is redrawn.")
     ] = None,
     predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     quantize: Annotated[
-        str, typer.Option(help="Hold the base's linear layers in int8 or nf4: less memory, rounded weights.")
+        str, typer.Option(help="Quantize the base's linear layers to int8 or nf4, which saves memory.")
     ] = "none",
     precision: Annotated[
         str, typer.Option(help="float32, float16 or bfloat16. [default: float16 on a GPU, else float32]")
     ] = "",
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu, … [default: the GPU, where there is one]")] = "",
+    device: Annotated[str, typer.Option(help="cuda, mps, cpu, … [default: the GPU, or cpu without one]")] = "",
     offload: Annotated[
-        str, typer.Option(help="model: only the part that computes is on the GPU; less memory, a little more time.")
+        str, typer.Option(help="model: keep only the computing part on the GPU; saves memory, costs a little time.")
     ] = "none",
-    tiling: Annotated[bool, typer.Option("--tiling", help="Decode in tiles: less memory for large pictures.")] = False,
+    tiling: Annotated[
+        bool, typer.Option("--tiling", help="Decode in tiles, which saves memory for large pictures.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
     progress: Annotated[str, PROGRESS] = "auto",
 ) -> None:
-    """Draw pictures, with adapters or without; from noise, from a picture, or into one.
+    """Draw pictures with or without adapters: text to image, image to image, or inpainting.
 
     For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
     """
@@ -261,20 +261,23 @@ def merge(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder of the new checkpoint, or a name that ends in .safetensors: one file."
+            "--output",
+            "-o",
+            help="Path of the new checkpoint: a single file if it ends in .safetensors, else a folder.",
         ),
     ],
     into: Annotated[
         str, typer.Option(help="The base: `tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
     ] = "tiny",
     precision: Annotated[
-        str, typer.Option(help="Of the checkpoint: float32, float16 or bfloat16. [default: as in the base's files]")
+        str,
+        typer.Option(help="Dtype of the checkpoint: float32, float16 or bfloat16. [default: as in the base's files]"),
     ] = "",
     predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     device: Annotated[str, files.DEVICE] = "cpu",
 ) -> None:
-    """Write a checkpoint of its own: a base with adapters merged into its weights.
+    """Write a checkpoint: a base with adapters merged into its weights.
 
     For example: diffgraft merge runs/dog/adapter.safetensors:0.8 --into path/to/base -o dog-checkpoint
     """
@@ -307,9 +310,7 @@ for command in files.COMMANDS:
 def methods(
     name: Annotated[
         str,
-        typer.Argument(
-            help="Tell of this one: the layers it adapts, and its own options.", autocompletion=method_words
-        ),
+        typer.Argument(help="Show this method: the layers it adapts, and its options.", autocompletion=method_words),
     ] = "",
 ) -> None:
     """List the adapter methods, or the options of one."""
@@ -341,9 +342,7 @@ def methods(
 def recipes(
     name: Annotated[
         str,
-        typer.Argument(
-            help="Tell of this one: all of its keys, their values and what they mean.", autocompletion=recipe_words
-        ),
+        typer.Argument(help="Show this recipe: all of its keys, with values and meaning.", autocompletion=recipe_words),
     ] = "",
 ) -> None:
     """List the recipes, or the keys of one."""
@@ -360,11 +359,11 @@ def recipes(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files of the demo.")] = Path(
         "diffgraft-demo"
     ),
 ) -> None:
-    """Learn a made-up subject from five pictures and show it in three settings."""
+    """Train on five pictures of a made-up subject, and draw it in three settings."""
     from diffgraft.demo.demo import run_demo
 
     for line in run_demo(output):
@@ -372,10 +371,10 @@ def demo(
 
 
 def main() -> None:
-    """Run the command line; what a person can put right is said in a sentence, without a traceback."""
+    """Run the command line; a DiffgraftError is shown as one line, without a traceback."""
     from diffgraft.errors import DiffgraftError, wrap_system_errors
 
-    warnings.showwarning = lambda said, *_, **__: warn(said)
+    warnings.showwarning = lambda message, *_, **__: warn(message)
     try:
         wrap_system_errors(app)()
     except DiffgraftError as error:

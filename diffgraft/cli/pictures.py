@@ -9,11 +9,11 @@ from diffgraft.cli.console import say
 
 
 def grid(
-    picture: Annotated[list[Path], typer.Argument(help="Pictures, in the order in which they are shown.")],
+    picture: Annotated[list[Path], typer.Argument(help="Pictures, in order.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The new picture.")],
-    columns: Annotated[int, typer.Option(min=0, help="Pictures in a row; 0: all of them.")] = 0,
+    columns: Annotated[int, typer.Option(min=0, help="Pictures in a row; 0: all.")] = 0,
 ) -> None:
-    """Lay pictures out in one, in cells of the first one's size.
+    """Lay out pictures in one image, in cells of the first picture's size.
 
     For example: diffgraft grid pictures/*.png -o sheet.png --columns 4
     """

@@ -13,16 +13,16 @@ def import_config(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="A configuration of sd-scripts or OneTrainer, and its dataset_config or concepts, if they are apart.",
+            help="Configuration of sd-scripts or OneTrainer, and its dataset_config or concepts if in separate files.",
         ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The recipe. [default: the first file's name, in .yaml]")
     ] = None,
 ) -> None:
-    """Make a recipe of a configuration of kohya's sd-scripts (TOML), its GUI or OneTrainer (JSON).
+    """Convert a configuration of kohya's sd-scripts (TOML), its GUI or OneTrainer (JSON) to a recipe.
 
-    Every key of it is told of: what was taken, what has no counterpart, and what only says the default.
+    A report lists every key: those that were converted, those without a counterpart, and those with default values.
     For example: diffgraft import-config config.toml dataset.toml -o dog.yaml
     """
     from diffgraft.imports import convert, write_recipe
@@ -37,31 +37,29 @@ def import_config(
     say(f"Written: {recipe}. Train with: diffgraft train {recipe}")
 
 
-IMAGES = typer.Argument(help="Folder of pictures, in kohya's layout (10_sks dog/) as well.")
+IMAGES = typer.Argument(help="Folder of pictures, flat or in kohya's layout (10_sks dog/).")
 
 
 def caption(
     images: Annotated[Path, IMAGES],
     model: Annotated[
         str,
-        typer.Option(
-            help="Hub id or folder of a model that describes them. [default: Salesforce/blip-image-captioning-large]"
-        ),
+        typer.Option(help="Hub id or folder of a captioning model. [default: Salesforce/blip-image-captioning-large]"),
     ] = "",
-    prefix: Annotated[str, typer.Option(help='Put before each caption: "sks dog,".')] = "",
+    prefix: Annotated[str, typer.Option(help='Text before each caption, such as "sks dog,".')] = "",
     question: Annotated[
         str, typer.Option(help="Question put to a chat model; for other models, the beginning of the caption.")
     ] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of a caption.")] = 60,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write captions anew that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing captions.")] = False,
 ) -> None:
-    """Write a caption beside each picture (NAME.txt), by a model of transformers (BLIP, GIT, LLaVA and others).
+    """Write a caption beside each picture (NAME.txt), by a transformers model (BLIP, GIT, LLaVA and others).
 
     For example: diffgraft caption my_dog/ --prefix "sks dog,"
     """
     from diffgraft.data.captioner import DEFAULT, Captioner, caption_files, pictures_with_paths
 
-    pictures_with_paths(images)  # what cannot be is said before a model is fetched
+    pictures_with_paths(images)  # errors of the folder are raised before a model is downloaded
     written, kept = caption_files(
         images, Captioner(model or DEFAULT, question, max_tokens), prefix, overwrite=overwrite
     )
@@ -70,18 +68,16 @@ def caption(
 
 def mask(
     images: Annotated[Path, IMAGES],
-    prompt: Annotated[str, typer.Option(help='What to look for: "the dog".')],
+    prompt: Annotated[str, typer.Option(help='What to mask, such as "the dog".')],
     model: Annotated[
         str,
-        typer.Option(
-            help="Hub id or folder of a CLIPSeg or a model with labels. [default: CIDAS/clipseg-rd64-refined]"
-        ),
+        typer.Option(help="Hub id or folder of a CLIPSeg or segmentation model. [default: CIDAS/clipseg-rd64-refined]"),
     ] = "",
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="How sure CLIPSeg has to be.")] = 0.3,
-    grow: Annotated[int, typer.Option(min=0, help="Pixels by which masks are made larger.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make masks anew that are there.")] = False,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="Minimum probability of the mask, for CLIPSeg.")] = 0.3,
+    grow: Annotated[int, typer.Option(min=0, help="Pixels by which masks are enlarged.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing masks.")] = False,
 ) -> None:
-    """Write a mask beside each picture (NAME_mask.png), white where it shows what the prompt names.
+    """Write a mask beside each picture (NAME_mask.png), white where the picture shows what the prompt names.
 
     For example: diffgraft mask my_dog/ --prompt "the dog", and then: diffgraft train subject … masks.use=true
     """
@@ -94,8 +90,8 @@ def mask(
 
 
 def _say(written: int, kept: int, what: str) -> None:
-    left = f", {kept} kept that were there (--overwrite replaces them)" if kept else ""
-    say(f"{written} {what} written{left}")
+    note = f", {kept} existing ones kept (--overwrite replaces them)" if kept else ""
+    say(f"{written} {what} written{note}")
 
 
 COMMANDS = (import_config, caption, mask)

@@ -1,4 +1,4 @@
-"""How the command line starts and ends quickly: what a command does not need is neither loaded nor taken apart."""
+"""Entry point of the command line, which starts and exits quickly by skipping imports and cleanup."""
 
 import atexit
 import os

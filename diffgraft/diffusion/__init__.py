@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: what a denoiser predicts, how noise is added, how errors are weighed.
+"""The mathematics of diffusion: parameterizations, the forward process, noise and losses.
 
-Functions of tensors alone. Nothing here knows a base, a recipe or a file.
+These are functions of tensors, which know no base, recipe or file.
 """

@@ -1,4 +1,4 @@
-"""The forward process of training: noise added to latents at random timesteps, and what should be predicted of it."""
+"""The forward process of training: noise added to latents at random timesteps, and the target of the prediction."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,18 +13,18 @@ from diffgraft.diffusion.settings import Loss, Noise, Timesteps
 
 
 class Noised(NamedTuple):
-    """Noisy latents and what should be predicted of them."""
+    """Noisy latents with their targets and timesteps."""
 
     noisy: Tensor
-    """[n, c, h, w]"""
+    """Noisy latents, [n, c, h, w]"""
     target: Tensor
-    """[n, c, h, w]"""
+    """Target of the prediction, [n, c, h, w]"""
     timesteps: Tensor
-    """[n]"""
+    """Timestep of each sample, [n]"""
 
 
 class ForwardProcess:
-    """Adds noise to latents as a recipe says; `loss_per_sample` is the loss that goes with it."""
+    """Adds noise to latents as set in a recipe; `loss_per_sample` is the matching loss."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class ForwardProcess:
         timesteps: Timesteps | None = None,
         loss: Loss | None = None,
     ) -> None:
-        """Take the settings; what is not given is plain.
+        """Create the process from settings; None stands for the defaults.
 
         Raises:
             DiffgraftError: a setting is undefined for the parameterization, or its schedule has no such timesteps.
@@ -47,18 +47,23 @@ class ForwardProcess:
         self.loss_per_sample = SampleLoss(parameterization, loss)
 
     def at_timesteps(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Noised:
-        """Given noise [n, c, h, w] added to `latents` [n, c, h, w] at given `timesteps` [n]."""
+        """Add the given noise [n, c, h, w] to `latents` [n, c, h, w] at the given `timesteps` [n]."""
         noisy = self.parameterization.noised(latents, noise, timesteps)
         return Noised(noisy, self.parameterization.target(latents, noise, timesteps), timesteps)
 
     def at_places(self, latents: Tensor, places: Sequence[Sequence[int]]) -> Noised:
-        """Random noise at random timesteps for `latents` [n, c, h, w]; `places` are those of `diffgraft.rng`, n."""
+        """Add random noise at random timesteps to `latents` [n, c, h, w].
+
+        Args:
+            latents: clean latents.
+            places: seed and key of the random numbers of each of the n samples, as for `diffgraft.rng`.
+        """
         shape, device = latents.shape[1:], latents.device
         noise = torch.stack([draw_noise(shape, self._noise, place) for place in places])
         count = self.parameterization.num_timesteps
         timesteps = torch.tensor([draw_timestep(count, self._timesteps, place) for place in places]).to(device)
-        found = self.at_timesteps(latents, noise.to(device), timesteps)
+        noised = self.at_timesteps(latents, noise.to(device), timesteps)
         if not self._noise.perturbation:
-            return found
-        more = [perturbed(own, self._noise, place) for own, place in zip(noise, places, strict=True)]
-        return found._replace(noisy=self.parameterization.noised(latents, torch.stack(more).to(device), timesteps))
+            return noised
+        inputs = [perturbed(sample, self._noise, place) for sample, place in zip(noise, places, strict=True)]
+        return noised._replace(noisy=self.parameterization.noised(latents, torch.stack(inputs).to(device), timesteps))

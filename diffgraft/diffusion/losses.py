@@ -12,7 +12,7 @@ from diffgraft.errors import DiffgraftError
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """The loss of each sample, as the settings of a recipe define it for what a denoiser predicts."""
+    """Loss of each sample, as set in a recipe, for a denoiser of a given parameterization."""
 
     parameterization: Parameterization
     settings: Loss
@@ -22,9 +22,9 @@ class SampleLoss:
 
         Args:
             prediction: output of the denoiser, [n, c, h, w].
-            target: what it should be, [n, c, h, w].
-            timesteps: [n].
-            weight: factor on the error at each position of each sample, [n, 1, h, w]; None: all count alike.
+            target: target of the prediction, [n, c, h, w].
+            timesteps: timestep of each sample, [n].
+            weight: factor on the error at each position of each sample, [n, 1, h, w]; None: 1 everywhere.
         """
         error = distances(prediction, target, timesteps, self.parameterization, self.settings)
         if weight is not None:
@@ -33,7 +33,7 @@ class SampleLoss:
 
 
 def check_loss(settings: Loss, parameterization: Parameterization) -> None:
-    """Raise DiffgraftError where a setting of the loss is undefined for what the denoiser predicts."""
+    """Raise DiffgraftError if a setting of the loss is undefined for the parameterization."""
     timesteps = torch.zeros(1, dtype=torch.long)
     distances(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), timesteps, parameterization, settings)
     weights(timesteps, parameterization, settings)
@@ -42,10 +42,10 @@ def check_loss(settings: Loss, parameterization: Parameterization) -> None:
 def distances(
     prediction: Tensor, target: Tensor, timesteps: Tensor, parameterization: Parameterization, settings: Loss
 ) -> Tensor:
-    """The error of each number of a `prediction` [n, c, h, w] of `target` at `timesteps` [n], in the same shape.
+    """Return the elementwise error between `prediction` and `target`, both [n, c, h, w], at `timesteps` [n].
 
     ``huber`` is the pseudo-Huber loss 2δ(√(d² + δ²) − δ): squared near zero, and proportional to the distance far from
-    it, so that damaged pictures count less. Its δ may shrink on the way to pure noise (Khrapov et al. 2024,
+    it, so that damaged pictures count less. Its δ may decrease towards pure noise (Khrapov et al. 2024,
     arXiv:2403.16728).
     """
     diff = prediction - target
@@ -56,7 +56,7 @@ def distances(
 
 
 def _huber_delta(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
-    """δ at `timesteps` [n]."""
+    """Return δ of the pseudo-Huber loss at `timesteps` [n], [n]."""
     share = timesteps.float() / parameterization.num_timesteps
     if settings.schedule == "exponential":
         return settings.delta**share
@@ -70,10 +70,10 @@ def _huber_delta(timesteps: Tensor, parameterization: Parameterization, settings
 
 
 def weights(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
-    """Factor on the loss of each sample at `timesteps` [n], [n]: min-SNR, debiased estimation, or 1.
+    """Return the loss weight of each sample at `timesteps` [n], [n]: min-SNR, debiased estimation, or 1.
 
     Raises:
-        DiffgraftError: it is undefined for what the denoiser predicts.
+        DiffgraftError: the weight is undefined for the parameterization.
     """
     factor = torch.ones(len(timesteps), device=timesteps.device)
     if settings.snr_gamma is not None:

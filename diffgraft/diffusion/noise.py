@@ -1,7 +1,7 @@
 """Noise and timesteps that training adds to latents: plain, or in one of the field's variants.
 
-A `place` is the tuple of integers (seed, …) of `diffgraft.rng`, so that every sample has the same noise in every run,
-however the samples are cut into batches.
+A `place` is the tuple (seed, *key) of a sample for `diffgraft.rng`, so that each sample has the same noise in every
+run, whatever the batches.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.rng import generator, normal
 
 _NOISE, _TIMES, _OFFSET, _PYRAMID, _PERTURBATION = 2, 3, 5, 6, 7
-"""Streams of random numbers at one place; 1 is what samples the VAE's distribution"""
+"""Streams of random numbers of a sample; 1 is the one for sampling the VAE's distribution"""
 
 
 def draw_noise(shape: Sequence[int], settings: Noise, place: Sequence[int]) -> Tensor:
-    """Noise [c, h, w] for the sample at `place`: what the denoiser is to find again.
+    """Draw the noise [c, h, w] of the sample at `place`.
 
     Offset noise adds one number to each channel, so that the brightness of a whole picture can be learnt (Guttenberg
     2023, www.crosslabs.org/blog/diffusion-with-offset-noise). Pyramid noise adds coarser and coarser noise, each level
@@ -47,7 +47,7 @@ def _pyramid(noise: Tensor, discount: float, place: Sequence[int]) -> Tensor:
 
 
 def perturbed(noise: Tensor, settings: Noise, place: Sequence[int]) -> Tensor:
-    """The noise [c, h, w] that is added to latents where `noise` stays what is to be predicted.
+    """Return the noise [c, h, w] to add to latents when the target is still computed from `noise`.
 
     Input perturbation (Ning et al. 2023, arXiv:2301.11706, equation 6): ε + γ · ξ, against exposure bias.
     """
@@ -55,7 +55,7 @@ def perturbed(noise: Tensor, settings: Noise, place: Sequence[int]) -> Tensor:
 
 
 def check_timesteps(settings: Timesteps, num_timesteps: int) -> None:
-    """Raise DiffgraftError where a schedule of `num_timesteps` does not have the timesteps of `settings`."""
+    """Raise DiffgraftError if a schedule of `num_timesteps` does not have the timesteps of `settings`."""
     last = num_timesteps - 1 if settings.max is None else settings.max
     if settings.min > last or last >= num_timesteps:
         raise DiffgraftError(
@@ -65,7 +65,7 @@ def check_timesteps(settings: Timesteps, num_timesteps: int) -> None:
 
 
 def draw_timestep(num_timesteps: int, settings: Timesteps, place: Sequence[int]) -> int:
-    """The timestep of the sample at `place`, on a schedule of `num_timesteps`.
+    """Draw the timestep of the sample at `place`, on a schedule of `num_timesteps`.
 
     ``logit-normal`` is the sigmoid of a normal number, scaled to the schedule (Esser et al. 2024, arXiv:2403.03206,
     section 3.1).

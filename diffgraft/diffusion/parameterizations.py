@@ -1,4 +1,4 @@
-"""What a denoiser predicts of a noisy latent: the noise ε, the velocity v, or the flow.
+"""Parameterizations of a denoiser: it predicts the noise ε, the velocity v, or the flow.
 
 All of them mix a clean latent x₀ and noise ε of unit variance as x_t = α_t · x₀ + σ_t · ε, where t is an index into a
 schedule of `num_timesteps`, 0 being almost clean. They differ in α and σ and in what is predicted of x_t:
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
 
-_LARGEST_SNR = 1000.0
-"""Signal-to-noise ratio to which debiased estimation limits that of almost clean latents"""
+_MAX_SNR = 1000.0
+"""Signal-to-noise ratio to which debiased estimation clamps that of almost clean latents"""
 
 
 class Parameterization(ABC):
-    """What a denoiser predicts, on the schedule it was trained with."""
+    """Prediction of a denoiser, and the noise schedule it was trained with."""
 
     name: ClassVar[str]
-    """As headers and recipes name it: `epsilon`, `v_prediction` or `flow`"""
+    """Name in headers and recipes: `epsilon`, `v_prediction` or `flow`"""
 
     alphas: Tensor
     """α of every timestep, [num_timesteps]"""
@@ -44,51 +44,51 @@ class Parameterization(ABC):
         return len(self.alphas)
 
     def noised(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noisy latents x_t [n, c, h, w] of clean ones and noise [n, c, h, w] at `timesteps` [n]."""
+        """Return the noisy latents x_t [n, c, h, w] for clean latents and noise [n, c, h, w] at `timesteps` [n]."""
         alpha, sigma = self._mixed(x0, timesteps)
         return alpha * x0 + sigma * noise
 
     @abstractmethod
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should predict [n, c, h, w] for clean latents and noise [n, c, h, w] at `timesteps` [n]."""
+        """Return the target [n, c, h, w] of the prediction for clean latents and noise [n, c, h, w] at `timesteps`."""
 
     @abstractmethod
     def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
-        """The clean latents [n, c, h, w] that a prediction about `noisy` [n, c, h, w] at `timesteps` [n] implies."""
+        """Return the clean latents [n, c, h, w] implied by a prediction for `noisy` [n, c, h, w] at `timesteps` [n]."""
 
     def signal(self, timesteps: Tensor) -> Tensor:
-        """α² at `timesteps` [n]: the share of a latent's variance that is the picture's."""
+        """Return α² at `timesteps` [n], the share of the picture in a latent's variance."""
         return self.alphas.to(timesteps.device)[timesteps].square()
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """The signal-to-noise ratio α² / σ² at `timesteps` [n], in float64."""
-        alpha, sigma = (own.to(timesteps.device)[timesteps].double() for own in (self.alphas, self.sigmas))
+        """Return the signal-to-noise ratio α² / σ² at `timesteps` [n], in float64."""
+        alpha, sigma = (table.to(timesteps.device)[timesteps].double() for table in (self.alphas, self.sigmas))
         return alpha.square() / sigma.square().clamp_min(1e-12)
 
     @abstractmethod
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Factor of min-SNR-γ on the loss at `timesteps` [n] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+        """Return the min-SNR-γ loss weight at `timesteps` [n] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 
         Raises:
-            DiffgraftError: it is not defined for this parameterization.
+            DiffgraftError: the weight is not defined for this parameterization.
         """
 
     @abstractmethod
     def debiased_weight(self, timesteps: Tensor) -> Tensor:
-        """Factor of debiased estimation on the loss at `timesteps` [n] (Yu et al. 2023, arXiv:2310.08442).
+        """Return the loss weight of debiased estimation at `timesteps` [n] (Yu et al. 2023, arXiv:2310.08442).
 
         Raises:
-            DiffgraftError: it is not defined for this parameterization.
+            DiffgraftError: the weight is not defined for this parameterization.
         """
 
     def nearest_timestep(self, signal: float) -> int:
-        """The timestep at which the share of a latent's variance that is the picture's is nearest to `signal`."""
+        """Return the timestep whose α² is nearest to `signal`."""
         return int((self.signal(torch.arange(self.num_timesteps)) - signal).abs().argmin())
 
     def _mixed(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """α and σ at `timesteps` [n] as [n, 1, …], in the precision and on the device of `like` [n, …]."""
+        """Return α and σ at `timesteps` [n] as [n, 1, …], with the dtype and device of `like` [n, …]."""
         shape = (-1, *[1] * (like.ndim - 1))
-        alpha, sigma = (own.to(like)[timesteps.to(like.device)].view(shape) for own in (self.alphas, self.sigmas))
+        alpha, sigma = (table.to(like)[timesteps.to(like.device)].view(shape) for table in (self.alphas, self.sigmas))
         return alpha, sigma
 
 
@@ -96,16 +96,16 @@ class _VariancePreserving(Parameterization):
     """A schedule with α² + σ² = 1, given as ᾱ = α²."""
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        """`alphas_cumprod`: ᾱ of every timestep, [num_timesteps]."""
+        """Create the schedule from ᾱ of every timestep, [num_timesteps]."""
         self.alphas_cumprod = alphas_cumprod
         self.alphas, self.sigmas = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
 
     def signal(self, timesteps: Tensor) -> Tensor:
-        """ᾱ at `timesteps` [n]."""
+        """Return ᾱ at `timesteps` [n]."""
         return self.alphas_cumprod.to(timesteps.device)[timesteps]
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """The signal-to-noise ratio ᾱ / (1 − ᾱ) at `timesteps` [n], in float64."""
+        """Return the signal-to-noise ratio ᾱ / (1 − ᾱ) at `timesteps` [n], in float64."""
         signal = self.signal(timesteps).double()
         return signal / (1 - signal).clamp_min(1e-12)
 
@@ -123,13 +123,13 @@ class Epsilon(_VariancePreserving):
         return (noisy - sigma * prediction) / alpha
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, γ) / SNR at `timesteps` [n]."""
+        """Return min(SNR, γ) / SNR at `timesteps` [n]."""
         snr = self.snr(timesteps)
         return (snr.clamp_max(gamma) / snr.clamp_min(1e-12)).float()
 
     def debiased_weight(self, timesteps: Tensor) -> Tensor:
-        """1 / √SNR at `timesteps` [n], with SNR at most 1000."""
-        return self.snr(timesteps).clamp(1e-12, _LARGEST_SNR).rsqrt().float()
+        """Return 1 / √SNR at `timesteps` [n], with SNR clamped to at most 1000."""
+        return self.snr(timesteps).clamp(1e-12, _MAX_SNR).rsqrt().float()
 
 
 class V(_VariancePreserving):
@@ -146,12 +146,12 @@ class V(_VariancePreserving):
         return alpha * noisy - sigma * prediction
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, γ) / (SNR + 1) at `timesteps` [n]."""
+        """Return min(SNR, γ) / (SNR + 1) at `timesteps` [n]."""
         snr = self.snr(timesteps)
         return (snr.clamp_max(gamma) / (snr + 1)).float()
 
     def debiased_weight(self, timesteps: Tensor) -> Tensor:
-        """1 / (SNR + 1) at `timesteps` [n]."""
+        """Return 1 / (SNR + 1) at `timesteps` [n]."""
         return (1 / (self.snr(timesteps) + 1)).float()
 
 
@@ -161,7 +161,7 @@ class Flow(Parameterization):
     name = "flow"
 
     def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
-        """σ of timestep i is s · u / (1 + (s − 1) · u) with u = (i + 1) / num_timesteps and s = `shift`.
+        """Create a schedule with σ_i = s · u / (1 + (s − 1) · u), where u = (i + 1) / num_timesteps and s = `shift`.
 
         Larger shifts spend more of the schedule on noisy latents (Esser et al. 2024, equation 23).
         """
@@ -177,19 +177,19 @@ class Flow(Parameterization):
         return noisy - sigma * prediction
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # noqa: ARG002
-        """Undefined: the weight was derived for ᾱ of a variance-preserving schedule."""
+        """Raise DiffgraftError: the weight is derived for ᾱ of a variance-preserving schedule."""
         raise DiffgraftError("Min-SNR weighting is undefined for flow matching: leave loss.snr_gamma out.")
 
     def debiased_weight(self, timesteps: Tensor) -> Tensor:  # noqa: ARG002
-        """Undefined: the weight was derived for ε and v of a variance-preserving schedule."""
+        """Raise DiffgraftError: the weight is derived for ε and v of a variance-preserving schedule."""
         raise DiffgraftError("Debiased estimation is undefined for flow matching: set loss.debiased=false.")
 
 
 def parameterization(name: str, alphas_cumprod: Tensor) -> Parameterization:
-    """`Epsilon` or `V` on a schedule of ᾱ [num_timesteps], by the name that diffusers' schedulers have for it.
+    """Return `Epsilon` or `V` on a schedule of ᾱ [num_timesteps], by the prediction type of diffusers' schedulers.
 
     Raises:
-        DiffgraftError: there is no such prediction type.
+        DiffgraftError: the prediction type is unknown.
     """
     kinds = {kind.name: kind for kind in (Epsilon, V)}
     if name not in kinds:

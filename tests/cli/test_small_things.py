@@ -39,7 +39,7 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     assert f"size: {file.stat().st_size / 1000:,.1f} kB before" in told.out
     assert "makes nothing smaller" not in told.err
     assert call(monkeypatch, "resize", file, "-o", tmp_path / "c.safetensors", "--rank", 8) == 0
-    assert "has more than rank 4, so that --rank 8 makes nothing smaller" in capsys.readouterr().err
+    assert "has more than rank 4, so --rank 8 makes nothing smaller" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
