@@ -1,4 +1,21 @@
-"""diffgraft: parameter-efficient fine-tuning of text-to-image diffusion models."""
+"""Parameter-efficient fine-tuning of text-to-image diffusion models.
+
+A base (denoiser, text encoders, VAE) stays frozen. A small adapter is trained on a few pictures, saved as one
+safetensors file, and applied to a diffusers pipeline when pictures are generated::
+
+    import diffgraft as dg
+
+    run = dg.train("subject", images="my_dog/", subject="dog")
+    pictures = dg.generate("a sks dog in the snow", run, count=4)
+
+    base = dg.load_base("tiny")  # or a hub id, a diffusers folder, a single .safetensors checkpoint
+    pipe = base.pipeline()
+    with dg.graft(pipe, {"dog.safetensors": 0.8, "ink.safetensors": 0.5}):
+        pipe("a sks dog in the snow")  # afterwards the weights are the same bits as before
+
+`train`, `plan`, `generate`, `convert`, `combine`, `merge`, `inspect`, `resize`, `extract` and `grid` are the commands of
+``diffgraft`` as functions. Errors that a user can fix are `DiffgraftError`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
