@@ -273,13 +273,13 @@ def test_what_has_no_place_or_does_not_fit_is_told(base: Base) -> None:
     for method, options, adapter, answer in (
         ("lora", {}, Adapter({"unet.conv_in": (fits,)}), r"1 of its 1 modules are not adapted here: unet\.conv_in"),
         ("lora", {}, Adapter({path: (fits, fits)}), "has 2 deltas; only a single one can be trained"),
-        ("lora", {}, Adapter({path: (wide,)}), "is for a layer of another shape than 128 × 128"),
+        ("lora", {}, Adapter({path: (wide,)}), "does not fit this base's layer of shape 128 × 128"),
         ("lora", {}, Adapter({path: (loha,)}), "is a loha, but this run trains a lora"),
         ("loha", {}, one, "is a lora, but this run trains a loha"),
         ("lora", {}, Adapter({path: (dora,)}), r"is a DoRA \(options\.dora=true of lora and locon\)"),
         ("lora", {"dora": True}, Adapter({path: (of_inputs,)}), "is a DoRA with norms of the inputs"),
         ("lora", {}, replace(one, tokens={"<a>": {"text_encoder": torch.ones(1, 64)}}), "it holds a word"),
-        ("full", {}, Adapter({path: (wide,)}), "is for a layer of another shape than 128 × 128"),
+        ("full", {}, Adapter({path: (wide,)}), "does not fit this base's layer of shape 128 × 128"),
         ("full", {}, Adapter({"unet.conv_inn": (fits,)}), r"unet\.conv_inn is not trained here"),
         ("textual-inversion", {}, one, "it holds weights of layers"),
         ("hypernetwork", {}, one, "it holds weights of layers"),
@@ -301,8 +301,8 @@ def test_words_and_networks_of_another_size_are_told(base: Base) -> None:
         return Adapter(tokens={"<a>": {part: torch.ones(*sides)}})
 
     refused(word(base), rows(3, 64), r"its word has 3 embeddings, but this run trains 1: set options\.vectors=3")
-    refused(word(base), rows(1, 48), "width 48 for text_encoder, for another kind of base")
-    refused(word(base), rows(1, 64, part="text_encoder_2"), "for text_encoder_2, for another kind of base")
+    refused(word(base), rows(1, 48), "for text_encoder have width 48: they are for another kind of base")
+    refused(word(base), rows(1, 64, part="text_encoder_2"), "its embeddings for text_encoder_2 have width 64: they are for another kind of base")
     two = {name: {"text_encoder": torch.ones(1, 64)} for name in ("<a>", "<b>")}
     refused(word(base), Adapter(tokens=two), "it holds 2 words; only a single one can be trained")
     made = get_method("hypernetwork")

@@ -120,7 +120,7 @@ def test_pivotal_tuning_adapts_the_layers_of_the_method_it_names(base: Base, pic
 
 def test_what_cannot_be_attached_leaves_no_folder(base: Base, pictures: Path, tmp_path: Path) -> None:
     for settings, answer in (
-        ({"method": "pivotal", "trigger": "dog"}, "The word 'dog' is known"),
+        ({"method": "pivotal", "trigger": "dog"}, "The word 'dog' is already known"),
         ({"method": "hypernetwork", "options": {"dropout": "0.3"}}, "expected 3 probabilities"),
         ({"options": {"ranks": {"*": 0}}}, "Invalid value options.ranks"),
     ):

@@ -169,7 +169,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
             r"not adapted here: unet\.conv_in\. There is no choice of layers that has them all",
         ),
         (lines("unet.mid_block.convv"), {}, r"This base has no unet\.mid_block\.convv; the file was made for another"),
-        (lines(QUERY, width=96), {}, "is for a layer of another shape than 128 × 128"),
+        (lines(QUERY, width=96), {}, "does not fit this base's layer of shape 128 × 128"),
         (lines(QUERY, "ia3"), {}, r"is a ia3.*You can make a LoRA of it: diffgraft resize"),
     ],
 )
