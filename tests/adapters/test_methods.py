@@ -377,7 +377,7 @@ def test_it_trains_beside_quantised_layers(method: str, options: dict[str, Any],
         assert other.grad is not None
         assert (one.grad - other.grad).norm() < 0.3 * one.grad.norm()
     adapter = Adapter({path: (delta,) for path, delta in deltas_of(lives[1]).items()})
-    with pytest.raises(DiffgraftError, match="quantised"):
+    with pytest.raises(DiffgraftError, match="quantized"):
         graft(packed, {adapter: 1.0})
 
 
