@@ -80,7 +80,7 @@ def test_values_of_another_type_are_told(name: str, given: tuple[Any, ...]) -> N
 
 @pytest.mark.parametrize("given", [Image.new("RGB", (8, 8)), np.zeros((8, 8, 3)), torch.zeros(3, 8, 8)])
 def test_pictures_come_in_a_list(given: Any) -> None:
-    with pytest.raises(dg.DiffgraftError, match="must be a folder, or a list of paths and PIL pictures"):
+    with pytest.raises(dg.DiffgraftError, match="must be a folder, or a list of paths and PIL images"):
         dg.plan("subject", images=given, subject="dog")
 
 
@@ -188,7 +188,7 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
     second = dg.train("subject", base=base, images=folder, output=tmp_path / "b", **settings)
     assert first.metrics == second.metrics
     for wrong, answer in (
-        ([], "empty list"),
+        ([], "the list is empty"),
         ([5], "of type int, which is neither"),
         (["no.png"], "no picture no.png"),
     ):

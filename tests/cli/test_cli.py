@@ -94,7 +94,7 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["generate", "x", "--size", "²x64"], "write WIDTHxHEIGHT"),
         (["generate", "x", "--steps", "5000"], "allows 1 to 1000"),
         (["generate", "x", "-o", "/dev/null/x"], "A file or folder cannot be used"),
-        (["generate", "x", "-a", "file.safetensors:much"], "is no number"),
+        (["generate", "x", "-a", "file.safetensors:much"], "is not a number"),
         (["generate", "x", "-a", "none.safetensors"], "there is no file none.safetensors"),
         (["generate", "x", "--base", "no/such"], "The base 'no/such' was not found"),
         (["generate", "x", "--size", "big"], "write WIDTHxHEIGHT"),
@@ -155,7 +155,7 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert call(monkeypatch, "methods", "lora") == 0
     said = capsys.readouterr().out
     assert "layers=attention" in said
-    assert "options.dora=False\n    Learn the length" in said
+    assert "options.dora=False\n    Learn the norm" in said
     assert call(monkeypatch, "methods", "lorra") == 1
     assert "did you mean 'lora'" in capsys.readouterr().err
     assert call(monkeypatch, "recipes") == 0
@@ -192,7 +192,7 @@ def test_words_are_taken_apart() -> None:
     assert width_height("96") == (96, 96)
     assert width_height("") is None
     for word in ("nan", "inf", ""):
-        with pytest.raises(DiffgraftError, match="no number"):
+        with pytest.raises(DiffgraftError, match="is not a number"):
             strengths([f"a.safetensors:{word}"])
 
 
