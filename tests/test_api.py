@@ -189,7 +189,7 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
     assert first.metrics == second.metrics
     for wrong, answer in (
         ([], "the list is empty"),
-        ([5], "of type int, which is neither"),
+        ([5], "of type int: must be a path or a PIL image"),
         (["no.png"], "no picture no.png"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
