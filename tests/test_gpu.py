@@ -13,7 +13,7 @@ from benchmarks.scale import random_base
 from diffgraft.bases import Base
 from diffgraft.bases.quantize import quantized
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.optim.optimizers import _MAKERS
+from diffgraft.trainers.optim.optimizers import _FACTORIES
 from tests.trainers import anywhere
 from tests.trainers.anywhere import losses_of
 from tests.trainers.test_optimizers import parameters
@@ -87,7 +87,7 @@ def test_a_quantised_base(kind: Any, half: Base, pictures: Path, tmp_path: Path)
     anywhere.trained(base, pictures, tmp_path / "run", **HALF, text_encoder=True, options={"dora": True})
 
 
-@pytest.mark.parametrize("name", _MAKERS)
+@pytest.mark.parametrize("name", _FACTORIES)
 def test_optimizers(name: str) -> None:
     """All get about where they get on a processor; those of 8 bits round, and those that take signs may turn."""
     found, optimizer = anywhere.walked(name, GPU)

@@ -1,4 +1,4 @@
-"""What a run has at a step: parameters, optimizer, average, and how far it has come."""
+"""State of a training run: parameters, optimizer, EMA, and the number of steps taken."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -15,41 +15,41 @@ from diffgraft.trainers.optim.optimizers import eval_weights
 
 @dataclass
 class TrainingState:
-    """A run at a step, as its loop changes it and its hooks see it."""
+    """Mutable state of a run, which the training loop updates and passes to its hooks."""
 
     steps: int
-    """To take in all"""
+    """Number of steps of the whole run"""
     parameters: Mapping[str, nn.Parameter]
-    """What trains, by name"""
+    """Trainable parameters by name"""
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     accelerator: Any
     control: Control = field(default_factory=Control)
-    """What another thread asks of the run"""
+    """Requests of other threads to stop, sample or save"""
     step: int = 0
-    """Steps that were taken, those before a resume included"""
+    """Number of steps taken, including those before a resume"""
     has_converged: bool = False
-    """Whether a hook has ended the run before its last step"""
+    """Whether a hook ends the run before its last step"""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the main process, which alone writes files."""
         return bool(self.accelerator.is_main_process)
 
     @property
     def scaler(self) -> Any:
-        """What scales losses in half precision; None elsewhere."""
+        """Gradient scaler of float16 training; None in other precisions."""
         return self.accelerator.scaler
 
     @property
     def is_over(self) -> bool:
-        """Whether no step is left to take."""
+        """Whether the run has taken its last step."""
         return self.step >= self.steps or self.has_converged
 
     def is_due(self, every: int) -> bool:
-        """Whether something that comes every so many steps, where 0 is never, comes after this one."""
+        """Whether something periodic is due after this step; with `every` 0 it never is."""
         return every > 0 and self.step > 0 and self.step % every == 0
 
     def eval_weights(self) -> AbstractContextManager[None]:
-        """Within the block the parameters have the values that are saved and drawn with."""
+        """Within the block the parameters have the values used for saving and generating, such as those of the EMA."""
         return eval_weights(self.optimizer, self.ema)

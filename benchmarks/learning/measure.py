@@ -22,7 +22,7 @@ from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
-from diffgraft.trainers.hooks.validation_set import Probe
+from diffgraft.trainers.hooks.validation_set import ValidationSet
 from diffgraft.trainers.loop import Loop
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
@@ -46,7 +46,7 @@ def judge() -> Judge:
 
 
 @cache
-def probes(target: Target) -> tuple[Probe, Probe, list[str]]:
+def probes(target: Target) -> tuple[ValidationSet, ValidationSet, list[str]]:
     """Held-out pairs, pairs of the class, and the prompts of the latter."""
     class_probe, class_prompts = target.class_probe(tiny())
     return target.probe(tiny()), class_probe, class_prompts
@@ -93,7 +93,7 @@ def measure(
         adapter, file_size = run.adapter, run.adapter_file.stat().st_size
     with graft(base, {adapter: 1.0}):
         after, after_without = probe.loss(base, with_it), probe.loss(base, without)
-        drift = class_probe.change(class_before, base, class_prompts)
+        drift = class_probe.prediction_drift(class_before, base, class_prompts)
         drawn = draw_new(base, target, it)
     if pictures is not None:
         save_drawn(drawn, pictures)

@@ -21,7 +21,7 @@ from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
 from diffgraft.demo.subject import ALIEN, POODLE, Subject
 from diffgraft.generation.generate import Settings
-from diffgraft.trainers.hooks.validation_set import Probe, make_probe
+from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 
 UNSEEN_CLASS_SEED = 77_000
 """Seed of the class pictures that drift is measured on; training uses others."""
@@ -66,16 +66,16 @@ class Target:
     masks: Sequence[Image.Image] | None = field(repr=False, default=None)
     new: Sequence[NewPrompt] = ()
 
-    def probe(self, base: Base) -> Probe:
+    def probe(self, base: Base) -> ValidationSet:
         """The held-out loss, where there are masks on the subject's own pixels."""
-        return make_probe(base, self.held_out, self.masks)
+        return validation_set_from_images(base, self.held_out, self.masks)
 
-    def class_probe(self, base: Base) -> tuple[Probe, list[str]]:
+    def class_probe(self, base: Base) -> tuple[ValidationSet, list[str]]:
         """Pictures that the bare base draws under the prompts without what is learnt, and the prompt of each."""
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
         drawn = class_images(base, prompts, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED)
-        return make_probe(base, [picture.image for _, picture in drawn]), [text for text, _ in drawn]
+        return validation_set_from_images(base, [picture.image for _, picture in drawn]), [text for text, _ in drawn]
 
 
 def of_subject(subject: Subject) -> Target:

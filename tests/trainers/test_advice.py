@@ -9,7 +9,7 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.run.folder import prompts_of
+from diffgraft.trainers.run.folder import read_prompts
 from tests.cli.test_cli import call
 
 
@@ -23,7 +23,7 @@ def test_usual_settings_are_not_advised_against(pictures: Path) -> None:
     for word in (
         "far more than",
         "no more than rank",
-        "there is one picture",
+        "there is one image",
         "trigger is empty",
         "a toy of",
         "backdrop",
@@ -34,13 +34,16 @@ def test_usual_settings_are_not_advised_against(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"lr": "10"}, "lr=10.0 is far more than optimizer=adamw takes"),
-        ({"lr": "0.1"}, "lr=0.1 is far more than optimizer=adamw takes"),
-        ({"lr": "5", "optimizer": "prodigy"}, "multiplies it by lr=5.0, which is too much: set lr=1"),
-        ({"validation.share": "0.4", "validation.every": "9000"}, "nothing is validated on the way"),
-        ({"rank": "500"}, "rank=500 holds no more than rank 128"),
+        ({"lr": "10"}, "lr=10.0 is far too large for optimizer=adamw"),
+        ({"lr": "0.1"}, "lr=0.1 is far too large for optimizer=adamw"),
+        (
+            {"lr": "5", "optimizer": "prodigy"},
+            "finds by lr=5.0, which is too large: set lr=1",
+        ),
+        ({"validation.share": "0.4", "validation.every": "9000"}, "validation runs only after the last step"),
+        ({"rank": "500"}, "rank=500 exceeds 128"),
         ({"trigger": ""}, "the trigger is empty"),
-        ({"resolution": "128"}, "resolution=128 is 2 times the 64 pixels"),
+        ({"resolution": "128"}, "resolution=128 is 2 times this base's resolution of 64 pixels"),
     ],
 )
 def test_settings_far_from_any_that_work(pictures: Path, settings: dict[str, str], answer: str) -> None:
@@ -48,27 +51,27 @@ def test_settings_far_from_any_that_work(pictures: Path, settings: dict[str, str
 
 
 def test_prodigy_s_rate_and_a_word_s_rank_are_their_own(pictures: Path) -> None:
-    assert "far more than" not in plan(pictures, lr="1", optimizer="prodigy")
-    assert "holds no more" not in plan(pictures, "concept", trigger="<zorp>")
+    assert "far too large" not in plan(pictures, lr="1", optimizer="prodigy")
+    assert "exceeds" not in plan(pictures, "concept", trigger="<zorp>")
 
 
 def test_pictures_that_are_learnt_from_do_not_validate(pictures: Path) -> None:
     said = plan(
         pictures, **{"validation.images": str(pictures), "validation.share": 0.4, "prior.folder": str(pictures)}
     )
-    assert "5 pictures of validation.images are learnt from as well" in said
+    assert "5 images of validation.images are also training images" in said
     assert "validation.share does nothing with validation.images" in said
-    assert "prior.folder is the folder of the pictures themselves" in said
+    assert "prior.folder is the folder of the training images" in said
 
 
 def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
     first = sorted(pictures.glob("*.png"))[:1]
     said = plan(first)
-    assert "there is one picture" in said
-    assert "0 of 1 picture; 1 prompt, such as: a sks dog" in said
-    assert "400, of 4 pictures each: 1,600 rounds of 1\n" in said
-    assert "400, of 1 picture each: 1 round of 400\n" in plan(first, batch=1, repeats=400)
-    assert "no picture has a caption" in plan(pictures, "style")
+    assert "there is one image" in said
+    assert "0 of 1 image; 1 prompt, such as: a sks dog" in said
+    assert "400, of 4 images each: 1,600 epochs of 1\n" in said
+    assert "400, of 1 image each: 1 epoch of 400\n" in plan(first, batch=1, repeats=400)
+    assert "no image has a caption" in plan(pictures, "style")
 
 
 def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path) -> None:
@@ -105,17 +108,17 @@ def test_backdrops_that_are_all_the_same(tmp_path: Path) -> None:
 
 def test_sample_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a {trigger} dog\n\n# a remark\na {trigger} dog at night\n", "utf-8")
-    assert prompts_of([str(tmp_path / "prompts.txt")]) == ["a {trigger} dog", "a {trigger} dog at night"]
-    assert prompts_of(["a dog", "b.txt"]) == ["a dog", "b.txt"]
+    assert read_prompts([str(tmp_path / "prompts.txt")]) == ["a {trigger} dog", "a {trigger} dog at night"]
+    assert read_prompts(["a dog", "b.txt"]) == ["a dog", "b.txt"]
     (tmp_path / "empty.txt").write_text("\n", "utf-8")
     (tmp_path / "latin.txt").write_bytes("über".encode("latin-1"))
     for name, answer in (
-        ("none.txt", "is not there"),
-        ("empty.txt", "holds no prompts"),
-        ("latin.txt", "no text in UTF"),
+        ("none.txt", "there is no such file"),
+        ("empty.txt", "has no prompts"),
+        ("latin.txt", "is not UTF-8 text"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
-            prompts_of([str(tmp_path / name)])
+            read_prompts([str(tmp_path / name)])
 
 
 def test_train_says_what_plan_says_and_each_warning_once(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffgraft.bases import load_base
-from diffgraft.trainers.optim.optimizers import _MAKERS
+from diffgraft.trainers.optim.optimizers import _FACTORIES
 from tests.trainers import anywhere
 from tests.trainers.anywhere import losses_of
 
@@ -37,7 +37,7 @@ def test_a_run_that_was_stopped(folders: Path, pictures: Path, tmp_path: Path) -
     assert losses_of(runs[0]) == losses_of(runs[1])
 
 
-@pytest.mark.parametrize("name", _MAKERS)
+@pytest.mark.parametrize("name", _FACTORIES)
 def test_optimizers(name: str) -> None:
     places, optimizer = anywhere.walked(name, CPU)
     again, _ = anywhere.walked(name, CPU)

@@ -92,9 +92,9 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(base: Base, run: Pa
     for settings, answer in (
         (
             {"rank": 4},
-            r"rank: 8 → 4.*cannot continue with that change.*112 of its parameters.*was \(8, 128\).*\(4, 128\)",
+            r"rank: 8 → 4.*cannot be resumed with this change.*112 of its parameters.*was \(8, 128\).*\(4, 128\)",
         ),
-        ({"method": "loha"}, r"method: lora → loha.*cannot continue.*was not there"),
+        ({"method": "loha"}, r"method: lora → loha.*cannot be resumed.*was missing"),
         ({"steps": 1}, "has done 2 steps already, which is past steps=1"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
@@ -159,7 +159,7 @@ def test_other_pictures_and_another_base_are_told(base: Base, run: Path, picture
     other_base = load_base("tiny")
     other_base.unet.conv_in.bias.data += 0.1
     other_base.__post_init__()
-    with pytest.raises(DiffgraftError, match=r": the base differs\."):
+    with pytest.raises(DiffgraftError, match=r": the base differs"):
         train(base=other_base, resume=run)
     assert train(base=other_base, resume=run, images=other, allow_changes=True).metrics[-1]["step"] == 4
 
@@ -180,7 +180,9 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
         train(base=base, resume=folder, lr=0.5)
     assert "lr: 0.02" in (folder / "recipe.yaml").read_text("utf-8")
     other = shutil.copytree(pictures, tmp_path / "other")
-    with pytest.raises(DiffgraftError, match=rf"finished after 4 steps on images={pictures}: .*other would not be"):
+    with pytest.raises(
+        DiffgraftError, match=rf"finished at step 4, trained on images={pictures}: .*other would not be"
+    ):
         train(base=base, resume=folder, images=other)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -192,7 +194,7 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
     assert done.before_after.read_bytes() != pictured
     assert differing(long, folder) == set()
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(DiffgraftError, match="finished after 6 steps, and has no checkpoint to go on from"):
+    with pytest.raises(DiffgraftError, match="finished at step 6 and has no checkpoint"):
         train(base=base, resume=folder, steps=8)
     done.before_after.unlink()
     train(base=base, resume=folder)

@@ -34,17 +34,20 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
     [
         (
             {"optimizer": "prodigy", "lr": 1, "text_encoder": True, "lr_scale": {"text_encoder": 0.5}},
-            "one rate for all",
+            "one learning rate for all",
         ),
-        ({"optimizer": "prodigy", "lr": 1, "options": {"loraplus_ratio": 4}}, "one rate for all"),
-        ({"optimizer": "prodigy", "lr": 1, "text_encoder": True, "text_encoder_stop": 2}, "would leap where text"),
-        ({"optimizer": "schedule-free", "lr_schedule": "cosine"}, "needs no schedule"),
-        ({"optimizer": "schedule-free", "ema": 0.9}, "averages by itself"),
+        ({"optimizer": "prodigy", "lr": 1, "options": {"loraplus_ratio": 4}}, "one learning rate for all"),
+        (
+            {"optimizer": "prodigy", "lr": 1, "text_encoder": True, "text_encoder_stop": 2},
+            "would jump when the",
+        ),
+        ({"optimizer": "schedule-free", "lr_schedule": "cosine"}, "cannot use lr_schedule=cosine"),
+        ({"optimizer": "schedule-free", "ema": 0.9}, "averages the weights itself"),
         ({"timesteps": {"min": 800, "max": 200}}, "min must not be above max"),
         ({"timesteps": {"max": 1000}}, "between 0 and 999"),
         ({"prior": {"folder": "/no/such"}}, "picture folder /no/such does not exist"),
         ({"lr_scale": {"OUT33": 2}}, "OUT33"),
-        ({"resolution": 60}, "no multiple of 8"),
+        ({"resolution": 60}, "resolution=60: this base needs a multiple of 8"),
         ({"validation": {"share": 0.95}}, "leaves none to learn from"),
         ({"validation": {"images": "/no/such"}}, "picture folder /no/such does not exist"),
     ],
@@ -98,10 +101,10 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule-free"])
 def test_a_rate_of_prodigys_is_warned_of_elsewhere(optimizer: str, pictures: Path) -> None:
     recipe = load_recipe("subject", {"subject": "dog", "optimizer": optimizer, "lr": 1})
-    assert "lr=1.0 is far more than" in lr_warning(recipe)
+    assert "lr=1.0 is far too large for" in lr_warning(recipe)
     assert lr_warning(recipe.model_copy(update={"lr": 0.01})) == ""
     if optimizer == "adamw":
-        assert "far more than" in str(planned("subject", {"images": pictures, "subject": "dog", "lr": 1}))
+        assert "far too large for" in str(planned("subject", {"images": pictures, "subject": "dog", "lr": 1}))
 
 
 def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -144,10 +147,10 @@ def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_pa
     file = tmp_path / "file"
     file.write_text("mine", "utf-8")
     cases = [
-        (data, data, "is a folder of pictures that are read"),
-        (nested, nested / "3_sks dog", "is a folder of pictures that are read"),
-        (pictures, data, r"holds files that are of no run \(00\.png and 1 more\)"),
-        (pictures, own, r"holds files that are of no run \(recipe\.yaml\)"),
+        (data, data, "is also a folder of training images"),
+        (nested, nested / "3_sks dog", "is also a folder of training images"),
+        (pictures, data, r"holds files that belong to no run \(00\.png and 1 more\)"),
+        (pictures, own, r"holds files that belong to no run \(recipe\.yaml\)"),
         (pictures, file, "is a file"),
     ]
     for images, output, answer in cases:
@@ -156,7 +159,7 @@ def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_pa
             with pytest.raises(DiffgraftError, match=answer):
                 ask("subject", {**settings, "images": images, "output": output})
         assert (sorted(path.name for path in output.iterdir()) if output.is_dir() else []) == before
-    with pytest.raises(DiffgraftError, match="is a folder of pictures that are read"):
+    with pytest.raises(DiffgraftError, match="is also a folder of training images"):
         planned("subject", {**settings, "images": pictures, "output": data, "validation": {"images": data}})
 
 
@@ -176,5 +179,5 @@ def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tm
 def test_plan_refuses_shards_in_one_process_as_train_does(pictures: Path, shard: str) -> None:
     settings = {"images": str(pictures), "subject": "dog", "shard": shard}
     for start in (planned, train):
-        with pytest.raises(DiffgraftError, match="and this is one: start them by `torchrun"):
+        with pytest.raises(DiffgraftError, match="but there is one: start them with `torchrun"):
             start("subject", **({"settings": settings} if start is planned else settings))

@@ -16,7 +16,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Validation
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.build import Sample, collect, split
+from diffgraft.trainers.training_data.build import Sample, collect_samples, split_samples
 from diffgraft.trainers.training_data.concepts import read_concepts
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
@@ -32,7 +32,7 @@ def read(recipe: str, images: Path, **settings: Any) -> tuple[Recipe, list[tuple
 
 def items_of(base: Base, recipe: str, **settings: Any) -> tuple[Recipe, list[Sample]]:
     found, parts = read_concepts(load_recipe(recipe, settings))
-    return found, collect(found.data, parts, base)
+    return found, collect_samples(found.data, parts, base)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +79,12 @@ def test_an_empty_trigger_is_not_put_before_captions(base: Base, tmp_path: Path)
     data = folder(tmp_path / "data", 1)
     (data / "00.txt").write_text("a dog at sea", "utf-8")
     _, (item,) = items_of(base, "subject", images=str(data), subject="dog", trigger="", insert_trigger=True)
-    assert item.wording.prompts() == ["a dog at sea"]
+    assert item.prompt_builder.prompts() == ["a dog at sea"]
 
 
 def test_a_round_has_no_more_places_than_can_be_kept(base: Base, tmp_path: Path) -> None:
     folder(tmp_path / "data" / "900_sks dog", 1)
-    with pytest.raises(DiffgraftError, match=r"Repeats make a round of 9,000,000 pictures"):
+    with pytest.raises(DiffgraftError, match=r"The repeats make an epoch of 9,000,000 images"):
         items_of(base, "subject", images=str(tmp_path / "data"), subject="dog", repeats=10_000)
 
 
@@ -129,9 +129,12 @@ def test_prompts_without_the_trigger_are_told_of_and_the_advice_holds(base: Base
     (data / "01.txt").write_text("a {trigger} {subject} by a lake", "utf-8")
     with pytest.warns(UserWarning, match=r"caption of 00\.png lacks the trigger 'sks'\. insert_trigger=true"):
         _, items = items_of(base, "subject", images=str(data), **PLAIN)
-    assert [one.wording.prompts() for one in items] == [["an elephant with white tusks"], ["a sks man by a lake"]]
+    assert [one.prompt_builder.prompts() for one in items] == [
+        ["an elephant with white tusks"],
+        ["a sks man by a lake"],
+    ]
     _, items = items_of(base, "subject", images=str(data), **PLAIN, insert_trigger=True)
-    assert items[0].wording.prompts() == ["sks, an elephant with white tusks"]
+    assert items[0].prompt_builder.prompts() == ["sks, an elephant with white tusks"]
     folder(tmp_path / "kohya" / "3_man", 1)
     with pytest.warns(UserWarning, match="'man', lacks the trigger 'sks'. insert_trigger=true"):
         items_of(base, "subject", images=str(tmp_path / "kohya"), **PLAIN)
@@ -145,8 +148,8 @@ def test_a_class_prompt_of_a_style_has_no_filled_trigger(base: Base, tmp_path: P
     data = folder(tmp_path / "data", 1)
     (data / "00.txt").write_text("a {trigger} house, Sks style", "utf-8")
     _, (item,) = items_of(base, "style", images=str(data))
-    assert item.wording.prompts() == ["a sks house, Sks style"]
-    assert item.class_wording.texts == ("a house",)
+    assert item.prompt_builder.prompts() == ["a sks house, Sks style"]
+    assert item.class_prompt_builder.texts == ("a house",)
 
 
 def test_tags_with_the_trigger_are_never_dropped() -> None:
@@ -183,7 +186,7 @@ def test_captions_of_several_lines(base: Base, tmp_path: Path, how: str, texts: 
         warnings.simplefilter("always")
         _, (item,) = items_of(base, "subject", images=str(data), subject="dog", **{"captions.lines": how})
     assert any("has several lines" in str(one.message) for one in seen)
-    assert list(item.wording.texts) == texts
+    assert list(item.prompt_builder.texts) == texts
 
 
 def test_a_word_for_captions_is_written_as_it_was() -> None:
@@ -204,9 +207,9 @@ def test_a_word_for_captions_is_written_as_it_was() -> None:
         ("a (sks dog:1.3)", "weights in brackets"),
         ("sks dog <lora:ink:0.8>", "adapters"),
         ("a ((sks dog))", "weights in brackets"),
-        ("sks dog in {place}", "placeholders that nothing fills"),
-        ("sks dog in { place }", "placeholders that nothing fills"),
-        ("sks dog in __place__", "placeholders that nothing fills"),
+        ("sks dog in {place}", "placeholders without a value"),
+        ("sks dog in { place }", "placeholders without a value"),
+        ("sks dog in __place__", "placeholders without a value"),
     ],
 )
 def test_captions_written_as_for_drawing_are_told_of(base: Base, tmp_path: Path, caption: str, said: str) -> None:
@@ -219,7 +222,7 @@ def test_captions_written_as_for_drawing_are_told_of(base: Base, tmp_path: Path,
 def test_a_mask_that_leaves_nothing_is_refused(base: Base, tmp_path: Path) -> None:
     data = folder(tmp_path / "data", 2, (64, 64))
     Image.new("L", (64, 64), 0).save(data / "00_mask.png")
-    with pytest.raises(DiffgraftError, match=r"mask 00_mask\.png leaves nothing of 00\.png to be learnt"):
+    with pytest.raises(DiffgraftError, match=r"mask 00_mask\.png leaves nothing of 00\.png to train on"):
         items_of(base, "style", images=str(data), **{"masks.use": True})
     assert len(items_of(base, "style", images=str(data), **{"masks.use": True, "masks.outside": 0.1})[1]) == 2
     assert "masks of 00.png are not used" in str(planned("style", {"images": data}))
@@ -237,13 +240,13 @@ def test_each_concept_gives_its_share_to_validation(base: Base, tmp_path: Path) 
     for number, (name, count) in enumerate(names.items()):
         folder(tmp_path / "data" / f"1_{name} man", count, start=10 * number)
     recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.34})
-    learnt, held = split(recipe.data, recipe.validation, items, base)
-    counts = {name: sum(one.part.trigger == name for one in held) for name in names}
+    learnt, held = split_samples(recipe.data, recipe.validation, items, base)
+    counts = {name: sum(one.concept.trigger == name for one in held) for name in names}
     assert counts == {"ohwx": 2, "zwx": 1, "qwx": 0}
     assert len(learnt) + len(held) == 10
-    assert all(one.wording.prompts() == [f"{one.part.trigger} man"] for one in held)
+    assert all(one.prompt_builder.prompts() == [f"{one.concept.trigger} man"] for one in held)
     recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
-    assert [one.part.trigger for one in split(recipe.data, recipe.validation, items, base)[1]] == ["ohwx"]
+    assert [one.concept.trigger for one in split_samples(recipe.data, recipe.validation, items, base)[1]] == ["ohwx"]
 
 
 def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_path: Path) -> None:
@@ -252,8 +255,8 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
         folder(tmp_path / "held" / f"1_{name}", 1, start=10 * number + 5)
     given: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN}
     recipe, items = items_of(base, "subject", **given, **{"validation.images": str(tmp_path / "held")})
-    _, held = split(recipe.data, recipe.validation, items, base)
-    assert [one.wording.prompts() for one in held] == [["ohwx man"], ["zwx man"]]
+    _, held = split_samples(recipe.data, recipe.validation, items, base)
+    assert [one.prompt_builder.prompts() for one in held] == [["ohwx man"], ["zwx man"]]
     flat = folder(tmp_path / "flat", 2, start=30)
     (flat / "30.txt").write_text("zwx man at sea", "utf-8")
     recipe, items = items_of(base, "subject", **given, **{"validation.images": str(flat)})
@@ -261,15 +264,15 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
         (flat / "31.txt").write_text(caption or "zwx", "utf-8")
         if not caption:
             (flat / "31.txt").unlink()
-        with pytest.raises(DiffgraftError, match=r"name no concept \(31\.png\), and several are learnt"):
-            split(recipe.data, recipe.validation, items, base)
+        with pytest.raises(DiffgraftError, match=r"name no concept \(31\.png\), but the run has several"):
+            split_samples(recipe.data, recipe.validation, items, base)
     folder(tmp_path / "both", 1)
     folder(tmp_path / "both" / "1_zwx man", 1, start=50)
-    with pytest.raises(
-        DiffgraftError, match=r"zwx man \(1 x 1\)\. Move the pictures that are not meant to another place"
-    ):
-        split(recipe.data, Validation(images=str(tmp_path / "both")), items, base)
+    with pytest.raises(DiffgraftError, match=r"zwx man \(1 x 1\)\. Move the pictures that are not meant"):
+        split_samples(recipe.data, Validation(images=str(tmp_path / "both")), items, base)
     one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
     folder(tmp_path / "noun" / "1_man", 1, start=40)
     recipe, items = items_of(base, "subject", **one, **{"validation.images": str(tmp_path / "noun")})
-    assert [one.wording.prompts() for one in split(recipe.data, recipe.validation, items, base)[1]] == [["a ohwx man"]]
+    assert [one.prompt_builder.prompts() for one in split_samples(recipe.data, recipe.validation, items, base)[1]] == [
+        ["a ohwx man"]
+    ]

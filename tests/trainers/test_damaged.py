@@ -142,5 +142,5 @@ def test_a_damaged_or_foreign_adapter_in_the_folder(base: Base, finished: Path, 
 
 def test_a_file_in_the_place_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("x")
-    with pytest.raises(DiffgraftError, match="is a file; --resume takes the folder of a run"):
+    with pytest.raises(DiffgraftError, match="is a file, but --resume needs the folder of a run"):
         train(resume=tmp_path / "run")

@@ -23,7 +23,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import TrainingData, build_training_data
 from diffgraft.trainers.training_data.concepts import read_concepts
-from diffgraft.trainers.training_data.examples import Example, Examples, Shown
+from diffgraft.trainers.training_data.examples import Example, Examples, ExampleVariant
 from tests.conftest import SHORT
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def line(
     return Examples(Encoded(Latents(latents), frames, masks, dict(enumerate(own))), listed, **more)
 
 
-def batches(data: Examples, count: int, size: int, seed: int = 3) -> list[list[Shown]]:
+def batches(data: Examples, count: int, size: int, seed: int = 3) -> list[list[ExampleVariant]]:
     return [data.at(seed, number * size, size) for number in range(count)]
 
 
@@ -116,18 +116,20 @@ def test_concepts_have_words_weights_and_class_images_of_their_own(base: Base, t
         {"images": str(folder(tmp_path / "cat", 2, start=3)), "subject": "cat", "trigger": "zwx", "repeats": 4},
     ]
     found = gathered(base, "subject", concepts=concepts, prior={"weight": 1, "images": 3})
-    said = {(one.wording.texts[0], one.repeats, one.weight) for one in found.learnt.examples}
+    said = {(one.prompt_builder.texts[0], one.repeats, one.weight) for one in found.instances.examples}
     assert said == {("a sks dog", 1, 0.5), ("a zwx cat", 4, 1.0)}
-    assert len(found.learnt.examples) == 5
-    assert found.prior is not None
-    kept = Counter((one.wording.texts[0], one.weight) for one in found.prior.examples)
+    assert len(found.instances.examples) == 5
+    assert found.class_images is not None
+    kept = Counter((one.prompt_builder.texts[0], one.weight) for one in found.class_images.examples)
     assert kept == {("a dog", 3.0): 2, ("a cat", 1.0): 3}
     assert found.prompts == ["a sks dog", "a dog", "a zwx cat", "a cat"]
 
 
 def test_a_method_that_teaches_one_word_refuses_several(base: Base, tmp_path: Path) -> None:
     concepts = [{"images": str(folder(tmp_path / "dog", 1)), "trigger": word} for word in ("<one>", "<two>")]
-    with pytest.raises(DiffgraftError, match="pivotal teaches one word, '<one>', and concepts are called <two>"):
+    with pytest.raises(
+        DiffgraftError, match="pivotal trains a single token, '<one>', but concepts have other triggers: <two>"
+    ):
         gathered(base, "subject", subject="dog", method="pivotal", trigger="<one>", concepts=concepts)
 
 
@@ -138,10 +140,10 @@ def test_kohyas_layout_is_understood_with_its_own_class_images(base: Base, tmp_p
     folder(tmp_path / "reg" / "2_dog", 2, start=5)
     prior = {"weight": 1, "folder": str(tmp_path / "reg")}
     found = gathered(base, "subject", images=str(tmp_path), subject="dog", prior=prior)
-    said = [(one.wording.prompts()[0], one.repeats) for one in found.learnt.examples]
+    said = [(one.prompt_builder.prompts()[0], one.repeats) for one in found.instances.examples]
     assert said == [("sks dog, sitting", 10), ("sks dog", 10), ("sks dog outside", 3)]
-    assert found.prior is not None
-    assert [(one.wording.texts[0], one.repeats) for one in found.prior.examples] == [("dog", 2)] * 2
+    assert found.class_images is not None
+    assert [(one.prompt_builder.texts[0], one.repeats) for one in found.class_images.examples] == [("dog", 2)] * 2
 
 
 def test_masks_weigh_the_loss(base: Base) -> None:
@@ -153,7 +155,7 @@ def test_masks_weigh_the_loss(base: Base) -> None:
     frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
     encoded = Encoded(latents, [frame] * 3, list(mask[:, 0]), {})
     examples = [Example(f"{row}", range(row, row + 1), PromptBuilder(("",))) for row in rows]
-    places = [Shown(one, row, 0) for row, one in enumerate(examples)]
+    places = [ExampleVariant(one, row, 0) for row, one in enumerate(examples)]
     for outside, normalize in ((0.0, True), (0.2, True), (0.2, False)):
         masks = Masks(use=True, outside=outside, normalize=normalize)
         weight = Examples(encoded, examples, masks=masks).weight_map(places)
@@ -174,7 +176,7 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     mask.paste(255, (0, 0, 24, 64))
     mask.save(data / "01_mask.png")
     settings: dict[str, Any] = {"images": str(data), "prior": {"weight": 0}}
-    found = gathered(base, "style", **settings, masks={"use": True}).learnt
+    found = gathered(base, "style", **settings, masks={"use": True}).instances
     batch = SampleStream(found, forward_process(base), 1, CPU, 0).batch(0, 3)
     names = [one.example.name for one in batch.shown]
     assert batch.mask is not None
@@ -184,7 +186,7 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     wanted = [float((own * shown).sum() / shown.sum()) for own, shown in zip(errors, batch.mask, strict=True)]
     assert float(batch.loss(forward_process(base), 0.3 * batch.noisy)) == pytest.approx(np.mean(wanted), rel=1e-4)
     assert (
-        SampleStream(gathered(base, "style", **settings).learnt, forward_process(base), 1, CPU, 0).batch(0, 3).mask
+        SampleStream(gathered(base, "style", **settings).instances, forward_process(base), 1, CPU, 0).batch(0, 3).mask
         is None
     )
 
@@ -193,17 +195,17 @@ def test_a_share_is_held_out_the_same_in_every_run(base: Base, tmp_path: Path) -
     data = folder(tmp_path / "all", 10)
     found = gathered(base, "style", images=str(data), prior={"weight": 0}, validation={"share": 0.3, "pairs": 12})
     other = gathered(base, "style", images=str(data), prior={"weight": 0}, validation={"share": 0.3}, seed=9)
-    names = [one.name for one in found.learnt.examples]
+    names = [one.name for one in found.instances.examples]
     assert len(names) == 7
-    assert [one.name for one in other.learnt.examples] == names
+    assert [one.name for one in other.instances.examples] == names
     assert found.held_out is not None
-    assert sum(len(probe.times) for probe, _, _ in held_out(forward_process(base), found.held_out, 12).probes) == 12
-    kept = {one.content for one in found.learnt.examples}
+    assert sum(len(pairs.timesteps) for pairs, _, _ in held_out(forward_process(base), found.held_out, 12).groups) == 12
+    kept = {one.content for one in found.instances.examples}
     for number, file in enumerate(sorted(data.iterdir())):  # the other way round
         file.rename(data / f"turned-{9 - number}.png")
     turned = gathered(base, "style", images=str(data), prior={"weight": 0}, validation={"share": 0.3})
-    assert {one.content for one in turned.learnt.examples} == kept
-    with pytest.raises(DiffgraftError, match="leaves none to learn from"):
+    assert {one.content for one in turned.instances.examples} == kept
+    with pytest.raises(DiffgraftError, match="leaves none to train on"):
         gathered(base, "style", images=str(folder(tmp_path / "one", 1)), validation={"share": 0.3})
 
 
@@ -217,7 +219,7 @@ def test_long_prompts_are_refused_or_read_whole_as_asked(base: Base, tmp_path: P
     assert gathered(base, "subject", **settings, long_prompts="chunk").prompts is not None
     for number in range(5):
         (data / f"{number:02}.txt").write_text("a sks " + "very " * 20_000, "utf-8")
-    with pytest.raises(DiffgraftError, match=r"never see: very very .* …\. Shorten it") as told:
+    with pytest.raises(DiffgraftError, match=r"would be cut off: very very .* …\. Shorten it") as told:
         gathered(base, "subject", **settings, long_prompts="refuse")
     assert len(str(told.value)) < 500
     (data / "00.txt").write_text("a sks " + "very " * 100_000, "utf-8")

@@ -12,7 +12,7 @@ from torch import nn
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import restore, save_checkpoint
 from diffgraft.trainers.hooks.ema import Ema
-from diffgraft.trainers.optim.optimizers import _MAKERS, eval_weights, load_eval_weights, lr_at, new_optimizer
+from diffgraft.trainers.optim.optimizers import _FACTORIES, eval_weights, load_eval_weights, lr_at, new_optimizer
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.fingerprint import run_fingerprint
@@ -53,10 +53,10 @@ def walk(recipe: Recipe, values: dict[str, nn.Parameter], optimizer: torch.optim
 
 
 def test_all_that_a_recipe_may_name_are_there() -> None:
-    assert set(get_args(Recipe.model_fields["optimizer"].annotation)) == set(_MAKERS)
+    assert set(get_args(Recipe.model_fields["optimizer"].annotation)) == set(_FACTORIES)
 
 
-@pytest.mark.parametrize("name", _MAKERS)
+@pytest.mark.parametrize("name", _FACTORIES)
 def test_it_goes_downhill(name: str) -> None:
     recipe, values = recipe_of(name), parameters()
     before = float(distance(values).detach())
@@ -66,7 +66,7 @@ def test_it_goes_downhill(name: str) -> None:
     assert float(distance(values).detach()) < 0.5 * before
 
 
-@pytest.mark.parametrize("name", _MAKERS)
+@pytest.mark.parametrize("name", _FACTORIES)
 def test_after_a_checkpoint_it_goes_on_as_if_never_stopped(name: str, tmp_path: Path) -> None:
     recipe, whole = recipe_of(name), parameters()
     optimizer = new_optimizer(recipe, whole, {})
@@ -176,11 +176,11 @@ def test_another_optimiser_and_a_new_average_begin_where_the_parameters_are(tmp_
 
 
 def test_what_cannot_go_together_is_told() -> None:
-    with pytest.raises(DiffgraftError, match="finds one rate for all"):
+    with pytest.raises(DiffgraftError, match="finds one learning rate for all"):
         new_optimizer(recipe_of("prodigy"), parameters(), {"up": 4.0})
-    with pytest.raises(DiffgraftError, match="averages by itself"):
+    with pytest.raises(DiffgraftError, match="averages the weights itself"):
         new_optimizer(recipe_of("schedule-free", ema=0.9), parameters(), {})
-    with pytest.raises(DiffgraftError, match="needs no schedule, and lr_schedule=cosine"):
+    with pytest.raises(DiffgraftError, match="cannot use lr_schedule=cosine"):
         new_optimizer(recipe_of("schedule-free", lr_schedule="cosine"), parameters(), {})
 
 

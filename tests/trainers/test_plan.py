@@ -13,7 +13,7 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.planning.estimate import Cost, Workload, _kept, cost, speed
+from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, cost, speed
 from diffgraft.trainers.planning.plan import Plan, planned
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -63,7 +63,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     assert (found.trained, found.weights, found.training) == (wanted.trained, wanted.weights, wanted.training)
     assert found.activations == pytest.approx(wanted.activations, rel=0.02)
     assert found.step == pytest.approx(wanted.step, rel=0.15)
-    assert found.picture == pytest.approx(wanted.picture, rel=0.1)
+    assert found.image == pytest.approx(wanted.image, rel=0.1)
 
 
 def test_a_loha_is_twice_as_large_as_its_summary_says() -> None:
@@ -116,7 +116,7 @@ def test_what_autograd_lets_go_of_is_no_longer_counted() -> None:
     fixed = {value.untyped_storage()._cdata for value in layer.parameters()}
     peaks = []
     for at_once in (False, True):
-        with _kept(fixed) as kept:
+        with _saved_bytes(fixed) as kept:
             first = layer(torch.ones(7, 30, device="cpu")).sum()
             if not at_once:
                 first.backward()
@@ -163,11 +163,11 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
     )  # fmt: skip
     facts = dict(found.facts)
     assert facts["recipe"] == "subject by lora on tiny (sd1, 64 px)"
-    assert facts["pictures"].startswith("6, each in 2 ways")
+    assert facts["images"].startswith("6, each in 2 variants")
     assert facts["held out"] == "2, every 20 steps"
     assert sum(int(part.split(": ")[1]) for part in facts["sizes"].split(", ")) == 6
-    assert facts["steps"] == "30, of 2 pictures each: 10 rounds of 6"
-    assert facts["trained"].startswith("107,520 numbers")
+    assert facts["steps"] == "30, of 2 images each: 10 epochs of 6"
+    assert facts["trained"].startswith("107,520 parameters")
     assert "64 images" in facts["class"]
     assert str(found).count("\n") == len(found.facts) + len(found.pitfalls) - 1
 
@@ -175,19 +175,22 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"trigger": "dog"}, "is the class noun itself"),
+        ({"trigger": "dog"}, "equals the class noun"),
         ({"trigger": "house"}, "'house' is a common word"),
-        ({"trigger": "zwx", "class_prompt": "a zwx {subject}"}, "stands in a prompt of the class"),
-        ({"tags": {"shuffle": True}}, "no caption holds the separator ','"),
+        ({"trigger": "zwx", "class_prompt": "a zwx {subject}"}, "occurs in a class prompt"),
+        ({"tags": {"shuffle": True}}, "no caption contains the separator ','"),
         ({"insert_trigger": True}, "insert_trigger=true does nothing"),
         ({"masks": {"use": True}}, "masks.use=true does nothing"),
         ({"validation": {"patience": 3}}, "patience does nothing"),
-        ({"steps": 20, "warmup": 20}, "warmup=20 is not over"),
-        ({"steps": 50, "ema": 0.999}, "ema=0.999 is slow for 50 steps: 95%"),
+        ({"steps": 20, "warmup": 20}, "warmup=20 lasts for all"),
+        ({"steps": 50, "ema": 0.999}, "ema=0.999 is too slow for 50 steps: 95%"),
         ({"crop": "random"}, "crop=random does nothing"),
-        ({"optimizer": "prodigy"}, "multiplies it by lr=0.0015, so it hardly learns: set lr=1"),
-        ({"steps": 20, "text_encoder": True, "text_encoder_stop": 20}, "text_encoder_stop=20 comes after"),
-        ({"steps": 20, "adapter_every": 21}, "none is kept on the way"),
+        (
+            {"optimizer": "prodigy"},
+            "finds by lr=0.0015, so it hardly learns: set lr=1",
+        ),
+        ({"steps": 20, "text_encoder": True, "text_encoder_stop": 20}, "text_encoder_stop=20 is not below steps=20"),
+        ({"steps": 20, "adapter_every": 21}, "no intermediate adapter is saved"),
         ({"prior": {"by": "prediction", "images": 9}}, "prior.images does nothing"),
         ({"prompt": " ", "trigger": ""}, "all prompts are empty"),
     ],
@@ -208,8 +211,8 @@ def test_long_captions_shared_triggers_and_copies_are_named(tmp_path: Path) -> N
     concepts = [{"images": str(data), "subject": "dog"}, {"images": str(other), "subject": "cat"}]
     found = "\n".join(planned("subject", {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
     assert "prompt of 00.png is too long" in found
-    assert "calls several concepts: cat, dog" in found
-    assert "01.png and copy.jpg are nearly the same picture" in found
+    assert "is shared by several concepts: cat, dog" in found
+    assert "01.png and copy.jpg are nearly the same image" in found
     assert "02.png" not in found
 
 
@@ -219,33 +222,33 @@ def test_what_cannot_be_opened_is_not_counted(tmp_path: Path) -> None:
     whole = (data / "bad.jpg").read_bytes()
     (data / "bad.jpg").write_bytes(whole[: len(whole) // 2])
     found = told("subject", data, subject="dog", steps=30, batch=2, prior={"weight": 0})
-    assert dict(found.facts)["steps"] == "30, of 2 pictures each: 20 rounds of 3"
-    assert [said for said in found.pitfalls if said.startswith("bad.jpg is left out: it cannot be read")]
+    assert dict(found.facts)["steps"] == "30, of 2 images each: 20 epochs of 3"
+    assert [said for said in found.pitfalls if said.startswith("bad.jpg is skipped: it cannot be read")]
     for file in data.glob("*.png"):
         file.unlink()
-    with pytest.raises(DiffgraftError, match="None of the 1 pictures can be opened"):
+    with pytest.raises(DiffgraftError, match="None of the 1 images can be opened"):
         told("subject", data, subject="dog", prior={"weight": 0})
 
 
 def test_squares_that_cut_much_away_are_advised_against(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", 3, (96, 64))
     settings: dict[str, Any] = {"subject": "dog", "prior": {"weight": 0}}
-    assert "squares cut away 33% of the pictures: buckets.use=true" in str(told("subject", data, **settings))
-    assert "squares cut" not in str(told("subject", data, **settings, buckets={"use": True}))
+    assert "square crops lose 33% of the images: buckets.use=true" in str(told("subject", data, **settings))
+    assert "square crops" not in str(told("subject", data, **settings, buckets={"use": True}))
 
 
 def test_folders_of_several_things_are_no_concepts(tmp_path: Path) -> None:
     for name in ("10_sks dog", "2_zwx cat"):
         folder(tmp_path / "data" / name, 2, (64, 64), start=len(name))
     found = told("subject", tmp_path / "data", subject="dog", prior={"weight": 0})
-    assert "what is in 2_zwx cat is learnt as a dog, too" in str(found)
+    assert "the images in 2_zwx cat are learned as a dog, too" in str(found)
     assert dict(found.facts)["trigger"] == "sks, zwx"
     concepts = [{"images": str(one), "subject": "dog"} for one in (tmp_path / "data").iterdir()]
     with pytest.raises(DiffgraftError, match=r"images=.* would be ignored, as each concept has images of its own"):
         told("subject", tmp_path / "data", concepts=concepts)
     own = [{**one, "trigger": word} for one, word in zip(concepts, ("zwx", "ohwx"), strict=True)]
     found = planned("subject", {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
-    assert "trigger=zorp is of no concept" in str(found)
+    assert "trigger=zorp is the trigger of no concept" in str(found)
     samples = load_recipe("subject", {"concepts": own}).samples()
     assert samples[:2] == ["a zwx dog", "a ohwx dog"]
     assert samples[-1] == "a dog"
@@ -272,13 +275,13 @@ def test_fingerprints_are_near_for_copies_and_far_for_others() -> None:
 
 
 def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:
-    with pytest.raises(DiffgraftError, match="no multiple of 8"):
+    with pytest.raises(DiffgraftError, match="needs a multiple of 8"):
         told("subject", pictures, subject="dog", resolution=60)
-    with pytest.raises(DiffgraftError, match="needs pictures"):
+    with pytest.raises(DiffgraftError, match="has no images"):
         planned("subject", {"subject": "dog"})
-    with pytest.raises(DiffgraftError, match="There is no tracker 'tensorbord'"):
+    with pytest.raises(DiffgraftError, match="Unknown tracker 'tensorbord'"):
         told("subject", pictures, subject="dog", trackers="tensorbord")
     with pytest.raises(DiffgraftError, match="attention=xformers"):
         told("subject", pictures, subject="dog", attention="xformers")
-    with pytest.raises(DiffgraftError, match="does not go with shard"):
+    with pytest.raises(DiffgraftError, match="cannot be combined with shard"):
         told("subject", pictures, subject="dog", shard="fsdp", compile=True)

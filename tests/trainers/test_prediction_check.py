@@ -18,7 +18,7 @@ from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
-from diffgraft.trainers.planning.prediction_check import cosines, odd_prediction
+from diffgraft.trainers.planning.prediction_check import cosines, prediction_warning
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Example, Examples
 from tests.conftest import SHORT
@@ -59,7 +59,7 @@ def test_what_a_base_predicts_is_seen(says: str, predicts: str, monkeypatch: pyt
     latents = normal((3, 4, 12, 16), 5)
     with predicting(base, monkeypatch, predicts, latents):
         near = dict(zip(("epsilon", "v_prediction"), cosines(base, latents), strict=True))
-        told = odd_prediction(base, examples_of(latents))
+        told = prediction_warning(base, examples_of(latents))
     if predicts == "chance":
         assert max(map(abs, near.values())) < 0.15
         assert told == ""
@@ -72,7 +72,7 @@ def test_what_a_base_predicts_is_seen(says: str, predicts: str, monkeypatch: pyt
 def test_training_and_drawing_tell_of_a_base_that_says_the_wrong_thing(pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     wrong = load_base("tiny", prediction_type="epsilon", zero_snr=False)
-    with pytest.warns(UserWarning, match="trained as one that predicts epsilon, and seems to predict v_prediction"):
+    with pytest.warns(UserWarning, match="prediction type epsilon, but seems to predict v_prediction"):
         run = train("subject", base=wrong, images=pictures, output=tmp_path / "run", **settings)
     right = load_base("tiny")
     with pytest.warns(UserWarning, match="trained on a base that predicts epsilon, but this one predicts v_pred"):

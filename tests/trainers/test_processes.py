@@ -26,7 +26,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.runtime.processes import check_together, new_accelerator
+from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_frozen
 from tests.trainers.killing import check_whole
 
@@ -56,7 +56,7 @@ import torch
 from accelerate import PartialState
 from diffgraft.bases import load_base
 from diffgraft.trainers.run import train_adapter as learn
-from diffgraft.trainers.runtime.processes import check_together, new_accelerator
+from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_denoiser
@@ -192,7 +192,7 @@ def test_what_cannot_be_in_shards_is_refused(
 def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> None:
     for key, value in {"quantize": "nf4", "compile": True, "channels_last": True}.items():
         plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", key: value})
-        with pytest.raises(DiffgraftError, match=f"{key}={str(value).lower()} does not go with shard=fsdp"):
+        with pytest.raises(DiffgraftError, match=f"{key}={str(value).lower()} cannot be combined with shard=fsdp"):
             check_compatible(plan.runtime, plan.quantize)
     plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
     live = attach(plan, base)
@@ -238,10 +238,10 @@ def test_a_folder_that_a_machine_does_not_see_is_refused(monkeypatch: pytest.Mon
     for found in ([4, 4], [4, 0]):
         monkeypatch.setattr("accelerate.utils.gather_object", lambda own, found=found: own + found[1:])
         if found[1]:
-            check_together(Two, tmp_path, 4)
+            check_same_step(Two, tmp_path, 4)
         else:
             with pytest.raises(DiffgraftError, match=r"different checkpoints in .*: 4, 0 steps\. All machines need"):
-                check_together(Two, tmp_path, 4)
+                check_same_step(Two, tmp_path, 4)
 
 
 def lines(folder: Path) -> int:
@@ -278,5 +278,5 @@ def test_where_one_process_dies_or_all_are_interrupted_none_is_left(pictures: Pa
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     check_whole(folder)
     assert checkpoints(folder)[-1].name > done.name
-    with pytest.raises(DiffgraftError, match=r"Settings differ from those of .*: processes: 2 → 1"):
+    with pytest.raises(DiffgraftError, match=r"Settings differ from those of .*processes: 2 → 1"):
         train(resume=folder)

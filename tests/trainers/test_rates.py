@@ -25,8 +25,8 @@ from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.hooks import checkpoint
 from diffgraft.trainers.hooks.checkpoint import save_checkpoint
 from diffgraft.trainers.hooks.ema import Ema
-from diffgraft.trainers.optim.lr_scales import stop_text
-from diffgraft.trainers.optim.optimizers import _MAKERS, eval_weights, load_eval_weights, new_optimizer
+from diffgraft.trainers.optim.lr_scales import freeze_text_parameters
+from diffgraft.trainers.optim.optimizers import _FACTORIES, eval_weights, load_eval_weights, new_optimizer
 from diffgraft.trainers.recipe.files import load_recipe, save_recipe
 from diffgraft.trainers.run import train as run
 from diffgraft.trainers.run.fingerprint import differences, run_fingerprint
@@ -138,7 +138,7 @@ def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
 
     monkeypatch.setattr(type(base.family), "encode", condition)
     monkeypatch.setattr(
-        "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
+        "diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: ""
     )  # which asks for words of its own
     start = base.text_encoder.get_input_embeddings().weight[base.tokenizer.convert_tokens_to_ids("dog</w>")].clone()
     done = go(steps=3, method="pivotal", lr_scale={"text_encoder": 0})
@@ -212,16 +212,19 @@ def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
             r"lr_scale\.\*\.atn2\.\* matches no trained module: .*did you mean '\*\.attn2\.\*'",
         ),
         ({"lr_scale": {"text_encoder": 0.5}}, "no text encoder is.*text_encoder=true"),
-        ({"lr_scale": {"*": 0}}, "Nothing would train: the rates are 0"),
-        ({"lr_scale": {"text_encoder": 0}, "method": "textual-inversion"}, "Nothing would train"),
+        ({"lr_scale": {"*": 0}}, "No module would train: `lr_scale` is 0"),
+        ({"lr_scale": {"text_encoder": 0}, "method": "textual-inversion"}, "No module would train"),
         ({"lr_scale": {"unet": -1}}, r"lr_scale\.unet=-1: must be greater than or equal to 0.*: Factors on"),
         ({"lr_scale": {"unet": "much"}}, r"Invalid value lr_scale\.unet='much'"),
-        ({"lr_scale": {"unet": 2, "M00": 1}, "optimizer": "prodigy", "lr": 1}, "finds one rate for all"),
-        ({"text_encoder_stop": 2, "text_encoder": True, "optimizer": "prodigy"}, "it would leap where text encoders"),
-        ({"text_encoder_stop": 2}, "text_encoder_stop=2 means nothing here: no text encoder trains"),
+        ({"lr_scale": {"unet": 2, "M00": 1}, "optimizer": "prodigy", "lr": 1}, "finds one learning rate for all"),
+        (
+            {"text_encoder_stop": 2, "text_encoder": True, "optimizer": "prodigy"},
+            "it would jump when the text",
+        ),
+        ({"text_encoder_stop": 2}, "text_encoder_stop=2 has no effect, as no text encoder and no token trains"),
         ({"text_encoder_stop": 2, "method": "hypernetwork"}, "no text encoder trains"),
         ({"text_encoder_stop": 2, "method": "textual-inversion"}, "text_encoder_stop=2 nothing would train from"),
-        ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"unet": 0}}, "nothing would train from there on"),
+        ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"unet": 0}}, "nothing would train after"),
         ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"text_encoder": 0}}, "no text encoder trains"),
         ({"text_encoder_stop": 0, "text_encoder": True}, "Invalid value text_encoder_stop=0"),
     ],
@@ -303,11 +306,11 @@ def step(held: Two, recipe: Any, optimizer: Any, average: Ema | None, number: in
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.7])
-@pytest.mark.parametrize("name", _MAKERS)
+@pytest.mark.parametrize("name", _FACTORIES)
 def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp_path: Path) -> None:
     """Live, at rest and at the end, with weight decay, through checkpoints from before, at and after the stop."""
     if name == "schedule-free" and ema:
-        pytest.skip("schedule-free averages by itself")
+        pytest.skip("schedule-free averages the weights itself")
     recipe = recipe_of(name, weight_decay=0.1, **({"ema": ema} if ema else {}))
     stop, last = 4, 10
 
@@ -315,7 +318,7 @@ def test_from_the_stop_on_text_has_the_very_same_bits(name: str, ema: float, tmp
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in held.values}
         for number in range(first, last):
             if number == max(stop, first):
-                stop_text(held, optimizer, average)
+                freeze_text_parameters(held, optimizer, average)
             step(held, recipe, optimizer, average, number)
             with eval_weights(optimizer, average):
                 for key, value in held.values.items():
@@ -381,7 +384,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     monkeypatch.setattr(type(base.family), "encode", condition)
     monkeypatch.setattr(
-        "diffgraft.trainers.run.train_adapter.odd_prediction", lambda *_: ""
+        "diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: ""
     )  # which asks for words of its own
     given = {**FAST, "steps": 7, "text_encoder_stop": 3, "checkpoint_every": 1, **settings}
     whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **given)

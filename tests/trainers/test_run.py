@@ -20,11 +20,11 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.hooks.validation_set import make_probe
+from diffgraft.trainers.hooks.validation_set import validation_set_from_images
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
-from diffgraft.trainers.training_data.build import collect, examples_of
+from diffgraft.trainers.training_data.build import collect_samples, encode_samples
 from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
@@ -194,7 +194,7 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
 
     def prompts(recipe: str, **settings: object) -> list[list[str]]:
         plan = load_recipe(recipe, {"images": str(data), **settings})
-        return [one.wording.prompts() for one in collect(plan.data, read_concepts(plan)[1], base)]
+        return [one.prompt_builder.prompts() for one in collect_samples(plan.data, read_concepts(plan)[1], base)]
 
     assert prompts("style")[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
     with pytest.warns(UserWarning, match=r"caption of 01.png lacks the trigger 'sks'"):
@@ -220,16 +220,16 @@ def test_what_class_images_show() -> None:
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:
     plan = load_recipe("concept", {"subject": "dog", "trigger": "<zorp>", "images": str(pictures)})
-    items = collect(plan.data, read_concepts(plan)[1], base)
+    items = collect_samples(plan.data, read_concepts(plan)[1], base)
     wanted = [template.replace("{trigger}", "<zorp>") for template in OBJECT]
-    assert [one.wording.prompts() for one in items] == [wanted] * 5
-    examples = examples_of(plan, base, items, "encoding")
+    assert [one.prompt_builder.prompts() for one in items] == [wanted] * 5
+    examples = encode_samples(plan, base, items, "encoding")
     assert len(examples.encoded.latents) == 5
     shown = [(one.row, one.text) for place in range(5 * len(OBJECT)) for one in examples.at(3, place, 1)]
     assert sorted(shown) == [(row, text) for row in range(5) for text in range(len(OBJECT))]
     plan = load_recipe("concept", {"templates": "style", "images": str(pictures)})
-    items = collect(plan.data, read_concepts(plan)[1], base)
-    assert [len(one.wording.texts) for one in items] == [len(STYLE)] * 5
+    items = collect_samples(plan.data, read_concepts(plan)[1], base)
+    assert [len(one.prompt_builder.texts) for one in items] == [len(STYLE)] * 5
     settings: dict[str, Any] = {"steps": 3, "subject": "dog", "sample_every": 0, "sample_prompts": "a {trigger}"}
     run = train("concept", base=base, images=pictures, output=tmp_path / "run", options={"vectors": "2"}, **settings)
     assert run.adapter.tokens["<concept>"]["text_encoder"].shape == (2, 64)
@@ -339,8 +339,8 @@ def test_what_will_not_do_is_said_before_anything_is_written(base: Base, picture
     output = tmp_path / "run"
     for settings, answer in (
         ({"images": tmp_path / "none"}, "does not exist"),
-        ({"images": ""}, "needs pictures"),
-        ({"images": pictures, "resolution": 60}, "no multiple of 8"),
+        ({"images": ""}, "has no images"),
+        ({"images": pictures, "resolution": 60}, "needs a multiple of 8"),
         ({"images": pictures, "method": "lorra"}, "did you mean 'lora'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
@@ -356,16 +356,16 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
 
     held_out = [picture.image for picture in read_folder(POODLE.folder / "held-out")]
     masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]
-    probe = make_probe(base, held_out, masks, pairs=64)
-    before = {prompt: probe.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
+    validation_set = validation_set_from_images(base, held_out, masks, pairs=64)
+    before = {prompt: validation_set.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
     settings: dict[str, Any] = {"subject": "dog", "steps": 80, "prior": {"images": 16}, "sample_prompts": "a dog"}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     with graft(base, {run.adapter: 1.0}):
-        after = {prompt: probe.loss(base, prompt) for prompt in before}
+        after = {prompt: validation_set.loss(base, prompt) for prompt in before}
     gain = {prompt: before[prompt] - after[prompt] for prompt in before}
     assert gain["a sks dog"] > 0.1 * before["a sks dog"]
     assert gain["a dog"] < 0.5 * gain["a sks dog"]
-    assert probe.loss(base, "a sks dog") == pytest.approx(before["a sks dog"], rel=1e-6)
+    assert validation_set.loss(base, "a sks dog") == pytest.approx(before["a sks dog"], rel=1e-6)
 
 
 def test_a_start_that_was_refused_can_be_made_again(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_start_that_was_refused_can_be_made_again(base: Base, pictures: Path, 
 
 def test_prodigy_at_another_rate_than_one_is_warned_of(base: Base, pictures: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {**SHORT, "steps": 1, "images": pictures, "prior": {"weight": 0}, "optimizer": "prodigy"}
-    with pytest.warns(UserWarning, match=r"multiplies it by lr=0\.01, so it hardly learns: set lr=1"):
+    with pytest.warns(UserWarning, match=r"finds by lr=0\.01, so it hardly learns: set lr=1"):
         train("subject", base=base, output=tmp_path / "run", lr=0.01, **given)
 
 

@@ -168,7 +168,7 @@ def test_xformers_is_refused_where_it_cannot_run(
             train("subject", base=base, **settings)
     monkeypatch.setattr(diffusers.utils, "is_xformers_available", lambda: True)
     if not torch.cuda.is_available():
-        with pytest.raises(DiffgraftError, match=r"on GPUs of NVIDIA, and this run is on cpu"):
+        with pytest.raises(DiffgraftError, match=r"needs an NVIDIA GPU, but this run is on cpu"):
             train("subject", base=base, **settings)
     assert not (tmp_path / "run").exists()
 

@@ -76,7 +76,7 @@ def test_the_first_loss_is_that_of_the_grafted_file(method: str, go: Any, base: 
 
 def test_ranks_and_scales_are_the_file_s_and_the_header_tells_them(go: Any) -> None:
     first = go(steps=2, rank=3, alpha=1.5)
-    with pytest.warns(UserWarning, match=r"56 modules have the rank of adapter\.safetensors, and not the recipe's"):
+    with pytest.warns(UserWarning, match=r"56 modules \(e\.g\. .*\) have the rank of adapter\.safetensors instead"):
         on = go(steps=2, rank=8, init_from=first.adapter_file)
     assert {(delta.rank, delta.alpha) for (delta,) in on.adapter.deltas.values()} == {(3, 1.5)}
     assert (on.adapter.metadata["rank"], on.adapter.metadata["alpha"]) == (3, 1.5)
@@ -87,7 +87,7 @@ def test_ranks_and_scales_are_the_file_s_and_the_header_tells_them(go: Any) -> N
         warnings.simplefilter("always")
         mixed = go(steps=1, rank=8, init_from=first.adapter_file, text_encoder=True)
     said = [str(one.message) for one in told]
-    assert sum("has nothing for 16 modules, such as text_encoder.encoder" in text for text in said) == 1  # once
+    assert sum("has no weights for 16 modules (e.g. text_encoder.encoder" in text for text in said) == 1  # once
     assert len(said) == 2
     assert {(delta.rank, delta.alpha) for (delta,) in mixed.adapter.deltas.values()} == {(3, 1.5), (8, 8.0)}
     assert not {"rank", "alpha"} & set(mixed.adapter.metadata)
@@ -140,10 +140,10 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
 @pytest.mark.parametrize(
     ("made", "settings", "answer"),
     [
-        ({"method": "loha"}, {}, r"Set method=loha, or make a LoRA of it: diffgraft resize \S+made\.safetensors -o"),
+        ({"method": "loha"}, {}, r"Set method=loha, or convert it to a LoRA: diffgraft resize \S+made\.safetensors -o"),
         ({"method": "loha", "layers": "attention"}, {}, r"is a loha, but this run trains a lora\. Set method=loha"),
         ({}, {"method": "lokr"}, r"is a lora, but this run trains a lokr\. Set method=lora\.$"),
-        ({"method": "full", "lr": 1e-4}, {}, "Set method=full, or make a LoRA of it"),
+        ({"method": "full", "lr": 1e-4}, {}, "Set method=full, or convert it to a LoRA"),
         (
             {"text_encoder": True},
             {},
@@ -166,11 +166,15 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
         (
             lines("unet.conv_in"),
             {},
-            r"not adapted here: unet\.conv_in\. There is no choice of layers that has them all",
+            r"not adapted here: unet\.conv_in\. No value of layers includes all of them",
         ),
-        (lines("unet.mid_block.convv"), {}, r"This base has no unet\.mid_block\.convv; the file was made for another"),
+        (
+            lines("unet.mid_block.convv"),
+            {},
+            r"This base has no module unet\.mid_block\.convv; the file was made",
+        ),
         (lines(QUERY, width=96), {}, "does not fit this base's layer of shape 128 × 128"),
-        (lines(QUERY, "ia3"), {}, r"is a ia3.*You can make a LoRA of it: diffgraft resize"),
+        (lines(QUERY, "ia3"), {}, r"is a ia3.*You can convert it to a LoRA: diffgraft resize"),
     ],
 )
 def test_what_has_no_place_is_refused_with_what_would_give_it_one(
@@ -264,7 +268,7 @@ def test_a_folder_of_peft_s_is_known_by_all_of_its_files(go: Any, tmp_path: Path
 
 def test_the_word_of_a_file_may_be_called_otherwise(go: Any) -> None:
     first = go(steps=2, method="textual-inversion", trigger="<other>", lr=1e-2)
-    with pytest.warns(UserWarning, match="The word '<other>' of adapter.safetensors is called '<zorp>' from now on"):
+    with pytest.warns(UserWarning, match="The token '<other>' of adapter.safetensors is renamed to"):
         on = go(steps=1, method="textual-inversion", init_from=first.adapter_file, lr=1e-9)
     (rows,), (before,) = (next(iter(done.adapter.tokens.values())).values() for done in (on, first))
     torch.testing.assert_close(rows, before)

@@ -96,8 +96,8 @@ def test_a_tracker_that_cannot_be_is_told_before_anything_is_written(
     base: Base, pictures: Path, tmp_path: Path
 ) -> None:
     for given, answer in (
-        ("tensorbord", "There is no tracker 'tensorbord': did you mean 'tensorboard'"),
-        ("tensorboard, mlflow", "The tracker mlflow needs its package: python -m pip install mlflow"),
+        ("tensorbord", "Unknown tracker 'tensorbord': did you mean 'tensorboard'"),
+        ("tensorboard, mlflow", "The tracker mlflow needs the package mlflow: python -m pip install mlflow"),
     ):
         assert "mlflow" not in map(str, get_available_trackers())
         with pytest.raises(DiffgraftError, match=answer):

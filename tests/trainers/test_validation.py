@@ -15,7 +15,7 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.denoiser import Denoiser, forward_process
 from diffgraft.trainers.hooks.validation import BestTracker, held_out
-from diffgraft.trainers.hooks.validation_set import make_probe
+from diffgraft.trainers.hooks.validation_set import validation_set_from_images
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import build_training_data
@@ -38,7 +38,7 @@ def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
     aside = build_training_data(plan.data, plan.validation, plan.seed, base, read_concepts(plan)[1]).held_out
     assert aside is not None
     held = held_out(forward_process(base), aside, plan.validation.pairs)
-    ((probe, prompts, _),) = held.probes
+    ((validation_set, prompts, _),) = held.groups
     assert set(prompts) == {"a sks dog"}
     asked = []
 
@@ -49,12 +49,12 @@ def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
 
     found = held.loss(predict, CPU)
     noisy, times = torch.cat([one for one, _ in asked]), torch.cat([one for _, one in asked])
-    wanted = ((0.5 * noisy + (times / 1000).view(-1, 1, 1, 1) - probe.target).double().numpy() ** 2).mean()
+    wanted = ((0.5 * noisy + (times / 1000).view(-1, 1, 1, 1) - validation_set.target).double().numpy() ** 2).mean()
     assert found == pytest.approx(wanted, rel=1e-5)
     assert sorted((times * 16 // 1000).tolist()) == list(range(16))
     images = [one.image for one in read_folder(POODLE.folder / "held-out")]
-    other = make_probe(base, images, pairs=16)
-    torch.testing.assert_close(other.noisy, probe.noisy, atol=1e-4, rtol=1e-4)
+    other = validation_set_from_images(base, images, pairs=16)
+    torch.testing.assert_close(other.noisy, validation_set.noisy, atol=1e-4, rtol=1e-4)
     assert held.loss(Denoiser(base), CPU) == pytest.approx(other.loss(base, "a sks dog"), rel=1e-4)
 
 
@@ -148,12 +148,12 @@ def test_prior_preservation_by_prediction_is_its_formula(base: Base, pictures: P
     for entry in runs[20.0].metrics:
         assert entry["loss"] == pytest.approx(entry["instance"] + 20 * entry["prior"], rel=1e-5)
     assert "prior" not in runs[0.0].metrics[0]
-    probe = make_probe(base, [one.image for one in read_folder(pictures)], pairs=32)
-    before = probe.predict(base, "a dog")
+    validation_set = validation_set_from_images(base, [one.image for one in read_folder(pictures)], pairs=32)
+    before = validation_set.predict(base, "a dog")
     moved = {}
     for weight, run in runs.items():
         with graft(base, {run.adapter: 1.0}):
-            moved[weight] = probe.change(before, base, "a dog")
+            moved[weight] = validation_set.prediction_drift(before, base, "a dog")
     assert moved[20.0] < 0.3 * moved[0.0]
     assert not (tmp_path / "class-images").exists()
     assert np.isfinite(list(moved.values())).all()

@@ -1,1 +1,1 @@
-"""What a run does beside its steps: checkpoints, metrics, samples, validation, trackers, an average, an ETA."""
+"""What a run does besides its steps: checkpoints, metrics, samples, validation, trackers, EMA, ETA, gradient checks."""

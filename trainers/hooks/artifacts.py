@@ -1,4 +1,4 @@
-"""Files that a run makes on the way: samples, adapters, and the plot of its losses."""
+"""Files that a run writes while it trains: samples, adapters, and the plot of its losses."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -13,19 +13,26 @@ from diffgraft.trainers.state import TrainingState
 
 
 class PeriodicArtifact(Hook):
-    """A file every so many steps, made with the values that are saved: samples, adapters.
+    """Writes a file (samples, an adapter) every `every` steps, with the values that are saved, such as the EMA's.
 
-    All processes make it together, as a denoiser in shards needs, and one writes.
+    All processes run it together, since a sharded denoiser needs all of them; only the main process writes.
     """
 
     def __init__(self, kind: str, every: int, file: Callable[[int], Path], make: Callable[[int, Path], None]) -> None:
-        """`file` is the path of the artifact of a step, and `make` writes it; with `every` 0 it comes on request."""
+        """Store what to write, and when.
+
+        Args:
+            kind: name of the artifact in events and trackers, such as `samples`.
+            every: steps between files; with 0 they are written on request alone.
+            file: maps a step to the path of the artifact written at that step.
+            make: writes the artifact of a step to a path.
+        """
         self.name, self.every = kind, every
         self._file, self._make = file, make
         self.request = ""
-        """What it is asked for by through a `Control`; empty where it cannot be"""
+        """Name of the request to a `Control` that triggers this artifact, such as `sample`; empty if there is none"""
         self.trackers: TrackersHook | None = None
-        """Shown the file, where it is a picture"""
+        """Trackers that are shown the file, if it is an image"""
 
     def is_missed(self, state: TrainingState) -> bool:
         return state.is_due(self.every) and not self._file(state.step).exists()
@@ -38,7 +45,7 @@ class PeriodicArtifact(Hook):
             self.write(state.step)
 
     def write(self, step: int) -> None:
-        """Make the file of a step with the values that the parameters have now."""
+        """Write the artifact of a step with the current values of the parameters."""
         file = self._file(step)
         self._make(step, file)
         if file.exists():
@@ -48,16 +55,16 @@ class PeriodicArtifact(Hook):
 
 
 class PlotHook(Hook):
-    """Draws the losses while a run goes on, as often as takes a hundredth of its time, and where it is interrupted."""
+    """Plots the losses while a run trains, using at most 1 % of its time, and when the run is interrupted."""
 
     name = "plot"
 
     def __init__(self, file: Path, metrics: Metrics) -> None:
         self._file, self._metrics = file, metrics
-        self._throttle = Throttle(self._draw)
+        self._throttle = Throttle(self._plot)
 
     def begin(self, state: TrainingState) -> None:  # noqa: ARG002
-        self._throttle = Throttle(self._draw)
+        self._throttle = Throttle(self._plot)
 
     def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:  # noqa: ARG002
         return state.is_main
@@ -67,8 +74,8 @@ class PlotHook(Hook):
 
     def interrupted(self, state: TrainingState) -> None:
         if state.is_main and self._metrics.entries:
-            self._draw()
+            self._plot()
 
-    def _draw(self) -> None:
+    def _plot(self) -> None:
         save_loss_plot(curves(self._metrics.entries), self._file)
         emit(Artifact("plot", self._file))

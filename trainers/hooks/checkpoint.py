@@ -1,6 +1,6 @@
-"""Checkpoints: adapter, optimiser state and step, in safetensors and JSON; written whole or not at all.
+"""Checkpoints of a run: parameters, optimizer state and step, in safetensors and JSON, written atomically.
 
-``state.json`` has the SHA-256 of the other files and of itself: a flipped bit would train on as another adapter.
+``state.json`` holds the SHA-256 of every file, itself included, so that a corrupted checkpoint is never resumed.
 """
 
 import hashlib
@@ -22,30 +22,37 @@ from diffgraft.files import atomic_folder, remove_dir, write_safetensors, write_
 from diffgraft.progress import Artifact, emit
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics
-from diffgraft.trainers.run.fingerprint import Fingerprint, after, differences
+from diffgraft.trainers.run.fingerprint import Fingerprint, differences, record_changes
 from diffgraft.trainers.runtime.interrupts import defer_sigint
 from diffgraft.trainers.state import TrainingState
 
-_EIGHT_BIT = "__bnb_optimizer_quant_state__"
-"""Where bitsandbytes hides an 8-bit state from tools that would cast it; it loads from the plain names as well."""
-_NAME = re.compile(r"step-\d{6,12}")
-"""The folder of a checkpoint; what a person has copied beside it under another name is left alone"""
-_FILE = re.compile(r"\w+\.safetensors")
-_STATE = {"step": int, "is_due": bool, "identity": dict, "optimizer": dict, "groups": list}
-"""What a checkpoint's state has at least, and of which type"""
-_PLAIN = (bool, int, float)
-"""What is kept of an optimiser's groups: some count their steps there, or find their rate"""
-_OF_RECIPE = ("lr", "rate", "weight_decay")
-"""What is not, as the recipe says it"""
+_BNB_STATE = "__bnb_optimizer_quant_state__"
+"""Key under which bitsandbytes nests its 8-bit state so that no tool casts it; it also loads from the plain names"""
+_FOLDER_NAME = re.compile(r"step-\d{6,12}")
+"""Name of a checkpoint's folder; copies that a person made beside it under other names are left alone"""
+_FILE_NAME = re.compile(r"\w+\.safetensors")
+_STATE_TYPES = {"step": int, "is_due": bool, "identity": dict, "optimizer": dict, "groups": list}
+"""Keys that every ``state.json`` has, and the types of their values"""
+_SCALAR_TYPES = (bool, int, float)
+"""Types saved from an optimizer's parameter groups: some optimizers keep a step count or a learning rate there"""
+_RECIPE_KEYS = ("lr", "rate", "weight_decay")
+"""Keys of the parameter groups that are not saved, since the recipe sets them"""
 
 
 class CheckpointHook(Hook):
-    """Writes checkpoints: every so many steps, on request, at the end, and where a run is interrupted."""
+    """Writes a checkpoint every `every` steps, on request, at the end of the run, and when the run is interrupted."""
 
     name = "checkpoint"
 
     def __init__(self, folder: Path, fingerprint: Fingerprint, every: int, metrics: Metrics) -> None:
-        """`fingerprint` is that of the run in `folder`; with `every` 0 one is written at the end alone."""
+        """Store where and how often to write.
+
+        Args:
+            folder: the run's folder.
+            fingerprint: the run's fingerprint, written into each checkpoint.
+            every: steps between checkpoints; with 0 there is a single one, at the end.
+            metrics: flushed to disk before each checkpoint.
+        """
         self._folder, self._fingerprint, self._metrics = folder, fingerprint, metrics
         self._every = every
         self._saved = 0
@@ -64,7 +71,7 @@ class CheckpointHook(Hook):
             self._save(state)
 
     def interrupted(self, state: TrainingState) -> None:
-        """Save what is new since the newest checkpoint."""
+        """Write a checkpoint if steps were taken since the newest one."""
         if state.is_main and state.step > self._saved:
             self._save(state)
 
@@ -80,215 +87,227 @@ class CheckpointHook(Hook):
 def save_checkpoint(
     run: Path, fingerprint: Fingerprint, state: TrainingState, *, is_due: bool = True, keep: int = 2
 ) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` of the run's folder; older ones than the last `keep` are deleted.
+    """Write ``checkpoints/step-NNNNNN`` in the folder `run`, keep the newest `keep` checkpoints, and return its path.
 
-    So are older ones that were not due, but came of an interruption: a run that was interrupted leaves the same
-    checkpoints as one that was not.
+    Older checkpoints that were not due, but written at an interruption, are deleted as well: an interrupted run leaves
+    the same checkpoints as an uninterrupted one.
     """
     parameters, optimizer = state.parameters, state.optimizer
     tensors = {name: value.detach().cpu() for name, value in parameters.items()}
     moments: dict[str, Tensor] = {}
-    numbers: dict[str, dict[str, Any]] = {}
-    names = _names(parameters, optimizer)
-    for index, held in optimizer.state_dict()["state"].items():
-        for key, value in {**held, **held.get(_EIGHT_BIT, {})}.items():
+    scalars: dict[str, dict[str, Any]] = {}
+    names = _names_in_order(parameters, optimizer)
+    for index, parameter_state in optimizer.state_dict()["state"].items():
+        for key, value in {**parameter_state, **parameter_state.get(_BNB_STATE, {})}.items():
             if isinstance(value, Tensor):
                 moments[f"{key} {names[index]}"] = value.detach().cpu().contiguous().clone()
-            elif key != _EIGHT_BIT:
-                numbers.setdefault(names[index], {})[key] = value
+            elif key != _BNB_STATE:
+                scalars.setdefault(names[index], {})[key] = value
     groups = [
-        {key: value for key, value in group.items() if type(value) in _PLAIN and key not in _OF_RECIPE}
+        {key: value for key, value in group.items() if type(value) in _SCALAR_TYPES and key not in _RECIPE_KEYS}
         for group in optimizer.param_groups
     ]
-    said = {"step": state.step, "is_due": is_due, "identity": fingerprint, "optimizer": numbers, "groups": groups}
-    said["scaler"] = None if state.scaler is None else state.scaler.state_dict()
+    saved = {"step": state.step, "is_due": is_due, "identity": fingerprint, "optimizer": scalars, "groups": groups}
+    saved["scaler"] = None if state.scaler is None else state.scaler.state_dict()
     folder = run / "checkpoints" / f"step-{state.step:06d}"
-    averaged = {} if state.ema is None else state.ema.tensors()
-    size = sum(value.nbytes for part in (tensors, moments, averaged) for value in part.values())
+    ema = {} if state.ema is None else state.ema.tensors()
+    size = sum(value.nbytes for group in (tensors, moments, ema) for value in group.values())
     with atomic_folder(folder, size) as partial:
         write_safetensors(partial / "parameters.safetensors", tensors, {"format": "pt"})
         write_safetensors(partial / "optimizer.safetensors", moments, {"format": "pt"})
-        if averaged:
-            write_safetensors(partial / "average.safetensors", averaged, {"format": "pt"})
-        said["sha256"] = {file.name: _sum_of(file) for file in sorted(partial.glob("*.safetensors"))}
-        _write_state(partial, said)
+        if ema:
+            write_safetensors(partial / "average.safetensors", ema, {"format": "pt"})
+        saved["sha256"] = {file.name: _file_sha256(file) for file in sorted(partial.glob("*.safetensors"))}
+        _write_state(partial, saved)
     older = checkpoints(run)[: checkpoints(run).index(folder)]
-    staying = [old for old in older if _was_due(old)][1 - keep :]
+    retained = [old for old in older if _was_due(old)][1 - keep :]
     for old in older:
-        if old not in staying:
+        if old not in retained:
             remove_dir(old)
     return folder
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
+    """Folders of a run's checkpoints, oldest first."""
+    candidates = (run / "checkpoints").glob("step-*")
+    folders = [path for path in candidates if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, allow_changes: bool = False) -> None:
-    """Put the newest checkpoint that can be read back into `state`, in place; without one it is at step 0.
+    """Load the newest intact checkpoint into `state`, in place; without a checkpoint, set `state.step` to 0.
+
+    Damaged checkpoints are skipped with a warning.
 
     Raises:
-        DiffgraftError: the base, the pictures or the recipe differ from those of the checkpoint without
-            `allow_changes`, or its parameters have other names or shapes.
+        DiffgraftError: the checkpoint was made with another base, other images or another recipe, without
+            `allow_changes`; or the names or shapes of its parameters differ.
     """
     parameters = state.parameters
     for folder in reversed(checkpoints(run)):
         try:
-            said = _state(folder)
-            _verify_files(folder, said)
+            saved = _read_state(folder)
+            _verify_files(folder, saved)
             values, moments = load_file(folder / "parameters.safetensors"), load_file(folder / "optimizer.safetensors")
-            averaged = load_file(file) if (file := folder / "average.safetensors").exists() else None
-            if not differences(said["identity"], fingerprint) and (misfit := _misfit(folder, parameters)):
-                raise ValueError(misfit)
+            ema = load_file(file) if (file := folder / "average.safetensors").exists() else None
+            if not differences(saved["identity"], fingerprint) and (mismatch := _shape_mismatch(folder, parameters)):
+                raise ValueError(mismatch)
         except (OSError, ValueError, SafetensorError) as error:
             warnings.warn(f"The checkpoint {folder} is damaged ({error}); an earlier one is used.", stacklevel=2)
             continue
-        _compare(folder, said, fingerprint, parameters, allow_changes=allow_changes)
+        _check_unchanged(folder, saved, fingerprint, parameters, allow_changes=allow_changes)
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
         if state.ema is not None:
-            state.ema.load(averaged)
-        if state.scaler is not None and said["scaler"]:
-            state.scaler.load_state_dict(said["scaler"])
-        if said["identity"]["recipe"]["optimizer"] == fingerprint["recipe"]["optimizer"]:
-            places = {name: place for place, name in enumerate(_names(parameters, state.optimizer))}
-            _restore_optimizer(state.optimizer, said, moments, places)
-        state.step = int(said["step"])
+            state.ema.load(ema)
+        if state.scaler is not None and saved["scaler"]:
+            state.scaler.load_state_dict(saved["scaler"])
+        if saved["identity"]["recipe"]["optimizer"] == fingerprint["recipe"]["optimizer"]:
+            indices = {name: index for index, name in enumerate(_names_in_order(parameters, state.optimizer))}
+            _restore_optimizer(state.optimizer, saved, moments, indices)
+        state.step = int(saved["step"])
         return
     state.step = 0
 
 
 def _restore_optimizer(
-    optimizer: torch.optim.Optimizer, said: Mapping[str, Any], moments: Mapping[str, Tensor], places: Mapping[str, int]
+    optimizer: torch.optim.Optimizer,
+    saved: Mapping[str, Any],
+    moments: Mapping[str, Tensor],
+    indices: Mapping[str, int],
 ) -> None:
-    state: dict[int, dict[str, Any]] = {places[name]: dict(entry) for name, entry in said["optimizer"].items()}
+    """Load an optimizer's state; `indices` maps each parameter's name to its index in the optimizer."""
+    state: dict[int, dict[str, Any]] = {indices[name]: dict(scalars) for name, scalars in saved["optimizer"].items()}
     for key_and_name, value in moments.items():
         key, _, name = key_and_name.partition(" ")
-        state.setdefault(places[name], {})[key] = value.clone()  # what was read may be the file itself, mapped
+        state.setdefault(indices[name], {})[key] = value.clone()  # loaded tensors may be memory-mapped from the file
     groups = optimizer.state_dict()["param_groups"]
-    for group, kept in zip(groups, said["groups"], strict=False):
-        group.update(kept)
+    for group, scalars in zip(groups, saved["groups"], strict=False):
+        group.update(scalars)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def check_same(
-    run: Path, identity: Fingerprint, parameters: Mapping[str, nn.Parameter], *, allow_changes: bool = False
+    run: Path, fingerprint: Fingerprint, parameters: Mapping[str, nn.Parameter], *, allow_changes: bool = False
 ) -> int:
-    """The step of the newest checkpoint, and 0 without one; what `restore` would refuse of it is refused at once.
+    """Step of the newest readable checkpoint, after the checks of `restore` that need no images; 0 without one.
 
     Raises:
-        DiffgraftError: as `restore`, as far as it can be seen without the pictures.
+        DiffgraftError: as in `restore`.
     """
     for folder in reversed(checkpoints(run)):
-        with suppress(OSError, ValueError):  # damaged: `restore` tells of it
-            said = _state(folder)
-            _compare(folder, said, identity, parameters, allow_changes=allow_changes)
-            return int(said["step"])
+        with suppress(OSError, ValueError):  # damaged: `restore` warns about it
+            saved = _read_state(folder)
+            _check_unchanged(folder, saved, fingerprint, parameters, allow_changes=allow_changes)
+            return int(saved["step"])
     return 0
 
 
-def with_changes(run: Path, identity: Fingerprint) -> Fingerprint:
-    """`identity`, telling of what has changed since the newest checkpoint, and before."""
+def with_changes(run: Path, fingerprint: Fingerprint) -> Fingerprint:
+    """Return `fingerprint` with a record of all changes up to the run's newest checkpoint, and since then."""
     for folder in reversed(checkpoints(run)):
         with suppress(OSError, ValueError):  # damaged
-            said = _state(folder)
-            return after(said["identity"], said["step"], identity)
-    return identity
+            saved = _read_state(folder)
+            return record_changes(saved["identity"], saved["step"], fingerprint)
+    return fingerprint
 
 
-def accept_changes(run: Path, identity: Fingerprint) -> None:
-    """Write into the checkpoints that what differs from `identity` was changed on purpose."""
+def accept_changes(run: Path, fingerprint: Fingerprint) -> None:
+    """Write `fingerprint` into the run's checkpoints, so that the next resume accepts its differences from theirs."""
     for folder in checkpoints(run):
         with suppress(OSError, ValueError):  # damaged
-            if (said := _state(folder))["identity"] != identity:
-                _write_state(folder, {**said, "identity": identity})
+            if (saved := _read_state(folder))["identity"] != fingerprint:
+                _write_state(folder, {**saved, "identity": fingerprint})
 
 
-def _compare(
+def _check_unchanged(
     folder: Path,
-    said: Mapping[str, Any],
-    identity: Fingerprint,
+    saved: Mapping[str, Any],
+    fingerprint: Fingerprint,
     parameters: Mapping[str, nn.Parameter],
     *,
     allow_changes: bool,
 ) -> None:
-    apart = differences(said["identity"], identity)
-    if not apart:
+    """Raise DiffgraftError if a checkpoint differs from the run in a way that cannot be resumed, or is not allowed."""
+    changes = differences(saved["identity"], fingerprint)
+    if not changes:
         return
-    told = f"Settings differ from those of the first {said['step']} steps of {folder.parents[1]}: {'; '.join(apart)}."
-    back = "restore the former settings, or start a new run with another output=…"
-    if misfit := _misfit(folder, parameters):
-        raise DiffgraftError(f"{told} A run cannot continue with that change, as {misfit}: {back}")
+    message = f"Settings differ from those of the first {saved['step']} steps of {folder.parents[1]}: "
+    message += f"{'; '.join(changes)}."
+    undo = "restore the old settings, or start a new run with another output=…"
+    if mismatch := _shape_mismatch(folder, parameters):
+        raise DiffgraftError(f"{message} A run cannot be resumed with this change, as {mismatch}: {undo}")
     if not allow_changes:
-        meant = "To continue with them, add --allow-changes (in Python, allow_changes=True)"
-        raise DiffgraftError(f"{told} {meant}; otherwise {back}")
+        allow = "If that is intended, add --allow-changes (in Python, allow_changes=True)"
+        raise DiffgraftError(f"{message} {allow}; otherwise {undo}")
 
 
-def _misfit(folder: Path, parameters: Mapping[str, nn.Parameter]) -> str:
-    """How the parameters in a checkpoint differ from these; empty where they fit."""
+def _shape_mismatch(folder: Path, parameters: Mapping[str, nn.Parameter]) -> str:
+    """How the names and shapes of a checkpoint's parameters differ from `parameters`; empty if they are equal."""
     try:
         with safe_open(folder / "parameters.safetensors", "pt") as file:
-            kept = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            old = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return ""
-    now = {name: tuple(value.shape) for name, value in parameters.items()}
-    apart = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
-    if not apart:
+    new = {name: tuple(value.shape) for name, value in parameters.items()}
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if not changed:
         return ""
-    before, after = (str(side.get(apart[0], "not there")) for side in (kept, now))
-    return f"{len(apart)} of its parameters would not fit, such as {apart[0]}, which was {before} and would be {after}"
+    before, after = (str(shapes.get(changed[0], "missing")) for shapes in (old, new))
+    return f"{len(changed)} of its parameters do not fit (e.g. {changed[0]}: was {before}, is now {after})"
 
 
-def _names(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
-    """Names of the parameters in the order in which the optimiser counts them."""
+def _names_in_order(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the parameters, in the order of the optimizer's indices."""
     names = {id(value): name for name, value in parameters.items()}
     return [names[id(value)] for group in optimizer.param_groups for value in group["params"]]
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises OSError or ValueError where that is not what was written."""
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Content of a checkpoint's ``state.json``. Raises OSError or ValueError if it is missing or damaged."""
     try:
-        found = json.loads((folder / "state.json").read_text("utf-8"))
+        state = json.loads((folder / "state.json").read_text("utf-8"))
     except RecursionError as error:
         raise ValueError("state.json is nested too deeply") from error
-    if not isinstance(found, dict) or not all(type(found.get(key)) is kind for key, kind in _STATE.items()):
-        raise ValueError("state.json does not say what a checkpoint says")
-    # those of earlier releases have no sums
-    if "sha256" in found and (not isinstance(found["sha256"], dict) or found["sha256"].get("state") != _sum(found)):
-        raise ValueError("state.json is not what was written")
-    return found
+    if not isinstance(state, dict) or not all(type(state.get(key)) is kind for key, kind in _STATE_TYPES.items()):
+        raise ValueError("state.json lacks keys, or their values have wrong types")
+    # checkpoints of earlier releases have no checksums
+    if "sha256" in state and (
+        not isinstance(state["sha256"], dict) or state["sha256"].get("state") != _state_sha256(state)
+    ):
+        raise ValueError("state.json does not match its checksum")
+    return state
 
 
-def _write_state(folder: Path, said: dict[str, Any]) -> None:
-    if "sha256" in said:
-        said = {**said, "sha256": {**said["sha256"], "state": _sum(said)}}
-    write_text(folder / "state.json", json.dumps(said, sort_keys=True))
+def _write_state(folder: Path, state: dict[str, Any]) -> None:
+    if "sha256" in state:
+        state = {**state, "sha256": {**state["sha256"], "state": _state_sha256(state)}}
+    write_text(folder / "state.json", json.dumps(state, sort_keys=True))
 
 
-def _sum(said: Mapping[str, Any]) -> str:
-    """SHA-256 of a state, without its own."""
-    others = {name: value for name, value in said["sha256"].items() if name != "state"}
-    return hashlib.sha256(json.dumps({**said, "sha256": others}, sort_keys=True).encode()).hexdigest()
+def _state_sha256(state: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of a ``state.json``, without its own checksum."""
+    files = {name: value for name, value in state["sha256"].items() if name != "state"}
+    return hashlib.sha256(json.dumps({**state, "sha256": files}, sort_keys=True).encode()).hexdigest()
 
 
-def _sum_of(file: Path) -> str:
+def _file_sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _verify_files(folder: Path, said: Mapping[str, Any]) -> None:
-    """Raises OSError or ValueError where the files of a checkpoint are not those that were written."""
-    kept = {name: value for name, value in said.get("sha256", {}).items() if name != "state"}
-    for name, wanted in kept.items():
-        if not _FILE.fullmatch(name) or _sum_of(folder / name) != wanted:
-            raise ValueError(f"{name} is not what was written")
+def _verify_files(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise OSError or ValueError if a file of a checkpoint is missing or does not match its checksum."""
+    checksums = {name: value for name, value in state.get("sha256", {}).items() if name != "state"}
+    for name, checksum in checksums.items():
+        if not _FILE_NAME.fullmatch(name) or _file_sha256(folder / name) != checksum:
+            raise ValueError(f"{name} does not match its checksum")
 
 
 def _was_due(folder: Path) -> bool:
+    """Whether a checkpoint was written at its regular step, not at an interruption."""
     try:
-        return bool(_state(folder)["is_due"])
+        return bool(_read_state(folder)["is_due"])
     except (OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""A moving average of the trained weights, which jumps less than they do; diffusers keeps it."""
+"""Exponential moving average (EMA) of the trained parameters, computed by diffusers."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,42 +10,42 @@ _STEP = "step"
 
 
 class Ema:
-    """The exponential moving average of parameters, with the decay growing towards its value in the first steps."""
+    """Exponential moving average of parameters; its decay grows to `decay` over the first steps."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         from diffusers.training_utils import EMAModel
 
         self._parameters = parameters
-        self._kept = EMAModel(list(parameters.values()), decay=decay)
+        self._model = EMAModel(list(parameters.values()), decay=decay)
 
     def step(self) -> None:
-        """Take in what the parameters are now."""
-        self._kept.step(list(self._parameters.values()))
+        """Update the average with the current values of the parameters."""
+        self._model.step(list(self._parameters.values()))
 
     def copy_to(self) -> None:
-        """Give the parameters the average's values."""
-        self._kept.copy_to(list(self._parameters.values()))
+        """Overwrite the parameters with the average."""
+        self._model.copy_to(list(self._parameters.values()))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Within the block the parameters have the average's values; afterwards the very bits from before."""
+        """Within the block the parameters have the average's values; afterwards their own values again, bit for bit."""
         values = list(self._parameters.values())
-        self._kept.store(values)
+        self._model.store(values)
         self.copy_to()
         try:
             yield
         finally:
-            self._kept.restore(values)
+            self._model.restore(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
-        shadows = zip(self._parameters, self._kept.shadow_params, strict=True)
-        kept = {f"average.{name}": value.detach().cpu() for name, value in shadows}
-        return {**kept, _STEP: torch.tensor(self._kept.optimization_step)}
+        """Tensors that a checkpoint stores: the average of each parameter by name, and the number of updates."""
+        shadows = zip(self._parameters, self._model.shadow_params, strict=True)
+        averages = {f"average.{name}": value.detach().cpu() for name, value in shadows}
+        return {**averages, _STEP: torch.tensor(self._model.optimization_step)}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor] | None) -> None:
-        """Go on from what a checkpoint has kept; start with what the parameters are now where it has kept nothing."""
-        for (name, now), value in zip(self._parameters.items(), self._kept.shadow_params, strict=True):
-            value.copy_(now if tensors is None else tensors[f"average.{name}"])
-        self._kept.optimization_step = 0 if tensors is None else int(tensors[_STEP])
+        """Restore the average from a checkpoint's `tensors`; with None, restart it from the current parameters."""
+        for (name, parameter), average in zip(self._parameters.items(), self._model.shadow_params, strict=True):
+            average.copy_(parameter if tensors is None else tensors[f"average.{name}"])
+        self._model.optimization_step = 0 if tensors is None else int(tensors[_STEP])

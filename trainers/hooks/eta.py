@@ -1,4 +1,4 @@
-"""How long the rest of a run will take: its steps, and what comes between them every so many."""
+"""Estimate of the time that is left in a run, from its steps and the periodic work of hooks between them."""
 
 import time
 from collections import defaultdict, deque
@@ -7,45 +7,47 @@ from contextlib import contextmanager
 from statistics import fmean
 
 _WINDOW = 100
-"""So many of the last steps say how long one takes"""
+"""Number of recent steps whose mean duration is used"""
 
 
 class Eta:
-    """Takes the time of steps and pauses; the first step, in which much is set up, counts while it is the only one."""
+    """Measures steps and pauses and estimates the time left; the slow first step counts only until the second."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`steps`: number of steps of the whole run. `clock`: current time in seconds."""
         self._steps, self._clock = steps, clock
-        self._took: deque[float] = deque(maxlen=_WINDOW)
+        self._durations: deque[float] = deque(maxlen=_WINDOW)
         self._first = 0.0
         self._pauses: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        """Steps between pauses of a kind → the kind → seconds of each"""
-        self._since, self._paused = clock(), 0.0
+        """Interval in steps → kind of pause → seconds that each took"""
+        self._last_update, self._paused = clock(), 0.0
 
     def update(self) -> None:
-        """A step is done, the time of which went by since the last one but for pauses."""
+        """Record that a step was completed; it took the time since the last update, less pauses."""
         now = self._clock()
-        took, self._since, self._paused = now - self._since - self._paused, now, 0.0
+        duration = now - self._last_update - self._paused
+        self._last_update, self._paused = now, 0.0
         if self._first:
-            self._took.append(took)
-        self._first = self._first or took
+            self._durations.append(duration)
+        self._first = self._first or duration
 
     @contextmanager
     def pause(self, kind: str, every: int) -> Iterator[None]:
-        """What is done within comes again every so many steps."""
-        begun = self._clock()
+        """Measure the block as a pause between steps that recurs every `every` steps."""
+        start = self._clock()
         yield
-        took = self._clock() - begun
-        self._pauses[every][kind].append(took)
-        self._paused += took
+        duration = self._clock() - start
+        self._pauses[every][kind].append(duration)
+        self._paused += duration
 
     def remaining(self, done: int) -> float | None:
-        """Seconds from after step `done` to the end; None as long as nothing is known."""
+        """Seconds left after step `done`; None before the first step was measured."""
         if not self._first:
             return None
-        step = fmean(self._took) if self._took else self._first
+        step = fmean(self._durations) if self._durations else self._first
         pauses = sum(
-            (self._steps // every - done // every) * fmean(took)
+            (self._steps // every - done // every) * fmean(durations)
             for every, kinds in self._pauses.items()
-            for took in kinds.values()
+            for durations in kinds.values()
         )
         return (self._steps - done) * step + pauses

@@ -1,7 +1,7 @@
-"""The contract of a hook: something that a run does beside its steps.
+"""The contract of a hook: something that a run does besides its steps.
 
-The training loop calls every hook in order. A new one is a class with the methods that it needs, in a file of this
-package, and a line in `diffgraft.trainers.run.train_adapter`.
+The training loop calls all hooks in order. To add a hook, subclass `Hook` in a new file of this package, override the
+methods it needs, and add it to the list in `diffgraft.trainers.run.train_adapter`.
 """
 
 from collections.abc import Collection
@@ -10,35 +10,38 @@ from diffgraft.trainers.state import TrainingState
 
 
 class Hook:
-    """Does nothing, at no time; each method is there to be overridden."""
+    """Base class of hooks; every method does nothing, and may be overridden."""
 
     name = ""
-    """Names it in estimates of the time that is left"""
+    """Name of the hook in estimates of the time that is left"""
     every = 0
-    """Steps from one time to the next; 0 where it is not regular"""
+    """Steps between two calls of `run`; 0 if they are not periodic"""
 
     def begin(self, state: TrainingState) -> None:
-        """Called once, when the state of the newest checkpoint is back in place, before the first step."""
+        """Called once before the first step, after the newest checkpoint was loaded into `state`."""
 
     def after_backward(self) -> None:
-        """Called in every step when the gradients are there, before the parameters move."""
+        """Called in every step after the gradients are computed, before the optimizer updates the parameters."""
 
     def is_missed(self, state: TrainingState) -> bool:  # noqa: ARG002
-        """Whether a run that was stopped right after its last step has yet to do this for it."""
+        """Whether a resumed run has to call `run` for `state.step`, as it stopped right after that step."""
         return False
 
     def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:  # noqa: ARG002
-        """Whether to `run` after this step, the same on all processes; `asked` has `sample` or `save` on request."""
+        """Whether to call `run` after this step; the answer must be equal on all processes.
+
+        `asked` contains `sample` or `save` if a `Control` has requested it.
+        """
         return False
 
     def run(self, state: TrainingState) -> None:
-        """Do it, on all processes together; one of them writes."""
+        """Do the hook's work after a step; called on all processes together, of which only the main one writes."""
 
     def interrupted(self, state: TrainingState) -> None:
-        """Called on a stop or an error between two steps, before it is passed on."""
+        """Called when the run stops or fails between two steps, before the exception propagates."""
 
     def end(self, state: TrainingState) -> None:
-        """Called once after the last step, the parameters having the values that are saved."""
+        """Called once after the last step, when the parameters have the values that are saved."""
 
     def close(self) -> None:
-        """Called last, however the run has ended."""
+        """Called last, whether the run succeeded or failed."""

@@ -1,4 +1,4 @@
-"""Pictures that a run draws: samples on the way, and the same without and with what was learnt."""
+"""Images that a run generates: samples while it trains, and a before/after grid of base and adapter."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,35 +12,35 @@ from diffgraft.generation.generate import OverflowedPictureError, Settings, gene
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid
 
-_SEEDS = 50_000
-"""Samples count their seeds from here, so that none is a class image that training has seen."""
+_FIRST_SEED = 50_000
+"""First seed of samples, far from those of class images, so that no sample equals an image seen in training"""
 
 
 @contextmanager
-def told_of_overflow(lacking: str) -> Iterator[None]:
-    """Within the block a picture whose numbers overflow is warned of: training is worth more than its samples."""
+def warn_of_overflow(consequence: str) -> Iterator[None]:
+    """Turn an overflow while generating into a warning that begins with `consequence`, so that training continues."""
     try:
         yield
     except OverflowedPictureError as error:
-        warnings.warn(f"{lacking} {error}", stacklevel=4)
+        warnings.warn(f"{consequence} {error}", stacklevel=4)
 
 
 def draw(prompts: Sequence[str], side: int, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
-    """`count` pictures of `side` pixels for each of `prompts`, with the same seeds every time."""
-    listed = [prompt for prompt in prompts for _ in range(count)]
-    seeds = [_SEEDS + number for _ in prompts for number in range(count)]
-    images = generate(base.pipeline(), listed, Settings(size=(side, side)), seeds, title)
+    """Generate `count` square images of `side` pixels for each of `prompts`, with the same seeds in every call."""
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    seeds = [_FIRST_SEED + number for _ in prompts for number in range(count)]
+    images = generate(base.pipeline(), repeated, Settings(size=(side, side)), seeds, title)
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
 
 def before_after(
-    prompts: Sequence[str], side: int, base: Base, adapter: Adapter, learnt: Sequence[Image.Image] = ()
+    prompts: Sequence[str], side: int, base: Base, adapter: Adapter, training_images: Sequence[Image.Image] = ()
 ) -> Image.Image:
-    """A grid of both, the same seeds beside one another, under a row of pictures that were learnt from."""
-    before = draw(prompts, side, base, "pictures before")
+    """Grid of images of the base and of base with adapter, with equal seeds, under a row of `training_images`."""
+    before = draw(prompts, side, base, "images before")
     with graft(base, {adapter: 1.0}):
-        after = draw(prompts, side, base, "pictures after")
+        after = draw(prompts, side, base, "images after")
     size = next(iter(before.values()))[0].size
-    shown = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in learnt]
-    rows = {"learnt from": shown} if shown else {}
+    fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in training_images]
+    rows = {"training images": fitted} if fitted else {}
     return grid(rows | {f"{prompt}  ·  before | after": images + after[prompt] for prompt, images in before.items()})

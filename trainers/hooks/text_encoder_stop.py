@@ -1,17 +1,17 @@
-"""From a step on, text encoders and words train no more."""
+"""Stops the training of text encoders and token embeddings at a step of the run."""
 
 from collections.abc import Collection
 
 from diffgraft.adapters.method import Attached
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.hooks.hook import Hook
-from diffgraft.trainers.optim.lr_scales import stop_text
+from diffgraft.trainers.optim.lr_scales import freeze_text_parameters
 from diffgraft.trainers.runtime.interrupts import defer_sigint
 from diffgraft.trainers.state import TrainingState
 
 
 class TextEncoderStopHook(Hook):
-    """Freezes text encoders and words after a step of the run, and after it again where the run is resumed."""
+    """Freezes text encoders and token embeddings after a step, and again when the run is resumed after that step."""
 
     name = "text encoder stop"
 
@@ -26,5 +26,5 @@ class TextEncoderStopHook(Hook):
 
     def run(self, state: TrainingState) -> None:
         with defer_sigint():
-            stop_text(self._adapter, state.optimizer, state.ema)
+            freeze_text_parameters(self._adapter, state.optimizer, state.ema)
             self._denoiser.freeze_text()

@@ -1,11 +1,11 @@
-"""Work that is done again and again on the way, and never takes more than a small share of the time."""
+"""Rate limiting of recurring work, so that it takes only a small share of the run's time."""
 
 import time
 from collections.abc import Callable
 
 
 class Throttle:
-    """`work`, done when it is called for after as long a pause as makes its cost a `share` of the time."""
+    """Calls `work`, but only after a pause long enough for it to take at most `share` of the time."""
 
     def __init__(
         self,
@@ -14,15 +14,22 @@ class Throttle:
         expected: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`expected` is what it will take the first time, in seconds."""
+        """Store the work and its limit.
+
+        Args:
+            work: the function to call.
+            share: fraction of the time that the work may take, in 0 … 1.
+            expected: assumed duration of the first call, in seconds.
+            clock: current time in seconds.
+        """
         self._work, self._share, self._clock = work, share, clock
         self._next = clock() + expected / share
 
     def __call__(self) -> None:
-        """Do it, if it is time again."""
-        begun = self._clock()
-        if begun < self._next:
+        """Call `work` unless its last call was too recent."""
+        start = self._clock()
+        if start < self._next:
             return
         self._work()
-        ended = self._clock()
-        self._next = ended + (ended - begun) / self._share
+        end = self._clock()
+        self._next = end + (end - start) / self._share

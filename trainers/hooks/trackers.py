@@ -1,4 +1,4 @@
-"""Trackers of accelerate (tensorboard, wandb, …): they are shown what is recorded, and the samples."""
+"""Experiment trackers of accelerate (tensorboard, wandb, …), which receive the metrics and samples of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,57 +13,57 @@ from diffgraft.trainers.hooks.metrics import Metrics
 from diffgraft.trainers.state import TrainingState
 
 _PROJECT = "diffgraft"
-"""What the run is filed under; of tensorboard, the folder inside `logs`"""
+"""Project name in the trackers; for tensorboard, the folder inside `logs`"""
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate does not know, or whose package is not there.
+    """Check that accelerate knows these trackers and that their packages are installed.
 
-    Those of one's own it knows by ``accelerate.tracking.register_tracker_class``.
+    Custom trackers are registered with ``accelerate.tracking.register_tracker_class``.
 
     Raises:
-        DiffgraftError: there is one; it is named.
+        DiffgraftError: a tracker is unknown, or its package is not installed.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise DiffgraftError(f"There is no tracker {name!r}: {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
+            raise DiffgraftError(f"Unknown tracker {name!r}: {did_you_mean(name, LOGGER_TYPE_TO_CLASS)}")
         if name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
-            raise DiffgraftError(f"The tracker {name} needs its package: python -m pip install {name}")
+            raise DiffgraftError(f"The tracker {name} needs the package {name}: python -m pip install {name}")
 
 
 class TrackersHook(Hook):
-    """Shows accelerate's trackers what is recorded, and the samples."""
+    """Sends metrics and samples to accelerate's trackers."""
 
     name = "trackers"
 
     def __init__(self, names: Sequence[str], config: Mapping[str, Any], metrics: Metrics) -> None:
-        """`config` is what the run was made with, as plain values by name."""
+        """`config` holds the run's settings by name, which trackers show beside its metrics."""
         self._names, self._config, self._metrics = names, config, metrics
         self._accelerator: Any = None
 
     def begin(self, state: TrainingState) -> None:
-        """Begin or, after some steps, go on where tensorboard is; what it had of later steps is purged."""
+        """Initialize the trackers; on resume, purge later steps from tensorboard."""
         if not (self._names and state.is_main):
             return
         self._accelerator = state.accelerator
-        more = {"tensorboard": {"purge_step": state.step + 1}} if state.step else {}
+        options = {"tensorboard": {"purge_step": state.step + 1}} if state.step else {}
         config = (
             None
             if state.step
             else {name: _plain(value) for name, value in self._config.items() if value not in (None, "")}
         )
-        self._accelerator.init_trackers(_PROJECT, None if state.step else config, more)
-        self._metrics.listeners.append(self._show)
+        self._accelerator.init_trackers(_PROJECT, None if state.step else config, options)
+        self._metrics.listeners.append(self._log)
 
-    def _show(self, entry: Mapping[str, float]) -> None:
+    def _log(self, entry: Mapping[str, float]) -> None:
         values = {name: value for name, value in entry.items() if name != "step"}
         self._accelerator.log(values, step=int(entry["step"]))
 
     def show_image(self, name: str, file: Path, step: int) -> None:
-        """Show a picture to the trackers that take any; each takes it in its own way."""
+        """Send an image file to the trackers that accept images."""
         for tracker in self._accelerator.trackers if self._accelerator is not None else ():
             if not hasattr(tracker, "log_images"):
                 continue
@@ -75,7 +75,7 @@ class TrackersHook(Hook):
                 tracker.log_images({name: pixels if tracker.name in ("aim", "clearml") else [pixels]}, step=step)
 
     def close(self) -> None:
-        """Have them write what they still hold; accelerate's own ``end_training`` would part the processes, too."""
+        """Flush and close the trackers; accelerate's ``end_training`` would also destroy the process group."""
         if self._accelerator is not None:
             for tracker in self._accelerator.trackers:
                 tracker.finish()

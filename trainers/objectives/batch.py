@@ -10,7 +10,7 @@ from torch import Tensor
 from diffgraft.bases import SizeConditioning
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.rng import normal
-from diffgraft.trainers.training_data.examples import Examples, Shown
+from diffgraft.trainers.training_data.examples import Examples, ExampleVariant
 
 _LATENT = 1
 """Stream of random numbers that samples the VAE's distribution; 2 and up are those of `diffgraft.diffusion.noise`"""
@@ -41,7 +41,7 @@ class Batch:
     """Factor on the error at each place of each sample, [n, 1, h, w]; None: all count alike"""
     weight: Tensor
     """Factor on the loss of each sample, [n]"""
-    shown: list[Shown]
+    shown: list[ExampleVariant]
 
     def loss(self, process: ForwardProcess, prediction: Tensor) -> Tensor:
         """Mean over the batch of the weighted loss of a `prediction` [n, c, h, w]."""
@@ -77,5 +77,5 @@ class SampleStream:
         """Names of the `count` pictures from `place` on."""
         return [one.example.name for one in self._at(place, count)]
 
-    def _at(self, place: int, count: int) -> list[Shown]:
+    def _at(self, place: int, count: int) -> list[ExampleVariant]:
         return self.examples.at(self.seed + self.kind, place, count)

@@ -1,1 +1,1 @@
-"""Optimizers, learning rates and gradients."""
+"""Optimizers, learning-rate schedules and learning-rate scales."""

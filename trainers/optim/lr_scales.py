@@ -1,4 +1,4 @@
-"""What trains, at which share of the learning rate, and until when."""
+"""Which parameters train, at which learning-rate scale, and until which step."""
 
 from collections.abc import Collection, Mapping
 
@@ -14,70 +14,71 @@ from diffgraft.trainers.optim.optimizers import check_optimizer, eval_weights
 from diffgraft.trainers.recipe.groups import OptimSettings
 
 
-def lr_scales(rates: Mapping[str, float], adapter: Attached) -> dict[str, float]:
-    """Learning-rate scale of each parameter, by its name: the method's own times that of the recipe's `rates`."""
-    own = adapter.lr_scales()
-    return {name: own.get(name, 1.0) * last_match(rates, path, 1.0) for name, path in adapter.paths().items()}
+def lr_scales(scales: Mapping[str, float], adapter: Attached) -> dict[str, float]:
+    """Learning-rate scale of each parameter, by its name: the method's scale times the one in the recipe's `scales`."""
+    method_scales = adapter.lr_scales()
+    return {name: method_scales.get(name, 1.0) * last_match(scales, path, 1.0) for name, path in adapter.paths().items()}
 
 
-def freeze(optim: OptimSettings, base: Base, adapter: Attached, kept: Collection[str] = ()) -> None:
-    """Freeze what has a rate of 0, or does not reach the loss, before training begins.
+def freeze(optim: OptimSettings, base: Base, adapter: Attached, keep: Collection[str] = ()) -> None:
+    """Freeze modules whose learning-rate scale is 0 or whose output does not affect the loss, before training starts.
 
-    Such modules are left as the base has them, but for those at the paths `kept`, which hold something already.
+    Frozen modules are detached from the base, except those at the paths `keep`, which already hold trained values.
 
     Raises:
-        DiffgraftError: a key of the recipe's rates means nothing that is there, or nothing would train (any more).
+        DiffgraftError: a key of the recipe's `lr_scale` matches no module, or no module would train.
     """
     paths = adapter.paths()
     check_keys("lr_scale", optim.lr_scale, set(paths.values()))
-    still = {path for path in paths.values() if not _trains(optim.lr_scale, base, path)}
-    adapter.detach_modules(still - set(kept))
+    frozen = {path for path in paths.values() if not _trains(optim.lr_scale, base, path)}
+    adapter.detach_modules(frozen - set(keep))
     for name, value in adapter.trainable().items():
-        value.requires_grad_(paths[name] not in still)
-    trained = set(paths.values()) - still
+        value.requires_grad_(paths[name] not in frozen)
+    trained = set(paths.values()) - frozen
     if not trained:
-        raise DiffgraftError("Nothing would train: the rates are 0 for every module of the adapter.")
+        raise DiffgraftError("No module would train: `lr_scale` is 0 for every module of the adapter.")
     if optim.text_encoder_stop is None:
         return
-    said = f"text_encoder_stop={optim.text_encoder_stop}"
+    setting = f"text_encoder_stop={optim.text_encoder_stop}"
     if not any(is_of_text(path) for path in trained):
         raise DiffgraftError(
-            f"{said} means nothing here: no text encoder trains, and no word. Leave it out, or set text_encoder=true."
+            f"{setting} has no effect, as no text encoder and no token trains: remove it, or set text_encoder=true."
         )
     if all(is_of_text(path) for path in trained):
-        raise DiffgraftError(f"With {said} nothing would train from there on: leave it out, and set steps instead.")
+        raise DiffgraftError(f"With {setting} nothing would train after that step: remove it, and set steps instead.")
 
 
-def _trains(rates: Mapping[str, float], base: Base, path: str) -> bool:
+def _trains(scales: Mapping[str, float], base: Base, path: str) -> bool:
+    """Whether the module at `path` affects the loss and has a learning-rate scale above 0."""
     part, _, inside = path.partition(".")
-    reaches = not is_of_text(path) or base.family.affects_output(base, part, inside)
-    return reaches and last_match(rates, path, 1.0) > 0
+    affects_loss = not is_of_text(path) or base.family.affects_output(base, part, inside)
+    return affects_loss and last_match(scales, path, 1.0) > 0
 
 
 @torch.no_grad()
-def stop_text(adapter: Attached, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
-    """End the training of text encoders and words: they keep the values that count, and never move again.
+def freeze_text_parameters(adapter: Attached, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
+    """Freeze text encoders and token embeddings at the values used for saving (those of the EMA, if there is one).
 
-    Doing it twice is no harm.
+    Calling it again has no effect.
     """
     paths = adapter.paths()
-    of_text = [value for name, value in adapter.trainable().items() if is_of_text(paths[name])]
+    parameters = [value for name, value in adapter.trainable().items() if is_of_text(paths[name])]
     with eval_weights(optimizer, ema):
-        counting = [value.detach().clone() for value in of_text]
-    for value, kept in zip(of_text, counting, strict=True):
-        value.copy_(kept)
+        final_values = [value.detach().clone() for value in parameters]
+    for value, final in zip(parameters, final_values, strict=True):
+        value.copy_(final)
         value.requires_grad_(False)
         value.grad = None
-        if (ahead := optimizer.state.get(value, {}).get("z")) is not None:  # where schedule-free has got to
-            ahead.copy_(kept)
+        if (z := optimizer.state.get(value, {}).get("z")) is not None:  # the base sequence of schedule-free
+            z.copy_(final)
 
 
 def check_attached(optim: OptimSettings, live: Attached) -> None:
-    """Refuse what the optimizer cannot do with what is attached.
+    """Check that the optimizer supports the learning-rate scales of the attached method.
 
     Raises:
-        DiffgraftError: parameters have rates that it cannot keep apart.
+        DiffgraftError: it does not support different scales.
     """
     trained = {name for name, value in live.trainable().items() if value.requires_grad}
-    rates = lr_scales(optim.lr_scale, live)
-    check_optimizer(optim, [rates.get(name, 1.0) for name in trained])
+    scales = lr_scales(optim.lr_scale, live)
+    check_optimizer(optim, [scales.get(name, 1.0) for name in trained])

@@ -1,4 +1,4 @@
-"""Optimisers, each from its own library, and how the learning rate goes."""
+"""Optimizers, each from its own library, and learning-rate schedules."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from diffgraft.trainers.runtime.interrupts import defer_sigint
 
 Groups = list[dict[str, Any]]
 _HIGH_LR = 0.1
-"""From here on a rate breaks what is learnt, with all optimizers but Prodigy"""
-_HIGHEST_FACTOR = 2.0
-"""Of the rate that Prodigy finds; its authors leave it at 1"""
-_FACTOR = 0.1
-"""A factor on the rate that Prodigy finds is hardly meant to be less, and another optimiser's rate not so much"""
+"""Learning rate from which training diverges with all optimizers except Prodigy"""
+_MAX_PRODIGY_LR = 2.0
+"""Above this Prodigy's lr, a factor on the learning rate it finds, is too large; its authors recommend 1"""
+_MIN_PRODIGY_LR = 0.1
+"""Below this Prodigy's lr is probably a learning rate meant for another optimizer"""
 
 
 def _adamw(groups: Groups, optim: OptimSettings) -> torch.optim.Optimizer:
@@ -31,8 +31,8 @@ def _adamw(groups: Groups, optim: OptimSettings) -> torch.optim.Optimizer:
 
 def _bitsandbytes(name: str) -> Callable[[Groups, OptimSettings], torch.optim.Optimizer]:
     def make(groups: Groups, optim: OptimSettings) -> torch.optim.Optimizer:
-        kind = getattr(import_bitsandbytes().optim, name)
-        optimizer: torch.optim.Optimizer = kind(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+        optimizer_class = getattr(import_bitsandbytes().optim, name)
+        optimizer: torch.optim.Optimizer = optimizer_class(groups, lr=optim.lr, weight_decay=optim.weight_decay)
         return optimizer
 
     return make
@@ -41,16 +41,16 @@ def _bitsandbytes(name: str) -> Callable[[Groups, OptimSettings], torch.optim.Op
 def _adafactor(groups: Groups, optim: OptimSettings) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    fixed = {"scale_parameter": False, "relative_step": False, "warmup_init": False}  # the rate is the recipe's
-    optimizer: torch.optim.Optimizer = Adafactor(groups, lr=optim.lr, weight_decay=optim.weight_decay, **fixed)
+    fixed_lr = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    optimizer: torch.optim.Optimizer = Adafactor(groups, lr=optim.lr, weight_decay=optim.weight_decay, **fixed_lr)
     return optimizer
 
 
 def _prodigy(groups: Groups, optim: OptimSettings) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    more = {"use_bias_correction": True, "safeguard_warmup": True}  # as its authors have it for diffusion models
-    optimizer: torch.optim.Optimizer = Prodigy(groups, lr=optim.lr, weight_decay=optim.weight_decay, **more)
+    options = {"use_bias_correction": True, "safeguard_warmup": True}  # its authors' values for diffusion models
+    optimizer: torch.optim.Optimizer = Prodigy(groups, lr=optim.lr, weight_decay=optim.weight_decay, **options)
     return optimizer
 
 
@@ -62,7 +62,7 @@ def _schedule_free(groups: Groups, optim: OptimSettings) -> torch.optim.Optimize
     return optimizer
 
 
-_MAKERS: dict[str, Callable[[Groups, OptimSettings], torch.optim.Optimizer]] = {
+_FACTORIES: dict[str, Callable[[Groups, OptimSettings], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw8bit": _bitsandbytes("AdamW8bit"),
     "lion": _bitsandbytes("Lion32bit"),
@@ -74,73 +74,81 @@ _MAKERS: dict[str, Callable[[Groups, OptimSettings], torch.optim.Optimizer]] = {
 
 
 def new_optimizer(
-    optim: OptimSettings, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]
+    optim: OptimSettings, parameters: Mapping[str, nn.Parameter], scales: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """The optimiser a recipe names; each group of parameters has its factor on the learning rate, `rate`.
+    """Create the recipe's optimizer, with one parameter group for each learning-rate scale, stored as its `rate`.
+
+    Args:
+        optim: the recipe's optimizer settings.
+        parameters: trainable parameters by name.
+        scales: learning-rate scales by parameter name; 1 where missing.
 
     Raises:
-        DiffgraftError: it cannot go with the method or the schedule.
+        DiffgraftError: the optimizer does not support the scales or the schedule.
     """
-    check_optimizer(optim, [rates.get(name, 1.0) for name in parameters])
-    kinds = sorted({rates.get(name, 1.0) for name in parameters})
+    check_optimizer(optim, [scales.get(name, 1.0) for name in parameters])
     groups = [
-        {"params": [value for name, value in parameters.items() if rates.get(name, 1.0) == kind], "rate": kind}
-        for kind in kinds
+        {"params": [value for name, value in parameters.items() if scales.get(name, 1.0) == scale], "rate": scale}
+        for scale in sorted({scales.get(name, 1.0) for name in parameters})
     ]
-    optimizer = _MAKERS[optim.optimizer](groups, optim)
-    if said := lr_warning(optim):
-        warnings.warn(said, stacklevel=2)
+    optimizer = _FACTORIES[optim.optimizer](groups, optim)
+    if warning := lr_warning(optim):
+        warnings.warn(warning, stacklevel=2)
     return optimizer
 
 
-def check_optimizer(optim: OptimSettings, rates: Sequence[float]) -> None:
-    """Refuse settings that an optimiser cannot follow; `rates` are the factors on the rate of all that trains.
+def check_optimizer(optim: OptimSettings, scales: Sequence[float]) -> None:
+    """Check that the optimizer supports the other settings; `scales` are the learning-rate scales of all parameters.
 
     Raises:
-        DiffgraftError: there is such a setting.
+        DiffgraftError: it does not support one of them.
     """
     if optim.optimizer == "prodigy":
-        if len(set(rates)) > 1:
+        if len(set(scales)) > 1:
             raise DiffgraftError(
-                "optimizer=prodigy finds one rate for all, and here some parameters train at another: leave rates, "
-                "options.loraplus_ratio and options.token_lr_scale at 1 (or a rate at 0), or use optimizer=adamw."
+                "optimizer=prodigy finds one learning rate for all parameters, but some have a scale of their own: "
+                "leave lr_scale, "
+                "options.loraplus_ratio and options.token_lr_scale at 1 (or lr_scale at 0, to freeze), or use adamw."
             )
         if optim.text_encoder_stop is not None:
             raise DiffgraftError(
-                "optimizer=prodigy finds its rate from all that trains, and it would leap where text encoders stop: "
-                f"leave text_encoder_stop={optim.text_encoder_stop} out, or use optimizer=adamw."
+                "optimizer=prodigy finds its learning rate from all parameters, so it would jump when the text "
+                f"encoders stop: remove text_encoder_stop={optim.text_encoder_stop}, or use optimizer=adamw."
             )
     if optim.optimizer == "schedule-free":
         if optim.lr_schedule != "constant":
             raise DiffgraftError(
-                f"optimizer=schedule-free needs no schedule, and lr_schedule={optim.lr_schedule}: leave it at constant."
+                f"optimizer=schedule-free cannot use lr_schedule={optim.lr_schedule}: set lr_schedule=constant."
             )
         if optim.ema:
             raise DiffgraftError(
-                f"optimizer=schedule-free averages by itself, and ema={optim.ema}: leave one of them out."
+                f"optimizer=schedule-free averages the weights itself, so ema={optim.ema} cannot be used: remove ema."
             )
 
 
 def lr_warning(optim: OptimSettings) -> str:
-    """What a person is told of a rate that hardly suits the optimiser; empty where it is as one would have it."""
+    """Warning about a learning rate that does not suit the optimizer; empty if it does."""
     if optim.optimizer != "prodigy" and optim.lr >= _HIGH_LR:
         return (
-            f"lr={optim.lr} is far more than optimizer={optim.optimizer} takes: each step changes weights by about "
-            "as much, and what is learnt breaks. Rates are 0.01 and less; lr=1 is for prodigy."
+            f"lr={optim.lr} is far too large for optimizer={optim.optimizer}: each step changes weights by about that "
+            "much, and training diverges. Usual values are at most 0.01; lr=1 is for prodigy."
         )
-    if optim.optimizer == "prodigy" and optim.lr > _HIGHEST_FACTOR:
+    if optim.optimizer == "prodigy" and optim.lr > _MAX_PRODIGY_LR:
         return (
-            f"optimizer=prodigy finds the rate itself and multiplies it by lr={optim.lr}, which is too much: set lr=1."
+            f"optimizer=prodigy multiplies the learning rate that it finds by lr={optim.lr}, which is too large: "
+            "set lr=1."
         )
-    if optim.optimizer != "prodigy" or optim.lr >= _FACTOR:
+    if optim.optimizer != "prodigy" or optim.lr >= _MIN_PRODIGY_LR:
         return ""
-    return f"optimizer=prodigy finds the rate itself and multiplies it by lr={optim.lr}, so it hardly learns: set lr=1."
+    return (
+        f"optimizer=prodigy multiplies the learning rate that it finds by lr={optim.lr}, so it hardly learns: set lr=1."
+    )
 
 
 def load_eval_weights(optimizer: Any, ema: Ema | None = None) -> None:
-    """Give parameters the values that count: those of the average, where one is kept.
+    """Set the parameters to the values used for saving and generating: the EMA's, or schedule-free's average.
 
-    Schedule-free trains at other values, too, between those that count and where it has got to.
+    Schedule-free computes gradients at other values than it evaluates and saves.
     """
     if ema is not None:
         ema.copy_to()
@@ -150,11 +158,11 @@ def load_eval_weights(optimizer: Any, ema: Ema | None = None) -> None:
 
 @contextmanager
 def eval_weights(optimizer: Any, ema: Ema | None = None) -> Iterator[None]:
-    """Within the block parameters have the values that count; afterwards the very bits from before.
+    """Within the block parameters have the values used for saving and generating; afterwards exactly the old ones.
 
-    Ctrl-C may end the block, but comes between neither.
+    Ctrl-C may interrupt the block, but not the swapping of values before and after it.
     """
-    with defer_sigint() as opened, _swapped(optimizer, ema), opened():
+    with defer_sigint() as interruptible, _swapped(optimizer, ema), interruptible():
         yield
 
 
@@ -174,34 +182,35 @@ def _swapped(optimizer: Any, ema: Ema | None) -> Iterator[None]:
     finally:
         optimizer.train()
         with torch.no_grad():
-            for value, kept in before:
-                value.copy_(kept)
+            for value, old in before:
+                value.copy_(old)
 
 
 def effective_lr(optimizer: Any) -> float | None:
-    """The rate at which the last step was made, where the optimiser finds a factor on it by itself: Prodigy's d."""
+    """Learning rate of the last step of an optimizer that adapts it itself (Prodigy: d · lr); None for others."""
     group = optimizer.param_groups[0]
     return float(group["d"]) * float(group["lr"]) if "d" in group else None
 
 
 def _has_modes(optimizer: Any) -> bool:
+    """Whether the optimizer has separate train and eval values, as schedule-free does."""
     return "train_mode" in optimizer.param_groups[0]
 
 
 def lr_at(optim: OptimSettings, step: int) -> float:
-    """Learning rate of a step (counted from 0): a linear warm-up, then one of diffusers' schedules."""
+    """Learning rate of a step (counted from 0): linear warm-up, then one of diffusers' schedules."""
     if step < optim.warmup:
         return optim.lr * (step + 1) / optim.warmup
-    shape = _shape(optim.lr_schedule, max(1, optim.steps - optim.warmup), optim.lr_cycles)
-    return optim.lr * shape(step - optim.warmup)
+    factor = _schedule(optim.lr_schedule, max(1, optim.steps - optim.warmup), optim.lr_cycles)
+    return optim.lr * factor(step - optim.warmup)
 
 
 @cache
-def _shape(name: str, steps: int, cycles: int) -> Callable[[int], float]:
-    """Factor on the rate of each step; diffusers has it inside a scheduler, which wants an optimiser."""
+def _schedule(name: str, steps: int, cycles: int) -> Callable[[int], float]:
+    """Function from a step to its factor on the learning rate, taken from diffusers' scheduler of that name."""
     from diffusers.optimization import get_scheduler
 
-    idle = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(name, idle, num_warmup_steps=0, num_training_steps=steps, num_cycles=cycles)
-    found: Callable[[int], float] = scheduler.lr_lambdas[0]
-    return found
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(name, dummy, num_warmup_steps=0, num_training_steps=steps, num_cycles=cycles)
+    factor: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return factor

@@ -1,1 +1,1 @@
-"""What a run would do, what it would take, and what speaks against it, before it starts."""
+"""Planning of a run before it starts: what it would do, what it would cost, and what may go wrong."""

@@ -1,4 +1,4 @@
-"""What seldom trains well, told before a run: settings far from any that work, pictures that teach something else."""
+"""Advice before a run: settings that seldom train well, and images that teach something unintended."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -14,12 +14,12 @@ from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.training_data.build import Sample, resolution_of
 
 _TOY = "tiny"
-_BEYOND = 2
-"""Times a base's own resolution, from which pictures or a resolution are for another base"""
+_OVERSIZE = 2
+"""Multiple of a base's resolution from which images or a recipe's resolution are too large for it"""
 _SAME_BACKDROP = 8.0
-"""Of 255, so far apart the edges of pictures are on average where their backdrops are one"""
-_FEW = 3
-"""So many pictures it takes to say that their backdrops are the same"""
+"""Mean difference of the edges of two images, of 255, below which their backdrops are considered the same"""
+_MIN_IMAGES = 3
+"""Number of images needed to compare backdrops"""
 
 
 def advice(
@@ -27,66 +27,65 @@ def advice(
     data: DataSettings,
     adapter: AdapterSettings,
     base: Base,
-    learnt: Sequence[Sample],
-    seen: Sequence[tuple[str, Fingerprint]],
+    samples: Sequence[Sample],
+    fingerprints: Sequence[tuple[str, Fingerprint]],
 ) -> Iterator[str]:
-    """One sentence for each thing that a person may want to change.
+    """Yield a sentence for each thing that the user may want to change.
 
     Args:
-        task: of the recipe.
-        data: its pictures and prompts.
+        task: the recipe's task.
+        data: its images and prompts.
         adapter: its method and layers.
-        base: or its outline, without weights.
-        learnt: the pictures with their words.
-        seen: names and fingerprints of pictures.
+        base: the base, which may be on the meta device.
+        samples: the training images with their prompts.
+        fingerprints: names and fingerprints of the images.
     """
-    yield from _sizes(task, resolution_of(data, base), base, learnt)
-    yield from _rank(adapter, base)
-    if len(learnt) == 1:
-        yield "there is one picture: that picture is learnt, and not what it shows. Three to six are better."
-    if task == "style" and not any(one.picture.captions for one in learnt):
+    yield from _size_advice(task, resolution_of(data, base), base, samples)
+    yield from _rank_advice(adapter, base)
+    if len(samples) == 1:
+        yield "there is one image: the run will learn that image rather than its subject. Three to six are better."
+    if task == "style" and not any(sample.picture.captions for sample in samples):
         yield (
-            "no picture has a caption, so that what the pictures show becomes a part of the style: "
-            "`diffgraft caption FOLDER` writes some."
+            "no image has a caption, so that the content of the images becomes part of the style: "
+            "write captions with `diffgraft caption FOLDER`."
         )
     if not data.trigger.strip() and task != "style":
-        yield "the trigger is empty: what is learnt has no word of its own, and comes with every picture of its class."
-    yield from _backdrops([one for _, one in seen])
+        yield "the trigger is empty: without a word of its own, the subject appears in every image of its class."
+    yield from _backdrop_advice([fingerprint for _, fingerprint in fingerprints])
 
 
-def _sizes(task: str, side: int, base: Base, learnt: Sequence[Sample]) -> Iterator[str]:
-    own = base.resolution
-    if side >= _BEYOND * own:
-        yield f"resolution={side} is {side / own:.0f} times the {own} pixels that this base was made for."
-    shown = median(min(one.frames[0].original) for one in learnt)
-    if base.name == _TOY and shown > _BEYOND * own:
+def _size_advice(task: str, side: int, base: Base, samples: Sequence[Sample]) -> Iterator[str]:
+    resolution = base.resolution
+    if side >= _OVERSIZE * resolution:
+        yield f"resolution={side} is {side / resolution:.0f} times this base's resolution of {resolution} pixels."
+    shorter_side = median(min(sample.frames[0].original) for sample in samples)
+    if base.name == _TOY and shorter_side > _OVERSIZE * resolution:
         yield (
-            f"`{_TOY}` is a toy of {own} pixels for trying and tests: photographs become a blur there. For pictures of "
-            f"your own name a base, such as base=path/to/stable-diffusion-v1-5, and its recipe, sd15-{task}."
+            f"`{_TOY}` is a toy base of {resolution} pixels for tests, on which photographs become a blur. For your "
+            f"own images set a base, such as base=path/to/stable-diffusion-v1-5, and use its recipe, sd15-{task}."
         )
 
 
-def _rank(adapter: AdapterSettings, base: Base) -> Iterator[str]:
+def _rank_advice(adapter: AdapterSettings, base: Base) -> Iterator[str]:
     method = get_method(adapter.method)
     options = method.read_options(adapter.options)
     if "rank" in method.unsupported_under(options):
         return
     layers = choose_layers(base.family.denoiser, base.denoiser, adapter.layers or method.layers_under(options))
     shapes = [base.denoiser.get_submodule(path).weight.shape for path in layers]
-    most = max((min(shape[0], shape[1:].numel()) for shape in shapes), default=0)
-    if most and adapter.rank > most:
-        yield f"rank={adapter.rank} holds no more than rank {most}, the most that any layer here has; 4 to 64 is usual."
+    max_rank = max((min(shape[0], shape[1:].numel()) for shape in shapes), default=0)
+    if max_rank and adapter.rank > max_rank:
+        yield f"rank={adapter.rank} exceeds {max_rank}, the largest rank of any adapted layer; 4 to 64 is usual."
 
 
-def _backdrops(seen: Sequence[Fingerprint]) -> Iterator[str]:
-    if len(seen) < _FEW:
+def _backdrop_advice(fingerprints: Sequence[Fingerprint]) -> Iterator[str]:
+    if len(fingerprints) < _MIN_IMAGES:
         return
-    edges = [
-        np.concatenate([one.cells[0], one.cells[-1], one.cells[1:-1, 0], one.cells[1:-1, -1]]) for one in seen[:50]
-    ]
-    apart = [float(np.abs(one - other).mean()) for one, other in combinations(edges, 2)]
-    if median(apart) < _SAME_BACKDROP:
+    grids = [fingerprint.cells for fingerprint in fingerprints[:50]]
+    edges = [np.concatenate([cells[0], cells[-1], cells[1:-1, 0], cells[1:-1, -1]]) for cells in grids]
+    differences = [float(np.abs(a - b).mean()) for a, b in combinations(edges, 2)]
+    if median(differences) < _SAME_BACKDROP:
         yield (
-            "the pictures have nearly the same backdrop, which is learnt along with what they show: pictures in other "
-            "places, or masks (`diffgraft mask`), keep it out."
+            "the images have nearly the same backdrop, which will be learned along with the subject: add images with "
+            "other backdrops, or mask the backdrop with `diffgraft mask`."
         )

@@ -1,4 +1,4 @@
-"""What a step will take, found out on a base without weights: numbers that train, memory, arithmetic."""
+"""Estimate of a training step's cost on a base without weights: trainable parameters, memory, FLOPs."""
 
 import copy
 import time
@@ -20,7 +20,7 @@ from diffgraft.third_party import quiet_libraries
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.groups import OptimSettings
 
-STATES = {
+STATE_BYTES = {
     "adamw": 8.0,
     "adamw8bit": 2.0,
     "lion": 4.0,
@@ -29,149 +29,162 @@ STATES = {
     "prodigy": 16.0,
     "schedule-free": 8.0,
 }
-"""Optimiser → bytes it keeps for each number that trains; 8-bit ones keep small tensors in 32"""
+"""Optimizer → bytes of its state for each trainable parameter; 8-bit optimizers keep small tensors in 32 bits"""
 
 
-_HEADER, _ENTRY = 700, 150
-"""Bytes of a file's metadata, and of the name, shape and place of each of its tensors"""
+_HEADER_BYTES, _TENSOR_BYTES = 700, 150
+"""Bytes of a file's metadata, and of each tensor's name, shape and offset in its header"""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What training takes; memory in bytes, of tensors alone."""
+    """Cost of training; memory in bytes, of tensors only."""
 
     trained: int
-    """Numbers that train"""
+    """Number of trainable parameters"""
     entries: int
-    """Tensors of the adapter's file, about: those that train, and for each module its alpha"""
+    """Approximate number of tensors in the adapter's file: the trainable ones, and an alpha for each module"""
     weights: int
-    """Bytes of the frozen networks that stay while it trains"""
+    """Bytes of the frozen networks that stay in memory during training"""
     training: int
-    """Bytes of what trains: values, gradients, the optimiser's state, a moving average"""
+    """Bytes of the trainable parameters with their gradients, optimizer state and EMA"""
     activations: int
-    """Bytes kept for the backward pass, at their peak"""
+    """Bytes of the activations kept for the backward pass, at their peak"""
     step: float
-    """Floating-point operations of an optimiser step"""
-    picture: float
-    """Floating-point operations of one pass of the denoiser without gradients, for one picture"""
+    """FLOPs of an optimizer step"""
+    image: float
+    """FLOPs of a forward pass of the denoiser for one image"""
 
     @property
     def file(self) -> int:
-        """Bytes of the adapter's file, about: its numbers in float32, and a header that names each tensor."""
-        return 4 * self.trained + _HEADER + _ENTRY * self.entries
+        """Approximate bytes of the adapter's file: its tensors in float32, and a header with an entry for each."""
+        return 4 * self.trained + _HEADER_BYTES + _TENSOR_BYTES * self.entries
 
     @property
     def memory(self) -> int:
+        """Bytes of device memory at the peak of a step."""
         return self.weights + self.training + self.activations
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a step computes."""
+    """Inputs of a training step."""
 
     size: tuple[int, int]
-    """Width and height of its pictures in pixels"""
+    """Width and height of the images in pixels"""
     prompts: Sequence[str]
-    pictures: int
-    """How many of them are in a batch, class images included"""
+    """Prompts, used in turn"""
+    images: int
+    """Number of images in a micro-batch, including class images"""
     accumulate: int
-    """Batches for one optimizer step"""
+    """Number of micro-batches in an optimizer step"""
     checkpointing: bool
-    """Whether activations are computed anew on the way back"""
+    """Whether gradient checkpointing is used"""
 
 
 def cost(
     base: Base, attach: Callable[[], Attached], work: Workload, optim: OptimSettings, quantize: Quantize, *, whole: bool
 ) -> Cost:
-    """The cost of training what `attach` lays over an outline; `whole` prompts are read in pieces."""
+    """Estimate the cost of training.
+
+    Args:
+        base: a base on the meta device.
+        attach: attaches the method to `base`.
+        work: the inputs of a step.
+        optim: the recipe's optimizer settings.
+        quantize: the quantization of the base's weights.
+        whole: whether long prompts are encoded in chunks.
+    """
     sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.denoiser.dtype, attach()
-    training = {name: value for name, value in live.trainable().items() if value.requires_grad}
-    trained = sum(value.numel() for value in training.values())
-    entries = len(training) + len({name.rpartition(".")[0] for name in training} - {""})
-    stays = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
-    weights = sum(own for name, own in sizes.items() if name in stays)
-    each = 4.0 + 4.0 + STATES[optim.optimizer] + (4.0 if optim.ema else 0.0)
-    live.to(dtype=dtype)  # as autocast has it
+    trainable = {name: value for name, value in live.trainable().items() if value.requires_grad}
+    trained = sum(value.numel() for value in trainable.values())
+    entries = len(trainable) + len({name.rpartition(".")[0] for name in trainable} - {""})
+    in_memory = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
+    weights = sum(size for name, size in sizes.items() if name in in_memory)
+    bytes_per_parameter = 4.0 + 4.0 + STATE_BYTES[optim.optimizer] + (4.0 if optim.ema else 0.0)
+    live.to(dtype=dtype)  # as autocast computes
     base.to(dtype=dtype)
     denoiser = Denoiser(base, live, live.trains_text, whole=whole)
     width, height = (side // base.vae_scale_factor for side in work.size)
     channels = base.latents.channels
 
-    def asked(count: int) -> tuple[Tensor, Tensor, list[str]]:
+    def inputs(count: int) -> tuple[Tensor, Tensor, list[str]]:
         noisy = torch.empty(count, channels, height, width, device=base.device)
         times = torch.zeros(count, dtype=torch.long, device=base.device)
         return noisy, times, [work.prompts[number % len(work.prompts)] for number in range(count)]
 
     with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
-        denoiser(*asked(1))
+        denoiser(*inputs(1))
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
-    at_once = 0
+    recomputed = 0
     if work.checkpointing:
-        with _fused_attention(), _kept(fixed) as kept, _growth(base.denoiser, base.family.checkpointed, kept) as grown:
-            denoiser(*asked(work.pictures))
-        at_once = max(grown)  # on the way back one of them at a time has all of its own again
+        with _fused_attention(), _saved_bytes(fixed) as saved, _growth(base, saved) as grown:
+            denoiser(*inputs(work.images))
+        recomputed = max(grown)  # in the backward pass one checkpointed block at a time has its activations again
         base.denoiser.enable_gradient_checkpointing()
         base.denoiser.train()
-    with _fused_attention(), FlopCounterMode(display=False) as all_of_it, _kept(fixed) as kept:
-        denoiser(*asked(work.pictures)).square().mean().backward()
+    with _fused_attention(), FlopCounterMode(display=False) as both_passes, _saved_bytes(fixed) as saved:
+        denoiser(*inputs(work.images)).square().mean().backward()
     live.detach()
-    step = all_of_it.get_total_flops() * work.accumulate
-    return Cost(trained, entries, weights, int(trained * each), kept.peak + at_once, step, forward.get_total_flops())
+    step = both_passes.get_total_flops() * work.accumulate
+    training, activations = int(trained * bytes_per_parameter), saved.peak + recomputed
+    return Cost(trained, entries, weights, training, activations, step, forward.get_total_flops())
 
 
 def speed(base: Base, device: torch.device) -> float:
-    """Floating-point operations a second that a part of the denoiser, its weights random, reaches on `device`."""
+    """FLOPs a second that a block of the denoiser, with random weights, reaches on `device`."""
     block, shapes, width = base.family.timing_block(base)
     with quiet_libraries():
         block = copy.deepcopy(block).to_empty(device=device)
     for value in block.parameters():
         nn.init.normal_(value, std=0.02)
     side, dtype = base.family.native_size(base), base.denoiser.dtype
-    given = {name: torch.randn(*shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+    inputs = {name: torch.randn(*shape, device=device, dtype=dtype) for name, shape in shapes.items()}
     x = torch.randn(1, width, side, side, device=device, dtype=dtype)
     with torch.no_grad():
         with FlopCounterMode(display=False) as counted:
-            block(x, **given)
-        times = []
+            block(x, **inputs)
+        seconds = []
         for _ in range(3):
             start = time.perf_counter()
-            block(x, **given)
+            block(x, **inputs)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-    return float(counted.get_total_flops() / min(times))
+            seconds.append(time.perf_counter() - start)
+    return float(counted.get_total_flops() / min(seconds))
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Within the block attention keeps on ``meta`` what it does on devices, where it is one operation.
+    """Within the block attention on the meta device is one fused operation, as on real devices.
 
-    PyTorch takes it apart there, into square matrices. Diffusers asks for it by its name in the module each time.
+    PyTorch decomposes it on ``meta`` into products with square matrices, which would inflate the memory estimate. The
+    patch works because diffusers looks up ``F.scaled_dot_product_attention`` at each call.
     """
-    usual = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
-    def fused(*args: Any, **more: Any) -> Tensor:
-        is_plain = len(args) == 3 and more.get("attn_mask") is None and args[0].ndim == 4
+    def fused(*args: Any, **options: Any) -> Tensor:
+        is_plain = len(args) == 3 and options.get("attn_mask") is None and args[0].ndim == 4
         if is_plain and args[0].is_meta:
-            found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-            return found
-        return usual(*args, **more)
+            out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+            return out
+        return original(*args, **options)
 
     with patch.object(F, "scaled_dot_product_attention", fused):
         yield
 
 
 @contextmanager
-def _growth(denoiser: nn.Module, blocks: Sequence[str], kept: "_Kept") -> Iterator[list[int]]:
-    """Within the block, what each of those modules adds to what is kept."""
+def _growth(base: Base, saved: "_SavedBytes") -> Iterator[list[int]]:
+    """Yield a list that collects the bytes that each checkpointed block of the denoiser adds to `saved`."""
     grown: list[int] = []
     before: list[int] = []
     hooks = []
-    for module in denoiser.modules():
-        if type(module).__name__ in blocks:
-            hooks.append(module.register_forward_pre_hook(lambda *_: before.append(kept.now)))
-            hooks.append(module.register_forward_hook(lambda *_: grown.append(kept.now - before.pop())))
+    for module in base.denoiser.modules():
+        if type(module).__name__ in base.family.checkpointed:
+            hooks.append(module.register_forward_pre_hook(lambda *_: before.append(saved.now)))
+            hooks.append(module.register_forward_hook(lambda *_: grown.append(saved.now - before.pop())))
     try:
         yield grown
     finally:
@@ -179,50 +192,50 @@ def _growth(denoiser: nn.Module, blocks: Sequence[str], kept: "_Kept") -> Iterat
             hook.remove()
 
 
-class _Kept:
-    """Bytes that autograd keeps, now and at their peak; each piece of memory counts once."""
+class _SavedBytes:
+    """Bytes that autograd saves for the backward pass, now and at their peak; each storage counts once."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
-        self._holders: dict[int, int] = {}
+        self._references: dict[int, int] = {}
 
-    def take(self, storage: Any) -> None:
+    def add(self, storage: Any) -> None:
         key = storage._cdata
-        self._holders[key] = self._holders.get(key, 0) + 1
-        if self._holders[key] == 1:
+        self._references[key] = self._references.get(key, 0) + 1
+        if self._references[key] == 1:
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
 
-    def give(self, storage: Any) -> None:
+    def remove(self, storage: Any) -> None:
         key = storage._cdata
-        self._holders[key] -= 1
-        if not self._holders[key]:
-            del self._holders[key]
+        self._references[key] -= 1
+        if not self._references[key]:
+            del self._references[key]
             self.now -= storage.nbytes()
 
 
-class _Held:
-    """One tensor that autograd keeps, until it lets go of it."""
+class _SavedTensor:
+    """A tensor that autograd saves; it counts in a `_SavedBytes` until autograd releases it."""
 
-    def __init__(self, value: Tensor, kept: _Kept) -> None:
-        self.value, self._storage, self._kept = value, value.untyped_storage(), kept
-        kept.take(self._storage)
+    def __init__(self, value: Tensor, saved: _SavedBytes) -> None:
+        self.value, self._storage, self._saved = value, value.untyped_storage(), saved
+        saved.add(self._storage)
 
     def __del__(self) -> None:
-        self._kept.give(self._storage)
+        self._saved.remove(self._storage)
 
 
 @contextmanager
-def _kept(fixed: set[int]) -> Iterator[_Kept]:
-    """Within the block, what autograd keeps is counted, but for storages in `fixed`, which are there anyway."""
-    kept = _Kept()
+def _saved_bytes(fixed: set[int]) -> Iterator[_SavedBytes]:
+    """Count the bytes that autograd saves within the block, except storages in `fixed`, which exist anyway."""
+    saved = _SavedBytes()
 
     def pack(value: Tensor) -> Any:
-        return value if value.untyped_storage()._cdata in fixed else _Held(value, kept)
+        return value if value.untyped_storage()._cdata in fixed else _SavedTensor(value, saved)
 
-    def unpack(held: Any) -> Tensor:
-        found: Tensor = held.value if isinstance(held, _Held) else held
-        return found
+    def unpack(packed: Any) -> Tensor:
+        value: Tensor = packed.value if isinstance(packed, _SavedTensor) else packed
+        return value
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield kept
+        yield saved

@@ -1,4 +1,4 @@
-"""What a run would do, told in seconds and without loading weights: its pictures, its steps, its cost, its pitfalls."""
+"""Plan of a run: its images, steps, cost and pitfalls, found in seconds and without loading weights."""
 
 import math
 import warnings
@@ -20,7 +20,13 @@ from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.planning.advice import advice
 from diffgraft.trainers.planning.estimate import Cost, Workload, cost, speed
-from diffgraft.trainers.planning.pitfalls import conflicts, likenesses, looked_at, squares, triggers
+from diffgraft.trainers.planning.pitfalls import (
+    compute_fingerprints,
+    crop_warnings,
+    duplicate_warnings,
+    setting_conflicts,
+    trigger_warnings,
+)
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
@@ -30,68 +36,71 @@ from diffgraft.trainers.run.init_from import read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
-from diffgraft.trainers.training_data.build import Sample, collect, resolution_of, split
+from diffgraft.trainers.training_data.build import Sample, collect_samples, resolution_of, split_samples
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
 from diffgraft.trainers.training_data.prompts import captions_of
 
 _MUCH_CUT = 0.3
-"""Of a picture, so much cut away is worth a word"""
-_DRAWING = 25 * 2
-"""Passes of the UNet for a picture that is drawn: steps, with and without its prompt"""
+"""Share of an image's area that is cropped, above which the image is counted as cropped heavily"""
+_GENERATION_PASSES = 25 * 2
+"""Denoiser passes for a generated image: sampling steps, each with and without the prompt"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do."""
+    """What a run would do, as text."""
 
     facts: list[tuple[str, str]]
-    """What it is about → what there is"""
+    """Pairs of a topic, such as `memory`, and its description"""
     pitfalls: list[str]
-    """What a person may not have meant"""
+    """Warnings and advice, a sentence each"""
 
     def lines(self) -> list[str]:
-        """One for each fact and pitfall."""
+        """Lines of text, one for each fact and pitfall."""
         width = max(len(name) for name, _ in self.facts)
-        facts = [f"{name:{width}}  {said}" for name, said in self.facts]
-        return [printable(line) for line in (*facts, *(f"look at: {said}" for said in self.pitfalls))]
+        facts = [f"{name:{width}}  {text}" for name, text in self.facts]
+        return [printable(line) for line in (*facts, *(f"look at: {text}" for text in self.pitfalls))]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
 
-def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, given: Base | None = None) -> Plan:
-    """Plan a run of `recipe` on a device; of the base, only configuration and tokenizers are read.
+def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_base: Base | None = None) -> Plan:
+    """Plan a run of `recipe`; of its base, only configuration and tokenizers are loaded.
 
-    `given` is a loaded base in the place of the recipe's.
+    Args:
+        recipe: the recipe.
+        device: the device to train on.
+        dtype: the dtype of the base's weights.
+        loaded_base: a loaded base to use instead of the recipe's.
 
     Raises:
-        DiffgraftError: what `train` would refuse before it starts.
+        DiffgraftError: `train` would refuse the recipe before it starts.
     """
     check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     model, data = recipe.model, recipe.data
-    base = without_values(given) if given else meta_base(model.base, dtype, **model.schedule_options())
+    base = without_values(loaded_base) if loaded_base else meta_base(model.base, dtype, **model.schedule_options())
     check_family(recipe.groups(), base)
     check_base(data, recipe.objective, base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        recipe, read = read_concepts(recipe)
-        check_pictures(read)
+        recipe, concepts = read_concepts(recipe)
+        check_pictures(concepts)
         data = recipe.data
-        samples = collect(data, read, base)
-        learnt, held = split(data, recipe.validation, samples, base)
-    seen, broken = looked_at(learnt)
-    learnt = [one for row, one in enumerate(learnt) if row not in broken]
-    if not learnt:
-        raise DiffgraftError(f"None of the {len(broken)} pictures can be opened. Save them again as JPEG or PNG.")
-    sizes = Counter(one.frames[0].size for one in learnt)
+        samples, held_out = split_samples(data, recipe.validation, collect_samples(data, concepts, base), base)
+    fingerprints, unreadable = compute_fingerprints(samples)
+    samples = [sample for index, sample in enumerate(samples) if index not in unreadable]
+    if not samples:
+        raise DiffgraftError(f"None of the {len(unreadable)} images can be opened. Save them again as JPEG or PNG.")
+    sizes = Counter(sample.frames[0].size for sample in samples)
     largest = max(sizes, key=math.prod)
-    prompts = sorted({prompt for one in learnt for prompt in one.wording.prompts()}, key=len)[-1:]
-    passes = 2 if any(part.prior_preservation for part, _ in read) else 1
+    longest_prompt = sorted({prompt for sample in samples for prompt in sample.prompt_builder.prompts()}, key=len)[-1:]
+    passes = 2 if any(concept.prior_preservation for concept, _ in concepts) else 1
     start = read_init_adapter(recipe.init_from, base) if recipe.init_from else None
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     checkpointing = recipe.runtime.gradient_checkpointing
-    work = Workload(largest, prompts, optim.batch * passes, optim.accumulate, checkpointing)
-    found = cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
+    work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
+    estimate = cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
     facts = [
         (
             "recipe",
@@ -102,108 +111,124 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, given: B
             "predicts",
             f"{base.parameterization.name}, as {'the recipe says' if model.says_prediction else 'its files say'}",
         ),
-        *_pictures(data.masks.use, recipe.validation.every, learnt, held),
+        *_image_facts(data.masks.use, recipe.validation.every, samples, held_out),
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
-        *_cuts(learnt),
-        *_words(learnt),
-        ("trigger", ", ".join(dict.fromkeys(part.trigger for part, _ in read))),
-        *_class_images(read),
-        ("steps", _rounds(optim, learnt)),
-        *_costs(optim.steps, base, found, read, device),
+        *_crop_facts(samples),
+        *_prompt_facts(samples),
+        ("trigger", ", ".join(dict.fromkeys(concept.trigger for concept, _ in concepts))),
+        *_class_image_facts(concepts),
+        ("steps", _epochs(optim, samples)),
+        *_cost_facts(optim.steps, base, estimate, concepts, device),
     ]
-    told = dict.fromkeys(str(one.message) for one in caught)
-    pitfalls = [*told, *broken.values(), *conflicts(recipe, learnt), *triggers(base, learnt), *likenesses(seen)]
-    return Plan(
-        facts, [*pitfalls, *squares(data, learnt), *advice(recipe.task, data, recipe.adapter, base, learnt, seen)]
-    )
+    pitfalls = [
+        *dict.fromkeys(str(warning.message) for warning in caught),
+        *unreadable.values(),
+        *setting_conflicts(recipe, samples),
+        *trigger_warnings(base, samples),
+        *duplicate_warnings(fingerprints),
+        *crop_warnings(data, samples),
+        *advice(recipe.task, data, recipe.adapter, base, samples, fingerprints),
+    ]
+    return Plan(facts, pitfalls)
 
 
-def _pictures(masked: bool, every: int, learnt: Sequence[Sample], held: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    ways = Counter(len(one.frames) for one in learnt)
-    shown = "" if set(ways) == {1} else f", each in {' or '.join(str(n) for n in sorted(ways))} ways (cuts, mirrored)"
-    concepts = len({id(one.part) for one in learnt})
-    yield "pictures", f"{len(learnt)}{f' of {concepts} concepts' if concepts > 1 else ''}{shown}"
-    if held:
-        yield "held out", f"{len(held)}, every {every} steps"
+def _image_facts(
+    masked: bool, every: int, samples: Sequence[Sample], held_out: Sequence[Sample]
+) -> Iterator[tuple[str, str]]:
+    crops = Counter(len(sample.frames) for sample in samples)
+    variants = " or ".join(str(count) for count in sorted(crops))
+    suffix = "" if set(crops) == {1} else f", each in {variants} variants (crops, mirrored)"
+    concepts = len({id(sample.concept) for sample in samples})
+    yield "images", f"{len(samples)}{f' of {concepts} concepts' if concepts > 1 else ''}{suffix}"
+    if held_out:
+        yield "held out", f"{len(held_out)}, every {every} steps"
     if masked:
-        count = sum(one.picture.has_mask for one in learnt)
-        yield "masks", f"{count} of {pluralize(len(learnt), 'picture')} with one"
+        count = sum(sample.picture.has_mask for sample in samples)
+        yield "masks", f"{count} of {pluralize(len(samples), 'image')} with one"
 
 
-def _cuts(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    cut = [1 - one.frames[0].area_fraction for one in learnt]
-    most = max(range(len(cut)), key=cut.__getitem__)
-    if cut[most] > 0.005:
-        name, much = learnt[most].picture.name, sum(share > _MUCH_CUT for share in cut)
-        said = f"{sum(cut) / len(cut):.0%} of the area on average, at most {cut[most]:.0%} ({name})"
-        yield "cut away", said + (f"; over {_MUCH_CUT:.0%} of {pluralize(much, 'picture')}" if much else "")
-    grown = [one for one in learnt if one.frames[0].scaled[0] > one.frames[0].original[0]]
-    if grown:
-        yield "enlarged", f"{pluralize(len(grown), 'picture')}, such as {grown[0].picture.name}"
+def _crop_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+    cropped = [1 - sample.frames[0].area_fraction for sample in samples]
+    worst = max(range(len(cropped)), key=cropped.__getitem__)
+    if cropped[worst] > 0.005:
+        name, count = samples[worst].picture.name, sum(share > _MUCH_CUT for share in cropped)
+        text = f"{sum(cropped) / len(cropped):.0%} of the area on average, at most {cropped[worst]:.0%} ({name})"
+        yield "cropped", text + (f"; over {_MUCH_CUT:.0%} of {pluralize(count, 'image')}" if count else "")
+    enlarged = [sample for sample in samples if sample.frames[0].scaled[0] > sample.frames[0].original[0]]
+    if enlarged:
+        yield "enlarged", f"{pluralize(len(enlarged), 'image')}, such as {enlarged[0].picture.name}"
 
 
-def _words(learnt: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    with_own = sum(bool(captions_of(one.part, one.picture)) for one in learnt)
-    texts = Counter(prompt for one in learnt for prompt in one.wording.prompts())
-    first = next(iter(texts))
+def _prompt_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
+    captioned = sum(bool(captions_of(sample.concept, sample.picture)) for sample in samples)
+    prompts = Counter(prompt for sample in samples for prompt in sample.prompt_builder.prompts())
+    first = next(iter(prompts))
     yield (
         "captions",
-        f"{with_own} of {pluralize(len(learnt), 'picture')}; {pluralize(len(texts), 'prompt')}, such as: "
+        f"{captioned} of {pluralize(len(samples), 'image')}; {pluralize(len(prompts), 'prompt')}, such as: "
         f"{shorten(first)}",
     )
 
 
-def _class_images(read: ConceptImages) -> Iterator[tuple[str, str]]:
-    for part, pictures in read:
-        if (prior := part.prior_preservation) is None:
+def _class_image_facts(concepts: ConceptImages) -> Iterator[tuple[str, str]]:
+    for concept, pictures in concepts:
+        if (prior := concept.prior_preservation) is None:
             continue
         if prior.by == "prediction":
-            yield "class", f"preserved by the frozen base's own prediction for: {part.class_text(None)}"
+            yield "class", f"preserved by the frozen base's own prediction for: {concept.class_text(None)}"
         elif prior.folder:
             yield "class", f"images of {prior.folder}"
         else:
-            captions = [caption for one in pictures for caption in captions_of(part, one) or (None,)]
-            texts = part.class_prompts(captions)
-            said = f"{pluralize(prior.images, 'image')}, drawn unless cached, of {pluralize(len(texts), 'prompt')}"
-            yield "class", f"{said}, such as: {shorten(texts[0])}"
+            captions = [caption for picture in pictures for caption in captions_of(concept, picture) or (None,)]
+            prompts = concept.class_prompts(captions)
+            count = f"{pluralize(prior.images, 'image')}, generated unless cached"
+            yield "class", f"{count}, of {pluralize(len(prompts), 'prompt')}, such as: {shorten(prompts[0])}"
 
 
-def _rounds(optim: OptimSettings, learnt: Sequence[Sample]) -> str:
-    a_round = sum(one.part.repeats for one in learnt)
-    shown = optim.steps * optim.batch * optim.accumulate
-    times = shown / a_round
-    each, rounds = pluralize(optim.batch * optim.accumulate, "picture"), f"{times:,.1f}".removesuffix(".0")
-    return f"{optim.steps}, of {each} each: {rounds} {'round' if times == 1 else 'rounds'} of {a_round}"
+def _epochs(optim: OptimSettings, samples: Sequence[Sample]) -> str:
+    epoch_size = sum(sample.concept.repeats for sample in samples)
+    step_size = optim.batch * optim.accumulate
+    epochs = optim.steps * step_size / epoch_size
+    count = f"{epochs:,.1f}".removesuffix(".0")
+    name = "epoch" if epochs == 1 else "epochs"
+    return f"{optim.steps}, of {pluralize(step_size, 'image')} each: {count} {name} of {epoch_size}"
 
 
-def _costs(steps: int, base: Base, found: Cost, read: ConceptImages, device: torch.device) -> Iterator[tuple[str, str]]:
-    yield "trained", f"{found.trained:,} numbers; a file of about {format_bytes(found.file)}"
-    parts = {"frozen weights": found.weights, "what trains": found.training, "activations": found.activations}
-    listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in parts.items())
-    yield "memory", f"about {format_bytes(found.memory)} on each device: {listed}"
+def _cost_facts(
+    steps: int, base: Base, estimate: Cost, concepts: ConceptImages, device: torch.device
+) -> Iterator[tuple[str, str]]:
+    yield "trained", f"{estimate.trained:,} parameters; a file of about {format_bytes(estimate.file)}"
+    shares = {
+        "frozen weights": estimate.weights,
+        "trainable parameters": estimate.training,
+        "activations": estimate.activations,
+    }
+    listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in shares.items())
+    yield "memory", f"about {format_bytes(estimate.memory)} on each device: {listed}"
     rate = speed(base, device)
-    priors = [prior for part, _ in read if (prior := part.prior_preservation) is not None]
-    drawn = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
-    said = f"about {_time(steps * found.step / rate)} for the steps"
-    if drawn:
-        said += f", {_time(drawn * _DRAWING * found.picture / rate)} for class images"
-    yield "time", f"{said} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this UNet)"
+    priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
+    generated = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
+    text = f"about {_format_seconds(steps * estimate.step / rate)} for the steps"
+    if generated:
+        seconds = generated * _GENERATION_PASSES * estimate.image / rate
+        text += f", {_format_seconds(seconds)} for class images"
+    yield "time", f"{text} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this denoiser)"
 
 
-def _time(seconds: float) -> str:
+def _format_seconds(seconds: float) -> str:
     if seconds >= 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def planned(recipe: str | Path, settings: dict[str, Any]) -> Plan:
-    """The plan of a recipe by its name or path, with settings as `train` takes them; `base` may be a loaded one."""
-    given = settings["base"] if isinstance(settings.get("base"), Base) else None
-    named = {**settings, "base": given.name} if given else settings
-    plan = recipe_with(recipe, save_picture_lists(named))
-    check_output(plan.output, plan.folders())
-    check_trackers(plan.trackers)  # accelerate says less of those that are not there
-    accelerator = new_accelerator(plan.runtime, plan.outputs)
-    check_compatible(plan.runtime, plan.quantize)
-    check_shards(plan.shard, accelerator)
-    return make_plan(plan, accelerator.device, DTYPES[plan.precision], given)
+def planned(name: str | Path, settings: dict[str, Any]) -> Plan:
+    """Plan of the recipe called `name`, or at that path, with settings as for `train`; `base` may be a loaded base."""
+    loaded_base = settings["base"] if isinstance(settings.get("base"), Base) else None
+    settings = {**settings, "base": loaded_base.name} if loaded_base else settings
+    recipe = recipe_with(name, save_picture_lists(settings))
+    check_output(recipe.output, recipe.folders())
+    check_trackers(recipe.trackers)  # its messages are clearer than accelerate's
+    accelerator = new_accelerator(recipe.runtime, recipe.outputs)
+    check_compatible(recipe.runtime, recipe.quantize)
+    check_shards(recipe.shard, accelerator)
+    return make_plan(recipe, accelerator.device, DTYPES[recipe.precision], loaded_base)

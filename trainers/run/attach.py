@@ -1,4 +1,4 @@
-"""A recipe's method, laid over a base."""
+"""Attaching a recipe's method to a base."""
 
 from diffgraft.adapters.formats import check_dialect
 from diffgraft.adapters.method import Attached, Spec
@@ -12,10 +12,10 @@ from diffgraft.trainers.run.init_from import InitAdapter, load_init_weights
 
 
 def attach(recipe: Recipe, base: Base, start: InitAdapter | None = None) -> Attached:
-    """Attach the recipe's method to a base, with the values that it starts from.
+    """Attach the recipe's method to a base, with the initial values of `start` if given.
 
     Raises:
-        DiffgraftError: layers, learning rates, optimizer or the file that it starts from do not fit.
+        DiffgraftError: layers, learning-rate scales, optimizer or the adapter `start` do not fit the base.
     """
     method = get_method(recipe.method)
     options, words = method.read_options(recipe.options), (recipe.trigger, recipe.noun)
@@ -32,7 +32,7 @@ def attach(recipe: Recipe, base: Base, start: InitAdapter | None = None) -> Atta
 
 
 def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
-    """Part of the base → paths inside it of the layers that are adapted."""
+    """Name of each adapted part of the base → paths, inside that part, of the adapted layers."""
     method = get_method(adapter.method)
     layers = adapter.layers or method.layers_under(method.read_options(adapter.options))
     networks = {base.family.denoiser: base.denoiser, **(base.text_encoders() if adapter.text_encoder else {})}
@@ -40,21 +40,21 @@ def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
 
 
 def check_format(dialect: str, adapter: AdapterSettings, base: Base | None = None) -> None:
-    """Refuse a file format that cannot hold what the recipe's method makes, before anything is trained.
+    """Check that a file format can store adapters of the recipe's method, before anything is trained.
 
-    It is tried on the embedded base, which is small, or on `base`: a format holds a method on every base of one kind of
-    denoiser, or on none.
+    The check exports an adapter of `base`, or of the small base `tiny`: whether a format can store a method depends on
+    the kind of denoiser alone.
 
     Raises:
-        DiffgraftError: the format cannot hold it.
+        DiffgraftError: the format cannot store the method.
     """
     if dialect == "auto":
         return
-    method, tried = get_method(adapter.method), base or load_base("tiny")
+    method, base = get_method(adapter.method), base or load_base("tiny")
     options = method.read_options(adapter.options)
     layers = adapter.layers or method.layers_under(options)
-    paths = {tried.family.denoiser: choose_layers(tried.family.denoiser, tried.denoiser, layers)}
-    live = method.attach(tried, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
+    paths = {base.family.denoiser: choose_layers(base.family.denoiser, base.denoiser, layers)}
+    live = method.attach(base, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
     try:
         check_dialect(live.adapter({}), dialect)
     finally:

@@ -1,4 +1,4 @@
-"""What a run is checked for before anything is drawn, trained or written: one list, for `train` and for `plan`."""
+"""Checks of a run before anything is generated, trained or written, shared by `train` and `plan`."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ from diffgraft.trainers.recipe.groups import (
 from diffgraft.trainers.run.attach import check_format
 from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
-from diffgraft.trainers.training_data.build import own_class, resolution_of, step_of, weight_by_prediction
+from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, size_step, user_class_images
 from diffgraft.trainers.training_data.concepts import ConceptImages
 
 
@@ -36,10 +36,10 @@ def check_settings(
     outputs: OutputSettings,
     device: torch.device,
 ) -> None:
-    """Refuse settings that do not go together, or not with this machine; pictures and base are not needed.
+    """Check all settings that need neither images nor base, against each other and against this machine.
 
     Raises:
-        DiffgraftError: there are such settings.
+        DiffgraftError: settings contradict each other, or are not supported here.
     """
     get_method(adapter.method).read_options(adapter.options)
     check_format(outputs.format, adapter)
@@ -50,47 +50,49 @@ def check_settings(
 
 
 def check_pictures(read: ConceptImages) -> None:
-    """Refuse class images that are not there, and classes that are preserved in ways that do not go together.
+    """Check the prior preservation of all concepts: their class images exist, and their kinds can be combined.
 
     Raises:
-        DiffgraftError: there are such.
+        DiffgraftError: a folder of class images is missing or empty, or concepts mix kinds of prior preservation.
     """
-    weight_by_prediction(read)
+    prior_prediction_weight(read)
     folders = {
-        prior.folder: part for part, _ in read if (prior := part.prior_preservation) is not None and prior.folder
+        prior.folder: concept
+        for concept, _ in read
+        if (prior := concept.prior_preservation) is not None and prior.folder
     }
-    for part in folders.values():
-        prior = part.prior_preservation
+    for concept in folders.values():
+        prior = concept.prior_preservation
         if prior is not None and prior.by == "pictures":
-            for _ in own_class(part, prior):
+            for _ in user_class_images(concept, prior):
                 pass
 
 
 def check_family(groups: Sequence[Group], base: Base) -> None:
-    """Refuse settings that have no meaning for the family of a base.
+    """Check that the recipe's `groups` set nothing that the base's family does not support.
 
     Raises:
-        DiffgraftError: one of them is set in one of the `groups` of a recipe; the family says why it has no meaning.
+        DiffgraftError: they set an unsupported key; the message has the family's reason.
     """
     for key, reason in base.family.unsupported.items():
         name, _, inner = key.partition(".")
         for group in groups:
-            value, usual = (getattr(own, name, None) for own in (group, type(group).model_construct()))
-            value, usual = (getattr(own, inner, None) if inner else own for own in (value, usual))
-            if value != usual:
+            value, default = (getattr(settings, name, None) for settings in (group, type(group).model_construct()))
+            value, default = (getattr(setting, inner, None) if inner else setting for setting in (value, default))
+            if value != default:
                 raise DiffgraftError(
-                    f"{key}={value} has no meaning for bases of the family {base.family.name}: {reason}. Leave it out."
+                    f"{key}={value} has no meaning for bases of the family {base.family.name}: {reason}. Remove it."
                 )
 
 
 def check_base(data: DataSettings, objective: ObjectiveSettings, base: Base) -> None:
-    """Refuse what this base cannot be trained at: its sides, its timesteps.
+    """Check that the base can be trained at the recipe's resolution and timesteps.
 
     Raises:
-        DiffgraftError: the recipe wants others.
+        DiffgraftError: the resolution is not a multiple of the base's step, or the timesteps are not in its schedule.
     """
-    side, step = resolution_of(data, base), step_of(base)
+    side, step = resolution_of(data, base), size_step(base)
     if side % step:
-        better = max(step, round(side / step) * step)
-        raise DiffgraftError(f"resolution={side} is no multiple of {step}, which this base needs. Take {better}.")
+        nearest = max(step, round(side / step) * step)
+        raise DiffgraftError(f"Invalid value resolution={side}: this base needs a multiple of {step}. Use {nearest}.")
     forward_process(base, objective)

@@ -1,4 +1,4 @@
-"""What the steps of a run depend on: kept in its checkpoints, so that what differs later is told key by key."""
+"""Fingerprint of a run: everything that its steps depend on, stored in checkpoints and compared when resuming."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,68 +7,84 @@ from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 from diffgraft.trainers.recipe.renamed import with_current_keys
 
 Fingerprint = Mapping[str, Any]
-"""`recipe`, what counts of it; `base`, the base's hash; `data`, the digest of the pictures and what is said of them;
-`start`, the hash of the adapter file that it begins with; `processes`, how many share a step; `changes`, what was
-changed on purpose on the way, each with the step after which, where there was any; `paths`, where base, pictures and
-file lay, which only messages tell"""
-_TOLD = {
+"""Mapping with these keys:
+
+- `recipe`: the settings that affect steps
+- `base`: the base's hash
+- `data`: digest of the images and their captions
+- `start`: hash of the adapter file of `init_from`
+- `processes`: number of processes that share a step
+- `changes`: changes accepted when resuming, each with the step after which it was made; missing if there are none
+- `paths`: paths of base, images and adapter file; not compared, but shown in messages
+"""
+_HASHED = {
     "base": ("base", "the base differs"),
     "data": ("images", "the pictures or their captions differ"),
     "start": ("init_from", "the file of init_from differs"),
 }
-"""Part of an identity → its key in a recipe, and what is said where it differs"""
+"""Hashed entry of a fingerprint → its key in a recipe, and the message if it differs"""
 
 
 def run_fingerprint(
     recipe: Recipe, base: str, data: str = "", start: str | None = "", processes: int = 1
 ) -> Fingerprint:
-    """The fingerprint of a run; without `data` as long as the pictures have not been gathered."""
-    more = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
+    """Fingerprint of a run.
+
+    Args:
+        recipe: the recipe.
+        base: the base's hash.
+        data: digest of the training data; empty before it is known, and then left out.
+        start: hash of the adapter file of `init_from`; empty without one, None if unknown, and then left out.
+        processes: number of processes that share a step.
+    """
+    known = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
     paths = {
         "base": recipe.base,
-        "images": ", ".join(part.images for part in recipe.parts()),
+        "images": ", ".join(concept.images for concept in recipe.parts()),
         "init_from": recipe.init_from,
     }
-    return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **more, "paths": paths}
+    return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **known, "paths": paths}
 
 
-def differences(kept: Fingerprint, now: Fingerprint) -> list[str]:
-    """What is not as it was, each in a few words; what one of them does not say is left out."""
-    # checkpoints of the release before have former names of keys, among them those whose order counts
-    earlier = with_current_keys(kept["recipe"], warn=False)
-    earlier["order"] = with_current_keys(earlier.get("order", {}), warn=False)
-    before, after = flat(earlier), flat(now["recipe"])
-    defaults = flat(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
-    found = []
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """Short descriptions of what differs, such as ``lr: 0.001 → 0.01``; keys that only one has are not compared."""
+    # checkpoints of the previous release have former names of keys, also in `order`
+    saved = with_current_keys(old["recipe"], warn=False)
+    saved["order"] = with_current_keys(saved.get("order", {}), warn=False)
+    before, after = flatten(saved), flatten(new["recipe"])
+    defaults = flatten(TASKS[after["task"]].model_construct().model_dump(mode="json"))  # for keys that are new
+    diff = []
     for key in [*after, *(key for key in before if key not in after)]:
-        old, new = (side.get(key, defaults.get(key)) for side in (before, after))
-        if old != new:
-            found.append(f"{key}: {_said(old)} → {_said(new)}")
-    if kept["processes"] != now["processes"]:
-        found.append(f"processes: {kept['processes']} → {now['processes']}")
-    for part, (key, said) in _TOLD.items():
-        if part in kept and part in now and kept[part] != now[part]:
-            # checkpoints of earlier releases do not tell where it lay
-            old, new = (side.get("paths", {}).get(key) for side in (kept, now))
-            found.append(f"{said} ({key}: {_said(old)} → {_said(new)})" if old is not None and old != new else said)
-    return found
+        was, now = (settings.get(key, defaults.get(key)) for settings in (before, after))
+        if was != now:
+            diff.append(f"{key}: {_format(was)} → {_format(now)}")
+    if old["processes"] != new["processes"]:
+        diff.append(f"processes: {old['processes']} → {new['processes']}")
+    for entry, (key, message) in _HASHED.items():
+        if entry in old and entry in new and old[entry] != new[entry]:
+            # checkpoints of earlier releases have no paths
+            was, now = (fingerprint.get("paths", {}).get(key) for fingerprint in (old, new))
+            has_moved = was is not None and was != now
+            diff.append(f"{message} ({key}: {_format(was)} → {_format(now)})" if has_moved else message)
+    return diff
 
 
-def after(kept: Fingerprint, step: int, now: Fingerprint) -> Fingerprint:
-    """The fingerprint `now` of a run that had another one up to `step`: it has that change, and earlier ones."""
-    new = [{"after": step, "what": what}] if (what := differences(kept, now)) else []
-    changes = [*kept.get("changes", []), *new]
-    return {**now, "changes": changes} if changes else now
+def record_changes(old: Fingerprint, step: int, new: Fingerprint) -> Fingerprint:
+    """Return the fingerprint `new` with the changes recorded in `old` and those made to `old` after `step`."""
+    latest = [{"after": step, "what": what}] if (what := differences(old, new)) else []
+    changes = [*old.get("changes", []), *latest]
+    return {**new, "changes": changes} if changes else new
 
 
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested values by their paths: {"prior.weight": 1.0, "concepts.0.repeats": 2}."""
-    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
-        value = {str(place): one for place, one in enumerate(value)}
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Leaf values of nested settings by their dotted paths: {"prior.weight": 1.0, "concepts.0.repeats": 2}."""
+    if isinstance(value, list) and any(isinstance(element, dict) for element in value):
+        value = {str(index): element for index, element in enumerate(value)}
     if not isinstance(value, Mapping):
         return {path: value}
-    return {name: one for key, inner in value.items() for name, one in flat(inner, f"{path}.{key}".strip(".")).items()}
+    leaves = (flatten(inner, f"{path}.{key}".strip(".")) for key, inner in value.items())
+    return {name: leaf for group in leaves for name, leaf in group.items()}
 
 
-def _said(value: Any) -> str:
+def _format(value: Any) -> str:
     return "unset" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)

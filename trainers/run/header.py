@@ -1,4 +1,4 @@
-"""What an adapter file says of how it was made."""
+"""Metadata in an adapter file's header: how the adapter was trained."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -11,27 +11,30 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.fingerprint import Fingerprint
 
 
-def header(plan: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
-    """All of it is a function of recipe, base, pictures and what was changed on the way: equal runs, equal files."""
+def header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
+    """Metadata of a trained adapter.
+
+    It depends on recipe, base, images and accepted changes alone, so that equal runs write equal files.
+    """
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
-    has_rank = "rank" not in unsupported_keys(plan)
-    concepts = [{"trigger": one.trigger, "class": getattr(one, "subject", None)} for one in plan.parts()]
+    has_rank = "rank" not in unsupported_keys(recipe)
+    concepts = [{"trigger": concept.trigger, "class": getattr(concept, "subject", None)} for concept in recipe.parts()]
     return {
-        "method": plan.method,
-        **({"rank": plan.rank, "alpha": plan.scale_alpha()} if has_rank else {}),
-        **({"options": plan.options} if plan.options else {}),
-        "trigger": plan.trigger,
-        "class": getattr(plan, "subject", None),
-        **({"concepts": concepts} if plan.concepts else {}),
+        "method": recipe.method,
+        **({"rank": recipe.rank, "alpha": recipe.scale_alpha()} if has_rank else {}),
+        **({"options": recipe.options} if recipe.options else {}),
+        "trigger": recipe.trigger,
+        "class": getattr(recipe, "subject", None),
+        **({"concepts": concepts} if recipe.concepts else {}),
         "base": {
-            "name": Path(plan.base).name,
+            "name": Path(recipe.base).name,
             "family": base.family.name,
             "hash": base.hash,
             PREDICTION_KEY: base.parameterization.name,
             **base.family.header(base),
         },
-        "recipe": plan.header(),
-        "seed": plan.seed,
+        "recipe": recipe.header(),
+        "seed": recipe.seed,
         "data": fingerprint["data"],
         **({"changes": fingerprint["changes"]} if "changes" in fingerprint else {}),
         "versions": {name: version(name) for name in names},

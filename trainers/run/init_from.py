@@ -1,4 +1,4 @@
-"""A run that starts from an adapter file: what is attached takes the values that the file has."""
+"""Starting a run from an adapter file (`init_from`): its values become the attached method's initial values."""
 
 import hashlib
 import warnings
@@ -20,115 +20,128 @@ from diffgraft.trainers.recipe.groups import AdapterSettings
 
 @dataclass(frozen=True)
 class InitAdapter:
-    """An adapter file, read."""
+    """The adapter that a run starts from."""
 
     path: Path
     adapter: Adapter
     hash: str
-    """SHA-256 of the file's bytes; of a folder's files, one behind the other"""
-    _said: set[str] = field(default_factory=set, repr=False)
+    """SHA-256 of the file's bytes; for a folder, of its files' bytes, concatenated"""
+    _warned: set[str] = field(default_factory=set, repr=False)
 
-    def note(self, text: str) -> None:
-        """Warn of something, once."""
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=5)
+    def warn_once(self, message: str) -> None:
+        """Issue a warning, unless the same one was issued before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=5)
 
 
 def read_init_adapter(path: str, base: Base) -> InitAdapter:
-    """The file, or the folder of peft's or of a run, at `path`, its names counted as in `base`.
+    """Load the adapter at `path`: a file, a folder of peft, or the folder of a run.
+
+    `base` decides how the blocks in the adapter's keys are numbered.
 
     Raises:
-        DiffgraftError: it is missing, or no adapter.
+        DiffgraftError: there is no file at `path`, or it is not an adapter.
     """
-    place = Path(path).expanduser()
-    adapter = load_adapter(place, layers_in_block(base))
-    run = place / "adapter.safetensors"
-    files = [run] if run.is_file() else sorted(place.rglob("adapter_*")) if place.is_dir() else [place]
+    location = Path(path).expanduser()
+    adapter = load_adapter(location, layers_in_block(base))
+    run_file = location / "adapter.safetensors"
+    if run_file.is_file():
+        files = [run_file]
+    else:
+        files = sorted(location.rglob("adapter_*")) if location.is_dir() else [location]
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())
-    return InitAdapter(place, adapter, digest.hexdigest())
+    return InitAdapter(location, adapter, digest.hexdigest())
 
 
-def hash_of(init_from: str, start: InitAdapter | None) -> str | None:
-    """That of the file a run begins with; empty where it begins with none, None where that file is gone."""
+def init_hash(init_from: str, start: InitAdapter | None) -> str | None:
+    """Hash of the adapter that a run starts from; empty if it starts from none, None if the file no longer exists."""
     return start.hash if start else None if init_from else ""
 
 
 def load_init_weights(
     adapter: AdapterSettings, trigger: str, base: Base, live: Attached, start: InitAdapter
 ) -> set[str]:
-    """Give what is attached the values of `start`; returns the paths of the modules that have some of it.
+    """Load the values of `start` into the attached method; return the paths of the modules that received some.
 
     Raises:
-        DiffgraftError: the file holds something that this recipe does not train, or that does not fit.
+        DiffgraftError: the adapter holds modules that this recipe does not train, or values that do not fit.
     """
-    held, before = start.adapter, {name: value.shape for name, value in live.trainable().items()}
+    source, shapes = start.adapter, {name: value.shape for name, value in live.trainable().items()}
     adapted = set(live.paths().values())
     try:
-        taken = live.load(held)
+        loaded = live.load(source)
     except ValueError as error:
-        hint = _hint(adapter, base, start, [path for path in held.deltas if path not in adapted])
+        hint = _hint(adapter, base, start, [path for path in source.deltas if path not in adapted])
         raise DiffgraftError(f"A run cannot start from {start.path}: {error}.{hint}") from error
     paths, name = live.paths(), start.path.name
-    if fresh := sorted(adapted - taken):
-        start.note(f"{name} has nothing for {len(fresh)} modules, such as {fresh[0]}: those start afresh.")
-    resized = {paths[key] for key, value in live.trainable().items() if before.get(key) != value.shape}
-    if resized:
-        start.note(f"{len(resized)} modules have the rank of {name}, and not the recipe's, such as {min(resized)}.")
-    if held.tokens and trigger not in held.tokens:
-        start.note(f"The word {next(iter(held.tokens))!r} of {name} is called {trigger!r} from now on.")
-    made_for = held.metadata.get("base")
-    if isinstance(made_for, Mapping) and base.hash and made_for.get("hash", base.hash) != base.hash:
-        start.note(
-            f"{name} was trained on {made_for.get('name', 'another base')}, not on this base: it fits, and no more."
+    if missing := sorted(adapted - loaded):
+        start.warn_once(
+            f"{name} has no weights for {len(missing)} modules (e.g. {missing[0]}); they keep their initial values."
         )
-    return taken
+    resized = {paths[key] for key, value in live.trainable().items() if shapes.get(key) != value.shape}
+    if resized:
+        start.warn_once(
+            f"{len(resized)} modules (e.g. {min(resized)}) have the rank of {name} instead of the recipe's rank."
+        )
+    if source.tokens and trigger not in source.tokens:
+        start.warn_once(f"The token {next(iter(source.tokens))!r} of {name} is renamed to the trigger {trigger!r}.")
+    source_base = source.metadata.get("base")
+    if isinstance(source_base, Mapping) and base.hash and source_base.get("hash", base.hash) != base.hash:
+        start.warn_once(
+            f"{name} was trained on another base ({source_base.get('name', 'of unknown name')}) than this run uses: "
+            "its shapes fit, but results may be poor."
+        )
+    return loaded
 
 
 def with_init_metadata(adapter: Adapter, start: InitAdapter | None) -> Adapter:
-    """A trained adapter, its header telling the hash of the file it began as, and the rank that it has from there."""
+    """Return a trained adapter with the hash of the adapter it started from, and its rank, in the header."""
     if start is None:
         return adapter
-    said = {**adapter.metadata, "init_from": start.hash}
-    if "rank" in said:
+    metadata = {**adapter.metadata, "init_from": start.hash}
+    if "rank" in metadata:
         factors = [getattr(delta, "direction", delta) for deltas in adapter.deltas.values() for delta in deltas]
         sizes = {(delta.rank, delta.alpha) for delta in factors if isinstance(delta, FactorDelta)}
-        del said["rank"], said["alpha"]
+        del metadata["rank"], metadata["alpha"]
         if len(sizes) == 1:
-            ((said["rank"], said["alpha"]),) = sizes
-    return replace(adapter, metadata=said)
+            ((metadata["rank"], metadata["alpha"]),) = sizes
+    return replace(adapter, metadata=metadata)
 
 
-def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, strange: Collection[str]) -> str:
-    """A sentence that says what to set, so that all of the file has a place; empty where nothing is known to help."""
+def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, unmatched: Collection[str]) -> str:
+    """Advice on settings under which all of the adapter `start` can be loaded; empty if there are none.
+
+    `unmatched` are paths of modules in the adapter that the recipe does not adapt.
+    """
     adapter = start.adapter
     kinds = sorted({delta.kind for deltas in adapter.deltas.values() for delta in deltas})
     method = str(settings.options.get("weights", "lora")) if settings.method == "pivotal" else settings.method
-    trained = "lora" if method == "locon" else method  # of which it is made
+    trained = "lora" if method == "locon" else method  # locon's deltas are of the kind lora
     if adapter.networks:
         return "" if settings.method == "hypernetwork" else " Set method=hypernetwork."
     if adapter.tokens and settings.method not in ("pivotal", "" if kinds else "textual-inversion"):
         return f" Set method={'pivotal' if kinds else 'textual-inversion'}."
     if kinds not in ([], [trained]) and trained != "full":
-        as_lora = f"make a LoRA of it: diffgraft resize {start.path} -o lora.safetensors"
+        as_lora = f"convert it to a LoRA: diffgraft resize {start.path} -o lora.safetensors"
         if len(kinds) > 1 or kinds[0] not in methods():
             return f" You can {as_lora}"
         return f" Set method={kinds[0]}" + ("." if kinds == ["lora"] else f", or {as_lora}")
-    if not strange:
+    if not unmatched:
         return ""
-    if lacking := sorted(set(strange) - _modules(base)):
-        return f" This base has no {lacking[0]}; the file was made for another."
-    said = ["text_encoder=true"] if not settings.text_encoder and any(is_of_text(path) for path in strange) else []
+    if missing := sorted(set(unmatched) - _modules(base)):
+        return f" This base has no module {missing[0]}; the file was made for another base."
+    needs_text = not settings.text_encoder and any(is_of_text(path) for path in unmatched)
+    changes = ["text_encoder=true"] if needs_text else []
     if "layers" not in get_method(settings.method).unsupported_under(_options(settings)):
-        wide = next((layers for layers in LAYERS if _modules(base, layers).issuperset(strange)), None)
+        wide = next((layers for layers in LAYERS if _modules(base, layers).issuperset(unmatched)), None)
         if wide is None:
-            return " There is no choice of layers that has them all."
-        chosen = get_method(settings.method)
-        now = settings.layers or chosen.layers_under(_options(settings))
-        said += [f"layers={wide}"] if [*LAYERS].index(wide) > [*LAYERS].index(now) else []
-    return f" Set {' '.join(said)}." if said else ""
+            return " No value of layers includes all of them."
+        current = settings.layers or get_method(settings.method).layers_under(_options(settings))
+        changes += [f"layers={wide}"] if [*LAYERS].index(wide) > [*LAYERS].index(current) else []
+    return f" Set {' '.join(changes)}." if changes else ""
 
 
 def _options(settings: AdapterSettings) -> Options:
@@ -136,9 +149,9 @@ def _options(settings: AdapterSettings) -> Options:
 
 
 def _modules(base: Base, layers: str = "") -> set[str]:
-    """Paths of the modules of a base, or of those in a choice of layers."""
-    inside = {
+    """Paths of all modules of a base, or of those that the recipe's `layers` selects."""
+    selected = {
         part: choose_layers(part, module, layers) if layers else [path for path, _ in module.named_modules()]
         for part, module in parts_of(base).items()
     }
-    return {strip_text_model(f"{part}.{path}") for part, paths in inside.items() for path in paths}
+    return {strip_text_model(f"{part}.{path}") for part, paths in selected.items() for path in paths}

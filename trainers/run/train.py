@@ -18,7 +18,7 @@ from diffgraft.progress import Artifact, Control, StoppedError, emit, phase, rep
 from diffgraft.progress import control as current_control
 from diffgraft.trainers.hooks.checkpoint import check_same
 from diffgraft.trainers.hooks.metrics import curves
-from diffgraft.trainers.hooks.samples import before_after, told_of_overflow
+from diffgraft.trainers.hooks.samples import before_after, warn_of_overflow
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
@@ -26,10 +26,10 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach, check_format
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
-from diffgraft.trainers.run.folder import Run, earlier_run, finished, new_run
-from diffgraft.trainers.run.init_from import hash_of, read_init_adapter
+from diffgraft.trainers.run.folder import Run, finished_run, new_run, resumed_run
+from diffgraft.trainers.run.init_from import init_hash, read_init_adapter
 from diffgraft.trainers.run.train_adapter import AdapterTraining, Setup
-from diffgraft.trainers.runtime.processes import new_accelerator, the_same_folder
+from diffgraft.trainers.runtime.processes import new_accelerator, shared_folder
 from diffgraft.trainers.runtime.shards import check_frozen, check_shards
 from diffgraft.trainers.training_data.build import resolution_of
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
@@ -73,13 +73,13 @@ def train(
     settings = save_picture_lists(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
-        recipe, folder = earlier_run(Path(resume).expanduser(), {**settings, **other})
+        recipe, folder = resumed_run(Path(resume).expanduser(), {**settings, **other})
     else:
         named = base.name if isinstance(base, Base) else str(base)
         recipe, folder = new_run(name, {**settings, "base": named} if named else settings)
     check_trackers(recipe.trackers)  # accelerate says less of those that are not there
     accelerator = new_accelerator(recipe.runtime, recipe.outputs, text_stops=recipe.text_encoder_stop is not None)
-    folder = the_same_folder(accelerator, folder)
+    folder = shared_folder(accelerator, folder)
     # of several processes the main one alone reports, and it shares what is asked of it
     asked, others = current_control(), None if accelerator.is_main_process else silent
     with reporting(others, Control() if accelerator.num_processes > 1 else None):
@@ -126,12 +126,12 @@ def _train(
             live.detach()
         with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
-            begun_with = hash_of(recipe.init_from, start)
+            begun_with = init_hash(recipe.init_from, start)
             fingerprint = run_fingerprint(recipe, held.hash, "", begun_with, accelerator.num_processes)
             done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
             if done > recipe.steps:
                 raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={recipe.steps}.")
-            run = finished(folder, recipe, done, allow_changes=allow_changes)
+            run = finished_run(folder, recipe, done, allow_changes=allow_changes)
             if accelerator.is_main_process:
                 remove_partials(folder)
             if run is None:
@@ -143,7 +143,7 @@ def _train(
                 save_loss_plot(curves(run.metrics), folder / "loss.png")
                 if recipe.previews:
                     side = resolution_of(recipe.data, held)
-                    with told_of_overflow("There is no before-after.png."):
+                    with warn_of_overflow("There is no before-after.png."):
                         sheet = before_after(recipe.samples(), side, held, run.adapter, _shown(read))
                         emit(Artifact("samples", save_image(sheet, run.before_after), run.steps))
             accelerator.wait_for_everyone()

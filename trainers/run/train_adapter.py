@@ -23,7 +23,7 @@ from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.hooks.health import GradMonitor
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics, by_step
-from diffgraft.trainers.hooks.samples import draw, told_of_overflow
+from diffgraft.trainers.hooks.samples import draw, warn_of_overflow
 from diffgraft.trainers.hooks.text_encoder_stop import TextEncoderStopHook
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.hooks.validation import ValidationHook, held_out
@@ -33,16 +33,16 @@ from diffgraft.trainers.objectives.objective import Objective, ObjectiveInputs
 from diffgraft.trainers.objectives.registry import new_objective
 from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import new_optimizer
-from diffgraft.trainers.planning.prediction_check import odd_prediction
+from diffgraft.trainers.planning.prediction_check import prediction_warning
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.fingerprint import flat, run_fingerprint
+from diffgraft.trainers.run.fingerprint import flatten, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.header import header
-from diffgraft.trainers.run.init_from import InitAdapter, hash_of, with_init_metadata
+from diffgraft.trainers.run.init_from import InitAdapter, init_hash, with_init_metadata
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
-from diffgraft.trainers.runtime.processes import check_together
+from diffgraft.trainers.runtime.processes import check_same_step
 from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
 from diffgraft.trainers.runtime.speed import sped_up
 from diffgraft.trainers.state import TrainingState
@@ -88,19 +88,19 @@ class AdapterTraining:
         # the others find the class images drawn, and latents in the cache, of which each machine may have its own
         with accelerator.main_process_first(), accelerator.local_main_process_first():
             data = build_training_data(recipe.data, recipe.validation, recipe.seed, setup.base, setup.read)
-        if setup.is_main and (said := odd_prediction(setup.base, data.learnt)):
+        if setup.is_main and (said := prediction_warning(setup.base, data.instances)):
             warnings.warn(said, stacklevel=3)
         with denoiser_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, away):
-            start = hash_of(recipe.init_from, setup.start)
+            start = init_hash(recipe.init_from, setup.start)
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, start, accelerator.num_processes)
             state = self._new_state(live)
             restore(setup.folder, fingerprint, state, allow_changes=setup.allow_changes)
-            check_together(accelerator, setup.folder, state.step)
+            check_same_step(accelerator, setup.folder, state.step)
             fingerprint = with_changes(setup.folder, fingerprint)
             metrics = Metrics(setup.folder, recipe.steps, state.step, writes=setup.is_main)
             predict, state.optimizer = accelerator.prepare(denoiser, state.optimizer)
             export = Export(live, header(recipe, setup.base, fingerprint), setup.start, recipe.format, setup.is_main)
-            trackers = TrackersHook(recipe.trackers, flat(recipe.model_dump(mode="json")), metrics)
+            trackers = TrackersHook(recipe.trackers, flatten(recipe.model_dump(mode="json")), metrics)
             hooks: list[Hook] = [
                 trackers,
                 GradMonitor(state.parameters, live.paths()),
@@ -174,8 +174,8 @@ class AdapterTraining:
 
         base, seed = self.setup.base, self.recipe.seed
         process = forward_process(base, self.recipe.objective)
-        instances = SampleStream(data.learnt, process, seed, base.device)
-        classes = SampleStream(data.prior, process, seed, base.device, kind=1) if data.prior else None
+        instances = SampleStream(data.instances, process, seed, base.device)
+        classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
         return new_objective(self.recipe.loss.objective, ObjectiveInputs(instances, classes, data.prior_weight, bare))
 
     def _validation(
@@ -192,7 +192,7 @@ class AdapterTraining:
         def sample(step: int, file: Path) -> None:
             base.denoiser.eval()
             live.eval()
-            with loaded(base, away), told_of_overflow(f"There are no samples of step {step}."):
+            with loaded(base, away), warn_of_overflow(f"There are no samples of step {step}."):
                 side = resolution_of(recipe.data, base)
                 sheet = grid(draw(recipe.samples(), side, base, f"samples at step {step}", count=2))
                 if self.setup.is_main:

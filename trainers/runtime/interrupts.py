@@ -1,4 +1,4 @@
-"""Ctrl-C at a time that suits: never between the halves of an update."""
+"""Deferral of Ctrl-C, so that it never interrupts an optimizer update halfway."""
 
 import signal
 import threading
@@ -9,34 +9,35 @@ from typing import Any
 
 @contextmanager
 def defer_sigint() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Ctrl-C within the block is raised at its end.
+    """Defer Ctrl-C within the block to its end.
 
-    What the block is given opens parts of it again: there Ctrl-C is raised at once, and what follows in the block's own
-    `finally` is deferred again. Outside of the main thread, which alone gets signals, nothing is held back.
+    The block receives a function that returns a context manager: within that one Ctrl-C interrupts at once, and after
+    it, for example in the outer block's `finally`, it is deferred again. Only the main thread receives signals, so in
+    other threads nothing is deferred.
     """
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+    original = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(original):
         yield nullcontext
         return
-    came: list[tuple[Any, ...]] = []
+    pending: list[tuple[Any, ...]] = []
 
-    def hold(*told: Any) -> None:
-        came.append(told)
+    def defer(*signal_args: Any) -> None:
+        pending.append(signal_args)
 
     @contextmanager
-    def opened() -> Iterator[None]:
-        signal.signal(signal.SIGINT, usual)
+    def interruptible() -> Iterator[None]:
+        signal.signal(signal.SIGINT, original)
         try:
-            if came:
-                usual(*came.pop())
+            if pending:
+                original(*pending.pop())
             yield
         finally:
-            signal.signal(signal.SIGINT, hold)
+            signal.signal(signal.SIGINT, defer)
 
-    signal.signal(signal.SIGINT, hold)
+    signal.signal(signal.SIGINT, defer)
     try:
-        yield opened
+        yield interruptible
     finally:
-        signal.signal(signal.SIGINT, usual)
-    if came:
-        usual(*came.pop())
+        signal.signal(signal.SIGINT, original)
+    if pending:
+        original(*pending.pop())

@@ -1,4 +1,4 @@
-"""Networks that a run does not need for a while leave the accelerator's memory."""
+"""Offloading: networks that a run does not need for a while move from GPU memory to CPU memory."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,26 +8,27 @@ from diffgraft.third_party import quiet_libraries
 
 
 def offloadable(base: Base, *, has_texts: bool) -> list[str]:
-    """Parts of the base that training can do without when latents, and texts if `has_texts`, are computed.
+    """Names of the base's parts that training steps do not use, once latents are cached.
 
-    On a processor there is no other memory for them to go to; the VAE of an inpainting base is asked on the way.
+    These are the VAE, unless an inpainting base needs it in every step, and the text encoders if `has_texts`: all text
+    embeddings are cached. On a CPU there is nothing to offload.
     """
     if base.device.type == "cpu":
         return []
     names = [] if base.is_inpainting else ["vae"]
-    texts = [*base.text_encoders()]
-    return names + (texts if has_texts else [])
+    text_encoders = [*base.text_encoders()]
+    return names + (text_encoders if has_texts else [])
 
 
 def offload(base: Base, names: Sequence[str]) -> None:
-    """Move these parts to the processor's memory."""
+    """Move parts of the base to CPU memory."""
     with quiet_libraries():
         for name in names:
             getattr(base, name).to("cpu")
 
 
 def onload(base: Base, names: Sequence[str]) -> None:
-    """Move them to where the denoiser is."""
+    """Move parts of the base back to the denoiser's device."""
     with quiet_libraries():
         for name in names:
             getattr(base, name).to(base.device)
@@ -35,7 +36,7 @@ def onload(base: Base, names: Sequence[str]) -> None:
 
 @contextmanager
 def loaded(base: Base, names: Sequence[str]) -> Iterator[None]:
-    """Within the block they are there, for drawing."""
+    """Within the block the offloaded parts `names` are on the denoiser's device, for generating images."""
     onload(base, names)
     try:
         yield

@@ -1,7 +1,7 @@
-"""A frozen denoiser in shards: each process holds a share of every weight, and the whole of one only while it computes.
+"""Sharding of the frozen denoiser: each process holds a share of every weight, and gathers a block while it computes.
 
-By PyTorch's `fully_shard`, or by stage 3 of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054). What trains
-is small, and stays whole on every process.
+Implemented by PyTorch's `fully_shard`, or by stage 3 of DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054).
+The trainable parameters are small, and are replicated on every process.
 """
 
 import copy
@@ -19,10 +19,10 @@ from diffgraft.trainers.recipe.groups import RuntimeSettings
 
 
 def check_shards(shard: str, accelerator: Any) -> None:
-    """Refuse what cannot be in shards.
+    """Check that sharding is possible here.
 
     Raises:
-        DiffgraftError: there is one process, the package is not there, or it cannot be loaded.
+        DiffgraftError: there is only one process, or the deepspeed package is not installed.
     """
     from accelerate.utils import is_deepspeed_available
 
@@ -30,66 +30,66 @@ def check_shards(shard: str, accelerator: Any) -> None:
         return
     if accelerator.num_processes == 1:
         raise DiffgraftError(
-            f"shard={shard} deals the denoiser out to several processes, and this is one: start them by `torchrun "
-            "--nproc_per_node 2 -m diffgraft train …`, or leave shard out."
+            f"shard={shard} needs several processes, but there is one: start them with `torchrun "
+            "--nproc_per_node 2 -m diffgraft train …`, or remove shard."
         )
     if shard == "zero3" and not is_deepspeed_available():
         raise DiffgraftError("shard=zero3 needs the package deepspeed: python -m pip install deepspeed, or shard=fsdp.")
 
 
 def check_compatible(runtime: RuntimeSettings, quantize: str) -> None:
-    """Refuse settings that need whole weights.
+    """Check that `shard` is not combined with settings that need unsharded weights.
 
     Raises:
-        DiffgraftError: there is one beside `shard`.
+        DiffgraftError: it is combined with such a setting.
     """
     if runtime.shard == "none":
         return
-    wanted = {"quantize": quantize != "none", "compile": runtime.compile, "channels_last": runtime.channels_last}
-    for key in (key for key, is_wanted in wanted.items() if is_wanted):
+    settings = {"quantize": quantize != "none", "compile": runtime.compile, "channels_last": runtime.channels_last}
+    for key in (key for key, is_used in settings.items() if is_used):
         value = quantize if key == "quantize" else "true"
-        raise DiffgraftError(f"{key}={value} does not go with shard={runtime.shard}: leave one out.")
+        raise DiffgraftError(f"{key}={value} cannot be combined with shard={runtime.shard}: remove one of them.")
 
 
 @contextmanager
 def denoiser_copy(shard: str, base: Base) -> Iterator[None]:
-    """Within the block the base has a copy of its denoiser, to be cut up; its own waits in the processor's memory."""
+    """Within the block the base has a copy of its denoiser, which may be sharded; the original waits in CPU memory."""
     if shard == "none":
         yield
         return
-    own, device = base.denoiser, base.device
-    spare = copy.deepcopy(own.to("cpu"))
-    base.denoiser = spare.to(device)
+    original, device = base.denoiser, base.device
+    clone = copy.deepcopy(original.to("cpu"))
+    base.denoiser = clone.to(device)
     try:
         yield
     finally:
-        base.denoiser = own.to(device)
+        base.denoiser = original.to(device)
 
 
 def check_frozen(shard: str, base: Base, live: Attached) -> None:
-    """Refuse to deal out what is trained.
+    """Check that the denoiser is frozen, as sharding needs.
 
     Raises:
-        DiffgraftError: the denoiser's own weights are, in what is attached.
+        DiffgraftError: the attached method trains the denoiser's own weights.
     """
     if shard == "none":
         return
-    own = {id(value) for value in base.denoiser.parameters()}
-    if any(id(value) in own for value in live.trainable().values()):
+    weights = {id(value) for value in base.denoiser.parameters()}
+    if any(id(value) in weights for value in live.trainable().values()):
         raise DiffgraftError(
-            f"This method trains the denoiser's own weights, and shard={shard} is for a frozen one: "
-            "leave shard out, or take a method that adds to it."
+            f"shard={shard} needs a frozen denoiser, but this method trains the denoiser's own weights: remove shard, "
+            "or use another method, such as lora."
         )
 
 
 def shard_denoiser(shard: str, base: Base) -> None:
-    """Deal the denoiser's weights out to the processes, which from here on must call it together, as before."""
+    """Shard the base's denoiser over all processes, which from then on must call it together."""
     if shard != "none":
-        _KINDS[shard](base.denoiser, base.family.checkpointed)
+        _IMPLEMENTATIONS[shard](base.denoiser, base.family.checkpointed)
 
 
 def ignore_in_ddp(shard: str, module: nn.Module) -> None:
-    """Have `DistributedDataParallel` take no notice of what is frozen in `module`, as its shards differ."""
+    """Make `DistributedDataParallel` ignore the frozen parameters and buffers of `module`, which differ by process."""
     if shard == "none":
         return
     names = [name for name, value in module.named_parameters() if not value.requires_grad]
@@ -98,7 +98,7 @@ def ignore_in_ddp(shard: str, module: nn.Module) -> None:
     ignore(module, names)
 
 
-def _by_fsdp(denoiser: nn.Module, blocks: Sequence[str]) -> None:
+def _shard_with_fsdp(denoiser: nn.Module, blocks: Sequence[str]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -109,13 +109,13 @@ def _by_fsdp(denoiser: nn.Module, blocks: Sequence[str]) -> None:
     fully_shard(denoiser, mesh=mesh, reshard_after_forward=True)
 
 
-def _by_zero3(denoiser: nn.Module, blocks: Sequence[str]) -> None:  # noqa: ARG001  (it finds what to gather)
+def _shard_with_zero3(denoiser: nn.Module, blocks: Sequence[str]) -> None:  # noqa: ARG001  (ZeRO gathers by weight)
     import deepspeed
 
-    # it is asked to train nothing, and gathers and frees weights on both ways
-    few = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    # without an optimizer, deepspeed only gathers and frees weights, in the forward and the backward pass
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
-    deepspeed.initialize(model=denoiser, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": few})
+    deepspeed.initialize(model=denoiser, config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero})
 
 
-_KINDS = {"fsdp": _by_fsdp, "zero3": _by_zero3}
+_IMPLEMENTATIONS = {"fsdp": _shard_with_fsdp, "zero3": _shard_with_zero3}

@@ -1,4 +1,7 @@
-"""Other ways to compute the same while a run lasts: attention, memory layout, compilation. Only rounding differs."""
+"""Faster ways to compute the denoiser during a run: attention kernels, channels-last layout, compilation.
+
+Results differ by rounding only.
+"""
 
 import warnings
 from collections.abc import Iterator
@@ -13,14 +16,14 @@ from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.groups import RuntimeSettings
 
 BACKEND = "inductor"
-"""Of torch.compile; it needs a C++ compiler on processors"""
+"""Backend of torch.compile; on CPUs it needs a C++ compiler"""
 
 
 def check_speed(runtime: RuntimeSettings, device: torch.device) -> None:
-    """Refuse what cannot run here.
+    """Check that the recipe's attention can run on this machine.
 
     Raises:
-        DiffgraftError: xformers is asked for, and the package or the GPU it needs is not there.
+        DiffgraftError: `attention=xformers` is set, but the package or an NVIDIA GPU is missing.
     """
     from diffusers.utils import is_xformers_available
 
@@ -29,20 +32,20 @@ def check_speed(runtime: RuntimeSettings, device: torch.device) -> None:
     if not is_xformers_available():
         raise DiffgraftError(
             "attention=xformers needs the package xformers, which is not installed. Install it (pip install xformers), "
-            "or leave attention at default, which needs as little memory."
+            "or use attention=default, which needs as little memory."
         )
     if device.type != "cuda":
         raise DiffgraftError(
-            f"attention=xformers runs on GPUs of NVIDIA, and this run is on {device.type}: leave attention at default."
+            f"attention=xformers needs an NVIDIA GPU, but this run is on {device.type}: use attention=default."
         )
 
 
 @contextmanager
 def sped_up(runtime: RuntimeSettings, base: Base, denoiser: Denoiser) -> Iterator[None]:
-    """Within the block the denoiser computes as the recipe says; afterwards processors, strides and bits are as before.
+    """Within the block the denoiser uses the recipe's attention, memory layout and compilation; afterwards its own.
 
-    A compiled network stands in `denoiser` alone; what else uses the base's, like the drawing of samples, uses it as it
-    is. Hooks are compiled with it, and those that are added later are not seen.
+    Only `denoiser` refers to the compiled network: samples are generated with the base's uncompiled one. Forward hooks
+    are compiled along with the network, and those added later are ignored.
     """
     network = denoiser.denoiser
     processors = None if runtime.attention == "default" else dict(network.attn_processors)
@@ -64,11 +67,11 @@ def sped_up(runtime: RuntimeSettings, base: Base, denoiser: Denoiser) -> Iterato
 
 @contextmanager
 def _compiled(network: Any) -> Iterator[Any]:
-    """A network compiled with the hooks that it has now; nothing of that is kept afterwards."""
-    torch.compiler.reset()  # what was compiled of such a network before would be used again, whatever hooks it had
+    """Yield a network compiled with its current forward hooks; afterwards the compiler's cache is cleared."""
+    torch.compiler.reset()  # cached code of the same network would be reused even if its hooks differ
     try:
         with warnings.catch_warnings():
-            # diffusers asks for PyTorch's version through a cache, which makes no difference
+            # diffusers reads PyTorch's version through a cache, which is harmless
             warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`", UserWarning)
             yield torch.compile(network, backend=BACKEND)
     finally:

@@ -1,1 +1,1 @@
-"""Training data: pictures with prompts, in the order in which steps see them."""
+"""Training data: images with prompts, in the order in which steps see them."""

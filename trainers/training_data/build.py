@@ -1,4 +1,4 @@
-"""What a run learns from: the recipe's pictures, what is said of them, how they are cut, and the class images."""
+"""Building the training data of a run: its images with prompts, crops and masks, and the class images."""
 
 import hashlib
 import math
@@ -21,114 +21,131 @@ from diffgraft.generation.generate import Settings
 from diffgraft.rng import generator
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.settings import Prior, Validation
-from diffgraft.trainers.training_data.concepts import ConceptImages, read_part
+from diffgraft.trainers.training_data.concepts import ConceptImages, read_concept
 from diffgraft.trainers.training_data.examples import Example, Examples
 from diffgraft.trainers.training_data.holdout import read_held_out, rows_held_out
-from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, wording_of
+from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, prompt_builders
 
-_LONGEST_ROUND = 5_000_000
+_MAX_EPOCH = 5_000_000
 _BLACK = 4
-"""Of 255; less than that is black that was compressed"""
+"""Largest value, of 255, that counts as black; JPEG compression does not keep 0"""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, what is said of it, and how it is shown."""
+    """A training image with its prompts and crops, before it is encoded."""
 
-    part: DataSettings
+    concept: DataSettings
     """The settings of its concept"""
     picture: Picture
-    wording: PromptBuilder
-    class_wording: PromptBuilder
-    """The same of its class"""
+    prompt_builder: PromptBuilder
+    class_prompt_builder: PromptBuilder
+    """Builds the class prompt for each of its texts"""
     frames: list[Frame]
+    """Its crops, with mirrored ones if the recipe has `flip`"""
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All that a run learns from."""
+    """Everything that a run trains and validates with."""
 
-    learnt: Examples
-    prior: Examples | None
-    """Class images, where prior preservation is by pictures"""
+    instances: Examples
+    """The training images"""
+    class_images: Examples | None
+    """Class images; None without prior preservation by pictures"""
     prior_weight: float
-    """λ, where it is by what the bare base says"""
+    """λ of prior preservation by prediction; 0 without it"""
     held_out: Examples | None
-    """Pictures that are never learnt from"""
+    """Images for validation, which are not trained on"""
     prompts: list[str] | None
-    """Every prompt that can come up; None where they are without number"""
+    """Every prompt that can occur; None if they cannot be listed, since tags are shuffled or dropped"""
     digest: str
-    """SHA-256 over all that is learnt from"""
+    """SHA-256 of the training and class images with their crops, masks and prompts"""
 
 
 def build_training_data(
-    data: DataSettings, validation: Validation, seed: int, base: Base, read: ConceptImages
+    data: DataSettings, validation: Validation, seed: int, base: Base, concepts: ConceptImages
 ) -> TrainingData:
-    """Encode the pictures that were read, and draw or read class images."""
-    samples = collect(data, read, base)
-    learnt, held = split(data, validation, samples, base)
-    ours = examples_of(data, base, learnt, "encoding pictures")
-    prior = class_examples(data, seed, base, learnt)
-    aside = examples_of(data, base, held, "encoding held-out pictures") if held else None
-    digest = data_digest(ours, prior)
-    return TrainingData(ours, prior, weight_by_prediction(read), aside, all_prompts(data, ours, prior, aside), digest)
+    """Encode the images of all concepts, and load or generate and encode the class images.
+
+    Raises:
+        DiffgraftError: as in `collect_samples`, `split_samples` and `encode_samples`.
+    """
+    samples, held_out = split_samples(data, validation, collect_samples(data, concepts, base), base)
+    instances = encode_samples(data, base, samples, "encoding pictures")
+    classes = class_examples(data, seed, base, samples)
+    validation_examples = encode_samples(data, base, held_out, "encoding held-out pictures") if held_out else None
+    prompts = all_prompts(data, instances, classes, validation_examples)
+    weight, digest = prior_prediction_weight(concepts), data_digest(instances, classes)
+    return TrainingData(instances, classes, weight, validation_examples, prompts, digest)
 
 
 def resolution_of(data: DataSettings, base: Base) -> int:
-    """Side in pixels that pictures are cut and scaled to."""
+    """Side in pixels of square training images, by default the base's resolution."""
     return data.resolution or base.resolution
 
 
-def collect(data: DataSettings, read: ConceptImages, base: Base) -> list[Sample]:
-    """Every picture with its prompts and frames; what a person may not have meant is said in warnings.
+def collect_samples(data: DataSettings, concepts: ConceptImages, base: Base) -> list[Sample]:
+    """All training images with their prompts and crops; likely mistakes are issued as warnings.
 
     Raises:
-        DiffgraftError: a prompt is too long, and the recipe refuses those; or a round would have too many pictures.
+        DiffgraftError: a prompt is too long and `long_prompts=refuse`; or an epoch is too large; or a mask is black.
     """
     samples = []
-    for part, pictures in read:
+    for concept, pictures in concepts:
         for picture in pictures:
-            wording, of_class = wording_of(part, picture)
-            own = _frames(data, picture, base)
-            samples.append(Sample(part, picture, wording, of_class, with_mirrored(own) if data.flip else own))
+            prompts, class_prompts = prompt_builders(concept, picture)
+            crops = _frames(data, picture, base)
+            samples.append(
+                Sample(concept, picture, prompts, class_prompts, with_mirrored(crops) if data.flip else crops)
+            )
     _check_repeats(samples)
-    check_prompts(data.long_prompts, [(one.part, one.picture, one.wording) for one in samples], base.tokenizer)
+    prompts_by_image = [(sample.concept, sample.picture, sample.prompt_builder) for sample in samples]
+    check_prompts(data.long_prompts, prompts_by_image, base.tokenizer)
     if data.masks.use and not data.masks.outside:
         _check_masks(samples)
     return samples
 
 
 def _check_repeats(samples: Sequence[Sample]) -> None:
-    """Raises DiffgraftError where repeats make a round of more places than can be kept in mind."""
-    if (count := sum(one.part.repeats for one in samples)) > _LONGEST_ROUND:
+    """Raise DiffgraftError if repeats make an epoch too large to be shuffled in memory."""
+    if (count := sum(sample.concept.repeats for sample in samples)) > _MAX_EPOCH:
         raise DiffgraftError(
-            f"Repeats make a round of {count:,} pictures, and the most is {_LONGEST_ROUND:,}: take smaller repeats; "
-            "their ratio alone decides how often each picture is shown."
+            f"The repeats make an epoch of {count:,} images, but at most {_MAX_EPOCH:,} are possible: use smaller "
+            "repeats; only their ratio decides how often each image is used."
         )
 
 
 def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
-    """The cuts in which a picture is shown."""
+    """Crops in which an image is used."""
     at_random = data.crop == "random"
     seed = int(picture.content[:8], 16) if at_random else 0
     return frames(
-        picture.size, resolution_of(data, base), data.buckets, step_of(base), data.crops, at_random=at_random, seed=seed
+        picture.size,
+        resolution_of(data, base),
+        data.buckets,
+        size_step(base),
+        data.crops,
+        at_random=at_random,
+        seed=seed,
     )
 
 
 def _check_masks(samples: Sequence[Sample]) -> None:
-    """Raises DiffgraftError where a mask leaves nothing of a picture to be learnt."""
-    for one in samples:
-        if (mask := _mask_of(one.picture)) is not None and all(_is_black(frame.crop(mask)) for frame in one.frames):
-            of_file = f"The mask {one.picture.mask_file.name}" if one.picture.mask_file else "The transparency"
+    """Raise DiffgraftError if a mask is black in all crops of its image, so that nothing of it would be trained."""
+    for sample in samples:
+        mask = _mask_of(sample.picture)
+        if mask is not None and all(_is_black(frame.crop(mask)) for frame in sample.frames):
+            file = sample.picture.mask_file
+            source = f"The mask {file.name}" if file else "The transparency"
             raise DiffgraftError(
-                f"{of_file} leaves nothing of {one.picture.name} to be learnt: it is black wherever the picture is "
-                "shown. Paint what counts white, remove it, or set masks.outside above 0."
+                f"{source} leaves nothing of {sample.picture.name} to train on: it is black in all of its crops. "
+                "Paint the parts that count white, remove the mask, or set masks.outside above 0."
             )
 
 
 def _mask_of(picture: Picture) -> Image.Image | None:
-    """Its mask, where it has one; a damaged picture is left out later, and its own transparency is not looked at."""
+    """Mask of an image, or None; images that cannot be opened are skipped later, so their alpha is ignored here."""
     try:
         return picture.mask() if picture.has_mask else None
     except UnreadablePictureError:
@@ -138,157 +155,181 @@ def _mask_of(picture: Picture) -> Image.Image | None:
 
 
 def _is_black(mask: Image.Image) -> bool:
-    """Whether a mask in mode L is black all over, but for what JPEG makes of black."""
+    """Whether a mask in mode L is black everywhere, up to JPEG artifacts."""
     return mask.point([0] * (_BLACK + 1) + [255] * (255 - _BLACK)).getbbox() is None
 
 
-def split(
-    data: DataSettings, validation: Validation, items: Sequence[Sample], base: Base
+def split_samples(
+    data: DataSettings, validation: Validation, samples: Sequence[Sample], base: Base
 ) -> tuple[list[Sample], list[Sample]]:
-    """What is learnt from, and what is held out: a folder of its own, or a share of each concept's pictures."""
-    concepts = {id(one.part): one.part for one in items}
+    """Return training and held-out samples; these are from `validation.images`, or a share of each concept's images.
+
+    Raises:
+        DiffgraftError: too few images are left to train on, or `validation.images` cannot be read.
+    """
+    concepts = {id(sample.concept): sample.concept for sample in samples}
     if validation.images:
-        held = collect(data, read_held_out(validation.images, list(concepts.values())), base)
-        learnt = {one.picture.content for one in items}
-        if same := [one.picture.name for one in held if one.picture.content in learnt]:
+        held_out = collect_samples(data, read_held_out(validation.images, list(concepts.values())), base)
+        contents = {sample.picture.content for sample in samples}
+        if names := [sample.picture.name for sample in held_out if sample.picture.content in contents]:
             warnings.warn(
-                f"{pluralize(len(same), 'picture')} of validation.images {'is' if len(same) == 1 else 'are'} learnt "
-                f"from as well ({named(same)}): their loss says nothing of others.",
+                f"{pluralize(len(names), 'image')} of validation.images {'is' if len(names) == 1 else 'are'} also "
+                f"training images ({named(names)}): their loss does not measure generalization.",
                 stacklevel=2,
             )
-        return list(items), held
+        return list(samples), held_out
     if not validation.share:
-        return list(items), []
-    numbers = [[*concepts].index(id(one.part)) for one in items]
-    rows = rows_held_out(validation.share, numbers, [one.picture.content for one in items])
-    return [one for row, one in enumerate(items) if row not in rows], [items[row] for row in sorted(rows)]
+        return list(samples), []
+    concept_indices = [[*concepts].index(id(sample.concept)) for sample in samples]
+    rows = rows_held_out(validation.share, concept_indices, [sample.picture.content for sample in samples])
+    return [sample for row, sample in enumerate(samples) if row not in rows], [samples[row] for row in sorted(rows)]
 
 
-def step_of(base: Base) -> int:
-    """What sides of pictures are multiples of."""
+def size_step(base: Base) -> int:
+    """Number of pixels that sides of training images have to be multiples of."""
     return math.lcm(base.vae_scale_factor, 8)
 
 
-def examples_of(data: DataSettings, base: Base, items: Sequence[Sample], title: str) -> Examples:
-    """The items, encoded.
+def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], title: str) -> Examples:
+    """Encode samples with the VAE; those that cannot be opened are skipped. `title` names the progress bar.
 
     Raises:
         DiffgraftError: none of them can be opened.
     """
-    pictures, ways = [one.picture for one in items], [one.frames for one in items]
-    encoded = encode_cached(base, pictures, ways, masked=data.masks.use, keep=data.cache, title=title)
+    pictures, crops = [sample.picture for sample in samples], [sample.frames for sample in samples]
+    encoded = encode_cached(base, pictures, crops, masked=data.masks.use, keep=data.cache, title=title)
     if not encoded.rows:
-        raise DiffgraftError(f"None of the {len(items)} pictures can be opened. Save them again as JPEG or PNG.")
+        raise DiffgraftError(f"None of the {len(samples)} images can be opened. Save them again as JPEG or PNG.")
     examples = [
         Example(
-            one.picture.name,
-            encoded.rows[place],
-            one.wording,
-            one.class_wording,
-            one.part.repeats,
-            one.part.weight,
-            one.picture.content + (one.picture.mask_content if data.masks.use else ""),
+            sample.picture.name,
+            encoded.rows[index],
+            sample.prompt_builder,
+            sample.class_prompt_builder,
+            sample.concept.repeats,
+            sample.concept.weight,
+            sample.picture.content + (sample.picture.mask_content if data.masks.use else ""),
         )
-        for place, one in enumerate(items)
-        if place in encoded.rows
+        for index, sample in enumerate(samples)
+        if index in encoded.rows
     ]
     return Examples(encoded, examples, data.tags, data.caption_dropout, data.masks)
 
 
-def class_examples(data: DataSettings, seed: int, base: Base, items: Sequence[Sample]) -> Examples | None:
-    """The class images of all concepts, each with its λ for a weight; None without such prior preservation."""
-    found: list[Sample] = []
-    classes: dict[tuple[str, str, str], list[Sample]] = {}
-    for one in items:
-        if (prior := one.part.prior_preservation) is not None and prior.by == "pictures":
-            # concepts of one class share its pictures
-            key = (prior.model_dump_json(), one.part.class_text(None), one.part.trigger)
-            classes.setdefault(key, []).append(one)
-    for own in classes.values():
-        part = own[0].part
-        prior = part.prior_preservation
+def class_examples(data: DataSettings, seed: int, base: Base, samples: Sequence[Sample]) -> Examples | None:
+    """Class images of all concepts, weighted by their λ; None without prior preservation by pictures."""
+    class_samples: list[Sample] = []
+    samples_by_class: dict[tuple[str, str, str], list[Sample]] = {}
+    for sample in samples:
+        if (prior := sample.concept.prior_preservation) is not None and prior.by == "pictures":
+            # concepts of one class share its images
+            key = (prior.model_dump_json(), sample.concept.class_text(None), sample.concept.trigger)
+            samples_by_class.setdefault(key, []).append(sample)
+    for members in samples_by_class.values():
+        concept = members[0].concept
+        prior = concept.prior_preservation
         assert prior is not None
-        weighted = part.model_copy(update={"weight": prior.weight})
-        kept = own_class(weighted, prior) if prior.folder else _drawn_class(weighted, seed, base, own)
-        for repeats, prompt, picture in kept:
-            way = frames(picture.size, resolution_of(data, base), data.buckets, step_of(base))
-            said = PromptBuilder((prompt,))
-            each = weighted.model_copy(update={"repeats": repeats})
-            found.append(Sample(each, picture, said, said, with_mirrored(way) if data.flip else way))
-    if not found:
+        weighted = concept.model_copy(update={"weight": prior.weight})
+        images = user_class_images(weighted, prior) if prior.folder else _generated_class(weighted, seed, base, members)
+        for repeats, prompt, picture in images:
+            crops = frames(picture.size, resolution_of(data, base), data.buckets, size_step(base))
+            builder = PromptBuilder((prompt,))
+            repeated = weighted.model_copy(update={"repeats": repeats})
+            class_samples.append(
+                Sample(repeated, picture, builder, builder, with_mirrored(crops) if data.flip else crops)
+            )
+    if not class_samples:
         return None
-    bare = data.model_copy(update={"masks": data.masks.model_copy(update={"use": False}), "caption_dropout": 0.0})
-    return examples_of(bare, base, found, "encoding class images")
+    without_masks = data.masks.model_copy(update={"use": False})
+    class_data = data.model_copy(update={"masks": without_masks, "caption_dropout": 0.0})
+    return encode_samples(class_data, base, class_samples, "encoding class images")
 
 
-def weight_by_prediction(read: ConceptImages) -> float:
-    """λ of prior preservation by what the bare base says; 0 where there is none such.
+def prior_prediction_weight(concepts: ConceptImages) -> float:
+    """λ of prior preservation by prediction; 0 without it.
 
     Raises:
-        DiffgraftError: concepts have their classes preserved in different ways.
+        DiffgraftError: concepts differ in the kind of prior preservation, or in λ by prediction.
     """
-    priors = [prior for part, _ in read if (prior := part.prior_preservation) is not None]
-    weights = {one.weight for one in priors if one.by == "prediction"}
-    if weights and (len(weights) > 1 or any(one.by == "pictures" for one in priors)):
+    priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
+    weights = {prior.weight for prior in priors if prior.by == "prediction"}
+    if weights and (len(weights) > 1 or any(prior.by == "pictures" for prior in priors)):
         raise DiffgraftError(
-            "Prior preservation is by prediction for some concepts and otherwise for others: give all of them the same "
-            "prior.by and, by prediction, the same prior.weight."
+            "Concepts differ in prior preservation, and some use prior.by=prediction: give all of them the same "
+            "prior.by and, with prediction, the same prior.weight."
         )
     return max(weights, default=0.0)
 
 
-def own_class(part: DataSettings, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
-    """Class images that a person has: repeats, prompt and picture; of kohya's folders as they say.
+def user_class_images(concept: DataSettings, prior: Prior) -> Iterator[tuple[int, str, Picture]]:
+    """Yield repeats, prompt and image for each class image in the user's `prior.folder`.
 
     Raises:
-        DiffgraftError: there is no such folder, or no picture in it.
+        DiffgraftError: there is no such folder, or it has no images.
     """
-    captions = part.captions.model_copy(update={"use": True})
-    own = {"images": prior.folder, "layout": "auto", "repeats": 1, "captions": captions}
-    own |= {"prompt": part.class_text(None), "trigger": ""}
-    for found, pictures in read_part(part.model_copy(update=own), has_setting=False):
+    captions = concept.captions.model_copy(update={"use": True})
+    settings = {"images": prior.folder, "layout": "auto", "repeats": 1, "captions": captions}
+    settings |= {"prompt": concept.class_text(None), "trigger": ""}
+    for folder, pictures in read_concept(concept.model_copy(update=settings), has_setting=False):
         for picture in pictures:
-            yield found.repeats, next(iter(captions_of(found, picture)), found.prompt), picture
+            yield folder.repeats, next(iter(captions_of(folder, picture)), folder.prompt), picture
 
 
-def _drawn_class(
-    part: DataSettings, seed: int, base: Base, items: Sequence[Sample]
+def _generated_class(
+    concept: DataSettings, seed: int, base: Base, samples: Sequence[Sample]
 ) -> Iterable[tuple[int, str, Picture]]:
-    """Class images that the base draws."""
-    prior = part.prior_preservation
+    """Yield repeats, prompt and image for each class image that the base generates, or has in the cache."""
+    prior = concept.prior_preservation
     assert prior is not None
     captions: list[str | None] = []
-    for one in items:
-        captions += captions_of(one.part, one.picture) or (None,)
-    texts = part.class_prompts(captions)
-    if len(texts) > prior.images:  # each is drawn at least once
-        rows = torch.randperm(len(texts), generator=generator(seed))[: prior.images]
-        texts = [texts[row] for row in sorted(rows.tolist())]
-    side = resolution_of(part, base)
-    each = math.ceil(prior.images / len(texts)) if texts else 0
-    for prompt, picture in class_images(base, texts, each, Settings(size=(side, side)), seed) if texts else ():
+    for sample in samples:
+        captions += captions_of(sample.concept, sample.picture) or (None,)
+    prompts = concept.class_prompts(captions)
+    if len(prompts) > prior.images:  # at least one image for each prompt that is used
+        rows = torch.randperm(len(prompts), generator=generator(seed))[: prior.images]
+        prompts = [prompts[row] for row in sorted(rows.tolist())]
+    side = resolution_of(concept, base)
+    images_per_prompt = math.ceil(prior.images / len(prompts)) if prompts else 0
+    settings = Settings(size=(side, side))
+    for prompt, picture in class_images(base, prompts, images_per_prompt, settings, seed) if prompts else ():
         yield 1, prompt, picture
 
 
-def all_prompts(data: DataSettings, *said: Examples | None) -> list[str] | None:
-    """Every prompt that can come up, None where they are without number."""
+def all_prompts(data: DataSettings, *groups: Examples | None) -> list[str] | None:
+    """Every prompt that can occur for these examples; None if they cannot be listed, since tags change."""
     if not is_fixed(data.tags):
         return None
-    found = [""] if data.caption_dropout or data.long_prompts == "chunk" else []
-    for examples in said:
-        for one in examples.examples if examples else ():
-            found += one.wording.prompts() + one.class_wording.prompts()
-    return list(dict.fromkeys(found))
+    prompts = [""] if data.caption_dropout or data.long_prompts == "chunk" else []
+    for examples in groups:
+        for example in examples.examples if examples else ():
+            prompts += example.prompt_builder.prompts() + example.class_prompt_builder.prompts()
+    return list(dict.fromkeys(prompts))
 
 
-def data_digest(*said: Examples | None) -> str:
-    """SHA-256 over what is learnt from, in order: files, cuts, masks, prompts and how much each counts."""
+def data_digest(*groups: Examples | None) -> str:
+    """SHA-256 of examples in order: their files, crops, masks, prompts, repeats and weights.
+
+    Fingerprints of checkpoints hold it, so that what is hashed must not change.
+    """
     digest = hashlib.sha256()
-    for data in said:
-        for one in data.examples if data else ():
-            assert data is not None
-            shown = [data.encoded.frames[row] for row in one.rows]
-            digest.update(
-                f"{one.content} {shown} {one.wording} {one.class_wording} {one.repeats} {one.weight}\n".encode()
-            )
+    for examples in groups:
+        for example in examples.examples if examples else ():
+            assert examples is not None
+            crops = ", ".join(_frame_text(examples.encoded.frames[row]) for row in example.rows)
+            prompts, class_prompts = map(_prompts_text, (example.prompt_builder, example.class_prompt_builder))
+            text = f"{example.content} [{crops}] {prompts} {class_prompts} {example.repeats} {example.weight}\n"
+            digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _frame_text(frame: Frame) -> str:
+    """Text of a frame as it is hashed."""
+    return (
+        f"Frame(original={frame.original!r}, scaled={frame.scaled!r}, corner={frame.corner!r}, size={frame.size!r}, "
+        f"flipped={frame.flipped!r})"
+    )
+
+
+def _prompts_text(builder: PromptBuilder) -> str:
+    """Text of an image's prompts as it is hashed."""
+    return f"Wording(texts={builder.texts!r}, around={builder.templates!r})"

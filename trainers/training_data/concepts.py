@@ -1,4 +1,4 @@
-"""The things that a run learns: each with its pictures and the word that calls it, as recipe and folders tell."""
+"""Concepts of a run: what it learns, each with its images and trigger, from recipe and folder names."""
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -17,8 +17,8 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Concept
 
 ConceptImages = list[tuple[DataSettings, list[Picture]]]
-"""Pictures and prompts of each concept, and its pictures"""
-_FILLING = frozenset(
+"""For each concept its settings and its images"""
+_FILLER_WORDS = frozenset(
     [
         "a",
         "an",
@@ -37,105 +37,119 @@ _FILLING = frozenset(
         "style",
     ]
 )
-"""Words that a folder's name has around the one that calls what is in it"""
-_LONGEST_NAME = 3
-"""Words; more of them are a sentence"""
+"""Words in a folder's name that are not part of a trigger"""
+_MAX_TRIGGER_WORDS = 3
+"""Number of words up to which a folder's name is a trigger; longer ones are a sentence"""
 
 
 def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
-    """The recipe with the triggers that it comes to, and each concept's settings with its pictures.
+    """Read the images of all concepts; return the recipe with its final triggers and concepts, and the images.
 
-    Where the recipe does not say the trigger, and pictures are called otherwise by their folder (`10_ohwx man`), that
-    word is the trigger; folders that are called differently are concepts of their own.
+    If the recipe sets no trigger, it is taken from the names of numbered folders, such as `ohwx` from `10_ohwx man`;
+    folders with different triggers become concepts.
 
     Raises:
-        DiffgraftError: a folder or data set is not there, can be read in two ways, or holds no pictures; or the method
-            cannot teach so many words.
+        DiffgraftError: a folder or data set is missing, ambiguous or without images; or there are several triggers, but
+            the method trains a single token.
     """
-    used = [Path(one) for one in (recipe.output, *recipe.folders()) if one]
-    read = _read_all(recipe.parts(), recipe.adapter, recipe.trigger, used)
-    triggers = list(dict.fromkeys(part.trigger for part, _ in read))
+    used = [Path(path) for path in (recipe.output, *recipe.folders()) if path]
+    concept_images = _read_all(recipe.parts(), recipe.adapter, recipe.trigger, used)
+    triggers = list(dict.fromkeys(settings.trigger for settings, _ in concept_images))
     if recipe.concepts or triggers == [recipe.trigger]:
-        return recipe, read
+        return recipe, concept_images
     if len(triggers) == 1:
-        return recipe.model_copy(update={"trigger": triggers[0]}), read
+        return recipe.model_copy(update={"trigger": triggers[0]}), concept_images
     concepts = [
-        Concept(images=part.images, trigger=part.trigger, prompt=part.prompt, repeats=part.repeats, weight=part.weight)
-        for part, _ in read
+        Concept(
+            images=settings.images,
+            trigger=settings.trigger,
+            prompt=settings.prompt,
+            repeats=settings.repeats,
+            weight=settings.weight,
+        )
+        for settings, _ in concept_images
     ]
-    return recipe.model_copy(update={"trigger": triggers[0], "images": "", "repeats": 1, "concepts": concepts}), read
+    changes = {"trigger": triggers[0], "images": "", "repeats": 1, "concepts": concepts}
+    return recipe.model_copy(update=changes), concept_images
 
 
 def _read_all(
-    parts: Sequence[DataSettings], adapter: AdapterSettings, trigger: str, used: Collection[Path]
+    concepts: Sequence[DataSettings], adapter: AdapterSettings, trigger: str, used: Collection[Path]
 ) -> ConceptImages:
-    """Pictures and prompts of each concept.
+    """Settings and images of each concept; numbered folders are separate ones.
 
     Raises:
-        DiffgraftError: as `read_concepts`.
+        DiffgraftError: as in `read_concepts`.
     """
     method = get_method(adapter.method)
     lacks_prior = "prior" in unsupported_keys(adapter)
-    read: ConceptImages = []
-    for part in parts:
-        # a word that a method teaches is the recipe's, whatever folders say
-        fixed = {"trigger": part.trigger} if method.learns_token else {}
-        without = {"prior": None} if lacks_prior and hasattr(part, "prior") else {}
-        read += read_part(part.model_copy(update=fixed | without), used)
-    others = sorted({part.trigger for part, _ in read} - {trigger})
+    concept_images: ConceptImages = []
+    for concept in concepts:
+        # a method that trains a token uses the recipe's trigger, whatever the names of folders
+        fixed = {"trigger": concept.trigger} if method.learns_token else {}
+        without = {"prior": None} if lacks_prior and hasattr(concept, "prior") else {}
+        concept_images += read_concept(concept.model_copy(update=fixed | without), used)
+    others = sorted({concept.trigger for concept, _ in concept_images} - {trigger})
     if others and method.learns_token:
         raise DiffgraftError(
-            f"{adapter.method} teaches one word, {trigger!r}, and concepts are called {', '.join(others)}: give "
-            "all of them the recipe's trigger, or take method=lora."
+            f"method={adapter.method} trains a single token, {trigger!r}, but concepts have other triggers: "
+            f"{', '.join(others)}. Give all of them the recipe's trigger, or use method=lora."
         )
-    return read
+    return concept_images
 
 
-def read_part(
-    part: DataSettings, used: Collection[Path] = (), *, has_setting: bool = True
+def read_concept(
+    concept: DataSettings, used: Collection[Path] = (), *, has_setting: bool = True
 ) -> Iterator[tuple[DataSettings, list[Picture]]]:
-    """The pictures of one concept, those of each numbered folder apart, where they are laid out so.
+    """Yield settings and images of one concept, or of each of its numbered folders.
 
-    Warnings name what is there and not read, but for what is in folders `used` otherwise. Of folders that are
-    not the recipe's `images`, no setting says how they are laid out.
+    Files that are not read cause warnings.
+
+    Args:
+        concept: the concept's settings.
+        used: folders that the run uses otherwise, for which there are no such warnings.
+        has_setting: whether the recipe's key `layout` applies to the folder, as it does to `images`.
     """
-    root = Path(part.images).expanduser()
-    layout = detect_layout(root, part.layout, used, has_setting=has_setting)
-    for said in layout.remarks:
-        warnings.warn(said, stacklevel=5)
-    for one in layout.folders:
-        if not part.outside:
-            check_inside(root, one.folder, str(one.folder))
-        own = {"images": str(one.folder), "repeats": one.repeats * part.repeats, "prompt": one.prompt, "layout": "flat"}
-        # whether the recipe says the trigger is told by what was set in `part`
-        named = part.model_copy(update=own)
-        pictures = _pictures(named, used)
-        yield named.model_copy(update={"trigger": _trigger(named, one.prompt, pictures)}), pictures
+    root = Path(concept.images).expanduser()
+    layout = detect_layout(root, concept.layout, used, has_setting=has_setting)
+    for remark in layout.remarks:
+        warnings.warn(remark, stacklevel=5)
+    for numbered in layout.folders:
+        folder = str(numbered.folder)
+        if not concept.outside:
+            check_inside(root, numbered.folder, folder)
+        repeats = numbered.repeats * concept.repeats
+        changes = {"images": folder, "repeats": repeats, "prompt": numbered.prompt, "layout": "flat"}
+        # a copy keeps the set of keys that the recipe sets, which tells whether it sets the trigger
+        settings = concept.model_copy(update=changes)
+        pictures = _read_pictures(settings, used)
+        yield settings.model_copy(update={"trigger": _trigger(settings, numbered.prompt, pictures)}), pictures
     if not layout.folders:
-        yield part, _pictures(part, used)
+        yield concept, _read_pictures(concept, used)
 
 
-def _pictures(part: DataSettings, used: Collection[Path]) -> list[Picture]:
-    return read_source(part.images, part.caption_column, thorough=False, outside=part.outside, used=used)
+def _read_pictures(concept: DataSettings, used: Collection[Path]) -> list[Picture]:
+    return read_source(concept.images, concept.caption_column, thorough=False, outside=concept.outside, used=used)
 
 
-def _trigger(part: DataSettings, says: str, pictures: Sequence[Picture]) -> str:
-    """The word that calls the pictures of a numbered folder: the recipe's, or the one that folder and captions have."""
-    if "trigger" in part.model_fields_set or part.templates != "none":
-        return part.trigger
-    texts = [text for one in pictures for text in ((one.captions if part.captions.use else ()) or (says,))]
-    found = _name_in(says, part.noun)
-    if found and not any(mentions(text, part.trigger) for text in texts):
-        # where captions lack it, but the recipe puts the word there and the folder says which: "ohwx man" of a man
-        is_said = part.insert_trigger and part.noun and mentions(says, part.noun)
-        return found if is_said or any(mentions(text, found) for text in texts) else part.trigger
-    return part.trigger
+def _trigger(concept: DataSettings, folder_prompt: str, pictures: Sequence[Picture]) -> str:
+    """Trigger of a numbered folder: the recipe's, or the one in the folder's name if captions contain that one."""
+    if "trigger" in concept.model_fields_set or concept.templates != "none":
+        return concept.trigger
+    use_captions = concept.captions.use
+    texts = [text for picture in pictures for text in ((picture.captions if use_captions else ()) or (folder_prompt,))]
+    candidate = _trigger_in(folder_prompt, concept.noun)
+    if candidate and not any(mentions(text, concept.trigger) for text in texts):
+        # captions may lack it if the recipe inserts it and the folder names the class: "ohwx man" with subject=man
+        is_named = concept.insert_trigger and concept.noun and mentions(folder_prompt, concept.noun)
+        return candidate if is_named or any(mentions(text, candidate) for text in texts) else concept.trigger
+    return concept.trigger
 
 
-def _name_in(says: str, noun: str) -> str:
-    """Of what a folder says, "ohwx man", the word that is not the class noun; empty where none stands out."""
-    rest = without_word(says, noun) if noun else says
-    words = [word for word in rest.split() if word.lower() not in _FILLING and not word.startswith("{")]
-    if noun and rest == says:  # another noun: by kohya's convention the last word
+def _trigger_in(folder_prompt: str, noun: str) -> str:
+    """The trigger in a folder's prompt: `ohwx` in `ohwx man` with the class noun `man`; empty if there is none."""
+    rest = without_word(folder_prompt, noun) if noun else folder_prompt
+    words = [word for word in rest.split() if word.lower() not in _FILLER_WORDS and not word.startswith("{")]
+    if noun and rest == folder_prompt:  # another noun: the last word, by kohya's convention
         words = words[:-1] or words
-    return " ".join(words) if len(words) <= _LONGEST_NAME else ""
+    return " ".join(words) if len(words) <= _MAX_TRIGGER_WORDS else ""

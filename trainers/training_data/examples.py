@@ -1,4 +1,4 @@
-"""Training examples, and which of them a step sees: a function of the seed and the step, never of what ran before."""
+"""Training examples in the order in which steps see them: a function of seed and sample index, not of earlier steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,112 +13,121 @@ from diffgraft.data.latents import Encoded
 from diffgraft.data.settings import Masks, Tags
 from diffgraft.rng import numpy_generator, permutation
 
-_WAYS, _WORDS, _TURNS = 1_000_003, 1_000_005, 1_000_007
-"""Streams of random numbers beside those of the buckets, which are counted from 0"""
+_VARIANT_STREAM, _PROMPT_STREAM, _EPOCH_STREAM = 1_000_003, 1_000_005, 1_000_007
+"""Streams of random numbers, beside those of the buckets, which are counted from 0"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture to learn from."""
+    """A training image, encoded, with its prompts."""
 
     name: str
     rows: range
-    """Its rows of the latents, one for each frame it is shown in; all of one size"""
-    wording: PromptBuilder
-    """What is said of it"""
-    class_wording: PromptBuilder = field(default_factory=lambda: PromptBuilder(("",)))
-    """The same of its class, text by text, where there is prior preservation by prediction"""
+    """Rows of its latents, one for each frame (crop, mirrored crop) it is shown in; all of one size"""
+    prompt_builder: PromptBuilder
+    """Builds its prompts"""
+    class_prompt_builder: PromptBuilder = field(default_factory=lambda: PromptBuilder(("",)))
+    """Builds the class prompt for each of its texts, for prior preservation by prediction"""
     repeats: int = 1
-    """How often it comes in a round"""
+    """Number of times it occurs in an epoch"""
     weight: float = 1.0
     """Factor on its loss"""
     content: str = ""
-    """SHA-256 of its file, and of its mask's"""
+    """SHA-256 of its file, followed by that of its mask if masks are used"""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An example at one place of the line: in one of its frames, under one of its texts."""
+class ExampleVariant:
+    """An example as one sample sees it: in one of its frames, with one of its texts."""
 
     example: Example
     row: int
+    """Row of its latents"""
     text: int
+    """Index of its text"""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What is learnt from, in an endless, shuffled line that is cut into batches of one size of picture each."""
+    """Training examples in an endless shuffled sequence, cut into batches of images of equal size.
+
+    The sequence is a function of seed and sample index.
+    """
 
     encoded: Encoded
     examples: Sequence[Example]
     tags: Tags = field(default_factory=lambda: Tags.model_validate({}))
     dropout: float = 0.0
-    """Probability that nothing is said"""
+    """Probability that a sample's prompt is empty"""
     masks: Masks = field(default_factory=lambda: Masks.model_validate({}))
-    """How much what a mask leaves out counts"""
+    """How much the loss outside of masks counts"""
 
     @cached_property
-    def _turns(self) -> list[tuple[int, int]]:
-        """Example and how manieth of its repeats, of each place in a round."""
-        return [(place, turn) for place, one in enumerate(self.examples) for turn in range(one.repeats)]
+    def _epoch(self) -> list[tuple[int, int]]:
+        """For each position in an unshuffled epoch: index of the example, and which of its repeats it is."""
+        return [(index, repeat) for index, example in enumerate(self.examples) for repeat in range(example.repeats)]
 
     @cached_property
     def _buckets(self) -> tuple[list[list[int]], list[int]]:
-        """Places in a round by the size of their pictures; and the bucket of each place."""
-        sizes = [self.encoded.frames[self.examples[example].rows[0]].size for example, _ in self._turns]
+        """Positions in an epoch, grouped by image size; and for each position the index of its group."""
+        sizes = [self.encoded.frames[self.examples[index].rows[0]].size for index, _ in self._epoch]
         order = sorted(set(sizes))
-        buckets = [[place for place, own in enumerate(sizes) if own == size] for size in order]
+        buckets = [[position for position, own in enumerate(sizes) if own == size] for size in order]
         return buckets, [order.index(size) for size in sizes]
 
-    def at(self, seed: int, place: int, count: int) -> list[Shown]:
-        """The batch of `count` examples at `place`, a multiple of `count`.
+    def at(self, seed: int, sample_index: int, count: int) -> list[ExampleVariant]:
+        """The batch of `count` examples that begins at `sample_index`, a multiple of `count`.
 
-        Of n places in a round, each bucket has its share of any n batches, and within a bucket every picture comes once
-        before one comes again; each of its frames is shown under each of its texts before two meet again.
+        With n positions in an epoch, any n consecutive batches contain each bucket in proportion to its size. Within a
+        bucket every image occurs once before any recurs, and every combination of its frames and texts occurs once
+        before any recurs.
         """
         buckets, bucket_of = self._buckets
-        cycle, at = divmod(place // count, len(bucket_of))
-        bucket, earlier = 0, at
+        cycle, batch = divmod(sample_index // count, len(bucket_of))
+        bucket, earlier = 0, batch
         if len(buckets) > 1:
-            order = permutation(len(bucket_of), seed, _TURNS, cycle)
-            bucket = bucket_of[order[at]]
-            earlier = sum(bucket_of[other] == bucket for other in order[:at])
-        own = buckets[bucket]
-        first = (cycle * len(own) + earlier) * count
-        return [self._shown(seed, own, bucket, first + number) for number in range(count)]
+            order = permutation(len(bucket_of), seed, _EPOCH_STREAM, cycle)
+            bucket = bucket_of[order[batch]]
+            earlier = sum(bucket_of[other] == bucket for other in order[:batch])
+        positions = buckets[bucket]
+        first = (cycle * len(positions) + earlier) * count
+        return [self._variant(seed, positions, bucket, first + number) for number in range(count)]
 
-    def _shown(self, seed: int, own: list[int], bucket: int, place: int) -> Shown:
-        """What stands at a place of a bucket's line."""
-        turn, at = divmod(place, len(own))
-        index, repeat = self._turns[own[permutation(len(own), seed, bucket, turn)[at]]]
-        one = self.examples[index]
-        ways = len(one.rows) * len(one.wording.texts)
-        again, way = divmod(turn * one.repeats + repeat, ways)
-        if ways > 1:
-            way = permutation(ways, seed + index, _WAYS, again)[way]
-        return Shown(one, one.rows[way % len(one.rows)], way // len(one.rows))
+    def _variant(self, seed: int, positions: list[int], bucket: int, number: int) -> ExampleVariant:
+        """The sample that is `number` in the sequence of a bucket, whose examples have these positions in an epoch."""
+        epoch, at = divmod(number, len(positions))
+        index, repeat = self._epoch[positions[permutation(len(positions), seed, bucket, epoch)[at]]]
+        example = self.examples[index]
+        variants = len(example.rows) * len(example.prompt_builder.texts)
+        cycle, variant = divmod(epoch * example.repeats + repeat, variants)
+        if variants > 1:
+            variant = permutation(variants, seed + index, _VARIANT_STREAM, cycle)[variant]
+        return ExampleVariant(example, example.rows[variant % len(example.rows)], variant // len(example.rows))
 
-    def prompt(self, shown: Shown, seed: int, place: int, kind: int) -> str:
-        """What is said of it at this place."""
-        return self._said(shown.example.wording, shown, seed, place, kind)
+    def prompt(self, variant: ExampleVariant, seed: int, sample_index: int, stream: int) -> str:
+        """The prompt of a sample, with its tags shuffled and dropped as `tags` says."""
+        return self._build_prompt(variant.example.prompt_builder, variant, seed, sample_index, stream)
 
-    def class_prompt(self, shown: Shown, seed: int, place: int, kind: int) -> str:
-        """What is said of its class at this place: the same text, with the same tags."""
-        return self._said(shown.example.class_wording, shown, seed, place, kind)
+    def class_prompt(self, variant: ExampleVariant, seed: int, sample_index: int, stream: int) -> str:
+        """The class prompt of a sample, from the same text and with the same tags as its prompt."""
+        return self._build_prompt(variant.example.class_prompt_builder, variant, seed, sample_index, stream)
 
-    def _said(self, wording: PromptBuilder, shown: Shown, seed: int, place: int, kind: int) -> str:
-        return wording.prompt(shown.text, self.tags, self.dropout, numpy_generator(seed, _WORDS, place, kind + 1))
+    def _build_prompt(
+        self, builder: PromptBuilder, variant: ExampleVariant, seed: int, sample_index: int, stream: int
+    ) -> str:
+        random = numpy_generator(seed, _PROMPT_STREAM, sample_index, stream + 1)
+        return builder.prompt(variant.text, self.tags, self.dropout, random)
 
-    def size_conditioning(self, shown: Sequence[Shown]) -> list[SizeConditioning]:
-        """How each was cut."""
-        return [self.encoded.frames[one.row].size_conditioning() for one in shown]
+    def size_conditioning(self, variants: Sequence[ExampleVariant]) -> list[SizeConditioning]:
+        """Size conditioning of each sample: its image's original size and crop."""
+        return [self.encoded.frames[variant.row].size_conditioning() for variant in variants]
 
-    def weight_map(self, shown: Sequence[Shown]) -> Tensor | None:
-        """Factor on the error at each place of each sample, [n, 1, h, w]; None where none of them has a mask."""
-        masks = [self.encoded.masks[one.row] for one in shown]
+    def weight_map(self, variants: Sequence[ExampleVariant]) -> Tensor | None:
+        """Factor on the error at each latent position of n samples, [n, 1, h, w]; None if no sample has a mask."""
+        masks = [self.encoded.masks[variant.row] for variant in variants]
         if not any(mask is not None for mask in masks):
             return None
-        shape = self.encoded.latents.shape(shown[0].row)[1:]
+        shape = self.encoded.latents.shape(variants[0].row)[1:]
         mask = torch.stack([torch.ones(shape) if mask is None else mask for mask in masks]).unsqueeze(1)
         weight = self.masks.outside + (1 - self.masks.outside) * mask
         if self.masks.normalize:

@@ -1,4 +1,4 @@
-"""What is said of each picture in training, and what a person may not have meant by it."""
+"""Prompts of training images, made of captions, templates and triggers, with warnings about likely mistakes."""
 
 import re
 import warnings
@@ -14,136 +14,140 @@ from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import StyleData
 from diffgraft.trainers.training_data.templates import TEMPLATES
 
-Said = Sequence[tuple[DataSettings, Picture, PromptBuilder]]
-"""The settings of its concept, and what is said of it, for each picture"""
+ImagePrompts = Sequence[tuple[DataSettings, Picture, PromptBuilder]]
+"""For each image: the settings of its concept, the image, and the builder of its prompts"""
 _SYNTAX = {
     "alternatives in braces, {a|b}": re.compile(r"\{[^{}]*\|[^{}]*\}"),
     "weights in brackets, (word:1.3)": re.compile(
         r"(?<!\\)[(\[][^()\[\]]+:\s*\d*\.?\d+[)\]]|(?<!\\)(\(\([^()]+\)\)|\[\[[^\[\]]+\]\])"
     ),
     "adapters, <lora:name:1>": re.compile(r"<(lora|lyco|hypernet):[^<>]+>"),
-    "placeholders that nothing fills": re.compile(r"\{\s*\w+\s*\}|__[\w/-]+__"),
+    "placeholders without a value": re.compile(r"\{\s*\w+\s*\}|__[\w/-]+__"),
 }
-"""What a caption may have from prompts for drawing, which training does not know"""
+"""Name of a prompt syntax of image generators, which training does not interpret → its pattern"""
 
 
-def wording_of(part: DataSettings, picture: Picture) -> tuple[PromptBuilder, PromptBuilder]:
-    """What is said of a picture, and of its class."""
-    captions = captions_of(part, picture)
+def prompt_builders(concept: DataSettings, picture: Picture) -> tuple[PromptBuilder, PromptBuilder]:
+    """Builders of an image's prompts and of its class prompts, with a class text for each text."""
+    captions = captions_of(concept, picture)
     if not captions:
-        texts = TEMPLATES[part.templates] if part.templates != "none" else (part.prompt,)
-        said = tuple(_with_trigger(part, part.fill(text)) for text in texts)
-        return PromptBuilder(said, kept_word=part.trigger), PromptBuilder((part.class_text(None),) * len(said))
-    of_class = PromptBuilder(tuple(part.class_text(caption) for caption in captions))
-    around = tuple("{caption}" if mentions(caption, part.trigger) else _around(part) for caption in captions)
-    return PromptBuilder(captions, around, part.trigger), of_class
+        texts = TEMPLATES[concept.templates] if concept.templates != "none" else (concept.prompt,)
+        prompts = tuple(_with_trigger(concept, concept.fill(text)) for text in texts)
+        class_prompts = (concept.class_text(None),) * len(prompts)
+        return PromptBuilder(prompts, kept_word=concept.trigger), PromptBuilder(class_prompts)
+    class_prompts = tuple(concept.class_text(caption) for caption in captions)
+    own_template = _caption_template(concept)
+    templates = tuple("{caption}" if mentions(caption, concept.trigger) else own_template for caption in captions)
+    return PromptBuilder(captions, templates, concept.trigger), PromptBuilder(class_prompts)
 
 
-def captions_of(part: DataSettings, picture: Picture) -> tuple[str, ...]:
-    """A picture's captions as they are used, their placeholders filled; none where the recipe wants none."""
-    if not part.captions.use:
+def captions_of(concept: DataSettings, picture: Picture) -> tuple[str, ...]:
+    """Captions of an image with their placeholders filled; empty if the recipe uses no captions."""
+    if not concept.captions.use:
         return ()
-    lines = (line for one in picture.captions for line in caption_lines(one, part.captions.lines, part.tags.separator))
-    return tuple(dict.fromkeys(_filled(part, line) for line in lines))
+    separator = concept.tags.separator
+    lines = (line for text in picture.captions for line in caption_lines(text, concept.captions.lines, separator))
+    return tuple(dict.fromkeys(_filled(concept, line) for line in lines))
 
 
-def _filled(part: DataSettings, caption: str) -> str:
-    filled = caption.replace("{trigger}", part.trigger)
-    return filled.replace("{subject}", part.noun) if part.noun else filled
+def _filled(concept: DataSettings, caption: str) -> str:
+    """A caption with `{trigger}` and `{subject}` replaced."""
+    filled = caption.replace("{trigger}", concept.trigger)
+    return filled.replace("{subject}", concept.noun) if concept.noun else filled
 
 
-def _with_trigger(part: DataSettings, prompt: str) -> str:
-    """A prompt that is no caption, with the trigger in front where it lacks it and the recipe wants it."""
-    if not part.insert_trigger or mentions(prompt, part.trigger):
+def _with_trigger(concept: DataSettings, prompt: str) -> str:
+    """A prompt with the trigger prepended if it lacks it and the recipe has `insert_trigger`; not for captions."""
+    if not concept.insert_trigger or mentions(prompt, concept.trigger):
         return prompt
-    return f"{part.trigger}{part.tags.separator} {prompt}" if prompt.strip() else part.trigger
+    return f"{concept.trigger}{concept.tags.separator} {prompt}" if prompt.strip() else concept.trigger
 
 
-def _around(part: DataSettings) -> str:
-    """What a caption that lacks the trigger is put into."""
-    if part.insert_trigger:
-        return f"{part.trigger}{part.tags.separator} {{caption}}"
-    return part.fill(part.caption) if isinstance(part, StyleData) else "{caption}"
+def _caption_template(concept: DataSettings) -> str:
+    """Template with `{caption}` for captions that lack the trigger."""
+    if concept.insert_trigger:
+        return f"{concept.trigger}{concept.tags.separator} {{caption}}"
+    return concept.fill(concept.caption) if isinstance(concept, StyleData) else "{caption}"
 
 
-def check_prompts(long_prompts: str, said: Said, tokenizer: Any) -> None:
-    """Warn of what a person may not have meant in what is said of pictures.
+def check_prompts(long_prompts: str, prompts: ImagePrompts, tokenizer: Any) -> None:
+    """Warn of prompts that are too long, lack the trigger, or have several lines or a generator's syntax.
 
     Raises:
-        DiffgraftError: a prompt is too long, and the recipe refuses those.
+        DiffgraftError: a prompt is too long, and the recipe has `long_prompts=refuse`.
     """
-    _check_lengths(long_prompts, said, tokenizer)
-    for text in (*_lacking(said), *_of_lines(said), *_of_syntax(said)):
-        warnings.warn(text, stacklevel=5)
+    _check_lengths(long_prompts, prompts, tokenizer)
+    for message in (*_trigger_warnings(prompts), *_line_warnings(prompts), *_syntax_warnings(prompts)):
+        warnings.warn(message, stacklevel=5)
 
 
-def _check_lengths(long_prompts: str, said: Said, tokenizer: Any) -> None:
+def _check_lengths(long_prompts: str, prompts: ImagePrompts, tokenizer: Any) -> None:
     if long_prompts == "chunk":
         return
-    prompts = {prompt: "" for _, _, wording in said for prompt in wording.prompts()}
-    prompts = {prompt: truncated_text(tokenizer, prompt) for prompt in prompts}
-    lost = {
-        picture.name: words
-        for _, picture, wording in said
-        for prompt in wording.prompts()
-        if (words := prompts[prompt])
+    truncated = {prompt: "" for _, _, builder in prompts for prompt in builder.prompts()}
+    truncated = {prompt: truncated_text(tokenizer, prompt) for prompt in truncated}
+    cut_texts = {
+        picture.name: text
+        for _, picture, builder in prompts
+        for prompt in builder.prompts()
+        if (text := truncated[prompt])
     }
-    if not lost:
+    if not cut_texts:
         return
-    name, words = next(iter(lost.items()))
-    what = f"The prompt of {named(list(lost))} is too long"
+    name, text = next(iter(cut_texts.items()))
+    problem = f"The prompt of {named(list(cut_texts))} is too long"
     if long_prompts == "refuse":
         raise DiffgraftError(
-            f"{what}; of that of {name} the base would never see: {shorten(words)}. Shorten it, or set "
+            f"{problem}; the end of that of {name} would be cut off: {shorten(text)}. Shorten it, or set "
             "long_prompts=chunk."
         )
     warnings.warn(
-        f"{what}; the base never sees: {shorten(words)}. long_prompts=chunk has it read in pieces.", stacklevel=6
+        f"{problem}; its end is cut off: {shorten(text)}. Set long_prompts=chunk to encode it in chunks.", stacklevel=6
     )
 
 
-def _lacking(said: Said) -> Iterator[str]:
-    """Prompts without the trigger, which what is learnt will not listen to."""
+def _trigger_warnings(prompts: ImagePrompts) -> Iterator[str]:
+    """Warn of prompts without the trigger."""
     captions: dict[str, list[str]] = {}
     others: dict[tuple[str, str], int] = {}
-    for part, picture, wording in said:
-        without = [text for text in wording.prompts() if not mentions(text, part.trigger)]
-        if without and captions_of(part, picture):
-            captions.setdefault(part.trigger, []).append(picture.name)
+    for concept, picture, builder in prompts:
+        without = [prompt for prompt in builder.prompts() if not mentions(prompt, concept.trigger)]
+        if without and captions_of(concept, picture):
+            captions.setdefault(concept.trigger, []).append(picture.name)
         elif without and without[0].strip():
-            key = (part.trigger, without[0])
+            key = (concept.trigger, without[0])
             others[key] = others.get(key, 0) + 1
     for trigger, names in captions.items():
-        yield f"The caption of {named(names)} lacks the trigger {trigger!r}. insert_trigger=true puts it in front."
+        yield f"The caption of {named(names)} lacks the trigger {trigger!r}. insert_trigger=true prepends it."
     for (trigger, prompt), count in others.items():
         yield (
-            f"The prompt of {count} {'picture' if count == 1 else 'pictures'} without a caption, {prompt!r}, lacks the "
-            f"trigger {trigger!r}. insert_trigger=true puts it in front, or set trigger to a word that it has."
+            f"The prompt of {count} {'image' if count == 1 else 'images'} without a caption, {prompt!r}, lacks the "
+            f"trigger {trigger!r}. insert_trigger=true prepends it; or set trigger to a word in the prompt."
         )
 
 
-def _of_lines(said: Said) -> Iterator[str]:
-    """Captions of several lines, of which not all may be used."""
-    long: dict[str, list[str]] = {}
-    for part, picture, _ in said:
-        if part.captions.use and any(len(caption_lines(one, "random")) > 1 for one in picture.captions):
-            long.setdefault(part.captions.lines, []).append(picture.name)
-    ways = {
-        "first": "the first is the prompt (captions.lines=random takes each in turn, join all of them)",
-        "random": "each is a prompt of its own, in turn",
+def _line_warnings(prompts: ImagePrompts) -> Iterator[str]:
+    """Warn of captions with several lines, not all of which may be used."""
+    names_by_mode: dict[str, list[str]] = {}
+    for concept, picture, _ in prompts:
+        if concept.captions.use and any(len(caption_lines(text, "random")) > 1 for text in picture.captions):
+            names_by_mode.setdefault(concept.captions.lines, []).append(picture.name)
+    effects = {
+        "first": "the first is the prompt (captions.lines=random uses each in turn, join all of them)",
+        "random": "each is a prompt of its own, used in turn",
         "join": "they are joined to one prompt",
     }
-    for how, names in long.items():
-        yield f"The caption of {named(names)} has several lines: {ways[how]}."
+    for mode, names in names_by_mode.items():
+        yield f"The caption of {named(names)} has several lines: {effects[mode]}."
 
 
-def _of_syntax(said: Said) -> Iterator[str]:
-    """Captions that are written as prompts for drawing are."""
-    for what, pattern in _SYNTAX.items():
+def _syntax_warnings(prompts: ImagePrompts) -> Iterator[str]:
+    """Warn of captions with the prompt syntax of image generators."""
+    for syntax, pattern in _SYNTAX.items():
         names = [
             picture.name
-            for part, picture, wording in said
-            if captions_of(part, picture) and any(pattern.search(text) for text in wording.texts)
+            for concept, picture, builder in prompts
+            if captions_of(concept, picture) and any(pattern.search(text) for text in builder.texts)
         ]
         if names:
-            yield f"The caption of {named(names)} has {what}: training takes them as words, as they stand."
+            yield f"The caption of {named(names)} has {syntax}: training does not interpret it, but reads it as words."

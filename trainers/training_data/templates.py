@@ -1,6 +1,6 @@
-"""Prompts that say little but the new word, so that the word has to say the rest.
+"""Prompt templates for textual inversion: they say little besides the new token, so that it has to learn the rest.
 
-Textual inversion shows a picture under many such prompts (Gal et al. 2022, arXiv:2208.01618, section 4 and appendix D).
+Each image is trained with many of them (Gal et al. 2022, arXiv:2208.01618, section 4 and appendix D).
 """
 
 OBJECT = (
