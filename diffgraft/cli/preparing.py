@@ -28,9 +28,9 @@ def import_config(
     from diffgraft.imports import convert, write_recipe
 
     recipe = output or Path(f"{file[0].stem}.yaml")
-    account = convert(file)
-    write_recipe(account, recipe, " and ".join(one.name for one in file))
-    for title, lines in account.report():
+    report = convert(file)
+    write_recipe(report, recipe, " and ".join(one.name for one in file))
+    for title, lines in report.sections():
         say(f"{title}:")
         for line in lines:
             say(f"  {line}")

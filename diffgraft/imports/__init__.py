@@ -1,8 +1,8 @@
-"""Recipes made of other tools' configurations: kohya's sd-scripts, its GUI, and OneTrainer.
+"""Conversion of other tools' configurations to recipes: kohya's sd-scripts, its GUI, and OneTrainer.
 
-Each tool has tables of its keys with their defaults and what they are called here; what one key alone does not say is
-converted by small functions. Every key of a file ends up on the `Account`: taken, without a counterpart and why, or
-saying only the default.
+Each tool has tables of its keys with their defaults and the recipe keys they map to; keys that have a meaning only
+together are converted by small functions. Every key of a file is listed in the `ImportReport`: mapped, dropped with a
+reason, or equal to the default.
 """
 
 from collections.abc import Sequence
@@ -14,92 +14,90 @@ import yaml
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import atomic_write, write_text
 from diffgraft.imports import kohya, kohya_gui, onetrainer
-from diffgraft.imports.account import Account
+from diffgraft.imports.import_report import ImportReport
 from diffgraft.imports.kohya_keys import DEFAULTS
 from diffgraft.imports.reading import read_config
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 
 
-def convert(files: Sequence[Path]) -> Account:
-    """The configuration in one file, or in a tool's two (sd-scripts' arguments and data set; OneTrainer's concepts).
+def convert(files: Sequence[Path]) -> ImportReport:
+    """Convert a configuration and, optionally, its data set (sd-scripts' dataset_config, or OneTrainer's concepts).
 
     Raises:
-        DiffgraftError: it cannot be read, is of no tool that is known, or for models that are not known here.
+        DiffgraftError: a file cannot be read, is of an unknown tool, or is for an unsupported model family.
     """
-    read = {file: read_config(file) for file in files}
-    main = [file for file, said in read.items() if not _is_part(said)]
-    parts = [file for file in read if file not in main]
-    if len(main) > 1 or len(parts) > 1:
+    configs = {file: read_config(file) for file in files}
+    main_files = [file for file, config in configs.items() if not _is_data_set(config)]
+    data_files = [file for file in configs if file not in main_files]
+    if len(main_files) > 1 or len(data_files) > 1:
         raise DiffgraftError(
-            f"{' and '.join(map(str, files))} are no configuration and its data set: give one of each, or one alone."
+            f"{' and '.join(map(str, files))} are not a configuration and its data set: give one of each, or one file."
         )
-    file, said = (main[0], read[main[0]]) if main else (parts[0], {})
-    part = parts[0] if parts else None
-    concepts = read[part] if part is not None and isinstance(read[part], list) else None
-    if kohya_gui.is_gui(said):
-        account = kohya_gui.as_arguments(said)
-        kohya.convert(account, file, part)
-    elif concepts is not None or {"training_method", "model_type", "base_model_name"} & said.keys():
-        account = onetrainer.convert(said, file, concepts)
+    file, config = (main_files[0], configs[main_files[0]]) if main_files else (data_files[0], {})
+    data_file = data_files[0] if data_files else None
+    concepts = configs[data_file] if data_file is not None and isinstance(configs[data_file], list) else None
+    if kohya_gui.is_gui(config):
+        report = kohya_gui.as_arguments(config)
+        kohya.convert(report, file, data_file)
+    elif concepts is not None or {"training_method", "model_type", "base_model_name"} & config.keys():
+        report = onetrainer.convert(config, file, concepts)
     else:
-        flat = {key: value for name, one in said.items() for key, value in _sections(name, one).items()}
-        if said and not flat.keys() & DEFAULTS.keys():
-            raise DiffgraftError(
-                f"{file} is no configuration of sd-scripts, kohya_ss or OneTrainer that is known here."
-            )
-        account = Account("sd-scripts", flat, DEFAULTS)
-        kohya.convert(account, file, part)
-    account.settle(_defaults(account.recipe))
-    return account
+        flat = {key: value for name, section in config.items() for key, value in _section_keys(name, section).items()}
+        if config and not flat.keys() & DEFAULTS.keys():
+            raise DiffgraftError(f"{file} is not a known configuration of sd-scripts, kohya_ss or OneTrainer.")
+        report = ImportReport("sd-scripts", flat, DEFAULTS)
+        kohya.convert(report, file, data_file)
+    report.finalize(_defaults(report.recipe))
+    return report
 
 
-def write_recipe(account: Account, path: Path, source: str) -> Recipe:
-    """Write the account's recipe, made of `source`, and read it again.
+def write_recipe(report: ImportReport, path: Path, source: str) -> Recipe:
+    """Write the report's recipe to `path`, and return it as loaded from there; `source` names the original files.
 
     Raises:
-        DiffgraftError: there is such a file already, or the recipe is invalid.
+        DiffgraftError: the file exists, does not end in .yaml or .yml, or the recipe is invalid.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise DiffgraftError(f"{path} should end in .yaml, as recipes do.")
     if path.exists():
-        raise DiffgraftError(f"{path} is there already. Choose another name with -o, or remove it.")
-    text = yaml.safe_dump(_nested(account.recipe), sort_keys=False, allow_unicode=True, width=120)
-    head = f"# diffgraft train {path.name}\n# made of {source} of {account.tool}\n"
+        raise DiffgraftError(f"{path} exists already. Choose another name with -o, or remove it.")
+    text = yaml.safe_dump(_nested(report.recipe), sort_keys=False, allow_unicode=True, width=120)
+    head = f"# diffgraft train {path.name}\n# made of {source} of {report.tool}\n"
     with atomic_write(path) as partial:
         write_text(partial, head + text)
         return load_recipe(partial, {})
 
 
-def _is_part(said: Any) -> bool:
-    """Whether it is a dataset_config of sd-scripts, or OneTrainer's concepts."""
-    return isinstance(said, list) or (bool(said) and said.keys() <= {"general", "datasets"})
+def _is_data_set(config: Any) -> bool:
+    """Whether a configuration is a dataset_config of sd-scripts, or a list of OneTrainer's concepts."""
+    return isinstance(config, list) or (bool(config) and config.keys() <= {"general", "datasets"})
 
 
-def _sections(name: str, said: Any) -> dict[str, Any]:
-    """A section of a TOML file, which sd-scripts takes for its keys alone."""
-    return said if isinstance(said, dict) else {name: said}
+def _section_keys(name: str, value: Any) -> dict[str, Any]:
+    """Keys of a section in a TOML file, whose name sd-scripts ignores; or a top-level key itself."""
+    return value if isinstance(value, dict) else {name: value}
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Keys with dots as groups, in the order in which recipes list them."""
-    order = {name: row for kind in TASKS.values() for row, name in enumerate(kind.model_fields)}
-    found: dict[str, Any] = {}
+    """Recipe keys with dots as nested groups, in the order of the recipe's fields."""
+    order = {name: row for task in TASKS.values() for row, name in enumerate(task.model_fields)}
+    nested: dict[str, Any] = {}
     for key in sorted(flat, key=lambda key: order.get(key.partition(".")[0], len(order))):
         outer, dot, inner = key.partition(".")
         if dot:
-            found.setdefault(outer, {})[inner] = flat[key]
+            nested.setdefault(outer, {})[inner] = flat[key]
         else:
-            found[outer] = flat[key]
-    return found
+            nested[outer] = flat[key]
+    return nested
 
 
 def _defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe of the task has by default, nested keys with dots."""
-    kind = TASKS[recipe["task"]]
-    needed = {"subject": "x"} if recipe["task"] == "subject" else {}
-    whole = kind.model_validate(needed).model_dump(exclude={"task", "subject"})
+    """Defaults of the recipe's task; nested keys have dots."""
+    task = TASKS[recipe["task"]]
+    required = {"subject": "x"} if recipe["task"] == "subject" else {}
+    defaults = task.model_validate(required).model_dump(exclude={"task", "subject"})
     flat: dict[str, Any] = {}
-    for key, value in whole.items():
-        flat |= {f"{key}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {key: value}
+    for key, value in defaults.items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat

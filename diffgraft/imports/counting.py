@@ -1,4 +1,4 @@
-"""How many pictures a round has, where their folders can be read, and so how many steps an epoch."""
+"""Number of images in an epoch, if their folders can be read, and the number of steps that follows from it."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from diffgraft.data.inventory import pictures_in
 
 
 def count_pictures(folder: Path | None) -> int | None:
-    """Picture files in a folder; None where it cannot be read."""
+    """Number of image files in a folder; None if there is no such folder."""
     if folder is None or not folder.is_dir():
         return None
     return len(pictures_in(folder))
@@ -16,22 +16,24 @@ def count_pictures(folder: Path | None) -> int | None:
 
 @dataclass(frozen=True)
 class Epochs:
-    """What turns epochs into steps."""
+    """Conversion of epochs to steps."""
 
     pictures: int | None
-    """In an epoch, repeats and class images counted; None where it is not known"""
+    """Number of images in an epoch, including repeats and class images; None if unknown"""
     batch: int
+    """Images in a micro-batch"""
     accumulate: int
+    """Micro-batches in an optimizer step"""
 
     def steps(self, epochs: float) -> int | None:
-        """Optimiser steps in so many epochs; None where it is not known."""
+        """Number of optimizer steps in `epochs`; None if the number of images is unknown."""
         if not self.pictures:
             return None
         return max(1, math.ceil(epochs * math.ceil(math.ceil(self.pictures / self.batch) / self.accumulate)))
 
     def sum(self, epochs: float) -> str:
-        """The sum in words, for a person to do or to check."""
-        count = self.pictures or "pictures × repeats"
+        """The calculation of `steps` as text, for the user to do or to check."""
+        count = self.pictures or "images × repeats"
         return f"{epochs:g} epochs × {count} / batch {self.batch}" + (
             f" / accumulate {self.accumulate}" if self.accumulate > 1 else ""
         )

@@ -1,4 +1,4 @@
-"""Data sets of sd-scripts: its dataset_config, or folders named by arguments, as subsets that are all alike or not."""
+"""Data sets of sd-scripts, from a dataset_config or from arguments, as a list of subsets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Any
 
 from diffgraft.data.inventory import kohya_folders
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports.account import Account, short
 from diffgraft.imports.counting import count_pictures
-from diffgraft.imports.reading import beside
+from diffgraft.imports.import_report import ImportReport, short
+from diffgraft.imports.reading import find_file
 
 PER_SUBSET = ("image_dir", "metadata_file", "num_repeats", "is_reg", "class_tokens", "conditioning_data_dir")
-"""What each subset has of its own"""
+"""Keys that have a value for each subset"""
 SHARED = (
     *("color_aug", "face_crop_aug_range", "flip_aug", "random_crop", "shuffle_caption", "keep_tokens"),
     *("keep_tokens_separator", "secondary_separator", "caption_separator", "enable_wildcard", "token_warmup_min"),
@@ -21,111 +21,116 @@ SHARED = (
     *("cache_info", "alpha_mask", "batch_size", "bucket_no_upscale", "bucket_reso_steps", "enable_bucket"),
     *("max_bucket_reso", "min_bucket_reso", "validation_seed", "validation_split", "resolution", "network_multiplier"),
 )
-"""What may be said of a subset, a data set, or all of them, and is one for all here"""
+"""Keys that may be set for a subset, a data set or all of them, and have a single value in a recipe"""
 _ARGUMENTS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}
-"""Keys of data sets that arguments have under another name"""
+"""Key of a data set → argument, where they differ"""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """A folder of pictures."""
+    """A folder of images."""
 
     folder: str
     repeats: int = 1
-    says: str = ""
-    """Prompt of pictures without a caption"""
+    prompt: str = ""
+    """Prompt of images without a caption"""
     is_class: bool = False
+    """Whether the images are class images"""
     metadata: str = ""
+    """Path of a JSON file with captions"""
     masks: str = ""
+    """Folder of masks"""
 
     def count(self, config: Path) -> int | None:
-        """Pictures in it, repeats counted; None where it cannot be read."""
-        found = count_pictures(beside(self.folder, config))
-        return None if found is None else found * self.repeats
+        """Number of its images times repeats; None if the folder was not found."""
+        count = count_pictures(find_file(self.folder, config))
+        return None if count is None else count * self.repeats
 
 
 @dataclass
 class Data:
-    """All subsets."""
+    """All subsets of a configuration."""
 
     subsets: list[Subset] = field(default_factory=list)
     parent: str = ""
-    """The folder that holds them all, in kohya's layout"""
+    """The folder that contains those of training images, in kohya's layout; empty with a dataset_config"""
     class_parent: str = ""
-    """The same of class images"""
+    """The folder that contains those of class images, in kohya's layout"""
 
     @property
     def instance(self) -> list[Subset]:
-        return [one for one in self.subsets if not one.is_class]
+        """The subsets of training images."""
+        return [subset for subset in self.subsets if not subset.is_class]
 
     @property
     def of_class(self) -> list[Subset]:
-        return [one for one in self.subsets if one.is_class]
+        """The subsets of class images."""
+        return [subset for subset in self.subsets if subset.is_class]
 
     def pictures(self, config: Path) -> int | None:
-        """Pictures in an epoch: class images come as often as the others; None where folders cannot be read."""
-        counts = [one.count(config) for one in self.instance]
+        """Number of images in an epoch, with as many class images as others; None if a folder was not found."""
+        counts = [subset.count(config) for subset in self.instance]
         if not counts or any(count is None for count in counts):
             return None
         has_class = bool(self.of_class or self.class_parent)
         return sum(count for count in counts if count is not None) * (2 if has_class else 1)
 
 
-def from_arguments(account: Account, config: Path) -> Data:
-    """What `train_data_dir`, `reg_data_dir` and `in_json` name."""
-    parent, class_parent, table = (account.text(key) for key in ("train_data_dir", "reg_data_dir", "in_json"))
+def from_arguments(report: ImportReport, config: Path) -> Data:
+    """Subsets of the arguments `train_data_dir`, `reg_data_dir` and `in_json`."""
+    parent, class_parent, table = (report.text(key) for key in ("train_data_dir", "reg_data_dir", "in_json"))
     if table:
-        return Data([Subset(parent, account.whole("dataset_repeats") or 1, metadata=table)])
-    found = _counted(parent, config, False) + _counted(class_parent, config, True)
-    return Data(found, parent, class_parent)
+        return Data([Subset(parent, report.integer("dataset_repeats") or 1, metadata=table)])
+    subsets = _numbered(parent, config, False) + _numbered(class_parent, config, True)
+    return Data(subsets, parent, class_parent)
 
 
-def _counted(parent: str, config: Path, is_class: bool) -> list[Subset]:
-    folder = beside(parent, config)
+def _numbered(parent: str, config: Path, is_class: bool) -> list[Subset]:
+    folder = find_file(parent, config)
     folders = kohya_folders(folder) if folder is not None else []
-    return [Subset(str(one.folder), one.repeats, one.prompt, is_class) for one in folders]
+    return [Subset(str(numbered.folder), numbered.repeats, numbered.prompt, is_class) for numbered in folders]
 
 
-def from_dataset_config(account: Account, told: Mapping[str, Any], where: Path) -> Data:
-    """What a dataset_config says; what all subsets share is put among the account's given keys.
+def from_dataset_config(report: ImportReport, config: Mapping[str, Any], path: Path) -> Data:
+    """Subsets of a dataset_config, read from `path`; values that all subsets share are added to the report's values.
 
     Raises:
-        DiffgraftError: it is not laid out as one.
+        DiffgraftError: it does not have the structure of a dataset_config.
     """
-    general, data_sets = told.get("general", {}), told.get("datasets", [])
+    general, data_sets = config.get("general", {}), config.get("datasets", [])
     if not isinstance(general, dict) or not isinstance(data_sets, list) or not data_sets:
         raise DiffgraftError(
-            f"{where} should have [[datasets]] with [[datasets.subsets]], as sd-scripts' dataset_config."
+            f"{path} is not a dataset_config of sd-scripts: it needs [[datasets]] with [[datasets.subsets]]."
         )
-    arguments = {key: account.given.get(_ARGUMENTS.get(key, key)) for key in (*SHARED, *PER_SUBSET)}
+    arguments = {key: report.values.get(_ARGUMENTS.get(key, key)) for key in (*SHARED, *PER_SUBSET)}
     levels: list[Sequence[Mapping[str, Any]]] = []
     for data_set in data_sets:
         subsets = data_set.get("subsets", []) if isinstance(data_set, dict) else None
-        if not isinstance(subsets, list) or not all(isinstance(one, dict) for one in subsets):
-            raise DiffgraftError(f"{where} should have [[datasets.subsets]] under each of [[datasets]].")
+        if not isinstance(subsets, list) or not all(isinstance(subset, dict) for subset in subsets):
+            raise DiffgraftError(f"{path} needs [[datasets.subsets]] under each of [[datasets]].")
         levels += [(subset, data_set, general, arguments) for subset in subsets]
-    for key in told:
+    for key in config:
         if key not in ("general", "datasets"):
-            account.aside(key, told[key], "a dataset_config has [general] and [[datasets]] alone.")
-    for level in {id(one): one for stack in levels for one in stack[:3]}.values():
+            report.drop_part(key, config[key], "a dataset_config has only [general] and [[datasets]].")
+    for level in {id(level): level for stack in levels for level in stack[:3]}.values():
         for key, value in level.items():
             if key not in (*SHARED, *PER_SUBSET, "subsets"):
-                account.aside(key, value, "no key of data sets that is known here.")
-    own = [stack for stack in levels if not stack[0].get("is_reg")]
+                report.drop_part(key, value, "not a known key of data sets.")
+    instances = [stack for stack in levels if not stack[0].get("is_reg")]
     for key in SHARED:
-        _share(account, key, [_first(key, stack) for stack in own or levels])
+        _share(report, key, [_first(key, stack) for stack in instances or levels])
     return Data([_subset(stack) for stack in levels])
 
 
-def _share(account: Account, key: str, values: Sequence[Any]) -> None:
-    """One value for all, where they agree."""
+def _share(report: ImportReport, key: str, values: Sequence[Any]) -> None:
+    """Set a key to the value that all subsets share; drop it if they differ."""
     distinct = [value for row, value in enumerate(values) if value not in values[:row]]
     if len(distinct) > 1:
-        account.given.pop(_ARGUMENTS.get(key, key), None)
-        shown = " and ".join("unset" if value is None else str(value) for value in distinct)
-        account.aside(key, shown, "it differs between the data sets, and is one for all here: set it by hand.")
+        report.values.pop(_ARGUMENTS.get(key, key), None)
+        listed = " and ".join("unset" if value is None else str(value) for value in distinct)
+        report.drop_part(key, listed, "differs between the data sets, but a recipe has a single value: set it by hand.")
     elif distinct and distinct[0] is not None:
-        account.given[_ARGUMENTS.get(key, key)] = distinct[0]
+        report.values[_ARGUMENTS.get(key, key)] = distinct[0]
 
 
 def _first(key: str, levels: Sequence[Mapping[str, Any]]) -> Any:
@@ -133,15 +138,15 @@ def _first(key: str, levels: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _subset(levels: Sequence[Mapping[str, Any]]) -> Subset:
-    said = {key: _first(key, levels) for key in PER_SUBSET}
-    repeats = said["num_repeats"]
+    values = {key: _first(key, levels) for key in PER_SUBSET}
+    repeats = values["num_repeats"]
     if repeats is not None and (not isinstance(repeats, int) or isinstance(repeats, bool)):
-        raise DiffgraftError(f"num_repeats={short(repeats)} in the dataset_config should be a whole number.")
+        raise DiffgraftError(f"Invalid value num_repeats={short(repeats)} in the dataset_config: must be an integer.")
     return Subset(
-        str(said["image_dir"] or ""),
+        str(values["image_dir"] or ""),
         1 if repeats is None else repeats,
-        str(said["class_tokens"] or ""),
-        bool(said["is_reg"]),
-        str(said["metadata_file"] or ""),
-        str(said["conditioning_data_dir"] or ""),
+        str(values["class_tokens"] or ""),
+        bool(values["is_reg"]),
+        str(values["metadata_file"] or ""),
+        str(values["conditioning_data_dir"] or ""),
     )

@@ -1,4 +1,4 @@
-"""kohya's sd-scripts: what its arguments are called here, their defaults, and what has no counterpart.
+"""Arguments of kohya's sd-scripts: their defaults, the recipe keys they map to, and those without a counterpart.
 
 Names and defaults as in sd-scripts of February 2026: `train_network.py`, `train_db.py`, `fine_tune.py`,
 `train_textual_inversion.py`, their `sdxl_` forms, and what they take from `library/`.
@@ -6,7 +6,7 @@ Names and defaults as in sd-scripts of February 2026: `train_network.py`, `train
 
 from typing import Any
 
-from diffgraft.imports.account import Key, nothing, only
+from diffgraft.imports.import_report import KeyRule, defaults_of, unsupported
 from diffgraft.imports.kohya_network import NETWORK
 from diffgraft.imports.optimizers import (
     ADAFACTOR,
@@ -16,68 +16,70 @@ from diffgraft.imports.optimizers import (
     LION_8BIT,
     PRODIGY,
     SCHEDULE_FREE,
-    Peer,
+    OptimizerRule,
     paged,
 )
 
-PLAIN = {
-    "pretrained_model_name_or_path": Key(None, "base"),
-    "gradient_accumulation_steps": Key(1, kind=int),
-    "gradient_checkpointing": Key(False, "gradient_checkpointing", kind=bool),
-    "mixed_precision": Key("no", "precision", {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}),
-    "torch_compile": Key(False, "compile", kind=bool),
-    "flip_aug": Key(False, "flip", kind=bool),
-    "random_crop": Key(
-        False, "crop", {True: "random", False: "center"}, bool, "`crops` places of each picture take turns"
+MAPPED = {
+    "pretrained_model_name_or_path": KeyRule(None, "base"),
+    "gradient_accumulation_steps": KeyRule(1, kind=int),
+    "gradient_checkpointing": KeyRule(False, "gradient_checkpointing", kind=bool),
+    "mixed_precision": KeyRule("no", "precision", {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}),
+    "torch_compile": KeyRule(False, "compile", kind=bool),
+    "flip_aug": KeyRule(False, "flip", kind=bool),
+    "random_crop": KeyRule(
+        False, "crop", {True: "random", False: "center"}, bool, "`crops` positions of each image are used in turn"
     ),
-    "shuffle_caption": Key(False, "tags.shuffle", kind=bool),
-    "caption_separator": Key(",", "tags.separator"),
-    "caption_tag_dropout_rate": Key(0.0, "tags.drop", kind=float),
-    "caption_dropout_rate": Key(0.0, "caption_dropout", kind=float),
-    "debiased_estimation_loss": Key(False, "loss.debiased", kind=bool),
-    "v_parameterization": Key(False, "prediction_type", {True: "v_prediction", False: None}, bool),
-    "zero_terminal_snr": Key(False, "zero_snr", {True: True, False: None}, bool),
-    "max_token_length": Key(
+    "shuffle_caption": KeyRule(False, "tags.shuffle", kind=bool),
+    "caption_separator": KeyRule(",", "tags.separator"),
+    "caption_tag_dropout_rate": KeyRule(0.0, "tags.drop", kind=float),
+    "caption_dropout_rate": KeyRule(0.0, "caption_dropout", kind=float),
+    "debiased_estimation_loss": KeyRule(False, "loss.debiased", kind=bool),
+    "v_parameterization": KeyRule(False, "prediction_type", {True: "v_prediction", False: None}, bool),
+    "zero_terminal_snr": KeyRule(False, "zero_snr", {True: True, False: None}, bool),
+    "max_token_length": KeyRule(
         None,
         "long_prompts",
         {None: None, 75: None, 150: "chunk", 225: "chunk"},
         int,
-        "of any length, where there it ends",
+        "prompts may be of any length",
     ),
-    "enable_wildcard": Key(
-        False, "captions.lines", {True: "random", False: None}, bool, "of {a|b} in a caption nothing is chosen here"
+    "enable_wildcard": KeyRule(
+        False, "captions.lines", {True: "random", False: None}, bool, "{a|b} in captions is not expanded"
     ),
-    "validation_split": Key(0.0, "validation.share", kind=float),
-    "validate_every_n_steps": Key(None, "validation.every", kind=int),
+    "validation_split": KeyRule(0.0, "validation.share", kind=float),
+    "validate_every_n_steps": KeyRule(None, "validation.every", kind=int),
 }
-"""Keys that are one of ours"""
+"""Arguments that map to one recipe key"""
 
-_PER_PICTURE = "there is no such change of pictures here."
-_WORDS = "captions are changed by tags.… alone here; change the .txt files instead."
-NOTHING = {
-    **nothing("the base's own VAE is used: put another into the base's folder.", vae=None),
-    **nothing("captions have no weights in brackets here.", weighted_captions=False),
-    **nothing("the offset is the same for all pictures here.", adaptive_noise_scale=None),
-    **nothing("there is no such term of the loss here.", v_pred_like_loss=None),
-    **nothing(_PER_PICTURE, color_aug=False, face_crop_aug_range=None),
-    **nothing("pictures are scaled with Lanczos' filter here.", resize_interpolation=None),
-    **nothing(_WORDS, secondary_separator=None, token_warmup_min=1, token_warmup_step=0),
-    **nothing("captions are left out by caption_dropout alone, at random.", caption_dropout_every_n_epochs=0),
-    **nothing("an adapter counts the same in all data sets here.", network_multiplier=1.0),
-    **nothing("prior.by=prediction preserves what the base says.", custom_attributes=None),
-    **nothing(
-        "what trains is kept in float32 here; the base and the arithmetic are in `precision`.",
+_AUGMENTATION = "this augmentation is not supported."
+_WORDS = "only tags.… change captions; change the .txt files instead."
+UNSUPPORTED = {
+    **unsupported("the base's own VAE is used: to use another, put it into the base's folder.", vae=None),
+    **unsupported("weights in brackets are not interpreted in captions.", weighted_captions=False),
+    **unsupported("noise.offset is equal for all images.", adaptive_noise_scale=None),
+    **unsupported("this loss term is not supported.", v_pred_like_loss=None),
+    **unsupported(_AUGMENTATION, color_aug=False, face_crop_aug_range=None),
+    **unsupported("images are always scaled with the Lanczos filter.", resize_interpolation=None),
+    **unsupported(_WORDS, secondary_separator=None, token_warmup_min=1, token_warmup_step=0),
+    **unsupported("captions are dropped only at random, by caption_dropout.", caption_dropout_every_n_epochs=0),
+    **unsupported("the adapter's strength is equal in all data sets.", network_multiplier=1.0),
+    **unsupported("not supported; prior.by=prediction preserves the base's predictions.", custom_attributes=None),
+    **unsupported(
+        "trainable parameters are float32; `precision` is that of the base and the computation.",
         full_fp16=False,
         full_bf16=False,
     ),
-    **nothing("quantize=int8 or nf4 makes the base smaller here.", fp8_base=False, fp8_base_unet=False),
-    **nothing("activations are not moved to the processor here.", cpu_offload_checkpointing=False),
-    **nothing(
-        "the optimiser steps after the backward pass here.", fused_backward_pass=False, fused_optimizer_groups=None
+    **unsupported("not supported; use quantize=int8 or nf4 for a smaller base.", fp8_base=False, fp8_base_unet=False),
+    **unsupported("activations are not offloaded to the CPU.", cpu_offload_checkpointing=False),
+    **unsupported(
+        "not supported; the optimizer steps after the backward pass.",
+        fused_backward_pass=False,
+        fused_optimizer_groups=None,
     ),
-    **nothing("blocks go by their names here: lr_scale.IN04=0.5.", block_lr=None),
-    **nothing(
-        "DeepSpeed is set up with `accelerate config` here.",
+    **unsupported("blocks are set by name: lr_scale.IN04=0.5.", block_lr=None),
+    **unsupported(
+        "set up DeepSpeed with `accelerate config`.",
         deepspeed=False,
         zero_stage=2,
         offload_optimizer_device=None,
@@ -88,8 +90,8 @@ NOTHING = {
         zero3_save_16bit_model=False,
         fp16_master_weights_and_gradients=False,
     ),
-    **nothing(
-        "processes are set up with `accelerate config` here.",
+    **unsupported(
+        "set up processes with `accelerate config`.",
         ddp_timeout=None,
         ddp_gradient_as_bucket_view=False,
         ddp_static_graph=False,
@@ -99,39 +101,40 @@ NOTHING = {
         multi_gpu=False,
         gpu_ids=None,
     ),
-    **nothing(
-        "a run is taken up with: diffgraft train --resume FOLDER; other tools' states cannot be.",
+    **unsupported(
+        "resume runs with: diffgraft train --resume FOLDER; states of other tools cannot be resumed.",
         resume=None,
         initial_epoch=None,
         initial_step=None,
         skip_until_initial_step=False,
     ),
-    **nothing("pictures are held out by the hash of their content here.", validation_seed=None),
-    **nothing(
-        "all that is held out is looked at, by validation.pairs pairs of timestep and noise.", max_validation_steps=None
+    **unsupported("images are held out by the hash of their content.", validation_seed=None),
+    **unsupported(
+        "validation uses all held-out images, with validation.pairs pairs of timestep and noise.",
+        max_validation_steps=None,
     ),
-    **nothing(
-        "adapters are adapter.safetensors in float32; `diffgraft convert` writes other formats and precisions.",
+    **unsupported(
+        "adapters are saved as float32 adapter.safetensors; `diffgraft convert` writes other formats and precisions.",
         save_precision=None,
         save_model_as="safetensors",
         use_safetensors=False,
     ),
-    **nothing(
-        "nothing that was saved is removed here.",
+    **unsupported(
+        "saved adapters are never removed.",
         save_last_n_epochs=None,
         save_last_n_epochs_state=None,
         save_last_n_steps=None,
         save_last_n_steps_state=None,
         save_n_epoch_ratio=None,
     ),
-    **nothing(
-        "checkpoints are kept every checkpoint_every steps here, whatever else is saved.",
+    **unsupported(
+        "checkpoints are written every checkpoint_every steps, independently of adapters.",
         save_state=False,
         save_state_on_train_end=False,
     ),
-    **nothing("a run has a folder of its own here: add output=FOLDER.", output_dir=None, output_name=None),
-    **nothing(
-        "the file tells of the recipe by itself here.",
+    **unsupported("each run has a folder of its own: set output=FOLDER.", output_dir=None, output_name=None),
+    **unsupported(
+        "the adapter's header always contains the recipe.",
         training_comment=None,
         no_metadata=False,
         metadata_author=None,
@@ -146,13 +149,13 @@ NOTHING = {
         metadata_preprocessor=None,
         metadata_is_negative_embedding=None,
     ),
-    **nothing(
-        "samples are drawn with the base's own scheduler here, and before training as well.",
+    **unsupported(
+        "samples use the base's own scheduler, and are also generated before training.",
         sample_sampler="ddim",
         sample_at_first=False,
     ),
-    **nothing(
-        "nothing is uploaded here.",
+    **unsupported(
+        "uploads are not supported.",
         huggingface_repo_id=None,
         huggingface_repo_type=None,
         huggingface_path_in_repo=None,
@@ -162,8 +165,8 @@ NOTHING = {
         resume_from_huggingface=False,
         async_upload=False,
     ),
-    **nothing(
-        "trackers take their own settings from the environment.",
+    **unsupported(
+        "trackers read their settings from the environment.",
         log_prefix=None,
         log_tracker_name=None,
         log_tracker_config=None,
@@ -171,10 +174,10 @@ NOTHING = {
         wandb_api_key=None,
         log_config=False,
     ),
-    **nothing("inpainting bases learn as if all were to be drawn here.", train_inpainting=False),
-    **nothing("data sets of one's own code cannot be read here.", dataset_class=None, debug_dataset=False),
+    **unsupported("inpainting bases are trained with a mask of the whole image.", train_inpainting=False),
+    **unsupported("custom dataset classes are not supported.", dataset_class=None, debug_dataset=False),
 }
-"""Keys without a counterpart"""
+"""Arguments without a counterpart"""
 
 IDLE: dict[str, Any] = {
     **dict.fromkeys(("v2", "sdpa", "xformers", "mem_eff_attn", "diffusers_xformers"), False),
@@ -184,11 +187,11 @@ IDLE: dict[str, Any] = {
     **dict.fromkeys(("disable_mmap_load_safetensors", "console_log_simple", "output_config"), False),
     **dict.fromkeys(("tokenizer_cache_dir", "console_log_level", "console_log_file", "config_file"), None),
     **dict.fromkeys(("no_token_padding",), False),
-    **dict.fromkeys(("epoch", "noise_offset_type"), None),  # which the GUI writes beside them
+    **dict.fromkeys(("epoch", "noise_offset_type"), None),  # written by the GUI
     "vae_batch_size": 1,
     "max_data_loader_n_workers": 8,
 }
-"""Keys that change how fast or from where, and not what is learnt: attention of any kind, caches, loading"""
+"""Arguments that affect speed and loading, but not the result: attention kernels, caches, workers"""
 
 JOINT: dict[str, Any] = {
     **dict.fromkeys(("train_data_dir", "reg_data_dir", "in_json", "dataset_config", "caption_extention")),
@@ -217,12 +220,12 @@ JOINT: dict[str, Any] = {
     **{"token_string": None, "init_word": None, "num_vectors_per_token": 1, "weights": None},
     **{"use_object_template": False, "use_style_template": False},
 }
-"""Keys that only several together, or with the pictures, say what is meant"""
+"""Arguments that are mapped together with others, or depend on the images"""
 
-DEFAULTS = {**only(PLAIN, NOTHING, NETWORK), **IDLE, **JOINT}
-"""Every key of sd-scripts that is known here, and its default"""
+DEFAULTS = {**defaults_of(MAPPED, UNSUPPORTED, NETWORK), **IDLE, **JOINT}
+"""Every known argument of sd-scripts, with its default"""
 
-OPTIMIZERS: dict[str, Peer] = {
+OPTIMIZERS: dict[str, OptimizerRule] = {
     **{"adamw": ADAMW, "adamw8bit": ADAMW_8BIT, "pagedadamw8bit": paged(ADAMW_8BIT)},
     **{"pagedadamw": paged(ADAMW), "pagedadamw32bit": paged(ADAMW)},
     **{"lion": LION, "lion8bit": LION_8BIT, "pagedlion8bit": paged(LION_8BIT)},

@@ -1,30 +1,30 @@
-"""Networks of kohya's sd-scripts and of LyCORIS: modules, their arguments, and the methods here that do the same."""
+"""Mapping of sd-scripts' and LyCORIS' network modules and their arguments to methods and options."""
 
 from collections.abc import Mapping
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports.account import Account, Key, as_number, nothing, pairs
+from diffgraft.imports.import_report import ImportReport, KeyRule, as_number, parse_pairs, unsupported
 
 NETWORK = {
-    "network_module": Key(),
-    "network_dim": Key(4, kind=int),
-    "network_alpha": Key(1, kind=float),
-    "network_args": Key(),
-    "network_weights": Key(None, "init_from"),
-    "dim_from_weights": Key(False, kind=bool),  # as init_from does
-    **nothing(
-        "merge them into the base first: diffgraft merge FILE:STRENGTH --into BASE -o NEW, and base=NEW.",
+    "network_module": KeyRule(),
+    "network_dim": KeyRule(4, kind=int),
+    "network_alpha": KeyRule(1, kind=float),
+    "network_args": KeyRule(),
+    "network_weights": KeyRule(None, "init_from"),
+    "dim_from_weights": KeyRule(False, kind=bool),  # as init_from does
+    **unsupported(
+        "merge them into the base first: diffgraft merge FILE:STRENGTH --into BASE -o NEW, then set base=NEW.",
         base_weights=None,
         base_weights_multiplier=None,
     ),
-    **nothing("there is no dropout inside adapters here.", network_dropout=None),
-    **nothing("norms are not held down here; max_grad_norm clips gradients.", scale_weight_norms=None),
+    **unsupported("adapters have no dropout.", network_dropout=None),
+    **unsupported("norms of weights are not limited; max_grad_norm clips gradients.", scale_weight_norms=None),
 }
-"""Keys of sd-scripts that say what is trained"""
+"""Arguments of sd-scripts that define the network"""
 
 _OTHER_FAMILIES = ("flux", "sd3", "lumina", "hunyuan", "anima")
-_NO_DROPOUT = "there is no dropout inside adapters here."
-_BLOCKS = "blocks go by their names here: lr_scale.IN04=0.5 for a rate, options.ranks.IN04=8 for a rank."
+_NO_DROPOUT = "adapters have no dropout."
+_BLOCKS = "blocks are set by name: lr_scale.IN04=0.5 for a learning-rate scale, options.ranks.IN04=8 for a rank."
 _LORA = {"rank_dropout": _NO_DROPOUT, "module_dropout": _NO_DROPOUT}
 _LORA |= dict.fromkeys(
     (
@@ -37,21 +37,21 @@ _LORA |= dict.fromkeys(("network_reg_dims", "network_reg_lrs", "include_patterns
 _LYCORIS = {
     **_LORA,
     "rank_dropout_scale": _NO_DROPOUT,
-    "use_scalar": "there is no such scalar here; without it training starts from the same adapter.",
-    "train_norm": "norms are trained with method=full alone.",
-    "bypass_mode": "it changes how a layer is computed, and not what it is.",
-    "unbalanced_factorization": "factors are those of the plain division here.",
-    "wd_on_output": "lengths are learnt per output here, as there by default.",
-    "block_size": "there is no such method here.",
-    "unit": "there is no such method here.",
-    "constraint": "there is no such method here.",
-    "rescaled": "there is no such method here.",
-    "train_on_input": "there is no such method here.",
-    "train_t5xxl": "there is no such text encoder here.",
+    "use_scalar": "not supported; training starts from the same adapter without it.",
+    "train_norm": "norm layers are trained only with method=full.",
+    "bypass_mode": "it changes how a layer is computed, but not its result.",
+    "unbalanced_factorization": "not supported; the factorization is the balanced one.",
+    "wd_on_output": "DoRA magnitudes are learned per output, as by default in LyCORIS.",
+    "block_size": "it belongs to a method that is not supported.",
+    "unit": "it belongs to a method that is not supported.",
+    "constraint": "it belongs to a method that is not supported.",
+    "rescaled": "it belongs to a method that is not supported.",
+    "train_on_input": "it belongs to a method that is not supported.",
+    "train_t5xxl": "supported bases have no T5 text encoder.",
 }
-"""Arguments of networks without a counterpart → why"""
-_SAY_NOTHING = {"", "None", "False", "0", "0.0", "-1"}
-"""Values that only say the default; of `wd_on_output` that is True"""
+"""Network argument without a counterpart → reason"""
+_DEFAULT_TEXTS = {"", "None", "False", "0", "0.0", "-1"}
+"""Values equal to the default; that of `wd_on_output` is True"""
 
 _PRESETS = {
     "full": ("all", True),
@@ -61,91 +61,93 @@ _PRESETS = {
     "unet-only": ("all", False),
     "unet-transformer-only": ("attention+feedforward", False),
 }
-"""LyCORIS' presets → our layers, and whether the text encoder is adapted"""
+"""Preset of LyCORIS → the recipe's layers, and whether the text encoder is adapted"""
 _ALGORITHMS = {"lora": "locon", "locon": "locon", "loha": "loha", "lokr": "lokr", "full": "full"}
-"""LyCORIS' algorithms → our methods"""
+"""Algorithm of LyCORIS → method"""
 _MODULES = {"networks.lora": "lora", "networks.loha": "loha", "networks.lokr": "lokr"}
-"""sd-scripts' own modules → our methods"""
+"""Network module of sd-scripts → method"""
 
 
-def take_network(account: Account) -> tuple[str, bool]:
-    """Put the network on the account; returns the method, and whether the text encoder is adapted with it.
+def map_network(report: ImportReport) -> tuple[str, bool]:
+    """Map the network; return the method, and whether the text encoder is adapted.
 
     Raises:
-        DiffgraftError: it is for models that are none of Stable Diffusion 1.x, 2.x and XL.
+        DiffgraftError: it is for a model family other than Stable Diffusion 1.x, 2.x and XL.
     """
-    module = account.text("network_module")
+    module = report.text("network_module")
     if any(name in module for name in _OTHER_FAMILIES):
         raise DiffgraftError(
-            f"network_module={module} is for another kind of model: here are Stable Diffusion 1.x, 2.x and XL alone."
+            f"network_module={module} is for another model family: only Stable Diffusion 1.x, 2.x and XL are supported."
         )
-    words = account.get("network_args") or []
-    said = pairs(words if isinstance(words, list) else str(words).split(), account.name("network_args"))
+    words = report.get("network_args") or []
+    arguments = parse_pairs(words if isinstance(words, list) else str(words).split(), report.file_key("network_args"))
     if module == "lycoris.kohya":
-        return _lycoris(account, said)
+        return _lycoris(report, arguments)
     method = _MODULES.get(module, "")
     if not method:
-        account.lose("network_module", "nothing here trains such a network; lora is written in its place.")
-    conv = _number(said.pop("conv_dim", ""))
+        report.drop("network_module", "this network is not supported; replaced by method=lora.")
+    conv = _number(arguments.pop("conv_dim", ""))
     layers = "all" if conv else "attention+feedforward"
     method = "locon" if conv and method == "lora" else method or "lora"
     if module in _MODULES:
-        account.take("method", method, "network_module", remark=f"on layers={layers}")
-    account.recipe["layers"] = layers
-    alpha = _number(said.pop("conv_alpha", "1")) or conv
-    _sizes(account, method, conv, alpha)
-    _arguments(account, method, said, _LYCORIS if method in ("loha", "lokr") else _LORA)
+        report.map("method", method, "network_module", remark=f"on layers={layers}")
+    report.recipe["layers"] = layers
+    alpha = _number(arguments.pop("conv_alpha", "1")) or conv
+    _sizes(report, method, conv, alpha)
+    _arguments(report, method, arguments, _LYCORIS if method in ("loha", "lokr") else _LORA)
     return method, True
 
 
-def _lycoris(account: Account, said: dict[str, str]) -> tuple[str, bool]:
-    algorithm, preset = said.pop("algo", "lora").lower(), said.pop("preset", "full")
+def _lycoris(report: ImportReport, arguments: dict[str, str]) -> tuple[str, bool]:
+    algorithm, preset = arguments.pop("algo", "lora").lower(), arguments.pop("preset", "full")
     method = _ALGORITHMS.get(algorithm, "")
     if method:
-        account.take("method", method, "network_module", remark=f"algo={algorithm}")
+        report.map("method", method, "network_module", remark=f"algo={algorithm}")
     else:
-        account.aside("network_args algo", algorithm, "nothing here trains it; lora is written in its place.")
+        report.drop_part("network_args algo", algorithm, "this algorithm is not supported; replaced by method=lora.")
     layers, text = _PRESETS.get(preset, ("all", True))
     if preset not in _PRESETS:
-        account.aside("network_args preset", preset, "layers cannot be chosen so here; layers=all is written.")
+        report.drop_part("network_args preset", preset, "not supported; replaced by layers=all.")
     elif layers == "all" and method != "full":
-        why = (
-            "as there but for the first and last convolution and the embedding of time, which layers=all leaves alone."
-        )
-        account.aside("network_args preset", preset, why)
+        why = "layers=all does not adapt the first and last convolution and the time embedding."
+        report.drop_part("network_args preset", preset, why)
     elif preset == "full-lin":
-        account.aside("network_args preset", preset, "the residual blocks' embedding of time is not adapted here.")
-    named = said.pop("conv_dim", "")
-    conv = _number(named) or (0.0 if named else float(account.whole("network_dim") or 4))
-    if layers == "all" and not conv:  # convolutions are left alone there
+        report.drop_part("network_args preset", preset, "the time embeddings of residual blocks are not adapted.")
+    named = arguments.pop("conv_dim", "")
+    conv = _number(named) or (0.0 if named else float(report.integer("network_dim") or 4))
+    if layers == "all" and not conv:  # LyCORIS does not adapt convolutions then
         layers = "attention+feedforward"
-    alpha = _number(said.pop("conv_alpha", "")) or account.number("network_alpha") or conv
+    alpha = _number(arguments.pop("conv_alpha", "")) or report.number("network_alpha") or conv
     if method == "full":
-        account.aside("network_args algo", "full", "every weight trains here, norms and embeddings of time as well.")
+        report.drop_part(
+            "network_args algo", "full", "method=full trains every weight, including norms and time embeddings."
+        )
     else:
-        account.take_part("layers", layers, "network_args preset", preset)
-        _sizes(account, method or "lora", conv if layers == "all" else 0, alpha)
-    _arguments(account, method or "lora", said, _LYCORIS)
+        report.map_part("layers", layers, "network_args preset", preset)
+        _sizes(report, method or "lora", conv if layers == "all" else 0, alpha)
+    _arguments(report, method or "lora", arguments, _LYCORIS)
     return method or "lora", text
 
 
-def _sizes(account: Account, method: str, conv: float, conv_alpha: float) -> None:
-    """Rank and alpha, of convolutions as well where they are adapted."""
-    rank = account.whole("network_dim") or 4
-    alpha = account.number("network_alpha") or float(rank)  # which 0 means, there
-    account.take("rank", rank, "network_dim")
-    account.take("alpha", alpha, "network_alpha")
+def _sizes(report: ImportReport, method: str, conv: float, conv_alpha: float) -> None:
+    """Map rank and alpha, also those of convolutions if they are adapted."""
+    rank = report.integer("network_dim") or 4
+    alpha = report.number("network_alpha") or float(rank)  # 0 means the rank in sd-scripts
+    report.map("rank", rank, "network_dim")
+    report.map("alpha", alpha, "network_alpha")
     if not conv:
         return
     plain = conv == rank and conv_alpha == alpha
     if not plain and method in ("locon", "loha"):
-        account.take_part("options.conv_rank", int(conv), "network_args conv_dim", int(conv))
+        report.map_part("options.conv_rank", int(conv), "network_args conv_dim", int(conv))
     if method == "locon" and not plain:
-        account.take_part("options.conv_alpha", conv_alpha, "network_args conv_alpha", conv_alpha)
+        report.map_part("options.conv_alpha", conv_alpha, "network_args conv_alpha", conv_alpha)
     elif conv_alpha / conv != alpha / rank:
-        account.aside("network_args conv_alpha", conv_alpha, f"{method} has one scale, alpha / rank, for all layers.")
+        report.drop_part(
+            "network_args conv_alpha", conv_alpha, f"method={method} has one scale, alpha / rank, for all layers."
+        )
     if method == "lokr" and conv != rank:
-        account.aside("network_args conv_dim", int(conv), "lokr has one rank for all layers.")
+        report.drop_part("network_args conv_dim", int(conv), "method=lokr has one rank for all layers.")
 
 
 _OPTIONS = {
@@ -165,38 +167,40 @@ _OPTIONS = {
         "full_matrix": "full_matrix",
     },
 }
-"""Method → arguments that say yes or no, and our options"""
+"""Method → boolean network argument → option"""
 _ALL_OPTIONS = {name for options in _OPTIONS.values() for name in options}
 _PLUS = ("loraplus_unet_lr_ratio", "loraplus_lr_ratio", "loraplus_text_encoder_lr_ratio")
 
 
-def _arguments(account: Account, method: str, said: dict[str, str], known: Mapping[str, str]) -> None:
-    """The other arguments."""
+def _arguments(report: ImportReport, method: str, arguments: dict[str, str], known: Mapping[str, str]) -> None:
+    """Map the other network arguments."""
     options = _OPTIONS.get(method, {})
-    ratios = {name: value for name in _PLUS if (value := _number(said.pop(name, "")))}
+    ratios = {name: value for name in _PLUS if (value := _number(arguments.pop(name, "")))}
     if ratios and method in ("lora", "locon"):
         name, value = next(iter(ratios.items()))
-        account.take_part("options.loraplus_ratio", value, f"network_args {name}", value)
+        report.map_part("options.loraplus_ratio", value, f"network_args {name}", value)
     for name, ratio in ratios.items():
         if method not in ("lora", "locon") or ratio != next(iter(ratios.values())):
-            account.aside(
-                f"network_args {name}", ratio, "there is one such factor, options.loraplus_ratio of lora and locon."
+            report.drop_part(
+                f"network_args {name}",
+                ratio,
+                "only options.loraplus_ratio of lora and locon is supported, a single ratio.",
             )
-    if method == "lokr" and (factor := _number(said.pop("factor", ""))) not in (0, -1):
-        account.take_part("options.factor", int(factor), "network_args factor", int(factor))
-    for name, text in said.items():
-        if text in _SAY_NOTHING or (name, text) == ("wd_on_output", "True"):
+    if method == "lokr" and (factor := _number(arguments.pop("factor", ""))) not in (0, -1):
+        report.map_part("options.factor", int(factor), "network_args factor", int(factor))
+    for name, text in arguments.items():
+        if text in _DEFAULT_TEXTS or (name, text) == ("wd_on_output", "True"):
             continue
         if name in options and text.lower() in ("true", "1"):
-            account.take_part(f"options.{options[name]}", True, f"network_args {name}", text)
+            report.map_part(f"options.{options[name]}", True, f"network_args {name}", text)
         elif name in known:
-            account.aside(f"network_args {name}", text, known[name])
+            report.drop_part(f"network_args {name}", text, known[name])
         elif name in _ALL_OPTIONS | {"factor"}:
-            account.aside(f"network_args {name}", text, f"{method} has no such option here.")
+            report.drop_part(f"network_args {name}", text, f"method={method} has no such option.")
         else:
-            account.aside(f"network_args {name}", text, "no argument of networks that is known here.")
+            report.drop_part(f"network_args {name}", text, "not a known network argument.")
 
 
 def _number(text: str) -> float:
-    """0 where there is none."""
+    """A network argument as a number; 0 if it is empty."""
     return as_number("a number in network_args", text or None) or 0.0

@@ -1,46 +1,46 @@
-"""OneTrainer: what its settings are called here, their defaults, and what has no counterpart.
+"""Settings of OneTrainer: their defaults, the recipe keys they map to, and those without a counterpart.
 
-Names and defaults as in OneTrainer of August 2026 (`TrainConfig`, `ConceptConfig`, `SampleConfig`), parts with dots.
+Names and defaults as in OneTrainer of August 2026 (`TrainConfig`, `ConceptConfig`, `SampleConfig`), nested with dots.
 """
 
 from typing import Any
 
-from diffgraft.imports.account import Key, nothing, only
-from diffgraft.imports.optimizers import Peer
+from diffgraft.imports.import_report import KeyRule, defaults_of, unsupported
+from diffgraft.imports.optimizers import OptimizerRule
 
-PLAIN = {
-    "base_model_name": Key("stable-diffusion-v1-5/stable-diffusion-v1-5", "base"),
-    "batch_size": Key(1, "batch", kind=int),
-    "gradient_accumulation_steps": Key(1, "accumulate", kind=int),
-    "train_dtype": Key(
+MAPPED = {
+    "base_model_name": KeyRule("stable-diffusion-v1-5/stable-diffusion-v1-5", "base"),
+    "batch_size": KeyRule(1, "batch", kind=int),
+    "gradient_accumulation_steps": KeyRule(1, "accumulate", kind=int),
+    "train_dtype": KeyRule(
         "FLOAT_16",
         "precision",
         {"FLOAT_32": "float32", "TFLOAT_32": "float32", "FLOAT_16": "float16", "BFLOAT_16": "bfloat16"},
     ),
-    "compile": Key(False, "compile", kind=bool),
-    "unet.gradient_checkpointing": Key(True, "gradient_checkpointing", kind=bool),
-    "offset_noise_weight": Key(0.0, "noise.offset", kind=float),
-    "latent_caching": Key(True, "cache", kind=bool),
-    "concepts.image.enable_random_flip": Key(False, "flip", kind=bool),
-    "concepts.text.enable_tag_shuffling": Key(False, "tags.shuffle", kind=bool),
-    "concepts.text.tag_delimiter": Key(",", "tags.separator"),
+    "compile": KeyRule(False, "compile", kind=bool),
+    "unet.gradient_checkpointing": KeyRule(True, "gradient_checkpointing", kind=bool),
+    "offset_noise_weight": KeyRule(0.0, "noise.offset", kind=float),
+    "latent_caching": KeyRule(True, "cache", kind=bool),
+    "concepts.image.enable_random_flip": KeyRule(False, "flip", kind=bool),
+    "concepts.text.enable_tag_shuffling": KeyRule(False, "tags.shuffle", kind=bool),
+    "concepts.text.tag_delimiter": KeyRule(",", "tags.separator"),
 }
-"""Keys that are one of ours"""
+"""Settings that map to one recipe key"""
 
-_PICTURES = "there is no such change of pictures here."
-_TAGS = "tags are shuffled or left out, all with the same probability, and nothing else."
-_TIMES = "there are steps alone to count by here, and resuming is by checkpoint_every."
-NOTHING = {
-    **nothing(
-        _PICTURES,
+_AUGMENTATION = "this augmentation is not supported."
+_TAGS = "tags can only be shuffled and dropped, all with the same probability."
+_STEPS_ONLY = "intervals are in steps, and runs are resumed from checkpoints: set checkpoint_every."
+UNSUPPORTED = {
+    **unsupported(
+        _AUGMENTATION,
         **{
             f"concepts.image.enable_{how}_{what}": False
             for how in ("random", "fixed")
             for what in ("rotate", "brightness", "contrast", "saturation", "hue")
         },
     ),
-    **nothing(
-        _PICTURES,
+    **unsupported(
+        _AUGMENTATION,
         **{
             "concepts.image.enable_fixed_flip": False,
             "force_circular_padding": False,
@@ -48,59 +48,61 @@ NOTHING = {
             "concepts.image.enable_random_mask_rotate_crop": False,
         },
     ),
-    **nothing("there is one resolution here.", **{"concepts.image.enable_resolution_override": False}),
-    **nothing(
+    **unsupported("a run has one resolution.", **{"concepts.image.enable_resolution_override": False}),
+    **unsupported(
         _TAGS, **{"concepts.text.tag_dropout_special_tags_mode": "NONE", "concepts.text.caps_randomize_enable": False}
     ),
-    **nothing("texts are drawn anew each time a picture comes.", **{"concepts.text_variations": 1}),
-    **nothing(
-        "captions of pictures in folders inside are read through metadata.jsonl alone.",
+    **unsupported("a text is chosen anew each time an image is used.", **{"concepts.text_variations": 1}),
+    **unsupported(
+        "captions of images in subfolders are read only from a metadata.jsonl.",
         **{"concepts.include_subdirectories": False},
     ),
-    **nothing(
-        "the text encoder's last layer is read here, in XL the last but one, and no other.",
+    **unsupported(
+        "the text encoder's last layer is used, in XL the last but one; this cannot be changed.",
         text_encoder_layer_skip=0,
         text_encoder_2_layer_skip=0,
     ),
-    **nothing("there is no dropout inside adapters here.", dropout_probability=0.0),
-    **nothing("what trains is kept in float32 here.", lora_weight_dtype="FLOAT_32", embedding_weight_dtype="FLOAT_32"),
-    **nothing("the offset is the same at every timestep here.", generalized_offset_noise=False),
-    **nothing(
-        "there it widens the noise that is to be found as well; noise.perturbation is laid on the input alone, as in "
-        "the paper.",
+    **unsupported("adapters have no dropout.", dropout_probability=0.0),
+    **unsupported("trainable parameters are float32.", lora_weight_dtype="FLOAT_32", embedding_weight_dtype="FLOAT_32"),
+    **unsupported("noise.offset is equal at all timesteps.", generalized_offset_noise=False),
+    **unsupported(
+        "OneTrainer also perturbs the noise to be predicted; noise.perturbation perturbs only the input, as in the "
+        "paper.",
         perturbation_noise_weight=0.0,
     ),
-    **nothing("timesteps are not shifted here.", timestep_shift=1.0, dynamic_timestep_shifting=False),
-    **nothing("masks hold for every step here.", unmasked_probability=0.1),
-    **nothing(
-        "prior.by=prediction preserves the class, and not what lies outside masks.",
+    **unsupported("shifting timesteps is not supported.", timestep_shift=1.0, dynamic_timestep_shifting=False),
+    **unsupported("masks apply to every step.", unmasked_probability=0.1),
+    **unsupported(
+        "not supported; prior.by=prediction preserves the class rather than what is outside of masks.",
         masked_prior_preservation_weight=0.0,
     ),
-    **nothing("inpainting bases learn as if all were to be drawn here.", custom_conditioning_image=False),
-    **nothing("the mean is taken over batches and accumulated ones here.", loss_scaler="NONE"),
-    **nothing("rates fall to 0 here.", learning_rate_min_factor=0.0),
-    **nothing("there is no such schedule here.", custom_learning_rate_scheduler=None, scheduler_params=[]),
-    **nothing("layers are chosen by `layers`, or by rates of 0, which take patterns.", layer_filter_regex=False),
-    **nothing("one word is learnt: with weights by method=pivotal.", additional_embeddings=[]),
-    **nothing("several GPUs are set up with `accelerate config` here.", multi_gpu=False, device_indexes=""),
-    **nothing(
-        "adapters are adapter.safetensors; `diffgraft convert` writes other formats and precisions.",
+    **unsupported("inpainting bases are trained with a mask of the whole image.", custom_conditioning_image=False),
+    **unsupported("the loss is the mean over the batch and all micro-batches.", loss_scaler="NONE"),
+    **unsupported("learning rates always decay to 0.", learning_rate_min_factor=0.0),
+    **unsupported("custom schedules are not supported.", custom_learning_rate_scheduler=None, scheduler_params=[]),
+    **unsupported("choose layers with `layers`, or exclude patterns with lr_scale.", layer_filter_regex=False),
+    **unsupported(
+        "a run trains one token; use method=pivotal to train it along with weights.", additional_embeddings=[]
+    ),
+    **unsupported("set up several GPUs with `accelerate config`.", multi_gpu=False, device_indexes=""),
+    **unsupported(
+        "adapters are saved as adapter.safetensors; `diffgraft convert` writes other formats and precisions.",
         output_model_format="SAFETENSORS",
         output_dtype="FLOAT_32",
         bundle_additional_embeddings=True,
         include_train_config="NONE",
     ),
-    **nothing(
-        "a run has a folder of its own here: add output=FOLDER.",
+    **unsupported(
+        "each run has a folder of its own: set output=FOLDER.",
         output_model_destination="models/model.safetensors",
         workspace_dir="workspace/run",
         save_filename_prefix="",
     ),
-    **nothing(
-        "a run is taken up with: diffgraft train --resume FOLDER.", continue_last_backup=False, prevent_overwrites=False
+    **unsupported(
+        "resume runs with: diffgraft train --resume FOLDER.", continue_last_backup=False, prevent_overwrites=False
     ),
-    **nothing(
-        _TIMES,
+    **unsupported(
+        _STEPS_ONLY,
         backup_after=30,
         backup_after_unit="MINUTE",
         rolling_backup=False,
@@ -109,27 +111,29 @@ NOTHING = {
         save_skip_first=0,
         sample_skip_first=0,
     ),
-    **nothing(
-        "samples are drawn with what is saved, as PNG.",
+    **unsupported(
+        "samples use the weights that are saved, and are PNG files.",
         sample_image_format="JPG",
         non_ema_sampling=True,
         samples_to_tensorboard=True,
     ),
-    **nothing(
-        "activations and layers are not moved away here.",
+    **unsupported(
+        "activations and layers are not offloaded.",
         **{"unet.offload_fraction": 0.0, "unet.activation_offloading": False},
     ),
-    **nothing("the base's own VAE is used: put another into the base's folder.", **{"vae.model_name": ""}),
-    **nothing(
-        "it lies in the base's folder here.",
+    **unsupported(
+        "the base's own VAE is used: to use another, put it into the base's folder.", **{"vae.model_name": ""}
+    ),
+    **unsupported(
+        "all parts are read from the base's folder.",
         **{"unet.model_name": "", "text_encoder.model_name": "", "text_encoder_2.model_name": ""},
     ),
-    **nothing(
-        "hugging face's own variables say it: HF_HUB_OFFLINE, HF_HOME.", offline_mode=False, huggingface_cache_dir=""
+    **unsupported(
+        "set the environment variables HF_HUB_OFFLINE and HF_HOME.", offline_mode=False, huggingface_cache_dir=""
     ),
-    **nothing("nothing is only cached or only tried here.", only_cache=False, debug_mode=False),
+    **unsupported("caching or debugging without training is not supported.", only_cache=False, debug_mode=False),
 }
-"""Keys without a counterpart"""
+"""Settings without a counterpart"""
 
 _PART = {
     "include": True,
@@ -150,10 +154,10 @@ _PART = {
 _TEXT_STOPS = {"stop_training_after": 30, "stop_training_after_unit": "EPOCH"}
 PARTS = {
     f"{part}.{key}": value
-    for part, own in {"unet": {}, "text_encoder": _TEXT_STOPS, "text_encoder_2": _TEXT_STOPS, "vae": {}}.items()
-    for key, value in {**_PART, **own}.items()
+    for part, stops in {"unet": {}, "text_encoder": _TEXT_STOPS, "text_encoder_2": _TEXT_STOPS, "vae": {}}.items()
+    for key, value in {**_PART, **stops}.items()
 }
-"""Settings of the parts of a model"""
+"""Settings of a model's parts, with their defaults"""
 
 JOINT: dict[str, Any] = {
     **{"training_method": "FINE_TUNE", "model_type": "STABLE_DIFFUSION_15", "peft_type": "LORA"},
@@ -185,7 +189,7 @@ JOINT: dict[str, Any] = {
     **{"sample_after_unit": "MINUTE", "save_every": 0, "save_every_unit": "NEVER", "tensorboard": True},
     **{"validation": False, "validate_after": 1, "validate_after_unit": "EPOCH"},
 }
-"""Keys that only several together, or with the pictures, say what is meant"""
+"""Settings that are mapped together with others, or depend on the images"""
 
 IDLE: dict[str, Any] = {
     **{"debug_dir": "debug", "cache_dir": "workspace-cache/run", "clear_cache_before_training": True},
@@ -198,17 +202,17 @@ IDLE: dict[str, Any] = {
     **{"text_encoder_sequence_length": 512, "text_encoder_2_sequence_length": 77},
     **{"text_encoder_3_layer_skip": 0, "text_encoder_4_layer_skip": 0},
 }
-"""Keys that change how fast or from where, and not what is learnt, or that other models have"""
+"""Settings that affect speed and loading, but not the result, or that belong to other model families"""
 
 APART = (
     *("prior", "transformer", "unconditional_transformer", "text_encoder_3", "text_encoder_4", "effnet_encoder"),
     *("decoder", "decoder_text_encoder", "decoder_vqgan", "quantization", "cloud", "secrets", "optimizer_defaults"),
 )
-"""Groups of keys that are not looked into: parts of other models, machines, and what other optimisers would have"""
+"""Groups of settings that are ignored: parts of other model families, machines, and other optimizers"""
 
 OPTIMIZER = "optimizer.optimizer"
-DEFAULTS = {**PARTS, **only(PLAIN, NOTHING), **JOINT, **IDLE, OPTIMIZER: "ADAMW"}
-"""Every key that is known here, and its default; the optimiser's own settings stand with it"""
+DEFAULTS = {**PARTS, **defaults_of(MAPPED, UNSUPPORTED), **JOINT, **IDLE, OPTIMIZER: "ADAMW"}
+"""Every known setting, with its default; the optimizer's own settings are in `OPTIMIZER_SETTINGS`"""
 
 CONCEPT = {
     *("name", "path", "seed", "enabled", "type", "include_subdirectories", "image_variations", "text_variations"),
@@ -243,14 +247,14 @@ _ADAFACTOR = {
     **{"clip_threshold": (1.0, 1.0), "decay_rate": (-0.8, -0.8), "beta1": (None, None)},
 }
 _FREE = {**_BETAS, "eps": (1e-8, 1e-8), "r": (0.0, 0.0), "weight_lr_power": (2.0, 2.0)}
-OPTIMIZERS: dict[str, Peer] = {
-    "adamw": Peer("adamw", 0.01, _ADAM),
-    "adamw_8bit": Peer("adamw8bit", 0.01, _ADAM),
-    "lion": Peer("lion", 0.0, {"beta1": (0.9, 0.9), "beta2": (0.99, 0.99)}),
-    "lion_8bit": Peer("lion8bit", 0.0, {"beta1": (0.9, 0.9), "beta2": (0.999, 0.99)}),
-    "prodigy": Peer("prodigy", 0.0, _PRODIGY),
-    "adafactor": Peer("adafactor", 0.0, _ADAFACTOR),
-    "schedule_free_adamw": Peer("schedule-free", 0.01, _FREE),
+OPTIMIZERS: dict[str, OptimizerRule] = {
+    "adamw": OptimizerRule("adamw", 0.01, _ADAM),
+    "adamw_8bit": OptimizerRule("adamw8bit", 0.01, _ADAM),
+    "lion": OptimizerRule("lion", 0.0, {"beta1": (0.9, 0.9), "beta2": (0.99, 0.99)}),
+    "lion_8bit": OptimizerRule("lion8bit", 0.0, {"beta1": (0.9, 0.9), "beta2": (0.999, 0.99)}),
+    "prodigy": OptimizerRule("prodigy", 0.0, _PRODIGY),
+    "adafactor": OptimizerRule("adafactor", 0.0, _ADAFACTOR),
+    "schedule_free_adamw": OptimizerRule("schedule-free", 0.01, _FREE),
 }
 _NOT_SET = (
     *("alpha", "beta1", "beta2", "beta3", "clip_threshold", "d0", "d_coef", "dampening", "decay_rate", "eps", "eps2"),
@@ -277,13 +281,13 @@ OPTIMIZER_SETTINGS: dict[str, Any] = {
     **dict.fromkeys(_ON, True),
     "muon_adam_config": {},
 }
-"""All settings of its optimisers that change what is learnt, and their defaults"""
+"""All settings of OneTrainer's optimizers that affect the result, with their defaults"""
 OPTIMIZER_IDLE = {
     *("block_wise", "capturable", "differentiable", "foreach", "fsdp_in_use", "fused", "fused_back_pass", "log_every"),
     *("min_8bit_size", "quant_block_size", "optim_bits", "percentile_clipping", "stochastic_rounding", "use_triton"),
     "compile",
 }
-"""Those that change how it is computed, or what is kept in less than float32"""
+"""Settings of optimizers that affect speed or the precision of their state, but not the algorithm"""
 
 SCHEDULES = {
     "CONSTANT": "constant",

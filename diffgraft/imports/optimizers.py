@@ -1,34 +1,36 @@
-"""Optimisers of other tools, by name, and how far ours are the same."""
+"""Mapping of other tools' optimizers to the recipe's, and of their settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffgraft.imports.account import Account
+from diffgraft.imports.import_report import ImportReport
 
 NO_CLIPPING = 1e9
-"""A norm of gradients that is never reached, for those who do not clip them"""
+"""Maximum gradient norm that is never reached, for tools that do not clip gradients"""
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One of theirs, and the one of ours that it is."""
+class OptimizerRule:
+    """An optimizer of another tool, and the recipe's optimizer that it is mapped to."""
 
-    ours: str
+    name: str
+    """The recipe's optimizer"""
     weight_decay: float
-    """Theirs, where the file does not say it"""
+    """The tool's default"""
     settings: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Its other settings → what it has by default, and what ours has, which cannot be set"""
+    """Other setting → the tool's default, and the fixed value of the recipe's optimizer"""
     remark: str = ""
+    """Remark in the report"""
 
 
 _ADAM = {"betas": ((0.9, 0.999), (0.9, 0.999)), "eps": (1e-8, 1e-8), "amsgrad": (False, False)}
 _LION = {"betas": ((0.9, 0.99), (0.9, 0.99))}
-_PAGED = "its memory is not paged here"
-ADAMW = Peer("adamw", 0.01, _ADAM)
-ADAMW_8BIT = Peer("adamw8bit", 0.01, _ADAM)
-LION = Peer("lion", 0.0, _LION)
-LION_8BIT = Peer("lion8bit", 0.0, _LION)
+_PAGED = "without paged memory"
+ADAMW = OptimizerRule("adamw", 0.01, _ADAM)
+ADAMW_8BIT = OptimizerRule("adamw8bit", 0.01, _ADAM)
+LION = OptimizerRule("lion", 0.0, _LION)
+LION_8BIT = OptimizerRule("lion8bit", 0.0, _LION)
 _ADAFACTOR = {
     "relative_step": (True, False),
     "scale_parameter": (True, False),
@@ -37,7 +39,7 @@ _ADAFACTOR = {
     "decay_rate": (-0.8, -0.8),
     "beta1": (None, None),
 }
-ADAFACTOR = Peer("adafactor", 0.0, _ADAFACTOR)
+ADAFACTOR = OptimizerRule("adafactor", 0.0, _ADAFACTOR)
 _PRODIGY = {
     "decouple": (True, True),
     "use_bias_correction": (False, True),
@@ -50,55 +52,60 @@ _PRODIGY = {
     "growth_rate": (float("inf"), float("inf")),
     "slice_p": (1, 1),
 }
-PRODIGY = Peer("prodigy", 0.0, _PRODIGY)
+PRODIGY = OptimizerRule("prodigy", 0.0, _PRODIGY)
 _FREE = {
     "betas": ((0.9, 0.999), (0.9, 0.999)),
     "eps": (1e-8, 1e-8),
     "r": (0.0, 0.0),
     "weight_lr_power": (2.0, 2.0),
 }
-SCHEDULE_FREE = Peer("schedule-free", 0.0, _FREE)
+SCHEDULE_FREE = OptimizerRule("schedule-free", 0.0, _FREE)
 
 
-def paged(peer: Peer) -> Peer:
-    """The same with paged memory."""
-    return Peer(peer.ours, peer.weight_decay, peer.settings, _PAGED)
+def paged(rule: OptimizerRule) -> OptimizerRule:
+    """The rule for the paged version of an optimizer."""
+    return OptimizerRule(rule.name, rule.weight_decay, rule.settings, _PAGED)
 
 
-def take_optimizer(
-    account: Account, key: str, name: str, table: Mapping[str, Peer], said: Mapping[str, Any], prefix: str
+def map_optimizer(
+    report: ImportReport,
+    key: str,
+    name: str,
+    table: Mapping[str, OptimizerRule],
+    settings: Mapping[str, Any],
+    prefix: str,
 ) -> str:
-    """Put an optimiser on the account; returns ours.
+    """Map an optimizer and its settings; return the recipe's optimizer.
 
     Args:
-        account: where to put it.
-        key: theirs that names it.
-        name: the name.
-        table: the names that are known, in small letters.
-        said: its settings, as far as the file says them.
-        prefix: what their names begin with where they are told of.
+        report: the report to add to.
+        key: the tool's key with the optimizer's name.
+        name: the optimizer's name.
+        table: rules by the optimizer's name in lower case.
+        settings: the optimizer's settings in the file.
+        prefix: prefix of the settings' names in the report.
     """
-    peer = table.get(name.lower())
-    if peer is None:
-        rate_finder = "adapt" in name.lower() or "prodigy" in name.lower()
-        instead = "prodigy" if rate_finder else "adamw"
-        why = "which finds the rate itself as well, " if rate_finder else ""
-        account.lose(key, f"there is no such optimiser here; {instead}, {why}is written in its place: look at lr, too.")
-        account.recipe["optimizer"] = instead
-        for setting, value in said.items():
-            account.aside(prefix + setting, value, "it is a setting of that optimiser.")
-        return instead
-    account.take("optimizer", peer.ours, key, remark=peer.remark)
-    decay, where = said.get("weight_decay"), "" if "weight_decay" in said else "the default there"
-    decay = peer.weight_decay if decay is None else decay
-    account.take_part("weight_decay", decay, f"{prefix}weight_decay", decay, where)
-    for setting, (theirs, ours) in peer.settings.items():
-        value = theirs if said.get(setting) is None else said[setting]
+    rule = table.get(name.lower())
+    if rule is None:
+        finds_lr = "adapt" in name.lower() or "prodigy" in name.lower()
+        replacement = "prodigy" if finds_lr else "adamw"
+        why = ", which finds the learning rate itself as well" if finds_lr else ""
+        report.drop(key, f"not supported; replaced by optimizer={replacement}{why}. Check lr, too.")
+        report.recipe["optimizer"] = replacement
+        for setting, value in settings.items():
+            report.drop_part(prefix + setting, value, "it is a setting of that optimizer.")
+        return replacement
+    report.map("optimizer", rule.name, key, remark=rule.remark)
+    decay, remark = settings.get("weight_decay"), "" if "weight_decay" in settings else f"the default of {report.tool}"
+    decay = rule.weight_decay if decay is None else decay
+    report.map_part("weight_decay", decay, f"{prefix}weight_decay", decay, remark)
+    for setting, (default, fixed) in rule.settings.items():
+        value = default if settings.get(setting) is None else settings[setting]
         value = tuple(value) if isinstance(value, list) else value
-        if value != ours:
-            what = str(ours).lower() if isinstance(ours, bool) else ours
-            account.aside(prefix + setting, value, f"{peer.ours} has {what} here, which cannot be set.")
-    for setting in said:
-        if setting not in peer.settings and setting != "weight_decay":
-            account.aside(prefix + setting, said[setting], f"{peer.ours} has no such setting here.")
-    return peer.ours
+        if value != fixed:
+            text = str(fixed).lower() if isinstance(fixed, bool) else fixed
+            report.drop_part(prefix + setting, value, f"fixed at {text} in optimizer={rule.name}.")
+    for setting in settings:
+        if setting not in rule.settings and setting != "weight_decay":
+            report.drop_part(prefix + setting, settings[setting], f"optimizer={rule.name} has no such setting.")
+    return rule.name

@@ -1,14 +1,14 @@
-"""Rates of other tools, one for each part of a base, as one rate and factors on it."""
+"""Conversion of learning rates for each part of a base to one learning rate and scales."""
 
 from collections.abc import Sequence
 
-from diffgraft.imports.account import Account
+from diffgraft.imports.import_report import ImportReport
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def take_rates(
-    account: Account,
+def map_rates(
+    report: ImportReport,
     rate: tuple[float | None, str],
     texts: tuple[Sequence[float], Sequence[str]],
     optimizer: str,
@@ -16,31 +16,31 @@ def take_rates(
     unet_learns: bool = True,
     remark: str = "",
 ) -> None:
-    """Put the rates on the account, and with them whether text encoders learn.
+    """Map learning rates, and whether the text encoders train.
 
     Args:
-        account: where to put them.
-        rate: of the UNet, and the key that says it.
-        texts: of the text encoders, one for both or one for each, 0 where it does not learn, and the keys that say it.
-        optimizer: ours.
-        unet_learns: whether the UNet does.
-        remark: said beside the rate.
+        report: the report to add to.
+        rate: learning rate of the UNet, and its key.
+        texts: learning rates of the text encoders (one for both, or one for each; 0 if frozen), and their keys.
+        optimizer: the recipe's optimizer.
+        unet_learns: whether the UNet trains.
+        remark: remark on the learning rate in the report.
     """
-    (lr, key), (own, keys) = rate, texts
-    account.take("lr", lr, key, remark=remark)
+    (lr, key), (text_rates, keys) = rate, texts
+    report.map("lr", lr, key, remark=remark)
     if not lr:
-        account.ask("lr", "a rate above 0.")
+        report.todo("lr", "a learning rate above 0.")
         return
-    if any(own):
-        account.take("text_encoder", True, *keys)
-    parts = {} if unet_learns else {"unet": 0.0}
-    factors = [text / lr for text in own] if any(own) else []
-    if len(set(factors)) == 1:
-        factors = factors[:1]
-    if optimizer == "prodigy" and not {*factors} <= {0.0, 1.0}:
-        account.lose(keys[0], "prodigy finds one rate for all here.")
-        factors = [float(factor > 0) for factor in factors]
-    if factors != [1.0]:
-        parts |= dict(zip(_TEXT_ENCODERS, factors, strict=False))
-    if parts:
-        account.take("lr_scale", parts, *keys, remark="factors on lr")
+    if any(text_rates):
+        report.map("text_encoder", True, *keys)
+    scales = {} if unet_learns else {"unet": 0.0}
+    text_scales = [text / lr for text in text_rates] if any(text_rates) else []
+    if len(set(text_scales)) == 1:
+        text_scales = text_scales[:1]
+    if optimizer == "prodigy" and not {*text_scales} <= {0.0, 1.0}:
+        report.drop(keys[0], "prodigy finds one learning rate for all parameters.")
+        text_scales = [float(scale > 0) for scale in text_scales]
+    if text_scales != [1.0]:
+        scales |= dict(zip(_TEXT_ENCODERS, text_scales, strict=False))
+    if scales:
+        report.map("lr_scale", scales, *keys, remark="factors on lr")

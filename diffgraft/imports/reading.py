@@ -1,4 +1,4 @@
-"""Configurations of other tools, read from TOML or JSON; nothing in them is ever run."""
+"""Reading of other tools' configurations from TOML or JSON; nothing in them is executed."""
 
 import json
 import tomllib
@@ -10,44 +10,44 @@ from diffgraft.errors import DiffgraftError
 
 
 def read_config(path: Path) -> Any:
-    """What a TOML or JSON file holds: a mapping or, in JSON, a list.
+    """Content of a TOML or JSON file: a mapping or, in JSON, a list.
 
     Raises:
-        DiffgraftError: there is no such file, or it cannot be read as its name says.
+        DiffgraftError: the file does not exist, or cannot be parsed.
     """
     if not path.is_file():
-        raise DiffgraftError(f"There is no configuration {path}. Give a .toml or .json file.")
+        raise DiffgraftError(f"There is no file {path}. Give a configuration in a .toml or .json file.")
     try:
         text = read_text(path)
         if path.suffix.lower() == ".toml":
             return tomllib.loads(text)
         if path.suffix.lower() == ".json":
-            found = json.loads(text)
-            if isinstance(found, dict | list):
-                return found
-            raise DiffgraftError(f"{path} holds {str(found)[:80]}, where a configuration has keys and values.")
+            config = json.loads(text)
+            if isinstance(config, dict | list):
+                return config
+            raise DiffgraftError(f"{path} holds {str(config)[:80]}, but a configuration needs keys and values.")
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise DiffgraftError(f"{path} cannot be read as {path.suffix.lstrip('.').upper()}: {error}.") from error
-    raise DiffgraftError(f"{path} is called neither .toml nor .json, as configurations are.")
+    raise DiffgraftError(f"{path} is not a configuration, whose name ends in .toml or .json.")
 
 
 def read_text(path: Path) -> str:
-    """What a text file says.
+    """Content of a text file.
 
     Raises:
-        DiffgraftError: it is not written in UTF-8.
+        DiffgraftError: it is not UTF-8.
     """
     try:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DiffgraftError(f"{path} is not written in UTF-8 ({error.reason}). Save it as UTF-8.") from error
+        raise DiffgraftError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
 
 
-def beside(named: str, config: Path) -> Path | None:
-    """The file or folder that a configuration names, from here or from where the configuration lies, if it exists."""
-    with suppress(OSError, ValueError, RuntimeError):  # no name that a file may have
-        given = Path(named).expanduser()
-        for path in (given, config.parent / given):
-            if named and path.exists():
+def find_file(name: str, config: Path) -> Path | None:
+    """The file or folder that a configuration names, relative to here or to the configuration; None if missing."""
+    with suppress(OSError, ValueError, RuntimeError):  # not a valid path
+        relative = Path(name).expanduser()
+        for path in (relative, config.parent / relative):
+            if name and path.exists():
                 return path
     return None

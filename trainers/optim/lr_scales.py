@@ -17,7 +17,9 @@ from diffgraft.trainers.recipe.groups import OptimSettings
 def lr_scales(scales: Mapping[str, float], adapter: Attached) -> dict[str, float]:
     """Learning-rate scale of each parameter, by its name: the method's scale times the one in the recipe's `scales`."""
     method_scales = adapter.lr_scales()
-    return {name: method_scales.get(name, 1.0) * last_match(scales, path, 1.0) for name, path in adapter.paths().items()}
+    return {
+        name: method_scales.get(name, 1.0) * last_match(scales, path, 1.0) for name, path in adapter.paths().items()
+    }
 
 
 def freeze(optim: OptimSettings, base: Base, adapter: Attached, keep: Collection[str] = ()) -> None:

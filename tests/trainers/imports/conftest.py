@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 
 from diffgraft.imports import convert, write_recipe
-from diffgraft.imports.account import Account
+from diffgraft.imports.import_report import ImportReport
 from diffgraft.trainers.recipe.recipe import Recipe
 
-Made = tuple[Recipe, Account]
+Made = tuple[Recipe, ImportReport]
 Make = Callable[..., Made]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """Contents of files, by name, in a folder of their own → the recipe and the account; mappings become JSON."""
+    """Contents of files, by name, in a folder of their own → the recipe and the report; mappings become JSON."""
 
     def made(**files: Any) -> Made:
         paths = []
@@ -26,9 +26,9 @@ def make(tmp_path: Path) -> Make:
             path = tmp_path / name.replace("_", ".")
             path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
             paths.append(path)
-        account = convert(paths)
+        report = convert(paths)
         (tmp_path / "recipe.yaml").unlink(missing_ok=True)
-        return write_recipe(account, tmp_path / "recipe.yaml", "test"), account
+        return write_recipe(report, tmp_path / "recipe.yaml", "test"), report
 
     return made
 
@@ -43,6 +43,6 @@ def kohya_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def told(account: Account) -> dict[str, str]:
+def told(report: ImportReport) -> dict[str, str]:
     """What is said of keys that have no counterpart, or not all of it."""
-    return {line.key: line.said for line in account.lost}
+    return {line.key: line.note for line in report.dropped}

@@ -52,17 +52,17 @@ def test_all_keys_of_onetrainer_are_known_and_no_others() -> None:
     assert theirs - known == {"unet", "vae", "text_encoder", "text_encoder_2", "embedding", "optimizer"}  # groups
 
 
-@pytest.mark.parametrize("table", [kohya_keys.PLAIN, onetrainer_keys.PLAIN, NETWORK])
-def test_what_they_become_are_keys_of_recipes(table: dict[str, kohya_keys.Key]) -> None:
+@pytest.mark.parametrize("table", [kohya_keys.MAPPED, onetrainer_keys.MAPPED, NETWORK])
+def test_what_they_become_are_keys_of_recipes(table: dict[str, kohya_keys.KeyRule]) -> None:
     fields = TASKS["style"].model_fields
     for rule in table.values():
-        outer, dot, inner = rule.to.partition(".")
-        if rule.to:
+        outer, dot, inner = rule.recipe_key.partition(".")
+        if rule.recipe_key:
             assert outer in fields
             annotation = fields[outer].annotation
             assert not dot or inner in getattr(annotation, "model_fields", {})
 
 
 def test_what_has_no_counterpart_says_why_in_a_sentence() -> None:
-    for table in (kohya_keys.NOTHING, onetrainer_keys.NOTHING):
+    for table in (kohya_keys.UNSUPPORTED, onetrainer_keys.UNSUPPORTED):
         assert all(rule.why.endswith(".") and len(rule.why.split()) > 3 for rule in table.values())

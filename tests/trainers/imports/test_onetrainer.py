@@ -46,18 +46,18 @@ CONFIG: dict[str, Any] = {
 @pytest.mark.usefixtures("kohya_folder")
 def test_text_encoders_that_stop_apart_are_told_of_by_the_one_that_stops(make: Make) -> None:
     xl = {**CONFIG, "model_type": "STABLE_DIFFUSION_XL_10_BASE"}
-    recipe, account = make(config_json=xl, concepts_json=CONCEPTS)
+    recipe, report = make(config_json=xl, concepts_json=CONCEPTS)
     assert recipe.text_encoder_stop is None
-    assert "text_encoder after 12 steps stops there" in told(account)["text_encoder.stop_training_after"]
+    assert "only text_encoder after 12 steps stops" in told(report)["text_encoder.stop_training_after"]
     both = {**xl, "text_encoder_2": CONFIG["text_encoder"]}
-    recipe, account = make(config_json=both, concepts_json=CONCEPTS)
+    recipe, report = make(config_json=both, concepts_json=CONCEPTS)
     assert recipe.text_encoder_stop == 12
-    assert "text_encoder.stop_training_after" not in told(account)
+    assert "text_encoder.stop_training_after" not in told(report)
 
 
 @pytest.mark.usefixtures("kohya_folder")
 def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
-    recipe, account = make(config_json=CONFIG, concepts_json=CONCEPTS)
+    recipe, report = make(config_json=CONFIG, concepts_json=CONCEPTS)
     assert (recipe.task, recipe.base, recipe.method, recipe.layers) == (
         "style",
         "sd15",
@@ -79,20 +79,20 @@ def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
     times = recipe.timesteps
     assert (times.min, times.max, times.distribution, times.mean, times.std) == (100, 799, "logit-normal", 0.3, 1.5)
     assert (recipe.loss.snr_gamma, recipe.noise.offset, recipe.sample_prompts) == (4, 0.03, ["a sks dog"])
-    assert set(told(account)) == {"optimizer.beta2"}
-    assert "hf_1" not in str(account.report())
+    assert set(told(report)) == {"optimizer.beta2"}
+    assert "hf_1" not in str(report.sections())
     said = {key if key != "__version" else "" for key in CONFIG} - {"unet", "text_encoder", "optimizer", ""}
-    spoken = " ".join([str(line) for _, line in account.taken] + account.plain())
+    spoken = " ".join([str(line) for _, line in report.mapped] + report.defaulted_keys())
     assert {key for key in said if key not in spoken} == set()
 
 
 def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
     """Defaults of OneTrainer that are not ours are written: half precision, a warm-up, buckets, random crops."""
-    recipe, account = make(config_json={"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"})
+    recipe, report = make(config_json={"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"})
     assert (recipe.rank, recipe.scale_alpha(), recipe.lr, recipe.warmup) == (16, 1, 3e-6, 200)
     assert (recipe.precision, recipe.gradient_checkpointing, recipe.buckets.use) == ("float16", True, True)
     assert (recipe.layers, recipe.trackers, recipe.batch) == ("all", ["tensorboard"], 1)
-    assert set(account.open) == {"images", "steps"}
+    assert set(report.todos) == {"images", "steps"}
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_several_concepts(make: Make, kohya_folder: Path) -> None:
     }
     aside = [{"path": "held", "type": "VALIDATION"}, {"path": "class", "type": "PRIOR_PREDICTION"}]
     concepts = [*CONCEPTS, cat, *aside, {"path": "off", "name": "off", "enabled": False}]
-    recipe, account = make(config_json={**CONFIG, "validation": True}, concepts_json=concepts)
+    recipe, report = make(config_json={**CONFIG, "validation": True}, concepts_json=concepts)
     assert [(one.images, one.repeats, one.weight, one.prompt) for one in recipe.concepts] == [
         ("img/3_sks dog", 4, 0.5, None),
         ("img/1_sks cat", 1, None, "a sks cat"),
     ]
     assert recipe.steps == 10 * math.ceil(math.ceil((12 + 2) / 2) / 2)
     assert (recipe.validation.images, recipe.flip, recipe.captions.use) == ("held", False, True)
-    assert {"concepts.image.enable_random_flip", "concept class, type", "concept off, enabled"} <= set(told(account))
+    assert {"concepts.image.enable_random_flip", "concept class, type", "concept off, enabled"} <= set(told(report))
     inline, _ = make(config_json={**CONFIG, "validation": True, "concepts": concepts})
     assert inline == recipe
 
@@ -171,20 +171,20 @@ def test_several_concepts(make: Make, kohya_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "key", "said"),
     [
-        ({"perturbation_noise_weight": 0.1}, "perturbation_noise_weight", "to be found as well"),
+        ({"perturbation_noise_weight": 0.1}, "perturbation_noise_weight", "also perturbs the noise to be predicted"),
         ({"huber_strength": 1.0}, "huber_strength", "twice as large"),
         ({"loss_weight_fn": "P2"}, "loss_weight_fn", "loss.snr_gamma"),
         ({"timestep_distribution": "SIGMOID"}, "timestep_distribution", "logit-normal"),
-        ({"timestep_shift": 2.0}, "timestep_shift", "not shifted"),
-        ({"peft_type": "OFT_2"}, "peft_type", "lora is written"),
+        ({"timestep_shift": 2.0}, "timestep_shift", "shifting timesteps is not supported"),
+        ({"peft_type": "OFT_2"}, "peft_type", "replaced by method=lora"),
         ({"lora_decompose": True}, "lora_decompose_output_axis", "each output"),
         ({"learning_rate_scheduler": "REX"}, "learning_rate_scheduler", "constant"),
         ({"learning_rate_scheduler": "COSINE_WITH_RESTARTS"}, "learning_rate_scheduler", "constant"),
-        ({"sample_after": 10, "sample_after_unit": "MINUTE"}, "sample_after", "no minutes"),
+        ({"sample_after": 10, "sample_after_unit": "MINUTE"}, "sample_after", "minutes are not supported"),
         ({"unmasked_probability": 0.3}, "unmasked_probability", "every step"),
         ({"optimizer": {"optimizer": "CAME"}}, "optimizer.optimizer", "adamw"),
-        ({"optimizer": {"optimizer": "ADAMW", "cautious": True}}, "optimizer.cautious", "means nothing"),
-        ({"optimizer": {"optimizer": "ADAMW", "betta": 1}}, "optimizer.betta", "no setting"),
+        ({"optimizer": {"optimizer": "ADAMW", "cautious": True}}, "optimizer.cautious", "has no such setting"),
+        ({"optimizer": {"optimizer": "ADAMW", "betta": 1}}, "optimizer.betta", "not a known setting"),
         ({"additional_embeddings": [{"placeholder": "<a>"}]}, "additional_embeddings", "method=pivotal"),
         ({"layer_filter": "down_blocks.1"}, "layer_filter", "patterns"),
         ({"lora_rnak": 3}, "lora_rnak", "did you mean 'lora_rank'"),
@@ -193,14 +193,14 @@ def test_several_concepts(make: Make, kohya_folder: Path) -> None:
             "concepts.text.tag_dropout_mode",
             "one by",
         ),
-        ({"concepts": [{"path": "p", "balancing": 0.5}]}, "concept p, balancing", "whole number"),
+        ({"concepts": [{"path": "p", "balancing": 0.5}]}, "concept p, balancing", "must be an integer"),
         ({"concepts": [{"path": "p", "text": {"prompt_source": "filename"}}]}, "concept p, text.prompt_source", ".txt"),
-        ({"concepts": [{"path": "p", "colour": 1}]}, "concepts.colour", "no key of concepts"),
+        ({"concepts": [{"path": "p", "colour": 1}]}, "concepts.colour", "not a known key of concepts"),
     ],
 )
 def test_what_has_no_counterpart_is_told_with_its_value(make: Make, more: dict[str, Any], key: str, said: str) -> None:
-    _, account = make(config_json={"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", **more})
-    assert said in told(account)[key]
+    _, report = make(config_json={"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", **more})
+    assert said in told(report)[key]
 
 
 def test_debiased_weights_are_the_same_numbers_as_there(make: Make) -> None:
@@ -208,19 +208,19 @@ def test_debiased_weights_are_the_same_numbers_as_there(make: Make) -> None:
     alphas = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
     times = torch.tensor([0, 420, 977])
     head = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "loss_weight_fn": "DEBIASED_ESTIMATION"}
-    recipe, account = make(config_json=head)
+    recipe, report = make(config_json=head)
     snr = (alphas[times] / (1 - alphas[times])).clip(max=1e3)
     torch.testing.assert_close(weights(times, Epsilon(alphas), recipe.loss).double(), snr.rsqrt())
-    assert any("of v" in str(line) for _, line in account.taken)
+    assert any("for v" in str(line) for _, line in report.mapped)
 
 
 @pytest.mark.parametrize(
     ("content", "answer"),
     [
-        ({"training_method": "LORA", "model_type": "FLUX_DEV_1"}, "model_type=FLUX_DEV_1 is another"),
-        ({"training_method": "FINE_TUNE_VAE"}, "FINE_TUNE_VAE is nothing that is trained here"),
-        ({"training_method": "LORA", "lora_rank": "big"}, r"lora_rank='big' .* should be a number"),
-        ({"training_method": "LORA", "concepts": {"path": "x"}}, "should be a list"),
+        ({"training_method": "LORA", "model_type": "FLUX_DEV_1"}, "model_type=FLUX_DEV_1 is not supported"),
+        ({"training_method": "FINE_TUNE_VAE"}, "FINE_TUNE_VAE is not supported"),
+        ({"training_method": "LORA", "lora_rank": "big"}, r"lora_rank='big' .* must be a number"),
+        ({"training_method": "LORA", "concepts": {"path": "x"}}, "must be a list of objects"),
     ],
 )
 def test_configurations_that_will_not_do_are_answered(make: Make, content: dict[str, Any], answer: str) -> None:
@@ -233,15 +233,15 @@ def test_a_recipe_is_not_written_over(make: Make, tmp_path: Path) -> None:
 
     config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
     make(config_json=config)
-    account = convert([tmp_path / "config.json"])
-    with pytest.raises(DiffgraftError, match="is there already"):
-        write_recipe(account, tmp_path / "recipe.yaml", "config.json")
+    report = convert([tmp_path / "config.json"])
+    with pytest.raises(DiffgraftError, match="exists already"):
+        write_recipe(report, tmp_path / "recipe.yaml", "config.json")
     with pytest.raises(DiffgraftError, match="should end in"):
-        write_recipe(account, tmp_path / "recipe.txt", "config.json")
+        write_recipe(report, tmp_path / "recipe.txt", "config.json")
 
 
 @pytest.mark.usefixtures("kohya_folder")
 def test_captions_of_several_lines_come_in_turn_as_there(make: Make) -> None:
-    recipe, account = make(config_json=CONFIG, concepts_json=CONCEPTS)
+    recipe, report = make(config_json=CONFIG, concepts_json=CONCEPTS)
     assert recipe.captions.lines == "random"
-    assert any(line.key == "concept text.prompt_source" for _, line in account.taken)
+    assert any(line.key == "concept text.prompt_source" for _, line in report.mapped)
