@@ -16,7 +16,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
 from tests.conftest import SHORT
 from tests.toy_family import installed, mixer_base
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
 
 ROOT = Path(__file__).parents[1]
 QUICK: dict[str, Any] = {**SHORT, "steps": 6, "prior": {"weight": 0}, "previews": False, "sample_prompts": "a dog"}

@@ -14,8 +14,8 @@ from diffgraft.bases import Base
 from diffgraft.bases.quantize import quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optim.optimizers import _FACTORIES
-from tests.trainers import anywhere
-from tests.trainers.anywhere import losses_of
+from tests.trainers import gpu_checks
+from tests.trainers.gpu_checks import losses_of
 from tests.trainers.test_optimizers import parameters
 
 pytestmark = [
@@ -43,10 +43,10 @@ def half() -> Base:
 def test_steps_of_stable_diffusion_1_5(half: Base, pictures: Path, tmp_path: Path) -> None:
     """At 512 pixels, with the text encoder."""
     more = {**HALF, "resolution": 512, "text_encoder": True}
-    anywhere.trained(half, pictures, tmp_path / "run", **more)
+    gpu_checks.trained(half, pictures, tmp_path / "run", **more)
     spent = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    anywhere.trained(half, pictures, tmp_path / "spared", **more, gradient_checkpointing=True)
+    gpu_checks.trained(half, pictures, tmp_path / "spared", **more, gradient_checkpointing=True)
     assert torch.cuda.max_memory_allocated() < spent < 24e9
 
 
@@ -54,10 +54,10 @@ def test_steps_of_stable_diffusion_xl(pictures: Path, tmp_path: Path) -> None:
     """At 1024 pixels; then its layers in 4 bits, and both text encoders, too."""
     base = random_base("sdxl").to(dtype=torch.bfloat16)
     more = {**HALF, "resolution": 1024, "batch": 1, "gradient_checkpointing": True}
-    anywhere.trained(base, pictures, tmp_path / "run", **more)
+    gpu_checks.trained(base, pictures, tmp_path / "run", **more)
     spent = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    anywhere.trained(quantized(base, "nf4"), pictures, tmp_path / "nf4", **more, text_encoder=True)
+    gpu_checks.trained(quantized(base, "nf4"), pictures, tmp_path / "nf4", **more, text_encoder=True)
     assert torch.cuda.max_memory_allocated() < spent < 24e9
 
 
@@ -67,31 +67,31 @@ def test_overflows_in_half_precision(
 ) -> None:
     """AdamW is fused here, and leaves an update out by itself."""
     base = copy.deepcopy(half).to(dtype=torch.float16)
-    path = anywhere.overflowing(base, times, monkeypatch)
+    path = gpu_checks.overflowing(base, times, monkeypatch)
     more = {**HALF, "precision": "float16", "steps": 24}
     if times < 20:
-        run = anywhere.trained(base, pictures, tmp_path / "run", **more)
+        run = gpu_checks.trained(base, pictures, tmp_path / "run", **more)
         assert any(delta.leaves["lora_up"].any() for (delta,) in run.adapter.deltas.values())
         return
     told = rf"at step 20, where 20 updates in a row could not be made: the loss is .* is that of unet\.{path}"
     with pytest.raises(DiffgraftError, match=told):
-        anywhere.trained(base, pictures, tmp_path / "run", **more)
+        gpu_checks.trained(base, pictures, tmp_path / "run", **more)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base(kind: Any, half: Base, pictures: Path, tmp_path: Path) -> None:
     """As float weights of the same values; it is moved to the GPU, and has its bits when it is back."""
     base = quantized(copy.deepcopy(half), kind)
-    found, wanted = anywhere.as_float_weights_say(base, GPU)
+    found, wanted = gpu_checks.as_float_weights_say(base, GPU)
     assert (found - wanted).norm() < 1e-2 * wanted.norm()
-    anywhere.trained(base, pictures, tmp_path / "run", **HALF, text_encoder=True, options={"dora": True})
+    gpu_checks.trained(base, pictures, tmp_path / "run", **HALF, text_encoder=True, options={"dora": True})
 
 
 @pytest.mark.parametrize("name", _FACTORIES)
 def test_optimizers(name: str) -> None:
     """All get about where they get on a processor; those of 8 bits round, and those that take signs may turn."""
-    found, optimizer = anywhere.walked(name, GPU)
-    wanted, _ = anywhere.walked(name, torch.device("cpu"))
+    found, optimizer = gpu_checks.walked(name, GPU)
+    wanted, _ = gpu_checks.walked(name, torch.device("cpu"))
     assert bool(optimizer.defaults.get("fused")) == (name == "adamw")
     for key, start in parameters().items():
         way = (wanted[key] - start).detach().norm()
@@ -102,7 +102,7 @@ def test_optimizers(name: str) -> None:
 def test_a_run_that_was_stopped(optimizer: str, half: Base, pictures: Path, tmp_path: Path) -> None:
     """Not to the same bits, as on a processor: kernels of a GPU may add up in any order."""
     more = {**HALF, "optimizer": optimizer, "rank": 64}
-    again, never = anywhere.stopped_and_never_stopped(half, pictures, tmp_path, **more)
+    again, never = gpu_checks.stopped_and_never_stopped(half, pictures, tmp_path, **more)
     assert losses_of(again) == pytest.approx(losses_of(never), rel=1e-2)
 
 
@@ -123,7 +123,7 @@ def test_other_ways_to_compute_the_same(settings: dict[str, Any], half: Base, pi
         pytest.skip("the package xformers is not installed")
     base = quantized(copy.deepcopy(half), settings.get("quantize", "none"))
     runs = [
-        anywhere.trained(base, pictures, tmp_path / str(number), **HALF, **more)
+        gpu_checks.trained(base, pictures, tmp_path / str(number), **HALF, **more)
         for number, more in enumerate(({}, settings))
     ]
     assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-2)

@@ -85,13 +85,13 @@ def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path
 
 def test_photographs_on_the_toy_base(pictures: Path) -> None:
     images = [Image.open(path).resize((400, 300)) for path in sorted(pictures.glob("*.png"))[:3]]
-    assert "`tiny` is a toy of 64 pixels for trying and tests" in plan(images)
+    assert "`tiny` is a toy base of 64 pixels for tests" in plan(images)
     for task in ("subject", "style", "concept"):
-        assert f"and its recipe, sd15-{task}." in plan(
+        assert f"and use its recipe, sd15-{task}." in plan(
             images, task, **({"subject": "dog"} if task == "concept" else {})
         )
     images = [image.resize((90, 70)) for image in images]
-    assert "is a toy of" not in plan(images)
+    assert "is a toy base" not in plan(images)
 
 
 def test_backdrops_that_are_all_the_same(tmp_path: Path) -> None:

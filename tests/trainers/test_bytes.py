@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffgraft.bases import Base
-from tests.trainers.trained import DIGESTS, RUNS, adapter_of, digests, kernels
+from tests.trainers.trained_adapters import DIGESTS, RUNS, adapter_of, digests, kernels
 
 
 @pytest.mark.parametrize("name", RUNS)

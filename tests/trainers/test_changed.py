@@ -18,7 +18,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.fingerprint import differences, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
 from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 0, "batch": 2, "sample_prompts": "a dog"}

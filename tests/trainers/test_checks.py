@@ -48,7 +48,7 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
         ({"prior": {"folder": "/no/such"}}, "picture folder /no/such does not exist"),
         ({"lr_scale": {"OUT33": 2}}, "OUT33"),
         ({"resolution": 60}, "resolution=60: this base needs a multiple of 8"),
-        ({"validation": {"share": 0.95}}, "leaves none to learn from"),
+        ({"validation": {"share": 0.95}}, "leaves none to train on"),
         ({"validation": {"images": "/no/such"}}, "picture folder /no/such does not exist"),
     ],
 )
@@ -94,7 +94,7 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
     settings = {"concepts": own, "output": str(tmp_path / "run")}
     monkeypatch.setattr(learn, "build_training_data", None)
     for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
-        with pytest.raises(DiffgraftError, match="by prediction for some concepts"):
+        with pytest.raises(DiffgraftError, match="Concepts differ in prior preservation"):
             ask("subject", settings)
 
 

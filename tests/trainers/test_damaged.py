@@ -15,7 +15,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.hooks.metrics import read_metrics
 from diffgraft.trainers.run.train import train
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 1, "batch": 1, "sample_prompts": "a dog"}
 SETTINGS |= {"prior": {"weight": 0}, "sample_every": 0, "seed": 5, "rank": 2}

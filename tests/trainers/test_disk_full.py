@@ -16,7 +16,7 @@ from diffgraft.disk import DiskFullError, format_bytes, full_disk_errors
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.hooks.metrics import Metrics, read_metrics
 from diffgraft.trainers.run.train import train
-from tests.trainers.killing import SERVER, check_whole
+from tests.trainers.kill_helpers import SERVER, check_whole
 from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 2, "sample_every": 3, "batch": 2}
@@ -48,7 +48,7 @@ def run_on_little_room(pipe: Connection, pictures: Path, place: Path) -> None:
     """In a process of its own: a run on a disk that grows, and what it says each time."""
     from diffusers import StableDiffusionPipeline
 
-    from tests.trainers.preloaded import BASE
+    from tests.trainers.preloaded_base import BASE
 
     if not may_have_disks():  # only a process without threads may, as it is before it has trained
         return

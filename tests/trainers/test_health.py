@@ -17,7 +17,7 @@ from diffgraft.trainers.hooks.health import GradMonitor, first_nonfinite_grad
 from diffgraft.trainers.optim.optimizers import _FACTORIES
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
-from tests.trainers.anywhere import overflowing, with_scaler
+from tests.trainers.gpu_checks import overflowing, with_scaler
 
 
 def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradient() -> None:

@@ -22,8 +22,8 @@ from diffgraft.trainers.hooks.checkpoint import checkpoints, save_checkpoint
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.train import train
-from tests.trainers.killing import SERVER, Said, check_whole, run_and_kill, run_to_its_end, spread
-from tests.trainers.states import restored_step, state_of
+from tests.trainers.kill_helpers import SERVER, Said, check_whole, run_and_kill, run_to_its_end, spread
+from tests.trainers.state_helpers import restored_step, state_of
 from tests.trainers.test_resumed import differing
 
 SAVES = ("metrics", "checkpoint", "adapter")

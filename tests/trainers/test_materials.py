@@ -223,7 +223,7 @@ def test_long_prompts_are_refused_or_read_whole_as_asked(base: Base, tmp_path: P
         gathered(base, "subject", **settings, long_prompts="refuse")
     assert len(str(told.value)) < 500
     (data / "00.txt").write_text("a sks " + "very " * 100_000, "utf-8")
-    with pytest.raises(DiffgraftError, match=r"00\.txt has 500,006 bytes, and none has more than 262,144"):
+    with pytest.raises(DiffgraftError, match=r"00\.txt has 500,006 bytes, but at most 262,144"):
         gathered(base, "subject", **settings)
 
 

@@ -16,7 +16,7 @@ from diffgraft.trainers.optim.optimizers import _FACTORIES, eval_weights, load_e
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.fingerprint import run_fingerprint
-from tests.trainers.states import restored_step, state_of
+from tests.trainers.state_helpers import restored_step, state_of
 
 RATES = {"prodigy": 1.0, "lion": 1e-2, "lion8bit": 1e-2}
 

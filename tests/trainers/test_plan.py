@@ -48,7 +48,7 @@ def test_an_outline_is_the_base_without_values(family: str, folders: Path) -> No
 def test_what_is_no_base_has_no_outline(tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match=r"no model_index\.json"):
         meta_base(tmp_path)
-    with pytest.raises(DiffgraftError, match="no file of that name"):
+    with pytest.raises(DiffgraftError, match="there is no such file"):
         meta_base(tmp_path / "none.safetensors")
 
 

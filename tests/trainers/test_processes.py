@@ -28,7 +28,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_frozen
-from tests.trainers.killing import check_whole
+from tests.trainers.kill_helpers import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {

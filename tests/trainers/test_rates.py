@@ -34,8 +34,8 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.state import TrainingState
 from tests.conftest import SHORT
-from tests.trainers.states import restored_step, state_of
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
+from tests.trainers.state_helpers import restored_step, state_of
 from tests.trainers.test_optimizers import recipe_of, walk
 
 FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}

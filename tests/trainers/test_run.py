@@ -28,7 +28,7 @@ from diffgraft.trainers.training_data.build import collect_samples, encode_sampl
 from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
 
 
 def bits(base: Base) -> str:

@@ -27,7 +27,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.adapters.test_families import random_lora
 from tests.conftest import SHORT
-from tests.trainers.stopping import interrupted_after
+from tests.trainers.interrupt_helpers import interrupted_after
 
 FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}
 QUERY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

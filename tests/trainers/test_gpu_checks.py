@@ -8,8 +8,8 @@ import torch
 
 from diffgraft.bases import load_base
 from diffgraft.trainers.optim.optimizers import _FACTORIES
-from tests.trainers import anywhere
-from tests.trainers.anywhere import losses_of
+from tests.trainers import gpu_checks
+from tests.trainers.gpu_checks import losses_of
 
 CPU = torch.device("cpu")
 
@@ -18,28 +18,28 @@ CPU = torch.device("cpu")
 def test_steps_in_bfloat16(family: str, folders: Path, pictures: Path, tmp_path: Path) -> None:
     base = load_base(folders / family, torch.bfloat16)
     more: dict[str, Any] = {"resolution": 128, "precision": "bfloat16", "gradient_checkpointing": True}
-    run = anywhere.trained(base, pictures, tmp_path / "run", **more, text_encoder=True)
+    run = gpu_checks.trained(base, pictures, tmp_path / "run", **more, text_encoder=True)
     assert any(path.startswith("text_encoder.") for path in run.adapter.modules)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base(kind: Any, folders: Path, pictures: Path, tmp_path: Path) -> None:
     base = load_base(folders / "sdxl", torch.bfloat16, quantize=kind)
-    found, wanted = anywhere.as_float_weights_say(base, CPU)
+    found, wanted = gpu_checks.as_float_weights_say(base, CPU)
     assert torch.equal(found, wanted)
     more: dict[str, Any] = {"resolution": 128, "precision": "bfloat16", "options": {"dora": True}}
-    anywhere.trained(base, pictures, tmp_path / "run", **more)
+    gpu_checks.trained(base, pictures, tmp_path / "run", **more)
 
 
 def test_a_run_that_was_stopped(folders: Path, pictures: Path, tmp_path: Path) -> None:
     base = load_base(folders / "sd1")
-    runs = anywhere.stopped_and_never_stopped(base, pictures, tmp_path, resolution=128)
+    runs = gpu_checks.stopped_and_never_stopped(base, pictures, tmp_path, resolution=128)
     assert losses_of(runs[0]) == losses_of(runs[1])
 
 
 @pytest.mark.parametrize("name", _FACTORIES)
 def test_optimizers(name: str) -> None:
-    places, optimizer = anywhere.walked(name, CPU)
-    again, _ = anywhere.walked(name, CPU)
+    places, optimizer = gpu_checks.walked(name, CPU)
+    again, _ = gpu_checks.walked(name, CPU)
     assert all(torch.equal(value, again[key]) for key, value in places.items())
     assert not optimizer.defaults.get("fused")

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.trainers.preloaded"])
+SERVER.set_forkserver_preload(["tests.trainers.preloaded_base"])
 """One process that has imported everything and loaded the base; each run is a fork of it"""
 TITLES = {"drawing class images": "class images", "encoding": "encoding", "images": "drawing", "samples": "drawing"}
 """What a bar's title begins with → what the run is at"""
@@ -118,7 +118,7 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     from diffgraft.trainers.hooks import checkpoint
     from diffgraft.trainers.hooks.metrics import Metrics
     from diffgraft.trainers.run import train as run
-    from tests.trainers.preloaded import BASE
+    from tests.trainers.preloaded_base import BASE
 
     def at(phase: str) -> None:
         pipe.send((phase, time.monotonic()))

@@ -1,6 +1,6 @@
 """Short trainings of every recipe and method, and what must not change in the files that they leave.
 
-``python -m tests.trainers.trained`` prints the digests of this processor, for `DIGESTS`.
+``python -m tests.trainers.trained_adapters`` prints the digests of this processor, for `DIGESTS`.
 """
 
 import hashlib
