@@ -48,7 +48,7 @@ def objective(folder: Path, pictures: Path) -> dict[str, Any]:
     """Train by the page's objective; its terms stand in the record, and drift from zero."""
     run = train(folder / "close", pictures, loss={"objective": "close"}, steps=3)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text("utf-8").splitlines()]
-    sums = [abs(line["loss"] - line["learnt"] - 0.1 * line["drift"]) < 1e-5 for line in lines]
+    sums = [abs(line["loss"] - line["instance"] - 0.1 * line["drift"]) < 1e-5 for line in lines]
     return {"steps": len(lines), "sums": all(sums), "drift": [line["drift"] for line in lines]}
 
 
