@@ -1,10 +1,10 @@
-"""A LoRA in a plain training loop, made of the library's own pieces: read it from top to bottom in one sitting.
+"""Train a LoRA in a plain loop, with the library's own functions; to be read from top to bottom.
 
-    python examples/minimal.py            # 200 steps on the embedded base: about half a minute on two cores
-    python examples/minimal.py 20 out/    # 20 steps, and another folder for the results
+    python examples/minimal.py            # 200 steps on the embedded base `tiny`; about half a minute on two cores
+    python examples/minimal.py 20 out/    # 20 steps, results in the folder out/
 
-`diffgraft train` does the same and more: class images, checkpoints, samples, validation, several GPUs. What is left
-here is what a training step is made of. Shapes are in brackets: n pictures, c channels, h × w latents.
+`diffgraft train` does the same and adds class images, checkpoints, samples, validation and several GPUs. This example
+contains only what a training step consists of. Shapes are in brackets: n pictures, c channels, h × w latents.
 """
 
 import sys
@@ -27,14 +27,14 @@ from diffgraft.generation.graft import graft
 from diffgraft.rng import normal, permutation
 
 PROMPT = "a sks dog"
-"""The trigger `sks`, a rare word that comes to mean this dog, and the class noun"""
+"""Prompt of the trigger `sks`, a rare word that will mean this dog, and the class noun"""
 SEED, BATCH, RANK, LEARNING_RATE = 0, 4, 8, 1.5e-3
 SAMPLE_VAE, EVALUATE = 1, 99
-"""Streams of random numbers: each is a function of the seed, the place it is for, and its stream (`diffgraft.rng`)"""
+"""Streams of random numbers; every number is a function of seed, place and stream (`diffgraft.rng`)"""
 
 
 class Result(NamedTuple):
-    """What the training loop leaves."""
+    """Losses and files of a training run."""
 
     before: float
     """Loss at fixed noise and timesteps before training"""
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 def batch_loss(base: Base, process: ForwardProcess, latents: Tensor, places: list[tuple[int, ...]]) -> Tensor:
-    """Mean loss of a batch of clean `latents` [n, c, h, w], a scalar; `places` seed the noise and timestep of each."""
+    """Mean loss of clean `latents` [n, c, h, w], a scalar; `places` seed noise and timestep of each picture."""
     noisy, target, timesteps = process.at_places(latents, places)  # x_t [n, c, h, w], ε or v of that shape, [n]
     with torch.no_grad():  # the text encoder is frozen
         conditioning = base.condition([PROMPT] * len(latents))
@@ -55,7 +55,7 @@ def batch_loss(base: Base, process: ForwardProcess, latents: Tensor, places: lis
 
 @torch.no_grad()
 def fixed_loss(base: Base, process: ForwardProcess, latents: Latents) -> float:
-    """Mean loss over all pictures at 8 noises and timesteps each, the same at every call."""
+    """Mean loss over all pictures, each with 8 pairs of noise and timestep that are the same in every call."""
     means = torch.stack([latents[row][0] for row in range(len(latents))])
     losses = [
         batch_loss(base, process, means, [(SEED, EVALUATE, turn, row) for row in range(len(means))])
@@ -65,18 +65,18 @@ def fixed_loss(base: Base, process: ForwardProcess, latents: Latents) -> float:
 
 
 def main(steps: int = 200, folder: Path = Path("runs/minimal")) -> Result:
-    """Train a LoRA on the demo's five pictures, save it, load it again, and draw a picture with it."""
+    """Train a LoRA on the demo's five pictures, save it, load it again, and generate a picture with it."""
     folder.mkdir(parents=True, exist_ok=True)
 
     # The frozen base: denoiser, text encoder, VAE and noise schedule. Its family knows what the denoiser predicts.
     base = load_base("tiny")
     process = ForwardProcess(base.parameterization)
 
-    # Pictures → latents: for each the mean and standard deviation [c, h, w] that the VAE gives.
+    # Pictures → latents: mean and standard deviation [c, h, w] of the VAE's distribution for each picture.
     pictures = [picture.image for picture in read_folder(POODLE.folder / "learn")]
     latents = encode(base, pictures, side=base.resolution)
 
-    # The adapter, attached: forward hooks on the layers of the attention. The base's own weights never change.
+    # Attach the LoRA: forward hooks on the attention layers. The base's own weights never change.
     lora = get_method("lora")
     part = base.family.denoiser
     layers = {part: choose_layers(part, base.denoiser, "attention")}
@@ -86,7 +86,7 @@ def main(steps: int = 200, folder: Path = Path("runs/minimal")) -> Result:
 
     for step in range(steps):
         places = range(step * BATCH, (step + 1) * BATCH)
-        # Round after round of the pictures, each round in an order of its own.
+        # Epochs over the pictures, each in a different order.
         rows = [permutation(len(latents), SEED, place // len(latents))[place % len(latents)] for place in places]
         spread = torch.stack([normal(latents.shape(0), SEED, place, SAMPLE_VAE) for place in places])
         clean = latents.sample(rows, spread)  # [n, c, h, w]
@@ -98,18 +98,18 @@ def main(steps: int = 200, folder: Path = Path("runs/minimal")) -> Result:
         if step % 20 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    # The adapter, in memory: module paths → deltas. Its file needs no base to be read, converted or combined.
+    # The adapter in memory: module paths → deltas. Reading, converting or combining its file needs no base.
     after = fixed_loss(base, process, latents)
     made_for = {"name": base.name, "family": base.family.name, "hash": base.hash}
     adapter = attached.adapter({"method": "lora", "trigger": "sks", "rank": RANK, "alpha": RANK, "base": made_for})
-    attached.detach()  # the base is bare again
+    attached.detach()  # the base is unchanged again
     file = adapter.save(folder / "adapter.safetensors")
 
-    # A picture: the file is merged into the weights within the block, and afterwards they are the same bits as before.
+    # Generate a picture. Within the block the adapter is merged into the weights; afterwards they are restored exactly.
     with graft(base, {file: 1.0}):
         (picture,) = generate(base.pipeline(), [f"{PROMPT} in the snow"], Settings(steps=25), seeds=[7])
     picture.save(folder / "snow.png")
-    print(f"loss at fixed noise: {before:.3f} → {after:.3f}; {file} and {folder / 'snow.png'} are written")
+    print(f"loss at fixed noise: {before:.3f} → {after:.3f}; wrote {file} and {folder / 'snow.png'}")
     return Result(before, after, file, folder / "snow.png")
 
 

@@ -1,1 +1,1 @@
-"""How well each method learns, measured on the embedded base: ``python -m benchmarks.learning``."""
+"""Benchmark of how well each method learns, on the embedded base: ``python -m benchmarks.learning``."""

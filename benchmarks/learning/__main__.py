@@ -1,8 +1,8 @@
-"""Train every method on every target, and write the page about it.
+"""Train every method on every target, and write the page of results.
 
-``python -m benchmarks.learning --jobs 2`` takes more than an hour on two cores and may be stopped at any time: each
-run's figures are added to a record as they come, and what stands there is not measured again. ``--photos FOLDER`` adds
-the photographs of the DreamBooth data set, each in the folder of its subject.
+``python -m benchmarks.learning --jobs 2`` takes more than an hour on two cores. It may be stopped at any time: the
+figures of each finished run are appended to a record, and runs in the record are skipped. ``--photos FOLDER`` adds the
+photographs of the DreamBooth data set, with one folder for each subject.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from benchmarks.learning.report import RESULTS, write_page
 
 
 def main() -> None:
-    """Measure what is not in the record yet; then write the page."""
+    """Measure all cases that are not in the record yet, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each with its share of the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, which share the cores")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--record", type=Path, default=RESULTS / "learning.jsonl")
-    parser.add_argument("--pictures", type=Path, default=Path("runs/learning"), help="folder for what is drawn")
+    parser.add_argument("--pictures", type=Path, default=Path("runs/learning"), help="folder for the generated pictures")
     options = parser.parse_args()
     lines = options.record.read_text("utf-8").splitlines() if options.record.exists() else []
     done = {Case(row["target"], row["variant"], row["seed"]) for row in map(json.loads, lines)}
@@ -49,7 +49,7 @@ def main() -> None:
             pool.shutdown(cancel_futures=True)
             raise
     if failed:
-        sys.exit("These runs failed, and no page was written:\n" + "\n".join(failed))
+        sys.exit("No page was written, because these runs failed:\n" + "\n".join(failed))
     write_page(options.record, options.pictures)
 
 

@@ -1,4 +1,4 @@
-"""The runs of the benchmark: what is learnt, by which method, with which seed."""
+"""Cases of the benchmark: combinations of target, method and seed, each of which is one training run."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,14 +16,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     NO_PRIOR: ("lora", {"prior.weight": "0"}),
     BY_PREDICTION: ("lora", {"prior.by": "prediction"}),
 }
-"""Name in the table → method, and settings that differ from the recipe's."""
+"""Name in the table → method, and settings that override the recipe"""
 CLASSES = {"red_cartoon": "cartoon"}
-"""Folder of photographs → class noun, where the folder's name is not the noun"""
+"""Name of a folder of photographs → class noun, if the name is not the noun"""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: what is learnt, how, and with which seed."""
+    """One training run: a target, a variant of a method (`VARIANTS`) and a seed."""
 
     target: str
     variant: str
@@ -31,7 +31,7 @@ class Case:
 
 
 def cases(seeds: int, photos: Path | None) -> Iterator[Case]:
-    """All there are, those of the first seed first, and photographs last."""
+    """Yield all cases: those of the first seed first, photographs last."""
     for seed in range(seeds):
         for target in ("poodle", "alien", "screen-print"):
             for variant in VARIANTS:
@@ -44,7 +44,7 @@ def cases(seeds: int, photos: Path | None) -> Iterator[Case]:
 
 
 def work(case: Case, photos: Path | None, pictures: Path) -> dict[str, Any]:
-    """Measure one case, in a process of its own."""
+    """Return the record of one case: its fields and its figures; called in a separate process."""
     method, settings = VARIANTS[case.variant]
     known = made_up()
     if case.target in known:

@@ -1,4 +1,4 @@
-"""One training run of the benchmark, and everything that is measured of it."""
+"""Measurements of one training run: losses, drift, and the judge's verdicts on generated pictures."""
 
 import tempfile
 import time
@@ -28,32 +28,32 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 
 TRIGGER, NEW_WORD = "sks", "<sks>"
-"""A rare word that the base knows, and one that it does not, for methods that teach a word."""
+"""Triggers: a rare word that the base knows, and an unknown word for methods that train a word"""
 FIRST_SEED = 4_000
-"""Seed of the first picture drawn of each new prompt."""
+"""Seed of the first picture that is generated for each new prompt"""
 
 
 @cache
 def tiny() -> Base:
-    """The base, once a process."""
+    """Return the base `tiny`, which is loaded once per process."""
     return load_base("tiny")
 
 
 @cache
 def judge() -> Judge:
-    """Its judge, once a process."""
+    """Return the judge of `tiny`, which is loaded once per process."""
     return load_judge(TINY / "judge")
 
 
 @cache
 def probes(target: Target) -> tuple[ValidationSet, ValidationSet, list[str]]:
-    """Held-out pairs, pairs of the class, and the prompts of the latter."""
+    """Return validation sets of held-out pictures and of class pictures, and the prompts of the latter."""
     class_probe, class_prompts = target.class_probe(tiny())
     return target.probe(tiny()), class_probe, class_prompts
 
 
 def called(target: Target, method: str) -> tuple[str, str]:
-    """The recipe and the words by which what was learnt is called, as a user of that method would have them."""
+    """Return the recipe for a target and method, and the words for the target in prompts, such as `sks dog`."""
     if method == "textual-inversion" and target.recipe == "subject":
         return "concept", NEW_WORD
     trigger = NEW_WORD if method in ("textual-inversion", "pivotal") else TRIGGER
@@ -61,24 +61,25 @@ def called(target: Target, method: str) -> tuple[str, str]:
 
 
 def size(adapter: Adapter) -> int:
-    """Numbers in an adapter: what was trained, or what is left of it where it was reduced."""
+    """Return the number of values in an adapter, after any reduction of its rank."""
     of_deltas = sum(leaf.numel() for deltas in adapter.deltas.values() for d in deltas for leaf in d.leaves.values())
     of_networks = sum(value.numel() for network in adapter.networks for value in network.tensors.values())
-    return of_deltas + of_networks + sum(rows.numel() for found in adapter.tokens.values() for rows in found.values())
+    return of_deltas + of_networks + sum(rows.numel() for embeddings in adapter.tokens.values() for rows in embeddings.values())
 
 
 def measure(
     target: Target, method: str, seed: int, settings: Mapping[str, Any], pictures: Path | None = None
 ) -> dict[str, Any]:
-    """Train once and measure; where a folder for `pictures` is given, what was drawn is left there.
+    """Train once and return all figures; generated pictures are saved in the folder `pictures`, if given.
 
-    Losses are held-out; `fall` and `gain without trigger` are shares, of the bare base's loss and of the fall.
+    Losses are held-out losses. `fall` is the reduction of the loss as a share of the loss before training, and `gain
+    without trigger` the reduction for prompts without the trigger as a share of the reduction with it.
     """
     base = tiny()
     recipe, it = called(target, method)
     probe, class_probe, class_prompts = probes(target)
     with_it, without = [text.replace("{it}", it) for text in target.texts], list(target.without)
-    # a word that is not there yet would be spelt in pieces: before training, ask with the noun alone
+    # the tokenizer would split the unknown word into pieces: before training, use prompts with the noun alone
     start = without if NEW_WORD in it else with_it
     before, before_without = probe.loss(base, start), probe.loss(base, without)
     class_before = class_probe.predict(base, class_prompts)
@@ -111,7 +112,7 @@ def measure(
 
 
 def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
-    """`train`, and the processor seconds its loop took: encoding, class images and sample pictures do not count."""
+    """Train, and return the run and the processor seconds of its training loop, without encoding and sampling."""
     spent = 0.0
 
     def run(loop: Loop) -> Any:
@@ -128,34 +129,34 @@ def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
 
 
 def draw_new(base: Base, target: Target, it: str) -> list[tuple[NewPrompt, list[Image.Image]]]:
-    """Pictures of the target's new prompts, always with the same seeds."""
+    """Generate pictures for the target's new prompts, always with the same seeds."""
     listed = [(prompt, FIRST_SEED + number) for prompt in target.new for number in range(prompt.count)]
     texts = [prompt.text.replace("{it}", it) for prompt, _ in listed]
-    images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "drawing what was learnt")
+    images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "generating new prompts")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
 
 
 def save_drawn(drawn: list[tuple[NewPrompt, list[Image.Image]]], folder: Path) -> None:
-    """Leave pictures in a folder, those of one prompt side by side."""
+    """Save generated pictures in a folder, named and sorted by prompt."""
     for place, (prompt, images) in enumerate(drawn):
         for number, image in enumerate(images):
             save_image(image, folder / f"{place}-{prompt.setting}-{number:02d}.png")
 
 
 def save_new(target: Target, it: str, folder: Path) -> None:
-    """Leave what the bare base draws of the new prompts."""
+    """Save the pictures that the base without an adapter generates for the new prompts."""
     save_drawn(draw_new(tiny(), target, it), folder)
 
 
 @torch.no_grad()
 def verdicts(drawn: list[tuple[NewPrompt, list[Image.Image]]]) -> dict[str, float]:
-    """What the judge makes of pictures: shares of them, and their mean similarity to references.
+    """Judge generated pictures: return shares of them, and their mean similarity to reference pictures.
 
-    `shown`: what was learnt is in the picture, its features being nearer (by cosine) to the mean of references with it
-    than to that of references without. `followed`: the judge sees the setting that was asked for. The labels of the
-    judge cannot be read off a picture in a style it does not know; there the features decide, too: of the references
-    in that style to all the prompts, those to the picture's own are the nearest.
+    `shown` is the share of pictures with features nearer (by cosine) to the mean of references with the subject or
+    style than to the mean of references without it. `followed` is the share with the setting of the prompt, by the
+    judge's labels. The judge has no labels for pictures in an unknown style; for the style, a picture follows its
+    prompt if its features are nearer to the references of that prompt than to those of all other prompts.
     """
     in_style = torch.stack([centre(prompt.having) for prompt, _ in drawn]) if drawn else torch.empty(0)
     found: dict[str, list[Tensor]] = {"similarity": [], "shown": [], "followed": [], "shown as asked": []}
@@ -178,18 +179,18 @@ def verdicts(drawn: list[tuple[NewPrompt, list[Image.Image]]]) -> dict[str, floa
 
 
 def features(pictures: Tensor) -> Tensor:
-    """The judge's features, [n, 128], of length one."""
+    """Return the judge's features of pictures, [n, 128], normalized to length 1."""
     return torch.nn.functional.normalize(torch.relu(judge().features(pictures)), dim=1)
 
 
 def centre(images: Any) -> Tensor:
-    """The mean feature of pictures, [128], of length one."""
+    """Return the mean feature of pictures, [128], normalized to length 1."""
     return torch.nn.functional.normalize(features(to_tensor(list(images))).mean(0), dim=0)
 
 
 def bounds(target: Target) -> dict[str, dict[str, float]]:
-    """What the verdicts are for the bare base, and for drawings that the references do not hold."""
+    """Return lower and upper bounds of the verdicts: the base without an adapter, and held-out reference drawings."""
     bare = draw_new(tiny(), target, target.noun or "flat")
     half = REFERENCES // 2
-    kept = [(replace(prompt, having=prompt.having[:half]), list(prompt.having[half:])) for prompt in target.new]
-    return {"the bare base": verdicts(bare), "drawings of it": verdicts(kept)}
+    references = [(replace(prompt, having=prompt.having[:half]), list(prompt.having[half:])) for prompt in target.new]
+    return {"base without adapter": verdicts(bare), "reference drawings": verdicts(references)}

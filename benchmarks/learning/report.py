@@ -1,4 +1,4 @@
-"""The page about the record: a table for each target, and a sheet of what each method draws."""
+"""The page of results: a table for each target, and a sheet with generated pictures of each method."""
 
 import json
 import statistics
@@ -21,23 +21,26 @@ SHEETS = FOLDER / "pictures"
 
 HEAD = """# How well each method learns
 
-`python -m benchmarks.learning --photos PHOTOS` wrote this page, PHOTOS being the folders `backpack`, `cat`, `dog`,
-`red_cartoon`, `teapot` and `vase` of the [DreamBooth data set](https://github.com/google/dreambooth). Every method
-trains with the settings that its recipe has for it, on the embedded base at 64 × 64 pixels; figures are means over the
-seeds, with the standard deviation over them behind ±.
+`python -m benchmarks.learning --photos PHOTOS` wrote this page. PHOTOS contains the folders `backpack`, `cat`, `dog`,
+`red_cartoon`, `teapot` and `vase` of the [DreamBooth data set](https://github.com/google/dreambooth). Every method is
+trained with the settings of its recipe on the embedded base `tiny` at 64 × 64 pixels. Figures are means over the seeds,
+± the standard deviation.
 
-- *processor time*: of the training loop, summed over the cores in use.
-- *held-out loss*: of pictures that training never saw, over 256 fixed pairs of timestep and noise; of the poodle and
-  the alien on their own pixels only. *fall* is its change as a share of what it was.
-- *without the trigger*: what the prompt without the trigger gained, as a share of the fall; below 0, it got worse.
-- *class drift*: how far the base's predictions for pictures of the class (for the style: of unstyled pictures) moved,
-  mean squared difference × 1000.
-- *similarity*: mean cosine of the judge's features between what is drawn and reference drawings of the same subject or
-  style in the same setting.
-- *shown*: share of pictures that show what was learnt, by the nearer mean of reference features with it and without
-  it; lenient, as a blob in the right colours counts. *followed*: share with the setting (for the style: thing and
-  setting) that the prompt asks for; *both*: share with both. Prompts ask for settings that were in no picture of the
-  subject, and for things and settings that the style was never shown with.
+- *processor time*: time of the training loop, summed over the cores.
+- *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
+  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: the decrease of this loss, as a
+  share of the loss before training.
+- *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
+  with it; below 0, the loss increased.
+- *class drift*: change of the base's predictions for pictures of the class (for the style: for pictures in other
+  styles), as mean squared difference × 1000.
+- *similarity*: mean cosine similarity, by the judge's features, between generated pictures and reference drawings of
+  the same subject or style in the same setting.
+- *shown*: share of generated pictures that show the subject or style: their features are nearer to the mean of
+  references with it than to the mean of references without it. This is lenient: a blob in the right colours counts.
+  *followed*: share with the setting of the prompt (for the style: with its thing and setting). *both*: share with both.
+  All prompts are new: no training picture shows the subject in these settings, or the style on these things in these
+  settings.
 """
 
 Row = dict[str, Any]
@@ -47,35 +50,35 @@ COLUMNS: dict[str, Callable[[Sequence[Row]], str]] = {
     "file": lambda rows: file_size(mean(rows, "bytes")),
     "processor time": lambda rows: f"{mean(rows, 'processor seconds'):.0f} s",
     "held-out loss": lambda rows: f"{mean(rows, 'before'):.3f} → {mean(rows, 'after'):.3f}",
-    "fall": lambda rows: f"{100 * mean(rows, 'fall'):.1f} %{spread(rows, 'fall')}",
-    "without the trigger": lambda rows: f"{100 * mean(rows, 'gain without trigger'):.0f} %",
+    "reduction": lambda rows: f"{100 * mean(rows, 'fall'):.1f} %{spread(rows, 'fall')}",
+    "gain without trigger": lambda rows: f"{100 * mean(rows, 'gain without trigger'):.0f} %",
     "class drift": lambda rows: f"{1000 * mean(rows, 'class drift'):.1f}",
 }
 VERDICTS = {"similarity": "similarity", "shown": "shown", "followed": "followed", "both": "shown as asked"}
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
-    """Mean over the seeds."""
+    """Return the mean of a figure over the seeds."""
     return float(statistics.mean(row[key] for row in rows))
 
 
 def spread(rows: Sequence[Row], key: str) -> str:
-    """Standard deviation over the seeds in percent; nothing where there is but one."""
+    """Return the standard deviation over the seeds in percent, or an empty string for a single seed."""
     return f" ± {100 * statistics.stdev(row[key] for row in rows):.1f}" if len(rows) > 1 else ""
 
 
 def file_size(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in kB or MB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def verdict(name: str, value: float) -> str:
-    """A share in percent, a similarity as it is."""
+    """Return the text of a verdict: shares in percent, the similarity as a number."""
     return f"{value:.2f}" if name == "similarity" else f"{100 * value:.0f} %"
 
 
 def table(by_variant: dict[str, list[Row]], extremes: dict[str, dict[str, float]]) -> str:
-    """Markdown: a line for each variant; the extremes stand below, for comparison."""
+    """Return a Markdown table with a row for each variant, and below these the rows of `extremes` for comparison."""
     drawn = VERDICTS if extremes else {}
     lines = ["| | " + " | ".join([*COLUMNS, *drawn]) + " |", "|-" * (1 + len(COLUMNS) + len(drawn)) + "|"]
     for variant, rows in by_variant.items():
@@ -89,8 +92,11 @@ def table(by_variant: dict[str, list[Row]], extremes: dict[str, dict[str, float]
 
 
 def sheet(target: Target, pictures: Path, variants: Sequence[str]) -> Image.Image | None:
-    """What was learnt from, what the bare base draws, and what each variant draws with the first seed."""
-    rows = {"learnt from": [picture.image for picture in read_folder(target.learn)]}
+    """Return a sheet of training pictures, pictures before training, and pictures of each variant with the first seed.
+
+    None if pictures of a variant are missing.
+    """
+    rows = {"training pictures": [picture.image for picture in read_folder(target.learn)]}
     for variant in ("before", *variants):
         folder = pictures / target.name / variant
         if not folder.is_dir():
@@ -101,7 +107,7 @@ def sheet(target: Target, pictures: Path, variants: Sequence[str]) -> Image.Imag
 
 
 def write_page(record: Path, pictures: Path) -> Path:
-    """Write ``learning.md`` beside the record, and the sheets of the targets whose pictures are there."""
+    """Write ``learning.md`` beside the record, and a sheet for each target with pictures in the folder `pictures`."""
     rows = [json.loads(line) for line in record.read_text("utf-8").splitlines()]
     places = list(VARIANTS)
     rows.sort(key=lambda row: (places.index(row["variant"]), row["target"], row["seed"]))
@@ -116,13 +122,13 @@ def write_page(record: Path, pictures: Path) -> Path:
         if made is not None:
             save_image(made.quantize(256, dither=Image.Dither.NONE), SHEETS / f"learning-{name}.png")
         parts.append(f"## {name}\n\n{table(by_variant, bounds(targets[name]))}")
-        parts.append(f"![What each method draws of the {name}](../pictures/learning-{name}.png)\n")
+        parts.append(f"![Pictures of the {name} that each method generates](../pictures/learning-{name}.png)\n")
     photos: dict[str, list[Row]] = {}
     for row in rows:
         if row["target"] not in targets:
             photos.setdefault(row["target"], []).append(row)
     if photos:
         parts.append(
-            f"## photographs, with lora\n\nEvery third picture is left out of training.\n\n{table(photos, {})}"
+            f"## photographs, with lora\n\nEvery third picture is held out of training.\n\n{table(photos, {})}"
         )
     return write_text(record.with_suffix(".md"), "\n".join(parts))

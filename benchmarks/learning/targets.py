@@ -1,7 +1,7 @@
-"""What is learnt in the benchmark: two made-up subjects, a style, and folders of photographs.
+"""Targets of the benchmark: two made-up subjects, a made-up style, and folders of photographs.
 
-For each, the pictures to learn from, pictures left out of training to measure on, and, where there is a drawing of it,
-references: new scenes drawn with it, and the like without it.
+Each target has training pictures and held-out pictures to measure on. Made-up targets also have references: drawings of
+new scenes with the subject or style, and of similar scenes without it.
 """
 
 import tempfile
@@ -24,35 +24,35 @@ from diffgraft.generation.generate import Settings
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 
 UNSEEN_CLASS_SEED = 77_000
-"""Seed of the class pictures that drift is measured on; training uses others."""
+"""Seed of the class pictures for measuring drift; training uses other seeds"""
 NEW_SETTINGS = ("snow", "night", "jungle")
-"""Settings that no picture of a subject shows, neither in training nor among the held-out ones."""
+"""Settings that are in no picture of a subject, neither in training nor held out"""
 PER_PROMPT = 12
-"""Pictures drawn for each new setting of a subject"""
+"""Number of generated pictures for each new setting of a subject"""
 REFERENCES = 40
-"""Reference pictures of each new prompt, with the subject or style and without it"""
+"""Number of reference pictures of each new prompt: that many with the subject or style, and that many without it"""
 
 
 @dataclass(frozen=True, eq=False)
 class NewPrompt:
-    """A prompt to draw after training, and what right answers look like."""
+    """A prompt to generate after training, and references that show what the picture should look like."""
 
     text: str
-    """With ``{it}`` where what was learnt is named"""
+    """Prompt, with ``{it}`` in place of the words for the subject or style"""
     count: int
-    """Pictures to draw"""
+    """Number of pictures to generate"""
     thing: str | None
-    """What the judge should see; None where the thing is the one that was learnt"""
+    """Thing that the judge should recognise; None if it is the trained subject"""
     setting: str
     having: Sequence[Image.Image] = field(repr=False, default=())
-    """References that show what was learnt"""
+    """References with the subject or style"""
     lacking: Sequence[Image.Image] = field(repr=False, default=())
-    """The like without it"""
+    """References without it"""
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One thing to learn."""
+    """A subject or style to learn, with its training and held-out pictures."""
 
     name: str
     recipe: str
@@ -60,18 +60,18 @@ class Target:
     learn: Path
     held_out: Sequence[Image.Image] = field(repr=False)
     texts: Sequence[str]
-    """What stands on each held-out picture, with ``{it}``"""
+    """Prompt of each held-out picture, with ``{it}`` in place of the words for the subject or style"""
     without: Sequence[str]
-    """The same, without what was learnt: whoever says this should not get it"""
+    """Prompt of each held-out picture without the subject or style, which should not produce it"""
     masks: Sequence[Image.Image] | None = field(repr=False, default=None)
     new: Sequence[NewPrompt] = ()
 
     def probe(self, base: Base) -> ValidationSet:
-        """The held-out loss, where there are masks on the subject's own pixels."""
+        """Return the validation set of the held-out pictures; masks limit the loss to the pixels of the subject."""
         return validation_set_from_images(base, self.held_out, self.masks)
 
     def class_probe(self, base: Base) -> tuple[ValidationSet, list[str]]:
-        """Pictures that the bare base draws under the prompts without what is learnt, and the prompt of each."""
+        """Return a validation set of pictures that the base generates for `without`, and the prompt of each picture."""
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
         drawn = class_images(base, prompts, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED)
@@ -79,7 +79,7 @@ class Target:
 
 
 def of_subject(subject: Subject) -> Target:
-    """A made-up subject, asked for in settings it was never shown in."""
+    """Return the target of a made-up subject, with new prompts in settings that are in no training picture."""
     held_out = [picture.image for picture in read_folder(subject.folder / "held-out")]
     masks = [Image.open(path) for path in sorted((subject.folder / "held-out-masks").glob("*.png"))]
     new = []
@@ -105,7 +105,7 @@ def of_subject(subject: Subject) -> Target:
 
 
 def of_style() -> Target:
-    """The made-up style, asked for with things and settings it was never shown with."""
+    """Return the target of the made-up style, with new prompts for things and settings that it was not trained on."""
     pictures = read_folder(SCREEN_PRINT.folder / "held-out")
     captions = [str(picture.caption) for picture in pictures]
     new = []
@@ -132,7 +132,7 @@ def _style_of(number: int) -> str:
 
 
 def of_photographs(folder: Path, noun: str) -> Target:
-    """A folder of photographs, of which every third is left out of training."""
+    """Return the target of a folder of photographs, of which every third is held out of training."""
     pictures = read_folder(folder)
     learn = Path(tempfile.mkdtemp(prefix="diffgraft-photos-"))
     for number, picture in enumerate(pictures):
@@ -152,6 +152,6 @@ def of_photographs(folder: Path, noun: str) -> Target:
 
 @cache
 def made_up() -> dict[str, Target]:
-    """The targets that ship, by name."""
+    """Return the made-up targets, which ship with diffgraft, by name."""
     listed = (of_subject(POODLE), of_subject(ALIEN), of_style())
     return {target.name: target for target in listed}
