@@ -1,8 +1,8 @@
-"""Work on adapter files of real sizes: ``python -m benchmarks.file_work`` times it, and writes the page.
+"""Times of operations on files of real sizes: ``python -m benchmarks.file_work`` measures them and writes the page.
 
-Every layer of Stable Diffusion 1.5 (350) and XL (1052) with random factors, and whole checkpoints of 1.5 with random
-weights, of which one differs from the other by matrices of rank 24. It takes a few minutes, 12 GB of memory and 6 GB of
-disk.
+Adapters have random factors on all layers of Stable Diffusion 1.5 (350) and XL (1052). The two checkpoints of Stable
+Diffusion 1.5 have random weights, which differ by matrices of rank 24. It takes a few minutes, 12 GB of memory and 6 GB
+of disk.
 """
 
 import tempfile
@@ -36,19 +36,20 @@ from diffgraft.files import write_safetensors, write_text
 from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
 PAGE = Path(__file__).parent / "results" / "file-work.md"
-HEAD = """# Work on files of real sizes
+HEAD = """# Times of operations on files of real sizes
 
-`python -m benchmarks.file_work` wrote this page, on {threads} threads of a processor: adapters on every layer of the
-real configurations, with random factors in half precision, and checkpoints of Stable Diffusion 1.5 with random weights.
+`python -m benchmarks.file_work` wrote this page, on {threads} threads of a processor. The adapters have random factors
+in half precision on all layers of the real configurations; the checkpoints are of Stable Diffusion 1.5 with random
+weights.
 
-| base | work | seconds |
+| base | operation | seconds |
 |-|-|-|
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing that was done, and how long it took."""
+    """A timed operation."""
 
     family: str
     work: str
@@ -56,7 +57,7 @@ class Job:
 
 
 def on_every_layer(family: str, factors: Factors, rank: int, seed: int) -> Adapter:
-    """Random factors on all linear layers and convolutions of a family."""
+    """Return an adapter with random factors on all linear layers and convolutions of a family."""
     generator = torch.Generator().manual_seed(seed)
     deltas = {}
     for path, shape in layer_shapes(family).items():
@@ -68,19 +69,21 @@ def on_every_layer(family: str, factors: Factors, rank: int, seed: int) -> Adapt
 
 
 def on_adapters(family: str, folder: Path) -> Iterator[Job]:
-    """Work for which no base is needed."""
+    """Time operations on adapters, which need no base, with files in `folder`."""
     lora = on_every_layer(family, LOW_RANK, 32, 1).save(folder / "lora.safetensors", "kohya")
     loha = on_every_layer(family, HADAMARD, 8, 2).save(folder / "loha.safetensors", "lycoris")
     steps: dict[str, Callable[[], Any]] = {
         "read a LoRA of rank 32": lambda: load_adapter(lora),
-        "convert it for diffusers": lambda: convert(lora, folder / "new.safetensors", "diffusers"),
-        "resize it to rank 8": lambda: resize(load_adapter(lora), RankBudget(rank=8)),
-        "resize it to 90 % of its energy": lambda: resize(load_adapter(lora), RankBudget(energy=0.9)),
-        "inspect it": lambda: inspect(load_adapter(lora)),
+        "convert the LoRA for diffusers": lambda: convert(lora, folder / "new.safetensors", "diffusers"),
+        "resize the LoRA to rank 8": lambda: resize(load_adapter(lora), RankBudget(rank=8)),
+        "resize the LoRA to 90 % of its energy": lambda: resize(load_adapter(lora), RankBudget(energy=0.9)),
+        "inspect the LoRA": lambda: inspect(load_adapter(lora)),
         "inspect a LoHa of rank 8": lambda: inspect(load_adapter(loha)),
         "resize the LoHa to rank 16": lambda: resize(load_adapter(loha), RankBudget(rank=16)),
-        "combine both, exactly": lambda: combine([("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)]),
-        "combine both at rank 32": lambda: combine(
+        "combine LoRA and LoHa exactly": lambda: combine(
+            [("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)]
+        ),
+        "combine LoRA and LoHa at rank 32": lambda: combine(
             [("1", load_adapter(lora), 0.5), ("2", load_adapter(loha), 0.5)], RankBudget(rank=32)
         ),
     }
@@ -89,7 +92,7 @@ def on_adapters(family: str, folder: Path) -> Iterator[Job]:
 
 
 def on_checkpoints(folder: Path) -> Iterator[Job]:
-    """Work on whole checkpoints of Stable Diffusion 1.5."""
+    """Time operations on checkpoints of Stable Diffusion 1.5, with files in `folder`."""
     files = {name: folder / f"{name}.safetensors" for name in ("base", "tuned")}
     weights = {name: value.half() for name, value in ldm_state_dict(random_base("sd1")).items()}
     write_safetensors(files["base"], weights, {})
@@ -104,11 +107,13 @@ def on_checkpoints(folder: Path) -> Iterator[Job]:
     lora = on_every_layer("sd1", LOW_RANK, 32, 1).save(folder / "lora.safetensors")
     steps: dict[str, Callable[[], Any]] = {
         "extract a LoCon of rank 16": lambda: difference(RankBudget(rank=16)),
-        "extract a LoCon by 95 % of the energy": lambda: difference(RankBudget(energy=0.95)),
+        "extract a LoCon with 95 % of the energy": lambda: difference(RankBudget(energy=0.95)),
         "merge a LoRA into the checkpoint": lambda: merge_checkpoint(
             load_base(files["base"], None), {lora: 1.0}, folder / "new"
         ),
-        "a folder of a checkpoint": lambda: merge_checkpoint(load_base(files["base"], None), {}, folder / "folder"),
+        "convert a checkpoint to a folder": lambda: merge_checkpoint(
+            load_base(files["base"], None), {}, folder / "folder"
+        ),
     }
     for work, step in steps.items():
         yield _timed("sd1", work, step)
@@ -133,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family in ("sd1", "sdxl"):
             (Path(folder) / family).mkdir()
-            layer_shapes(family)  # laid out once, for a second or two
+            layer_shapes(family)  # fill the cache, which takes a second or two
             jobs += tqdm(on_adapters(family, Path(folder) / family), f"adapters for {family}")
         jobs += tqdm(on_checkpoints(Path(folder)), "checkpoints")
     text = HEAD.format(threads=torch.get_num_threads())

@@ -1,6 +1,6 @@
-"""What goes into which format, and comes back: ``python -m benchmarks.formats`` tries all, and writes the page.
+"""Round trips of every kind of adapter through every format: ``python -m benchmarks.formats`` writes the page.
 
-An adapter of every kind, with layers of every shape, is saved in every format and read again.
+An adapter of every kind, with layers of every shape, is saved in every format, read again and compared.
 """
 
 import tempfile
@@ -24,35 +24,35 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
 
 PAGE = Path(__file__).parent / "results" / "formats.md"
-HEAD = """# What goes into which format
+HEAD = """# Which adapters fit into which format
 
-`python -m benchmarks.formats` wrote this page. For each kind of adapter it says what a format makes of it: **↔** is
-written and read again with every number the same, to the bit; – is not written: `diffgraft convert` says why and stops,
-or approximates it by LoRAs where `--rank` or `--energy` ask for it (what depends on the base's weights needs `--base`).
+`python -m benchmarks.formats` wrote this page. For each kind of adapter and each format: **↔** means that it is written
+and read again bit for bit. – means that the format cannot hold it: `diffgraft convert` stops and says why, or, with
+`--rank` or `--energy`, approximates it by LoRAs (and also needs `--base` if it depends on the base's weights).
 
-`kohya` and `lycoris` are the same names; `kohya` adds the header that sd-scripts writes and webui reads. `webui` is
-what stable-diffusion-webui *and* ComfyUI read and take to mean the same. `peft` is a folder, with one inside for each
-part of the base. `diffgraft` is this project's own layout, described in `adapters/formats/native.py`.
+`kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `webui`
+contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
+for each part of the base. `diffgraft` is this project's own layout, described in `adapters/formats/native.py`.
 
 """
 TAIL = """
-What other tools wrote, and is read here; `diffgraft convert` makes any of the formats above of it that can hold it:
+Files of other tools that can be read. `diffgraft convert` writes them in any of the formats above that can hold them:
 
-| files | hold | keys such as |
+| files | contents | keys such as |
 |-|-|-|
-| diffusers, older, or mixed with today's as its scripts write them | LoRA, DoRA | `….to_q.lora.down.weight`, `….attn1.processor.to_q_lora.down.weight` |
-| peft, LyCORIS, kohya, webui, ComfyUI | all of the table | as above, with diffusers' or the original's names of blocks |
-| LyCORIS on a module of any kind | the same | `lycoris_….lora_down.weight` |
-| kohya's OFT | OFT with a bound | `oft_unet_….oft_blocks` |
+| diffusers: older names, also mixed with current ones as its scripts write them | LoRA, DoRA | `….to_q.lora.down.weight`, `….attn1.processor.to_q_lora.down.weight` |
+| peft, LyCORIS, kohya, webui, ComfyUI | everything in the table above | with block names of diffusers or of the original Stable Diffusion |
+| LyCORIS on modules of any type | everything in the table above | `lycoris_….lora_down.weight` |
+| kohya's OFT | OFT with a bounded norm | `oft_unet_….oft_blocks` |
 | cloneofsimo, `.safetensors` and `.pt` | LoRA, with words | `unet:0:up`, `<word>` |
-| Custom Diffusion of diffusers | weights in place of others | `….processor.to_k_custom_diffusion.weight` |
+| Custom Diffusion of diffusers | replacement weights | `….processor.to_k_custom_diffusion.weight` |
 | webui's and kohya's words, `.pt` and `.safetensors` | textual inversion | `string_to_param.*`, `emb_params` |
 | webui's hypernetworks, `.pt` | hypernetwork | `768` |
-| webui's aesthetic embeddings, `.pt` | kept, not drawn with | one row of 768 numbers |
-| GLoRA from before May 2024 | GLoRA | its factors are told by their shapes |
+| webui's aesthetic embeddings, `.pt` | aesthetic embedding, which has no effect on generation | one row of 768 numbers |
+| GLoRA from before May 2024 | GLoRA | as today; the factors are distinguished by their shapes |
 
-A DoRA means the same in every format at strength 1. At others LyCORIS, peft and webui each have their own way; what is
-read follows the tool that wrote it, and `diffgraft inspect` names it. ComfyUI squares the strength of OFT and BOFT.
+At strength 1, a DoRA is the same in every format. At other strengths LyCORIS, peft and webui differ; diffgraft computes
+a DoRA as the tool that wrote the file, which `diffgraft inspect` names. ComfyUI squares the strength of OFT and BOFT.
 """  # noqa: E501
 LAYERS = (
     "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",
@@ -70,7 +70,7 @@ _FACTORS: dict[str, tuple[str, Factors]] = {
 
 
 def samples() -> dict[str, Adapter]:
-    """Name of a kind → an adapter of it, on layers of Stable Diffusion 1.5."""
+    """Return the name of each kind → an adapter of that kind, on layers of Stable Diffusion 1.5."""
     shapes = {path: layer_shapes("sd1")[path] for path in LAYERS}
     generator = torch.Generator().manual_seed(1)
 
@@ -78,42 +78,42 @@ def samples() -> dict[str, Adapter]:
         return 0.1 * torch.randn(*sides, generator=generator)
 
     def on_all(kind: str, leaves: Mapping[str, Mapping[str, Tensor]], alpha: float | None) -> Adapter:
-        deltas: dict[str, tuple[Delta, ...]] = {p: (read_delta(kind, found, alpha),) for p, found in leaves.items()}
+        deltas: dict[str, tuple[Delta, ...]] = {p: (read_delta(kind, values, alpha),) for p, values in leaves.items()}
         return Adapter(deltas, {"method": kind, "base": {"family": "sd1"}})
 
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     for name, (kind, factors) in _FACTORS.items():
         leaves = {path: factors.init_leaves(shape, 2, generator) for path, shape in shapes.items()}
         filled = {path: {key: drawn(*leaf.shape) for key, leaf in own.items()} for path, own in leaves.items()}
-        found[name] = on_all(kind, filled, 1.0)
+        adapters[name] = on_all(kind, filled, 1.0)
         if "Tucker" not in name:
             for side, axis in (("outputs", 0), ("inputs", 1)):
                 dora = {
                     path: {**own, "dora_scale": _row(drawn(shapes[path][axis]).abs() + 0.1, axis, len(shapes[path]))}
                     for path, own in filled.items()
                 }
-                found[f"{name}, DoRA by {side}"] = on_all(kind, dora, 1.0)
-    found["full"] = on_all("full", {p: {"diff": drawn(*s), "diff_b": drawn(s[0])} for p, s in shapes.items()}, None)
+                adapters[f"{name}, DoRA by {side}"] = on_all(kind, dora, 1.0)
+    adapters["full"] = on_all("full", {p: {"diff": drawn(*s), "diff_b": drawn(s[0])} for p, s in shapes.items()}, None)
     norm = {"unet.conv_norm_out": {"diff": drawn(320), "diff_b": drawn(320)}}
-    found["full, of norms"] = on_all("full", norm, None)
+    adapters["full, of norms"] = on_all("full", norm, None)
     ones = {path: {"weight": drawn(shape[0]), "on_input": torch.tensor(0)} for path, shape in shapes.items()}
-    found["(IA)³"] = on_all("ia3", ones, None)
-    found["GLoRA"] = on_all("glora", {p: _glora(s, drawn) for p, s in shapes.items() if len(s) == 2}, 1.0)
-    found["OFT"] = on_all("oft", {p: {"oft_blocks": drawn(s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
-    found["BOFT"] = on_all("boft", {p: {"oft_blocks": drawn(2, s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
+    adapters["(IA)³"] = on_all("ia3", ones, None)
+    adapters["GLoRA"] = on_all("glora", {p: _glora(s, drawn) for p, s in shapes.items() if len(s) == 2}, 1.0)
+    adapters["OFT"] = on_all("oft", {p: {"oft_blocks": drawn(s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
+    adapters["BOFT"] = on_all("boft", {p: {"oft_blocks": drawn(2, s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
     words = {"<zorp>": {"text_encoder": drawn(2, 768)}}
-    found["textual inversion"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=words)
+    adapters["textual inversion"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=words)
     both = {"<zorp>": {"text_encoder": drawn(2, 768), "text_encoder_2": drawn(2, 1280)}}
-    found["textual inversion, XL"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=both)
-    found["pivotal"] = Adapter(found["lora, locon"].deltas, {"method": "pivotal"}, tokens=words)
-    found["hypernetwork"] = _hypernetwork(drawn)
-    return found
+    adapters["textual inversion, XL"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=both)
+    adapters["pivotal"] = Adapter(adapters["lora, locon"].deltas, {"method": "pivotal"}, tokens=words)
+    adapters["hypernetwork"] = _hypernetwork(drawn)
+    return adapters
 
 
-def _row(lengths: Tensor, axis: int, axes: int) -> Tensor:
+def _row(norms: Tensor, axis: int, axes: int) -> Tensor:
     sides = [1] * axes
     sides[axis] = -1
-    return lengths.view(sides)
+    return norms.view(sides)
 
 
 def _glora(shape: tuple[int, ...], drawn: Callable[..., Tensor]) -> dict[str, Tensor]:
@@ -137,18 +137,18 @@ def _hypernetwork(drawn: Callable[..., Tensor]) -> Adapter:
 
 
 def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:
-    """``↔``, ``–``, or the largest error where something changed on the way."""
+    """Return ``↔`` (bit for bit), ``–`` (refused), or the largest error if the file differs from the adapter."""
     suffix = written_dialects()[dialect].suffix(adapter)
     try:
         path = adapter.save(folder / f"a{suffix}", dialect)
     except DiffgraftError:
         return "–"
-    found = compare(adapter, load_adapter(path))
-    return "↔" if found.same else f"{found.worst[1]:.1g}"
+    comparison = compare(adapter, load_adapter(path))
+    return "↔" if comparison.same else f"{comparison.worst[1]:.1g}"
 
 
 def table() -> str:
-    """Markdown: a line for each kind, a column for each format."""
+    """Return a Markdown table with a row for each kind and a column for each format."""
     lines = [
         f"| | {' | '.join(f'`{name}`' for name in written_dialects())} |",
         "|-" * (len(written_dialects()) + 1) + "|",
@@ -163,7 +163,7 @@ def table() -> str:
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the text of the page."""
     return HEAD + table() + TAIL
 
 

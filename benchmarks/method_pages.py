@@ -1,7 +1,7 @@
-"""The tables in `docs`, about recipe keys and methods: ``python -m benchmarks.method_pages`` writes them.
+"""Tables of recipe keys and methods in `docs`: ``python -m benchmarks.method_pages`` writes them.
 
-Keys are read from the recipes, options from the methods, and measured figures from the pages in `benchmarks/results`;
-the text between the tables is written by hand. A table stands between ``<!-- options -->`` (or ``measured``,
+Keys come from the recipes, options from the methods, and figures from the pages in `benchmarks/results`. The text
+between the tables is written by hand. A table is between ``<!-- options -->`` (or ``measured``,
 ``formats``, ``keys subject``) and ``<!-- end -->``.
 """
 
@@ -20,25 +20,28 @@ KEYS = DOCS / "recipe-keys.md"
 RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- (options|measured|formats) -->\n).*?(<!-- end -->)", re.DOTALL)
 _READ_ONLY = ("(IA)³", "GLoRA", "OFT", "BOFT")
-"""Kinds of adapters that are read and converted, and that no method trains: the page `other` has them"""
+"""Kinds of adapters that are read and converted but not trained; they are on the page `other`"""
 _SOURCES = (
     ("learning.md", "python -m benchmarks.learning --photos PHOTOS", "the embedded base, the poodle", "## poodle"),
     ("scale.md", "python -m benchmarks.scale", "SD 1.5 at rank 4, text encoder included", "| base | method"),
     ("step-time.md", "python -m benchmarks.step_time", "a training step of SD 1.5's UNet", "## 32 x 32"),
 )
-"""File, command and content of each page of measurements, and how the line begins behind which its table stands"""
+"""File, command and contents of each page of measurements, and the beginning of the line before its table"""
 
 
 def page(name: str, text: str) -> str:
-    """The page of the method called `name`, with the tables in its `text` made anew."""
+    """Return the page of the method called `name`, with the tables in its `text` written anew."""
     tables = {"options": _options, "measured": _measured, "formats": _formats}
-    return _BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]](name)}{found[3]}", text)
+    return _BLOCK.sub(lambda match: f"{match[1]}{tables[match[2]](name)}{match[3]}", text)
 
 
 def keys_page(text: str) -> str:
     """Return the page of recipe keys, with the tables in its `text` written anew."""
     return re.sub(
-        r"(<!-- keys (\w+) -->\n).*?(<!-- end -->)", lambda at: f"{at[1]}{_keys(at[2])}{at[3]}", text, flags=re.S
+        r"(<!-- keys (\w+) -->\n).*?(<!-- end -->)",
+        lambda match: f"{match[1]}{_keys(match[2])}{match[3]}",
+        text,
+        flags=re.S,
     )
 
 
@@ -53,7 +56,7 @@ def _keys(task: str) -> str:
 
 
 def _options(name: str) -> str:
-    """The settings that the method alone has, and keys of recipes that have no meaning for it."""
+    """Return the table of the method's options, and the list of recipe keys that it refuses."""
     method: Method = methods()[name]
     fields = method.options.model_fields.items()
     rows = [
@@ -77,7 +80,7 @@ def _cell(description: str | None) -> str:
 
 
 def _measured(name: str) -> str:
-    """The rows of the method on the pages of measurements."""
+    """Return the rows of the method in the tables of the pages of measurements."""
     shown = []
     for file, command, what, section in _SOURCES:
         if table := _rows(file, section, name):
@@ -86,7 +89,7 @@ def _measured(name: str) -> str:
 
 
 def _rows(file: str, section: str, name: str) -> str:
-    """The head of the first table from a line that begins with `section` on, and its rows about the method, if any."""
+    """Return the first table after a line that begins with `section`, with the rows of one method; empty if none."""
     lines = (RESULTS / file).read_text("utf-8").splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(section))
     table = list(_table(lines[start:]))
@@ -95,7 +98,7 @@ def _rows(file: str, section: str, name: str) -> str:
 
 
 def _table(lines: list[str]) -> Iterator[str]:
-    """The first table in some lines of a page."""
+    """Yield the lines of the first table in `lines`."""
     started = False
     for line in lines:
         if line.startswith("|"):
@@ -111,7 +114,7 @@ def _is_about(name: str, row: str) -> bool:
 
 
 def _formats(name: str) -> str:
-    """The rows of the page of formats about the kinds of adapters that the method makes."""
+    """Return the rows of the page of formats for the kinds of adapters that the method trains."""
     kinds = _READ_ONLY if name == "other" else (name.replace("-", " "),)
     head, line, *rows = _table((RESULTS / "formats.md").read_text("utf-8").splitlines())
     own = [row for row in rows if set(row.split("|")[1].strip().split(", ")) & set(kinds)]

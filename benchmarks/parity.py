@@ -1,11 +1,11 @@
-"""Whether we train as the field does: ``python -m benchmarks.parity EXAMPLES`` runs diffusers' own scripts beside ours.
+"""Parity with the example scripts of diffusers: ``python -m benchmarks.parity EXAMPLES`` runs them beside our trainer.
 
-EXAMPLES is the folder of that name in a checkout of diffusers (``git clone --branch v0.40.0``: the release nearest to
-the one installed here; the numbers that are kept come from it). The scripts also need torchvision, as it fits torch.
+EXAMPLES is the folder ``examples`` of a checkout of diffusers (``git clone --branch v0.40.0``, the release that the
+stored numbers come from). The scripts also need a version of torchvision that fits torch.
 
-Both sides get the same base in float32, pictures, initial values, noises, timesteps and order: ours draws them, and the
-script is handed what ours drew at the places where it would draw itself. Nothing else of a script is touched. What it
-computes goes to ``tests/trainers/parity``, where a test holds our trainer to it.
+Both sides get the same base in float32, pictures, initial values, noise, timesteps and order: our trainer draws them,
+and the script gets them wherever it would draw random values itself. Nothing else in a script is patched. Its losses
+and gradients are stored in ``tests/trainers/parity``, where a test compares our trainer with them.
 """
 
 import argparse
@@ -45,32 +45,32 @@ from diffgraft.trainers.training_data.examples import Examples
 
 KEPT = Path(__file__).parents[1] / "tests" / "trainers" / "parity"
 INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"
-"""Five pictures to learn from, and eight that stand in for the class; of 64 × 64 pixels: resizing changes nothing."""
+"""Folders with five training pictures, and with eight that serve as class images; all are 64 × 64 pixels"""
 
 _SHARED = {"steps": 20, "batch": 4, "seed": 10, "checkpoint_every": 0, "sample_every": 0}
 _SUBJECT = {**_SHARED, "subject": "dog", "rank": 2, "lr": 1e-3}
 _WORD = {**_SHARED, "method": "textual-inversion", "subject": "dog", "trigger": "<zorp>", "lr": 5e-3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreambooth-lora": ("subject", {**_SUBJECT, "prior": {"weight": 0}}),
-    # so small a bound that the gradient is clipped
+    # the bound is so small that the gradient is clipped
     "dreambooth-lora-prior": ("subject", {**_SUBJECT, "prior": {"weight": 1.0, "images": 8}, "max_grad_norm": 0.05}),
-    # this script lets the vectors grow, and does not clip; the gradients here stay below our bound of 1
+    # this script neither keeps the norm of vectors nor clips; the gradients here stay below our bound of 1
     "textual-inversion": ("concept", {**_WORD, "options": {"vectors": 2, "keep_norm": False}}),
 }
-"""Name → our recipe, and what is set in it. Under this seed no layer's gradient cancels so far that the rounding of
-float32 alone, in which processors differ, comes near the bound of the test."""
+"""Name → our recipe and its settings. With this seed, no layer's gradient cancels so far that float32 rounding, which
+differs between processors, comes near the bound of the test."""
 
 
 @dataclass
 class Record:
-    """What one side did."""
+    """Losses, parameters and gradients of one side."""
 
     losses: list[float] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)
     """The trained parameters before each of the first two steps"""
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
-    """Their gradients then, as the optimiser gets them: where one factor of LoRA is zero, so is the first gradient of
-    the other"""
+    """The gradients of these steps, as the optimizer gets them. As one factor of LoRA starts at zero, the first
+    gradient of the other is zero"""
 
     def take(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
         if len(self.values) < 2:
@@ -79,7 +79,7 @@ class Record:
 
 
 def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any]) -> tuple[Run, Record]:
-    """Train by the public way, and look at the optimiser as it steps."""
+    """Train with the public `train`, and record parameters and gradients before each optimizer step."""
     record, real = Record(), train_adapter.new_optimizer
 
     def watched(plan: Any, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> torch.optim.Optimizer:
@@ -94,7 +94,7 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
         return [(prompts[0], picture) for picture in read_folder(CLASS)]
 
     with (
-        patch("diffgraft.trainers.run.train.before_after", lambda *_: Image.new("RGB", (8, 8))),  # nobody looks at it
+        patch("diffgraft.trainers.run.train.before_after", lambda *_: Image.new("RGB", (8, 8))),  # not needed here
         patch("diffgraft.trainers.run.train_adapter.new_optimizer", watched),
         patch("diffgraft.trainers.training_data.build.class_images", given_class),
     ):
@@ -105,11 +105,11 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
 
 @dataclass
 class Draws:
-    """What our trainer drew, one entry a batch; instance and class batches take turns where there are both."""
+    """Random values that our trainer drew, one entry per batch; instance and class batches, if both exist, alternate."""
 
     rows: list[list[int]] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
-    """What was said of each example, one after the other"""
+    """Prompt of each example, in order"""
     spread: list[Tensor] = field(default_factory=list)
     """Noise of the VAE's posterior, [n, c, h, w]"""
     noise: list[Tensor] = field(default_factory=list)
@@ -119,7 +119,7 @@ class Draws:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        sample, add, said = Latents.sample, ForwardProcess.at_timesteps, Examples.prompt
+        sample, add, prompt = Latents.sample, ForwardProcess.at_timesteps, Examples.prompt
 
         def watched_sample(latents: Latents, rows: Sequence[int], noise: Tensor) -> Tensor:
             self.rows.append(list(rows))
@@ -132,7 +132,7 @@ class Draws:
             return add(process, latents, noise, times)
 
         def watched_prompt(examples: Examples, *which: Any) -> str:
-            self.prompts.append(said(examples, *which))
+            self.prompts.append(prompt(examples, *which))
             return self.prompts[-1]
 
         with (
@@ -145,16 +145,16 @@ class Draws:
 
 @dataclass
 class Side:
-    """How one script is run: what depends on which it is."""
+    """How to run one of the scripts."""
 
     words: dict[str, Any]
-    """Its arguments"""
+    """Command-line arguments of the script"""
     order: list[int]
-    """What its data set is asked for, over all steps"""
+    """Indices into the script's data set, over all steps"""
     patches: list[Any]
-    """Beside those that all scripts get"""
+    """Patches for this script only"""
     trained: Callable[[torch.optim.Optimizer], tuple[dict[str, Tensor], dict[str, Tensor | None]]]
-    """Values and gradients under our names, when its optimiser steps"""
+    """Parameters and gradients under our names, called before each step of the script's optimizer"""
 
 
 def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
@@ -174,9 +174,9 @@ def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
             "class_prompt": plan.fill(plan.class_prompt),
             "num_class_images": len(read_folder(CLASS)),
         }
-        # an index stands for one picture of each kind, counted round and round; with 5 and 8 of them, for any two
-        ways = {(index % 5, index % 8): index for index in range(5 * 8)}
-        order = [ways[two] for two in zip(chain(*draws.rows[::2]), chain(*draws.rows[1::2]), strict=True)]
+        # an index selects instance picture index % 5 and class picture index % 8: any pair has an index below 40
+        indices = {(index % 5, index % 8): index for index in range(5 * 8)}
+        order = [indices[pair] for pair in zip(chain(*draws.rows[::2]), chain(*draws.rows[1::2]), strict=True)]
     live: dict[str, Tensor] = {}
     add_adapter, dataset = script.UNet2DConditionModel.add_adapter, script.DreamBoothDataset
 
@@ -189,12 +189,12 @@ def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
                 if name.endswith(theirs):
                     live[f"unet.{name.removesuffix(theirs)}{mine}"] = value
         if live.keys() != ours.values[0].keys():
-            raise ValueError(f"Only one of us trains {sorted(live.keys() ^ ours.values[0].keys())}.")
+            raise ValueError(f"Only one side trains {sorted(live.keys() ^ ours.values[0].keys())}.")
         for name, value in live.items():
             value.copy_(ours.values[0][name])
 
-    def in_order(**given: Any) -> Any:
-        made = dataset(**given)
+    def in_order(**arguments: Any) -> Any:
+        made = dataset(**arguments)
         made.instance_images_path.sort()
         if plan.prior.weight:
             made.class_images_path.sort()
@@ -218,13 +218,13 @@ def _textual_inversion(script: Any, plan: Any, ours: Record, draws: Draws) -> Si
     texts = iter([prompt.replace(plan.trigger, "{}") for prompt in draws.prompts])
     dataset = script.TextualInversionDataset
 
-    def in_order(**given: Any) -> Any:
-        made = dataset(**given, flip_p=0)
+    def in_order(**arguments: Any) -> Any:
+        made = dataset(**arguments, flip_p=0)
         made.image_paths.sort()
         return made
 
     def trained(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-        """Of the whole table, which it trains and puts back, the new rows."""
+        """Return the new rows of the embedding table; the script trains the whole table and restores the rest."""
         (name,), (table,) = ours.values[0], optimizer.param_groups[0]["params"]
         return {name: table[-vectors:]}, {name: table.grad[-vectors:]}
 
@@ -239,11 +239,11 @@ SCRIPTS = {
     "subject": ("dreambooth/train_dreambooth_lora.py", _dreambooth),
     "concept": ("textual_inversion/textual_inversion.py", _textual_inversion),
 }
-"""Recipe → the script that does the same, and how it is run."""
+"""Recipe → corresponding script of diffusers, and function that prepares it"""
 
 
 def run_script(examples: Path, model: Path, output: Path, plan: Any, ours: Record, draws: Draws) -> Record:
-    """Run the script for our recipe `plan` on the base in `model`, with what ours began with and drew."""
+    """Run the script for our recipe `plan` on the base in `model`, with our initial values and random values."""
     from accelerate import Accelerator
 
     name, prepare = SCRIPTS[plan.task]
@@ -271,7 +271,7 @@ def run_script(examples: Path, model: Path, output: Path, plan: Any, ours: Recor
         backward(accelerator, loss, **more)
 
     def step_by_step(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Instance and class batches of a step as one."""
+        """Yield the instance and class batches of each step as one tensor."""
         each = len(batches) // plan.steps
         return iter([torch.cat(list(batches[at : at + each])) for at in range(0, len(batches), each)])
 
@@ -291,8 +291,10 @@ def run_script(examples: Path, model: Path, output: Path, plan: Any, ours: Recor
         stack.callback(hook.remove)
         script.args = script.parse_args()  # DreamBooth's data set reads this global
         script.main(*[script.args][: script.main.__code__.co_argcount])
-    if any(next(left, None) is not None for left in (spread, noise, times)):
-        raise ValueError(f"{name} has not taken all that we drew: it must have changed.")
+    if any(next(rest, None) is not None for rest in (spread, noise, times)):
+        raise ValueError(
+            f"{name} did not use all random values of our trainer: this version of the script draws differently."
+        )
     return record
 
 
@@ -300,9 +302,10 @@ WHOLE, PRODUCTS = 128, 32
 
 
 def sketch(gradient: Tensor) -> list[float]:
-    """A small tensor itself; of another, numbers whose distance is near that of the tensors; of zeros, none.
+    """Return a short list of numbers that preserves distances between gradients approximately.
 
-    They are its products with fixed normal tensors (Johnson and Lindenstrauss 1984), brought to its own length.
+    Small tensors are returned completely, and zeros as an empty list. For others the numbers are products with fixed
+    normal tensors (Johnson and Lindenstrauss 1984), scaled to preserve the norm.
     """
     flat = gradient.detach().double().flatten().numpy()
     if not flat.any():
@@ -314,7 +317,7 @@ def sketch(gradient: Tensor) -> list[float]:
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """Losses, and the norm and sketch of each parameter's gradient in the first two steps."""
+    """Return the losses, and the norm and sketch of each parameter's gradient in the first two steps."""
     gradients = [
         {name: {"norm": float(grad.double().norm()), "sketch": sketch(grad)} for name, grad in step.items()}
         for step in record.gradients
@@ -322,13 +325,13 @@ def summary(record: Record) -> dict[str, Any]:
     return {"losses": record.losses, "gradients": gradients}
 
 
-def deviations(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, float]:
-    """The largest relative deviation of one summary from another, in the losses and in the gradients of each step."""
-    pairs = zip(found["losses"], wanted["losses"], strict=True)
+def deviations(measured: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:
+    """Return the largest relative deviation of a summary from a reference, in the losses and each step's gradients."""
+    pairs = zip(measured["losses"], reference["losses"], strict=True)
     largest = {"losses": max(abs(a - b) / abs(b) for a, b in pairs)}
-    for number, (ours, theirs) in enumerate(zip(found["gradients"], wanted["gradients"], strict=True), 1):
+    for number, (ours, theirs) in enumerate(zip(measured["gradients"], reference["gradients"], strict=True), 1):
         if ours.keys() != theirs.keys():
-            raise ValueError(f"Only one of them has {sorted(ours.keys() ^ theirs.keys())}.")
+            raise ValueError(f"Only one side has gradients of {sorted(ours.keys() ^ theirs.keys())}.")
         gaps = [_gap(ours[name], theirs[name]) for name in theirs]
         largest[f"gradients of step {number}"] = max(gaps)
     return largest
@@ -342,10 +345,12 @@ def _gap(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
 
 
 def compare(examples: Path, case: str, base: Base, work: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run both: what is to be kept of the script, and how far we are from it."""
+    """Run both sides, and return the summary of the script to store and our deviations from it."""
     recipe, settings = CASES[case]
     draws, model = Draws(), work / "model"
-    base.pipeline().save_pretrained(model)  # in float32: transformers would give a script the precision of the file
+    base.pipeline().save_pretrained(
+        model
+    )  # in float32, because scripts load text encoders in the precision of the file
     with draws.watch():
         run, ours = run_ours(recipe, base, work / "ours", settings)
     theirs = run_script(examples, model, work / "theirs", run.recipe, ours, draws)
@@ -365,7 +370,7 @@ def compare(examples: Path, case: str, base: Base, work: Path) -> tuple[dict[str
 
 
 def dumps(kept: dict[str, Any]) -> str:
-    """JSON with a line for each entry and gradient, and eight digits a number: a little more than float32 holds."""
+    """Return JSON with a line for each entry and gradient, and eight digits per number (float32 has seven)."""
     short = json.loads(json.dumps(kept), parse_float=lambda text: float(f"{float(text):.8g}"))
     gradients = [
         "{\n" + ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in step.items()) + "\n }"
@@ -376,18 +381,18 @@ def dumps(kept: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print how far we are from the scripts, and keep their numbers."""
+    """Print our deviations from the scripts, and store the scripts' numbers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("examples", type=Path, metavar="EXAMPLES", help="the folder examples of diffusers' repository")
+    parser.add_argument("examples", type=Path, metavar="EXAMPLES", help="folder `examples` of a checkout of diffusers")
     parser.add_argument("--only", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--out", type=Path, default=KEPT, help="where the scripts' numbers are kept")
+    parser.add_argument("--out", type=Path, default=KEPT, help="folder to store the scripts' numbers in")
     options = parser.parse_args()
     base, rows = load_base("tiny"), []
     for case in options.only:
         with tempfile.TemporaryDirectory() as work:
-            kept, found = compare(options.examples, case, base, Path(work))
+            kept, deviation = compare(options.examples, case, base, Path(work))
         write_text(options.out / f"{case}.json", dumps(kept) + "\n")
-        rows.append(f"| {case} | " + " | ".join(f"{value:.1e}" for value in found.values()) + " |")
+        rows.append(f"| {case} | " + " | ".join(f"{value:.1e}" for value in deviation.values()) + " |")
     print("| largest relative deviation | losses | gradients of step 1 | gradients of step 2 |\n|-|-|-|-|")
     print("\n".join(rows))
 

@@ -1,8 +1,8 @@
-"""Bases at their real sizes: ``python -m benchmarks.scale`` tries every method on each, and writes the page.
+"""Every method on bases of real size: ``python -m benchmarks.scale`` measures them and writes the page.
 
-The real configurations with random weights, as a single file: it is written, loaded, and every method of the registry
-is attached to it, takes a step, is saved, read and grafted, with everything it holds random. Each family has a process
-of its own. It takes 24 GB of memory, 10 GB of disk and a quarter of an hour on two cores.
+For each family, a base of the real configuration with random weights is written as a single file and loaded. Every
+method of the registry is attached to it, takes a step, gets random values, and is saved, read and grafted. Each family
+is measured in a separate process. It takes 24 GB of memory, 10 GB of disk and a quarter of an hour on two cores.
 """
 
 import argparse
@@ -35,46 +35,48 @@ from diffgraft.third_party import quiet_libraries
 
 PAGE = Path(__file__).parent / "results" / "scale.md"
 SIZES = {"sd1": torch.float32, "sd2": torch.float32, "sdxl": torch.bfloat16}
-"""Family → the precision in which it is held: XL in float32 would leave no room beside it in 24 GB"""
+"""Family → dtype of the weights; XL in float32 would not fit into 24 GB together with an adapter"""
 SIDE = 16
-"""Of the latents"""
+"""Height and width of the latents"""
 RANK = 4
 HEAD = """# Bases at their real sizes
 
-`python -m benchmarks.scale` wrote this page; `pytest -m scale` does the same and judges it. The real configurations
-with random weights are written as single files and loaded again; on each every method takes one step (forward and
-backward, latents of {side} × {side}, rank {rank}, text encoders included), is saved, read and grafted. *Off* is how far
-what the grafted base computes is from what the attached one did, as a share of what it computes: rounding. Afterwards
-the base's weights are the very same bits. Memory is the most the process held, the base included. On XL `full` trains
-one text encoder alone: all weights in bfloat16, a copy of them in float32 and their gradients would be 35 GB.
+`python -m benchmarks.scale` wrote this page; `pytest -m scale` measures the same and checks it. Bases of the real
+configurations with random weights are written as single files and loaded again. On each base, every method takes one
+step (forward and backward, latents of {side} × {side}, rank {rank}, text encoders included), is saved, read and
+grafted. *Error* is the relative difference between the UNet's outputs with the grafted and with the attached adapter; it
+is due to rounding. Afterwards the base's weights are the same bits as before. Memory is the peak of the process,
+including the base. On XL, `full` trains only one text encoder, because all weights in bfloat16, a copy of them in
+float32 and their gradients would take 35 GB.
 
 """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one base."""
+    """Figures of one method on one base."""
 
     family: str
     method: str
     layers: str
     modules: int
     parameters: int
-    """That train"""
+    """Number of trainable parameters"""
     megabytes: float
-    """Of the adapter file"""
+    """Size of the adapter file"""
     gigabytes: float
-    """The most the process held"""
+    """Peak memory of the process"""
     off: float
+    """‖grafted − attached‖ / ‖attached‖, of the UNet's outputs"""
     changed: float
-    """‖attached − bare‖ / ‖bare‖, with everything in the adapter random"""
+    """‖attached − without adapter‖ / ‖without adapter‖ of the UNet's outputs, with random values in the adapter"""
     restored: bool
-    """Whether the base's weights are the same bits after the graft"""
+    """Whether the base's weights are the same bits after the graft as before"""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base, as it came from its file."""
+    """Figures of a base that was loaded from a single file."""
 
     family: str
     parameters: int
@@ -84,7 +86,7 @@ class Loaded:
 
 
 def random_file(family: str, folder: Path) -> Path:
-    """A single-file checkpoint of the family's real configuration, with random weights."""
+    """Write a single-file checkpoint of the family's real configuration with random weights, and return its path."""
     base = random_base(family)
     path = folder / f"{family}.safetensors"
     write_safetensors(path, {name: value.contiguous() for name, value in ldm_state_dict(base).items()}, {})
@@ -92,7 +94,7 @@ def random_file(family: str, folder: Path) -> Path:
 
 
 def random_base(family: str) -> Base:
-    """A base of the real configuration, in the precision of `SIZES`."""
+    """Return a base of the family's real configuration with random weights, in the dtype of `SIZES`."""
     with quiet_libraries():
         from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -115,12 +117,12 @@ def random_base(family: str) -> Base:
 
 
 def measure(family: str, file: Path) -> Iterator[Loaded | Row]:
-    """The base from its file, and then every method on it.
+    """Load the base from `file` and yield its figures, then those of every method on it.
 
     Raises:
-        AssertionError: it was read as something else.
+        AssertionError: the file was read as another family.
     """
-    _forget_peak()
+    _reset_peak()
     start = time.perf_counter()
     base = load_base(file, SIZES[family])
     took = time.perf_counter() - start
@@ -138,11 +140,11 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
     if method.name == "full" and base.family.name == "sdxl":
         layers = "all of the second text encoder"
         paths = {"text_encoder_2": paths["text_encoder_2"]}
-    _forget_peak()
-    bare, kept = _said(base, ["a dog", "a cat"]), _bits(base)
+    _reset_peak()
+    bare, checksums = _predict(base, ["a dog", "a cat"]), _bits(base)
     live = method.attach(base, Spec(paths, RANK, RANK, 0, options, trigger="<zorp>", noun="dog"))
     prompts = ["a <zorp>", "a cat"]
-    _said(base, prompts, learning=True).float().square().mean().backward()
+    _predict(base, prompts, with_grad=True).float().square().mean().backward()
     trained = live.trainable()
     assert any(value.grad is not None and value.grad.abs().max() > 0 for value in trained.values())
     generator = torch.Generator().manual_seed(1)
@@ -152,37 +154,37 @@ def _one(base: Base, method: Method, folder: Path) -> Row:
             spread = value.float().std().nan_to_num() if value.numel() > 1 else value.abs().float()
             value.add_((0.3 * spread + 0.01) * torch.randn(value.shape, generator=generator).to(value.dtype))
     numbers = sum(value.numel() for value in trained.values())
-    wanted = _said(base, prompts)
-    changed = _share(wanted - bare, bare)
+    expected = _predict(base, prompts)
+    changed = _relative(expected - bare, bare)
     adapter = live.adapter({"method": method.name, "trigger": "<zorp>", "base": {"family": base.family.name}})
     live.detach()
     file = adapter.save(folder / f"{method.name}.safetensors")
     modules, size = len(adapter.modules), file.stat().st_size / 1e6
     del adapter, live, trained
     with graft(base, {file: 1.0}):
-        off = _share(_said(base, prompts) - wanted, wanted)
+        off = _relative(_predict(base, prompts) - expected, expected)
     file.unlink()
-    restored = _bits(base) == kept and torch.equal(_said(base, ["a dog", "a cat"]), bare)
+    restored = _bits(base) == checksums and torch.equal(_predict(base, ["a dog", "a cat"]), bare)
     name = base.family.name
     return Row(name, method.name, layers, modules, numbers, size, _peak(), off, changed, restored)
 
 
-def _said(base: Base, prompts: list[str], learning: bool = False) -> Tensor:
+def _predict(base: Base, prompts: list[str], with_grad: bool = False) -> Tensor:
     dtype = SIZES[base.family.name]
-    # in half precision as trainers have it
-    with torch.set_grad_enabled(learning), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    # bfloat16 under autocast, as in training
+    with torch.set_grad_enabled(with_grad), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         x = torch.randn(2, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(dtype)
-        told = unet_arguments(base.condition(prompts, (8 * SIDE, 8 * SIDE)))
-        found: Tensor = base.unet(x, torch.tensor([300, 700]), **told).sample
-    return found
+        arguments = unet_arguments(base.condition(prompts, (8 * SIDE, 8 * SIDE)))
+        prediction: Tensor = base.unet(x, torch.tensor([300, 700]), **arguments).sample
+    return prediction
 
 
-def _share(difference: Tensor, whole: Tensor) -> float:
+def _relative(difference: Tensor, whole: Tensor) -> float:
     return float(difference.float().norm() / whole.float().norm())
 
 
 def _bits(base: Base) -> list[int]:
-    """A sum over the bits of every weight."""
+    """Return a checksum of the bits of each parameter."""
     whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
     return [
         int(value.view(whole[value.dtype]).sum(dtype=torch.int64))
@@ -191,28 +193,28 @@ def _bits(base: Base) -> list[int]:
     ]
 
 
-def _forget_peak() -> None:
-    """Linux counts the most that a process holds from now on; what is free is given back before."""
+def _reset_peak() -> None:
+    """Release free memory, and reset the peak memory that Linux records for this process."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> float:
-    """The most this process has held since then, in gigabytes."""
+    """Return the peak memory of this process since `_reset_peak`, in gigabytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def page(loaded: list[Loaded], rows: list[Row]) -> str:
-    """Markdown."""
+    """Return the page as Markdown."""
     text = HEAD.format(side=SIDE, rank=RANK)
-    text += "| base | parameters | file | held in | loaded in | memory |\n|-|-|-|-|-|-|\n"
+    text += "| base | parameters | file | precision | loading time | memory |\n|-|-|-|-|-|-|\n"
     for base in loaded:
         dtype = str(SIZES[base.family]).removeprefix("torch.")
         text += f"| `{base.family}` | {base.parameters / 1e6:,.0f} M | {base.file_gigabytes:.1f} GB | {dtype} | "
         text += f"{base.seconds:.0f} s | {base.gigabytes:.1f} GB |\n"
-    text += "\n| base | method | layers | modules | parameters that train | file | memory | off |\n"
+    text += "\n| base | method | layers | modules | trainable parameters | file | memory | error |\n"
     text += "|-|-|-|-|-|-|-|-|\n"
     for row in rows:
         text += f"| `{row.family}` | `{row.method}` | {row.layers} | {row.modules:,} | {row.parameters / 1e6:,.2f} M | "
@@ -221,16 +223,16 @@ def page(loaded: list[Loaded], rows: list[Row]) -> str:
 
 
 def _child(family: str) -> None:
-    """Measure one family, and print a line of JSON for each thing measured."""
+    """Measure one family, and print a line of JSON for the base and for each method."""
     with tempfile.TemporaryDirectory() as folder:
-        for found in measure(family, random_file(family, Path(folder))):
-            sys.stdout.write(json.dumps(asdict(found)) + "\n")
+        for figures in measure(family, random_file(family, Path(folder))):
+            sys.stdout.write(json.dumps(asdict(figures)) + "\n")
             sys.stdout.flush()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=SIZES, help="only this one, and its figures as JSON")
+    parser.add_argument("--family", choices=SIZES, help="measure only this family, and print its figures as JSON")
     family = parser.parse_args().family
     if family:
         _child(family)
@@ -241,13 +243,13 @@ def main() -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             for line in child.stdout:
-                found = json.loads(line)
-                if "method" in found:
-                    rows.append(Row(**found))
+                figures = json.loads(line)
+                if "method" in figures:
+                    rows.append(Row(**figures))
                 else:
-                    loaded.append(Loaded(**found))
+                    loaded.append(Loaded(**figures))
         if child.returncode:
-            raise SystemExit(f"{name} stopped with the exit status {child.returncode}")
+            raise SystemExit(f"The process for {name} ended with exit status {child.returncode}.")
     write_text(PAGE, page(loaded, rows))
 
 

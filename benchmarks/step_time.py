@@ -1,10 +1,10 @@
-"""What a training step costs: ``python -m benchmarks.step_time`` times every method on Stable Diffusion 1.5's UNet.
+"""Cost of a training step: ``python -m benchmarks.step_time`` times every method on Stable Diffusion 1.5's UNet.
 
-The real configuration with random weights, in float32. A step is a forward and a backward pass; the floor is the
-frozen UNet alone, back to its input. Peers run at the same layers, rank and alpha: peft's layers, and lycoris-lora's in
-both of its modes. A machine is not equally fast from one minute to the next: so every case has steps of the floor
-between its own, and the fastest of its steps is divided by the fastest of those. Peak memory is of a process of its own
-for each case. It takes more than an hour on two cores, which should have nothing else to do.
+The UNet has the real configuration with random weights in float32. A step is a forward and a backward pass; the floor
+is a step of the frozen UNet without an adapter, with gradients for its input. For comparison, peft and both modes of
+lycoris-lora run with the same layers, rank and alpha. Because the speed of a machine changes from minute to minute,
+steps of the floor alternate with those of a case, and the ratio is that of the fastest step of each. Peak memory is
+measured in a separate process for each case. It takes more than an hour on two cores, which should be idle otherwise.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from diffgraft.files import atomic_write, write_text
 
 RANK = 8
 SLOW = 2.5
-"""Ratio to the floor from which one step is enough: nothing is compared with such a case."""
+"""Ratio to the floor from which one step is enough; such slow cases need no precise figure"""
 RESULTS = Path(__file__).parent / "results"
-HEAD = """# What a training step costs
+HEAD = """# Cost of a training step
 
 `python -m benchmarks.step_time` wrote this page: one step (forward and backward) of Stable Diffusion 1.5's UNet, the
-real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is the frozen UNet
-alone, back to its input. Peers run at the same layers, rank {rank} and alpha: peft's layers, and those of lycoris-lora,
-where *bypass* is its mode that never builds the matrix. Steps of the floor come between the steps of a case, and the
-ratio is of the fastest of either; the row of the floor itself shows how far that can be trusted. Seconds are of the
-minutes in which a case ran, and a machine is not equally fast in all of them: compare the ratios. Peak memory is of a
-process of its own.
+real configuration with random weights in float32, on {threads} threads of a processor. The *floor* is a step of the
+frozen UNet without an adapter, with gradients for its input. For comparison, peft and lycoris-lora run with the same
+layers, rank {rank} and alpha; *bypass* is the mode of lycoris-lora that never builds the matrix. Steps of the floor
+alternate with the steps of a case, and the ratio is that of the fastest step of each; the ratio in the row *floor*
+itself shows how precise this is. Compare the ratios, not the seconds, because the speed of the machine changes from
+minute to minute. Peak memory is measured in a separate process for each case.
 
 ![Time of a training step, as a multiple of the frozen UNet's](../pictures/step-time.png)
 """
@@ -52,15 +52,15 @@ process of its own.
 
 @dataclass(frozen=True)
 class Setting:
-    """Size of a step, and how often it is measured."""
+    """Size of the step, and number of measurements."""
 
     side: int
-    """Of the latents; pictures are eight times as wide"""
+    """Height and width of the latents; pictures are eight times as large"""
     batch: int
     rounds: int
-    """Over all cases; their median counts"""
+    """Number of rounds over all cases; the result is the median"""
     steps: int
-    """Of the case and of the floor, in turns, in each round; the fastest count"""
+    """Number of steps of the case and of the floor in each round, in turns; the fastest count"""
     memory: bool
 
     @property
@@ -88,11 +88,11 @@ CASES = {
     "hypernetwork": ("ours", "hypernetwork", {}),
     "full": ("ours", "full", {}),
 }
-"""Name → whose code, method, and what is set on it."""
+"""Name → implementation (`ours` is diffgraft), method, and options."""
 
 
 def new_unet() -> Any:
-    """Stable Diffusion 1.5's UNet with random weights, frozen."""
+    """Return Stable Diffusion 1.5's UNet with random weights, frozen."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def new_unet() -> Any:
 
 @contextmanager
 def attached(unet: nn.Module, whose: str, method: str, options: dict[str, Any]) -> Iterator[list[nn.Parameter]]:
-    """`method` on the UNet for the length of the block; what trains is handed out."""
+    """Attach `method` to the UNet within the block, and yield the trainable parameters."""
     if not method:
         yield []
         return
@@ -153,16 +153,16 @@ def _lycoris(unet: nn.Module, method: str, paths: list[str], options: dict[str, 
 
 
 def new_step(side: int, batch: int) -> Callable[[Any, list[nn.Parameter]], float]:
-    """A function that runs one step of a UNet and says how many seconds it took."""
+    """Return a function that runs one step of a UNet and returns its seconds."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 4, side, side, generator=generator)
     states = torch.randn(batch, 77, 768, generator=generator)
     times = torch.randint(0, 1000, (batch,), generator=generator)
 
     def step(unet: Any, trainable: list[nn.Parameter]) -> float:
-        given = x.clone().requires_grad_(not trainable)
+        noisy = x.clone().requires_grad_(not trainable)
         start = time.perf_counter()
-        unet(given, times, states).sample.square().mean().backward()
+        unet(noisy, times, states).sample.square().mean().backward()
         seconds = time.perf_counter() - start
         for value in trainable:
             value.grad = None
@@ -172,7 +172,7 @@ def new_step(side: int, batch: int) -> Callable[[Any, list[nn.Parameter]], float
 
 
 def measure(names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
-    """Seconds of the fastest step of each case, and how many times the floor's beside it that is."""
+    """Return `seconds` of the fastest step of each case, and its `ratio` to the floor."""
     bare, unet = new_unet(), new_unet()
     step = new_step(setting.side, setting.batch)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -189,7 +189,7 @@ def measure(names: list[str], setting: Setting) -> dict[str, dict[str, float]]:
 
 
 def one_turn(bare: Any, unet: Any, name: str, step: Callable[..., float], steps: int) -> tuple[float, float]:
-    """Seconds of the fastest step of a case, and of the fastest of the floor's between them."""
+    """Return the seconds of the fastest step of a case, and of the fastest step of the floor in between."""
     gc.collect()
     own, floor = [], []
     with attached(unet, *CASES[name]) as trainable:
@@ -202,16 +202,16 @@ def one_turn(bare: Any, unet: Any, name: str, step: Callable[..., float], steps:
 
 
 def peak_memory(name: str, setting: Setting) -> float:
-    """Gigabytes at the peak of a process that runs two steps of one case."""
+    """Return the peak memory in gigabytes of a process that runs two steps of one case."""
     command = [sys.executable, "-m", "benchmarks.step_time", "--one", name, setting.name]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(said.strip().splitlines()[-1])
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.strip().splitlines()[-1])
 
 
 def run_one(name: str, setting: Setting) -> None:
-    """Two steps of one case, and the peak of this process's memory in gigabytes on the last line.
+    """Run two steps of one case, and print the peak memory of this process in gigabytes on the last line.
 
-    It is read where Linux keeps it: what `getrusage` says begins with the peak of the process that started this one.
+    The peak is read from ``/proc``, because that of `getrusage` includes the peak of the parent process.
     """
     unet = new_unet()
     step = new_step(setting.side, setting.batch)
@@ -224,8 +224,8 @@ def run_one(name: str, setting: Setting) -> None:
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
-    """Markdown: a line for each case."""
-    lines = ["| | seconds | of the floor | peak memory |", "|-|-|-|-|"]
+    """Return a Markdown table with a row for each case."""
+    lines = ["| | seconds | ratio to floor | peak memory |", "|-|-|-|-|"]
     for name, row in found.items():
         memory = f"{row['GB']:.1f} GB" if "GB" in row else "–"
         lines.append(f"| {name} | {row['seconds']:.2f} | {row['ratio']:.2f} | {memory} |")
@@ -233,7 +233,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 
 
 def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Bars of the ratio to the floor, a panel for each setting; a logarithmic axis from 1, as it spans a decade."""
+    """Plot the ratios to the floor as bars on a logarithmic axis from 1, with a panel for each setting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -256,7 +256,7 @@ def plot(found: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def write_page(found: dict[str, Any], folder: Path) -> None:
-    """``step-time.json``, ``step-time.md`` and the plot."""
+    """Write ``step-time.json``, ``step-time.md`` and the plot."""
     write_text(folder / "step-time.json", json.dumps(found, indent=1) + "\n")
     plot(found["settings"], folder.parent / "pictures" / "step-time.png")
     parts = [HEAD.format(threads=found["threads"], rank=found["rank"])]
@@ -265,9 +265,9 @@ def write_page(found: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
-    """Measure every setting and write the page; with ``--only``, put some cases, measured again, in their places."""
+    """Measure every setting and write the page; with ``--only``, measure some cases again and replace their rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", choices=list(CASES), help="these again, beside the floor of the day")
+    parser.add_argument("--only", nargs="*", choices=list(CASES), help="measure only these cases again, and the floor")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

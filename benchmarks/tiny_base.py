@@ -1,8 +1,9 @@
-"""How good the embedded base is: ``python -m benchmarks.tiny_base`` asks the judge.
+"""Quality of the embedded base `tiny`, by its judge: ``python -m benchmarks.tiny_base`` measures it.
 
-256 pictures are drawn from prompts of the world's grammar (25 steps, fixed seeds); the judge says whether thing,
-setting and style are right. It errs itself, so each share is also given relative to its accuracy on unseen pictures
-of the world that went through the VAE. With ``--photos FOLDER`` the VAE is measured on photographs as well.
+256 pictures are generated from prompts of the world's grammar (25 steps, fixed seeds); the judge decides whether thing,
+setting and style are right. Because the judge makes errors too, each share is also given relative to the judge's
+accuracy on unseen pictures of the world that went through the VAE. With ``--photos FOLDER``, the VAE is also measured
+on photographs.
 """
 
 import argparse
@@ -24,11 +25,11 @@ from diffgraft.data.pictures import square, to_tensor, upright_rgb
 from diffgraft.generation.generate import Settings, generate
 
 PROMPTS_FROM = 2 * UNSEEN
-"""Scenes from this index on give the prompts."""
+"""Index of the first scene that a prompt is made from"""
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % confidence interval of a share (Wilson 1927, score interval)."""
+    """Return the 95 % confidence interval of the share `right` / `n` (Wilson 1927, score interval)."""
     z, p = 1.96, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -36,33 +37,33 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def verdicts(judge: Judge, pictures: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
-    """Which of the pictures [n, 3, 64, 64] the judge finds right, [n], for each kind of label."""
+    """Return for each kind of label which of the pictures [n, 3, 64, 64] the judge finds right, a bool tensor [n]."""
     right = torch.tensor([labels_of(scene) for scene in scenes])
     answers = judge(pictures)
     return {kind: answers[kind].argmax(1) == right[:, i] for i, kind in enumerate(LABELS)}
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, [n]; values in -1..1."""
+    """Return the peak signal-to-noise ratio in dB of each picture, [n]; pixel values are in -1..1."""
     return 10 * torch.log10(4 / (x - y).square().flatten(1).mean(1))
 
 
 @torch.no_grad()
 def through_vae(vae: Any, x: Tensor) -> Tensor:
-    """Pictures encoded and decoded again, [n, 3, h, w]."""
+    """Return the pictures `x` [n, 3, h, w] after encoding and decoding, clamped to -1..1."""
     parts = [vae.decode(vae.encode(part).latent_dist.mean).sample.clamp(-1, 1) for part in x.split(64)]
     return torch.cat(parts)
 
 
 def prompts_and_scenes(count: int) -> tuple[list[str], list[Scene]]:
-    """Prompts of the grammar that name the setting, and what they ask for."""
+    """Return prompts of the grammar, which name the setting, and the scenes that they describe."""
     scenes = [scene_at(PROMPTS_FROM + number) for number in range(count)]
     rngs = [np.random.default_rng([SEED, 3, number]) for number in range(count)]
     return [caption(scene, rng, setting_share=1) for scene, rng in zip(scenes, rngs, strict=True)], scenes
 
 
 def measure(count: int = 256, folder: Path = TINY, photos: Path | None = None) -> dict[str, Any]:
-    """All figures, ready for the model card."""
+    """Return all figures for the model card."""
     base, judge = load_base(folder), load_judge(folder / "judge")
     unseen = [scene_at(UNSEEN + index) for index in range(1000)]
     x = to_tensor([draw(scene)[0] for scene in unseen])
@@ -75,12 +76,12 @@ def measure(count: int = 256, folder: Path = TINY, photos: Path | None = None) -
 
     prompts, scenes = prompts_and_scenes(count)
     start = time.perf_counter()
-    images = generate(base.pipeline(), prompts, Settings(steps=25, batch=32), range(count), "drawing for the judge")
+    images = generate(base.pipeline(), prompts, Settings(steps=25, batch=32), range(count), "generating for the judge")
     report["seconds for 16 pictures"] = 16 * (time.perf_counter() - start) / count
-    found = verdicts(judge, to_tensor(images), scenes)
+    drawn = verdicts(judge, to_tensor(images), scenes)
     for kind in LABELS:
-        asked = torch.tensor([kind != "colour" or scene.colour is not None for scene in scenes])
-        right, n = int(found[kind][asked].sum()), int(asked.sum())
+        named = torch.tensor([kind != "colour" or scene.colour is not None for scene in scenes])
+        right, n = int(drawn[kind][named].sum()), int(named.sum())
         report[kind] = {
             "right": right / n,
             "n": n,

@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, which share the cores")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--record", type=Path, default=RESULTS / "learning.jsonl")
-    parser.add_argument("--pictures", type=Path, default=Path("runs/learning"), help="folder for the generated pictures")
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("runs/learning"), help="folder for the generated pictures"
+    )
     options = parser.parse_args()
     lines = options.record.read_text("utf-8").splitlines() if options.record.exists() else []
     done = {Case(row["target"], row["variant"], row["seed"]) for row in map(json.loads, lines)}

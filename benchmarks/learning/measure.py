@@ -64,7 +64,11 @@ def size(adapter: Adapter) -> int:
     """Return the number of values in an adapter, after any reduction of its rank."""
     of_deltas = sum(leaf.numel() for deltas in adapter.deltas.values() for d in deltas for leaf in d.leaves.values())
     of_networks = sum(value.numel() for network in adapter.networks for value in network.tensors.values())
-    return of_deltas + of_networks + sum(rows.numel() for embeddings in adapter.tokens.values() for rows in embeddings.values())
+    return (
+        of_deltas
+        + of_networks
+        + sum(rows.numel() for embeddings in adapter.tokens.values() for rows in embeddings.values())
+    )
 
 
 def measure(

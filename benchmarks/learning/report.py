@@ -23,13 +23,13 @@ HEAD = """# How well each method learns
 
 `python -m benchmarks.learning --photos PHOTOS` wrote this page. PHOTOS contains the folders `backpack`, `cat`, `dog`,
 `red_cartoon`, `teapot` and `vase` of the [DreamBooth data set](https://github.com/google/dreambooth). Every method is
-trained with the settings of its recipe on the embedded base `tiny` at 64 × 64 pixels. Figures are means over the seeds,
-± the standard deviation.
+trained with its settings in the recipe, on the embedded base `tiny` at 64 × 64 pixels. Figures are means over the
+seeds, ± the standard deviation.
 
 - *processor time*: time of the training loop, summed over the cores.
 - *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
-  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: the decrease of this loss, as a
-  share of the loss before training.
+  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: decrease of this loss, as a share
+  of the loss before training.
 - *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
   with it; below 0, the loss increased.
 - *class drift*: change of the base's predictions for pictures of the class (for the style: for pictures in other
@@ -39,8 +39,8 @@ trained with the settings of its recipe on the embedded base `tiny` at 64 × 64 
 - *shown*: share of generated pictures that show the subject or style: their features are nearer to the mean of
   references with it than to the mean of references without it. This is lenient: a blob in the right colours counts.
   *followed*: share with the setting of the prompt (for the style: with its thing and setting). *both*: share with both.
-  All prompts are new: no training picture shows the subject in these settings, or the style on these things in these
-  settings.
+  All prompts are new: no training picture shows the subject in these settings, or the style with these pairs of thing
+  and setting.
 """
 
 Row = dict[str, Any]
