@@ -105,7 +105,7 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
 
 @dataclass
 class Draws:
-    """Random values that our trainer drew, one entry per batch; instance and class batches, if both exist, alternate."""
+    """Random values that our trainer drew, one entry per batch; if there are class batches, they alternate."""
 
     rows: list[list[int]] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)

@@ -39,13 +39,13 @@ SIZES = {"sd1": torch.float32, "sd2": torch.float32, "sdxl": torch.bfloat16}
 SIDE = 16
 """Height and width of the latents"""
 RANK = 4
-HEAD = """# Bases at their real sizes
+HEAD = """# Every method on bases of real size
 
 `python -m benchmarks.scale` wrote this page; `pytest -m scale` measures the same and checks it. Bases of the real
 configurations with random weights are written as single files and loaded again. On each base, every method takes one
 step (forward and backward, latents of {side} × {side}, rank {rank}, text encoders included), is saved, read and
-grafted. *Error* is the relative difference between the UNet's outputs with the grafted and with the attached adapter; it
-is due to rounding. Afterwards the base's weights are the same bits as before. Memory is the peak of the process,
+grafted. *Error* is the relative difference between the UNet's outputs with the grafted and with the attached adapter;
+it is due to rounding. Afterwards the base's weights are the same bits as before. Memory is the peak of the process,
 including the base. On XL, `full` trains only one text encoder, because all weights in bfloat16, a copy of them in
 float32 and their gradients would take 35 GB.
 

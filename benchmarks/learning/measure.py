@@ -46,13 +46,13 @@ def judge() -> Judge:
 
 
 @cache
-def probes(target: Target) -> tuple[ValidationSet, ValidationSet, list[str]]:
+def validation_sets(target: Target) -> tuple[ValidationSet, ValidationSet, list[str]]:
     """Return validation sets of held-out pictures and of class pictures, and the prompts of the latter."""
-    class_probe, class_prompts = target.class_probe(tiny())
-    return target.probe(tiny()), class_probe, class_prompts
+    class_set, class_prompts = target.class_validation_set(tiny())
+    return target.validation_set(tiny()), class_set, class_prompts
 
 
-def called(target: Target, method: str) -> tuple[str, str]:
+def recipe_and_words(target: Target, method: str) -> tuple[str, str]:
     """Return the recipe for a target and method, and the words for the target in prompts, such as `sks dog`."""
     if method == "textual-inversion" and target.recipe == "subject":
         return "concept", NEW_WORD
@@ -80,15 +80,15 @@ def measure(
     without trigger` the reduction for prompts without the trigger as a share of the reduction with it.
     """
     base = tiny()
-    recipe, it = called(target, method)
-    probe, class_probe, class_prompts = probes(target)
-    with_it, without = [text.replace("{it}", it) for text in target.texts], list(target.without)
+    recipe, words = recipe_and_words(target, method)
+    held_out_set, class_set, class_prompts = validation_sets(target)
+    with_it, without = [text.replace("{it}", words) for text in target.texts], list(target.without)
     # the tokenizer would split the unknown word into pieces: before training, use prompts with the noun alone
-    start = without if NEW_WORD in it else with_it
-    before, before_without = probe.loss(base, start), probe.loss(base, without)
-    class_before = class_probe.predict(base, class_prompts)
+    start = without if NEW_WORD in words else with_it
+    before, before_without = held_out_set.loss(base, start), held_out_set.loss(base, without)
+    class_before = class_set.predict(base, class_prompts)
     with tempfile.TemporaryDirectory() as folder:
-        more = {"sample_every": 0, "checkpoint_every": 0, "sample_prompts": "a dog", "trigger": it.split(" ")[0]}
+        more = {"sample_every": 0, "checkpoint_every": 0, "sample_prompts": "a dog", "trigger": words.split(" ")[0]}
         if target.noun:
             more["subject"] = target.noun
         run, seconds = timed(
@@ -97,9 +97,9 @@ def measure(
         )  # fmt: skip
         adapter, file_size = run.adapter, run.adapter_file.stat().st_size
     with graft(base, {adapter: 1.0}):
-        after, after_without = probe.loss(base, with_it), probe.loss(base, without)
-        drift = class_probe.prediction_drift(class_before, base, class_prompts)
-        drawn = draw_new(base, target, it)
+        after, after_without = held_out_set.loss(base, with_it), held_out_set.loss(base, without)
+        drift = class_set.prediction_drift(class_before, base, class_prompts)
+        drawn = draw_new(base, target, words)
     if pictures is not None:
         save_drawn(drawn, pictures)
     return {
@@ -132,10 +132,10 @@ def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
         return train(recipe, **settings), spent
 
 
-def draw_new(base: Base, target: Target, it: str) -> list[tuple[NewPrompt, list[Image.Image]]]:
+def draw_new(base: Base, target: Target, words: str) -> list[tuple[NewPrompt, list[Image.Image]]]:
     """Generate pictures for the target's new prompts, always with the same seeds."""
     listed = [(prompt, FIRST_SEED + number) for prompt in target.new for number in range(prompt.count)]
-    texts = [prompt.text.replace("{it}", it) for prompt, _ in listed]
+    texts = [prompt.text.replace("{it}", words) for prompt, _ in listed]
     images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "generating new prompts")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
@@ -148,9 +148,9 @@ def save_drawn(drawn: list[tuple[NewPrompt, list[Image.Image]]], folder: Path) -
             save_image(image, folder / f"{place}-{prompt.setting}-{number:02d}.png")
 
 
-def save_new(target: Target, it: str, folder: Path) -> None:
+def save_new(target: Target, words: str, folder: Path) -> None:
     """Save the pictures that the base without an adapter generates for the new prompts."""
-    save_drawn(draw_new(tiny(), target, it), folder)
+    save_drawn(draw_new(tiny(), target, words), folder)
 
 
 @torch.no_grad()
@@ -163,7 +163,7 @@ def verdicts(drawn: list[tuple[NewPrompt, list[Image.Image]]]) -> dict[str, floa
     prompt if its features are nearer to the references of that prompt than to those of all other prompts.
     """
     in_style = torch.stack([centre(prompt.having) for prompt, _ in drawn]) if drawn else torch.empty(0)
-    found: dict[str, list[Tensor]] = {"similarity": [], "shown": [], "followed": [], "shown as asked": []}
+    shares: dict[str, list[Tensor]] = {"similarity": [], "shown": [], "followed": [], "shown as asked": []}
     for place, (prompt, images) in enumerate(drawn):
         having, lacking = centre(prompt.having), centre(prompt.lacking)
         pictures = to_tensor(images)
@@ -175,11 +175,11 @@ def verdicts(drawn: list[tuple[NewPrompt, list[Image.Image]]]) -> dict[str, floa
             followed = (seen @ in_style.T).argmax(1) == place
         followed = followed.float()
         references = features(to_tensor(prompt.having))
-        found["similarity"].append((seen @ references.T).mean(1))
-        found["shown"].append(shown)
-        found["followed"].append(followed)
-        found["shown as asked"].append(shown * followed)
-    return {name: float(torch.cat(values).mean()) for name, values in found.items() if values}
+        shares["similarity"].append((seen @ references.T).mean(1))
+        shares["shown"].append(shown)
+        shares["followed"].append(followed)
+        shares["shown as asked"].append(shown * followed)
+    return {name: float(torch.cat(values).mean()) for name, values in shares.items() if values}
 
 
 def features(pictures: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ seeds, ± the standard deviation.
 
 - *processor time*: time of the training loop, summed over the cores.
 - *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
-  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: decrease of this loss, as a share
-  of the loss before training.
+  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: decrease of this loss, as a
+  share of the loss before training.
 - *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
   with it; below 0, the loss increased.
 - *class drift*: change of the base's predictions for pictures of the class (for the style: for pictures in other

@@ -66,11 +66,11 @@ class Target:
     masks: Sequence[Image.Image] | None = field(repr=False, default=None)
     new: Sequence[NewPrompt] = ()
 
-    def probe(self, base: Base) -> ValidationSet:
+    def validation_set(self, base: Base) -> ValidationSet:
         """Return the validation set of the held-out pictures; masks limit the loss to the pixels of the subject."""
         return validation_set_from_images(base, self.held_out, self.masks)
 
-    def class_probe(self, base: Base) -> tuple[ValidationSet, list[str]]:
+    def class_validation_set(self, base: Base) -> tuple[ValidationSet, list[str]]:
         """Return a validation set of pictures that the base generates for `without`, and the prompt of each picture."""
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
