@@ -190,7 +190,7 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
     for wrong, answer in (
         ([], "the list is empty"),
         ([5], "of type int: must be a path or a PIL image"),
-        (["no.png"], "no picture no.png"),
+        (["no.png"], "The picture no.png does not exist"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             dg.train("subject", base=base, images=wrong, subject="dog")
