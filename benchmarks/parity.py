@@ -82,11 +82,13 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
     """Train with the public `train`, and record parameters and gradients before each optimizer step."""
     record, real = Record(), train_adapter.new_optimizer
 
-    def watched(plan: Any, parameters: Mapping[str, nn.Parameter], rates: Mapping[str, float]) -> torch.optim.Optimizer:
+    def watched(
+        optim: Any, parameters: Mapping[str, nn.Parameter], scales: Mapping[str, float]
+    ) -> torch.optim.Optimizer:
         def look(*_: Any) -> None:
             record.take(parameters, {name: value.grad for name, value in parameters.items()})
 
-        optimizer = real(plan, parameters, rates)
+        optimizer = real(optim, parameters, scales)
         optimizer.register_step_pre_hook(look)
         return optimizer
 
@@ -147,7 +149,7 @@ class Draws:
 class Side:
     """How to run one of the scripts."""
 
-    words: dict[str, Any]
+    arguments: dict[str, Any]
     """Command-line arguments of the script"""
     order: list[int]
     """Indices into the script's data set, over all steps"""
@@ -157,21 +159,21 @@ class Side:
     """Parameters and gradients under our names, called before each step of the script's optimizer"""
 
 
-def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
-    words = {
+def _dreambooth(script: Any, recipe: Any, ours: Record, draws: Draws) -> Side:
+    arguments = {
         "instance_data_dir": INSTANCE,
-        "instance_prompt": plan.fill(plan.prompt),
+        "instance_prompt": recipe.fill(recipe.prompt),
         "center_crop": True,
-        "rank": plan.rank,
-        "max_grad_norm": plan.max_grad_norm,
+        "rank": recipe.rank,
+        "max_grad_norm": recipe.max_grad_norm,
     }
     order = list(chain(*draws.rows))
-    if plan.prior.weight:
-        words |= {
+    if recipe.prior.weight:
+        arguments |= {
             "with_prior_preservation": True,
-            "prior_loss_weight": plan.prior.weight,
+            "prior_loss_weight": recipe.prior.weight,
             "class_data_dir": CLASS,
-            "class_prompt": plan.fill(plan.class_prompt),
+            "class_prompt": recipe.fill(recipe.class_prompt),
             "num_class_images": len(read_folder(CLASS)),
         }
         # an index selects instance picture index % 5 and class picture index % 8: any pair has an index below 40
@@ -193,10 +195,10 @@ def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
         for name, value in live.items():
             value.copy_(ours.values[0][name])
 
-    def in_order(**arguments: Any) -> Any:
-        made = dataset(**arguments)
+    def in_order(**options: Any) -> Any:
+        made = dataset(**options)
         made.instance_images_path.sort()
-        if plan.prior.weight:
+        if recipe.prior.weight:
             made.class_images_path.sort()
         return made
 
@@ -204,22 +206,22 @@ def _dreambooth(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
         patch.object(script.UNet2DConditionModel, "add_adapter", add_ours),
         patch.object(script, "DreamBoothDataset", in_order),
     ]
-    return Side(words, order, patches, lambda _: (live, {name: value.grad for name, value in live.items()}))
+    return Side(arguments, order, patches, lambda _: (live, {name: value.grad for name, value in live.items()}))
 
 
-def _textual_inversion(script: Any, plan: Any, ours: Record, draws: Draws) -> Side:
-    vectors = plan.options["vectors"]
-    words = {
+def _textual_inversion(script: Any, recipe: Any, ours: Record, draws: Draws) -> Side:
+    vectors = recipe.options["vectors"]
+    arguments = {
         "train_data_dir": INSTANCE,
-        "placeholder_token": plan.trigger,
-        "initializer_token": plan.subject,
+        "placeholder_token": recipe.trigger,
+        "initializer_token": recipe.subject,
         "num_vectors": vectors,
     }
-    texts = iter([prompt.replace(plan.trigger, "{}") for prompt in draws.prompts])
+    texts = iter([prompt.replace(recipe.trigger, "{}") for prompt in draws.prompts])
     dataset = script.TextualInversionDataset
 
-    def in_order(**arguments: Any) -> Any:
-        made = dataset(**arguments, flip_p=0)
+    def in_order(**options: Any) -> Any:
+        made = dataset(**options, flip_p=0)
         made.image_paths.sort()
         return made
 
@@ -232,7 +234,7 @@ def _textual_inversion(script: Any, plan: Any, ours: Record, draws: Draws) -> Si
         patch.object(script, "TextualInversionDataset", in_order),
         patch.object(script, "random", SimpleNamespace(choice=lambda _: next(texts))),
     ]
-    return Side(words, list(chain(*draws.rows)), patches, trained)
+    return Side(arguments, list(chain(*draws.rows)), patches, trained)
 
 
 SCRIPTS = {
@@ -242,28 +244,28 @@ SCRIPTS = {
 """Recipe → corresponding script of diffusers, and function that prepares it"""
 
 
-def run_script(examples: Path, model: Path, output: Path, plan: Any, ours: Record, draws: Draws) -> Record:
-    """Run the script for our recipe `plan` on the base in `model`, with our initial values and random values."""
+def run_script(examples: Path, model: Path, output: Path, recipe: Any, ours: Record, draws: Draws) -> Record:
+    """Run the script for `recipe` on the base in `model`, with our initial values and random values."""
     from accelerate import Accelerator
 
-    name, prepare = SCRIPTS[plan.task]
+    name, prepare = SCRIPTS[recipe.task]
     spec = importlib.util.spec_from_file_location(Path(name).stem, examples / name)
     assert spec is not None
     assert spec.loader is not None
     script: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    side, record = prepare(script, plan, ours, draws), Record()
-    words = side.words | {
+    side, record = prepare(script, recipe, ours, draws), Record()
+    arguments = side.arguments | {
         "pretrained_model_name_or_path": model,
         "output_dir": output,
         "resolution": 64,
-        "train_batch_size": plan.batch,
-        "max_train_steps": plan.steps,
-        "learning_rate": plan.lr,
-        "adam_weight_decay": plan.weight_decay,
+        "train_batch_size": recipe.batch,
+        "max_train_steps": recipe.steps,
+        "learning_rate": recipe.lr,
+        "adam_weight_decay": recipe.weight_decay,
     }
-    flags = [part for key, value in words.items() for part in ([f"--{key}"] + [str(value)] * (value is not True))]
+    flags = [part for key, value in arguments.items() for part in ([f"--{key}"] + [str(value)] * (value is not True))]
     backward = Accelerator.backward
 
     def watched_backward(accelerator: Any, loss: Tensor, **more: Any) -> None:
@@ -272,7 +274,7 @@ def run_script(examples: Path, model: Path, output: Path, plan: Any, ours: Recor
 
     def step_by_step(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the instance and class batches of each step as one tensor."""
-        each = len(batches) // plan.steps
+        each = len(batches) // recipe.steps
         return iter([torch.cat(list(batches[at : at + each])) for at in range(0, len(batches), each)])
 
     spread, noise, times = map(step_by_step, (draws.spread, draws.noise, draws.times))
