@@ -32,7 +32,7 @@ class Delta(ABC):
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """Shape [out, in] or [out, in, height, width] of the weight that the delta is for; None if leaves do not tell.
+        """Shape [out, in] or [out, in, height, width] of the adapted weight; None if the leaves do not determine it.
 
         Raises:
             IndexError, RuntimeError, ValueError: the leaves have too many or too few axes.

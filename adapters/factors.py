@@ -25,7 +25,7 @@ from diffgraft.adapters.patch import (
     to_cpu_float32,
     weight_shape,
 )
-from diffgraft.adapters.patterns import check_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_match
 from diffgraft.adapters.projections import match_axes
 
 Leaves = Mapping[str, Tensor]
@@ -60,7 +60,7 @@ class Factors(ABC):
         """Compute ΔW without its scale, in `shape`. Raises ValueError or RuntimeError if leaves do not fit it."""
 
     def weight_shape(self, leaves: Leaves) -> Shape | None:  # noqa: ARG002  (subclasses use them)
-        """Shape of the weight that the leaves (on the meta device) are for; None if the leaves do not tell."""
+        """Shape of the adapted weight, from the shapes of the tensors in `leaves`; None if they do not determine it."""
         return None
 
     def matrix_shape(self, leaves: Leaves) -> Shape | None:
@@ -166,8 +166,8 @@ def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:
         DiffgraftError: a key of the options `ranks` or `alphas` matches no adapted layer.
     """
     paths = [strip_text_model(f"{part}.{path}") for part, layers in spec.paths.items() for path in layers]
-    check_keys("options.ranks", spec.options.ranks, paths)
-    check_keys("options.alphas", spec.options.alphas, paths)
+    check_pattern_keys("options.ranks", spec.options.ranks, paths)
+    check_pattern_keys("options.alphas", spec.options.alphas, paths)
     return AttachedLayers(target, spec, make)
 
 

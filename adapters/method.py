@@ -90,7 +90,7 @@ class Attached(nn.Module):
             ValueError: `adapter` holds something that this method cannot train, or does not fit the base. This object
                 must not be used after that.
         """
-        raise ValueError("this method cannot start from a file")
+        raise ValueError("this method does not support init_from")
 
     @abstractmethod
     def detach(self) -> None:

@@ -35,7 +35,7 @@ class AdapterLayer(nn.Module):
 
     def load(self, delta: Delta, layer: nn.Module) -> None:  # noqa: ARG002  (subclasses use it)
         """Take the values of `delta`. Raises ValueError if its kind is another, or it does not fit the layer."""
-        raise ValueError(f"is a {delta.kind}, and this method cannot start from a file")
+        raise ValueError(f"is a {delta.kind}; this method does not support init_from")
 
     def lr_scales(self) -> dict[str, float]:
         """Learning-rate scale by parameter name; parameters that are not listed have a scale of 1."""

@@ -23,7 +23,7 @@ def last_match(values: Mapping[str, T], path: str, default: T) -> T:
     return next((value for key, value in reversed([*values.items()]) if _matches(key, path, values)), default)
 
 
-def check_keys(setting: str, keys: Collection[str], paths: Collection[str]) -> None:
+def check_pattern_keys(setting: str, keys: Collection[str], paths: Collection[str]) -> None:
     """Check that each key of a setting matches at least one of `paths`.
 
     Raises:

@@ -78,7 +78,9 @@ def read(
         if part == "text_encoder" and value.shape[-1:] == (_BIG_G_WIDTH,) and not key.endswith(_FIRST_ENCODER_KEYS):
             part = "text_encoder_2"
         if value.ndim not in (1, 2) or 0 in value.shape or not value.is_floating_point():
-            raise ValueError(f"the key {key} is {list(value.shape)} of {value.dtype}; expected embeddings [n, width]")
+            raise ValueError(
+                f"{key} has shape {list(value.shape)} and dtype {value.dtype}; expected float embeddings [n, width]"
+            )
         vectors = tokens.setdefault(word, {})
         if part in vectors:
             raise ValueError(f"the key {key} is a second set of embeddings of the word {word!r} for {part}")

@@ -226,12 +226,12 @@ def with_diffusers_projections(adapter: Adapter) -> Adapter:
 
 def _with_projections(deltas: Deltas, linear: bool) -> Deltas:
     return {
-        path: tuple(_with_axes(delta, linear) for delta in module_deltas) if _is_projection(path) else module_deltas
+        path: tuple(_with_axes(delta, linear) for delta in module_deltas) if _is_attention_proj(path) else module_deltas
         for path, module_deltas in deltas.items()
     }
 
 
-def _is_projection(path: str) -> bool:
+def _is_attention_proj(path: str) -> bool:
     return path.startswith("unet.") and path.endswith((".proj_in", ".proj_out"))
 
 

@@ -94,7 +94,9 @@ def pattern_value(patterns: Any, path: str, default: Any) -> Any:
         raise ValueError(f"its configuration has {patterns!r}; expected a mapping from layer paths to values")
     for pattern, value in (patterns or {}).items():
         if not _PLAIN_PATH.fullmatch(pattern):
-            raise ValueError(f"its configuration has the regular expression {pattern!r}; expected a plain path")
+            raise ValueError(
+                f"its configuration has the regular expression {pattern!r}; only plain module paths are supported"
+            )
         plain = pattern.replace("\\.", ".").removeprefix("text_model.")
         if path.removeprefix("text_model.") == plain or path.endswith(f".{plain}"):
             return value

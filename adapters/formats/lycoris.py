@@ -152,8 +152,8 @@ def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
     return "locon" if any(leaf.ndim == 4 and leaf.shape[2:] != (1, 1) for leaf in factors) else "lora"
 
 
-def _dora_scale(leaf: Tensor, delta: Delta) -> Tensor:
-    """Reshape norms of outputs [out], as trained here, to ``dora_scale`` [out, 1, …], as in files; keep others."""
+def _norms_as_in_lycoris(leaf: Tensor, delta: Delta) -> Tensor:
+    """Reshape DoRA norms from [out], as trained here, to [out, 1, …], as in files; return norms of inputs unchanged."""
     return leaf.view(-1, *[1] * (delta.leaves["lora_down"].ndim - 1)) if leaf.ndim == 1 else leaf
 
 
@@ -171,7 +171,7 @@ def _written_alpha(adapter: Adapter, delta: Delta) -> float:
 def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and header. Raises ValueError for contents that such files cannot hold."""
     if not adapter.deltas:
-        raise ValueError("it holds no weights; such files hold weights, with or without words")
+        raise ValueError("it has only token embeddings, and a LyCORIS file needs weights; convert to embedding instead")
     is_sdxl = family_of(adapter) == "sdxl"
     blocks = BlockLayout(layers_of(adapter), (False, True, True)) if is_sdxl else None
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te", "text_encoder_2": "lora_te2"}
@@ -188,7 +188,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 raise ValueError(f"{path} holds a delta of kind {delta.kind}; such files hold {', '.join(KINDS)}")
             is_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
             for name, leaf in delta.leaves.items():
-                value = _dora_scale(leaf, delta) if name == LEAF else leaf
+                value = _norms_as_in_lycoris(leaf, delta) if name == LEAF else leaf
                 key = f"{start}.{_NORM_LEAVES[name] if is_norm else name}"
                 tensors[key + (".weight" if name in LAYERS else "")] = value.contiguous()
             if delta.alpha is not None:

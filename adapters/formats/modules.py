@@ -167,9 +167,9 @@ def _deltas(module: Module) -> Iterator[Delta]:
         if kind is not None:
             yield (first := read_delta(kind, leaves, _alpha(kind, leaves, alpha)))
             if sparse:
-                yield read_delta("full", {"diff": _sparse_remainder(first, sparse)}, None)
+                yield read_delta("full", {"diff": _dense_sparse_part(first, sparse)}, None)
         elif sparse:
-            raise ValueError(f"it has {', '.join(sparse)} without a low-rank matrix beside it")
+            raise ValueError(f"it has {', '.join(sparse)}, but no low-rank matrix, which these belong to")
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the factors of {path} do not fit together: {error}") from error
 
@@ -186,8 +186,8 @@ def _alpha(kind: str, leaves: Mapping[str, Tensor], alpha: Tensor | None) -> flo
     return finite_number(value)
 
 
-def _sparse_remainder(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
-    """A sparse remainder as a dense matrix, in the shape of the weight and with the scale of the low-rank matrix."""
+def _dense_sparse_part(delta: Delta, sparse: Mapping[str, Tensor]) -> Tensor:
+    """Return the sparse part of a weight difference (LyCORIS' ``bias_…``) as a dense matrix, times alpha / rank."""
     if set(sparse) != set(_SPARSE) or not delta.is_lora or not isinstance(delta, LinearDelta):
         raise ValueError(f"{', '.join(sparse)} are not a complete sparse remainder of a LoRA")
     down, up = delta.leaves["lora_down"], delta.leaves["lora_up"]

@@ -129,7 +129,7 @@ def _check(stream: io.BytesIO, size: int, *, may_be_magic: bool = False) -> None
 def _check_name(name: str) -> str:
     """Return `name` if it is in `_KNOWN`. Raises ValueError if it is another one of torch's, else UnsafePickleError."""
     if name not in _KNOWN and name.startswith("torch"):
-        raise ValueError(f"{name.replace(' ', '.')[:60]} is not a plain tensor")
+        raise ValueError(f"it contains a {name.replace(' ', '.')[:60]}; only plain tensors are read")
     if name not in _KNOWN:
         raise UnsafePickleError(f"it names {name.replace(' ', '.')[:60]}")
     return name

@@ -129,7 +129,7 @@ def _flatten(
         value = vars(value).get("_parameters")
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise ValueError(f"{name or 'it'} is not a plain tensor")
+            raise ValueError(f"{name or 'it'} is a sparse, quantized or GPU tensor; only plain tensors are read")
         tensors[name] = value
     elif isinstance(value, dict | list | tuple):
         if depth == 0:

@@ -279,7 +279,9 @@ class Hypernetwork(Network):
             try:
                 network.load_state_dict(state, assign=True)
             except RuntimeError as error:
-                raise ValueError(f"the weights of {name} do not fit a structure of {options.structure}") from error
+                raise ValueError(
+                    f"the weights of {name} have other shapes than layer_structure={options.structure} requires"
+                ) from error
             networks[name] = network.eval().requires_grad_(False)
         return networks
 

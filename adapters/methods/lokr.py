@@ -180,7 +180,10 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     split_1, split_2 = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}
     w1_forms, w2_forms = ({"lokr_w1"}, split_1), ({"lokr_w2"}, split_2, split_2 | {"lokr_t2"})
     if set(leaves) not in [w1 | w2 for w1 in w1_forms for w2 in w2_forms]:
-        raise ValueError(f"{', '.join(sorted(leaves))} are not the factors of a LoKr")
+        raise ValueError(
+            f"expected lokr_w1 (or lokr_w1_a and lokr_w1_b) and lokr_w2 (or lokr_w2_a and lokr_w2_b, with or without "
+            f"lokr_t2), found {', '.join(sorted(leaves))}"
+        )
     if any(leaf.ndim < 2 or (leaf.ndim > 2 and name not in ("lokr_w2", "lokr_t2")) for name, leaf in leaves.items()):
         raise ValueError("the factors of a LoKr must be matrices")
     return FactorDelta(KRONECKER, leaves, KRONECKER.rank(leaves) if alpha is None else alpha)

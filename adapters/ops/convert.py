@@ -133,7 +133,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
         DiffgraftError: the precision is unknown, or a value is beyond its range.
     """
     if precision not in PRECISIONS:
-        raise DiffgraftError(f"Unknown precision {precision!r}: {did_you_mean(precision, PRECISIONS)}")
+        raise DiffgraftError(f"Invalid value precision={precision!r}: {did_you_mean(precision, PRECISIONS)}")
     dtype = PRECISIONS[precision]
 
     largest = torch.finfo(dtype).max

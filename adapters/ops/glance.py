@@ -119,7 +119,7 @@ def _kind(key: str, entry: Mapping[str, Any]) -> str:
 
 
 def _alphas(entries: Mapping[str, Any], start: int, file: BinaryIO) -> Iterator[float]:
-    """Yield the alphas in a file, which are read from behind its header."""
+    """Yield the alphas in a safetensors file, reading only their bytes and not the weights."""
     for key, entry in entries.items():
         if key.endswith(".alpha") and not entry["shape"]:
             first, last = entry["data_offsets"]

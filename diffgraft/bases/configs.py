@@ -39,7 +39,7 @@ class _Config(BaseModel):
 
 
 class UNetConfig(_Config):
-    """A ``UNet2DConditionModel`` conditioned on timestep and text, and in XL on a pooled embedding and sizes."""
+    """Configuration of a ``UNet2DConditionModel``; that of SDXL also has pooled embeddings and size conditioning."""
 
     sample_size: Side
     in_channels: Side = 4

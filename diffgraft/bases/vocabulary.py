@@ -48,7 +48,9 @@ def check_vocabulary(tokenizer: Any, rows: int, clip: Path) -> None:
         if missing := [word for word in words if vocabulary.get(word) != words[word]]:
             raise ValueError(f"{len(missing):,} of CLIP's tokens are missing or have other ids, such as {missing[0]!r}")
         if merges[: len(pairs)] != pairs:
-            raise ValueError("merges.txt lacks some of CLIP's merges, or has them in another order")
+            raise ValueError(
+                "merges.txt lacks some of CLIP's merges, or has them in another order; use CLIP's original file"
+            )
 
 
 @cache

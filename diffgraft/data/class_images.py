@@ -51,7 +51,7 @@ def class_images(
         for prompt, folder in dict.fromkeys(wanted[index][:2] for index in missing):
             with optional_write():
                 write_text(folder / "about.txt", f"class images: {prompt!r} by {base.name}, {settings}, seed {seed}\n")
-        indices = _whole_batches(missing, len(wanted), batch)
+        indices = _round_up_to_batches(missing, len(wanted), batch)
 
         def keep(number: int, image: Image.Image) -> None:
             if (index := indices[number]) in missing:
@@ -92,7 +92,7 @@ def _is_readable(path: Path, size: tuple[int, int]) -> bool:
         return False
 
 
-def _whole_batches(missing: Set[int], count: int, size: int) -> list[int]:
+def _round_up_to_batches(missing: Set[int], count: int, size: int) -> list[int]:
     """Return the indices of all batches with a missing picture; the last batch repeats the last of `count` pictures."""
     starts = sorted({index // size * size for index in missing})
     return [min(index, count - 1) for start in starts for index in range(start, start + size)]

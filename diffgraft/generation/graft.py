@@ -108,7 +108,7 @@ class Graft:
                 networks += [(name, network, strength) for network in adapter.networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
-        words = _unique_words(words)
+        words = _without_duplicate_words(words)
         self.remove()
         try:
             for path, (module, deltas_of_module) in merged.items():
@@ -285,7 +285,7 @@ def _to_device(device: torch.device, value: Any) -> Any:
     return value
 
 
-def _unique_words(files: Sequence[tuple[str, WordVectors]]) -> list[tuple[str, WordVectors]]:
+def _without_duplicate_words(files: Sequence[tuple[str, WordVectors]]) -> list[tuple[str, WordVectors]]:
     """Return the words of each file, without words that an earlier file has with the same vectors.
 
     Pivotal tuning writes its word both beside its weights and into a file of its own.

@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
 
 
 def find_file(name: str, config: Path) -> Path | None:
-    """The file or folder that a configuration names, relative to here or to the configuration; None if missing."""
+    """Find a file or folder named by a configuration, relative to it or the working directory; None if missing."""
     with suppress(OSError, ValueError, RuntimeError):  # not a valid path
         relative = Path(name).expanduser()
         for path in (relative, config.parent / relative):

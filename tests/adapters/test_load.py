@@ -334,5 +334,5 @@ def test_a_method_that_has_no_way_to_says_so() -> None:
 
         def detach(self) -> None: ...
 
-    with pytest.raises(ValueError, match="this method cannot start from a file"):
+    with pytest.raises(ValueError, match="this method does not support init_from"):
         Bare().load(Adapter())

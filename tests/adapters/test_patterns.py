@@ -9,7 +9,7 @@ import torch
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
-from diffgraft.adapters.patterns import check_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_match
 from diffgraft.adapters.registry import get_method, written_dialects
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers, parts_of
@@ -44,7 +44,7 @@ PATHS = (UP, MIDDLE, "unet.time_embedding.linear_1", FIRST, SECOND)
 def test_a_key_is_a_part_a_block_or_a_pattern_and_the_last_counts(keys: dict[str, int], wanted: list[int]) -> None:
     assert [last_match(keys, path, 1) for path in PATHS] == wanted
     if keys:
-        check_keys("lr_scale", [key for key in keys if key != "OUT0[6-9]"], PATHS)
+        check_pattern_keys("lr_scale", [key for key in keys if key != "OUT0[6-9]"], PATHS)
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_key_is_a_part_a_block_or_a_pattern_and_the_last_counts(keys: dict[str
 )
 def test_a_key_that_means_nothing_is_answered_with_the_nearest(key: str, answer: str) -> None:
     with pytest.raises(DiffgraftError, match=answer):
-        check_keys("lr_scale", ["unet", key], PATHS)
+        check_pattern_keys("lr_scale", ["unet", key], PATHS)
 
 
 def test_where_no_text_encoder_is_trained_it_says_how() -> None:
     for key in ("text_encoder", "text_encoder_2", "text_encoder.*"):
         with pytest.raises(DiffgraftError, match=r"no text encoder is trained\. .*text_encoder=true"):
-            check_keys("options.ranks", [key], PATHS[:3])
+            check_pattern_keys("options.ranks", [key], PATHS[:3])
 
 
 RANKS = {"text_encoder": 1, "*.attn2.*": 4, "OUT*": 5, "text_encoder_2.*.q_proj": 3}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from diffgraft.adapters.method import Attached
-from diffgraft.adapters.patterns import check_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_match
 from diffgraft.bases import Base
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError
@@ -31,7 +31,7 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, keep: Collection
         DiffgraftError: a key of the recipe's `lr_scale` matches no module, or no module would train.
     """
     paths = adapter.paths()
-    check_keys("lr_scale", optim.lr_scale, set(paths.values()))
+    check_pattern_keys("lr_scale", optim.lr_scale, set(paths.values()))
     frozen = {path for path in paths.values() if not _trains(optim.lr_scale, base, path)}
     adapter.detach_modules(frozen - set(keep))
     for name, value in adapter.trainable().items():

@@ -73,9 +73,10 @@ def labels_of_caption(sample: Sample, text: str) -> list[int]:
 
 
 def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Ids [count, wordings, `LENGTH`] and labels [count, wordings, kinds + 1] of captions.
+    """Return token ids [count, wordings, `LENGTH`] and labels [count, wordings, questions + 1] of random captions.
 
-    The labels are those of `ANSWERS`, in its order, and the token of the rare word, -100 where there is none.
+    Each caption comes in several wordings. Its labels are the class for each question of `ANSWERS` and the token id of
+    its rare word; -100 where the caption does not tell.
     """
     path = work / f"captions-{count}.pt"
     if path.exists():
