@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.trainers.preloaded_base"])
 """One process that has imported everything and loaded the base; each run is a fork of it"""
-TITLES = {"drawing class images": "class images", "encoding": "encoding", "images": "drawing", "samples": "drawing"}
+TITLES = {"drawing class images": "class images", "encoding": "encoding", "pictures": "drawing", "samples": "drawing"}
 """What a bar's title begins with → what the run is at"""
 Said = tuple[str, float]
 """What the run is at, and since when"""

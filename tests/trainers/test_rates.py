@@ -222,10 +222,13 @@ def test_networks_are_named_by_their_width(go: Any, base: Base) -> None:
             "it would jump when the text",
         ),
         ({"text_encoder_stop": 2}, "text_encoder_stop=2 has no effect, as no text encoder and no token trains"),
-        ({"text_encoder_stop": 2, "method": "hypernetwork"}, "no text encoder trains"),
-        ({"text_encoder_stop": 2, "method": "textual-inversion"}, "text_encoder_stop=2 nothing would train from"),
+        ({"text_encoder_stop": 2, "method": "hypernetwork"}, "no text encoder and no token trains"),
+        ({"text_encoder_stop": 2, "method": "textual-inversion"}, "text_encoder_stop=2 nothing would train after"),
         ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"unet": 0}}, "nothing would train after"),
-        ({"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"text_encoder": 0}}, "no text encoder trains"),
+        (
+            {"text_encoder_stop": 2, "text_encoder": True, "lr_scale": {"text_encoder": 0}},
+            "no text encoder and no token",
+        ),
         ({"text_encoder_stop": 0, "text_encoder": True}, "Invalid value text_encoder_stop=0"),
     ],
 )

@@ -37,9 +37,9 @@ def before_after(
     prompts: Sequence[str], side: int, base: Base, adapter: Adapter, training_images: Sequence[Image.Image] = ()
 ) -> Image.Image:
     """Grid of images of the base and of base with adapter, with equal seeds, under a row of `training_images`."""
-    before = draw(prompts, side, base, "images before")
+    before = draw(prompts, side, base, "pictures before")
     with graft(base, {adapter: 1.0}):
-        after = draw(prompts, side, base, "images after")
+        after = draw(prompts, side, base, "pictures after")
     size = next(iter(before.values()))[0].size
     fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in training_images]
     rows = {"training images": fitted} if fitted else {}

@@ -132,7 +132,7 @@ def compute_fingerprints(samples: Sequence[Sample]) -> tuple[list[tuple[str, Fin
     compared = list(samples)[: min(_MAX_COMPARED, max(_MIN_COMPARED, within_limit))]
     fingerprints: list[tuple[str, Fingerprint]] = []
     unreadable: dict[int, str] = {}
-    for index, sample in enumerate(track(compared, "comparing images", min_items=50)):
+    for index, sample in enumerate(track(compared, "comparing pictures", min_items=50)):
         try:
             fingerprints.append((sample.picture.name, fingerprint(sample.picture.image)))
         except UnreadablePictureError as error:
