@@ -109,7 +109,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         ("computes", f"on {device}, in {recipe.precision}"),
         (
             "predicts",
-            f"{base.parameterization.name}, as {'the recipe says' if model.sets_prediction_type else 'its files say'}",
+            f"{base.parameterization.name}, as {'the recipe says' if model.sets_prediction else 'its files say'}",
         ),
         *_image_facts(data.masks.use, recipe.validation.every, samples, held_out),
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),

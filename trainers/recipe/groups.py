@@ -36,7 +36,7 @@ class ModelSettings(Group):
     slightly less exact"""
 
     @property
-    def sets_prediction_type(self) -> bool:
+    def sets_prediction(self) -> bool:
         """Whether the recipe sets the prediction type, instead of the files of the base."""
         return self.prediction_type is not None
 
