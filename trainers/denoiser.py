@@ -1,4 +1,4 @@
-"""The module that the loop runs: denoiser and text encoders of a base as one forward."""
+"""The module that the training loop runs: text encoders and denoiser of a base in one forward pass."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from diffgraft.trainers.recipe.groups import ObjectiveSettings
 
 
 class Denoiser(nn.Module):
-    """A base's denoiser, asked with prompts. Text states are computed once where the text encoder is frozen."""
+    """Text encoders and denoiser of a base as one module; frozen text encoders run once per prompt."""
 
     def __init__(
         self,
@@ -21,46 +21,56 @@ class Denoiser(nn.Module):
         texts: TextEmbeddingCache | None = None,
         whole: bool = False,
     ) -> None:
-        """`texts` keeps what text encoders say, unless that is trained; `whole` prompts are read in pieces."""
+        """Take the parts of `base`.
+
+        Args:
+            base: the base, with the adapter attached.
+            adapter: what is attached.
+            text_is_trained: whether the outputs of text encoders change during training, and are not cached.
+            texts: cache of text embeddings.
+            whole: whether prompts beyond the context of the text encoder are encoded in chunks.
+        """
         super().__init__()
         self.denoiser = base.denoiser
         self.text = nn.ModuleList(base.text_encoders().values())
-        self.adapter = adapter  # hooks run it; it is here so that its gradients are shared between processes
+        self.adapter = (
+            adapter  # hooks run it; as a submodule it takes part in the gradient synchronization of processes
+        )
         self._base = base
         self._whole = whole
-        kept = texts or TextEmbeddingCache(base, whole=whole)
-        # for an adapter that does something, and one that is bare
-        self._texts = None if text_is_trained else {False: kept, True: kept}
+        cache = texts or TextEmbeddingCache(base, whole=whole)
+        # whether the adapter is disabled → its cache
+        self._texts = None if text_is_trained else {False: cache, True: cache}
 
     def condition(self, prompts: Sequence[str], frames: Sequence[SizeConditioning]) -> Conditioning:
-        """What the denoiser is told about n prompts, and about how their pictures were cut."""
+        """Return the conditioning of n prompts, with the size conditioning of their n frames."""
         if self._texts is None:
-            told = self._base.family.encode(self._base, prompts, self._whole)
+            conditioning = self._base.family.encode(self._base, prompts, self._whole)
         else:
-            told = self._texts[getattr(self.adapter, "is_disabled", False)](prompts)
-        return told.with_size(self._base.family.size_conditioning(frames))
+            conditioning = self._texts[getattr(self.adapter, "is_disabled", False)](prompts)
+        return conditioning.with_size(self._base.family.size_conditioning(frames))
 
     def freeze_text(self) -> None:
-        """What text encoders say changes no more: from now on it is kept, with what is attached and without it."""
+        """Cache text embeddings from now on, with and without the adapter, as text encoders and words train no more."""
         if self._texts is None:
-            self._texts = {bare: TextEmbeddingCache(self._base, whole=self._whole) for bare in (False, True)}
+            self._texts = {disabled: TextEmbeddingCache(self._base, whole=self._whole) for disabled in (False, True)}
 
     def forward(
         self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning] | None = None
     ) -> Tensor:
-        """Noisy latents [n, c, h, w], timesteps [n], n prompts → the prediction [n, c, h, w], float32.
+        """Predict from noisy latents [n, c, h, w], timesteps [n] and n prompts: [n, c, h, w], float32.
 
-        Without `frames` the pictures are taken to be whole.
+        Without `frames` the pictures count as uncropped.
         """
         if frames is None:
             height, width = (side * self._base.vae_scale_factor for side in noisy.shape[-2:])
             frames = [SizeConditioning((height, width), (0, 0), (height, width))] * len(prompts)
-        told = self.condition(prompts, frames)
-        return self._base.family.denoise(self._base, self.denoiser, noisy, times, told).float()
+        conditioning = self.condition(prompts, frames)
+        return self._base.family.denoise(self._base, self.denoiser, noisy, times, conditioning).float()
 
 
 def forward_process(base: Base, settings: ObjectiveSettings | None = None) -> ForwardProcess:
-    """The forward process of a base, plain where no settings are given.
+    """Return the forward process of a base; without settings with plain noise and the squared error.
 
     Raises:
         DiffgraftError: the base's schedule has no such timesteps, or a loss is undefined for what it predicts.

@@ -1,4 +1,4 @@
-"""The one training loop: every objective and every method goes through it."""
+"""The training loop, which runs every objective and every method."""
 
 import math
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from diffgraft.trainers.runtime.processes import shared_mean, shared_requests
 from diffgraft.trainers.state import TrainingState
 
 _PATIENCE = 20
-"""Updates in a row that half precision may leave out: each halves the scale of the loss, from 65,536 to 1/16"""
+"""Updates in a row that may be skipped in half precision; each halves the loss scale, from 65,536 to 1/16"""
 _DROPOUT = 4
-"""Stream of random numbers for what is left to PyTorch's own generators"""
+"""Random stream that seeds PyTorch's own generators"""
 
 
 class Loop:
-    """Takes the steps of a run, and calls its hooks between them."""
+    """Runs the training steps, and calls the hooks between them."""
 
     def __init__(
         self,
@@ -42,22 +42,22 @@ class Loop:
         metrics: Metrics,
         hooks: Sequence[Hook],
     ) -> None:
-        """`state` is that of the newest checkpoint; `predict` is the denoiser as accelerate has prepared it."""
+        """Take the `state` of the newest checkpoint, and `predict`, the denoiser prepared by accelerate."""
         self.optim, self.state, self.predict, self.objective = optim, state, predict, objective
         self.adapter, self.metrics, self.hooks = adapter, metrics, hooks
         self.eta = Eta(state.steps)
         self.is_updating = False
-        """Whether some weights have moved in this step and others have not yet"""
+        """Whether an update is in progress, so that parameters are inconsistent"""
         self.skipped = 0
-        """Updates in a row that could not be made"""
+        """Number of consecutive updates that were skipped because of non-finite gradients"""
 
     def run(self) -> None:
-        """Take the steps that are left; whatever ends it, what was trained is in a checkpoint.
+        """Run the remaining steps; whatever ends them, the last complete step is in a checkpoint.
 
         Raises:
-            DiffgraftError: the loss or a gradient is no number any more; the state before that is kept.
-            StoppedError: it was asked to stop.
-            KeyboardInterrupt: passed on.
+            DiffgraftError: the loss or a gradient is not finite; the state before that step is kept.
+            StoppedError: a stop was requested.
+            KeyboardInterrupt: the user interrupted the run.
         """
         state = self.state
         try:
@@ -65,26 +65,26 @@ class Loop:
             for hook in self.hooks:
                 hook.begin(state)
             missed = [hook for hook in self.hooks if hook.is_missed(state)]
-            state.accelerator.wait_for_everyone()  # all have looked before one of them writes
+            state.accelerator.wait_for_everyone()  # all processes have looked before the main process writes
             for hook in missed:
                 self._run_hook(hook)
             with phase("training", state.steps, state.step) as tracker:
                 while not state.is_over:
                     loss = self._step(state.step)
                     self.eta.update()
-                    asked = shared_requests(state.accelerator, state.control)
+                    requests = shared_requests(state.accelerator, state.control)
                     for hook in self.hooks:
-                        if hook.is_due(state, asked):
+                        if hook.is_due(state, requests):
                             self._run_hook(hook)
-                    if "stop" in asked and not state.is_over:
-                        raise StoppedError(f"Stopped after step {state.step} of {state.steps}, as was asked for.")
+                    if "stop" in requests and not state.is_over:
+                        raise StoppedError(f"Stopped on request after step {state.step} of {state.steps}.")
                     tracker.advance(remaining=self.eta.remaining(state.step), values={"loss": loss})
             load_eval_weights(state.optimizer, state.ema)
             state.accelerator.free_memory()
             for hook in self.hooks:
                 hook.end(state)
         except DiskFullError:
-            raise  # there is no room for a checkpoint either
+            raise  # a checkpoint would not fit either
         except BaseException:
             if not self.is_updating:
                 for hook in self.hooks:
@@ -99,14 +99,14 @@ class Loop:
             hook.run(self.state)
 
     def _step(self, step: int) -> float:
-        """One update, and its loss."""
+        """Make one update, and return its loss."""
         state = self.state
         for group in state.optimizer.param_groups:
             group["lr"] = group["rate"] * lr_at(self.optim, step)
         terms = self._accumulate(step)
         norm = state.accelerator.clip_grad_norm_(list(state.parameters.values()), self.optim.max_grad_norm)
         self.skipped = 0 if torch.as_tensor(norm).isfinite() else self.skipped + 1
-        # in half precision such updates are left out, and smaller numbers tried
+        # in half precision such updates are skipped, and the loss scale is reduced
         has_diverged = self.skipped == (1 if state.scaler is None else _PATIENCE)
         if has_diverged or not math.isfinite(terms["loss"]):
             raise self._diverged(step, terms["loss"])
@@ -119,38 +119,38 @@ class Loop:
             if state.ema is not None:
                 state.ema.step()
             state.optimizer.zero_grad()
-            found = {} if (own := effective_lr(state.optimizer)) is None else {"effective_lr": own}
-            entry = {"step": step + 1, "lr": lr_at(self.optim, step), **found, **terms}
+            effective = {} if (rate := effective_lr(state.optimizer)) is None else {"effective_lr": rate}
+            entry = {"step": step + 1, "lr": lr_at(self.optim, step), **effective, **terms}
             self.metrics.add(entry)
             state.step, self.is_updating = step + 1, False
         self.metrics.announce(entry)
         return terms["loss"]
 
     def _accumulate(self, step: int) -> dict[str, float]:
-        """Add up the gradients of a step (counted from 0), and return the means of the loss and its terms.
+        """Accumulate the gradients of a step (counted from 0), and return the mean loss and its terms.
 
-        How the samples of a step are dealt out to batches and processes changes no more than rounding.
+        Distributing the samples of a step over micro-batches and processes changes nothing but rounding.
         """
         optim, accelerator = self.optim, self.state.accelerator
         share, device = optim.batch * accelerator.num_processes, accelerator.device
         terms: dict[str, float] = {}
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # what is left to PyTorch's own generators, such as dropout, is a function of seed, step and process, too
+            # makes what uses PyTorch's own generators, such as dropout, a function of seed, step and process
             torch.manual_seed(generator(optim.seed, step, accelerator.process_index, _DROPOUT).initial_seed())
             for part in range(optim.accumulate):
-                place = (step * optim.accumulate + part) * share + accelerator.process_index * optim.batch
-                last = part + 1 == optim.accumulate
-                with nullcontext() if last else accelerator.no_sync(self.predict):
-                    losses = self.objective.losses(self.predict, place, optim.batch)
+                sample_index = (step * optim.accumulate + part) * share + accelerator.process_index * optim.batch
+                is_last = part + 1 == optim.accumulate
+                with nullcontext() if is_last else accelerator.no_sync(self.predict):
+                    losses = self.objective.losses(self.predict, sample_index, optim.batch)
                     accelerator.backward(losses["loss"] / optim.accumulate)
                 for name, value in losses.items():
                     terms[name] = terms.get(name, 0.0) + float(value.detach()) / optim.accumulate
         return shared_mean(accelerator, terms)
 
     def _diverged(self, step: int, loss: float) -> DiffgraftError:
-        """Find where numbers became none; the state before that is what `run` keeps."""
+        """Return an error that names the module and the pictures of the first non-finite gradient."""
         self.state.optimizer.zero_grad()
-        self._accumulate(step)  # clipping has spread it
+        self._accumulate(step)  # again, as clipping has spread the non-finite values
         count = self.optim.batch * self.optim.accumulate * self.state.accelerator.num_processes
         names = list(dict.fromkeys(self.objective.names(step * count, count)))
         module = first_nonfinite_grad(self.state.parameters, self.adapter.paths())

@@ -87,8 +87,8 @@ DIALECT = Dialect(
 class Doubled(Captioned):
     """Twice the loss of images under their own prompts."""
 
-    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        return {name: 2 * loss for name, loss in super().losses(predict, place, count).items()}
+    def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
+        return {name: 2 * loss for name, loss in super().losses(predict, sample_index, count).items()}
 
 
 OBJECTIVE = ObjectiveKind("doubled", "twice the loss of `captioned`", build=Doubled)

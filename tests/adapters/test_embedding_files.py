@@ -99,7 +99,10 @@ def test_words_that_an_adapter_file_brings_along(tmp_path: Path) -> None:
         ({"emp_params": ONE, "emp_params_out": ONE + 1}, "emp_params_out holds embeddings for the output of a text"),
         ({"clip_l_out": ONE, "clip_g_out": TWO}, "holds embeddings for the output of a text encoder"),
         ({"emb_params": ONE, "emp_params": ONE + 1}, "is a second set of embeddings of the word 'zorp' for text_"),
-        ({"emb_params": ONE[None]}, r"emb_params is \[1, 2, 20\] of torch.float32; expected embeddings \[n, width\]"),
+        (
+            {"emb_params": ONE[None]},
+            r"emb_params has shape \[1, 2, 20\] and dtype torch.float32; expected float embeddings \[n, width\]",
+        ),
         ({"emb_params": ONE.long()}, "holds emb_params as int64"),
         ({"clip_l": ONE, "clip_g": TWO, "t5xxl": ONE + 1}, "unknown key t5xxl: beside clip_g, the known keys are"),
         ({"emb_params": ONE, "unet.conv": ONE + 1}, "the key unet.conv is not one of textual inversion files"),

@@ -55,9 +55,9 @@ def test_training_goes_on_without_samples_that_overflow(
         run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     said = [str(one.message) for one in seen]
     assert said == [
-        "There are no samples of step 1. Latents overflowed.",
-        "There are no samples of step 2. Latents overflowed.",
-        "There is no before-after.png. Latents overflowed.",
+        "Samples of step 1 are missing. Latents overflowed.",
+        "Samples of step 2 are missing. Latents overflowed.",
+        "before-after.png is missing. Latents overflowed.",
     ]
     assert run.steps == 2
     assert run.adapter.deltas

@@ -95,7 +95,7 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(base: Base, run: Pa
             r"rank: 8 → 4.*cannot be resumed with this change.*112 of its parameters.*was \(8, 128\).*\(4, 128\)",
         ),
         ({"method": "loha"}, r"method: lora → loha.*cannot be resumed.*was missing"),
-        ({"steps": 1}, "has done 2 steps already, which is past steps=1"),
+        ({"steps": 1}, "has finished step 2 already, beyond steps=1"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             train(base=base, resume=run, allow_changes=True, **settings)

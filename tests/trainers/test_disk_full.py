@@ -96,7 +96,7 @@ def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(pictures: P
     assert said.pop() == ""
     told = (
         r"The disk is full: DISK/run/(\S+) (needs about [0-9.]+ (?:kB|MB)|could not be written), and "
-        r"[0-9.]+ (?:bytes|kB|MB) are free\. Free up space\. Then go on with: diffgraft train --resume DISK/run"
+        r"[0-9.]+ (?:bytes|kB|MB) are free\. Free up space\. Then continue with: diffgraft train --resume DISK/run"
     )
     found = [match.groups() for one in said if (match := re.fullmatch(told, one))]
     assert len(found) == len(said)

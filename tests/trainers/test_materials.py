@@ -178,7 +178,7 @@ def test_masks_of_pictures_come_with_their_batches(base: Base, tmp_path: Path) -
     settings: dict[str, Any] = {"images": str(data), "prior": {"weight": 0}}
     found = gathered(base, "style", **settings, masks={"use": True}).instances
     batch = SampleStream(found, forward_process(base), 1, CPU, 0).batch(0, 3)
-    names = [one.example.name for one in batch.shown]
+    names = [one.example.name for one in batch.variants]
     assert batch.mask is not None
     shares = [float((one > 0.5 * one.max()).float().mean()) for one in batch.mask]
     assert shares == pytest.approx([24 / 64 if name == "01.png" else 1.0 for name in names], rel=0.01)

@@ -1,1 +1,1 @@
-"""Objectives: what the loss of a training step is, one file each; `objective` is their contract and template."""
+"""Objectives, which define the loss of a training step: one file each; `objective` has their contract."""

@@ -10,20 +10,20 @@ from diffgraft.trainers.objectives.objective import ObjectiveInputs, ObjectiveKi
 
 @dataclass(frozen=True)
 class Captioned:
-    """E‖ε − ε_θ(x_t, t, prompt)‖² over the pictures (or the same in v, or of the flow)."""
+    """E‖ε − ε_θ(x_t, t, prompt)‖² over the pictures; for other bases with v or the flow instead of ε."""
 
     inputs: ObjectiveInputs
 
-    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        """The mean loss of `count` samples, under "loss"."""
-        line = self.inputs.instances
-        batch = line.batch(place, count)
+    def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
+        """Return the mean loss of `count` samples as "loss"."""
+        stream = self.inputs.instances
+        batch = stream.batch(sample_index, count)
         prediction = predict(batch.noisy, batch.times, batch.prompts, batch.frames)
-        return {"loss": batch.loss(line.process, prediction)}
+        return {"loss": batch.loss(stream.process, prediction)}
 
-    def names(self, place: int, count: int) -> list[str]:
-        """Names of the `count` pictures from `place` on."""
-        return self.inputs.instances.names(place, count)
+    def names(self, sample_index: int, count: int) -> list[str]:
+        """Return the names of the pictures of `count` samples."""
+        return self.inputs.instances.names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind("captioned", "Pictures under their own prompts.", Captioned)

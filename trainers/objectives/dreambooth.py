@@ -1,7 +1,7 @@
-"""The DreamBooth objective: a subject's pictures under its trigger, and the class kept as it was.
+"""The DreamBooth objective: pictures of a subject under its trigger, and class images that preserve the class.
 
-Ruiz et al. 2022 (arXiv:2208.12242), equation 2: L = L_instance + λ · L_prior, where the second term is over pictures
-of the class that the frozen base drew itself.
+Ruiz et al. 2022 (arXiv:2208.12242), equation 2: L = L_instance + λ · L_prior, where the second term is over class
+images that the frozen base generated.
 """
 
 import torch
@@ -13,33 +13,33 @@ from diffgraft.trainers.objectives.objective import ObjectiveInputs, ObjectiveKi
 
 
 class DreamBooth:
-    """Instance and class pictures, in one pass of the denoiser where their latents are of one size."""
+    """Loss on instance pictures and class images, in one pass of the denoiser where their latents have one size."""
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
         if inputs.classes is None:
             raise DiffgraftError(
-                "objective=dreambooth needs pictures of the class: set prior.weight above 0 and prior.by=pictures."
+                "loss.objective=dreambooth needs class images: set prior.weight above 0 and prior.by=pictures."
             )
         self.instances, self.classes = inputs.instances, inputs.classes
 
-    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        """Under "loss" L_instance + λ · L_prior; the two terms stand beside it, the second without its λ."""
-        instances, classes = self.instances.batch(place, count), self.classes.batch(place, count)
+    def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
+        """Return L_instance + λ · L_prior as "loss", and its terms as "instance" and, without λ, "prior"."""
+        instances, classes = self.instances.batch(sample_index, count), self.classes.batch(sample_index, count)
         if instances.noisy.shape == classes.noisy.shape:
             noisy = torch.cat([instances.noisy, classes.noisy])
             times = torch.cat([instances.times, classes.times])
             both = predict(noisy, times, instances.prompts + classes.prompts, instances.frames + classes.frames)
-            of_instances, of_classes = both[:count], both[count:]
+            instance_prediction, class_prediction = both[:count], both[count:]
         else:
-            of_instances = predict(instances.noisy, instances.times, instances.prompts, instances.frames)
-            of_classes = predict(classes.noisy, classes.times, classes.prompts, classes.frames)
-        instance = instances.loss(self.instances.process, of_instances)
-        prior = self.classes.process.loss_per_sample(of_classes, classes.target, classes.times)
+            instance_prediction = predict(instances.noisy, instances.times, instances.prompts, instances.frames)
+            class_prediction = predict(classes.noisy, classes.times, classes.prompts, classes.frames)
+        instance = instances.loss(self.instances.process, instance_prediction)
+        prior = self.classes.process.loss_per_sample(class_prediction, classes.target, classes.times)
         return {"loss": instance + (prior * classes.weight).mean(), "instance": instance, "prior": prior.mean()}
 
-    def names(self, place: int, count: int) -> list[str]:
-        """Names of the `count` pictures from `place` on, and of as many class images."""
-        return self.instances.names(place, count) + self.classes.names(place, count)
+    def names(self, sample_index: int, count: int) -> list[str]:
+        """Return the names of the pictures of `count` samples, and of as many class images."""
+        return self.instances.names(sample_index, count) + self.classes.names(sample_index, count)
 
 
-OBJECTIVE = ObjectiveKind("dreambooth", "A subject, with pictures of its class beside it.", DreamBooth)
+OBJECTIVE = ObjectiveKind("dreambooth", "A subject, with class images for prior preservation.", DreamBooth)

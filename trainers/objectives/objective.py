@@ -1,11 +1,12 @@
-"""The contract of an objective: what the loss of a step is.
+"""The contract of an objective: it defines the loss of a training step.
 
-A new objective is one module of this package, or of an outside package that names it in the entry-point group
-``diffgraft.objectives``. It holds::
+A new objective is one module of this package, or of an outside package that registers it in the entry-point group
+``diffgraft.objectives``. The module has::
 
     OBJECTIVE = ObjectiveKind("mine", "one line on what it does", build=MyObjective)
 
-where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objective=mine`` in a recipe trains by it.
+where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objective=mine`` in a recipe
+selects it.
 """
 
 from collections.abc import Callable
@@ -17,19 +18,19 @@ from torch import Tensor
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 
 GROUP = "diffgraft.objectives"
-"""Entry-point group in which outside packages name their objectives"""
+"""Entry-point group in which outside packages register their objectives"""
 
 
 @dataclass(frozen=True)
 class ObjectiveInputs:
-    """What an objective is made from."""
+    """Inputs that an objective is built from."""
 
     instances: SampleStream
-    """The pictures to learn from"""
+    """Training pictures"""
     classes: SampleStream | None
-    """Pictures of the class, where prior preservation is by pictures; each has its λ for a weight"""
+    """Class images, with λ as their weight; None without prior preservation by pictures"""
     prior_weight: float
-    """λ of prior preservation by prediction; 0 without it"""
+    """Weight λ of prior preservation by prediction; 0 without it"""
     bare: Predict
     """The denoiser without the adapter"""
 
@@ -37,22 +38,25 @@ class ObjectiveInputs:
 class Objective(Protocol):
     """The loss of a step; the training loop calls `losses` once for each micro-batch of each process."""
 
-    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        """The loss of the `count` samples from `place` on, under "loss"; further terms are recorded beside it.
+    def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
+        """Return the loss of `count` samples as "loss", and further terms to record; all are scalars.
 
-        All are scalars. `predict` is the denoiser with the adapter; gradients flow through what it returns.
+        Args:
+            predict: the denoiser with the adapter; gradients flow through its prediction.
+            sample_index: index of the first sample, counted through the whole run.
+            count: number of samples.
         """
 
-    def names(self, place: int, count: int) -> list[str]:
-        """Names of the pictures of these samples, for messages."""
+    def names(self, sample_index: int, count: int) -> list[str]:
+        """Return the names of the pictures of these samples, for messages."""
 
 
 @dataclass(frozen=True)
 class ObjectiveKind:
-    """An objective, as recipes name it."""
+    """Registry entry of an objective."""
 
     name: str
     summary: str
-    """One line on what it does"""
+    """Description in one line"""
     build: Callable[[ObjectiveInputs], Objective]
-    """Raises DiffgraftError where it cannot be made of what a run has"""
+    """Builds the objective; raises DiffgraftError if the inputs lack what it needs"""

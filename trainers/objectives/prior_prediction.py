@@ -1,8 +1,8 @@
-"""Prior preservation without class images: under the class prompt the adapted base predicts what the bare one does.
+"""Prior preservation by prediction: under the class prompt, the adapted base must predict what the base alone does.
 
-In place of DreamBooth's own pictures of the class (Ruiz et al. 2022, arXiv:2208.12242, equation 2) stands what the
-frozen base predicts for the instance pictures themselves, noise and timestep being the same: the distillation of
-learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282).
+This replaces the class images of DreamBooth (Ruiz et al. 2022, arXiv:2208.12242, equation 2) by the prediction of the
+frozen base for the instance pictures, with the same noise and timestep: the distillation of learning without forgetting
+(Li and Hoiem 2016, arXiv:1606.09282).
 """
 
 from dataclasses import dataclass
@@ -20,27 +20,27 @@ class PriorPrediction:
 
     inputs: ObjectiveInputs
 
-    def losses(self, predict: Predict, place: int, count: int) -> dict[str, Tensor]:
-        """Under "loss" the sum; the two terms stand beside it, the second without its λ."""
-        line = self.inputs.instances
-        batch = line.batch(place, count)
+    def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
+        """Return the sum as "loss", and its terms as "instance" and, without λ, "prior"."""
+        stream = self.inputs.instances
+        batch = stream.batch(sample_index, count)
         class_prompts = [
-            line.examples.class_prompt(one, line.seed, at, 0)
-            for one, at in zip(batch.shown, range(place, place + count), strict=True)
+            stream.examples.class_prompt(variant, stream.seed, index, 0)
+            for variant, index in zip(batch.variants, range(sample_index, sample_index + count), strict=True)
         ]
         with torch.no_grad():
-            kept = self.inputs.bare(batch.noisy, batch.times, class_prompts, batch.frames)
+            base_prediction = self.inputs.bare(batch.noisy, batch.times, class_prompts, batch.frames)
         noisy, times = torch.cat([batch.noisy] * 2), torch.cat([batch.times] * 2)
         both = predict(noisy, times, batch.prompts + class_prompts, batch.frames * 2)
-        instance = batch.loss(line.process, both[:count])
-        prior = line.process.loss_per_sample(both[count:], kept, batch.times).mean()
+        instance = batch.loss(stream.process, both[:count])
+        prior = stream.process.loss_per_sample(both[count:], base_prediction, batch.times).mean()
         return {"loss": instance + self.inputs.prior_weight * prior, "instance": instance, "prior": prior}
 
-    def names(self, place: int, count: int) -> list[str]:
-        """Names of the `count` pictures from `place` on."""
-        return self.inputs.instances.names(place, count)
+    def names(self, sample_index: int, count: int) -> list[str]:
+        """Return the names of the pictures of `count` samples."""
+        return self.inputs.instances.names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(
-    "prior-prediction", "A subject, its class held to what the bare base predicts.", PriorPrediction
+    "prior-prediction", "A subject, with the class preserved by the prediction of the base.", PriorPrediction
 )

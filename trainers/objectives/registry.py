@@ -1,4 +1,4 @@
-"""Objectives by name, and the one that a run trains by."""
+"""Registry of objectives, and the default objective of a run."""
 
 from functools import cache
 
@@ -9,21 +9,21 @@ from diffgraft.trainers.objectives.objective import GROUP, Objective, ObjectiveI
 
 @cache
 def objectives() -> dict[str, ObjectiveKind]:
-    """Every objective by name: one of each module of this package, and those of outside packages."""
+    """Return all objectives by name: those of the modules of this package, and those of outside packages."""
     return discover(ObjectiveKind, "diffgraft.trainers.objectives", "OBJECTIVE", GROUP)
 
 
 def check_objective(name: str) -> None:
-    """Raise DiffgraftError where there is no objective `name`; the nearest is named. Empty stands for a default."""
+    """Raise DiffgraftError if there is no objective `name`, naming the nearest one; empty stands for the default."""
     if name and name not in objectives():
         raise DiffgraftError(f"Unknown loss.objective={name!r}: {did_you_mean(name, objectives())}")
 
 
 def new_objective(name: str, inputs: ObjectiveInputs) -> Objective:
-    """The objective called `name`; with an empty name the one that the prior preservation of `inputs` asks for.
+    """Build the objective called `name`; if empty, the one that fits the prior preservation of `inputs`.
 
     Raises:
-        DiffgraftError: there is none, or it cannot be made of `inputs`.
+        DiffgraftError: there is no such objective, or `inputs` lack what it needs.
     """
     check_objective(name)
     default = "dreambooth" if inputs.classes else "prior-prediction" if inputs.prior_weight else "captioned"

@@ -1,4 +1,4 @@
-"""A training run from beginning to end: recipe in, a folder with an adapter and pictures out."""
+"""A training run from a recipe to a folder with the adapter and pictures."""
 
 import warnings
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ from diffgraft.trainers.training_data.build import resolution_of
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
 
 _MOST_SHOWN = 8
-"""Pictures that were learnt from, in before-after.png"""
+"""Number of training pictures in before-after.png"""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,20 +49,20 @@ def train(
     allow_changes: bool = False,
     **settings: Any,
 ) -> Run:
-    """Train an adapter and leave a folder with everything about it.
+    """Train an adapter, and write it with pictures, metrics and checkpoints into the folder of the run.
 
     Args:
-        name: name of a recipe (``diffgraft recipes`` lists them), or the path of a YAML.
-        base: a base, or what `load_base` takes; the recipe's own where it is not given. A `Base` keeps the precision
-            of its weights, and after training has the very same bits.
-        resume: the folder of an earlier run to go on with, under the recipe that stands there.
+        name: name of a recipe (``diffgraft recipes`` lists them), or path of a YAML file.
+        base: a loaded `Base`, or name or path of a base, as for `load_base`; by default that of the recipe. A `Base`
+            keeps its dtype, and has the same bits after training.
+        resume: folder of an earlier run to continue, with the recipe in that folder.
         allow_changes: with `resume`, continue although base, pictures or settings that affect a step differ.
-        settings: what differs from the recipe, by key; nested keys as ``prior={"weight": 0.5}``. With `resume` they
-            become part of the run's recipe. ``images`` may be a list of paths and of PIL's pictures, too.
+        settings: recipe keys that override the recipe, nested as ``prior={"weight": 0.5}``. With `resume` they become
+            part of the recipe of the run. ``images`` may also be a list of paths and PIL images.
 
     Returns:
-        The run: ``adapter.safetensors``, ``recipe.yaml``, ``metrics.jsonl``, ``loss.png``, ``before-after.png`` and
-        ``checkpoints/`` lie in its folder.
+        The run; its folder has ``adapter.safetensors``, ``recipe.yaml``, ``metrics.jsonl``, ``loss.png``,
+        ``before-after.png`` and ``checkpoints/``.
 
     Raises:
         DiffgraftError: invalid recipe, pictures or base; nothing has been trained then.
@@ -77,49 +77,49 @@ def train(
     else:
         named = base.name if isinstance(base, Base) else str(base)
         recipe, folder = new_run(name, {**settings, "base": named} if named else settings)
-    check_trackers(recipe.trackers)  # accelerate says less of those that are not there
+    check_trackers(recipe.trackers)  # the message of accelerate for missing trackers says less
     accelerator = new_accelerator(recipe.runtime, recipe.outputs, text_stops=recipe.text_encoder_stop is not None)
     folder = shared_folder(accelerator, folder)
-    # of several processes the main one alone reports, and it shares what is asked of it
-    asked, others = current_control(), None if accelerator.is_main_process else silent
+    # of several processes, only the main one reports progress; it shares the requests that it receives
+    control, others = current_control(), None if accelerator.is_main_process else silent
     with reporting(others, Control() if accelerator.num_processes > 1 else None):
         try:
-            return _train(recipe, folder, base, accelerator, asked, allow_changes=allow_changes)
+            return _train(recipe, folder, base, accelerator, control, allow_changes=allow_changes)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(folder) from None  # whoever catches it can say what to resume
+            raise KeyboardInterrupt(folder) from None  # so that the caller knows which folder to resume
         except StoppedError as error:
             has_begun = (folder / "checkpoints").exists()
-            then = f"go on with: diffgraft train --resume {folder}" if has_begun else "nothing was trained."
-            raise StoppedError(f"{error} To continue: {then}" if has_begun else f"{error} So far {then}") from error
+            then = f"Continue with: diffgraft train --resume {folder}" if has_begun else "Nothing was trained yet."
+            raise StoppedError(f"{error} {then}") from error
         except DiskFullError as error:
             has_begun = (folder / "recipe.yaml").exists()
-            then = f"go on with: diffgraft train --resume {folder}" if has_begun else "start again."
+            then = f"continue with: diffgraft train --resume {folder}" if has_begun else "start again."
             raise DiskFullError(f"{error} Then {then}") from error
 
 
 def _train(
     recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, *, allow_changes: bool
 ) -> Run:
-    """Check everything, train what is left to be trained, and draw what was learnt."""
+    """Check all inputs, run the remaining training, and generate the pictures of the result."""
     device = accelerator.device
     check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     check_shards(recipe.shard, accelerator)
     recipe, read = read_concepts(recipe)
     check_pictures(read)
     held = _base(recipe.model, recipe.precision, base)
-    # so that what is written says it, whoever loaded it
+    # the written recipe states how a base given by the caller was loaded
     recipe = recipe.model_copy(update={"quantize": held.quantize})
     check_family(recipe.groups(), held)
     check_base(recipe.data, recipe.objective, held)
-    is_done = (folder / "adapter.safetensors").exists()  # which can do without the file it began with
+    is_done = (folder / "adapter.safetensors").exists()  # a finished run no longer needs the file it started from
     needs_start = recipe.init_from and not (is_done and not Path(recipe.init_from).exists())
     start = read_init_adapter(recipe.init_from, held) if needs_start else None
     was_on = held.device
     held.to(accelerator.device)
     try:
-        if not held.family.blocks:  # it is no UNet, on which the format was tried
+        if not held.family.blocks:  # `check_settings` checked the format on `tiny`, a UNet
             check_format(recipe.format, recipe.adapter, held)
-        live = attach(recipe, held, start)  # what cannot be is refused before anything is drawn or written
+        live = attach(recipe, held, start)  # refuse what does not fit before anything is generated or written
         try:
             check_frozen(recipe.shard, held, live)
         finally:
@@ -130,12 +130,14 @@ def _train(
             fingerprint = run_fingerprint(recipe, held.hash, "", begun_with, accelerator.num_processes)
             done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
             if done > recipe.steps:
-                raise DiffgraftError(f"{folder} has done {done} steps already, which is past steps={recipe.steps}.")
+                raise DiffgraftError(f"The run {folder} has finished step {done} already, beyond steps={recipe.steps}.")
             run = finished_run(folder, recipe, done, allow_changes=allow_changes)
             if accelerator.is_main_process:
                 remove_partials(folder)
             if run is None:
-                if accelerator.is_main_process and not done:  # a run that goes on keeps its recipe until all is checked
+                if (
+                    accelerator.is_main_process and not done
+                ):  # a resumed run keeps its recipe until everything is checked
                     save_recipe(recipe, folder / "recipe.yaml")
                 setup = Setup(held, folder, accelerator, read, start, control, allow_changes)
                 run = AdapterTraining(recipe, setup).run()
@@ -143,7 +145,7 @@ def _train(
                 save_loss_plot(curves(run.metrics), folder / "loss.png")
                 if recipe.previews:
                     side = resolution_of(recipe.data, held)
-                    with warn_of_overflow("There is no before-after.png."):
+                    with warn_of_overflow("before-after.png is missing."):
                         sheet = before_after(recipe.samples(), side, held, run.adapter, _shown(read))
                         emit(Artifact("samples", save_image(sheet, run.before_after), run.steps))
             accelerator.wait_for_everyone()
@@ -153,23 +155,23 @@ def _train(
 
 
 def _shown(read: ConceptImages) -> list[Image.Image]:
-    """A few of the pictures that are learnt, of each concept some."""
+    """Return a few training pictures of each concept."""
     each = max(1, _MOST_SHOWN // len(read))
     return [picture.image for _, pictures in read for picture in pictures[:each]][:_MOST_SHOWN]
 
 
 def _base(model: ModelSettings, precision: str, base: str | Path | Base) -> Base:
-    """The base that was given, or the recipe's.
+    """Return the given base, or load that of the recipe.
 
     Raises:
-        DiffgraftError: the one that was given was loaded otherwise than the recipe says.
+        DiffgraftError: the given base was loaded with other options than the recipe has.
     """
     if not isinstance(base, Base):
         with phase(f"loading {model.base}"):
             return load_base(model.base, DTYPES[precision], **model.load_options())
-    if apart := base.differences(model.load_options()):
+    if differing := base.differences(model.load_options()):
         raise DiffgraftError(
-            f"The base that was given is {base!r}; the recipe has {', '.join(apart)}. Load the base with "
-            f"load_base(…, {', '.join(apart)})."
+            f"The given base is {base!r}, but the recipe has {', '.join(differing)}. Load the base with "
+            f"load_base(…, {', '.join(differing)})."
         )
     return base

@@ -1,4 +1,4 @@
-"""One adapter is trained: attached, trained, exported and detached."""
+"""The training of one adapter: attach, train, export, detach."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,45 +52,45 @@ from diffgraft.trainers.training_data.concepts import ConceptImages
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains with, beside its recipe."""
+    """Inputs of a training run, in addition to its recipe."""
 
     base: Base
     folder: Path
-    """The run's"""
+    """Folder of the run"""
     accelerator: Any
     read: ConceptImages
-    """The pictures of each concept"""
+    """Settings and pictures of each concept"""
     start: InitAdapter | None
-    """What training starts from, where that is a file"""
+    """Adapter that training starts from; None: initial weights"""
     control: Control
-    """What another thread asks of the run"""
+    """Requests of other threads: stop, sample, save"""
     allow_changes: bool
-    """Whether settings that decide what a step does may differ from those of earlier steps"""
+    """Whether settings that affect steps may differ from those of a resumed run"""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is the main process, which writes files."""
         return bool(self.accelerator.is_main_process)
 
 
 class AdapterTraining:
-    """A recipe, attached to its base, with all that its loop needs."""
+    """Builds everything that the training loop needs for a recipe, and runs the loop."""
 
     def __init__(self, recipe: Recipe, setup: Setup) -> None:
         self.recipe, self.setup = recipe, setup
 
     def run(self) -> Run:
-        """Attach, train, detach, export: the base is afterwards as it was.
+        """Attach, train, detach and export; the base is unchanged afterwards.
 
-        Of several processes all come here, and do the same; one of them writes.
+        Of several processes, all run this, and the main process writes the files.
         """
         recipe, setup, accelerator = self.recipe, self.setup, self.setup.accelerator
-        # the others find the class images drawn, and latents in the cache, of which each machine may have its own
+        # other processes then find class images and latents in the cache, which may be one per machine
         with accelerator.main_process_first(), accelerator.local_main_process_first():
             data = build_training_data(recipe.data, recipe.validation, recipe.seed, setup.base, setup.read)
-        if setup.is_main and (said := prediction_warning(setup.base, data.instances)):
-            warnings.warn(said, stacklevel=3)
-        with denoiser_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, away):
+        if setup.is_main and (message := prediction_warning(setup.base, data.instances)):
+            warnings.warn(message, stacklevel=3)
+        with denoiser_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, offloaded):
             start = init_hash(recipe.init_from, setup.start)
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, start, accelerator.num_processes)
             state = self._new_state(live)
@@ -106,7 +106,7 @@ class AdapterTraining:
                 GradMonitor(state.parameters, live.paths()),
                 *self._validation(data, predict, metrics, export),
                 CheckpointHook(setup.folder, fingerprint, recipe.checkpoint_every, metrics),
-                *self._samples(live, away, trackers),
+                *self._samples(live, offloaded, trackers),
                 PeriodicArtifact("adapters", recipe.adapter_every, self._numbered("adapters", ".safetensors"), export),
                 PlotHook(setup.folder / "loss.png", metrics),
             ]
@@ -119,7 +119,7 @@ class AdapterTraining:
             trained = export.adapter()
         run = Run(setup.folder, recipe, by_step(metrics.entries))
         if setup.is_main:
-            run.before_after.unlink(missing_ok=True)  # that of fewer steps
+            run.before_after.unlink(missing_ok=True)  # it belongs to an earlier end of the run
             trained.save(run.adapter_file, recipe.format)
             if trained.deltas:
                 save_words(trained, run.folder)
@@ -127,19 +127,19 @@ class AdapterTraining:
 
     @contextmanager
     def _attached(self, data: TrainingData) -> Iterator[tuple[Attached, Denoiser, list[str]]]:
-        """Within the block the method is attached and the base is as the recipe has it; afterwards as it was.
+        """Attach the method and prepare the base within the block; both are undone afterwards.
 
         Yields what is attached, the denoiser, and the parts of the base that are offloaded.
         """
         recipe, base = self.recipe, self.setup.base
-        away: list[str] = []
+        offloaded: list[str] = []
         live: Attached | None = None
         try:
             live = attach(recipe, base, self.setup.start)
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
                 base.denoiser.enable_gradient_checkpointing()
-                base.denoiser.train()  # it recomputes in training mode only; these denoisers have no dropout
+                base.denoiser.train()  # checkpointing works in training mode only; these denoisers have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
@@ -148,12 +148,12 @@ class AdapterTraining:
             if not live.trains_text:
                 denoiser.freeze_text()
             ignore_in_ddp(recipe.shard, denoiser)
-            away += offloadable(base, has_texts=data.prompts is not None and not live.affects_text_encoder)
-            offload(base, away)
+            offloaded += offloadable(base, has_texts=data.prompts is not None and not live.affects_text_encoder)
+            offload(base, offloaded)
             with sped_up(recipe.runtime, base, denoiser):
-                yield live, denoiser, away
+                yield live, denoiser, offloaded
         finally:
-            onload(base, away)
+            onload(base, offloaded)
             if live is not None:
                 live.detach()
             base.denoiser.disable_gradient_checkpointing()
@@ -186,13 +186,13 @@ class AdapterTraining:
             held = held_out(forward_process(self.setup.base), data.held_out, settings.pairs)
             yield ValidationHook(settings, held, predict, metrics, PeriodicArtifact("best", 0, lambda _: best, export))
 
-    def _samples(self, live: Attached, away: Sequence[str], trackers: TrackersHook) -> Iterator[PeriodicArtifact]:
+    def _samples(self, live: Attached, offloaded: Sequence[str], trackers: TrackersHook) -> Iterator[PeriodicArtifact]:
         recipe, base = self.recipe, self.setup.base
 
         def sample(step: int, file: Path) -> None:
             base.denoiser.eval()
             live.eval()
-            with loaded(base, away), warn_of_overflow(f"There are no samples of step {step}."):
+            with loaded(base, offloaded), warn_of_overflow(f"Samples of step {step} are missing."):
                 side = resolution_of(recipe.data, base)
                 sheet = grid(draw(recipe.samples(), side, base, f"samples at step {step}", count=2))
                 if self.setup.is_main:
@@ -206,13 +206,13 @@ class AdapterTraining:
             yield hook
 
     def _numbered(self, name: str, suffix: str) -> Callable[[int], Path]:
-        """The file of a step in a folder of the run's."""
+        """Return a function that names the file of a step in the folder `name` of the run."""
         return lambda step: self.setup.folder / name / f"step-{step:06d}{suffix}"
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is attached as an adapter file; all processes call it together, and one writes."""
+    """Exports the attached adapter to a file; all processes call it together, and the main process writes."""
 
     live: Attached
     metadata: Mapping[str, Any]
@@ -221,7 +221,7 @@ class Export:
     writes: bool
 
     def adapter(self) -> Adapter:
-        """A copy of what is attached, with its header."""
+        """Return a copy of the attached adapter, with its header."""
         return with_init_metadata(self.live.adapter(self.metadata), self.start)
 
     def __call__(self, step: int, file: Path) -> None:  # noqa: ARG002
