@@ -125,7 +125,7 @@ def test_a_stop_leaves_a_checkpoint_within_a_step_and_resumes_to_the_same_bytes(
 def test_a_stop_before_the_first_step_is_said(base: Base, pictures: Path, tmp_path: Path) -> None:
     control = Control()
     control.stop()
-    with reporting(silent, control), pytest.raises(StoppedError, match="nothing was trained"):
+    with reporting(silent, control), pytest.raises(StoppedError, match="Nothing was trained"):
         dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **QUICK)
 
 
