@@ -177,7 +177,7 @@ def test_what_does_not_reach_the_loss_is_no_trouble(folders: Path, pictures: Pat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"shard": "fsdp"}, r"several processes, and this is one: start them by .torchrun --nproc_per_node 2"),
+        ({"shard": "fsdp"}, r"several processes, but there is one: start them with .torchrun --nproc_per_node 2"),
         ({"shard": "fdsp"}, "fsdp"),
     ],
 )
@@ -197,7 +197,7 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
     plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
     live = attach(plan, base)
     try:
-        with pytest.raises(DiffgraftError, match="This method trains the denoiser's own weights"):
+        with pytest.raises(DiffgraftError, match="this method trains the denoiser's own weights"):
             check_frozen(plan.shard, base, live)
     finally:
         live.detach()
@@ -208,7 +208,7 @@ def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: 
     with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
         _, said = run.communicate(timeout=100)
     assert run.returncode != 0
-    assert "error: This method trains the denoiser's own weights" in said
+    assert "needs a frozen denoiser, but this method trains" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 
@@ -221,7 +221,7 @@ def test_accelerates_own_ways_to_cut_up_are_refused(kind: str, monkeypatch: pyte
         num_processes = 2
 
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: Launched)
-    with pytest.raises(DiffgraftError, match=f"asks accelerate itself for {kind}.*set shard="):
+    with pytest.raises(DiffgraftError, match=f"launched with {kind}.*set shard="):
         new_accelerator(PLAIN.runtime, PLAIN.outputs)
 
 
@@ -240,7 +240,7 @@ def test_a_folder_that_a_machine_does_not_see_is_refused(monkeypatch: pytest.Mon
         if found[1]:
             check_same_step(Two, tmp_path, 4)
         else:
-            with pytest.raises(DiffgraftError, match=r"different checkpoints in .*: 4, 0 steps\. All machines need"):
+            with pytest.raises(DiffgraftError, match=r"different checkpoints in .*: 4, 0 steps\. Put the run's"):
                 check_same_step(Two, tmp_path, 4)
 
 
