@@ -101,33 +101,35 @@ def train(
     if resume is None:
         _check_recipe_first("train", recipe, settings or [])
     elif recipe and not recipe.startswith("-") and "=" not in recipe:
-        raise DiffgraftError(f"--resume takes no recipe, as {resume} has its own: leave {recipe!r} out.")
+        raise DiffgraftError(f"--resume takes no recipe, as the run in {resume} has one: remove {recipe!r}.")
     if allow_changes and resume is None:
         raise DiffgraftError("--allow-changes is for a resumed run: add --resume and the folder of the run.")
     given = key_values(words if resume is not None else words[1:])
     if "resume" in given:
-        raise DiffgraftError(f"An earlier run is taken up with an option: --resume {given['resume']}")
+        raise DiffgraftError(f"Resuming is an option, not a setting: --resume {given['resume']}")
 
     from diffgraft.trainers.run.train import train as run_training
 
     try:
-        if resume is None and os.environ.get("RANK", "0") == "0":
-            from diffgraft.trainers.planning.plan import planned
-
-            for line in planned(recipe, dict(given)).lines():
-                say(line)
         with shown_progress(progress):
+            if resume is None and os.environ.get("RANK", "0") == "0":
+                from diffgraft.trainers.planning.plan import planned
+                from diffgraft.trainers.recipe.renamed import with_current_keys
+
+                for line in planned(recipe, dict(given)).lines():
+                    say(line)
+                given = with_current_keys(given, warn=False)  # the plan has warned of former names
             run = run_training(recipe, resume=resume, allow_changes=allow_changes, **given)
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
-        raise DiffgraftError(f"Interrupted. Go on with: diffgraft train --resume {stop}") from None
+        raise DiffgraftError(f"Interrupted. Continue with: diffgraft train --resume {stop}") from None
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
     if run.was_finished:
-        say(f"The run was finished already, after {run.steps} steps; with steps=… it goes on to more.")
+        say(f"The run was finished already, after {run.steps} steps. Pass a larger steps= to continue it.")
     else:
         say(f"Trained {run.steps} steps.")
     say(f"The adapter: {run.adapter_file}")

@@ -200,13 +200,26 @@ def upright_rgb(path: Path | IO[bytes], background: str = "white") -> Image.Imag
 
 
 def _grey_to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert a grey image with values up to 255 or 65535 to mode L, in strips so that copies need little memory."""
+    """Convert a grey image of 16 bits, 32 bits or floats to mode L, in strips so that copies need little memory.
+
+    Images of 16 bits are scaled by 65535. Others do not state their range: it is 1, 255, 65535 or, for integers,
+    2³¹ − 1, the smallest of these that holds all values (1 for floats alone).
+
+    Raises:
+        ValueError: the image has values that are not finite.
+    """
     width, height = image.size
     strips = [
         (0, top, width, min(top + _STRIP, height)) for top in range(0, height, _STRIP)
     ]  # left, top, right, bottom
-    largest = max(np.asarray(image.crop(strip)).max(initial=0) for strip in strips)
-    full_scale = 65535.0 if largest > 255 else 255.0
+    if image.mode.startswith("I;16"):
+        full_scale = 65535.0
+    else:
+        largest = float(np.max([np.asarray(image.crop(strip)).max(initial=0) for strip in strips]))
+        if not np.isfinite(largest) or not all(np.isfinite(np.asarray(image.crop(strip))).all() for strip in strips):
+            raise ValueError("it has values that are not finite")
+        ranges = [1.0] * (image.mode == "F") + [255.0, 65535.0]
+        full_scale = next((value for value in ranges if largest <= value), max(largest, 2.0**31 - 1))
     grey = Image.new("L", image.size)
     for strip in strips:
         values = np.asarray(image.crop(strip)).astype(np.float64)

@@ -174,7 +174,7 @@ def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"Go on with: diffgraft train --resume {tmp_path / 'run'}" in told
+    assert f"Continue with: diffgraft train --resume {tmp_path / 'run'}" in told
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 

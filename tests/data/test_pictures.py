@@ -12,7 +12,7 @@ from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
 from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import encode
-from diffgraft.data.pictures import square, to_tensor, upright_rgb
+from diffgraft.data.pictures import read_picture, square, to_tensor, upright_rgb
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
 
@@ -166,3 +166,30 @@ def test_a_large_picture_of_16_bits_takes_little_more_memory_than_its_rgb_pixels
     taken, *pixel = map(int, done.stdout.split())
     assert pixel == [40_000 * 255 // 65_535] * 3
     assert taken < 6.5 * width * height  # of which 4 are the pixels as Pillow keeps them
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0.0, 0.5, 1.0]], np.float32), [0, 127, 255]),
+        (np.array([[0.0, 100.0, 255.0]], np.float32), [0, 100, 255]),
+        (np.array([[0.0, 32768.0, 65535.0]], np.float32), [0, 127, 255]),
+        (np.array([[0, 2**30, 2**31 - 1]], np.int32), [0, 127, 255]),
+        (np.array([[0, 100, 200]], np.uint16), [0, 0, 0]),
+        (np.array([[0, 128, 255]], np.int32), [0, 128, 255]),
+    ],
+)
+def test_grey_values_are_scaled_by_the_range_of_their_type(
+    values: np.ndarray, expected: list[int], tmp_path: Path
+) -> None:
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    assert [upright_rgb(tmp_path / "a.tiff").getpixel((x, 0)) for x in range(3)] == [(grey,) * 3 for grey in expected]
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+def test_a_picture_with_values_that_are_not_finite_is_refused(odd: float, tmp_path: Path) -> None:
+    values = np.full((4, 6), 100, np.float32)
+    values[1, 2] = odd
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(DiffgraftError, match=r"a\.tiff cannot be read .*not finite"):
+        read_picture(tmp_path / "a.tiff")

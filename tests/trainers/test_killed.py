@@ -117,7 +117,7 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
         second.send_signal(signal.SIGINT)
         _, said = second.communicate()
     assert second.returncode == 1
-    assert f"Interrupted. Go on with: diffgraft train --resume {folder}" in said
+    assert f"Interrupted. Continue with: diffgraft train --resume {folder}" in said
     assert "Traceback" not in said
     check_whole(tmp_path)
     assert checkpoints(folder)[-1].name == f"step-{lines(folder):06d}"

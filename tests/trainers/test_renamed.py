@@ -11,7 +11,7 @@ from diffgraft.bases import Base
 from diffgraft.cli.main import app
 from diffgraft.cli.renamed import RENAMED as OPTIONS
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.hooks.checkpoint import _state, _write_state, checkpoints
+from diffgraft.trainers.hooks.checkpoint import _read_state, _write_state, checkpoints
 from diffgraft.trainers.recipe.files import _keys, load_recipe, save_recipe
 from diffgraft.trainers.recipe.recipe import TASKS
 from diffgraft.trainers.recipe.renamed import RENAMED, current_key
@@ -81,7 +81,7 @@ def test_a_run_of_the_release_before_goes_on(base: Base, pictures: Path, tmp_pat
     settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "timesteps": {"min": 100}}
     run = train("subject", base=base, output=tmp_path / "run", previews=False, **{**settings, "steps": 3})
     for folder in checkpoints(run.folder):
-        state = _state(folder)
+        state = _read_state(folder)
         recipe = state["identity"]["recipe"]
         recipe["rates"] = recipe.pop("lr_scale")
         recipe["timesteps"] = {"first": recipe["timesteps"].pop("min"), **recipe["timesteps"]}
@@ -102,3 +102,47 @@ def test_former_options_are_taken_with_a_warning(command: str, former: str) -> N
     with pytest.warns(UserWarning, match=f"The option {former} is now called {current}"):
         result = CliRunner().invoke(app, [command, *words, former, *value])
     assert isinstance(result.exception, DiffgraftError), result.output
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"timesteps.first": 5, "timesteps": {"min": 6}}, "timesteps.min"),
+        ({"options.up_rate": 4, "options": {"loraplus_ratio": 5}}, "options.loraplus_ratio"),
+        ({"rates": {"unet": 2}, "lr_scale.unet": 3}, "lr_scale.unet"),
+        ({"lr_scale.M00": 3, "lr_scale": {"M00": 2}}, "lr_scale.M00"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is now called")
+def test_a_key_given_twice_in_other_forms_is_refused(values: dict[str, object], key: str) -> None:
+    with pytest.raises(DiffgraftError, match=f"The setting {key} is given twice"):
+        load_recipe("subject", {"subject": "dog", **values})
+
+
+def test_nested_and_dotted_entries_of_one_mapping_are_joined() -> None:
+    recipe = load_recipe("subject", {"subject": "dog", "lr_scale.M00": 3, "lr_scale": {"unet": 2}})
+    assert recipe.lr_scale == {"unet": 2, "M00": 3}
+
+
+def test_the_same_values_as_text_are_no_change(base: Base, pictures: Path, tmp_path: Path) -> None:
+    settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "options": {"loraplus_ratio": 4}}
+    run = train("subject", base=base, output=tmp_path / "run", previews=False, **{**settings, "steps": 2})
+    text = {"options": {"loraplus_ratio": "4"}, "lr_scale": {"unet": "2"}}
+    assert train(base=base, resume=run.folder, steps="3", **text).steps == 3
+    with pytest.raises(DiffgraftError, match=r"options\.loraplus_ratio: 4 → 5"):
+        train(base=base, resume=run.folder, steps=4, options={"loraplus_ratio": "5"})
+    with pytest.raises(DiffgraftError, match="order of lr_scale"):
+        train(base=base, resume=run.folder, steps=4, lr_scale={"unet": 3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        ({"lr_scale": 5}, r"set its entries, as in lr_scale\.NAME=VALUE"),
+        ({"lr_scale": {1: 2}}, "Invalid name 1 in lr_scale: must be text"),
+        ({"concepts": [{"images": "a", "lr_scale": {"unet": 2}}]}, r"a concept can have images, trigger, .*prior; set others"),
+    ],
+)
+def test_mistakes_in_mappings_and_concepts_are_answered(settings: dict[str, object], answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
+        load_recipe("subject", {"subject": "dog", **settings})

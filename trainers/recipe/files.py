@@ -13,8 +13,8 @@ from diffgraft.errors import DiffgraftError, did_you_mean, one_line, short_repr
 from diffgraft.files import write_text
 from diffgraft.trainers.recipe.groups import AdapterSettings, Group
 from diffgraft.trainers.recipe.recipe import TASKS, ConceptRecipe, Recipe, SubjectRecipe
-from diffgraft.trainers.recipe.renamed import with_current_keys
-from diffgraft.trainers.recipe.settings import Prior
+from diffgraft.trainers.recipe.renamed import plain_value, with_current_keys
+from diffgraft.trainers.recipe.settings import Concept, Prior
 from diffgraft.trainers.recipe.synonyms import synonym
 
 _LARGEST = 2**20
@@ -56,7 +56,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     for key in [key for key in values if isinstance(key, str) and "." in key]:
         _merge_override(kind, values, key, values.pop(key))
     given = {**by_method.get(method.name, {}), **settings}
-    for key, value in given.items():
+    for key, value in sorted(given.items(), key=lambda item: "." in item[0]):  # mappings first, then single entries
         _merge_override(kind, values, key, value)
     unsupported = method.unsupported_under(method.read_options(values.get("options") or {}))
     if method.name != default_method:  # keys that the recipe has for its default method may be unsupported by another
@@ -261,13 +261,20 @@ def _merge_override(kind: type[Recipe], values: dict[str, Any], key: str, value:
 def _with_key(previous: Any, key: str, value: Any, *, deep: bool) -> dict[str, Any]:
     """Return the mapping `previous` with `key` set last, as the last of several matching patterns counts.
 
-    With `deep`, the part of the key before its first dot names a nested mapping. Names of options are checked by the
-    method, not here; keys without `deep` may contain dots themselves.
+    A key that already has this value keeps its position. With `deep`, the part of the key before its first dot names a
+    nested mapping. Names of options are checked by the method, not here; keys without `deep` may contain dots.
     """
     mapping = dict(previous) if isinstance(previous, Mapping) else {}
     name, dot, rest = key.partition(".") if deep else (key, "", "")
+    if not dot and name in mapping and _is_same(mapping[name], value):
+        return mapping
     before = mapping.pop(name, None)
     return {**mapping, name: _with_key(before, rest, value, deep=False) if dot else value}
+
+
+def _is_same(old: Any, new: Any) -> bool:
+    """Whether two values are equal once text, as on a command line, is read as YAML."""
+    return bool(old == new or plain_value(old) == plain_value(new))
 
 
 def _check_templates(groups: Sequence[Group], known: set[str]) -> None:
@@ -292,6 +299,10 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 def _unknown_key(key: str, kind: type[Recipe]) -> str:
     """Return the message for an unknown key, with the key that other tools call so, or the nearest one."""
+    if key.startswith("concepts."):
+        return (
+            f"Unknown setting {key!r}: a concept can have {', '.join(_keys(Concept))}; set others for the whole recipe."
+        )
     known = _keys(kind)
     current = synonym(key)
     is_known = current in known or current.partition(".")[0] in ("options", "lr_scale")
@@ -307,6 +318,10 @@ def _validation_message(error: ValidationError, kind: type[Recipe], name: str | 
     if first["type"] == "missing":
         return f"The recipe {name} requires {key!r}: add {key}=… ({_meaning(kind, key)})."
     inside = kind.model_fields[key].annotation if key in kind.model_fields else None
+    if first["type"] == "dict_type":
+        return f"Invalid value {key}={short_repr(first['input'])}: set its entries, as in {key}.NAME=VALUE."
+    if first["loc"][-1] == "[key]":
+        return f"Invalid name {first['input']!r} in {first['loc'][0]}: must be text."
     if isinstance(inside, type) and issubclass(inside, BaseModel):
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
         return f"Invalid value {key}={short_repr(first['input'])}: {key} is a group; set one of its keys: {keys}."

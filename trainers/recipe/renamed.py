@@ -1,8 +1,10 @@
 """Recipe keys that have been renamed: the former ones work for one release, with a warning that names the new key."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import yaml
 
 from diffgraft.errors import DiffgraftError
 
@@ -48,9 +50,32 @@ def with_current_keys(values: Mapping[Any, Any], *, warn: bool = True) -> dict[A
         warn: whether a warning tells the current name of each former key.
 
     Raises:
-        DiffgraftError: a setting is given under both names.
+        DiffgraftError: a setting is given twice: under both names, or nested and with dots.
     """
-    return _current(values, "", warn)
+    renamed = _current(values, "", warn)
+    seen: set[str] = set()
+    for key in _leaves(renamed):
+        if key in seen:
+            raise DiffgraftError(f"The setting {key} is given twice: keep one of the values.")
+        seen.add(key)
+    return renamed
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value as it is meant: text, as on a command line, is read as YAML where it is valid."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
+
+
+def _leaves(values: Mapping[Any, Any], path: str = "") -> Iterator[str]:
+    """Yield the dotted names of all values that are not mappings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
 
 
 def _current(values: Mapping[Any, Any], path: str, warn: bool) -> dict[Any, Any]:

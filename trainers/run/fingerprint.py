@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffgraft.trainers.recipe.recipe import TASKS, Recipe
-from diffgraft.trainers.recipe.renamed import with_current_keys
+from diffgraft.trainers.recipe.renamed import plain_value, with_current_keys
 
 Fingerprint = Mapping[str, Any]
 """Mapping with these keys:
@@ -56,8 +56,10 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     diff = []
     for key in [*after, *(key for key in before if key not in after)]:
         was, now = (settings.get(key, defaults.get(key)) for settings in (before, after))
-        if was != now:
-            diff.append(f"{key}: {_format(was)} → {_format(now)}")
+        # options are kept as they were given, which on a command line is text
+        if was != now and not (key.startswith("options.") and plain_value(was) == plain_value(now)):
+            name = f"order of {key.removeprefix('order.')}" if key.startswith("order.") else key
+            diff.append(f"{name}: {_format(was)} → {_format(now)}")
     if old["processes"] != new["processes"]:
         diff.append(f"processes: {old['processes']} → {new['processes']}")
     for entry, (key, message) in _HASHED.items():
