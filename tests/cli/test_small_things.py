@@ -187,7 +187,7 @@ def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -
         (["train", "images=a", "style"], "The recipe comes first: diffgraft train style images=a"),
         (["train", "--images", "d"], "Settings have no dashes: write images=d in the place of --images"),
         (["plan", "--network_dim=4"], "Settings have no dashes: write rank=4 in the place of --network_dim=4"),
-        (["train", "subject", "--resume", "runs/x"], "--resume takes no recipe, as runs/x has its own"),
+        (["train", "subject", "--resume", "runs/x"], "--resume takes no recipe, as the run in runs/x has one"),
         (["train", "--resume", "runs/x"], "There is no run to resume in runs/x"),
     ],
 )

@@ -140,7 +140,10 @@ def test_the_same_values_as_text_are_no_change(base: Base, pictures: Path, tmp_p
     [
         ({"lr_scale": 5}, r"set its entries, as in lr_scale\.NAME=VALUE"),
         ({"lr_scale": {1: 2}}, "Invalid name 1 in lr_scale: must be text"),
-        ({"concepts": [{"images": "a", "lr_scale": {"unet": 2}}]}, r"a concept can have images, trigger, .*prior; set others"),
+        (
+            {"concepts": [{"images": "a", "lr_scale": {"unet": 2}}]},
+            r"a concept can have images, trigger, .*prior; set others",
+        ),
     ],
 )
 def test_mistakes_in_mappings_and_concepts_are_answered(settings: dict[str, object], answer: str) -> None:

@@ -5,8 +5,8 @@ import pytest
 from diffgraft.adapters.registry import methods
 from diffgraft.cli.console import key_values
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports.kohya_keys import PLAIN as KOHYA
-from diffgraft.imports.onetrainer_keys import PLAIN as ONETRAINER
+from diffgraft.imports.kohya_keys import MAPPED as KOHYA
+from diffgraft.imports.onetrainer_keys import MAPPED as ONETRAINER
 from diffgraft.trainers.recipe.files import _keys, load_recipe
 from diffgraft.trainers.recipe.recipe import TASKS
 from diffgraft.trainers.recipe.synonyms import _SYNONYMS, synonym
@@ -21,7 +21,9 @@ def test_every_synonym_stands_for_a_setting_that_there_is() -> None:
 
 
 def test_keys_of_imported_configurations_are_synonyms() -> None:
-    plain = {theirs: rule.to for table in (ONETRAINER, KOHYA) for theirs, rule in table.items() if rule.to}
+    plain = {
+        theirs: rule.recipe_key for table in (ONETRAINER, KOHYA) for theirs, rule in table.items() if rule.recipe_key
+    }
     assert {theirs for theirs, ours in plain.items() if theirs != ours and not synonym(theirs)} == set()
 
 
