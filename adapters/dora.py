@@ -109,7 +109,7 @@ def with_strength_convention(delta: Delta, tool: str) -> Delta:
     if not isinstance(delta, DoraDelta):
         return delta
     if tool not in (PEFT, LYCORIS):
-        raise ValueError(f"unknown convention {tool!r} for strengths of DoRA: expected {PEFT} or {LYCORIS}")
+        raise ValueError(f"unknown tool {tool!r}: strengths of DoRA follow {PEFT} or {LYCORIS}")
     return replace(delta, strength_convention=tool)
 
 

@@ -94,7 +94,7 @@ class AttachedLayers(Attached):
         for path, deltas in adapter.deltas.items():
             full_path, adapter_layer = targets[path]
             if len(deltas) != 1:
-                raise ValueError(f"{path} has {len(deltas)} deltas; only a single one can be trained")
+                raise ValueError(f"{path} has {len(deltas)} deltas, and only one can be trained: combine them first")
             try:
                 adapter_layer.load(deltas[0], self._layers[full_path][0])
             except ValueError as error:

@@ -103,7 +103,7 @@ def webui_problem(path: str, delta: Delta) -> str | None:
 
 
 def incomplete_attention(adapter: Adapter) -> str | None:
-    """Name layers that webui ignores, as it adapts all four layers of an OpenCLIP attention or none; else None."""
+    """Name an attention of OpenCLIP that webui ignores, as it lacks some of its four layers; None if there is none."""
     layers: dict[str, set[str]] = {}
     for path in adapter.deltas:
         block, attention, name = path.partition(".self_attn.")

@@ -96,11 +96,11 @@ def read_modules(modules: Mapping[str, Module], layers: int | None) -> ModuleDel
     """Build the deltas of the modules of a file.
 
     Args:
-        modules: name in the file → module.
+        modules: module name in the file → its leaves.
         layers: layers per block of the base's UNet, if known.
 
     Raises:
-        ValueError: leaves do not fit together, or names fit no UNet, or several.
+        ValueError: leaves do not fit together, or names match no known UNet, or more than one.
     """
     built = {name: tuple(_deltas(module)) for name, module in modules.items()}
     original_names = {

@@ -28,7 +28,7 @@ def cayley(blocks: Tensor, bound: float) -> Tensor:
 
 @dataclass(frozen=True, repr=False)
 class OftDelta(Delta):
-    """R · W block by block (in OFT Rᵀ · W), then each output multiplied with ``rescale``, if there is one."""
+    """W' = R · W, block by block (Rᵀ · W in files of kind OFT); ``rescale``, if there, then multiplies each output."""
 
     leaves: Mapping[str, Tensor]
     """``oft_blocks`` [n, b, b] of OFT, or [stages, n, b, b] of BOFT; optionally ``rescale`` [out, 1, …]"""

@@ -38,7 +38,7 @@ class AttachedPivotal(Attached):
         options: PivotalOptions = spec.options
         if options.weights in ("pivotal", "textual-inversion"):
             raise DiffgraftError(
-                f"Invalid value options.weights={options.weights!r}: must be a method that trains weights (lora)."
+                f"Invalid value options.weights={options.weights!r}: must be a method that trains weights, as lora."
             )
         method = get_method(options.weights)
         self.weights = method.attach(target, replace(spec, options=method.read_options(options.weights_options)))

@@ -68,8 +68,8 @@ def combine(
         for path, shape in shapes_of(adapter, weights).items():
             if not same_layer(shapes.setdefault(path, shape), shape):
                 raise DiffgraftError(
-                    f"{name} has {path} of shape {list(shape)}, but an earlier adapter has it of shape "
-                    f"{list(shapes[path])}: the adapters are for different bases."
+                    f"{path} has shape {list(shape)} in {name}, but {list(shapes[path])} in an earlier adapter: the "
+                    "adapters are for different bases."
                 )
     combined = _combine_metadata(inputs)
     steps_by_adapter: dict[str, list[Steps]] = {}

@@ -173,7 +173,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _other_errors(first: Adapter, second: Adapter) -> dict[str, float]:
-    """Relative errors of words and networks."""
+    """Return the relative errors, against the first adapter, of token embeddings and hooked-in networks."""
     errors: dict[str, float] = {}
     for word in {**first.tokens, **second.tokens}:
         errors[f"word {word}"] = _tensors_error(first.tokens.get(word, {}), second.tokens.get(word, {}))

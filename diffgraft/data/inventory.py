@@ -334,7 +334,9 @@ def _read(path: Path) -> str:
             f"The caption {path} is not written in UTF-8 ({error.reason}). Save it as UTF-8."
         ) from error
     if "\0" in text:  # UTF-16 of plain English is valid UTF-8 with a zero behind each letter
-        raise DiffgraftError(f"The caption {path} is not written in UTF-8 (it holds zero bytes). Save it as UTF-8.")
+        raise DiffgraftError(
+            f"The caption {path} is not UTF-8, as it contains NUL bytes (perhaps UTF-16). Save it as UTF-8."
+        )
     return text
 
 

@@ -56,7 +56,7 @@ def distances(
 
 
 def _huber_delta(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
-    """Return δ of the pseudo-Huber loss at `timesteps` [n], [n]."""
+    """Return δ of the pseudo-Huber loss for each of the `timesteps`; both have shape [n]."""
     share = timesteps.float() / parameterization.num_timesteps
     if settings.schedule == "exponential":
         return settings.delta**share

@@ -113,7 +113,7 @@ class ImportReport:
             self.mapped.append((recipe_key, default))
 
     def map_part(self, recipe_key: str, value: Any, name: str, file_value: Any, remark: str = "") -> None:
-        """Set a recipe key, and record that it was made from a part of a key, described by `name` and `file_value`."""
+        """Set a recipe key from a part of an imported key, and report that part as `name` with `file_value`."""
         self.recipe[recipe_key] = value
         note = f" → {recipe_key}: {short(value)}" + (f" ({remark})" if remark else "")
         self.mapped.append((recipe_key, Line(name, file_value, note)))

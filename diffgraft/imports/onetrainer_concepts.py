@@ -158,7 +158,7 @@ def _share(report: ImportReport, concepts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _put(report: ImportReport, entries: list[dict[str, Any]], found: Concepts) -> None:
-    """Map a single concept to keys of the recipe, several ones to `concepts`."""
+    """Write a single concept to top-level keys of the recipe, and several to its `concepts` list."""
     if len(entries) == 1:
         for key, value in entries[0].items():
             theirs = {"images": "path", "repeats": "balancing", "weight": "loss_weight"}[key]

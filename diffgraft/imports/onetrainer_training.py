@@ -23,10 +23,10 @@ def map_training(report: ImportReport, kind: str, is_xl: bool, epochs: Epochs) -
     """Map all settings of the training itself.
 
     Args:
-        report: a report with images, method and steps.
+        report: import report in which images, method and steps are mapped already.
         kind: OneTrainer's training method.
         is_xl: whether the base has two text encoders.
-        epochs: converts epochs to steps.
+        epochs: converter from epochs to steps.
     """
     optimizer = _optimizer(report)
     _rates(report, kind, is_xl, epochs, optimizer)

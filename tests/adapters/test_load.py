@@ -272,7 +272,7 @@ def test_what_has_no_place_or_does_not_fit_is_told(base: Base) -> None:
     one = Adapter({path: (fits,)})
     for method, options, adapter, answer in (
         ("lora", {}, Adapter({"unet.conv_in": (fits,)}), r"1 of its 1 modules are not adapted here: unet\.conv_in"),
-        ("lora", {}, Adapter({path: (fits, fits)}), "has 2 deltas; only a single one can be trained"),
+        ("lora", {}, Adapter({path: (fits, fits)}), "has 2 deltas, and only one can be trained"),
         ("lora", {}, Adapter({path: (wide,)}), "does not fit this base's layer of shape 128 × 128"),
         ("lora", {}, Adapter({path: (loha,)}), "is a loha, but this run trains a lora"),
         ("loha", {}, one, "is a lora, but this run trains a loha"),

@@ -37,10 +37,10 @@ def rows_held_out(share: float, concepts: Sequence[int], contents: Sequence[str]
 
 
 def read_held_out(folder: str, trained: Sequence[DataSettings]) -> ConceptImages:
-    """The images of the folder `validation.images`, each with the settings of the trained concept that it shows.
+    """Return the images of `validation.images`, each with the settings of the concept that it shows.
 
     Raises:
-        DiffgraftError: there are no images, or neither folder name nor captions tell their concept.
+        DiffgraftError: there are no images, or neither the folder name nor the caption of an image names its concept.
     """
     concepts = list({(concept.trigger, concept.prompt, concept.noun): concept for concept in trained}.values())
     settings = {"images": folder, "layout": "auto", "repeats": 1}
