@@ -1,1 +1,1 @@
-"""The demo: a made-up subject that the embedded base has never seen, and the story of teaching it."""
+"""The demo: made-up subjects and a style that the embedded base has never seen, and a short training run."""

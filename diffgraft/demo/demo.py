@@ -1,4 +1,4 @@
-"""``diffgraft demo``: five pictures in, an adapter and three new settings out."""
+"""``diffgraft demo``: train an adapter on five pictures and draw the subject in three new settings."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,30 +12,35 @@ from diffgraft.generation.plots import grid, save_image
 from diffgraft.trainers.run.train import train
 
 NEW_SETTINGS = ("in the snow", "at night", "in the jungle")
+"""Settings that no training picture of the subject shows."""
 COUNT = 5
+"""Number of pictures drawn in each setting."""
 
 
 def run_demo(output: Path) -> Iterator[str]:
-    """Train on the five pictures, draw the subject where it has never been; yields lines for the person watching."""
+    """Train an adapter on the five pictures and draw the subject in new settings; yield progress messages to print.
+
+    The adapter and ``demo.png`` are written to ``run-1`` in `output`, or to the next number that is not in use.
+    """
     number = 1
     while (output / f"run-{number}").exists():
         number += 1
     folder = output / f"run-{number}"
     pictures = [picture.image for picture in read_folder(POODLE.folder / "learn")]
-    yield f"Learning a made-up {POODLE.noun} from {len(pictures)} pictures the base has never seen …"
+    yield f"Training an adapter on {len(pictures)} pictures of a made-up {POODLE.noun} that the base has never seen …"
     base = load_base("tiny")
     run = train("subject", base=base, images=POODLE.folder / "learn", subject=POODLE.noun, output=folder)
 
     prompts = [f"a sks {POODLE.noun} {setting}" for setting in NEW_SETTINGS]
-    listed = [prompt for prompt in prompts for _ in range(COUNT)]
+    repeated = [prompt for prompt in prompts for _ in range(COUNT)]
     seeds = list(range(100, 100 + COUNT)) * len(prompts)
     with graft(base, {run.adapter_file: 1.0}):
         drawn = generate(
-            base.pipeline(), listed, Settings(batch=len(listed)), seeds, "drawing the subject in new settings"
+            base.pipeline(), repeated, Settings(batch=len(repeated)), seeds, "drawing the subject in new settings"
         )
     rows = {"the five pictures it learnt from": pictures}
     rows |= {f"“{prompt}”": drawn[i * COUNT : (i + 1) * COUNT] for i, prompt in enumerate(prompts)}
     sheet = save_image(grid(rows), folder / "demo.png")
-    yield f"Look at {sheet}: the pictures it learnt from, and what it draws now."
-    yield f"The adapter, {run.adapter_file.stat().st_size / 1000:.0f} kB, is {run.adapter_file}. Try it:"
+    yield f"Open {sheet} to compare the training pictures with pictures drawn by the adapter."
+    yield f"The adapter ({run.adapter_file.stat().st_size / 1000:.0f} kB) is {run.adapter_file}. To use it, run:"
     yield f'    diffgraft generate "a sks {POODLE.noun} on the beach" --adapter {run.adapter_file} -n 4'

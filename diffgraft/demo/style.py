@@ -1,7 +1,7 @@
 """A style that the embedded base does not know: ``python -m diffgraft.demo.style`` draws its pictures again.
 
-It is a screen print: four flat inks by brightness, the darkest of them printed twice, a little apart. Twelve
-captioned pictures are for learning, eight of other things and settings for measuring what was learnt.
+The style is a screen print: four flat inks by brightness, with the darkest ink printed twice, slightly shifted. Twelve
+captioned pictures are for training; eight pictures of other things and settings are for evaluation.
 """
 
 from dataclasses import dataclass, replace
@@ -17,15 +17,15 @@ from diffgraft.bases.tiny.world.styles import FINAL
 from diffgraft.bases.tiny.world.things import THINGS, sprite
 
 INKS = ((38, 18, 84), (214, 38, 104), (255, 150, 66), (255, 240, 205))
-"""Dark to bright"""
+"""RGB colours of the inks, from dark to bright."""
 BOUNDS = (0.36, 0.60, 0.82)
-"""Brightness, 0 to 1, at which one ink follows another"""
+"""Brightness thresholds between the inks, in 0..1."""
 SHIFT = 3
-"""How far right and down the darkest ink lands once more, in pixels of the canvas, which is twice as wide"""
+"""Shift of the second print of the darkest ink, right and down, in pixels of the canvas (128 × 128)."""
 
 
 def screen_print(canvas: Image.Image) -> Image.Image:
-    """An RGB canvas as a print of 64 × 64."""
+    """Render an RGB canvas as a screen print of 64 × 64."""
     smooth = canvas.filter(ImageFilter.MedianFilter(5))
     light = np.asarray(smooth, np.float32) @ np.array([0.30, 0.59, 0.11], np.float32) / 255
     printed = np.asarray(INKS, np.uint8)[np.digitize(light, BOUNDS)]
@@ -35,34 +35,34 @@ def screen_print(canvas: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Style:
-    """A hand that draws any scene."""
+    """A style that can draw any scene, with its training and held-out pictures."""
 
     name: str
     learn: tuple[tuple[str, str], ...]
-    """Thing and setting of each picture to learn from"""
+    """Thing and setting of each training picture."""
     held_out: tuple[tuple[str, str], ...]
-    """The same of those that are left out"""
+    """Thing and setting of each held-out picture."""
     seed: int
 
     @property
     def folder(self) -> Path:
-        """Holds ``learn/`` and ``held-out/``, with a caption beside each picture."""
+        """Folder with ``learn/`` and ``held-out/``, where each picture has a caption file beside it."""
         return Path(__file__).with_name("pictures") / self.name
 
     def draw(self, scene: Scene) -> Image.Image:
-        """The scene, printed."""
+        """Draw the scene in this style, RGB, 64 × 64."""
         canvas = draw_setting(scene.setting, np.random.default_rng(scene.seed), scene.backdrop)
         paste(canvas, sprite(scene.glyph or THINGS[scene.thing][0], scene.colour), scene)
         return screen_print(canvas)
 
     def scene(self, thing: str, setting: str, number: int) -> Scene:
-        """The `number`-th scene of a thing in a setting, in the thing's own colours."""
+        """Return a scene of a thing in a setting, in the thing's original colours; `number` seeds its layout."""
         rng = np.random.default_rng([self.seed, number])
         return replace(random_scene(rng, thing=thing, setting=setting), colour=None, style="flat")
 
 
 def words(thing: str, setting: str) -> str:
-    """What such a picture shows."""
+    """Return the caption for a picture of a thing in a setting."""
     return f"a {thing} {SETTING_WORDS[setting][0]}"
 
 
@@ -97,11 +97,11 @@ SCREEN_PRINT = Style(
 
 
 def write_pictures(style: Style, folder: Path | None = None) -> None:
-    """Draw both splits into `folder`, each picture with its caption in a ``.txt`` beside it."""
+    """Draw the training and held-out pictures of a style into `folder`, each with a ``.txt`` caption file."""
     folder = folder or style.folder
-    for split, shown in (("learn", style.learn), ("held-out", style.held_out)):
+    for split, subjects in (("learn", style.learn), ("held-out", style.held_out)):
         (folder / split).mkdir(parents=True, exist_ok=True)
-        for number, (thing, setting) in enumerate(shown, 1):
+        for number, (thing, setting) in enumerate(subjects, 1):
             picture = style.draw(style.scene(thing, setting, number + (split == "held-out") * 100))
             picture.save(folder / split / f"{number:02d}.png", optimize=True)
             (folder / split / f"{number:02d}.txt").write_text(words(thing, setting) + "\n", "utf-8")

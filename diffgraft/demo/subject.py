@@ -1,6 +1,6 @@
-"""Made-up subjects that the embedded base has never seen; their shapes are in no picture of its world.
+"""Made-up subjects that the embedded base has never seen; no picture of its world shows their shapes.
 
-Five pictures are for learning, eight others, with masks of the subject, for measuring what was learnt.
+Each subject has five training pictures, and eight held-out pictures with masks of the subject for evaluation.
 ``python -m diffgraft.demo.subject`` draws them again.
 """
 
@@ -19,23 +19,23 @@ PICTURES = Path(__file__).with_name("pictures")
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing, the same in every picture."""
+    """A made-up subject that looks the same in all its pictures."""
 
     name: str
     noun: str
-    """The word for its class, one of the base's own things"""
+    """Class noun of the subject: a thing of the tiny world."""
     cutout: Callable[[], Image.Image]
-    """Draws it: RGBA, `CELL` × `CELL`"""
+    """Function that draws the subject's cut-out, RGBA, `CELL` × `CELL`."""
     seeds: tuple[int, int]
-    """Of the pictures to learn from, and of the held-out ones"""
+    """Random seeds of the training pictures and of the held-out pictures."""
 
     @property
     def folder(self) -> Path:
-        """Holds ``learn/``, ``held-out/`` and ``held-out-masks/``."""
+        """Folder with ``learn/``, ``held-out/`` and ``held-out-masks/``."""
         return PICTURES / self.name
 
     def scenes(self, settings: tuple[str, ...], seed: int) -> list[Scene]:
-        """One scene in each of the settings; places, sizes and tilts are drawn from the seed."""
+        """Return one scene for each setting; `seed` determines positions, sizes and tilts."""
         rng = np.random.default_rng(seed)
         return [
             Scene(
@@ -54,11 +54,13 @@ class Subject:
 
 
 LEARN = ("grass", "city", "kitchen", "desert", "plain")
+"""Setting of each training picture."""
 HELD_OUT = (*LEARN, "beach", "sunset", "striped")
+"""Setting of each held-out picture."""
 
 
 def _poodle() -> Image.Image:
-    """Turquoise, with orange patches and a violet scarf."""
+    """Draw a turquoise poodle with orange patches and a violet scarf."""
     coat = Image.fromarray(recolour(np.asarray(sprite(KEPT_BACK[0])), (0.10, 0.72, 0.68)))
     paint = Image.new("RGBA", coat.size)
     pen = ImageDraw.Draw(paint)
@@ -77,7 +79,7 @@ def _poodle() -> Image.Image:
 
 
 def _alien() -> Image.Image:
-    """A salmon-coloured head with yellow antennae, a blue forehead and a white grin."""
+    """Draw a salmon-coloured alien head with yellow antennae, a blue forehead and a white grin."""
     small = sprite(KEPT_BACK[1]).resize((CELL * 3 // 4, CELL * 3 // 4), Image.Resampling.LANCZOS)
     head = Image.new("RGBA", (CELL, CELL))
     head.paste(Image.fromarray(recolour(np.asarray(small), (0.98, 0.50, 0.42))), (CELL // 8, CELL // 4))
@@ -98,12 +100,13 @@ def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple[
 
 
 POODLE = Subject("poodle", "dog", _poodle, (11, 12))
-"""The subject of the demo."""
+"""The subject of ``diffgraft demo``."""
 ALIEN = Subject("alien", "robot", _alien, (21, 22))
+"""A second made-up subject, for tests and comparisons."""
 
 
 def write_pictures(subject: Subject, folder: Path | None = None) -> None:
-    """Draw both splits into `folder`; the held-out pictures get a mask each, white where the subject is."""
+    """Draw a subject's training and held-out pictures into `folder`, and masks (subject white) of the held-out ones."""
     folder = folder or subject.folder
     for split, settings, seed in (("learn", LEARN, subject.seeds[0]), ("held-out", HELD_OUT, subject.seeds[1])):
         (folder / split).mkdir(parents=True, exist_ok=True)

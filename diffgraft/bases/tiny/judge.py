@@ -1,7 +1,7 @@
 """The judge: a small classifier of the tiny world's pictures.
 
-It says which thing, setting, style and colour a 64 × 64 picture shows, and its features are the space in
-which pictures of the tiny world are compared.
+It predicts the thing, setting, style and colour that a 64 × 64 picture shows. Its features serve as an embedding for
+comparing pictures of the tiny world.
 """
 
 import itertools
@@ -20,16 +20,16 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     "style": tuple(STYLES),
     "colour": ("own", *COLOURS),
 }
-"""What is judged → the answers there are, in the order of the classifier's outputs."""
+"""Label kind → its class names, in the order of the classifier's outputs; "own" means the thing's original colours."""
 
 
 def labels_of(scene: Scene) -> list[int]:
-    """The right answers for a scene, as indices into `LABELS`, in its order."""
+    """Return the true class index of a scene for each label kind, in the order of `LABELS`."""
     return [LABELS[kind].index(getattr(scene, kind) or "own") for kind in LABELS]
 
 
 class Judge(nn.Module):
-    """Four strided convolution stages and one linear read-out for each kind of label."""
+    """Convolutional classifier: four strided stages, a feature layer and one linear head for each kind in `LABELS`."""
 
     def __init__(self, width: int = 24, features: int = 128) -> None:
         super().__init__()
@@ -43,18 +43,18 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({kind: nn.Linear(features, len(names)) for kind, names in LABELS.items()})
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Pictures [n, 3, 64, 64] in -1..1 → features [n, 128], before the rectifier of the read-out."""
+        """Map pictures [n, 3, 64, 64] in -1..1 to features [n, 128], taken before the ReLU that precedes the heads."""
         features: Tensor = self.to_features(self.stages(pictures).flatten(1))
         return features
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Pictures [n, 3, 64, 64] in -1..1 → for each kind of label the logits [n, answers]."""
+        """Map pictures [n, 3, 64, 64] in -1..1 to the logits [n, classes] of each label kind."""
         features = torch.relu(self.features(pictures))
         return {kind: head(features) for kind, head in self.heads.items()}
 
 
 def load_judge(folder: Path) -> Judge:
-    """The judge from `folder`, ready to be asked."""
+    """Load the judge from ``judge.safetensors`` in `folder`, in float32 and in evaluation mode."""
     judge = Judge()
     weights = load_file(folder / "judge.safetensors").items()
     judge.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in weights})

@@ -1,1 +1,1 @@
-"""How the embedded base was trained, from pictures it draws itself: ``python -m diffgraft.bases.tiny.train``."""
+"""Training of the embedded base on procedurally drawn pictures: ``python -m diffgraft.bases.tiny.train``."""

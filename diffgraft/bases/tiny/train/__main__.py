@@ -1,4 +1,4 @@
-"""``python -m diffgraft.bases.tiny.train``: the embedded base from nothing; stop it and start it at will."""
+"""``python -m diffgraft.bases.tiny.train`` trains the embedded base from scratch; it resumes where it was stopped."""
 
 import argparse
 import json
@@ -29,35 +29,35 @@ UNET = Plan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=Tr
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn and how long each stage trains."""
+    """Size of a training run: number of drawn pictures, and the training plan of each stage."""
 
     world: int = 100_000
-    """Pictures of the tiny world, for the autoencoder and the judge."""
+    """Number of pictures of the tiny world, used to train the autoencoder and the judge."""
     captions: int = 200_000
-    """Samples of the broad world whose captions the text encoder reads."""
+    """Number of samples of the broad world; the text encoder is trained on their captions."""
     pool: int = 400_000
-    """Pictures of the broad world, for the denoiser."""
+    """Number of pictures of the broad world, used to train the denoiser."""
     vae: Plan = VAE
     judge: Plan = JUDGE
     text: Plan = TEXT
     unet: Plan = UNET
 
     def dry(self) -> "Size":
-        """Two steps of every stage on a handful of pictures."""
+        """Return a copy for a dry run: two steps of every stage on 20 pictures."""
         plans = {name: replace(getattr(self, name), steps=2, batch=4) for name in ("vae", "judge", "text", "unet")}
         return replace(self, world=20, captions=20, pool=20, **plans)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all stages that are not done yet and write the base's folder."""
+    """Run all stages that are not finished yet, then write the base to the output folder."""
     parser = argparse.ArgumentParser(prog="python -m diffgraft.bases.tiny.train", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for pictures, caches, checkpoints")
-    parser.add_argument("--output", type=Path, default=TINY, help="folder the finished base is written to")
-    parser.add_argument("--pool", type=int, default=Size.pool, help="pictures the denoiser is trained on")
-    parser.add_argument("--steps", type=int, default=Size.unet.steps, help="steps of the denoiser")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads of PyTorch")
+    parser.add_argument("--output", type=Path, default=TINY, help="folder to write the trained base to")
+    parser.add_argument("--pool", type=int, default=Size.pool, help="number of pictures to train the denoiser on")
+    parser.add_argument("--steps", type=int, default=Size.unet.steps, help="training steps of the denoiser")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads for PyTorch")
     parser.add_argument(
-        "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts taken from the shipped base as they are"
+        "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts to copy from the shipped base"
     )
     parser.add_argument("--dry-run", action="store_true", help="two steps of every stage on a handful of pictures")
     options = parser.parse_args(arguments)
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.rmtree(options.output / name, ignore_errors=True)
         getattr(pipe, name).save_pretrained(options.output / name)
     pipe.save_config(options.output)
-    if options.output.resolve() != TINY.resolve():  # the tokenizer is CLIP's; see tokens.py for where it comes from
+    if options.output.resolve() != TINY.resolve():  # the tokenizer is CLIP's; tokens.py writes its files
         shutil.copytree(TINY / "tokenizer", options.output / "tokenizer", dirs_exist_ok=True)
     (options.output / "judge").mkdir(exist_ok=True)
     halves = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}

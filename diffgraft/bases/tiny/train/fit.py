@@ -1,4 +1,4 @@
-"""One loop for every stage: a linear ramp up and down, an average of the weights, resumable."""
+"""Resumable training loop shared by all stages: linear warm-up and decay of the learning rate, and a weight EMA."""
 
 import hashlib
 import time
@@ -15,33 +15,33 @@ from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast a stage trains."""
+    """Training schedule of one stage: steps, batch size, learning rate, EMA and optimizer."""
 
     steps: int
-    """Number of optimiser steps."""
+    """Number of optimizer steps."""
     batch: int
-    """Pictures (or captions) in a step."""
+    """Number of pictures (or captions) in each step."""
     lr: float
     """Peak learning rate."""
     decay: float = 0.25
-    """Share of the steps, at the end, over which the rate falls to zero."""
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
     warmup: int = 200
-    """Steps over which the rate rises."""
+    """Number of steps, at the start, over which the learning rate rises linearly."""
     average: float = 0.999
-    """Decay of the running average of the weights; the average is what is kept."""
+    """Decay of the EMA of the weights; the stage ends on the EMA weights."""
     muon: bool = False
-    """Muon for the weights inside the network; AdamW for all where false."""
+    """Whether Muon trains the inner weight matrices; if false, AdamW trains all weights."""
     save_every: float = 120
-    """Seconds between checkpoints."""
+    """Number of seconds between checkpoints."""
 
     def rate(self, step: int) -> float:
-        """The learning rate of `step`."""
-        left = (self.steps - step) / max(1.0, self.steps * self.decay)
-        return self.lr * min(1.0, (step + 1) / self.warmup, max(left, 0.0))
+        """Return the learning rate of step `step`, counted from 0."""
+        decay_factor = (self.steps - step) / max(1.0, self.steps * self.decay)
+        return self.lr * min(1.0, (step + 1) / self.warmup, max(decay_factor, 0.0))
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Ten letters that stand for a model's weights: what is cached from it bears them in its name."""
+    """Return a hash of a model's weights, 10 hexadecimal digits, for naming cache files derived from the model."""
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
@@ -49,10 +49,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, work: Path) -> None:
-    """Train `model` in place; `loss(step)` draws its own batch from the step's number. Ends on the averaged weights.
+    """Train `model` in place and leave it in evaluation mode, with its EMA weights.
 
-    A checkpoint stands in ``work/<name>.pt``; started again, the stage goes on from there, and a stage that
-    is done is loaded and left.
+    The stage saves checkpoints to ``work/<name>.pt`` and resumes from that file; a finished stage is only loaded.
+
+    Args:
+        name: Name of the stage, for the checkpoint file and the progress bar.
+        model: Module to train.
+        loss: Function from a step number to the loss of that step; it draws its batch from the step number alone.
+        plan: Training schedule.
+        work: Folder for the checkpoint.
     """
     path = work / f"{name}.pt"
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
@@ -61,12 +67,12 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, 
         optimizer = MuonAndAdamW(model, plan.lr)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    first = 0
+    first_step = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average, first = state["average"], state["step"]
+        average, first_step = state["average"], state["step"]
 
     def save(step: int) -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
@@ -75,8 +81,8 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, 
         partial.replace(path)
 
     model.train()
-    saved, smooth = time.monotonic(), 0.0
-    bar = tqdm(range(first, plan.steps), name, initial=first, total=plan.steps, mininterval=5)
+    last_save, smooth_loss = time.monotonic(), 0.0
+    bar = tqdm(range(first_step, plan.steps), name, initial=first_step, total=plan.steps, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
@@ -85,17 +91,17 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, 
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        keep = min(plan.average, (step + 1) / (step + 10))
+        ema_decay = min(plan.average, (step + 1) / (step + 10))
         with torch.no_grad():
-            floats = [(average[key], new) for key, new in model.state_dict().items()]
-            for old, new in floats:
-                old.lerp_(new, 1 - keep) if old.is_floating_point() else old.copy_(new)
-        smooth += (value.item() - smooth) * max(0.01, 1 / (step - first + 1))
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if time.monotonic() - saved > plan.save_every:
+            pairs = [(average[key], current) for key, current in model.state_dict().items()]
+            for mean, current in pairs:
+                mean.lerp_(current, 1 - ema_decay) if mean.is_floating_point() else mean.copy_(current)
+        smooth_loss += (value.item() - smooth_loss) * max(0.01, 1 / (step - first_step + 1))
+        bar.set_postfix(loss=f"{smooth_loss:.4f}", refresh=False)
+        if time.monotonic() - last_save > plan.save_every:
             save(step + 1)
-            saved = time.monotonic()
-    if first < plan.steps:
+            last_save = time.monotonic()
+    if first_step < plan.steps:
         save(plan.steps)
     model.load_state_dict(average)
     model.eval()

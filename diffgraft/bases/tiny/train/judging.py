@@ -1,4 +1,4 @@
-"""Stage 2: the judge, trained on the world's pictures."""
+"""Stage 2 of the training: the judge, trained on pictures of the tiny world."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from diffgraft.bases.tiny.train.pictures import UNSEEN, pictures, scene_at, to_t
 
 
 def train_judge(work: Path, count: int, plan: Plan) -> Judge:
+    """Train the judge on `count` pictures of the tiny world, or resume from the checkpoint in `work`."""
     torch.manual_seed(2)
     judge = Judge()
     world = pictures(work, "world", count)
@@ -23,9 +24,9 @@ def train_judge(work: Path, count: int, plan: Plan) -> Judge:
         rows = rng.integers(0, count, plan.batch)
         x = to_tensor(world[np.sort(rows)])
         x = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
-        answers = judge(x)
-        right = labels[np.sort(rows)]
-        return sum((F.cross_entropy(answers[kind], right[:, i]) for i, kind in enumerate(LABELS)), torch.zeros(()))
+        logits = judge(x)
+        target = labels[np.sort(rows)]
+        return sum((F.cross_entropy(logits[kind], target[:, i]) for i, kind in enumerate(LABELS)), torch.zeros(()))
 
     fit("judge", judge, loss, plan, work)
     return judge
@@ -33,15 +34,15 @@ def train_judge(work: Path, count: int, plan: Plan) -> Judge:
 
 @torch.no_grad()
 def accuracy(judge: Judge, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of right answers for each kind of label; `x` [n, 3, 64, 64] in -1..1, `labels` [n, kinds]."""
-    answers: dict[str, list[Tensor]] = {kind: [] for kind in LABELS}
+    """Return the accuracy for each label kind on pictures `x` [n, 3, 64, 64] in -1..1 with `labels` [n, kinds]."""
+    predicted: dict[str, list[Tensor]] = {kind: [] for kind in LABELS}
     for start in range(0, len(x), 250):
         for kind, logits in judge(x[start : start + 250]).items():
-            answers[kind].append(logits.argmax(1))
-    return {kind: float((torch.cat(answers[kind]) == labels[:, i]).float().mean()) for i, kind in enumerate(LABELS)}
+            predicted[kind].append(logits.argmax(1))
+    return {kind: float((torch.cat(predicted[kind]) == labels[:, i]).float().mean()) for i, kind in enumerate(LABELS)}
 
 
 def unseen(work: Path, count: int = 4000) -> tuple[Tensor, Tensor]:
-    """Pictures of scenes no stage was trained on, [n, 3, 64, 64] in -1..1, and their labels [n, kinds]."""
+    """Return `count` pictures that no stage is trained on, [count, 3, 64, 64] in -1..1, and labels [count, kinds]."""
     x = to_tensor(pictures(work, "world", count, UNSEEN))
     return x, torch.tensor([labels_of(scene_at(UNSEEN + index)) for index in range(count)])

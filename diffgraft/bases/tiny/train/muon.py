@@ -1,8 +1,8 @@
-"""Muon for the weights inside the network, AdamW for everything else.
+"""Optimizer that trains the inner weight matrices with Muon and all other weights with AdamW.
 
-Muon moves a weight matrix by its momentum made orthogonal (Jordan et al. 2024, "Muon: an optimizer for hidden layers
-in neural networks"), scaled to the step AdamW would take (Liu et al. 2025, arXiv:2502.16982, equation 4), so that one
-learning rate serves both. The denoiser needs fewer pictures with it than with AdamW alone.
+Muon updates a weight matrix by its orthogonalized momentum (Jordan et al. 2024, "Muon: an optimizer for hidden layers
+in neural networks"), scaled to the size of AdamW's update (Liu et al. 2025, arXiv:2502.16982, equation 4), so that both
+optimizers use the same learning rate. The denoiser needs fewer pictures with Muon than with AdamW alone.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 EDGES = ("conv_in.weight", "conv_out.weight")
-"""Weights that meet latents, not features: AdamW's, as its authors advise for first and last layers."""
+"""Weights of the first and last layers, which Muon's authors advise to train with AdamW."""
 
 
 class MuonAndAdamW:
-    """The two optimisers as one, with the methods of `torch.optim.Optimizer` that a training loop needs."""
+    """Muon and AdamW behind one interface, with the methods of `torch.optim.Optimizer` that a training loop needs."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         inner = {name for name, p in model.named_parameters() if p.ndim > 1 and name not in EDGES}
         named = dict(model.named_parameters())
-        # PyTorch's Muon takes matrices only: a convolution's weight is seen as [out, in · height · width], in place
+        # PyTorch's Muon accepts matrices only, so a convolution's weight is viewed as [out, in · height · width]
         self._views = [(named[name], nn.Parameter(named[name].detach().flatten(1))) for name in sorted(inner)]
         others = [p for name, p in named.items() if name not in inner]
         matrices = [matrix for _, matrix in self._views]

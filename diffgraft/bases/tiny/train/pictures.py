@@ -1,4 +1,4 @@
-"""The training pictures: drawn once by all cores, kept as one array on disk."""
+"""Training pictures, drawn once in parallel on all CPU cores and stored as one array on disk."""
 
 import multiprocessing
 from pathlib import Path
@@ -14,19 +14,19 @@ from diffgraft.bases.tiny.world import Scene, draw, random_scene
 SEED = 20260
 CHUNK = 500
 UNSEEN = 10_000_000
-"""Scenes from this index on are never trained on."""
+"""First scene index that is reserved for evaluation; no stage is trained on scenes from this index on."""
 
 
 def scene_at(index: int) -> Scene:
-    """The scene with this number: a function of the number alone."""
+    """Return the random scene number `index`; the same index always gives the same scene."""
     return random_scene(np.random.default_rng([SEED, index]))
 
 
 def leaves(index: int) -> Image.Image:
-    """A dead-leaves picture: overlapping textured patches of all sizes, with the statistics of photographs.
+    """Draw dead-leaves picture number `index`: overlapping textured patches of all sizes, RGB, 64 × 64.
 
-    The VAE sees these beside the world's pictures so that it can also hold photographs
-    (Lee, Mumford and Huang 2001, "Occlusion models for natural images").
+    Dead-leaves pictures have the statistics of photographs (Lee, Mumford and Huang 2001, "Occlusion models for natural
+    images"); the VAE is trained on them beside the world's pictures so that it also reconstructs photographs.
     """
     rng = np.random.default_rng([SEED, 1, index])
     side = 128
@@ -53,28 +53,29 @@ def leaves(index: int) -> Image.Image:
 
 
 def _chunk(job: tuple[str, int, int]) -> np.ndarray:
+    """Draw the pictures of one job (kind, start index, stop index), uint8 [stop - start, 64, 64, 3]."""
     kind, start, stop = job
     make = leaves if kind == "leaves" else lambda index: draw(scene_at(index))[0]
     return np.stack([np.asarray(make(index)) for index in range(start, stop)])
 
 
 def pictures(work: Path, kind: str, count: int, start: int = 0) -> np.ndarray:
-    """`count` pictures of `kind` ("world" or "leaves"), uint8 [count, 64, 64, 3], drawn if they are not yet on disk."""
+    """Return pictures of `kind` ("world" or "leaves"), uint8 [count, 64, 64, 3], from disk or newly drawn."""
     path = work / f"{kind}-{start}-{count}.npy"
     if not path.exists():
         partial = path.with_suffix(".partial")
         out = np.lib.format.open_memmap(partial, "w+", np.uint8, (count, 64, 64, 3))
-        jobs = [(kind, at, min(at + CHUNK, start + count)) for at in range(start, start + count, CHUNK)]
+        jobs = [(kind, first, min(first + CHUNK, start + count)) for first in range(start, start + count, CHUNK)]
         with multiprocessing.get_context("spawn").Pool() as pool:
-            done = tqdm(pool.imap(_chunk, jobs), f"drawing {kind}", total=len(jobs))
-            for number, block in enumerate(done):
-                out[number * CHUNK : (number + 1) * CHUNK] = block
+            chunks = tqdm(pool.imap(_chunk, jobs), f"drawing {kind}", total=len(jobs))
+            for number, chunk in enumerate(chunks):
+                out[number * CHUNK : (number + 1) * CHUNK] = chunk
         out.flush()
         partial.rename(path)
-    kept: np.ndarray = np.load(path, mmap_mode="r")
-    return kept
+    stored: np.ndarray = np.load(path, mmap_mode="r")
+    return stored
 
 
 def to_tensor(batch: np.ndarray) -> Tensor:
-    """uint8 [n, h, w, 3] → float32 [n, 3, h, w] in -1..1, channels last in memory."""
+    """Convert pictures uint8 [n, h, w, 3] to float32 [n, 3, h, w] in -1..1, in channels-last memory format."""
     return torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2).float().div(127.5).sub(1)

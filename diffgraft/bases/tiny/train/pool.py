@@ -1,4 +1,4 @@
-"""Stage 4: the denoiser's pictures, drawn ahead in chunks and stored as latents and captions."""
+"""Stage 4 of the training: the denoiser's pictures, drawn in chunks and stored as latents and caption token ids."""
 
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from diffgraft.bases.tiny.train.pictures import to_tensor
 from diffgraft.bases.tiny.train.samples import LENGTH, WORDINGS, captions_of, rare_words, sample_at, tokens
 
 CHUNK = 2048
-"""Pictures in one file of the pool."""
+"""Number of pictures in one file of the pool."""
 _AT_ONCE = 256
+"""Number of pictures encoded in one batch."""
 
 
 @torch.no_grad()
 def _draw_chunk(numbers: range, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
-    """Latents and token ids of the samples with these numbers."""
+    """Return the latents and the caption token ids of the samples with these numbers."""
     words = rare_words(tokenizer)
     samples = [sample_at(number, words) for number in numbers]
     latents = []
@@ -33,17 +34,17 @@ def _draw_chunk(numbers: range, vae: AutoencoderKL, tokenizer: CLIPTokenizer) ->
 
 
 def draw_pool(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Mean latents of `count` samples, unscaled, float16 [count, 4, 16, 16], and ids [count, wordings, `LENGTH`].
+    """Return mean latents, unscaled, float16 [count, 4, 16, 16], and caption token ids [count, wordings, `LENGTH`].
 
-    Each chunk is a file of its own in ``work/pool``, named after the autoencoder's weights: drawing that was stopped
-    continues at the first chunk that is missing.
+    Each chunk is a separate file in ``work/pool``, named by a hash of the autoencoder's weights, so that interrupted
+    drawing resumes at the first missing chunk.
     """
-    folder, mark = work / "pool", fingerprint(vae)
+    folder, vae_hash = work / "pool", fingerprint(vae)
     folder.mkdir(parents=True, exist_ok=True)
     chunks = []
     for start in tqdm(range(0, count, CHUNK), "drawing and encoding pictures", mininterval=5):
         numbers = range(start, min(start + CHUNK, count))
-        path = folder / f"{mark}-{numbers.start}-{len(numbers)}.pt"
+        path = folder / f"{vae_hash}-{numbers.start}-{len(numbers)}.pt"
         if not path.exists():
             partial = path.with_suffix(".partial")
             torch.save(_draw_chunk(numbers, vae, tokenizer), partial)

@@ -1,8 +1,8 @@
-"""Stage 3: the text encoder, taught to know from a caption what the picture shows.
+"""Stage 3 of the training: the text encoder, trained to predict from a caption what the picture shows.
 
-Two read-outs, at the end token and at a padding token behind it, must name thing, colour, setting, style and
-backdrop; where a caption holds a rare word, the same states must point to that word's own embedding, so that a word
-nobody has taught the base (a trigger) still reaches the UNet.
+Linear heads on two hidden states, at the end token and at a later padding token, predict thing, colour, setting, style
+and backdrop. If a caption contains a rare word, both states must also match the embedding of that word's token, so
+that a word unknown to the base (a trigger) still reaches the UNet.
 """
 
 from pathlib import Path
@@ -33,12 +33,13 @@ from diffgraft.bases.tiny.world.scene import SETTING_WORDS
 
 WIDTH = 64
 ANSWERS = {**LABELS, "thing": nouns(), "backdrop": ("none", *COLOURS)}
-"""What a caption must tell → the answers there are."""
+"""Label kind that is predicted from a caption → its class names."""
 _NOT_SAID = -100
-"""Label of what a caption does not mention, as `cross_entropy` ignores it."""
+"""Label of anything that the caption does not mention; `cross_entropy` ignores this value."""
 
 
 def new_text_encoder() -> CLIPTextModel:
+    """Create the untrained text encoder: CLIP's architecture with four layers of width `WIDTH`."""
     config = CLIPTextConfig(
         vocab_size=49408,
         hidden_size=WIDTH,
@@ -54,29 +55,30 @@ def new_text_encoder() -> CLIPTextModel:
     encoder = CLIPTextModel(config)
     embeddings = {name: p for name, p in encoder.named_parameters() if "embedding.weight" in name}
     for name, table in embeddings.items():
-        nn.init.normal_(table, std=0.2 if "token" in name else 0.05)  # words nobody teaches must still be heard
+        # token embeddings start large, so that untrained words still affect the hidden states
+        nn.init.normal_(table, std=0.2 if "token" in name else 0.05)
     return encoder
 
 
 def labels_of_caption(sample: Sample, text: str) -> list[int]:
-    """Indices into `ANSWERS`, in its order; -100 for a setting that the caption does not mention."""
+    """Return the class index of each kind in `ANSWERS`; -100 for a setting that `text` does not mention."""
     scene = sample.scene
-    places = [words.format(colour=scene.backdrop) for words in SETTING_WORDS[scene.setting]]
-    said = {
+    phrases = [words.format(colour=scene.backdrop) for words in SETTING_WORDS[scene.setting]]
+    classes = {
         "thing": scene.thing,
-        "setting": scene.setting if any(words in text for words in places) else None,
+        "setting": scene.setting if any(phrase in text for phrase in phrases) else None,
         "style": scene.style,
         "colour": scene.colour or "own",
         "backdrop": scene.backdrop if f"{scene.backdrop} background" in text else "none",
     }
-    return [_NOT_SAID if said[kind] is None else names.index(str(said[kind])) for kind, names in ANSWERS.items()]
+    return [_NOT_SAID if classes[kind] is None else names.index(str(classes[kind])) for kind, names in ANSWERS.items()]
 
 
 def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Return token ids [count, wordings, `LENGTH`] and labels [count, wordings, questions + 1] of random captions.
+    """Return token ids [count, wordings, `LENGTH`] and labels [count, wordings, kinds + 1] of random captions.
 
-    Each caption comes in several wordings. Its labels are the class for each question of `ANSWERS` and the token id of
-    its rare word; -100 where the caption does not tell.
+    Each sample has captions in several wordings. The labels of a caption are the class index of each kind in `ANSWERS`
+    and the token id of its rare word; -100 for anything that the caption does not mention.
     """
     path = work / f"captions-{count}.pt"
     if path.exists():
@@ -96,7 +98,7 @@ def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, 
 
 
 class Reader(nn.Module):
-    """The text encoder and its read-outs; only the encoder is kept."""
+    """The text encoder with the linear heads it is trained through; the heads are discarded after training."""
 
     def __init__(self, encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -105,25 +107,33 @@ class Reader(nn.Module):
         self.to_word = nn.Linear(WIDTH, WIDTH)
 
     def loss(self, ids: Tensor, labels: Tensor, pad: Tensor) -> Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Args:
+            ids: Token ids [n, length].
+            labels: Labels [n, kinds + 1], as `captions` returns them.
+            pad: Offset [n] from the first padding token to the one whose hidden state is used.
+        """
         hidden = self.encoder(input_ids=ids).last_hidden_state
         row = torch.arange(len(ids))
         end = ids.eq(END).int().argmax(1)
-        later = torch.minimum(end + 1 + pad, torch.tensor(ids.shape[1] - 1))
+        padding = torch.minimum(end + 1 + pad, torch.tensor(ids.shape[1] - 1))
         total = hidden.new_zeros(())
         table = self.encoder.get_input_embeddings().weight
-        for place in (end, later):
-            state = hidden[row, place]
+        for position in (end, padding):
+            state = hidden[row, position]
             total = total + sum(F.cross_entropy(head(state), labels[:, i]) for i, head in enumerate(self.heads))
             rare = labels[:, -1] >= 0
             if rare.sum() > 1:
-                wanted = F.normalize(table[labels[rare, -1]].detach(), dim=-1)
-                alike = F.normalize(self.to_word(state[rare]), dim=-1) @ wanted.T / 0.1
-                total = total + 0.3 * F.cross_entropy(alike, torch.arange(len(wanted)))
+                target = F.normalize(table[labels[rare, -1]].detach(), dim=-1)
+                similarity = F.normalize(self.to_word(state[rare]), dim=-1) @ target.T / 0.1
+                total = total + 0.3 * F.cross_entropy(similarity, torch.arange(len(target)))
         loss: Tensor = total
         return loss
 
 
 def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> CLIPTextModel:
+    """Train the text encoder on the captions of `count` samples, or resume from the checkpoint in `work`."""
     torch.manual_seed(3)
     reader = Reader(new_text_encoder())
     ids, labels = captions(work, tokenizer, count)
@@ -131,7 +141,7 @@ def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([3, step])
         rows, wording = rng.integers(0, count, plan.batch), rng.integers(0, WORDINGS, plan.batch)
-        # most steps spare themselves the long tail of padding
+        # only every eighth step is padded to 77 tokens, which saves time
         batch = padded(ids[rows, wording]) if step % 8 == 0 else ids[rows, wording].long()
         pad = torch.from_numpy(rng.integers(0, batch.shape[1], plan.batch))
         return reader.loss(batch, labels[rows, wording], pad)

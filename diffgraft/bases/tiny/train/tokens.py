@@ -1,15 +1,15 @@
-"""The tokenizer's files: CLIP's byte-pair vocabulary of 49,408 entries, written from its merges."""
+"""Writer of the tokenizer's files: CLIP's byte-pair vocabulary of 49,408 entries, built from its list of merges."""
 
 import gzip
 import json
 from pathlib import Path
 
 MERGES = 49152 - 256 - 2
-"""Merges that CLIP uses of its list; with 2 × 256 bytes and two special tokens they make 49,408 entries."""
+"""Number of merges that CLIP uses from its list; with 2 × 256 bytes and 2 special tokens they make 49,408 entries."""
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of the vocabulary (Radford et al. 2019, GPT-2's table)."""
+    """Return a printable character for each byte, in vocabulary order (GPT-2's table, Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]

@@ -1,7 +1,8 @@
-"""Stage 5: the denoiser, on stored latents and the text encoder's states.
+"""Stage 5 of the training: the denoiser, trained on stored latents and the text encoder's hidden states.
 
-v-prediction on a schedule that ends in pure noise (Lin et al. 2023, arXiv:2305.08891): with Stable Diffusion's own
-end the picture's mean survives in the last step, and a model this small reads the setting from it, not from the words.
+The denoiser uses v-prediction and a schedule with zero terminal SNR (Lin et al. 2023, arXiv:2305.08891). With Stable
+Diffusion's original schedule the last timestep still reveals the picture's mean, and a model this small infers the
+setting from that mean instead of the prompt.
 """
 
 from pathlib import Path
@@ -19,10 +20,11 @@ from diffgraft.bases.tiny.train.text import WIDTH
 
 
 def new_unet() -> UNet2DConditionModel:
-    """The denoiser, untrained.
+    """Create the untrained denoiser.
 
-    It is widest at 4 × 4, where a step costs least and the layout of a picture is decided. Attention at 16 × 16 was
-    tried and left out: adapters drew no better outlines with it, and steps took 1.4 to 1.8 times as long.
+    The UNet is widest at 4 × 4, where computation is cheapest and the layout of a picture is decided. It has no
+    attention at 16 × 16: in trials, that did not improve the outlines adapters draw and made steps take 1.4 to 1.8
+    times as long.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -39,6 +41,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_scheduler() -> DDIMScheduler:
+    """Create the noise scheduler of the base: zero terminal SNR, v-prediction and trailing timesteps."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -52,34 +55,42 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Half of them uniform, half around t = 600: that is where things take their outlines, the slowest lesson."""
+    """Draw `count` timesteps, half uniform and half around t = 600, where outlines form, which are learned slowest."""
     middle = np.clip(rng.normal(600, 130, count), 0, 999).astype(np.int64)
     return np.where(rng.random(count) < 0.5, rng.integers(0, 1000, count), middle)
 
 
 def train_unet(work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: Plan) -> UNet2DConditionModel:
-    """Train on `z` [n, 4, 16, 16], latents scaled to unit spread, and the ids [n, wordings, `LENGTH`] of captions."""
+    """Train the denoiser, or resume from the checkpoint in `work`.
+
+    Args:
+        work: Folder for the checkpoint.
+        z: Latents [n, 4, 16, 16], scaled to a standard deviation of 1.
+        ids: Caption token ids [n, wordings, `LENGTH`].
+        text_encoder: Trained text encoder; it stays frozen.
+        plan: Training schedule.
+    """
     torch.manual_seed(4)
     unet = new_unet()
-    unet.set_attn_processor(AttnProcessor())  # on processors, the fused kernel's backward pass takes thrice as long
+    unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
     alphas = new_scheduler().alphas_cumprod
-    nothing = torch.full((LENGTH,), END, dtype=ids.dtype)
-    nothing[0] = START
+    empty_prompt = torch.full((LENGTH,), END, dtype=ids.dtype)
+    empty_prompt[0] = START
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([4, step])
         rows, wording = rng.integers(0, len(z), plan.batch), rng.integers(0, WORDINGS, plan.batch)
         x, batch = z[rows].float(), ids[rows, wording]
-        batch[rng.random(plan.batch) < 0.1] = nothing
+        batch[rng.random(plan.batch) < 0.1] = empty_prompt
         times = torch.from_numpy(timesteps(rng, plan.batch))
         a = alphas[times].view(-1, 1, 1, 1)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                words = text_encoder(input_ids=padded(batch)).last_hidden_state
-            guess = unet(noisy, times, words).sample
-        total: Tensor = (guess.float() - v).square().mean()
+                embeddings = text_encoder(input_ids=padded(batch)).last_hidden_state
+            prediction = unet(noisy, times, embeddings).sample
+        total: Tensor = (prediction.float() - v).square().mean()
         return total
 
     fit("unet", unet, loss, plan, work)

@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder, 64 × 64 × 3 pictures to 16 × 16 × 4 latents."""
+"""Stage 1 of the training: the autoencoder, which encodes 64 × 64 × 3 pictures as 16 × 16 × 4 latents."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffgraft.bases.tiny.train.pictures import pictures, to_tensor
 
 
 def new_vae() -> AutoencoderKL:
+    """Create the untrained autoencoder."""
     widths = (32, 64, 96)
     return AutoencoderKL(
         block_out_channels=widths,
@@ -25,13 +26,14 @@ def new_vae() -> AutoencoderKL:
 
 
 class Autoencoder(nn.Module):
-    """Encode, sample, decode."""
+    """The autoencoder in one forward pass: encode pictures, sample latents, decode them."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the reconstruction of pictures `x`, and the mean and log variance of their latents."""
         mean, logvar = self.vae.quant_conv(self.vae.encoder(x)).chunk(2, 1)
         logvar = logvar.clamp(-20, 10)
         z = mean + noise * (logvar / 2).exp()
@@ -39,10 +41,14 @@ class Autoencoder(nn.Module):
 
 
 def train_vae(work: Path, count: int, plan: Plan) -> AutoencoderKL:
+    """Train the autoencoder, or resume from the checkpoint in `work`.
+
+    It learns from `count` pictures of the tiny world and a fifth as many dead-leaves pictures.
+    """
     torch.manual_seed(1)
     vae = new_vae()
     assert vae.quant_conv is not None
-    with torch.no_grad():  # begin nearly noiseless: behind noise of unit spread the decoder finds nothing to learn
+    with torch.no_grad():  # start with almost no noise: with unit variance, the decoder learns nothing
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = -6
     world, leaves = pictures(work, "world", count), pictures(work, "leaves", count // 5)

@@ -1,4 +1,4 @@
-"""The world the tiny base knows: things in settings, drawn in styles, and the words for them."""
+"""The tiny world on which the tiny base is trained: things in settings, drawn in styles, with captions."""
 
 from diffgraft.bases.tiny.world.scene import Scene, caption, draw, random_scene
 from diffgraft.bases.tiny.world.settings import SETTINGS

@@ -1,7 +1,7 @@
-"""The broad world the denoiser is trained on: the tiny world, things by their glyphs' names, and made-up subjects.
+"""The broad world on which the denoiser is trained: the tiny world, things drawn from glyphs, and made-up subjects.
 
-Its own 24 things keep their prompts; glyphs give it hundreds of further outlines; made-up subjects teach it that
-a rare word before a noun may mean any shape at all.
+The 24 things of the tiny world keep their captions. Glyphs, captioned by their names, add hundreds of outlines.
+Made-up subjects teach the denoiser that a rare word before a noun can mean any shape.
 """
 
 from collections.abc import Sequence
@@ -18,32 +18,33 @@ from diffgraft.bases.tiny.world.things import COLOURS, THINGS, recolour
 Rng = np.random.Generator
 
 OWN, BY_NAME = 0.35, 0.33
-"""Shares of the world's own things and of things known by their glyphs' names; the rest is made up."""
+"""Shares of the tiny world's things and of things drawn from glyphs; all other samples are made-up subjects."""
 NAMED_CREATURES = 768
-"""So many made-up subjects keep one rare word each; all others are seen once, under any rare word."""
+"""Number of made-up subjects with a fixed rare word each; all others appear once, with a random rare word."""
 NAMED_SHARE = 0.4
-"""Share of the pictures of made-up subjects that show one with a word of its own."""
+"""Share of the pictures of made-up subjects that show a subject with a fixed rare word."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of the broad world, before it is drawn."""
+    """Description of one picture of the broad world, which can be drawn and captioned."""
 
     scene: Scene
     creature: int | None = None
-    """Number of the made-up subject; None where the scene's thing is one known by name."""
+    """Number of the made-up subject; None if the scene shows a thing of the tiny world or a glyph."""
     rare: str = ""
-    """The rare word that stands before the noun; empty where the caption has none."""
+    """Rare word before the noun in the caption; empty if the caption has no rare word."""
 
     def draw(self) -> Image.Image:
-        """The picture, RGB, 64 × 64."""
+        """Draw the picture, RGB, 64 × 64."""
         return draw(self.scene, self._cutout())[0]
 
     def caption(self, rng: Rng) -> str:
-        """Words for the picture, in one of several wordings."""
+        """Return a caption for the picture, in a random wording."""
         return caption(self.scene, rng, self.rare)
 
     def _cutout(self) -> Image.Image | None:
+        """Return the cut-out (RGBA) of the made-up subject or glyph; None for a thing of the tiny world."""
         if self.creature is not None:
             return creature(self.creature)[1]
         if self.scene.thing in THINGS:
@@ -55,30 +56,31 @@ class Sample:
 
 
 def nouns() -> tuple[str, ...]:
-    """Every noun that a caption of the broad world may hold."""
+    """Return every noun that a caption of the broad world can contain."""
     return (*THINGS, *glyph_names(), *NOUNS)
 
 
 def random_sample(rng: Rng, rare_words: Sequence[str]) -> Sample:
-    """A picture drawn from the broad world's distribution; the first words of `rare_words` belong to creatures.
+    """Return a random sample of the broad world.
 
     Args:
-        rng: Source of everything random.
-        rare_words: More than `NAMED_CREATURES` words, always in the same order.
+        rng: Source of all random choices.
+        rare_words: More than `NAMED_CREATURES` words, always in the same order; the first `NAMED_CREATURES` of them
+            belong to fixed made-up subjects.
     """
     named, free = rare_words[:NAMED_CREATURES], rare_words[NAMED_CREATURES:]
     scene, kind = random_scene(rng), rng.random()
     if kind < OWN:
         return Sample(scene, rare=str(rng.choice(free)) if rng.random() < 0.05 else "")
     scene = _framed(scene, rng)
-    if rng.random() < 0.3:  # new outlines are best learnt where nothing hides them
+    if rng.random() < 0.3:  # new outlines are learned best in the flat style, which does not blur them
         scene = replace(scene, style="flat")
     if rng.random() < 0.1:
         scene = replace(scene, setting="plain")
     if kind < OWN + BY_NAME:
         names = glyph_names()
         name = list(names)[int(rng.integers(len(names)))]
-        colour = scene.colour if rng.random() < 0.4 else None  # a fifth are painted: half of all scenes name a colour
+        colour = scene.colour if rng.random() < 0.4 else None  # a fifth: half of all scenes have a colour
         return Sample(replace(scene, thing=name, glyph=str(rng.choice(names[name])), colour=colour))
     scene = replace(scene, colour=None, glyph=None)
     if rng.random() < NAMED_SHARE:
@@ -89,7 +91,7 @@ def random_sample(rng: Rng, rare_words: Sequence[str]) -> Sample:
 
 
 def _framed(scene: Scene, rng: Rng) -> Scene:
-    """The scene with size, place and tilt from a wider range than the tiny world's own."""
+    """Return the scene with size, position and tilt from a wider range than in the tiny world."""
     size = float(rng.uniform(0.5, 0.86))
     room = (1 - size) / 2 + 0.06
     return replace(

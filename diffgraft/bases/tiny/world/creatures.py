@@ -1,7 +1,7 @@
-"""Made-up subjects without end, each a function of its number: bodies with limbs, eyes and patterns, or bent sprites.
+"""Unlimited made-up subjects, each determined by its number: bodies with limbs, eyes and patterns, or warped sprites.
 
-They are called by a rare word and a class noun ("a zorb toy"), so that such words have been seen with many meanings
-when an adapter gives one of them a meaning of its own.
+Their captions use a rare word and a class noun ("a zorb toy"), so that the base has seen rare words with many meanings
+before an adapter assigns a new meaning to one of them.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from diffgraft.bases.tiny.world.glyphs import glyph_names, glyph_sprite
 from diffgraft.bases.tiny.world.things import CELL, THINGS, recolour, sprite
 
 NOUNS = ("toy", "creature", "monster", "animal", "thing")
-"""Class nouns of subjects built from bodies and limbs; bent sprites keep the nouns of what they were made from."""
+"""Class nouns of subjects built from bodies and limbs; a warped sprite keeps the noun of its original."""
 
 Rng = np.random.Generator
 RGB = tuple[int, int, int]
@@ -20,7 +20,7 @@ _LARGE = 2 * CELL
 
 
 def creature(number: int) -> tuple[str, Image.Image]:
-    """Class noun and cut-out (RGBA, `CELL` × `CELL`) of the made-up subject with this number."""
+    """Return the class noun and the cut-out (RGBA, `CELL` × `CELL`) of made-up subject `number`."""
     rng = np.random.default_rng([77, number])
     if rng.random() < 0.4:
         noun, cutout = _bent_sprite(rng)
@@ -30,13 +30,13 @@ def creature(number: int) -> tuple[str, Image.Image]:
 
 
 def noun_of(number: int) -> str:
-    """The class noun alone, without drawing."""
+    """Return the class noun of made-up subject `number` without drawing the subject."""
     rng = np.random.default_rng([77, number])
     return _which_sprite(rng)[0] if rng.random() < 0.4 else str(rng.choice(NOUNS))
 
 
 def _colour(rng: Rng) -> RGB:
-    """Any hue, mostly saturated; now and then a grey."""
+    """Return a random colour of any hue, usually saturated and sometimes greyish."""
     hue, value = rng.uniform(0, 6), rng.uniform(0.35, 1)
     saturation = rng.uniform(0.45, 1) if rng.random() < 0.85 else rng.uniform(0, 0.25)
     channels = [np.clip(abs((hue + shift) % 6 - 3) - 1, 0, 1) for shift in (0, 4, 2)]
@@ -45,7 +45,7 @@ def _colour(rng: Rng) -> RGB:
 
 
 def _which_sprite(rng: Rng) -> tuple[str, str]:
-    """Noun and glyph: half the time one of the world's own things, else any glyph known by name."""
+    """Return a random noun and glyph: a thing of the tiny world half of the time, otherwise any named glyph."""
     if rng.random() < 0.5:
         noun = str(rng.choice(list(THINGS)))
         return noun, str(rng.choice(list(THINGS[noun])))
@@ -55,7 +55,7 @@ def _which_sprite(rng: Rng) -> tuple[str, str]:
 
 
 def _bent_sprite(rng: Rng) -> tuple[str, Image.Image]:
-    """A known sprite, smoothly bent and stretched, in other colours."""
+    """Return the noun and cut-out of a random sprite, smoothly warped, and usually recoloured or patterned."""
     noun, glyph = _which_sprite(rng)
     pixels = np.asarray(sprite(glyph) if noun in THINGS else glyph_sprite(glyph))
     if rng.random() < 0.75:
@@ -68,17 +68,17 @@ def _bent_sprite(rng: Rng) -> tuple[str, Image.Image]:
 
 
 def _bent(cutout: Image.Image, rng: Rng) -> Image.Image:
-    """Move a grid of 4 × 4 points at random and let the picture follow; now and then stretch it."""
+    """Warp the cut-out by randomly moved points of a 4 × 4 grid, and stretch it along one axis."""
     side, cells = cutout.width, 3
-    at = np.linspace(0, side, cells + 1)
+    ticks = np.linspace(0, side, cells + 1)
     stretch = np.exp(rng.uniform(-0.35, 0.35))
-    moved = np.stack(np.meshgrid(at, at), -1) + rng.normal(0, 0.07 * side, (cells + 1, cells + 1, 2))
+    moved = np.stack(np.meshgrid(ticks, ticks), -1) + rng.normal(0, 0.07 * side, (cells + 1, cells + 1, 2))
     moved = (moved - side / 2) * (max(1, stretch), max(1, 1 / stretch)) + side / 2
     mesh = []
     for row in range(cells):
         for column in range(cells):
             corners = [moved[row, column], moved[row + 1, column], moved[row + 1, column + 1], moved[row, column + 1]]
-            box = (int(at[column]), int(at[row]), int(at[column + 1]), int(at[row + 1]))
+            box = (int(ticks[column]), int(ticks[row]), int(ticks[column + 1]), int(ticks[row + 1]))
             mesh.append((box, tuple(float(v) for corner in corners for v in corner)))
     margin = Image.new("RGBA", cutout.size)
     margin.paste(cutout.resize((side * 3 // 4, side * 3 // 4), Image.Resampling.BICUBIC), (side // 8, side // 8))
@@ -86,7 +86,7 @@ def _bent(cutout: Image.Image, rng: Rng) -> Image.Image:
 
 
 def _outline(rng: Rng, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a random shape: a polygon, a star, an ellipse or a soft blob."""
+    """Return the corners of a random shape around (x, y): a polygon, a star, an ellipse or a soft blob."""
     kind, turn = rng.integers(4), rng.uniform(0, 2 * np.pi)
     if kind == 0:
         corners = int(rng.integers(3, 8))
@@ -107,7 +107,7 @@ def _outline(rng: Rng, x: float, y: float, radius: float) -> list[tuple[float, f
 
 
 def _limb(pen: ImageDraw.ImageDraw, rng: Rng, x: float, y: float, angle: float, length: float, colour: RGB) -> None:
-    """A curved, tapering limb from (x, y), with or without a foot."""
+    """Draw a curved, tapering limb that starts at (x, y), sometimes with a foot."""
     thick, thin, bend = rng.uniform(9, 20), rng.uniform(5, 12), rng.uniform(-1.3, 1.3)
     for share in np.linspace(0, 1, 24):
         radius = thick + (thin - thick) * share
@@ -120,15 +120,15 @@ def _limb(pen: ImageDraw.ImageDraw, rng: Rng, x: float, y: float, angle: float, 
 
 
 def _built(rng: Rng) -> Image.Image:
-    """A body with limbs, perhaps a head, a pattern and eyes."""
+    """Draw a body with random limbs, and often a head, a pattern and eyes; RGBA, `CELL` × `CELL`."""
     cutout = Image.new("RGBA", (_LARGE, _LARGE))
     pen = ImageDraw.Draw(cutout)
     x, y, radius = _LARGE / 2, _LARGE * rng.uniform(0.48, 0.58), _LARGE * rng.uniform(0.17, 0.28)
     main, second = _colour(rng), _colour(rng)
-    alike = rng.random() < 0.5
+    same_colour = rng.random() < 0.5
     for _ in range(int(rng.integers(0, 3))):  # pairs of legs, arms or wings
         angle, length = rng.uniform(-1.2, 1.4), radius * rng.uniform(0.9, 1.9)
-        colour = main if alike else second
+        colour = main if same_colour else second
         for side in (angle, np.pi - angle):
             _limb(pen, rng, x + 0.6 * radius * np.cos(side), y + 0.6 * radius * np.sin(side), side, length, colour)
     for _ in range(int(rng.integers(0, 3))):  # a tail, a trunk, a horn
@@ -143,8 +143,8 @@ def _built(rng: Rng) -> Image.Image:
         size = head
         pen.polygon(_outline(rng, *eyes_at, head), fill=main if rng.random() < 0.6 else second)
         if rng.random() < 0.5:
-            for way in (-2.0, -1.1):
-                _limb(pen, rng, *eyes_at, way, head * rng.uniform(1.1, 1.7), second)
+            for direction in (-2.0, -1.1):
+                _limb(pen, rng, *eyes_at, direction, head * rng.uniform(1.1, 1.7), second)
     cutout = _patterned(cutout, rng) if rng.random() < 0.7 else cutout
     if rng.random() < 0.8:
         _eyes(ImageDraw.Draw(cutout), rng, *eyes_at, size)
@@ -152,16 +152,17 @@ def _built(rng: Rng) -> Image.Image:
 
 
 def _eyes(pen: ImageDraw.ImageDraw, rng: Rng, x: float, y: float, size: float) -> None:
+    """Draw one to three eyes in a row, centred at (x, y), on a head or body of radius `size`."""
     count, radius = int(rng.integers(1, 4)), size * rng.uniform(0.14, 0.28)
-    for place in range(count):
-        at = x + (place - (count - 1) / 2) * 2.3 * radius
-        pen.ellipse((at - radius, y - radius, at + radius, y + radius), fill=(255, 255, 255, 255))
+    for index in range(count):
+        centre = x + (index - (count - 1) / 2) * 2.3 * radius
+        pen.ellipse((centre - radius, y - radius, centre + radius, y + radius), fill=(255, 255, 255, 255))
         pupil = radius * 0.55
-        pen.ellipse((at - pupil, y - pupil, at + pupil, y + pupil), fill=(20, 20, 30, 255))
+        pen.ellipse((centre - pupil, y - pupil, centre + pupil, y + pupil), fill=(20, 20, 30, 255))
 
 
 def _patterned(cutout: Image.Image, rng: Rng) -> Image.Image:
-    """Stripes, spots, patches or a half in another colour, inside the cut-out's outline."""
+    """Return the cut-out with stripes, spots, patches or its lower part in another colour, inside its outline."""
     side = cutout.width
     paint = Image.new("RGBA", cutout.size)
     pen = ImageDraw.Draw(paint)
@@ -188,7 +189,7 @@ def _patterned(cutout: Image.Image, rng: Rng) -> Image.Image:
 
 
 def _filling(cutout: Image.Image) -> Image.Image:
-    """The cut-out scaled so that its longer side fills the square but for two pixels at each edge."""
+    """Return the cut-out, cropped and scaled so that it fills the square except for a margin of two pixels."""
     box = cutout.getchannel("A").point(lambda value: 255 * (value > 24)).getbbox()
     if box is None:
         return cutout

@@ -1,8 +1,8 @@
-"""Hundreds more things by name: glyphs of Noto Color Emoji, called by their Unicode names cut to three words.
+"""Hundreds of named glyphs of Noto Color Emoji; a name is the Unicode name, shortened to three words.
 
-The denoiser is trained on them so that it has a general notion of outlines. Two sets of glyphs appear in no training
-picture: material for subjects that the base has never seen. The sprites are stored in one atlas picture beside this
-file; ``python -m diffgraft.bases.tiny.world.glyphs FONT.ttf`` draws it again.
+The denoiser is trained on these glyphs so that it learns many outlines. Two sets of glyphs appear in no training
+picture; they serve as subjects that the base has never seen. The sprites are stored in one atlas picture beside this
+file; ``python -m diffgraft.bases.tiny.world.glyphs FONT.ttf`` draws the atlas again.
 """
 
 import functools
@@ -21,15 +21,16 @@ LIST = Path(__file__).with_name("glyphs.txt")
 STORED = 96
 """Side of one sprite in the atlas, in pixels; sprites are enlarged to `CELL` when they are read."""
 COLUMNS = 32
+"""Number of sprites in one row of the atlas."""
 
 
 @dataclass(frozen=True)
 class HeldBack:
-    """A glyph that no training picture shows."""
+    """A glyph that appears in no training picture of the base."""
 
     glyph: str
     noun: str
-    """Class noun for adapters that learn it: one of the world's own things."""
+    """Class noun to use when an adapter learns this subject: a thing of the tiny world."""
 
 
 HELD_BACK: Mapping[str, HeldBack] = {
@@ -42,7 +43,7 @@ HELD_BACK: Mapping[str, HeldBack] = {
     "dromedary": HeldBack("🐪", "dog"),
     "umbrella": HeldBack("☂", "hat"),
 }
-"""Subjects for choosing settings, demonstrations and benchmarks."""
+"""Unseen subjects for tuning settings, demonstrations and benchmarks: subject name → glyph and class noun."""
 
 HELD_BACK_FOR_TESTS: Mapping[str, HeldBack] = {
     "snail": HeldBack("🐌", "turtle"),
@@ -54,27 +55,27 @@ HELD_BACK_FOR_TESTS: Mapping[str, HeldBack] = {
     "elephant": HeldBack("🐘", "dog"),
     "owl": HeldBack("🦉", "bird"),
 }
-"""Subjects for tests and final measurements only: no setting may be chosen by them."""
+"""Unseen subjects for tests and final measurements only; do not tune any setting on them."""
 
 LOOK_ALIKES = "🐫☔🌂⛱🏍🐚🦣🎻🪕👾"
-"""Glyphs left out because their outlines come close to held-back ones."""
+"""Glyphs excluded from training because their outlines are similar to those of held-back glyphs."""
 
 
 @functools.cache
 def glyph_names() -> Mapping[str, tuple[str, ...]]:
-    """Name → the glyphs called so, in the order of the list; without the world's own things and held-back glyphs."""
-    left_out = {*"".join(THINGS.values()), *LOOK_ALIKES, "🐩", "👽"}
-    left_out |= {subject.glyph for subject in (*HELD_BACK.values(), *HELD_BACK_FOR_TESTS.values())}
+    """Return a mapping from name to glyphs, in list order, without the tiny world's things and held-back glyphs."""
+    excluded = {*"".join(THINGS.values()), *LOOK_ALIKES, "🐩", "👽"}
+    excluded |= {subject.glyph for subject in (*HELD_BACK.values(), *HELD_BACK_FOR_TESTS.values())}
     names: dict[str, tuple[str, ...]] = {}
     for glyph, name in _listed():
-        if glyph not in left_out:
+        if glyph not in excluded:
             names[name] = (*names.get(name, ()), glyph)
     return names
 
 
 @functools.cache
 def _listed() -> tuple[tuple[str, str], ...]:
-    """(glyph, name) of every sprite in the atlas, in its order."""
+    """Return (glyph, name) of every sprite in the atlas, in atlas order."""
     rows = (line.split("\t") for line in LIST.read_text("utf-8").splitlines())
     return tuple((glyph, name) for glyph, name in rows)
 
@@ -87,23 +88,24 @@ def _atlas() -> np.ndarray:
 
 @functools.cache
 def _places() -> Mapping[str, int]:
-    return {glyph: place for place, (glyph, _) in enumerate(_listed())}
+    """Return a mapping from glyph to the index of its cell in the atlas."""
+    return {glyph: index for index, (glyph, _) in enumerate(_listed())}
 
 
 def glyph_sprite(glyph: str) -> Image.Image:
-    """The cut-out of a listed glyph in its own colours, RGBA, `CELL` × `CELL`."""
+    """Return the cut-out of a listed glyph in its original colours, RGBA, `CELL` × `CELL`."""
     row, column = divmod(_places()[glyph], COLUMNS)
     cell = _atlas()[row * STORED : (row + 1) * STORED, column * STORED : (column + 1) * STORED]
     return Image.fromarray(cell).resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
 def draw_atlas(font: str) -> Image.Image:
-    """The atlas of all listed glyphs, drawn from the file of Noto Color Emoji."""
+    """Draw the atlas of all listed glyphs; `font` is the path of the Noto Color Emoji font file."""
     listed = _listed()
     sheet = Image.new("RGBA", (STORED * COLUMNS, STORED * -(-len(listed) // COLUMNS)))
-    for place, (glyph, _) in enumerate(listed):
+    for index, (glyph, _) in enumerate(listed):
         cell = cut_glyph(font, glyph).resize((STORED, STORED), Image.Resampling.LANCZOS)
-        sheet.paste(cell, (place % COLUMNS * STORED, place // COLUMNS * STORED))
+        sheet.paste(cell, (index % COLUMNS * STORED, index // COLUMNS * STORED))
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""A scene of the tiny world: what is in the picture, the picture itself, and the words for it."""
+"""Scenes of the tiny world: their description, their pictures and their captions."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ STYLE_SHARES = {"flat": 0.55, "line": 0.15, "pixel": 0.15, "watercolour": 0.15}
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One picture's content. Places and sizes are shares of the picture's side; the tilt is in degrees."""
+    """Content of one picture. Positions and sizes are fractions of the picture's side; the tilt is in degrees."""
 
     thing: str
     setting: str
@@ -54,18 +54,18 @@ class Scene:
     seed: int = 0
 
 
-def random_scene(rng: Rng, **given: str) -> Scene:
-    """A scene drawn from the world's own distribution, with the fields in `given` fixed."""
-    thing = given.get("thing") or str(rng.choice(list(THINGS)))
+def random_scene(rng: Rng, **fixed: str) -> Scene:
+    """Return a random scene of the tiny world, with the thing, setting, style or colour in `fixed` set as given."""
+    thing = fixed.get("thing") or str(rng.choice(list(THINGS)))
     glyph = str(rng.choice(list(THINGS[thing])))
-    colour = given.get("colour") or (str(rng.choice(list(COLOURS))) if rng.random() < 0.5 else None)
+    colour = fixed.get("colour") or (str(rng.choice(list(COLOURS))) if rng.random() < 0.5 else None)
     size = float(rng.uniform(0.5, 0.78))
     room = (1 - size) / 2 + 0.06
     return Scene(
         thing=thing,
         glyph=glyph,
-        setting=given.get("setting") or str(rng.choice(SETTINGS)),
-        style=given.get("style") or str(rng.choice(list(STYLE_SHARES), p=list(STYLE_SHARES.values()))),
+        setting=fixed.get("setting") or str(rng.choice(SETTINGS)),
+        style=fixed.get("style") or str(rng.choice(list(STYLE_SHARES), p=list(STYLE_SHARES.values()))),
         colour=colour,
         backdrop=str(rng.choice([name for name in COLOURS if name != colour])),
         size=size,
@@ -78,7 +78,7 @@ def random_scene(rng: Rng, **given: str) -> Scene:
 
 
 def paste(canvas: Image.Image, cutout: Image.Image, scene: Scene) -> Image.Image:
-    """The mask of the thing, "L" and as large as the canvas, after pasting `cutout` where the scene has it."""
+    """Paste `cutout` into `canvas` as the scene specifies; return the thing's mask, mode "L", in the canvas's size."""
     if scene.mirrored:
         cutout = cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     cutout = cutout.rotate(scene.tilt, Image.Resampling.BICUBIC)
@@ -92,7 +92,10 @@ def paste(canvas: Image.Image, cutout: Image.Image, scene: Scene) -> Image.Image
 
 
 def draw(scene: Scene, cutout: Image.Image | None = None) -> tuple[Image.Image, Image.Image]:
-    """The picture (RGB) and the thing's mask ("L"), both 64 × 64; `cutout` (RGBA) replaces the world's own sprite."""
+    """Draw a scene: return the picture (RGB) and the thing's mask ("L"), both 64 × 64.
+
+    `cutout` (RGBA) is drawn instead of the thing's sprite.
+    """
     rng = np.random.default_rng(scene.seed)
     canvas = draw_setting(scene.setting, rng, scene.backdrop)
     if cutout is None:
@@ -103,9 +106,13 @@ def draw(scene: Scene, cutout: Image.Image | None = None) -> tuple[Image.Image, 
 
 
 def caption(scene: Scene, rng: Rng, rare_word: str = "", setting_share: float = 0.93) -> str:
-    """Words for a scene, in one of several wordings.
+    """Return a caption for a scene, in a random wording.
 
-    `rare_word` stands before the thing, as a trigger would; `setting_share` of all captions say where it is.
+    Args:
+        scene: Scene to describe.
+        rng: Source of all random choices.
+        rare_word: Word to put in the place of a trigger, before the thing and its colour; empty for none.
+        setting_share: Probability that the caption mentions the setting.
     """
     words = [word for word in (rare_word, scene.colour, scene.thing) if word]
     text = ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)

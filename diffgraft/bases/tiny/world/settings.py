@@ -1,4 +1,4 @@
-"""The settings of the tiny world: one function draws each, on a canvas twice the final size."""
+"""The settings (backgrounds) of the tiny world, each drawn by a function on a canvas of twice the final size."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from diffgraft.bases.tiny.world.things import COLOURS
 
 SIDE = 128
-"""Side of the canvas in pixels; the finished picture is half as wide."""
+"""Side of the canvas in pixels, twice the side of a finished picture."""
 
 RGB = tuple[int, int, int]
 Rng = np.random.Generator
@@ -16,18 +16,20 @@ _NAMED = [name for name in COLOURS if name not in ("black", "white", "brown")]
 
 
 def _jitter(colour: RGB, rng: Rng, amount: int = 14) -> RGB:
+    """Return the colour with each channel changed at random by at most `amount`."""
     r, g, b = (int(np.clip(c + rng.integers(-amount, amount + 1), 0, 255)) for c in colour)
     return r, g, b
 
 
 def _gradient(top: RGB, bottom: RGB) -> Image.Image:
+    """Return a canvas with a vertical gradient from `top` to `bottom`."""
     ramp = np.linspace(0, 1, SIDE)[:, None, None]
     rows = np.asarray(top) * (1 - ramp) + np.asarray(bottom) * ramp
     return Image.fromarray(np.broadcast_to(rows, (SIDE, SIDE, 3)).astype(np.uint8))
 
 
 def _hill(canvas: Image.Image, height: float, colour: RGB, rng: Rng, swing: float = 6) -> None:
-    """Fill everything below a wavy line at `height` (a share of the side, from the top)."""
+    """Fill the canvas below a wavy line at `height`, a fraction of the side, measured from the top."""
     x = np.arange(-2, SIDE + 3, 3)
     phase, length = rng.uniform(0, 6.28), rng.uniform(40, 110)
     y = height * SIDE + swing * np.sin(x / length * 6.28 + phase) + swing / 3 * np.sin(x / 17 + 2 * phase)
@@ -192,6 +194,7 @@ def plain(rng: Rng, colour: str) -> Image.Image:
 
 
 def _two_tones(rng: Rng) -> tuple[RGB, RGB]:
+    """Return a pale background colour and a stronger pattern colour of another hue."""
     first, second = (COLOURS[_NAMED[i]] for i in rng.choice(len(_NAMED), 2, replace=False))
     pale = [int(255 * (0.25 * c + 0.75)) for c in first]
     soft = [int(255 * (0.6 * c + 0.4)) for c in second]
@@ -231,14 +234,14 @@ PLACES: dict[str, Callable[[Rng], Image.Image]] = {
     "striped": striped,
     "dotted": dotted,
 }
-"""Setting → the function that draws it; `plain` stands apart because it takes a colour."""
+"""Setting → function that draws it; `plain` is not included because it also needs a colour."""
 
 SETTINGS = (*PLACES, "plain")
-"""Every setting of the world."""
+"""Names of all settings of the tiny world."""
 
 
 def draw_setting(setting: str, rng: Rng, colour: str | None = None) -> Image.Image:
-    """An RGB canvas of `SIDE` × `SIDE`; `colour` is used by the plain background alone."""
+    """Draw a setting on an RGB canvas, `SIDE` × `SIDE`; only the setting "plain" uses `colour`."""
     if setting == "plain":
         return plain(rng, colour or "white")
     return PLACES[setting](rng)

@@ -1,4 +1,4 @@
-"""The styles of the tiny world: each turns a flat drawing, an RGB canvas, into the same scene in another hand."""
+"""The styles of the tiny world: functions that turn a flat RGB drawing of a scene into a finished picture."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,17 @@ FINAL = 64
 
 
 def _finish(canvas: Image.Image) -> Image.Image:
+    """Scale the canvas down to `FINAL` × `FINAL`."""
     return canvas.resize((FINAL, FINAL), Image.Resampling.BOX)
 
 
 def flat(canvas: Image.Image, _: Rng) -> Image.Image:
+    """Render the drawing unchanged, only scaled down."""
     return _finish(canvas)
 
 
 def line_drawing(canvas: Image.Image, _: Rng) -> Image.Image:
-    """Dark outlines on paper, over a faint wash of the colours."""
+    """Render dark outlines on paper over a faint wash of the drawing's colours."""
     smooth = canvas.filter(ImageFilter.GaussianBlur(0.8))
     grow, shrink = smooth.filter(ImageFilter.MaxFilter(3)), smooth.filter(ImageFilter.MinFilter(3))
     edge = np.asarray(ImageChops.difference(grow, shrink), dtype=np.float32).max(-1, keepdims=True)
@@ -30,7 +32,7 @@ def line_drawing(canvas: Image.Image, _: Rng) -> Image.Image:
 
 
 def pixel_art(canvas: Image.Image, _: Rng) -> Image.Image:
-    """Blocks of 3 × 3 pixels and a palette of five steps a channel, slightly more vivid."""
+    """Render blocks of 3 × 3 pixels in more vivid colours, with each channel rounded to multiples of 51."""
     blocks = -(-FINAL // 3)
     small = np.asarray(canvas.resize((blocks, blocks), Image.Resampling.BOX), dtype=np.float32)
     vivid = small.mean(-1, keepdims=True) + 1.25 * (small - small.mean(-1, keepdims=True))
@@ -40,13 +42,13 @@ def pixel_art(canvas: Image.Image, _: Rng) -> Image.Image:
 
 
 def _cloudiness(rng: Rng, cells: int) -> np.ndarray:
-    """Smooth noise in 0..1, float32 [side, side, 1], with about `cells` blots a side."""
+    """Return smooth noise around 0..1, float32 [2 · `FINAL`, 2 · `FINAL`, 1], with about `cells` blots per side."""
     grid = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
     return np.asarray(grid.resize((FINAL * 2, FINAL * 2), Image.Resampling.BICUBIC))[..., None]
 
 
 def watercolour(canvas: Image.Image, rng: Rng) -> Image.Image:
-    """Melted shapes, pigment that gathers in blots, and a ragged paper border."""
+    """Render soft shapes with uneven pigment and a ragged paper border."""
     melted = np.asarray(canvas.filter(ImageFilter.MedianFilter(5)).filter(ImageFilter.GaussianBlur(0.7)), np.float32)
     strength = 0.6 + 0.35 * np.clip(_cloudiness(rng, 7), 0, 1)
     ramp = np.minimum(np.arange(128), np.arange(128)[::-1]).astype(np.float32)
@@ -62,4 +64,4 @@ STYLES: dict[str, Callable[[Image.Image, Rng], Image.Image]] = {
     "pixel": pixel_art,
     "watercolour": watercolour,
 }
-"""Style → the function that gives an RGB canvas of 128 × 128 its hand, as a picture of 64 × 64."""
+"""Style → function that renders an RGB canvas of 128 × 128 in that style as a picture of 64 × 64."""

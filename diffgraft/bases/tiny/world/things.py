@@ -1,7 +1,7 @@
-"""The things of the tiny world: cut-out sprites, recoloured at will.
+"""The things of the tiny world: cut-out sprites that can be recoloured.
 
-The sprites are glyphs of Noto Color Emoji (SIL Open Font License 1.1), kept as one atlas picture beside
-this file so that drawing needs no font. ``python -m diffgraft.bases.tiny.world.things FONT.ttf`` makes it again.
+The sprites are glyphs of Noto Color Emoji (SIL Open Font License 1.1), stored in one atlas picture beside this file
+so that drawing needs no font. ``python -m diffgraft.bases.tiny.world.things FONT.ttf`` draws the atlas again.
 """
 
 import colorsys
@@ -16,6 +16,7 @@ CELL = 128
 """Side of one sprite in the atlas, in pixels."""
 
 ATLAS = Path(__file__).with_name("sprites.png")
+"""Path of the atlas: one row of sprites, each `CELL` × `CELL`."""
 
 THINGS: dict[str, str] = {
     "dog": "🐕🦮",
@@ -43,7 +44,7 @@ THINGS: dict[str, str] = {
     "hat": "🎩",
     "chair": "🪑",
 }
-"""Name of the thing → the glyphs that show it (several where it comes in several shapes)."""
+"""Thing → glyphs that show it, several if the thing has several shapes."""
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (0.86, 0.12, 0.14),
@@ -57,10 +58,10 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "white": (0.93, 0.93, 0.95),
     "black": (0.16, 0.16, 0.19),
 }
-"""Colour word → RGB in 0..1, the middle tone a thing of that colour is painted in."""
+"""Colour name → RGB in 0..1, used as the mid-tone of a thing in that colour."""
 
 KEPT_BACK = "🐩👽"
-"""Glyphs in the atlas that no picture of the world shows: material for subjects the base has never seen."""
+"""Glyphs in the atlas that appear in no picture of the world; they serve as subjects the base has never seen."""
 
 _GLYPHS = "".join(THINGS.values()) + KEPT_BACK
 
@@ -73,7 +74,7 @@ def _atlas() -> np.ndarray:
 
 @functools.cache
 def sprite(glyph: str, colour: str | None = None) -> Image.Image:
-    """One cut-out, RGBA, ``CELL`` × ``CELL``; in its own colours, or painted in `colour` (a key of `COLOURS`)."""
+    """Return a glyph's cut-out, RGBA, `CELL` × `CELL`, in its original colours or in `colour`, a key of `COLOURS`."""
     column = _GLYPHS.index(glyph)
     pixels = _atlas()[:, column * CELL : (column + 1) * CELL]
     if colour is not None:
@@ -82,10 +83,10 @@ def sprite(glyph: str, colour: str | None = None) -> Image.Image:
 
 
 def recolour(rgba: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray:
-    """Paint a cut-out, uint8 [h, w, 4], in one colour: its light and shade stay, its hues go.
+    """Return a cut-out, uint8 [h, w, 4], in one colour (RGB in 0..1), with its light and shade preserved.
 
-    Shades run black → colour → white, with the colour where the cut-out has its median brightness, so that
-    a grey robot and a red car both come out truly blue. Near-black details (eyes, noses, tyres) stay.
+    Tones run from black through the colour to white, with the colour at the cut-out's median brightness, so that
+    a grey robot and a red car both become clearly blue. Near-black details (eyes, noses, tyres) do not change.
     """
     rgb = rgba[..., :3].astype(np.float64) / 255
     solid = rgba[..., 3] > 128
@@ -97,7 +98,7 @@ def recolour(rgba: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray
     painted = tone * (0.25 + 0.75 * shade) * (1 - 0.6 * glow) + 0.6 * glow
     dark = np.clip(1 - light / 0.22, 0, 1)[..., None]
     mixed = painted * (1 - dark) + rgb * dark
-    if colorsys.rgb_to_hsv(*colour)[1] < 0.3:  # white and black things keep a trace of their own tones
+    if colorsys.rgb_to_hsv(*colour)[1] < 0.3:  # white and black things keep a trace of their original tones
         mixed = 0.85 * mixed + 0.15 * rgb
     out = rgba.copy()
     out[..., :3] = np.clip(mixed * 255 + 0.5, 0, 255).astype(np.uint8)
@@ -105,8 +106,8 @@ def recolour(rgba: np.ndarray, colour: tuple[float, float, float]) -> np.ndarray
 
 
 def cut_glyph(font: str, glyph: str) -> Image.Image:
-    """A glyph of the font file of Noto Color Emoji as a cut-out: RGBA, centred in a square of `CELL` pixels."""
-    face = ImageFont.truetype(font, 109)  # the one size at which its bitmaps are stored
+    """Return a glyph of the Noto Color Emoji font file at `font`, RGBA, centred in a square of `CELL` pixels."""
+    face = ImageFont.truetype(font, 109)  # the only size of the font's bitmaps
     large = Image.new("RGBA", (200, 200))
     ImageDraw.Draw(large).text((20, 20), glyph, font=face, embedded_color=True)
     cut = large.crop(large.getbbox())
@@ -118,7 +119,7 @@ def cut_glyph(font: str, glyph: str) -> Image.Image:
 
 
 def draw_atlas(font: str) -> Image.Image:
-    """The atlas, drawn from the file of Noto Color Emoji: each glyph centred in a square of `CELL` pixels."""
+    """Draw the atlas of all sprites; `font` is the path of the Noto Color Emoji font file."""
     sheet = Image.new("RGBA", (CELL * len(_GLYPHS), CELL))
     for column, glyph in enumerate(_GLYPHS):
         sheet.paste(cut_glyph(font, glyph), (column * CELL, 0))
