@@ -90,7 +90,7 @@ def mask(
 
 
 def _say(written: int, kept: int, what: str) -> None:
-    note = f", {kept} existing ones kept (--overwrite replaces them)" if kept else ""
+    note = f", {kept} existing kept (--overwrite replaces them)" if kept else ""
     say(f"{written} {what} written{note}")
 
 

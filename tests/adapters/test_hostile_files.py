@@ -77,7 +77,7 @@ def test_pickles_that_ask_for_gigabytes(tmp_path: Path) -> None:
     path.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x70\x85R.")
     assert "may be code" in answer(path)
     path.write_bytes(b"\x80\x02ctorch\nFloatTensor\nJ\x00\x00\x00\x70\x85R.")
-    assert "not a plain tensor" in answer(path)
+    assert "only plain tensors are read" in answer(path)
     one: list[Any] = [0] * 100
     for _ in range(5):
         one = [one] * 100  # ten thousand million entries in a few hundred bytes

@@ -211,6 +211,6 @@ def test_a_configuration_of_another_tool_becomes_a_recipe(
     assert text.startswith("# diffgraft train dog.yaml\n# made of dog.toml of sd-scripts\n")
     assert "rank: 6" in text
     assert call(monkeypatch, "import-config", config) == 1
-    assert "dog.yaml is there already" in capsys.readouterr().err
+    assert "dog.yaml exists already" in capsys.readouterr().err
     assert call(monkeypatch, "import-config", config, "-o", "new.yaml") == 0
     assert (tmp_path / "new.yaml").read_text("utf-8").splitlines()[2:] == text.splitlines()[2:]

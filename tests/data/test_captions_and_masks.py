@@ -131,7 +131,7 @@ def test_every_picture_gets_a_caption(
     (photos / "two.txt").write_text("mine", "utf-8")
     words = ["caption", photos, "--model", models / kind, "--prefix", "ein Größe,", "--max-tokens", 5]
     assert call(monkeypatch, *words) == 0
-    assert "2 captions written, 1 kept" in capsys.readouterr().out
+    assert "2 captions written, 1 existing kept" in capsys.readouterr().out
     assert (photos / "two.txt").read_text("utf-8") == "mine"
     captions = [caption for picture in read_folder(photos) if (caption := picture.caption) and caption != "mine"]
     assert len(captions) == 2
@@ -175,7 +175,7 @@ def test_every_picture_gets_a_mask(
         with Image.open(picture.mask_file) as mask:
             assert (mask.mode, mask.size) == ("L", picture.image.size)
     assert call(monkeypatch, *words) == 0
-    assert "0 masks written, 3 kept" in capsys.readouterr().out
+    assert "0 masks written, 3 existing kept" in capsys.readouterr().out
 
 
 def test_masks_are_those_of_the_model_itself(photos: Path, models: Path) -> None:

@@ -182,7 +182,7 @@ class Rows(Factors):
 
     kind = "rows"
 
-    def start(self, shape, rank, generator):
+    def init_leaves(self, shape, rank, generator):
         return {"rows": torch.zeros(shape[0])}
 
     def rank(self, leaves):
