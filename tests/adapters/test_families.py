@@ -154,7 +154,7 @@ def test_files_that_count_layers(tmp_path: Path) -> None:
             {**tensors, "unet:144:up": torch.ones(2, 1), "unet:144:down": torch.ones(1, 2)},
             "145 pairs for unet; .*144",
         ),
-        ({key: value for key, value in tensors.items() if key != "unet:7:up"}, "of unet:7 it has only down"),
+        ({key: value for key, value in tensors.items() if key != "unet:7:up"}, "it has only the factor down of unet:7"),
         ({**tensors, "more": torch.ones(1)}, "unknown key more: expected"),
     ):
         save_file(broken, file, header)

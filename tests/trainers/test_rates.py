@@ -279,7 +279,7 @@ def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
 
     for key, two in (("lr_scale", "2.0"), ("options.ranks", "2")):
         assert told(key, "unet OUT* M00", "unet OUT* M00") == []
-        assert told(key, "unet OUT*", "OUT* unet") == [f"order.{key}: ['unet', 'OUT*'] → ['OUT*', 'unet']"]
+        assert told(key, "unet OUT*", "OUT* unet") == [f"order of {key}: ['unet', 'OUT*'] → ['OUT*', 'unet']"]
         assert told(key, "unet", "unet M00")[0] == f"{key}.M00: unset → {two}"
 
 
