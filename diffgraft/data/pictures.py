@@ -209,9 +209,7 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
         ValueError: the image has values that are not finite.
     """
     width, height = image.size
-    strips = [
-        (0, top, width, min(top + _STRIP, height)) for top in range(0, height, _STRIP)
-    ]  # left, top, right, bottom
+    strips = [(0, top, width, min(top + _STRIP, height)) for top in range(0, height, _STRIP)]
     if image.mode.startswith("I;16"):
         full_scale = 65535.0
     else:

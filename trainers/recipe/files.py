@@ -42,11 +42,10 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
     from diffgraft.adapters.registry import get_method  # imports torch, which listing recipes does not need
 
     values = _read(name)
-    is_current = Path(name).is_file() and is_saved(
-        Path(name)
-    )  # the recipe of a run lists all keys, under the names they had
+    # the recipe of a run lists all keys under the names they had: nobody wrote them by hand
+    is_of_run = Path(name).is_file() and is_saved(Path(name))
     by_method = _by_method(name, values.pop("methods", None) or {})
-    values, settings = with_current_keys(values, warn=not is_current), with_current_keys(settings)
+    values, settings = with_current_keys(values, warn=not is_of_run), with_current_keys(settings)
     task = values.get("task")
     if not isinstance(task, str) or task not in TASKS:
         raise DiffgraftError(f"Invalid task {task!r} in the recipe {name}: must be one of {', '.join(TASKS)}.")
