@@ -66,30 +66,50 @@ def bucket_sizes(side: int, settings: Buckets, step: int) -> tuple[Size, ...]:
     return tuple(sorted(sizes))
 
 
+@dataclass(frozen=True)
+class RandomCrops:
+    """Random crops of a picture."""
+
+    count: int
+    """Number of crops; equal ones are used once"""
+    scale: float = 1.0
+    """Side of the smallest crop as a share of that of the largest one; scales are uniform between it and 1"""
+    seed: int = 0
+    """Seed of the crops of this picture"""
+
+
 def frames(
-    original: Size, side: int, settings: Buckets, step: int, cuts: int = 1, at_random: bool = False, seed: int = 0
+    original: Size, side: int, settings: Buckets, step: int, random_crops: RandomCrops | None = None
 ) -> list[Frame]:
-    """Return the crops of a picture: one from its centre, or `cuts` random ones.
+    """Return the crops of a picture: the largest one from its centre, or random ones.
 
     Args:
         original: size of the picture.
         side: resolution in pixels: the side of squares; buckets have about side² pixels.
         settings: settings of buckets; they may be turned off.
         step: sides of crops are multiples of this number of pixels, as the VAE and the denoiser require.
-        cuts: number of random crops; equal ones are returned once.
-        at_random: whether crops are random.
-        seed: seed of the random crops of this picture.
+        random_crops: random crops to use instead of the one from the centre.
     """
     size = _target_size(original, side, settings, step)
-    scale = max(target / length for target, length in zip(size, original, strict=True))
-    scaled = tuple(max(target, round(length * scale)) for target, length in zip(size, original, strict=True))
-    spare = [length - target for length, target in zip(scaled, size, strict=True)]
-    middle = Frame(original, (scaled[0], scaled[1]), (spare[0] // 2, spare[1] // 2), size)
-    if not at_random or not any(spare):
+    middle = _scaled_to_fill(original, size)
+    if random_crops is None or (middle.scaled == size and random_crops.scale == 1):
         return [middle]
-    rng = np.random.default_rng([seed, 11])
-    corners = [(int(rng.integers(spare[0] + 1)), int(rng.integers(spare[1] + 1))) for _ in range(cuts)]
-    return [replace(middle, corner=corner) for corner in dict.fromkeys(corners)]
+    rng = np.random.default_rng([random_crops.seed, 11])
+    crops = []
+    for _ in range(random_crops.count):
+        # without zoom, no random number is drawn for it, so that crops stay those of cached latents
+        zoom = 1 / rng.uniform(random_crops.scale, 1) if random_crops.scale < 1 else 1.0
+        frame = _scaled_to_fill(original, size, zoom)
+        left, top = (int(rng.integers(length - kept + 1)) for length, kept in zip(frame.scaled, size, strict=True))
+        crops.append(replace(frame, corner=(left, top)))
+    return list(dict.fromkeys(crops))
+
+
+def _scaled_to_fill(original: Size, size: Size, zoom: float = 1.0) -> Frame:
+    """Return the frame of `size` at the centre of the picture, which is scaled to fill it, times `zoom`."""
+    scale = zoom * max(target / length for target, length in zip(size, original, strict=True))
+    width, height = (max(target, round(length * scale)) for target, length in zip(size, original, strict=True))
+    return Frame(original, (width, height), ((width - size[0]) // 2, (height - size[1]) // 2), size)
 
 
 def with_mirrored(frames: Sequence[Frame]) -> list[Frame]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgraft.data.frames import Frame, bucket_sizes, frames, with_mirrored
+from diffgraft.data.frames import Frame, RandomCrops, bucket_sizes, frames, with_mirrored
 from diffgraft.data.settings import Buckets
 from diffgraft.errors import DiffgraftError
 
@@ -68,12 +68,32 @@ def test_without_buckets_pictures_are_squares() -> None:
 
 
 def test_random_cuts_are_the_pictures_own_and_stay_inside() -> None:
-    found = frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)
+    found = frames((300, 200), 64, SQUARE, 8, RandomCrops(5, seed=77))
     assert 2 <= len(found) <= 5
-    assert found == frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)
-    assert found != frames((300, 200), 64, SQUARE, 8, cuts=5, at_random=True, seed=78)
+    assert found == frames((300, 200), 64, SQUARE, 8, RandomCrops(5, seed=77))
+    assert found != frames((300, 200), 64, SQUARE, 8, RandomCrops(5, seed=78))
     assert all(0 <= one.corner[0] <= 32 and one.corner[1] == 0 for one in found)
-    assert len(frames((64, 64), 64, SQUARE, 8, cuts=5, at_random=True, seed=77)) == 1
+    assert len(frames((64, 64), 64, SQUARE, 8, RandomCrops(5, seed=77))) == 1
+
+
+def test_random_crops_without_zoom_are_the_ones_of_cached_latents() -> None:
+    corners = [frame.corner for frame in frames((300, 200), 64, SQUARE, 8, RandomCrops(4, seed=77))]
+    rng = np.random.default_rng([77, 11])
+    assert corners == list(dict.fromkeys((int(rng.integers(33)), int(rng.integers(1))) for _ in range(4)))
+
+
+def test_random_crops_zoom_in_as_far_as_their_scale_says() -> None:
+    found = frames((300, 200), 64, SQUARE, 8, RandomCrops(400, scale=0.8, seed=3))
+    shares = np.array([64 / frame.scaled[1] for frame in found])  # side of the crop as a share of the picture's height
+    assert len(found) > 300
+    assert 0.8 - 0.01 <= shares.min() < 0.83
+    assert 0.97 < shares.max() <= 1
+    assert abs(shares.mean() - 0.9) < 0.01
+    for frame in found:
+        assert frame.size == (64, 64)
+        assert all(0 <= at <= side - 64 for at, side in zip(frame.corner, frame.scaled, strict=True))
+        assert abs(frame.scaled[0] / frame.scaled[1] - 1.5) < 0.02
+    assert len({frame.corner for frame in frames((64, 64), 64, SQUARE, 8, RandomCrops(9, scale=0.8))}) > 5
 
 
 def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:

@@ -26,6 +26,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import collect_samples, encode_samples
 from diffgraft.trainers.training_data.concepts import read_concepts
+from diffgraft.trainers.training_data.prompts import prompt_builders
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
 from tests.trainers.interrupt_helpers import interrupted_after
@@ -216,6 +217,25 @@ def test_what_class_images_show() -> None:
     assert load_recipe("concept", {}).class_prompts(captions) == []
     kohya = ["sks style, a cat", "a tree, sks", "sks", "two masks"]
     assert load_recipe("style", {}).class_prompts(kohya) == ["a cat", "a tree", "a picture", "two masks"]
+
+
+def test_class_images_in_several_settings() -> None:
+    templates = {"prior.prompts": "{class_prompt}|{class_prompt} in the snow|some {subject}"}
+    subject = load_recipe("subject", {"subject": "dog", "class_prompt": "a toy {subject}", **templates})
+    assert subject.class_prompts([None]) == ["a toy dog", "a toy dog in the snow", "some dog"]
+    style = load_recipe("style", {"prior.prompts": ["{class_prompt} in the snow"]})
+    assert style.class_prompts(["a cat, sks style", None]) == ["a cat in the snow", "a picture in the snow"]
+    with pytest.raises(DiffgraftError, match=r"Unknown placeholder \{class\} in prior\.prompts"):
+        load_recipe("subject", {"subject": "dog", "prior.prompts": ["{class} in the snow"]})
+
+
+def test_prediction_preserves_every_class_prompt_in_turn(pictures: Path) -> None:
+    templates = {"prior.prompts": ["{class_prompt}", "{class_prompt} at night"]}
+    recipe = load_recipe("subject", {"subject": "dog", "images": str(pictures), "prior.by": "prediction", **templates})
+    _, ((concept, read),) = read_concepts(recipe)
+    prompts, class_prompts = prompt_builders(concept, read[0])
+    assert prompts.prompts() == ["a sks dog", "a sks dog"]
+    assert class_prompts.prompts() == ["a dog", "a dog at night"]
 
 
 def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Path, tmp_path: Path) -> None:

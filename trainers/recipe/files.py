@@ -278,10 +278,13 @@ def _is_same(old: Any, new: Any) -> bool:
 
 def _check_templates(groups: Sequence[Group], known: set[str]) -> None:
     """Refuse an unknown placeholder such as {word}: it would be trained on literally."""
-    keys = ("prompt", "class_prompt", "caption", "sample_prompts")
-    for key, value in ((key, getattr(group, key, "")) for group in groups for key in keys):
+    keys = {"prompt": "", "class_prompt": "", "caption": "{caption}", "sample_prompts": ""}
+    texts = [(key, getattr(group, key, ""), own) for group in groups for key, own in keys.items()]
+    priors = [prior for group in groups if (prior := getattr(group, "prior", None)) is not None]
+    texts += [("prior.prompts", prior.prompts, "{class_prompt}") for prior in priors]
+    for key, value, own in texts:
         for word in re.findall(r"\{\w*\}", " ".join(value) if isinstance(value, list) else value):
-            if word not in known | ({"{caption}"} if key == "caption" else set()):
+            if word not in {*known, own}:
                 raise DiffgraftError(f"Unknown placeholder {word} in {key}={value!r}: {did_you_mean(word, known)}")
 
 

@@ -93,9 +93,12 @@ class DataSettings(Group):
     buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
     """Aspect-ratio buckets: sizes other than squares"""
     crop: Literal["center", "random"] = "center"
-    """Which part of an image is shown where its aspect ratio differs: the center, or random crops"""
+    """Which part of an image is shown: the largest at its center, or random crops"""
     crops: int = Field(4, ge=1, le=256)
     """Number of random crops of each image, shown in turn"""
+    crop_scale: float = Field(1.0, ge=0.1, le=1)
+    """Side of the smallest random crop, as a share of that of the largest; below 1, random crops
+    differ in size, those of square images too"""
     flip: bool = False
     """Whether images are also shown mirrored, every other time"""
     masks: Masks = Field(default_factory=lambda: Masks.model_validate({}))
@@ -136,9 +139,16 @@ class DataSettings(Group):
         """Return `template` with {trigger} and {subject} filled in."""
         return template.replace("{trigger}", self.trigger).replace("{subject}", self.noun)
 
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:  # noqa: ARG002  (others need them)
-        """Return the prompts of class images for images with these captions; empty without prior preservation."""
-        return []
+    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
+        """Return the prompts of class images for images with these captions; empty for tasks without class prompts."""
+        texts = dict.fromkeys(self.class_text(caption) for caption in captions)
+        return list(dict.fromkeys(prompt for text in texts if text for prompt in self.class_variants(text)))
+
+    def class_variants(self, text: str) -> list[str]:
+        """Return the prompts that `prior.prompts` makes of a class prompt; without them, the class prompt alone."""
+        prior: Prior | None = getattr(self, "prior", None)
+        templates = prior.prompts if prior is not None else []
+        return [self.fill(template).replace("{class_prompt}", text) for template in templates] or [text]
 
     def class_text(self, caption: str | None) -> str:  # noqa: ARG002  (others need it)
         """Return the class prompt of an image with that caption; empty for tasks without class prompts."""

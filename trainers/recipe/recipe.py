@@ -5,7 +5,6 @@ Users write a recipe flat. Inside, it has groups: `recipe.model`, `recipe.adapte
 that they need.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -173,9 +172,6 @@ class SubjectData(DataSettings):
     def class_text(self, caption: str | None) -> str:  # noqa: ARG002
         return self.fill(self.class_prompt)
 
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
-        return [self.class_text(None)] if captions else []
-
 
 class SubjectRecipe(SubjectData, Recipe):
     """DreamBooth: a subject from a few images of it."""
@@ -211,9 +207,6 @@ class StyleData(DataSettings):
     prior: Prior = Field(default_factory=lambda: Prior(weight=1.0, images=64))
     """Prior preservation; class prompts are the captions without the trigger, so that the style stays away without
     it"""
-
-    def class_prompts(self, captions: Sequence[str | None]) -> list[str]:
-        return list(dict.fromkeys(self.class_text(caption) for caption in captions))
 
     def class_text(self, caption: str | None) -> str:
         """Return the caption without the trigger, which class images must not contain, and without leftover commas."""

@@ -15,6 +15,9 @@ class Prior(Strict):
     """Weight λ of the loss on class images; 0 turns prior preservation off"""
     images: int = Field(64, ge=1, le=100_000)
     """Number of class images that the base generates (they are cached)"""
+    prompts: list[str] = Field(default_factory=list)
+    """Prompts of the class, such as "{class_prompt} in the snow"; {class_prompt} and {subject} are filled in; unset:
+    the class prompt itself"""
     folder: str = ""
     """Folder of your own class images, used instead of generated ones"""
     by: Literal["pictures", "prediction"] = "pictures"

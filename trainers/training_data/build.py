@@ -12,7 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
-from diffgraft.data.frames import Frame, frames, with_mirrored
+from diffgraft.data.frames import Frame, RandomCrops, frames, with_mirrored
 from diffgraft.data.inventory import named, pluralize
 from diffgraft.data.latents import encode_cached
 from diffgraft.data.pictures import Picture, UnreadablePictureError
@@ -118,17 +118,10 @@ def _check_repeats(samples: Sequence[Sample]) -> None:
 
 def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
     """Crops in which an image is used."""
-    at_random = data.crop == "random"
-    seed = int(picture.content[:8], 16) if at_random else 0
-    return frames(
-        picture.size,
-        resolution_of(data, base),
-        data.buckets,
-        size_step(base),
-        data.crops,
-        at_random=at_random,
-        seed=seed,
-    )
+    random_crops = None
+    if data.crop == "random":
+        random_crops = RandomCrops(data.crops, data.crop_scale, seed=int(picture.content[:8], 16))
+    return frames(picture.size, resolution_of(data, base), data.buckets, size_step(base), random_crops)
 
 
 def _check_masks(samples: Sequence[Sample]) -> None:

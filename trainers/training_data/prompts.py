@@ -33,12 +33,20 @@ def prompt_builders(concept: DataSettings, picture: Picture) -> tuple[PromptBuil
     if not captions:
         texts = TEMPLATES[concept.templates] if concept.templates != "none" else (concept.prompt,)
         prompts = tuple(_with_trigger(concept, concept.fill(text)) for text in texts)
-        class_prompts = (concept.class_text(None),) * len(prompts)
+        pairs = [(prompt, text) for prompt in prompts for text in _class_texts(concept, None)]
+        prompts, class_prompts = zip(*pairs, strict=True)
         return PromptBuilder(prompts, kept_word=concept.trigger), PromptBuilder(class_prompts)
-    class_prompts = tuple(concept.class_text(caption) for caption in captions)
+    pairs = [(caption, text) for caption in captions for text in _class_texts(concept, caption)]
+    captions, class_prompts = zip(*pairs, strict=True)
     own_template = _caption_template(concept)
     templates = tuple("{caption}" if mentions(caption, concept.trigger) else own_template for caption in captions)
     return PromptBuilder(captions, templates, concept.trigger), PromptBuilder(class_prompts)
+
+
+def _class_texts(concept: DataSettings, caption: str | None) -> list[str]:
+    """Class prompts of an image's text, one for each turn; by pictures, `prior.prompts` are those of class images."""
+    text, prior = concept.class_text(caption), concept.prior_preservation
+    return concept.class_variants(text) if prior is not None and prior.by == "prediction" else [text]
 
 
 def captions_of(concept: DataSettings, picture: Picture) -> tuple[str, ...]:
