@@ -4,7 +4,8 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several at once, each with all cores, wait for one another
@@ -117,6 +118,18 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "small-xl"
     pipe.save_pretrained(folder)
     return folder
+
+
+@cache
+def _loaded(folder: Path) -> Base:
+    return load_base(folder)
+
+
+def fresh(folder: Path) -> Base:
+    """A copy of a folder's base, which is loaded once in a process; the copies share their tokenizers."""
+    base = _loaded(folder)
+    shared = [base.family, *base.tokenizers().values()]
+    return deepcopy(base, {id(part): part for part in shared})
 
 
 UNETS: dict[str, dict[str, object]] = {

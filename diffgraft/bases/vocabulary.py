@@ -4,6 +4,7 @@ A vocabulary of byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) has 
 the end of a word, and one for each merge; CLIP's has 2 · 256 + 48,894 tokens, and two for start and end of a text.
 """
 
+import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ _CLIP_SHARE = 0.9
 """Share of its tokens that a vocabulary must have in common with CLIP's to be taken for CLIP's"""
 _END = "</w>"
 
+_checked: set[tuple[str, int]] = set()
+"""SHA-256 of tokenizers that passed, and rows of their text encoders: the check takes a second"""
 Parts = tuple[dict[str, int], list[tuple[str, str]]]
 """Token → id, and pairs of tokens in the order in which they are merged"""
 
@@ -30,6 +33,13 @@ def check_vocabulary(tokenizer: Any, rows: int, clip: Path) -> None:
     Raises:
         ValueError: tokens or merges are missing, duplicated, or in another order.
     """
+    key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), rows
+    if key not in _checked:
+        _check(tokenizer, rows, clip)
+        _checked.add(key)
+
+
+def _check(tokenizer: Any, rows: int, clip: Path) -> None:
     numbers = tokenizer.get_vocab().values()
     if len(set(numbers)) < len(numbers):
         raise ValueError("several tokens of vocab.json have the same id")

@@ -16,6 +16,7 @@ from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.generation.graft import graft
 from tests.adapters.test_families import random_lora, said
 from tests.adapters.toys import shaken
+from tests.conftest import fresh
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 
@@ -64,7 +65,7 @@ def test_the_projection_behind_a_text_encoder_has_no_level(folders: Path, tmp_pa
     """What is extracted of whole checkpoints of XL has a change of it, and its name differs from all others."""
     from peft import PeftModel
 
-    base, other = load_base(folders / "sdxl"), load_base(folders / "sdxl")
+    base, other = fresh(folders / "sdxl"), fresh(folders / "sdxl")
     out, width = base.text_encoder_2.text_projection.weight.shape
     deltas = dict(random_lora(base, "attention").deltas)
     deltas["text_encoder_2.text_projection"] = (low_rank(torch.randn(2, width), torch.randn(out, 2), 2.0),)
@@ -77,7 +78,7 @@ def test_the_projection_behind_a_text_encoder_has_no_level(folders: Path, tmp_pa
     pipe = other.pipeline()
     pipe.load_lora_weights(tmp_path, weight_name="a.safetensors")
     torch.testing.assert_close(other.condition(["a dog"]).added["text_embeds"], wanted, rtol=1e-4, atol=1e-5)
-    third = load_base(folders / "sdxl")
+    third = fresh(folders / "sdxl")
     PeftModel.from_pretrained(third.text_encoder_2, adapter.save(tmp_path / "peft", "peft") / "text_encoder_2")
     torch.testing.assert_close(third.condition(["a dog"]).added["text_embeds"], wanted, rtol=1e-4, atol=1e-5)
     kohya = load_file(adapter.save(tmp_path / "k.safetensors", "kohya"))
@@ -86,7 +87,7 @@ def test_the_projection_behind_a_text_encoder_has_no_level(folders: Path, tmp_pa
 
 
 def test_it_reads_our_dora(folders: Path, tmp_path: Path) -> None:
-    base, other = load_base(folders / "sdxl"), load_base(folders / "sdxl")
+    base, other = fresh(folders / "sdxl"), fresh(folders / "sdxl")
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path, (lora,) in random_lora(base, "all").deltas.items():
         outputs = lora.leaves["lora_up"].shape[0]
@@ -112,7 +113,7 @@ def test_we_read_what_its_scripts_write(family: str, kind: str, folders: Path, t
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
-    base, other = load_base(folders / family), load_base(folders / family)
+    base, other = fresh(folders / family), fresh(folders / family)
     parts: dict[str, Any] = {}
     for part, module in parts_of(other).items():
         torch.manual_seed(1)
@@ -138,7 +139,7 @@ def test_we_read_what_its_scripts_write(family: str, kind: str, folders: Path, t
 
 def test_it_reads_the_words_for_two_text_encoders(folders: Path, tmp_path: Path) -> None:
     """Each encoder's on its own, as its documentation has it: a file of both it does not take."""
-    base, other = load_base(folders / "sdxl"), load_base(folders / "sdxl")
+    base, other = fresh(folders / "sdxl"), fresh(folders / "sdxl")
     widths = {part: getattr(base, part).config.hidden_size for part in ("text_encoder", "text_encoder_2")}
     vectors = {part: 0.2 * torch.randn(2, width) for part, width in widths.items()}
     word = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens={"<zorp>": vectors})

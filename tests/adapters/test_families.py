@@ -14,14 +14,14 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.registry import get_method, methods
-from diffgraft.bases import Base, load_base
+from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from tests.conftest import UNETS
+from tests.conftest import UNETS, fresh
 
 
 def random_lora(base: Base, layers: str) -> Adapter:
@@ -50,7 +50,7 @@ def said(base: Base) -> Tensor:
 def test_every_method_trains_and_grafts_on_every_family(
     family: str, method: str, folders: Path, tmp_path: Path
 ) -> None:
-    base = load_base(folders / family)
+    base = fresh(folders / family)
     chosen = get_method(method)
     options = chosen.read_options({})
     paths = {part: choose_layers(part, module, chosen.layers_under(options)) for part, module in parts_of(base).items()}

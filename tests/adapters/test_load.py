@@ -15,7 +15,7 @@ from diffgraft.adapters.method import Attached, Spec, strip_text_model
 from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.registry import get_method, read_delta, written_dialects
-from diffgraft.bases import Base, load_base
+from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
@@ -23,6 +23,7 @@ from tests.adapters.test_families import said
 from tests.adapters.test_lycoris import _made_by_lycoris, _targets, as_trained_by_kohya  # noqa: F401  (a fixture)
 from tests.adapters.test_peft import configs, peft_asks
 from tests.adapters.toys import VARIANTS, Net, attach, input_of, name_of, shake, shaken
+from tests.conftest import fresh
 
 SIZES = ("ranks", "alphas", "conv_rank", "conv_alpha", "rslora")
 """What a file brings along itself"""
@@ -106,7 +107,7 @@ LYCORIS = {
 def test_files_of_lycoris_go_on(
     family: str, name: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, other = load_base(folders / family), load_base(folders / family)
+    base, other = fresh(folders / family), fresh(folders / family)
     text, unet = as_trained_by_kohya(other)
     network = _made_by_lycoris(name, text, unet, monkeypatch)
     network.apply_to(text, unet, True, True)
@@ -139,7 +140,7 @@ def _goes_on(base: Base, found: Adapter, wanted: Tensor, method: str, options: d
 def test_folders_of_peft_go_on(kind: str, family: str, folders: Path, tmp_path: Path) -> None:
     from peft import get_peft_model
 
-    base, other = load_base(folders / family), load_base(folders / family)
+    base, other = fresh(folders / family), fresh(folders / family)
     for part, module in parts_of(other).items():
         torch.manual_seed(3)
         model = get_peft_model(module, configs(part, module)[kind])
@@ -164,7 +165,7 @@ def test_half_precision_trains_on_in_float32(dtype: torch.dtype, base: Base) -> 
 
 def test_lengths_of_a_plain_lora_become_those_that_it_makes(folders: Path) -> None:
     """Going on as DoRA changes nothing at first."""
-    base = load_base(folders / "sd1")
+    base = fresh(folders / "sd1")
     paths = {part: choose_layers(part, module, "all") for part, module in parts_of(base).items()}
     spec = Spec(paths, 2, 3.0, 0, get_method("lora").read_options({}))
     live = get_method("lora").attach(base, spec)
@@ -190,7 +191,7 @@ def word(
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("method", ["textual-inversion", "pivotal"])
 def test_words_go_on_and_keep_the_lengths_of_the_file(method: str, family: str, folders: Path, tmp_path: Path) -> None:
-    base = load_base(folders / family)
+    base = fresh(folders / family)
     live = word(base, method, "<other>", vectors=2)
     shake(live)
     adapter = live.adapter({"method": method, "trigger": "<other>"})
@@ -214,7 +215,7 @@ def test_words_go_on_and_keep_the_lengths_of_the_file(method: str, family: str, 
 
 
 def test_pivotal_tuning_starts_from_a_word_or_from_weights_alone(folders: Path) -> None:
-    base = load_base(folders / "sd1")
+    base = fresh(folders / "sd1")
     live = word(base, "pivotal")
     shake(live)
     both = live.adapter({})
@@ -224,13 +225,13 @@ def test_pivotal_tuning_starts_from_a_word_or_from_weights_alone(folders: Path) 
         (replace(both, tokens={}), set(both.modules)),
     ):
         live = word(base, "pivotal", seed=2)
-        fresh = live.adapter({})
+        untrained = live.adapter({})
         assert live.load(part) == taken
         now = live.adapter({})
         live.detach()
-        wanted = both if part.tokens else fresh
+        wanted = both if part.tokens else untrained
         assert torch.equal(now.tokens["<zorp>"]["text_encoder"], wanted.tokens["<zorp>"]["text_encoder"])
-        wanted = fresh if part.tokens else both
+        wanted = untrained if part.tokens else both
         for path, (delta,) in now.deltas.items():
             assert all(torch.equal(leaf, wanted.deltas[path][0].leaves[n]) for n, leaf in delta.leaves.items())
 
@@ -244,7 +245,7 @@ def test_hypernetworks_go_on_with_another_dropout(
     dropout: list[float], dialect: str, folders: Path, tmp_path: Path
 ) -> None:
     """Behind a layer that drops something, the others have other numbers."""
-    base = load_base(folders / "sd1")
+    base = fresh(folders / "sd1")
     made = get_method("hypernetwork")
     live = made.attach(base, Spec({}, 1, 1.0, 0, made.read_options({**BUILT, "dropout": dropout})))
     shake(live, size=0.1)

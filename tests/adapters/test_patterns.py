@@ -11,11 +11,12 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.patterns import check_pattern_keys, last_match
 from diffgraft.adapters.registry import get_method, written_dialects
-from diffgraft.bases import Base, load_base
+from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import load_recipe
 from tests.adapters.toys import shake
+from tests.conftest import fresh
 
 UP = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"
 """OUT05"""
@@ -84,7 +85,7 @@ def attached(base: Base, method: str, options: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("method", ["lora", "locon", "loha", "lokr"])
 def test_mixed_ranks_go_into_every_format_and_come_back(method: str, folders: Path, tmp_path: Path) -> None:
-    base = load_base(folders / "sdxl")
+    base = fresh(folders / "sdxl")
     live = attached(base, method, {"ranks": RANKS, "alphas": ALPHAS})
     shake(live)
     adapter = live.adapter({"method": method, "base": {"family": "sdxl"}})
