@@ -1,7 +1,63 @@
-"""What pages of measurements say still holds, where it can be tried in a moment."""
+"""What pages of measurements say still holds, where it can be tried in a moment; and the scores that they report."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
 
 from benchmarks.formats import PAGE, page
+from benchmarks.learning.shape import shape_score, silhouette
+from benchmarks.learning.targets import known_things, plain_drawings
+from diffgraft.bases.tiny.world import Scene, draw
+from diffgraft.bases.tiny.world.glyphs import glyph_sprite
 
 
 def test_the_page_of_formats_says_what_is_so() -> None:
     assert PAGE.read_text("utf-8") == page()
+
+
+def test_a_silhouette_is_what_differs_from_the_plain_background() -> None:
+    picture = Image.new("RGB", (60, 40), (250, 220, 40))
+    ImageDraw.Draw(picture).rectangle((20, 10, 49, 34), fill=(30, 60, 200))
+    expected = np.zeros((40, 60), bool)
+    expected[10:35, 20:50] = True
+    assert (silhouette(picture) == expected).all()
+
+
+def test_the_shape_score_ignores_colour_position_scale_tilt_and_mirroring() -> None:
+    guitar, scene = glyph_sprite("🎸"), Scene(thing="chair", setting="plain", backdrop="green", size=0.7)
+    turned = replace(scene, backdrop="white", size=0.6, x=0.4, y=0.6, tilt=-15, mirrored=True)
+    for placed in (scene, turned):
+        assert shape_score(silhouette(draw(placed, guitar)[0]), guitar) > 0.75
+    grey = Image.new("RGBA", guitar.size, (120, 120, 125, 255))
+    grey.putalpha(guitar.getchannel("A"))
+    assert shape_score(silhouette(draw(scene, grey)[0]), guitar) > 0.75
+
+
+def test_the_shape_score_is_the_overlap_over_the_union() -> None:
+    square = Image.new("RGBA", (128, 128))
+    ImageDraw.Draw(square).rectangle(
+        (32, 32, 95, 95), fill=(0, 0, 0, 255)
+    )  # half of its side: 32 of 64 pixels at scale 1
+    seen = np.zeros((64, 64), bool)
+    seen[10:26, 20:36] = True  # 16 × 16, the square at scale 0.5
+    assert shape_score(seen, square) == pytest.approx(1.0)
+    seen[10:26, 36:44] = True  # half as wide again: the best square covers 16 of 24 columns, or is larger
+    assert 16 / 24 <= shape_score(seen, square) < 0.85
+    assert shape_score(np.zeros((64, 64), bool), square) == 0
+
+
+def test_other_outlines_score_less_than_a_subjects_own() -> None:
+    guitar, octopus = glyph_sprite("🎸"), glyph_sprite("🐙")
+    own = [shape_score(silhouette(picture), guitar) for picture in plain_drawings(guitar)]
+    foreign = [shape_score(silhouette(picture), guitar) for picture in plain_drawings(octopus)]
+    assert np.mean(own) > 0.8 > 0.6 > np.mean(foreign)
+    assert min(own) > max(foreign)
+
+
+def test_known_things_come_with_their_masks_and_prompts() -> None:
+    pictures, masks, prompts = known_things()
+    assert len(pictures) == len(masks) == len(prompts) == 24 * 4
+    assert prompts[0] == "a dog"
+    assert all(mask.getextrema()[1] > 200 for mask in masks)

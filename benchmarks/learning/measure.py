@@ -1,8 +1,9 @@
 """Measurements of one training run: losses, drift, and the judge's verdicts on generated pictures."""
 
+import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.learning.targets import REFERENCES, NewPrompt, Target
+from benchmarks.learning.shape import shape_score, silhouette
+from benchmarks.learning.targets import BACKDROPS, REFERENCES, NewPrompt, Target, known_things, plain_drawings
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import TINY
@@ -22,7 +24,7 @@ from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
-from diffgraft.trainers.hooks.validation_set import ValidationSet
+from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 from diffgraft.trainers.loop import Loop
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
@@ -31,6 +33,8 @@ TRIGGER, NEW_WORD = "sks", "<sks>"
 """Triggers: a rare word that the base knows, and an unknown word for methods that train a word"""
 FIRST_SEED = 4_000
 """Seed of the first picture that is generated for each new prompt"""
+PER_BACKDROP = 2
+"""Number of pictures that are generated on each plain background"""
 
 
 @cache
@@ -50,6 +54,13 @@ def validation_sets(target: Target) -> tuple[ValidationSet, ValidationSet, list[
     """Return validation sets of held-out pictures and of class pictures, and the prompts of the latter."""
     class_set, class_prompts = target.class_validation_set(tiny())
     return target.validation_set(tiny()), class_set, class_prompts
+
+
+@cache
+def known_loss() -> float:
+    """Return the loss of the base on pictures of things that it knows, on the pixels of the things."""
+    pictures, masks, prompts = known_things()
+    return validation_set_from_images(tiny(), pictures, masks).loss(tiny(), prompts)
 
 
 def recipe_and_words(target: Target, method: str) -> tuple[str, str]:
@@ -76,8 +87,9 @@ def measure(
 ) -> dict[str, Any]:
     """Train once and return all figures; generated pictures are saved in the folder `pictures`, if given.
 
-    Losses are held-out losses. `fall` is the reduction of the loss as a share of the loss before training, and `gain
-    without trigger` the reduction for prompts without the trigger as a share of the reduction with it.
+    Losses are held-out losses. `fall` is the reduction of the loss as a share of the loss before training, `gap closed`
+    as a share of its excess over the loss on known things, and `gain without trigger` the reduction for prompts without
+    the trigger as a share of the reduction with it.
     """
     base = tiny()
     recipe, words = recipe_and_words(target, method)
@@ -100,6 +112,7 @@ def measure(
         after, after_without = held_out_set.loss(base, with_it), held_out_set.loss(base, without)
         drift = class_set.prediction_drift(class_before, base, class_prompts)
         drawn = draw_new(base, target, words)
+        outlines = outline_figures(target, draw_plain(base, words) if target.cutout else [])
     if pictures is not None:
         save_drawn(drawn, pictures)
     return {
@@ -109,9 +122,11 @@ def measure(
         "before": before,
         "after": after,
         "fall": 1 - after / before,
+        **({"gap closed": (before - after) / (before - known_loss())} if target.cutout else {}),
         "gain without trigger": (before_without - after_without) / (before - after),
         "class drift": drift,
         **verdicts(drawn),
+        **outlines,
     }
 
 
@@ -139,6 +154,20 @@ def draw_new(base: Base, target: Target, words: str) -> list[tuple[NewPrompt, li
     images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "generating new prompts")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
+
+
+def draw_plain(base: Base, words: str) -> list[Image.Image]:
+    """Generate pictures of a subject on plain backgrounds, `PER_BACKDROP` on each, always with the same seeds."""
+    texts = [f"a {words} on a plain {colour} background" for colour in BACKDROPS for _ in range(PER_BACKDROP)]
+    seeds = list(range(FIRST_SEED, FIRST_SEED + len(texts)))
+    return generate(base.pipeline(), texts, Settings(), seeds, "generating plain pictures")
+
+
+def outline_figures(target: Target, plain: Sequence[Image.Image]) -> dict[str, float]:
+    """Return the mean shape score of pictures on plain backgrounds; nothing for targets without an outline."""
+    if target.cutout is None:
+        return {}
+    return {"shape": statistics.mean(shape_score(silhouette(picture), target.cutout) for picture in plain)}
 
 
 def save_drawn(drawn: list[tuple[NewPrompt, list[Image.Image]]], folder: Path) -> None:
@@ -194,7 +223,12 @@ def centre(images: Any) -> Tensor:
 
 def bounds(target: Target) -> dict[str, dict[str, float]]:
     """Return lower and upper bounds of the verdicts: the base without an adapter, and held-out reference drawings."""
-    bare = draw_new(tiny(), target, target.noun or "flat")
+    words = target.noun or "flat"
+    bare = draw_new(tiny(), target, words)
+    bare_plain, drawn_plain = (draw_plain(tiny(), words), plain_drawings(target.cutout)) if target.cutout else ([], [])
     half = REFERENCES // 2
     references = [(replace(prompt, having=prompt.having[:half]), list(prompt.having[half:])) for prompt in target.new]
-    return {"base without adapter": verdicts(bare), "reference drawings": verdicts(references)}
+    return {
+        "base without adapter": verdicts(bare) | outline_figures(target, bare_plain),
+        "reference drawings": verdicts(references) | outline_figures(target, drawn_plain),
+    }

@@ -30,6 +30,8 @@ seeds, ± the standard deviation.
 - *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
   and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: decrease of this loss, as a
   share of the loss before training.
+- *gap closed* (subjects): decrease of the held-out loss, as a share of its excess over the loss on things that the base
+  knows.
 - *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
   with it; below 0, the loss increased.
 - *class drift*: change of the base's predictions for pictures of the class (for the style: for pictures in other
@@ -41,6 +43,9 @@ seeds, ± the standard deviation.
   *followed*: share with the setting of the prompt (for the style: with its thing and setting). *both*: share with both.
   All prompts are new: no training picture shows the subject in these settings, or the style with these pairs of thing
   and setting.
+- *shape* (subjects): intersection over union of the silhouette in generated pictures on plain backgrounds and of the
+  subject's own outline at the best mirroring, rotation, scale and position; the mean of twelve pictures. Colours do not
+  count in it.
 """
 
 Row = dict[str, Any]
@@ -51,10 +56,20 @@ COLUMNS: dict[str, Callable[[Sequence[Row]], str]] = {
     "processor time": lambda rows: f"{mean(rows, 'processor seconds'):.0f} s",
     "held-out loss": lambda rows: f"{mean(rows, 'before'):.3f} → {mean(rows, 'after'):.3f}",
     "reduction": lambda rows: f"{100 * mean(rows, 'fall'):.1f} %{spread(rows, 'fall')}",
+    "gap closed": lambda rows: f"{100 * mean(rows, 'gap closed'):.0f} %{spread(rows, 'gap closed')}",
     "gain without trigger": lambda rows: f"{100 * mean(rows, 'gain without trigger'):.0f} %",
     "class drift": lambda rows: f"{1000 * mean(rows, 'class drift'):.1f}",
 }
-VERDICTS = {"similarity": "similarity", "shown": "shown", "followed": "followed", "both": "shown as asked"}
+VERDICTS = {
+    "similarity": "similarity",
+    "shown": "shown",
+    "followed": "followed",
+    "both": "shown as asked",
+    "shape": "shape",
+}
+"""Title of a column → figure of generated pictures"""
+PLAIN_NUMBERS = ("similarity", "shape")
+"""Figures of generated pictures that are no shares"""
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
@@ -73,20 +88,22 @@ def file_size(count: float) -> str:
 
 
 def verdict(name: str, value: float) -> str:
-    """Return the text of a verdict: shares in percent, the similarity as a number."""
-    return f"{value:.2f}" if name == "similarity" else f"{100 * value:.0f} %"
+    """Return the text of a verdict: shares in percent, others as numbers."""
+    return f"{value:.2f}" if name in PLAIN_NUMBERS else f"{100 * value:.0f} %"
 
 
 def table(by_variant: dict[str, list[Row]], extremes: dict[str, dict[str, float]]) -> str:
     """Return a Markdown table with a row for each variant, and below these the rows of `extremes` for comparison."""
-    drawn = VERDICTS if extremes else {}
-    lines = ["| | " + " | ".join([*COLUMNS, *drawn]) + " |", "|-" * (1 + len(COLUMNS) + len(drawn)) + "|"]
+    figures = next(iter(by_variant.values()))[0]  # the rows of a table have the same figures
+    columns = {name: column for name, column in COLUMNS.items() if name != "gap closed" or name in figures}
+    drawn = {name: key for name, key in VERDICTS.items() if extremes and key in figures}
+    lines = ["| | " + " | ".join([*columns, *drawn]) + " |", "|-" * (1 + len(columns) + len(drawn)) + "|"]
     for variant, rows in by_variant.items():
-        cells = [column(rows) for column in COLUMNS.values()]
+        cells = [column(rows) for column in columns.values()]
         cells += [verdict(name, mean(rows, key)) for name, key in drawn.items()]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     for name, values in extremes.items():
-        cells = ["–"] * len(COLUMNS) + [verdict(title, values[key]) for title, key in drawn.items()]
+        cells = ["–"] * len(columns) + [verdict(title, values[key]) for title, key in drawn.items()]
         lines.append(f"| *{name}* | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

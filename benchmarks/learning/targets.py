@@ -15,11 +15,13 @@ from PIL import Image
 
 from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import STYLES, draw
+from diffgraft.bases.tiny.world.glyphs import HELD_BACK, HELD_BACK_FOR_TESTS, glyph_sprite
 from diffgraft.bases.tiny.world.scene import SETTING_WORDS, random_scene
+from diffgraft.bases.tiny.world.things import THINGS
 from diffgraft.data.class_images import class_images
 from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
-from diffgraft.demo.subject import ALIEN, POODLE, Subject
+from diffgraft.demo.subject import ALIEN, HELD_OUT, POODLE, Subject, write_pictures
 from diffgraft.generation.generate import Settings
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 
@@ -29,6 +31,8 @@ NEW_SETTINGS = ("snow", "night", "jungle")
 """Settings that are in no picture of a subject, neither in training nor held out"""
 PER_PROMPT = 12
 """Number of generated pictures for each new setting of a subject"""
+BACKDROPS = ("white", "yellow", "blue", "green", "pink", "purple")
+"""Colours of the plain backgrounds on which outlines of subjects are judged"""
 REFERENCES = 40
 """Number of reference pictures of each new prompt: that many with the subject or style, and that many without it"""
 
@@ -65,6 +69,8 @@ class Target:
     """Prompt of each held-out picture without the subject or style, which should not produce it"""
     masks: Sequence[Image.Image] | None = field(repr=False, default=None)
     new: Sequence[NewPrompt] = ()
+    cutout: Image.Image | None = field(repr=False, default=None)
+    """Cut-out of a made-up subject, RGBA, with its outline"""
 
     def validation_set(self, base: Base) -> ValidationSet:
         """Return the validation set of the held-out pictures; masks limit the loss to the pixels of the subject."""
@@ -78,10 +84,27 @@ class Target:
         return validation_set_from_images(base, [picture.image for _, picture in drawn]), [text for text, _ in drawn]
 
 
-def of_subject(subject: Subject) -> Target:
-    """Return the target of a made-up subject, with new prompts in settings that are in no training picture."""
-    held_out = [picture.image for picture in read_folder(subject.folder / "held-out")]
-    masks = [Image.open(path) for path in sorted((subject.folder / "held-out-masks").glob("*.png"))]
+def of_held_back(name: str) -> Target:
+    """Return the target of a glyph that is in no picture of the world, in its own colours."""
+    glyphs = {**HELD_BACK, **HELD_BACK_FOR_TESTS}
+    seed = 100 + 2 * list(glyphs).index(name)
+    subject = Subject(name, glyphs[name].noun, lambda: glyph_sprite(glyphs[name].glyph), (seed, seed + 1))
+    folder = Path(tempfile.mkdtemp(prefix="diffgraft-subject-"))
+    write_pictures(subject, folder)
+    return of_subject(subject, folder)
+
+
+def of_subject(subject: Subject, folder: Path | None = None) -> Target:
+    """Return the target of a made-up subject, with new prompts in settings that are in no training picture.
+
+    `folder` has its pictures, by default those that ship with diffgraft.
+    """
+    folder = folder or subject.folder
+    held_out = [picture.image for picture in read_folder(folder / "held-out")]
+    masks = []
+    for path in sorted((folder / "held-out-masks").glob("*.png")):
+        with Image.open(path) as mask:
+            masks.append(mask.copy())
     new = []
     for number, setting in enumerate(NEW_SETTINGS):
         scenes = subject.scenes((setting,) * REFERENCES, 500 + number)
@@ -95,13 +118,33 @@ def of_subject(subject: Subject) -> Target:
         subject.name,
         "subject",
         subject.noun,
-        subject.folder / "learn",
+        folder / "learn",
         held_out,
         ["a {it}"] * count,
         [f"a {subject.noun}"] * count,
         masks,
         new,
+        subject.cutout(),
     )
+
+
+def known_things() -> tuple[list[Image.Image], list[Image.Image], list[str]]:
+    """Return pictures of all things of the tiny world, framed as those of subjects, their masks and their prompts."""
+    drawn = []
+    for number, thing in enumerate(THINGS):
+        scenes = replace(POODLE, noun=thing).scenes(HELD_OUT, 700 + number)
+        drawn += [(*draw(scene), f"a {thing}") for scene in scenes[number % 2 :: 2]]
+    pictures, masks, prompts = (list(column) for column in zip(*drawn, strict=True))
+    return pictures, masks, prompts
+
+
+def plain_drawings(cutout: Image.Image) -> list[Image.Image]:
+    """Return drawings of a cut-out on plain backgrounds, one for each of `BACKDROPS`."""
+    rng = np.random.default_rng(901)
+    scenes = [random_scene(rng, setting="plain", style="flat") for _ in BACKDROPS]
+    return [
+        draw(replace(scene, backdrop=colour), cutout)[0] for scene, colour in zip(scenes, BACKDROPS, strict=True)
+    ]
 
 
 def of_style() -> Target:
