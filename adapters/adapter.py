@@ -80,7 +80,10 @@ class LinearDelta(Delta):
 
 
 class Network(ABC):
-    """A trained network beside the base that changes the inputs of layers, which no change of a weight can express."""
+    """A trained network beside the base, such as a hypernetwork, that changes the inputs of layers.
+
+    It cannot be merged into the weights of the base.
+    """
 
     kind: str
     """Kind of the network: the name of the `Method` that reads it again."""

@@ -26,7 +26,7 @@ from diffgraft.adapters.patch import (
     weight_shape,
 )
 from diffgraft.adapters.patterns import check_pattern_keys, last_match
-from diffgraft.adapters.projections import match_axes
+from diffgraft.adapters.projections import match_conv_axes
 
 Leaves = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -126,11 +126,11 @@ class FactorDelta(LinearDelta):
         return self.factors.scale(self.leaves, self.alpha)
 
     def delta(self, shape: Shape) -> Tensor:
-        leaves = {name: leaf.float() for name, leaf in match_axes(self.leaves, shape).items()}
+        leaves = {name: leaf.float() for name, leaf in match_conv_axes(self.leaves, shape).items()}
         return self.scale * self.factors.weight(leaves, shape)
 
     def fits(self, weight_shape: Shape) -> bool:
-        leaves = _on_meta(match_axes(self.leaves, weight_shape))
+        leaves = _on_meta(match_conv_axes(self.leaves, weight_shape))
         try:
             return tuple(self.factors.weight(leaves, weight_shape).shape) == tuple(weight_shape)
         except (ValueError, RuntimeError, IndexError):
@@ -142,7 +142,7 @@ def _on_meta(leaves: Leaves) -> dict[str, Tensor]:
     return {name: leaf.to("meta") for name, leaf in leaves.items()}
 
 
-class FactorOptions(Options):
+class RankOptions(Options):
     """Options that every method made of factors has."""
 
     ranks: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -160,7 +160,7 @@ class FactorOptions(Options):
 
 
 def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:
-    """Attach the layers built by `make` to the layers of a `Spec` with `FactorOptions`.
+    """Attach the layers built by `make` to the layers of a `Spec` with `RankOptions`.
 
     Raises:
         DiffgraftError: a key of the options `ranks` or `alphas` matches no adapted layer.
@@ -216,7 +216,7 @@ class FactorLayer(AdapterLayer):
         if not delta.fits(shape):
             raise ValueError(f"does not fit this base's layer of shape {' × '.join(map(str, shape))}")
         device = next(self.parameters()).device
-        leaves = sorted(match_axes(delta.leaves, shape).items())
+        leaves = sorted(match_conv_axes(delta.leaves, shape).items())
         values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in leaves}
         self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in values.items()})
         self._alpha, self._scale = delta.alpha, delta.scale

@@ -24,7 +24,7 @@ def _core(shape: Shape) -> Shape:
     return tuple(shape[:2]) if len(shape) == 4 and tuple(shape[2:]) == (1, 1) else tuple(shape)
 
 
-def match_axes(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+def match_conv_axes(leaves: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """Give leaves two axes for a weight [out, in], and four for a weight [out, in, 1, 1]; these are views, not copies.
 
     Leaves with a larger kernel, and leaves for weights of other shapes, are returned unchanged.

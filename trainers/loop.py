@@ -29,7 +29,7 @@ _DROPOUT = 4
 """Random stream that seeds PyTorch's own generators"""
 
 
-class Loop:
+class TrainingLoop:
     """Runs the training steps, and calls the hooks between them."""
 
     def __init__(

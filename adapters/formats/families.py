@@ -12,7 +12,7 @@ from typing import Any
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.ops.effect import fitting_bases
-from diffgraft.adapters.projections import match_axes
+from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.ldm_keys import MAX_LEVELS, BlockLayout
 from diffgraft.bases.shapes import FAMILY
@@ -237,7 +237,7 @@ def _is_attention_proj(path: str) -> bool:
 
 def _with_axes(delta: Delta, linear: bool) -> Delta:
     """The delta for a linear layer, or for a 1 × 1 convolution."""
-    leaves = match_axes(delta.leaves, (1, 1) if linear else (1, 1, 1, 1))
+    leaves = match_conv_axes(delta.leaves, (1, 1) if linear else (1, 1, 1, 1))
     if all(leaf is delta.leaves[name] for name, leaf in leaves.items()):
         return delta
     changed = read_delta(delta.kind, leaves, delta.alpha)

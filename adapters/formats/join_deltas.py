@@ -9,7 +9,7 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.effect import check_delta_size
-from diffgraft.adapters.projections import match_axes
+from diffgraft.adapters.projections import match_conv_axes
 
 
 def join_deltas(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
@@ -46,7 +46,7 @@ def _side_by_side(loras: Sequence[Delta]) -> FactorDelta:
     """One LoRA that is the sum of several, with their factors concatenated along the rank."""
     shape = loras[0].weight_shape
     assert shape is not None
-    leaves = [match_axes(lora.leaves, shape) for lora in loras]
+    leaves = [match_conv_axes(lora.leaves, shape) for lora in loras]
     scales = [lora.scale for lora in loras if isinstance(lora, FactorDelta)]
     up = torch.cat([scale * lora["lora_up"].float().flatten(1) for scale, lora in zip(scales, leaves, strict=True)], 1)
     down = torch.cat([lora["lora_down"].float() for lora in leaves])

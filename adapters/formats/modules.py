@@ -19,7 +19,7 @@ from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.formats.families import to_diffusers_names
 from diffgraft.adapters.formats.header import finite_number
 from diffgraft.adapters.ops.effect import LARGEST
-from diffgraft.adapters.projections import match_axes
+from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.ldm_keys import LDM_PREFIXES
 
@@ -137,9 +137,11 @@ def _are_equal(first: tuple[Delta, ...], second: tuple[Delta, ...]) -> bool:
         a.kind == b.kind
         and a.alpha == b.alpha
         and set(a.leaves) == set(b.leaves)
-        and all(torch.equal(leaf.float(), other[name].float()) for name, leaf in match_axes(a.leaves, (1, 1)).items())
+        and all(
+            torch.equal(leaf.float(), other[name].float()) for name, leaf in match_conv_axes(a.leaves, (1, 1)).items()
+        )
         for a, b in zip(first, second, strict=True)
-        for other in [match_axes(b.leaves, (1, 1))]
+        for other in [match_conv_axes(b.leaves, (1, 1))]
     )
 
 

@@ -43,7 +43,7 @@ def save_words(adapter: Adapter, folder: Path) -> list[Path]:
 
 
 def only_word(adapter: Adapter, word: str) -> Adapter:
-    """An adapter that holds one of the words of `adapter`, and no weights."""
+    """Return an adapter with the trained embedding of `word` alone, without the changes of weights."""
     metadata = {**adapter.metadata, "method": "textual-inversion", "trigger": word}
     return Adapter({}, metadata, tokens={word: adapter.tokens[word]})
 

@@ -18,9 +18,9 @@ from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
-    FactorOptions,
     Factors,
     Leaves,
+    RankOptions,
     Shape,
     add_product,
     attach_factors,
@@ -136,7 +136,7 @@ class HadamardProduct(Factors):
 HADAMARD = HadamardProduct()
 
 
-class LohaOptions(FactorOptions):
+class LohaOptions(RankOptions):
     """Options of LoHa beside rank and alpha."""
 
     conv_rank: int | None = Field(None, ge=1)

@@ -17,9 +17,9 @@ from diffgraft.adapters.dora import with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
-    FactorOptions,
     Factors,
     Leaves,
+    RankOptions,
     Shape,
     attach_factors,
     kaiming,
@@ -28,7 +28,7 @@ from diffgraft.adapters.method import Attached, Method, Spec
 from diffgraft.adapters.patch import AdapterLayer, run_layer
 
 
-class LokrOptions(FactorOptions):
+class LokrOptions(RankOptions):
     """Options of LoKr beside rank and alpha."""
 
     factor: int = Field(-1, ge=-1)

@@ -18,9 +18,9 @@ from diffgraft.adapters.dora import DoraLayer, with_optional_dora
 from diffgraft.adapters.factors import (
     FactorDelta,
     FactorLayer,
-    FactorOptions,
     Factors,
     Leaves,
+    RankOptions,
     Shape,
     add_product,
     attach_factors,
@@ -133,7 +133,7 @@ def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
     return low_rank(leaves["lora_down"], leaves["lora_up"], alpha, leaves.get("lora_mid"))
 
 
-class LoraOptions(FactorOptions):
+class LoraOptions(RankOptions):
     """Options of LoRA beside rank and alpha."""
 
     dora: bool = False

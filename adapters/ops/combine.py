@@ -19,7 +19,7 @@ from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.methods.full import FullDelta
 from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
-from diffgraft.adapters.ops.resize import Reduced, reduce_to_loras
+from diffgraft.adapters.ops.resize import ReducedAdapter, reduce_to_loras
 from diffgraft.adapters.projections import same_layer
 from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
 from diffgraft.adapters.training_metadata import common_entries, entries_after_change
@@ -38,7 +38,7 @@ def combine(
     seed: int = 0,
     weights: Weights | None = None,
     device: str = "cpu",
-) -> Reduced:
+) -> ReducedAdapter:
     """Build one adapter of LoRAs that does what `adapters` do together.
 
     Args:

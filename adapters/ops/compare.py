@@ -17,7 +17,7 @@ from diffgraft.progress import track
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AdapterComparison:
     """Differences between two adapters."""
 
     errors: Mapping[str, float]
@@ -47,7 +47,7 @@ class Comparison:
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 
-def compare(first: Adapter, second: Adapter, weights: Weights | None = None, device: str = "cpu") -> Comparison:
+def compare(first: Adapter, second: Adapter, weights: Weights | None = None, device: str = "cpu") -> AdapterComparison:
     """Compare two adapters at strength 1.
 
     Args:
@@ -82,7 +82,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         errors[path] = _error(a, b, weight.to(device))
     keys = {*first.metadata, *second.metadata}
     metadata = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
-    return Comparison(
+    return AdapterComparison(
         errors,
         tuple(path for path in first.deltas if path not in second.deltas),
         tuple(path for path in second.deltas if path not in first.deltas),

@@ -14,8 +14,8 @@ from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, sav
 from diffgraft.adapters.formats.compatibility import compatibility_notes
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
-from diffgraft.adapters.ops.compare import Comparison, compare
-from diffgraft.adapters.ops.resize import Reduced, resize
+from diffgraft.adapters.ops.compare import AdapterComparison, compare
+from diffgraft.adapters.ops.resize import ReducedAdapter, resize
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, did_you_mean
@@ -37,7 +37,7 @@ class Converted:
 
     path: Path
     """Path of the new file"""
-    comparison: Comparison
+    comparison: AdapterComparison
     """Differences between the old and the new file, both read from disk"""
     approximated: bool
     """Whether modules became LoRAs, because the dialect cannot hold their kinds"""
@@ -74,7 +74,7 @@ def convert(
     path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
     rounded = in_precision(adapter, precision) if precision else adapter
-    approximation: Reduced | None = None
+    approximation: ReducedAdapter | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     # all checks are made on a file in a temporary folder, under its final name, from which some tools read the word
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:

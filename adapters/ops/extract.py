@@ -12,7 +12,7 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats.families import with_base_of
 from diffgraft.adapters.lowrank import RankBudget, approximate
 from diffgraft.adapters.methods.loha import HADAMARD
-from diffgraft.adapters.ops.resize import Reduced
+from diffgraft.adapters.ops.resize import ReducedAdapter
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import track
@@ -32,7 +32,7 @@ def extract(
     method: str = "locon",
     metadata: Mapping[str, Any] | None = None,
     device: str = "cpu",
-) -> Reduced:
+) -> ReducedAdapter:
     """Extract what distinguishes `tuned` from `base`.
 
     Args:
@@ -84,7 +84,7 @@ def extract(
     if not deltas:
         raise DiffgraftError("The two checkpoints do not differ in any layer that such an adapter could hold.")
     adapter = Adapter(deltas, {"method": method, **(metadata or {})})
-    return Reduced(with_base_of(adapter, base), errors, tuple(dropped))
+    return ReducedAdapter(with_base_of(adapter, base), errors, tuple(dropped))
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:

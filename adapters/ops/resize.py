@@ -19,7 +19,7 @@ ALL, NEARLY_ALL = RankBudget(energy=1.0), RankBudget(energy=0.999)
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedAdapter:
     """An adapter of LoRAs that approximates another adapter, and its errors."""
 
     adapter: Adapter
@@ -35,7 +35,7 @@ class Reduced:
         return max(self.errors.items(), key=lambda item: item[1], default=("–", 0.0))
 
 
-def resize(adapter: Adapter, size: RankBudget, weights: Weights | None = None, device: str = "cpu") -> Reduced:
+def resize(adapter: Adapter, size: RankBudget, weights: Weights | None = None, device: str = "cpu") -> ReducedAdapter:
     """Approximate every module of an adapter by a LoRA of a given size; words and networks are not changed.
 
     Args:
@@ -61,7 +61,7 @@ def reduce_to_loras(
     like: Adapter,
     weights: Weights | None = None,
     device: str = "cpu",
-) -> Reduced:
+) -> ReducedAdapter:
     """Approximate the sum of each module's steps by one LoRA; metadata, words and networks are those of `like`.
 
     Differences of biases, norms and embeddings cannot be LoRAs that programs apply; they are dropped, and listed.
@@ -88,7 +88,7 @@ def reduce_to_loras(
     metadata |= {"method": "pivotal" if like.tokens else method}
     if len(ranks) == 1:
         metadata |= {"rank": next(iter(ranks)), "alpha": float(next(iter(ranks)))}
-    return Reduced(Adapter(deltas, metadata, like.networks, like.tokens), errors, tuple(dropped))
+    return ReducedAdapter(Adapter(deltas, metadata, like.networks, like.tokens), errors, tuple(dropped))
 
 
 def rank_of(delta: Delta) -> int:

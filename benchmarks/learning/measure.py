@@ -25,7 +25,7 @@ from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
-from diffgraft.trainers.loop import Loop
+from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 
@@ -134,7 +134,7 @@ def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
     """Train, and return the run and the processor seconds of its training loop, without encoding and sampling."""
     spent = 0.0
 
-    def run(loop: Loop) -> Any:
+    def run(loop: TrainingLoop) -> Any:
         nonlocal spent
         start = time.process_time()
         try:
@@ -142,8 +142,8 @@ def timed(recipe: str, **settings: Any) -> tuple[Run, float]:
         finally:
             spent = time.process_time() - start
 
-    take_steps = Loop.run
-    with patch.object(Loop, "run", run):
+    take_steps = TrainingLoop.run
+    with patch.object(TrainingLoop, "run", run):
         return train(recipe, **settings), spent
 
 

@@ -142,9 +142,7 @@ def plain_drawings(cutout: Image.Image) -> list[Image.Image]:
     """Return drawings of a cut-out on plain backgrounds, one for each of `BACKDROPS`."""
     rng = np.random.default_rng(901)
     scenes = [random_scene(rng, setting="plain", style="flat") for _ in BACKDROPS]
-    return [
-        draw(replace(scene, backdrop=colour), cutout)[0] for scene, colour in zip(scenes, BACKDROPS, strict=True)
-    ]
+    return [draw(replace(scene, backdrop=colour), cutout)[0] for scene, colour in zip(scenes, BACKDROPS, strict=True)]
 
 
 def of_style() -> Target:

@@ -37,9 +37,9 @@ class Int8(Quantized, Linear8bitLt):  # type: ignore[misc]
 
 
 class Nf4(Quantized, LinearNF4):  # type: ignore[misc]
-    """A linear layer with 4 bits per weight: in blocks of 64, each weight is a quantile of 16 times the block's scale.
+    """A linear layer with 4 bits per weight: one of 16 fixed values, times the scale of its block of 64 weights.
 
-    The quantiles are those of a normal distribution, and the scales have 8 bits themselves (Dettmers et al. 2023,
+    The 16 values are quantiles of a normal distribution, and the scales are stored in 8 bits (Dettmers et al. 2023,
     arXiv:2305.14314, section 3).
     """
 

@@ -101,10 +101,10 @@ def _named(option: str) -> str:
     return synonym(option) or option.replace("-", "_")
 
 
-def strengths(words: Sequence[str]) -> dict[str, float | dict[str, float] | list[float]]:
+def parse_strengths(arguments: Sequence[str]) -> dict[str, float | dict[str, float] | list[float]]:
     """Parse ``FILE``, ``FILE:STRENGTH``, ``FILE:PART=STRENGTH,…`` or ``FILE:1,0.5,…`` (by block); 1 by default."""
     out: dict[str, float | dict[str, float] | list[float]] = {}
-    for word in words:
+    for word in arguments:
         file, colon, tail = word.rpartition(":")
         if not colon or tail.endswith(".safetensors") or "/" in tail or "\\" in tail:
             file, tail = word, "1"

@@ -12,7 +12,7 @@ from diffgraft.cli.console import say, say_json, warn
 
 if TYPE_CHECKING:
     from diffgraft.adapters.lowrank import RankBudget
-    from diffgraft.adapters.ops.resize import Reduced
+    from diffgraft.adapters.ops.resize import ReducedAdapter
     from diffgraft.bases.weights import Weights
 
 BASE = typer.Option(
@@ -144,13 +144,13 @@ def combine(
     from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.lowrank import RankBudget
     from diffgraft.adapters.ops.combine import combine as together
-    from diffgraft.cli.console import strengths
+    from diffgraft.cli.console import parse_strengths
     from diffgraft.files import check_new
 
     check_new(output)
     size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
-        given = [(file, load_for_base(file, weights), strength) for file, strength in strengths(adapter).items()]
+        given = [(file, load_for_base(file, weights), strength) for file, strength in parse_strengths(adapter).items()]
         _save(together(given, size, algorithm, density, seed, weights, device), output, to)
 
 
@@ -326,7 +326,7 @@ def opened(base: str | None) -> "Iterator[Weights | None]":
         yield weights
 
 
-def _save(found: "Reduced", output: Path, to: str) -> None:
+def _save(found: "ReducedAdapter", output: Path, to: str) -> None:
     """Write the adapter and report its largest error."""
     say(found.adapter.save(output, to))
     path, lost = found.worst

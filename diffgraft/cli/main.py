@@ -213,9 +213,9 @@ def generate(
 
     For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
     """
-    from diffgraft.cli.console import strengths, width_height
+    from diffgraft.cli.console import parse_strengths, width_height
 
-    adapters, width_and_height = strengths(adapter or []), width_height(size)
+    adapters, width_and_height = parse_strengths(adapter or []), width_height(size)
 
     from diffgraft.bases.loading import load_options
     from diffgraft.draw import generate as draw
@@ -283,9 +283,9 @@ def merge(
 
     For example: diffgraft merge runs/dog/adapter.safetensors:0.8 --into path/to/base -o dog-checkpoint
     """
-    from diffgraft.cli.console import strengths
+    from diffgraft.cli.console import parse_strengths
 
-    adapters = strengths(adapter)
+    adapters = parse_strengths(adapter)
 
     from diffgraft.bases import load_base
     from diffgraft.bases.loading import load_options

@@ -81,7 +81,10 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
             stacklevel=3,
         )
     if column and (without := [picture.name for picture, texts in captions.items() if not texts]):
-        warnings.warn(f"The table in {folder} has no captions for {named(without)}.", stacklevel=3)
+        warnings.warn(
+            f"The caption table in {folder} has no captions for {named(without)}: add rows for them if they need some.",
+            stacklevel=3,
+        )
     return {picture: tuple(texts) for picture, texts in captions.items()}
 
 

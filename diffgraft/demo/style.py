@@ -97,7 +97,10 @@ SCREEN_PRINT = Style(
 
 
 def write_pictures(style: Style, folder: Path | None = None) -> None:
-    """Draw the training and held-out pictures of a style into `folder`, each with a ``.txt`` caption file."""
+    """Draw the training and held-out pictures of a style, each with a ``.txt`` caption file.
+
+    They are written to `folder`, by default to the style's own folder in this package.
+    """
     folder = folder or style.folder
     for split, subjects in (("learn", style.learn), ("held-out", style.held_out)):
         (folder / split).mkdir(parents=True, exist_ok=True)

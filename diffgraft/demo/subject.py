@@ -106,7 +106,10 @@ ALIEN = Subject("alien", "robot", _alien, (21, 22))
 
 
 def write_pictures(subject: Subject, folder: Path | None = None) -> None:
-    """Draw a subject's training and held-out pictures into `folder`, and masks (subject white) of the held-out ones."""
+    """Draw a subject's training and held-out pictures; the held-out ones have masks, white where the subject is.
+
+    They are written to `folder`, by default to the subject's own folder in this package.
+    """
     folder = folder or subject.folder
     for split, settings, seed in (("learn", LEARN, subject.seeds[0]), ("held-out", HELD_OUT, subject.seeds[1])):
         (folder / split).mkdir(parents=True, exist_ok=True)

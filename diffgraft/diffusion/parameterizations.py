@@ -81,9 +81,9 @@ class Parameterization(ABC):
             DiffgraftError: the weight is not defined for this parameterization.
         """
 
-    def nearest_timestep(self, signal: float) -> int:
-        """Return the timestep whose α² is nearest to `signal`."""
-        return int((self.signal(torch.arange(self.num_timesteps)) - signal).abs().argmin())
+    def nearest_timestep(self, alpha_squared: float) -> int:
+        """Return the timestep whose α² is nearest to `alpha_squared`."""
+        return int((self.signal(torch.arange(self.num_timesteps)) - alpha_squared).abs().argmin())
 
     def _mixed(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return α and σ at `timesteps` [n] as [n, 1, …], with the dtype and device of `like` [n, …]."""

@@ -12,7 +12,7 @@ from PIL import Image
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.registry import methods as known_methods
 from diffgraft.bases import load_base
-from diffgraft.cli.console import key_values, strengths, width_height
+from diffgraft.cli.console import key_values, parse_strengths, width_height
 from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.plan import Plan
@@ -176,24 +176,24 @@ def test_as_a_module(short_run: Run) -> None:
 
 def test_words_are_taken_apart() -> None:
     assert key_values(["a=b=c", "prior.weight=1"]) == {"a": "b=c", "prior.weight": "1"}
-    assert strengths(["a.safetensors", "b.safetensors:0.5", "c:d/e.safetensors", "f:-1"]) == {
+    assert parse_strengths(["a.safetensors", "b.safetensors:0.5", "c:d/e.safetensors", "f:-1"]) == {
         "a.safetensors": 1.0,
         "b.safetensors": 0.5,
         "c:d/e.safetensors": 1.0,
         "f": -1.0,
     }
-    assert strengths(["a.safetensors:unet=0.5,text_encoder=-1"]) == {
+    assert parse_strengths(["a.safetensors:unet=0.5,text_encoder=-1"]) == {
         "a.safetensors": {"unet": 0.5, "text_encoder": -1.0}
     }
-    assert strengths(["a.safetensors:0.5", "a.safetensors"]) == {"a.safetensors": 1.5}
+    assert parse_strengths(["a.safetensors:0.5", "a.safetensors"]) == {"a.safetensors": 1.5}
     with pytest.raises(DiffgraftError, match="is given twice"):
-        strengths(["a.safetensors:unet=0.5", "a.safetensors"])
+        parse_strengths(["a.safetensors:unet=0.5", "a.safetensors"])
     assert width_height("96x64") == (96, 64)
     assert width_height("96") == (96, 96)
     assert width_height("") is None
     for word in ("nan", "inf", ""):
         with pytest.raises(DiffgraftError, match="is not a number"):
-            strengths([f"a.safetensors:{word}"])
+            parse_strengths([f"a.safetensors:{word}"])
 
 
 def test_a_configuration_of_another_tool_becomes_a_recipe(

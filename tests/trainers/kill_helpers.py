@@ -153,7 +153,7 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     run.load_base = lambda *_, **__: BASE
     plain = StableDiffusionPipeline.__call__
     StableDiffusionPipeline.__call__ = lambda self, *w, **n: plain(self, *w, **{**n, "num_inference_steps": 3})
-    loop.Loop._accumulate = saying("step", loop.Loop._accumulate)  # type: ignore[method-assign]
+    loop.TrainingLoop._accumulate = saying("step", loop.TrainingLoop._accumulate)  # type: ignore[method-assign]
     Metrics.add = saying("metrics", Metrics.add, slow=True)  # type: ignore[method-assign]
     checkpoint.save_checkpoint = saying("checkpoint", checkpoint.save_checkpoint, slow=True)
     Adapter.save = saying("adapter", Adapter.save, slow=True)  # type: ignore[method-assign]

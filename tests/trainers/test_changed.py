@@ -128,7 +128,7 @@ def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, 
 def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path) -> None:
     """It was stopped again before it wrote a checkpoint of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop.TrainingLoop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=run, allow_changes=True, lr=0.03)
     assert [path.name for path in checkpoints(run)] == ["step-000002"]
@@ -185,7 +185,7 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
     ):
         train(base=base, resume=folder, images=other)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(loop.TrainingLoop, "_accumulate", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(base=base, resume=folder, steps="6")
     assert first.adapter_file.read_bytes() == old  # it stays until there is another

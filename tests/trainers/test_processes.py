@@ -63,13 +63,13 @@ from diffgraft.trainers.runtime.shards import check_compatible, check_shards, sh
 sys.path.insert(0, sys.argv[1])
 from tests.trainers.test_processes import COMMON, SETTINGS, local
 
-class Loop(learn.Loop):
+class TrainingLoop(learn.TrainingLoop):
     def run(self):
         super().run()
         unet = getattr(self.predict, "module", self.predict).denoiser
         shares.append(sum(local(value).numel() for value in unet.parameters()) / whole)
 
-learn.Loop, shares = Loop, []
+learn.TrainingLoop, shares = TrainingLoop, []
 base, (pictures, folder) = load_base("tiny"), sys.argv[2:]
 unet, before = base.unet, {name: value.clone() for name, value in base.unet.state_dict().items()}
 whole = sum(value.numel() for value in unet.parameters())

@@ -50,7 +50,7 @@ def differing(one: Path, other: Path) -> set[str]:
 
 def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the gradients of this step, counted from 0, are computed."""
-    real = loop.Loop._accumulate
+    real = loop.TrainingLoop._accumulate
 
     def stop(*words: Any) -> Any:
         terms = real(*words)
@@ -58,7 +58,7 @@ def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return terms
 
-    monkeypatch.setattr(loop.Loop, "_accumulate", stop)
+    monkeypatch.setattr(loop.TrainingLoop, "_accumulate", stop)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -37,7 +37,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
 ) -> None:
     """With the held-out loss at the steps it is of."""
     drawn: list[Figure] = []
-    real, accumulate = Figure.savefig, loop.Loop._accumulate
+    real, accumulate = Figure.savefig, loop.TrainingLoop._accumulate
 
     def savefig(self: Figure, *words: Any, **named: Any) -> None:
         drawn.append(self)
@@ -51,7 +51,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
         return accumulate(*words)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
-    monkeypatch.setattr(loop.Loop, "_accumulate", look)
+    monkeypatch.setattr(loop.TrainingLoop, "_accumulate", look)
     monkeypatch.setattr(artifacts, "Throttle", lambda work: Throttle(work, expected=0, clock=lambda: 0.0))
     settings: dict[str, Any] = {"subject": "dog", "steps": 5, "batch": 2, "sample_every": 0, "sample_prompts": "a dog"}
     settings |= {"prior": {"images": 2}, "validation": {"share": 0.4, "every": 2, "pairs": 4}}

@@ -69,7 +69,7 @@ def adapter_of(name: str, base: Base, folder: Path) -> Path:
             output=folder / name,
             steps=STEPS,
             seed=0,
-            sample_every=0,
+            previews=False,
             **{**own, **settings},
         )
     finally:
@@ -89,7 +89,7 @@ def digests(file: Path) -> dict[str, str]:
     return {"shape": shape.hexdigest()[:16], "values": values.hexdigest()[:16]}
 
 
-_VOLATILE = {"versions", "recipe", "data", "hash", "ss_training_comment", "sshs_model_hash"}
+_VOLATILE = {"versions", "recipe", "data", "hash", "ss_training_comment", "sshs_model_hash", "sshs_legacy_hash"}
 """Parts of a header that hold versions, or hashes of what is compared elsewhere"""
 _FORMER = {"token_lr_scale": "word_rate"}
 """Options that were renamed since the digests were taken → the names that they had then"""

@@ -27,7 +27,7 @@ from diffgraft.trainers.hooks.samples import draw, warn_of_overflow
 from diffgraft.trainers.hooks.text_encoder_stop import TextEncoderStopHook
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.hooks.validation import ValidationHook, held_out
-from diffgraft.trainers.loop import Loop
+from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 from diffgraft.trainers.objectives.objective import Objective, ObjectiveInputs
 from diffgraft.trainers.objectives.registry import new_objective
@@ -115,7 +115,7 @@ class AdapterTraining:
             objective = self._objective(data, live, denoiser)
             if setup.is_main:
                 save_recipe(recipe, setup.folder / "recipe.yaml")
-            Loop(recipe.optim, state, predict, objective, live, metrics, hooks).run()
+            TrainingLoop(recipe.optim, state, predict, objective, live, metrics, hooks).run()
             trained = export.adapter()
         run = Run(setup.folder, recipe, by_step(metrics.entries))
         if setup.is_main:

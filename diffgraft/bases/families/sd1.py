@@ -17,7 +17,7 @@ class StableDiffusion1(UNetFamily):
     text = (TextSlot("text_encoder", "tokenizer", "cond_stage_model.transformer.text_model."),)
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the pipeline has the class of 1.x, which other families share, and CLIP's own text encoder."""
+        """Whether the pipeline has the class of Stable Diffusion 1.x, as 2.x has, with CLIP's own text encoder."""
         config = getattr(pipe.text_encoder, "config", None)
         is_clip = type(pipe.text_encoder).__name__ != "BertModel"
         return self.has_pipeline(pipe) and is_clip and getattr(config, "hidden_act", "") != "gelu"

@@ -13,7 +13,7 @@ class StableDiffusion2(StableDiffusion1):
     text = (TextSlot("text_encoder", "tokenizer", "cond_stage_model.model."),)
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the pipeline has the class of 1.x, and OpenCLIP's text encoder, which uses the exact GELU."""
+        """Whether the pipeline has the class of Stable Diffusion 1.x, with OpenCLIP's text encoder (exact GELU)."""
         config = getattr(pipe.text_encoder, "config", None)
         is_clip = type(pipe.text_encoder).__name__ != "BertModel"
         return self.has_pipeline(pipe) and is_clip and getattr(config, "hidden_act", "") == "gelu"

@@ -13,7 +13,7 @@ class Taiyi(StableDiffusion1):
     text = (TextSlot("text_encoder", "tokenizer"),)
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the pipeline has the class of 1.x, and a BERT as text encoder."""
+        """Whether the pipeline has the class of Stable Diffusion 1.x, with a BERT as its text encoder."""
         return self.has_pipeline(pipe) and type(pipe.text_encoder).__name__ == "BertModel"
 
 

@@ -21,7 +21,7 @@ from diffgraft.adapters.ops.combine import combine, dare, ties
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.extract import extract, fit_loha
 from diffgraft.adapters.ops.inspect import effective_rank, inspect
-from diffgraft.adapters.ops.resize import Reduced, resize
+from diffgraft.adapters.ops.resize import ReducedAdapter, resize
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.weights import open_weights
@@ -56,7 +56,7 @@ def matrix(adapter: Adapter, path: str) -> np.ndarray[Any, Any]:
     return total
 
 
-def off(found: Reduced, wanted: dict[str, np.ndarray[Any, Any]]) -> float:
+def off(found: ReducedAdapter, wanted: dict[str, np.ndarray[Any, Any]]) -> float:
     return max(
         float(np.linalg.norm(matrix(found.adapter, path) - value) / np.linalg.norm(value))
         for path, value in wanted.items()
