@@ -122,14 +122,14 @@ class DoraLayer(AdapterLayer):
         if not weight.is_floating_point() or weight.shape != weight_shape(layer):
             raise DiffgraftError("DoRA needs unquantized weights of the base: set options.dora=false or quantize=none.")
         self.direction = direction
-        self.magnitude = nn.Parameter(norms(weight.detach().float()))
+        self.magnitude = nn.Parameter(weight_norms(weight.detach().float()))
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         weight, layer_bias = weight_and_bias(layer)
         shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
         bias = out.new_zeros(1) if layer_bias is None else layer_bias.view(shape)
         with torch.no_grad():
-            norm = norms(weight.float() + self.direction.weight(layer))
+            norm = weight_norms(weight.float() + self.direction.weight(layer))
         factor = (self.magnitude / norm).view(shape)
         return (factor * (out - bias + self.direction.contribution(layer, x).to(out.dtype)) + bias).to(out.dtype)
 
@@ -144,7 +144,7 @@ class DoraLayer(AdapterLayer):
             if isinstance(delta, DoraDelta):
                 self.magnitude.copy_(delta.magnitude.flatten())
             else:
-                self.magnitude.copy_(norms(layer.get_parameter("weight").float() + self.direction.weight(layer)))
+                self.magnitude.copy_(weight_norms(layer.get_parameter("weight").float() + self.direction.weight(layer)))
 
     def delta(self) -> DoraDelta:
         return DoraDelta(self.direction.delta(), self.magnitude.detach().float().cpu().clone())
@@ -153,7 +153,7 @@ class DoraLayer(AdapterLayer):
         return {f"direction.{name}": scale for name, scale in self.direction.lr_scales().items()}
 
 
-def norms(weight: Tensor) -> Tensor:
+def weight_norms(weight: Tensor) -> Tensor:
     """Norm of each output of a weight [out, …], as a tensor [out]."""
     per_output: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     return per_output

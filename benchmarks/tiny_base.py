@@ -21,7 +21,7 @@ from diffgraft.bases.loading import TINY, load_base
 from diffgraft.bases.tiny.judge import LABELS, Judge, labels_of, load_judge
 from diffgraft.bases.tiny.train.pictures import SEED, UNSEEN, scene_at
 from diffgraft.bases.tiny.world import Scene, caption, draw
-from diffgraft.data.pictures import square, to_tensor, upright_rgb
+from diffgraft.data.pictures import crop_to_square, to_tensor, upright_rgb
 from diffgraft.generation.generate import Settings, generate
 
 PROMPTS_FROM = 2 * UNSEEN
@@ -70,7 +70,7 @@ def measure(count: int = 256, folder: Path = TINY, photos: Path | None = None) -
     y = through_vae(base.vae, x)
     report: dict[str, Any] = {"vae": {"world dB": float(psnr(x, y).mean()), "n": len(x)}}
     if photos:
-        p = to_tensor([square(upright_rgb(path), 64) for path in sorted(photos.rglob("*.jpg"))])
+        p = to_tensor([crop_to_square(upright_rgb(path), 64) for path in sorted(photos.rglob("*.jpg"))])
         report["vae"] |= {"photographs dB": float(psnr(p, through_vae(base.vae, p)).mean()), "photographs": len(p)}
     own, passed = verdicts(judge, x, unseen), verdicts(judge, y, unseen)
 

@@ -18,7 +18,7 @@ from diffgraft.files import check_new
 
 if TYPE_CHECKING:
     from diffgraft.adapters.ops.convert import Converted
-    from diffgraft.adapters.ops.inspect import Report
+    from diffgraft.adapters.ops.inspect import AdapterReport
     from diffgraft.bases import Base
     from diffgraft.bases.weights import Weights
     from diffgraft.trainers.planning.plan import Plan
@@ -49,9 +49,9 @@ def plan(recipe: str | Path = "subject", /, **settings: Any) -> "Plan":
     Raises:
         DiffgraftError: `train` would refuse these arguments before its first step.
     """
-    from diffgraft.trainers.planning.plan import planned
+    from diffgraft.trainers.planning.plan import plan_run
 
-    return planned(recipe, settings)
+    return plan_run(recipe, settings)
 
 
 @wrap_system_errors
@@ -224,7 +224,7 @@ def merge(
 
 
 @wrap_system_errors
-def inspect(adapter: File, device: str = "cpu") -> "Report":
+def inspect(adapter: File, device: str = "cpu") -> "AdapterReport":
     """Report an adapter's method, base and words, and the rank, norm and effective rank of each module.
 
     Raises:

@@ -12,7 +12,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.progress import StoppedError, phase
 from diffgraft.rng import generator
 from diffgraft.trainers.hooks.eta import Eta
-from diffgraft.trainers.hooks.health import diverged, first_nonfinite_grad
+from diffgraft.trainers.hooks.health import divergence_error, first_nonfinite_grad
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics
 from diffgraft.trainers.objectives.batch import Predict
@@ -154,4 +154,4 @@ class TrainingLoop:
         count = self.optim.batch * self.optim.accumulate * self.state.accelerator.num_processes
         names = list(dict.fromkeys(self.objective.names(step * count, count)))
         module = first_nonfinite_grad(self.state.parameters, self.adapter.paths())
-        return DiffgraftError(diverged(self.optim.lr, step, loss, self.skipped, module, names))
+        return DiffgraftError(divergence_error(self.optim.lr, step, loss, self.skipped, module, names))

@@ -50,7 +50,7 @@ class UnsafePickleError(ValueError):
     """A pickle names a function or class, or uses an instruction, that files of weights do not contain."""
 
 
-def load(path: Path) -> Any:
+def load_pickle(path: Path) -> Any:
     """Load a file written by `torch.save`, with tensors on the CPU.
 
     Raises:

@@ -82,7 +82,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     size = path.stat().st_size
     try:
-        contents = pickles.load(path)
+        contents = pickles.load_pickle(path)
         tensors: dict[str, Tensor] = {}
         header: dict[str, str] = {}
         _flatten(contents, "", tensors, header, _MAX_DEPTH, [size])

@@ -28,7 +28,7 @@ _BLOCK_SIZE = 2**24
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleFigures:
     """Figures of one delta of a module."""
 
     path: str
@@ -53,7 +53,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Report:
+class AdapterReport:
     """Contents and figures of an adapter."""
 
     method: str
@@ -66,7 +66,7 @@ class Report:
     """Metadata from the header"""
     training: Mapping[str, str]
     """Settings of the training run, from headers of other tools"""
-    modules: list[Module]
+    modules: list[ModuleFigures]
     """Figures of each delta"""
     networks: list[str]
     """Kind and parts of each network"""
@@ -98,7 +98,7 @@ def _in_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def inspect(adapter: Adapter, device: str = "cpu") -> Report:
+def inspect(adapter: Adapter, device: str = "cpu") -> AdapterReport:
     """Compute figures of every module on `device`, and collect the contents of the header."""
     base = adapter.metadata.get("base")
     family = base.get("family") if isinstance(base, Mapping) else None
@@ -106,7 +106,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     is_open = family is None or any(delta.weight_shape is None for own in adapter.deltas.values() for delta in own)
     fits = fitting_bases(adapter.deltas) if adapter.deltas and is_open else []
     base_shapes = layer_shapes(fits[0]) if fits else {}
-    modules: list[Module] = []
+    modules: list[ModuleFigures] = []
     overflows: list[str] = []
     for path, deltas in track(adapter.deltas.items(), "modules", min_items=20):
         for delta in deltas:
@@ -118,7 +118,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     conventions = {
         delta.strength_convention for deltas in adapter.deltas.values() for delta in deltas if delta.strength_convention
     }
-    return Report(
+    return AdapterReport(
         method=adapter.method,
         family=family or (fits[0] if fits else None),
         fits=fits,
@@ -136,7 +136,7 @@ def inspect(adapter: Adapter, device: str = "cpu") -> Report:
     )
 
 
-def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[Module, float]:
+def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[ModuleFigures, float]:
     """Figures of a delta, and the largest entry of ΔW, or an upper bound of it that float16 can hold."""
     factors = delta.direction if isinstance(delta, DoraDelta) else delta
     rank = factors.rank if isinstance(factors, FactorDelta) else None
@@ -150,7 +150,7 @@ def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[
         largest_entry = norm  # no entry is larger than the norm; the matrix itself is only needed for large norms
         if norm > HALF:
             largest_entry = _largest_entry(delta, shape)
-    return Module(path, delta.kind, rank, delta.alpha, norm, effective, largest), largest_entry
+    return ModuleFigures(path, delta.kind, rank, delta.alpha, norm, effective, largest), largest_entry
 
 
 def _squared_singular_values(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor:
@@ -209,7 +209,7 @@ def effective_rank(squares: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def summary(report: Report) -> list[str]:
+def summary(report: AdapterReport) -> list[str]:
     """The report as lines of text."""
     metadata = report.metadata
     base: Any = metadata.get("base")
@@ -242,7 +242,7 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
-def _module_lines(report: Report) -> list[str]:
+def _module_lines(report: AdapterReport) -> list[str]:
     """Lines of the summary on the adapter's modules."""
     lines = []
     # a module with several deltas has several figures, but counts once here

@@ -113,10 +113,10 @@ def train(
     try:
         with shown_progress(progress):
             if resume is None and os.environ.get("RANK", "0") == "0":
-                from diffgraft.trainers.planning.plan import planned
+                from diffgraft.trainers.planning.plan import plan_run
                 from diffgraft.trainers.recipe.renamed import with_current_keys
 
-                for line in planned(recipe, dict(given)).lines():
+                for line in plan_run(recipe, dict(given)).lines():
                     say(line)
                 given = with_current_keys(given, warn=False)  # the plan has warned of former names
             run = run_training(recipe, resume=resume, allow_changes=allow_changes, **given)
@@ -149,9 +149,9 @@ def plan(
     _check_recipe_first("plan", recipe, settings or [])
 
     from diffgraft.cli.console import key_values
-    from diffgraft.trainers.planning.plan import planned
+    from diffgraft.trainers.planning.plan import plan_run
 
-    for line in planned(recipe, dict(key_values(settings or []))).lines():
+    for line in plan_run(recipe, dict(key_values(settings or []))).lines():
         say(line)
 
 

@@ -25,10 +25,10 @@ def import_config(
     A report lists every key: those that were converted, those without a counterpart, and those with default values.
     For example: diffgraft import-config config.toml dataset.toml -o dog.yaml
     """
-    from diffgraft.imports import convert, write_recipe
+    from diffgraft.imports import convert_config, write_recipe
 
     recipe = output or Path(f"{file[0].stem}.yaml")
-    report = convert(file)
+    report = convert_config(file)
     write_recipe(report, recipe, " and ".join(one.name for one in file))
     for title, lines in report.sections():
         say(f"{title}:")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from diffgraft.data.data_sets import from_data_set
-from diffgraft.data.inventory import CAPTIONS, TABLES, named, take_inventory
+from diffgraft.data.inventory import CAPTIONS, TABLES, list_names, take_inventory
 from diffgraft.data.pictures import SUFFIXES, Picture, UnreadablePictureError
 from diffgraft.data.tables import check_inside, read_table
 from diffgraft.errors import DiffgraftError
@@ -98,7 +98,7 @@ def read_folder(
     twice = [path for path, caption in content.captions.items() if table.get(path) and (caption,) != table[path]]
     if twice:
         warnings.warn(
-            f"{named(twice)} {'has' if len(twice) == 1 else 'have'} a caption in a file and another in the table: "
+            f"{list_names(twice)} {'has' if len(twice) == 1 else 'have'} a caption in a file and another in the table: "
             "the file's is used.",
             stacklevel=3,
         )
@@ -110,7 +110,7 @@ def read_folder(
             f"None of the {len(candidates)} picture files in {folder} can be read. Save them again as JPEG or PNG."
         )
     if animated := [picture.name for picture in pictures if picture.is_animated]:
-        warnings.warn(f"Only the first frame of files with several is used: {named(animated)}.", stacklevel=3)
+        warnings.warn(f"Only the first frame of files with several is used: {list_names(animated)}.", stacklevel=3)
     return pictures
 
 

@@ -96,7 +96,7 @@ def detect_layout(
             listed = ", ".join(f"{item.folder.name} ({counts[item.folder]} x {item.repeats})" for item in numbered)
             advice = "ove the pictures that are not meant to another place."
             advice = f"Set layout=flat or layout=kohya, or m{advice}" if has_setting else f"M{advice}"
-            flat = f"the {pluralize(len(loose), 'picture')} in it ({named(loose)})" if loose else ""
+            flat = f"the {pluralize(len(loose), 'picture')} in it ({list_names(loose)})" if loose else ""
             flat += " and " if loose and tables else ""
             flat += f"the pictures that {tables[0].name} names" if tables else ""
             raise DiffgraftError(
@@ -206,7 +206,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in images if not is_mask_or_condition(path) and not path.name.startswith("._"))
 
 
-def named(paths: Sequence[Path] | Sequence[str]) -> str:
+def list_names(paths: Sequence[Path] | Sequence[str]) -> str:
     """List the first three names of files, and the number of further ones."""
     names = [path.name if isinstance(path, Path) else path for path in paths]
     more = len(names) - _NAMED
@@ -269,12 +269,12 @@ def _match_masks(
     if orphans:
         remarks.append(
             f"{pluralize(len(orphans), 'mask')} {_belong(len(orphans))} to no picture and {_are(len(orphans))} not "
-            f"used: {named(orphans)}. If {_it(len(orphans))} a picture to train on, rename it."
+            f"used: {list_names(orphans)}. If {_it(len(orphans))} a picture to train on, rename it."
         )
     if second:
-        remarks.append(f"Only one mask of a picture is used; not used: {named(second)}.")
+        remarks.append(f"Only one mask of a picture is used; not used: {list_names(second)}.")
     if conditions:
-        remarks.append(f"Conditioning pictures are not used: {named(conditions)}.")
+        remarks.append(f"Conditioning pictures are not used: {list_names(conditions)}.")
     return masks, remarks
 
 
@@ -312,14 +312,16 @@ def _match_captions(pictures: Sequence[Path], files: Sequence[Path]) -> tuple[di
     remarks = []
     if empty:
         remarks.append(
-            f"{pluralize(len(empty), 'caption')} {_are(len(empty))} empty ({named(empty)}): their pictures are used "
-            "as if they had none."
+            f"{pluralize(len(empty), 'caption')} {_are(len(empty))} empty ({list_names(empty)}): their pictures are "
+            "used as if they had none."
         )
     if others:
-        remarks.append(f"Only the first of two different captions of a picture is used; not used: {named(others)}.")
+        remarks.append(
+            f"Only the first of two different captions of a picture is used; not used: {list_names(others)}."
+        )
     if unmatched := [path for path in beside if path not in seen]:
         count = len(unmatched)
-        remarks.append(f"{pluralize(count, 'text file')} {_belong(count)} to no picture: {named(unmatched)}.")
+        remarks.append(f"{pluralize(count, 'text file')} {_belong(count)} to no picture: {list_names(unmatched)}.")
     return captions, remarks
 
 
@@ -344,7 +346,7 @@ def _unsupported_formats(files: Sequence[Path], folder: Path) -> Iterator[str]:
     if found := [path for path in files if path.suffix.lower() in _UNREADABLE]:
         yield (
             f"{pluralize(len(found), 'file')} in {folder} {_are(len(found))} of an unsupported format and not used: "
-            f"{named(found)}. Save such pictures as JPEG or PNG."
+            f"{list_names(found)}. Save such pictures as JPEG or PNG."
         )
 
 
@@ -354,8 +356,8 @@ def _without_suffix(files: Sequence[Path]) -> Iterator[str]:
     unknown = [path for path in files if path.suffix.lower() not in known and not path.name.startswith(".")]
     if found := [path for path in unknown[:_SNIFFED] if _begins_as_picture(path)]:
         yield (
-            f"{named(found)} {'holds' if len(found) == 1 else 'hold'} a picture, but {_are(len(found))} not used: the "
-            "name has no suffix of pictures (.jpg, .png, …). Rename it."
+            f"{list_names(found)} {'holds' if len(found) == 1 else 'hold'} a picture, but {_are(len(found))} not used: "
+            "the name has no suffix of pictures (.jpg, .png, …). Rename it."
         )
 
 
@@ -371,7 +373,7 @@ def _begins_as_picture(path: Path) -> bool:
 def _broken_links(folder: Path) -> Iterator[str]:
     links = (path for path in sorted(folder.iterdir()) if path.is_symlink() and path.suffix.lower() in SUFFIXES)
     if found := [path for path in links if not path.exists()]:
-        yield f"{pluralize(len(found), 'link')} in {folder} {_are(len(found))} broken: {named(found)}."
+        yield f"{pluralize(len(found), 'link')} in {folder} {_are(len(found))} broken: {list_names(found)}."
 
 
 def _named_like_masks(pictures: Sequence[Path]) -> Iterator[str]:
@@ -383,7 +385,7 @@ def _named_like_masks(pictures: Sequence[Path]) -> Iterator[str]:
         if (match := _LIKE_MASK.fullmatch(path.stem)) and (path.parent, _fold(match[1])) in stems
     ]
     if found:
-        yield f"{named(found)} {_are(len(found))} used as pictures: if they are masks, name them NAME_mask.png."
+        yield f"{list_names(found)} {_are(len(found))} used as pictures: if they are masks, name them NAME_mask.png."
 
 
 def _unread_captions(pictures: Sequence[Path], files: Sequence[Path], folder: Path) -> Iterator[str]:
@@ -396,12 +398,13 @@ def _unread_captions(pictures: Sequence[Path], files: Sequence[Path], folder: Pa
         if path.suffix.lower() in (*_TABLE_KINDS, ".tags", ".cap", ".text") and _fold(path.stem) in stems
     ]
     if beside:
-        yield (f"Captions are not read from {named(beside)}: a caption file ends in .txt or .caption.")
+        yield (f"Captions are not read from {list_names(beside)}: a caption file ends in .txt or .caption.")
     other_tables = [path for path in files if path.suffix.lower() in _TABLE_KINDS[:5] and path not in beside]
     other_tables = [path for path in other_tables if path.name not in tables]
     if other_tables:
-        yield f"{named(other_tables)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}" + (
-            f", and {tables[0]} is read here." if tables else "."
+        yield (
+            f"{list_names(other_tables)} in {folder} is not read: a table of captions is called {' or '.join(TABLES)}"
+            + (f", and {tables[0]} is read here." if tables else ".")
         )
 
 

@@ -16,7 +16,7 @@ from diffgraft.bases import Base
 from diffgraft.data.cache import read_tensors, write_tensors
 from diffgraft.data.frames import Frame
 from diffgraft.data.image_folder import warn_left_out
-from diffgraft.data.pictures import Picture, UnreadablePictureError, square, to_tensor
+from diffgraft.data.pictures import Picture, UnreadablePictureError, crop_to_square, to_tensor
 from diffgraft.files import cache_folder
 from diffgraft.progress import track
 from diffgraft.third_party import quiet_libraries
@@ -61,7 +61,7 @@ class Latents:
 def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "encoding pictures") -> Latents:
     """Encode images to latents, each cropped to a square of `side` pixels; `title` names the phase of progress."""
     with _encoder(base) as distribution:
-        return Latents([distribution(square(image, side)) for image in track(images, title, min_items=2)])
+        return Latents([distribution(crop_to_square(image, side)) for image in track(images, title, min_items=2)])
 
 
 @dataclass(frozen=True)

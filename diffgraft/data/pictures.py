@@ -272,7 +272,7 @@ def _png_metadata(stream: IO[bytes]) -> IO[bytes]:
     return io.BytesIO(b"".join([*chunks, empty, zlib.crc32(empty[4:]).to_bytes(4, "big")]))
 
 
-def square(image: Image.Image, side: int) -> Image.Image:
+def crop_to_square(image: Image.Image, side: int) -> Image.Image:
     """Return the largest centred square of `image`, resized to `side` pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diffgraft.data.inventory import TABLES, is_mask_or_condition, named
+from diffgraft.data.inventory import TABLES, is_mask_or_condition, list_names
 from diffgraft.data.pictures import SUFFIXES
 from diffgraft.errors import DiffgraftError, did_you_mean
 
@@ -71,7 +71,7 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
     if others:
         warnings.warn(
             f"The table in {folder} names files that are not pictures to learn from, which are left out: "
-            f"{named(others)}.",
+            f"{list_names(others)}.",
             stacklevel=3,
         )
     if not column:
@@ -82,7 +82,8 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
         )
     if column and (without := [picture.name for picture, texts in captions.items() if not texts]):
         warnings.warn(
-            f"The caption table in {folder} has no captions for {named(without)}: add rows for them if they need some.",
+            f"The caption table in {folder} has no captions for {list_names(without)}: add rows for them if they "
+            "need some.",
             stacklevel=3,
         )
     return {picture: tuple(texts) for picture, texts in captions.items()}

@@ -26,20 +26,20 @@ class SampleLoss:
             timesteps: timestep of each sample, [n].
             weight: factor on the error at each position of each sample, [n, 1, h, w]; None: 1 everywhere.
         """
-        error = distances(prediction, target, timesteps, self.parameterization, self.settings)
+        error = elementwise_loss(prediction, target, timesteps, self.parameterization, self.settings)
         if weight is not None:
             error = error * weight
-        return error.flatten(1).mean(1) * weights(timesteps, self.parameterization, self.settings)
+        return error.flatten(1).mean(1) * timestep_weights(timesteps, self.parameterization, self.settings)
 
 
 def check_loss(settings: Loss, parameterization: Parameterization) -> None:
     """Raise DiffgraftError if a setting of the loss is undefined for the parameterization."""
     timesteps = torch.zeros(1, dtype=torch.long)
-    distances(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), timesteps, parameterization, settings)
-    weights(timesteps, parameterization, settings)
+    elementwise_loss(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), timesteps, parameterization, settings)
+    timestep_weights(timesteps, parameterization, settings)
 
 
-def distances(
+def elementwise_loss(
     prediction: Tensor, target: Tensor, timesteps: Tensor, parameterization: Parameterization, settings: Loss
 ) -> Tensor:
     """Return the elementwise error between `prediction` and `target`, both [n, c, h, w], at `timesteps` [n].
@@ -69,7 +69,7 @@ def _huber_delta(timesteps: Tensor, parameterization: Parameterization, settings
     return torch.full_like(share, settings.delta)
 
 
-def weights(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
+def timestep_weights(timesteps: Tensor, parameterization: Parameterization, settings: Loss) -> Tensor:
     """Return the loss weight of each sample at `timesteps` [n], [n]: min-SNR, debiased estimation, or 1.
 
     Raises:

@@ -21,7 +21,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 
 
-def convert(files: Sequence[Path]) -> ImportReport:
+def convert_config(files: Sequence[Path]) -> ImportReport:
     """Convert a configuration and, optionally, its data set (sd-scripts' dataset_config, or OneTrainer's concepts).
 
     Raises:

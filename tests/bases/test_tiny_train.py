@@ -14,14 +14,14 @@ from diffgraft.bases import load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.train import pool as pool_module
 from diffgraft.bases.tiny.train.__main__ import main
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, fit
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 from diffgraft.bases.tiny.train.pool import draw_pool
-from diffgraft.bases.tiny.train.samples import END, captions_of, padded, rare_words, sample_at, tokens
+from diffgraft.bases.tiny.train.samples import END, captions_of, pad_ids, rare_words, sample_at, tokens
 from diffgraft.bases.tiny.train.text import ANSWERS, labels_of_caption
 from diffgraft.bases.tiny.train.unet import timesteps
 
-PLAN = Plan(steps=12, batch=5, lr=1e-2, decay=0.5, warmup=3, average=0.8, save_every=0)
+PLAN = StagePlan(steps=12, batch=5, lr=1e-2, decay=0.5, warmup=3, average=0.8, save_every=0)
 
 
 def small_model() -> nn.Module:
@@ -120,7 +120,7 @@ def test_stored_captions_are_what_a_pipeline_reads(tokenizer: CLIPTokenizer) -> 
     words = rare_words(tokenizer)
     texts = [text for number in range(100) for text in captions_of(sample_at(number, words), number)]
     whole = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(padded(tokens(tokenizer, texts)), whole)
+    assert torch.equal(pad_ids(tokens(tokenizer, texts)), whole)
     assert whole[:, 31].eq(END).all(), "a caption is longer than what is stored of it"
 
 

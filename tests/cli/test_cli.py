@@ -128,9 +128,9 @@ def test_what_stops_a_run_is_said(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    for name in ("run.train.train", "planning.plan.planned"):
+    for name in ("run.train.train", "planning.plan.plan_run"):
         with monkeypatch.context() as patched:
-            patched.setattr("diffgraft.trainers.planning.plan.planned", lambda *_: Plan([("pictures", "5")], []))
+            patched.setattr("diffgraft.trainers.planning.plan.plan_run", lambda *_: Plan([("pictures", "5")], []))
             patched.setattr(f"diffgraft.trainers.{name}", stop)
             assert call(monkeypatch, "train", "subject", "subject=dog") == 1
     assert answer in capsys.readouterr().err

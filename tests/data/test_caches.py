@@ -16,7 +16,7 @@ from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import frames, with_mirrored
 from diffgraft.data.image_folder import read_folder, read_source
 from diffgraft.data.latents import Encoded, encode, encode_cached
-from diffgraft.data.pictures import Picture, square
+from diffgraft.data.pictures import Picture, crop_to_square
 from diffgraft.data.settings import Buckets
 from diffgraft.data.text_embeddings import TextEmbeddingCache
 from diffgraft.generation.generate import Settings
@@ -143,7 +143,7 @@ def test_squares_are_encoded_as_before(base: Base, pictures: Path) -> None:
     plain = encode(base, [one.image for one in found], 48)
     for row in range(5):
         torch.testing.assert_close(kept.latents[row][0], plain[row][0], atol=1e-5, rtol=1e-5)
-    assert square(found[0].image, 48).size == (48, 48)
+    assert crop_to_square(found[0].image, 48).size == (48, 48)
 
 
 @pytest.mark.usefixtures("cache")

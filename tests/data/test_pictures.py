@@ -12,7 +12,7 @@ from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
 from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import encode
-from diffgraft.data.pictures import read_picture, square, to_tensor, upright_rgb
+from diffgraft.data.pictures import crop_to_square, read_picture, to_tensor, upright_rgb
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
 
@@ -104,7 +104,7 @@ def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(300, 20), (20, 300), (3, 2), (64, 64)])
 def test_odd_shapes_become_squares_from_their_middle(size: tuple[int, int]) -> None:
-    image = square(gradient(*size), 16)
+    image = crop_to_square(gradient(*size), 16)
     assert image.size == (16, 16)
     pixels = np.asarray(image).astype(int)
     assert abs(pixels[..., 0].mean() - 127) < 8
@@ -125,7 +125,7 @@ def test_latents_are_those_of_the_vae(base: Base) -> None:
     found = encode(base, [image], 48)
     assert found.shape(0) == (4, 12, 12)
     with torch.no_grad():
-        wanted = base.vae.encode(to_tensor([square(image, 48)])).latent_dist
+        wanted = base.vae.encode(to_tensor([crop_to_square(image, 48)])).latent_dist
     scale = base.vae.config.scaling_factor
     torch.testing.assert_close(found[0][0], wanted.mean[0] * scale)
     noise = torch.randn(2, 4, 12, 12)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.diffusion.forward import ForwardProcess
-from diffgraft.diffusion.losses import distances, weights
+from diffgraft.diffusion.losses import elementwise_loss, timestep_weights
 from diffgraft.diffusion.parameterizations import Epsilon, Flow, Parameterization, V, parameterization
 from diffgraft.diffusion.settings import Loss, Noise, Timesteps
 from diffgraft.errors import DiffgraftError
@@ -94,10 +94,12 @@ def test_weights_of_timesteps_are_those_of_the_papers() -> None:
         "v_prediction": (least / (snr + 1), 1 / (snr + 1)),
     }
     for kind in KINDS[:2]:
-        by_gamma = weights(TIMES, kind, Loss(snr_gamma=5))
+        by_gamma = timestep_weights(TIMES, kind, Loss(snr_gamma=5))
         np.testing.assert_allclose(by_gamma.numpy(), wanted[kind.name][0], rtol=1e-3)
-        np.testing.assert_allclose(weights(TIMES, kind, Loss(debiased=True)).numpy(), wanted[kind.name][1], rtol=1e-3)
-        assert torch.equal(weights(TIMES, kind, Loss()), torch.ones(5))
+        np.testing.assert_allclose(
+            timestep_weights(TIMES, kind, Loss(debiased=True)).numpy(), wanted[kind.name][1], rtol=1e-3
+        )
+        assert torch.equal(timestep_weights(TIMES, kind, Loss()), torch.ones(5))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_the_huber_loss_is_the_formula() -> None:
         ("snr", 0.8 / (1 + sigma / alpha) ** 2 + 0.2),
     ):
         settings = Loss.model_validate({"kind": "huber", "delta": 0.2, "schedule": schedule_of_delta})
-        found = distances(a, b, TIMES, kind, settings)
+        found = elementwise_loss(a, b, TIMES, kind, settings)
         np.testing.assert_allclose(
             found.numpy(), 2 * delta * (np.sqrt(diff**2 + delta**2) - delta), rtol=1e-3, atol=1e-6
         )

@@ -9,7 +9,7 @@ import torch
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optim.optimizers import effective_lr, lr_warning, new_optimizer
-from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.planning.plan import plan_run
 from diffgraft.trainers.recipe.files import load_recipe, save_recipe
 from diffgraft.trainers.run import train_adapter as learn
 from diffgraft.trainers.run.train import train
@@ -21,7 +21,7 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
     """Both refuse it, in the same words, and nothing is encoded, drawn or written."""
     monkeypatch.setattr(learn, "build_training_data", None)
     said = []
-    for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+    for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match=answer) as told:
             ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), **settings})
         said.append(str(told.value))
@@ -61,7 +61,7 @@ def test_what_train_refuses_plan_refuses(
     answer: str,
 ) -> None:
     if "validation" in settings:  # which is looked at as pictures are gathered, before anything is drawn
-        for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+        for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
             with pytest.raises(DiffgraftError, match=answer):
                 ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), "images": pictures, **settings})
         return
@@ -93,7 +93,7 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
     own[0]["prior"] = {"by": "prediction"}  # type: ignore[assignment]
     settings = {"concepts": own, "output": str(tmp_path / "run")}
     monkeypatch.setattr(learn, "build_training_data", None)
-    for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+    for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match="Concepts differ in prior preservation"):
             ask("subject", settings)
 
@@ -104,7 +104,7 @@ def test_a_rate_of_prodigys_is_warned_of_elsewhere(optimizer: str, pictures: Pat
     assert "lr=1.0 is far too large for" in lr_warning(recipe)
     assert lr_warning(recipe.model_copy(update={"lr": 0.01})) == ""
     if optimizer == "adamw":
-        assert "far too large for" in str(planned("subject", {"images": pictures, "subject": "dog", "lr": 1}))
+        assert "far too large for" in str(plan_run("subject", {"images": pictures, "subject": "dog", "lr": 1}))
 
 
 def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_pa
     ]
     for images, output, answer in cases:
         before = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
-        for ask in (planned, lambda recipe, given: train(recipe, base=base, **given)):
+        for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
             with pytest.raises(DiffgraftError, match=answer):
                 ask("subject", {**settings, "images": images, "output": output})
         assert (sorted(path.name for path in output.iterdir()) if output.is_dir() else []) == before
     with pytest.raises(DiffgraftError, match="is also a folder of training images"):
-        planned("subject", {**settings, "images": pictures, "output": data, "validation": {"images": data}})
+        plan_run("subject", {**settings, "images": pictures, "output": data, "validation": {"images": data}})
 
 
 def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tmp_path: Path) -> None:
@@ -172,12 +172,12 @@ def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tm
     (left / ".partial-recipe-xyz.yaml").touch()
     save_recipe(recipe, left / "recipe.yaml")
     for place in (empty, left, tmp_path / "new"):
-        planned("subject", {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})
+        plan_run("subject", {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})
 
 
 @pytest.mark.parametrize("shard", ["fsdp", "zero3"])
 def test_plan_refuses_shards_in_one_process_as_train_does(pictures: Path, shard: str) -> None:
     settings = {"images": str(pictures), "subject": "dog", "shard": shard}
-    for start in (planned, train):
+    for start in (plan_run, train):
         with pytest.raises(DiffgraftError, match="but there is one: start them with `torchrun"):
-            start("subject", **({"settings": settings} if start is planned else settings))
+            start("subject", **({"settings": settings} if start is plan_run else settings))

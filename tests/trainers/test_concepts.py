@@ -11,7 +11,7 @@ from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, caption_lines, mentions
 from diffgraft.data.settings import Tags
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.planning.plan import plan_run
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Validation
@@ -138,7 +138,7 @@ def test_prompts_without_the_trigger_are_told_of_and_the_advice_holds(base: Base
     folder(tmp_path / "kohya" / "3_man", 1)
     with pytest.warns(UserWarning, match="'man', lacks the trigger 'sks'. insert_trigger=true"):
         items_of(base, "subject", images=str(tmp_path / "kohya"), **PLAIN)
-    told = planned("subject", {"images": tmp_path / "kohya", **PLAIN, "insert_trigger": True})
+    told = plan_run("subject", {"images": tmp_path / "kohya", **PLAIN, "insert_trigger": True})
     assert "lacks" not in str(told)
     assert "does nothing" not in str(told)
     assert "such as: sks, man" in str(told)
@@ -225,7 +225,7 @@ def test_a_mask_that_leaves_nothing_is_refused(base: Base, tmp_path: Path) -> No
     with pytest.raises(DiffgraftError, match=r"mask 00_mask\.png leaves nothing of 00\.png to train on"):
         items_of(base, "style", images=str(data), **{"masks.use": True})
     assert len(items_of(base, "style", images=str(data), **{"masks.use": True, "masks.outside": 0.1})[1]) == 2
-    assert "masks of 00.png are not used" in str(planned("style", {"images": data}))
+    assert "masks of 00.png are not used" in str(plan_run("style", {"images": data}))
     wide = folder(tmp_path / "wide", 1, (128, 64))
     mask = Image.new("L", (128, 64), 0)
     mask.paste(255, (0, 0, 20, 64))  # white where a square from the middle does not reach

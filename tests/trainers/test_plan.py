@@ -13,8 +13,8 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, cost, speed
-from diffgraft.trainers.planning.plan import Plan, planned
+from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, denoiser_speed, estimate_cost
+from diffgraft.trainers.planning.plan import Plan, plan_run
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
@@ -26,7 +26,7 @@ from tests.trainers.test_materials import folder
 def cost_of(recipe: Recipe, base: Base, size: tuple[int, int], passes: int = 1) -> Cost:
     """The cost of a recipe on pictures of a size, as a plan has it."""
     work = Workload(size, ["a dog"], recipe.batch * passes, recipe.accumulate, recipe.gradient_checkpointing)
-    return cost(base, lambda: attach(recipe, base), work, recipe.optim, recipe.quantize, whole=False)
+    return estimate_cost(base, lambda: attach(recipe, base), work, recipe.optim, recipe.quantize, whole=False)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
@@ -146,11 +146,11 @@ def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path
 
 
 def test_speed_is_a_number_that_this_machine_can_reach() -> None:
-    assert 1e8 < speed(meta_base("tiny"), torch.device("cpu")) < 1e14
+    assert 1e8 < denoiser_speed(meta_base("tiny"), torch.device("cpu")) < 1e14
 
 
 def told(recipe: str, images: Path, **settings: Any) -> Plan:
-    return planned(recipe, {"images": images, **settings})
+    return plan_run(recipe, {"images": images, **settings})
 
 
 def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_long_captions_shared_triggers_and_copies_are_named(tmp_path: Path) -> N
     coarse.resize((90, 60), Image.Resampling.BICUBIC).save(data / "01.png")
     coarse.resize((180, 120), Image.Resampling.BICUBIC).save(data / "copy.jpg", quality=80)
     concepts = [{"images": str(data), "subject": "dog"}, {"images": str(other), "subject": "cat"}]
-    found = "\n".join(planned("subject", {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
+    found = "\n".join(plan_run("subject", {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
     assert "prompt of 00.png is too long" in found
     assert "is shared by several concepts: cat, dog" in found
     assert "01.png and copy.jpg are nearly the same image" in found
@@ -247,7 +247,7 @@ def test_folders_of_several_things_are_no_concepts(tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match=r"images=.* would be ignored, as each concept has images of its own"):
         told("subject", tmp_path / "data", concepts=concepts)
     own = [{**one, "trigger": word} for one, word in zip(concepts, ("zwx", "ohwx"), strict=True)]
-    found = planned("subject", {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
+    found = plan_run("subject", {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
     assert "trigger=zorp is the trigger of no concept" in str(found)
     samples = load_recipe("subject", {"concepts": own}).samples()
     assert samples[:2] == ["a zwx dog", "a ohwx dog"]
@@ -278,7 +278,7 @@ def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:
     with pytest.raises(DiffgraftError, match="needs a multiple of 8"):
         told("subject", pictures, subject="dog", resolution=60)
     with pytest.raises(DiffgraftError, match="has no images"):
-        planned("subject", {"subject": "dog"})
+        plan_run("subject", {"subject": "dog"})
     with pytest.raises(DiffgraftError, match="Unknown tracker 'tensorbord'"):
         told("subject", pictures, subject="dog", trackers="tensorbord")
     with pytest.raises(DiffgraftError, match="attention=xformers"):

@@ -18,7 +18,7 @@ from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
-from diffgraft.trainers.planning.prediction_check import cosines, prediction_warning
+from diffgraft.trainers.planning.prediction_check import prediction_cosines, prediction_warning
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Example, Examples
 from tests.conftest import SHORT
@@ -58,7 +58,7 @@ def test_what_a_base_predicts_is_seen(says: str, predicts: str, monkeypatch: pyt
     base = load_base("tiny", prediction_type=says, zero_snr=False)
     latents = normal((3, 4, 12, 16), 5)
     with predicting(base, monkeypatch, predicts, latents):
-        near = dict(zip(("epsilon", "v_prediction"), cosines(base, latents), strict=True))
+        near = dict(zip(("epsilon", "v_prediction"), prediction_cosines(base, latents), strict=True))
         told = prediction_warning(base, examples_of(latents))
     if predicts == "chance":
         assert max(map(abs, near.values())) < 0.15

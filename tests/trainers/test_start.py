@@ -20,7 +20,7 @@ from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from diffgraft.trainers.planning.plan import planned
+from diffgraft.trainers.planning.plan import plan_run
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run import train as run
 from diffgraft.trainers.run.folder import Run
@@ -310,7 +310,7 @@ def test_a_plan_knows_of_the_file(go: Any, pictures: Path, tmp_path: Path) -> No
     settings = {"images": pictures, "subject": "dog", "init_from": first.folder, "prior": {"weight": 0}}
     numbers = sum(leaf.numel() for (delta,) in first.adapter.deltas.values() for leaf in delta.leaves.values())
     with pytest.warns(UserWarning, match="have the rank of"):
-        found = planned("subject", {**settings, "text_encoder": True})
+        found = plan_run("subject", {**settings, "text_encoder": True})
     assert f"{numbers:,} parameters" in str(found)
     unet = sum(
         leaf.numel()
@@ -318,9 +318,9 @@ def test_a_plan_knows_of_the_file(go: Any, pictures: Path, tmp_path: Path) -> No
         for leaf in delta.leaves.values()
         if path.startswith("unet.")
     )
-    still = planned("subject", {**settings, "text_encoder": True, "rank": 3, "lr_scale": {"text_encoder": 0}})
+    still = plan_run("subject", {**settings, "text_encoder": True, "rank": 3, "lr_scale": {"text_encoder": 0}})
     assert f"{unet:,} parameters" in str(still)
     with pytest.raises(DiffgraftError, match="Set text_encoder=true"):
-        planned("subject", settings)
+        plan_run("subject", settings)
     with pytest.raises(DiffgraftError, match="there is no file"):
-        planned("subject", {**settings, "init_from": tmp_path / "none.safetensors"})
+        plan_run("subject", {**settings, "init_from": tmp_path / "none.safetensors"})

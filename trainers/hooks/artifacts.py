@@ -6,7 +6,7 @@ from pathlib import Path
 from diffgraft.generation.plots import save_loss_plot
 from diffgraft.progress import Artifact, emit
 from diffgraft.trainers.hooks.hook import Hook
-from diffgraft.trainers.hooks.metrics import Metrics, curves
+from diffgraft.trainers.hooks.metrics import Metrics, loss_curves
 from diffgraft.trainers.hooks.throttle import Throttle
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.state import TrainingState
@@ -77,5 +77,5 @@ class PlotHook(Hook):
             self._plot()
 
     def _plot(self) -> None:
-        save_loss_plot(curves(self._metrics.entries), self._file)
+        save_loss_plot(loss_curves(self._metrics.entries), self._file)
         emit(Artifact("plot", self._file))

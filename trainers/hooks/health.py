@@ -52,7 +52,7 @@ def first_nonfinite_grad(parameters: Mapping[str, nn.Parameter], paths: Mapping[
     return next((paths[name] for name, value in parameters.items() if not _is_finite(value.grad)), "")
 
 
-def diverged(lr: float, step: int, loss: float, skipped: int, module: str, names: Sequence[str]) -> str:
+def divergence_error(lr: float, step: int, loss: float, skipped: int, module: str, names: Sequence[str]) -> str:
     """Message for a run whose loss or gradients became infinite or NaN.
 
     Args:

@@ -89,7 +89,7 @@ def by_step(entries: Sequence[Entry]) -> list[Entry]:
     return list(steps.values())
 
 
-def curves(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
+def loss_curves(entries: Sequence[Entry]) -> dict[str, dict[int, float]]:
     """Loss curves of a run: name of a loss → step → value."""
     names = dict.fromkeys(name for entry in entries for name in entry if name not in ("step", "lr", "effective_lr"))
     return {name: {int(entry["step"]): entry[name] for entry in entries if name in entry} for name in names}

@@ -25,7 +25,9 @@ def warn_of_overflow(consequence: str) -> Iterator[None]:
         warnings.warn(f"{consequence} {error}", stacklevel=4)
 
 
-def draw(prompts: Sequence[str], side: int, base: Base, title: str, count: int = 4) -> dict[str, list[Image.Image]]:
+def draw_samples(
+    prompts: Sequence[str], side: int, base: Base, title: str, count: int = 4
+) -> dict[str, list[Image.Image]]:
     """Generate `count` square images of `side` pixels for each of `prompts`, with the same seeds in every call."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_FIRST_SEED + number for _ in prompts for number in range(count)]
@@ -37,9 +39,9 @@ def before_after(
     prompts: Sequence[str], side: int, base: Base, adapter: Adapter, training_images: Sequence[Image.Image] = ()
 ) -> Image.Image:
     """Grid of images of the base and of base with adapter, with equal seeds, under a row of `training_images`."""
-    before = draw(prompts, side, base, "pictures before")
+    before = draw_samples(prompts, side, base, "pictures before")
     with graft(base, {adapter: 1.0}):
-        after = draw(prompts, side, base, "pictures after")
+        after = draw_samples(prompts, side, base, "pictures after")
     size = next(iter(before.values()))[0].size
     fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in training_images]
     rows = {"training images": fitted} if fitted else {}

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from diffgraft.bases import Base
 from diffgraft.data.latents import encode
-from diffgraft.data.pictures import square, to_tensor
+from diffgraft.data.pictures import crop_to_square, to_tensor
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.progress import track
 from diffgraft.rng import generator, normal
@@ -82,7 +82,7 @@ def validation_set_from_images(
     latents = torch.stack([encoded[row][0] for row in range(len(encoded))])
     weight = torch.ones(len(images), *latents.shape[-2:])
     if masks is not None:
-        scaled = to_tensor([square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
+        scaled = to_tensor([crop_to_square(mask.convert("RGB"), side) for mask in masks])[:, :1] / 2 + 0.5
         weight = F.adaptive_avg_pool2d(scaled, (latents.shape[-2], latents.shape[-1]))[:, 0]
     return validation_set_from_latents(forward_process(base), latents, weight, pairs, seed)
 

@@ -82,7 +82,7 @@ class Workload:
     """Whether gradient checkpointing is used"""
 
 
-def cost(
+def estimate_cost(
     base: Base, attach: Callable[[], Attached], work: Workload, optim: OptimSettings, quantize: Quantize, *, whole: bool
 ) -> Cost:
     """Estimate the cost of training.
@@ -132,7 +132,7 @@ def cost(
     return Cost(trained, entries, weights, training, activations, step, forward.get_total_flops())
 
 
-def speed(base: Base, device: torch.device) -> float:
+def denoiser_speed(base: Base, device: torch.device) -> float:
     """FLOPs a second that a block of the denoiser, with random weights, reaches on `device`."""
     block, shapes, width = base.family.timing_block(base)
     with quiet_libraries():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffgraft.bases import Base
 from diffgraft.data.captions import is_fixed, mentions
-from diffgraft.data.inventory import named
+from diffgraft.data.inventory import list_names
 from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.data.pictures import UnreadablePictureError
 from diffgraft.progress import track
@@ -41,7 +41,7 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
         yield "insert_trigger=true does nothing: all prompts contain the trigger."
     masked = [sample.picture.name for sample in samples if sample.picture.mask_file is not None]
     if masked and not recipe.masks.use:
-        yield f"the masks of {named(masked)} are not used: set masks.use=true to use them."
+        yield f"the masks of {list_names(masked)} are not used: set masks.use=true to use them."
     if recipe.masks.use and not any(sample.picture.has_mask for sample in samples):
         yield "masks.use=true does nothing: no image has a NAME_mask.png beside it or an alpha channel."
     if recipe.validation.images and recipe.validation.share:
@@ -99,8 +99,8 @@ def _noun_conflicts(noun: str, samples: Sequence[Sample]) -> Iterator[str]:
     ]
     if noun and len(concepts) > 1 and others:
         yield (
-            f"the images in {named([Path(concept.images).name for concept in others])} are learned as a {noun}, too: "
-            "for other classes use concepts, each with its own images, trigger and subject."
+            f"the images in {list_names([Path(concept.images).name for concept in others])} are learned as a {noun}, "
+            "too: for other classes use concepts, each with its own images, trigger and subject."
         )
 
 

@@ -19,7 +19,7 @@ from diffgraft.errors import DiffgraftError, shorten
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.planning.advice import advice
-from diffgraft.trainers.planning.estimate import Cost, Workload, cost, speed
+from diffgraft.trainers.planning.estimate import Cost, Workload, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.pitfalls import (
     compute_fingerprints,
     crop_warnings,
@@ -100,7 +100,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
-    estimate = cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
+    estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
     facts = [
         (
             "recipe",
@@ -205,7 +205,7 @@ def _cost_facts(
     }
     listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in shares.items())
     yield "memory", f"about {format_bytes(estimate.memory)} on each device: {listed}"
-    rate = speed(base, device)
+    rate = denoiser_speed(base, device)
     priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
     generated = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
     text = f"about {_format_seconds(steps * estimate.step / rate)} for the steps"
@@ -221,7 +221,7 @@ def _format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def planned(name: str | Path, settings: dict[str, Any]) -> Plan:
+def plan_run(name: str | Path, settings: dict[str, Any]) -> Plan:
     """Plan of the recipe called `name`, or at that path, with settings as for `train`; `base` may be a loaded base."""
     loaded_base = settings["base"] if isinstance(settings.get("base"), Base) else None
     settings = {**settings, "base": loaded_base.name} if loaded_base else settings

@@ -29,7 +29,7 @@ def prediction_warning(base: Base, examples: Examples) -> str:
     rows = [example.rows[0] for example in examples.examples]
     rows = [row for row in rows if encoded.frames[row].size == encoded.frames[rows[0]].size][:_MAX_IMAGES]
     latents = torch.stack([encoded.latents[row][0] for row in rows])
-    epsilon, v = cosines(base, latents)
+    epsilon, v = prediction_cosines(base, latents)
     declared = base.parameterization.name
     detected = declared
     if declared == Epsilon.name and epsilon < _MAX_V_MODEL_COSINE and v > max(_MIN_V_COSINE, epsilon):
@@ -46,7 +46,7 @@ def prediction_warning(base: Base, examples: Examples) -> str:
 
 
 @torch.no_grad()
-def cosines(base: Base, latents: Tensor) -> tuple[float, float]:
+def prediction_cosines(base: Base, latents: Tensor) -> tuple[float, float]:
     """Cosine similarities of the denoiser's prediction for noisy `latents` [n, c, h, w] to ε and to v."""
     parameterization = base.parameterization
     timestep = parameterization.nearest_timestep(_ALPHA_BAR)

@@ -133,25 +133,25 @@ class Recipe(
         """Return the recipe of a run in `folder`, with absolute paths, so that it can be loaded from anywhere."""
 
         def absolute_paths(group: Any) -> Any:
-            update: dict[str, Any] = {"images": absolute(group.images)} if group.images else {}
+            update: dict[str, Any] = {"images": absolute_path(group.images)} if group.images else {}
             prior = getattr(group, "prior", None)
             if prior is not None and prior.folder:
-                update["prior"] = prior.model_copy(update={"folder": absolute(prior.folder)})
+                update["prior"] = prior.model_copy(update={"folder": absolute_path(prior.folder)})
             return update
 
         return self.model_copy(
             update={
                 **absolute_paths(self),
-                "init_from": absolute(self.init_from) if self.init_from else "",
+                "init_from": absolute_path(self.init_from) if self.init_from else "",
                 "output": str(folder),
-                "base": self.base if self.base == "tiny" else absolute(self.base),
+                "base": self.base if self.base == "tiny" else absolute_path(self.base),
                 "concepts": [concept.model_copy(update=absolute_paths(concept)) for concept in self.concepts],
                 "validation": self.validation.model_copy(update=absolute_paths(self.validation)),
             }
         )
 
 
-def absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """Return the absolute path of an existing folder or file; other text, such as a hub id, is returned as it is."""
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path

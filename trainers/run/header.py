@@ -11,7 +11,7 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.fingerprint import Fingerprint
 
 
-def header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
+def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict[str, Any]:
     """Metadata of a trained adapter.
 
     It depends on recipe, base, images and accepted changes alone, so that equal runs write equal files.

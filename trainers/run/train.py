@@ -17,7 +17,7 @@ from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.progress import Artifact, Control, StoppedError, emit, phase, reporting, silent
 from diffgraft.progress import control as current_control
 from diffgraft.trainers.hooks.checkpoint import check_same
-from diffgraft.trainers.hooks.metrics import curves
+from diffgraft.trainers.hooks.metrics import loss_curves
 from diffgraft.trainers.hooks.samples import before_after, warn_of_overflow
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.recipe.files import save_recipe
@@ -142,7 +142,7 @@ def _train(
                 setup = Setup(held, folder, accelerator, read, start, control, allow_changes)
                 run = AdapterTraining(recipe, setup).run()
             if accelerator.is_main_process and not run.before_after.exists():
-                save_loss_plot(curves(run.metrics), folder / "loss.png")
+                save_loss_plot(loss_curves(run.metrics), folder / "loss.png")
                 if recipe.previews:
                     side = resolution_of(recipe.data, held)
                     with warn_of_overflow("before-after.png is missing."):

@@ -23,7 +23,7 @@ from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.hooks.health import GradMonitor
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics, by_step
-from diffgraft.trainers.hooks.samples import draw, warn_of_overflow
+from diffgraft.trainers.hooks.samples import draw_samples, warn_of_overflow
 from diffgraft.trainers.hooks.text_encoder_stop import TextEncoderStopHook
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.hooks.validation import ValidationHook, held_out
@@ -39,7 +39,7 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.fingerprint import flatten, run_fingerprint
 from diffgraft.trainers.run.folder import Run
-from diffgraft.trainers.run.header import header
+from diffgraft.trainers.run.header import adapter_header
 from diffgraft.trainers.run.init_from import InitAdapter, init_hash, with_init_metadata
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 from diffgraft.trainers.runtime.processes import check_same_step
@@ -99,7 +99,9 @@ class AdapterTraining:
             fingerprint = with_changes(setup.folder, fingerprint)
             metrics = Metrics(setup.folder, recipe.steps, state.step, writes=setup.is_main)
             predict, state.optimizer = accelerator.prepare(denoiser, state.optimizer)
-            export = Export(live, header(recipe, setup.base, fingerprint), setup.start, recipe.format, setup.is_main)
+            export = Export(
+                live, adapter_header(recipe, setup.base, fingerprint), setup.start, recipe.format, setup.is_main
+            )
             trackers = TrackersHook(recipe.trackers, flatten(recipe.model_dump(mode="json")), metrics)
             hooks: list[Hook] = [
                 trackers,
@@ -194,7 +196,7 @@ class AdapterTraining:
             live.eval()
             with loaded(base, offloaded), warn_of_overflow(f"Samples of step {step} are missing."):
                 side = resolution_of(recipe.data, base)
-                sheet = grid(draw(recipe.samples(), side, base, f"samples at step {step}", count=2))
+                sheet = grid(draw_samples(recipe.samples(), side, base, f"samples at step {step}", count=2))
                 if self.setup.is_main:
                     save_image(sheet, file)
             base.denoiser.train(recipe.gradient_checkpointing)

@@ -13,7 +13,7 @@ from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import Frame, RandomCrops, frames, with_mirrored
-from diffgraft.data.inventory import named, pluralize
+from diffgraft.data.inventory import list_names, pluralize
 from diffgraft.data.latents import encode_cached
 from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.errors import DiffgraftError
@@ -167,7 +167,7 @@ def split_samples(
         if names := [sample.picture.name for sample in held_out if sample.picture.content in contents]:
             warnings.warn(
                 f"{pluralize(len(names), 'image')} of validation.images {'is' if len(names) == 1 else 'are'} also "
-                f"training images ({named(names)}): their loss does not measure generalization.",
+                f"training images ({list_names(names)}): their loss does not measure generalization.",
                 stacklevel=2,
             )
         return list(samples), held_out

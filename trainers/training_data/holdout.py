@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from diffgraft.data.captions import mentions
-from diffgraft.data.inventory import named
+from diffgraft.data.inventory import list_names
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import DataSettings
@@ -81,8 +81,8 @@ def _assign_by_captions(folder: str, concepts: Sequence[DataSettings], pictures:
         concept_images[matches[0] if matches else 0][1].append(picture)
     if unassigned:
         raise DiffgraftError(
-            f"validation.images={folder} has images whose captions name no concept ({named(unassigned)}), but the run "
-            "has several: put them into numbered folders named after the concepts (1_sks dog), or set "
+            f"validation.images={folder} has images whose captions name no concept ({list_names(unassigned)}), but the "
+            "run has several: put them into numbered folders named after the concepts (1_sks dog), or set "
             "validation.share instead."
         )
     return [(concept, assigned) for concept, assigned in concept_images if assigned]

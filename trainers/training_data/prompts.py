@@ -7,7 +7,7 @@ from typing import Any
 
 from diffgraft.bases.tokens import truncated_text
 from diffgraft.data.captions import PromptBuilder, caption_lines, mentions
-from diffgraft.data.inventory import named
+from diffgraft.data.inventory import list_names
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError, shorten
 from diffgraft.trainers.recipe.groups import DataSettings
@@ -103,7 +103,7 @@ def _check_lengths(long_prompts: str, prompts: ImagePrompts, tokenizer: Any) -> 
     if not cut_texts:
         return
     name, text = next(iter(cut_texts.items()))
-    problem = f"The prompt of {named(list(cut_texts))} is too long"
+    problem = f"The prompt of {list_names(list(cut_texts))} is too long"
     if long_prompts == "refuse":
         raise DiffgraftError(
             f"{problem}; the end of that of {name} would be cut off: {shorten(text)}. Shorten it, or set "
@@ -126,7 +126,7 @@ def _trigger_warnings(prompts: ImagePrompts) -> Iterator[str]:
             key = (concept.trigger, without[0])
             others[key] = others.get(key, 0) + 1
     for trigger, names in captions.items():
-        yield f"The caption of {named(names)} lacks the trigger {trigger!r}. insert_trigger=true prepends it."
+        yield f"The caption of {list_names(names)} lacks the trigger {trigger!r}. insert_trigger=true prepends it."
     for (trigger, prompt), count in others.items():
         yield (
             f"The prompt of {count} {'image' if count == 1 else 'images'} without a caption, {prompt!r}, lacks the "
@@ -146,7 +146,7 @@ def _line_warnings(prompts: ImagePrompts) -> Iterator[str]:
         "join": "they are joined to one prompt",
     }
     for mode, names in names_by_mode.items():
-        yield f"The caption of {named(names)} has several lines: {effects[mode]}."
+        yield f"The caption of {list_names(names)} has several lines: {effects[mode]}."
 
 
 def _syntax_warnings(prompts: ImagePrompts) -> Iterator[str]:
@@ -158,4 +158,7 @@ def _syntax_warnings(prompts: ImagePrompts) -> Iterator[str]:
             if captions_of(concept, picture) and any(pattern.search(text) for text in builder.texts)
         ]
         if names:
-            yield f"The caption of {named(names)} has {syntax}: training does not interpret it, but reads it as words."
+            yield (
+                f"The caption of {list_names(names)} has {syntax}: training does not interpret it, but reads it as "
+                "words."
+            )

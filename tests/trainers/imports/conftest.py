@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffgraft.imports import convert, write_recipe
+from diffgraft.imports import convert_config, write_recipe
 from diffgraft.imports.import_report import ImportReport
 from diffgraft.trainers.recipe.recipe import Recipe
 
@@ -26,7 +26,7 @@ def make(tmp_path: Path) -> Make:
             path = tmp_path / name.replace("_", ".")
             path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
             paths.append(path)
-        report = convert(paths)
+        report = convert_config(paths)
         (tmp_path / "recipe.yaml").unlink(missing_ok=True)
         return write_recipe(report, tmp_path / "recipe.yaml", "test"), report
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffgraft.diffusion.losses import distances, weights
+from diffgraft.diffusion.losses import elementwise_loss, timestep_weights
 from diffgraft.diffusion.parameterizations import Epsilon, V
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports import convert
+from diffgraft.imports import convert_config
 from diffgraft.trainers.recipe.settings import Loss
 from tests.trainers.imports.conftest import Make, told
 
@@ -296,13 +296,13 @@ def test_huber_and_weights_are_the_same_numbers_as_there(make: Make) -> None:
     for schedule, c in thresholds.items():
         more = f'huber_schedule = "{schedule}"\n' + ("huber_scale = 2.0\n" if schedule == "constant" else "")
         recipe, _ = make(one_toml=head + more)
-        ours = distances(apart, torch.zeros_like(apart), times, Epsilon(alphas.float()), recipe.loss)
+        ours = elementwise_loss(apart, torch.zeros_like(apart), times, Epsilon(alphas.float()), recipe.loss)
         c = c.view(-1, 1, 1, 1)
         torch.testing.assert_close(ours, 2 * c * ((apart**2 + c**2).sqrt() - c), rtol=1e-4, atol=1e-6)
     recipe, report = make(two_toml=head + 'huber_schedule = "exponential"\nhuber_scale = 2.0')
     assert "huber_scale" in told(report)
     recipe, _ = make(three_toml=head + "v_parameterization = true\nscale_v_pred_loss_like_noise_pred = true")
-    torch.testing.assert_close(weights(times, V(alphas), recipe.loss).double(), snr / (snr + 1))
+    torch.testing.assert_close(timestep_weights(times, V(alphas), recipe.loss).double(), snr / (snr + 1))
 
 
 @pytest.mark.parametrize(
@@ -441,19 +441,19 @@ def test_other_tabs_of_the_gui(make: Make) -> None:
 def test_files_that_will_not_do_are_answered(tmp_path: Path, name: str, content: str, answer: str) -> None:
     (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(DiffgraftError, match=answer):
-        convert([tmp_path / name])
+        convert_config([tmp_path / name])
 
 
 def test_files_that_do_not_go_together_are_answered(tmp_path: Path) -> None:
     with pytest.raises(DiffgraftError, match="There is no file"):
-        convert([tmp_path / "none.toml"])
+        convert_config([tmp_path / "none.toml"])
     for name in ("a.toml", "b.toml"):
         (tmp_path / name).write_text("network_dim = 3", "utf-8")
     with pytest.raises(DiffgraftError, match="give one of each"):
-        convert([tmp_path / "a.toml", tmp_path / "b.toml"])
+        convert_config([tmp_path / "a.toml", tmp_path / "b.toml"])
     (tmp_path / "c.toml").write_bytes(b"a = '\xff'")
     with pytest.raises(DiffgraftError, match="UTF-8"):
-        convert([tmp_path / "c.toml"])
+        convert_config([tmp_path / "c.toml"])
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from diffgraft.diffusion.losses import weights
+from diffgraft.diffusion.losses import timestep_weights
 from diffgraft.diffusion.parameterizations import Epsilon
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports import convert
+from diffgraft.imports import convert_config
 from tests.trainers.imports.conftest import Make, told
 
 CONCEPTS: list[dict[str, Any]] = [
@@ -210,7 +210,7 @@ def test_debiased_weights_are_the_same_numbers_as_there(make: Make) -> None:
     head = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "loss_weight_fn": "DEBIASED_ESTIMATION"}
     recipe, report = make(config_json=head)
     snr = (alphas[times] / (1 - alphas[times])).clip(max=1e3)
-    torch.testing.assert_close(weights(times, Epsilon(alphas), recipe.loss).double(), snr.rsqrt())
+    torch.testing.assert_close(timestep_weights(times, Epsilon(alphas), recipe.loss).double(), snr.rsqrt())
     assert any("for v" in str(line) for _, line in report.mapped)
 
 
@@ -233,7 +233,7 @@ def test_a_recipe_is_not_written_over(make: Make, tmp_path: Path) -> None:
 
     config = {"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"}
     make(config_json=config)
-    report = convert([tmp_path / "config.json"])
+    report = convert_config([tmp_path / "config.json"])
     with pytest.raises(DiffgraftError, match="exists already"):
         write_recipe(report, tmp_path / "recipe.yaml", "config.json")
     with pytest.raises(DiffgraftError, match="should end in"):

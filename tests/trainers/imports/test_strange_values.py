@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports import convert, kohya_gui, kohya_keys, onetrainer_keys
+from diffgraft.imports import convert_config, kohya_gui, kohya_keys, onetrainer_keys
 
 STRANGE: list[Any] = [
     [],
@@ -56,7 +56,7 @@ def test_strange_values_are_answered(value: Any, tmp_path: Path) -> None:
     for config in tried:
         file.write_text(json.dumps(config), "utf-8")
         try:
-            convert([file]).sections()
+            convert_config([file]).sections()
         except DiffgraftError as error:
             answered += 1
             assert len(str(error)) < 1000  # noqa: PT017  (either outcome will do)

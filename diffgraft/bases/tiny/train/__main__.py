@@ -14,17 +14,17 @@ from transformers import CLIPTokenizer
 
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import Judge, load_judge
-from diffgraft.bases.tiny.train.fit import Plan
+from diffgraft.bases.tiny.train.fit import StagePlan
 from diffgraft.bases.tiny.train.judging import train_judge
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.text import train_text
 from diffgraft.bases.tiny.train.unet import new_scheduler, train_unet
 from diffgraft.bases.tiny.train.vae import train_vae
 
-VAE = Plan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
-JUDGE = Plan(steps=8000, batch=64, lr=2e-3, decay=0.6)
-TEXT = Plan(steps=6000, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
-UNET = Plan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
+VAE = StagePlan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
+JUDGE = StagePlan(steps=8000, batch=64, lr=2e-3, decay=0.6)
+TEXT = StagePlan(steps=6000, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
+UNET = StagePlan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Size:
     """Number of samples of the broad world; the text encoder is trained on their captions."""
     pool: int = 400_000
     """Number of pictures of the broad world, used to train the denoiser."""
-    vae: Plan = VAE
-    judge: Plan = JUDGE
-    text: Plan = TEXT
-    unet: Plan = UNET
+    vae: StagePlan = VAE
+    judge: StagePlan = JUDGE
+    text: StagePlan = TEXT
+    unet: StagePlan = UNET
 
     def dry(self) -> "Size":
         """Return a copy for a dry run: two steps of every stage on 20 pictures."""

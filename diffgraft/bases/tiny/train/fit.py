@@ -14,7 +14,7 @@ from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """Training schedule of one stage: steps, batch size, learning rate, EMA and optimizer."""
 
     steps: int
@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:10]
 
 
-def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: Plan, work: Path) -> None:
+def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StagePlan, work: Path) -> None:
     """Train `model` in place and leave it in evaluation mode, with its EMA weights.
 
     The stage saves checkpoints to ``work/<name>.pt`` and resumes from that file; a finished stage is only loaded.

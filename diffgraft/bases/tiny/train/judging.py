@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffgraft.bases.tiny.judge import LABELS, Judge, labels_of
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, fit
 from diffgraft.bases.tiny.train.pictures import UNSEEN, pictures, scene_at, to_tensor
 
 
-def train_judge(work: Path, count: int, plan: Plan) -> Judge:
+def train_judge(work: Path, count: int, plan: StagePlan) -> Judge:
     """Train the judge on `count` pictures of the tiny world, or resume from the checkpoint in `work`."""
     torch.manual_seed(2)
     judge = Judge()
@@ -42,7 +42,7 @@ def accuracy(judge: Judge, x: Tensor, labels: Tensor) -> dict[str, float]:
     return {kind: float((torch.cat(predicted[kind]) == labels[:, i]).float().mean()) for i, kind in enumerate(LABELS)}
 
 
-def unseen(work: Path, count: int = 4000) -> tuple[Tensor, Tensor]:
+def unseen_pictures(work: Path, count: int = 4000) -> tuple[Tensor, Tensor]:
     """Return `count` pictures that no stage is trained on, [count, 3, 64, 64] in -1..1, and labels [count, kinds]."""
     x = to_tensor(pictures(work, "world", count, UNSEEN))
     return x, torch.tensor([labels_of(scene_at(UNSEEN + index)) for index in range(count)])

@@ -42,6 +42,6 @@ def tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int32)
 
 
-def padded(ids: Tensor) -> Tensor:
+def pad_ids(ids: Tensor) -> Tensor:
     """Pad token ids [n, `LENGTH`] to int64 [n, 77] with the end token, as a pipeline pads prompts."""
     return torch.nn.functional.pad(ids.long(), (0, 77 - ids.shape[1]), value=END)

@@ -15,14 +15,14 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffgraft.bases.tiny.judge import LABELS
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, fit
 from diffgraft.bases.tiny.train.samples import (
     END,
     LENGTH,
     START,
     WORDINGS,
     captions_of,
-    padded,
+    pad_ids,
     rare_words,
     sample_at,
     tokens,
@@ -132,7 +132,7 @@ class Reader(nn.Module):
         return loss
 
 
-def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> CLIPTextModel:
+def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: StagePlan) -> CLIPTextModel:
     """Train the text encoder on the captions of `count` samples, or resume from the checkpoint in `work`."""
     torch.manual_seed(3)
     reader = Reader(new_text_encoder())
@@ -142,7 +142,7 @@ def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: Plan) -> 
         rng = np.random.default_rng([3, step])
         rows, wording = rng.integers(0, count, plan.batch), rng.integers(0, WORDINGS, plan.batch)
         # only every eighth step is padded to 77 tokens, which saves time
-        batch = padded(ids[rows, wording]) if step % 8 == 0 else ids[rows, wording].long()
+        batch = pad_ids(ids[rows, wording]) if step % 8 == 0 else ids[rows, wording].long()
         pad = torch.from_numpy(rng.integers(0, batch.shape[1], plan.batch))
         return reader.loss(batch, labels[rows, wording], pad)
 

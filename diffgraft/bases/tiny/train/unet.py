@@ -14,8 +14,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from diffgraft.bases.tiny.train.fit import Plan, fit
-from diffgraft.bases.tiny.train.samples import END, LENGTH, START, WORDINGS, padded
+from diffgraft.bases.tiny.train.fit import StagePlan, fit
+from diffgraft.bases.tiny.train.samples import END, LENGTH, START, WORDINGS, pad_ids
 from diffgraft.bases.tiny.train.text import WIDTH
 
 
@@ -60,7 +60,9 @@ def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.where(rng.random(count) < 0.5, rng.integers(0, 1000, count), middle)
 
 
-def train_unet(work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: Plan) -> UNet2DConditionModel:
+def train_unet(
+    work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: StagePlan
+) -> UNet2DConditionModel:
     """Train the denoiser, or resume from the checkpoint in `work`.
 
     Args:
@@ -88,7 +90,7 @@ def train_unet(work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, 
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                embeddings = text_encoder(input_ids=padded(batch)).last_hidden_state
+                embeddings = text_encoder(input_ids=pad_ids(batch)).last_hidden_state
             prediction = unet(noisy, times, embeddings).sample
         total: Tensor = (prediction.float() - v).square().mean()
         return total

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from diffgraft.bases.tiny.train.fit import Plan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, fit
 from diffgraft.bases.tiny.train.pictures import pictures, to_tensor
 
 
@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
         return self.vae.decoder(self.vae.post_quant_conv(z)), mean, logvar
 
 
-def train_vae(work: Path, count: int, plan: Plan) -> AutoencoderKL:
+def train_vae(work: Path, count: int, plan: StagePlan) -> AutoencoderKL:
     """Train the autoencoder, or resume from the checkpoint in `work`.
 
     It learns from `count` pictures of the tiny world and a fifth as many dead-leaves pictures.
