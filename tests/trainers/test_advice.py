@@ -9,8 +9,16 @@ from PIL import Image
 
 import diffgraft as dg
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.planning.estimate import Cost
 from diffgraft.trainers.run.folder import read_prompts
 from tests.cli.test_cli import call
+
+
+@pytest.fixture(autouse=True)
+def _cost_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost is another file's matter, and takes most of the time of a plan."""
+    cost = Cost(trained=3, entries=2, weights=7, training=5, activations=4, step=1.0, image=1.0)
+    monkeypatch.setattr("diffgraft.trainers.planning.plan.estimate_cost", lambda *_, **__: cost)
 
 
 def plan(images: Any, recipe: str = "subject", **settings: Any) -> str:
