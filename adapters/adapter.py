@@ -108,7 +108,7 @@ _WRITERS: list[Callable[[Any, Path, str], Path]] = []
 """Functions that `Adapter.save` calls; `diffgraft.adapters.formats` registers itself here, as it imports this module"""
 
 
-def writes_adapters(write: Callable[[Any, Path, str], Path]) -> Callable[[Any, Path, str], Path]:
+def register_adapter_writer(write: Callable[[Any, Path, str], Path]) -> Callable[[Any, Path, str], Path]:
     """Register the decorated function, (adapter, path, dialect) → path, as the one that `Adapter.save` calls."""
     _WRITERS.append(write)
     return write

@@ -187,7 +187,7 @@ def _rank_and_alpha(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:
 
 
 def holds_dora_lora(adapter: Adapter) -> bool:
-    """Whether the first module is a LoRA with DoRA, which most programs misread under kohya's names."""
+    """Whether an adapter is a LoRA with DoRA, by its first module; most programs misread it in kohya's names."""
     first = next(iter(adapter.deltas.values()), (None,))[0]
     return isinstance(first, DoraDelta) and first.is_lora
 

@@ -3,14 +3,14 @@
 import re
 from pathlib import Path
 
-from diffgraft.adapters.adapter import Adapter, writes_adapters
+from diffgraft.adapters.adapter import Adapter, register_adapter_writer
 from diffgraft.adapters.dialect import Contents, Dialect
 from diffgraft.adapters.formats.verify import check_contents
 from diffgraft.adapters.registry import dialects, get_written_dialect
 from diffgraft.errors import DiffgraftError
 
 
-@writes_adapters
+@register_adapter_writer
 def save_adapter(adapter: Adapter, path: Path, dialect: str = "auto") -> Path:
     """Write `adapter` to `path` in `dialect`; `auto` selects the most widely read dialect that can hold it.
 

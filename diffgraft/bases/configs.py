@@ -151,7 +151,9 @@ def read_object(path: Path, largest: int = LARGEST_JSON) -> dict[str, Any]:
     if not path.is_file():
         raise DiffgraftError(f"{path} is missing, or is not a file; copy the model's folder again.")
     if path.stat().st_size > largest:
-        raise DiffgraftError(f"{path} is larger than the allowed {largest:,} bytes; copy it again.")
+        raise DiffgraftError(
+            f"{path} is larger than {largest:,} bytes, so it is damaged or another file: copy it again."
+        )
     try:
         value = json.loads(path.read_text("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -235,9 +235,9 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
                             continue
                         if part.startswith("text") and (layer := _layer_beyond(normalize(key), layers)) is not None:
                             raise DiffgraftError(
-                                f"{file} holds {key}, but {folder}/config.json has num_hidden_layers={layers}, as for "
-                                f"clip skip: set it to {layer + 1} or more to use all layers of the file, or load and "
-                                "save the folder with diffusers, which drops the others."
+                                f"{file} holds {key}, but {folder}/config.json has num_hidden_layers={layers}, which "
+                                "may have been lowered for clip skip. To use all layers, set num_hidden_layers to "
+                                f"{layer + 1} or more; to use {layers}, load the folder with diffusers and save it."
                             )
                         raise DiffgraftError(
                             f"{file} holds {short(key)}, which is not a weight of the {part} that {folder}/config.json "

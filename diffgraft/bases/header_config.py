@@ -24,7 +24,7 @@ ConfigOverrides = Mapping[str, Mapping[str, Any]]
 """Part → field → value, for fields that differ from the family's configuration"""
 
 
-def config_header(base: Base, family: Path) -> dict[str, str]:
+def base_config_metadata(base: Base, family: Path) -> dict[str, str]:
     """Return the header entry for fields in which a base differs from its family's configuration; empty if in none.
 
     Args:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from diffgraft.bases.registry import layer_endings, part_names, tokenizers
+from diffgraft.bases.registry import layer_name_suffixes, part_names, tokenizers
 
 LAYERS = {
     "attention": ("attention",),
@@ -32,7 +32,9 @@ def is_embedding(path: str) -> bool:
 
 def choose_layers(part: str, module: nn.Module, layers: str) -> list[str]:
     """Return the paths, inside the network `module` called `part`, of the layers chosen by a key of `LAYERS`."""
-    return find_modules(module, tuple(ending for group in LAYERS[layers] for ending in layer_endings(part, group)))
+    return find_modules(
+        module, tuple(ending for group in LAYERS[layers] for ending in layer_name_suffixes(part, group))
+    )
 
 
 def find_modules(root: nn.Module, endings: tuple[str, ...]) -> list[str]:

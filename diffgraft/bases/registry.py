@@ -28,7 +28,7 @@ def part_names() -> tuple[str, ...]:
     return (*denoisers(), *tokenizers())
 
 
-def layer_endings(part: str, group: str) -> tuple[str, ...]:
+def layer_name_suffixes(part: str, group: str) -> tuple[str, ...]:
     """Return the endings of the paths of a group's layers inside the network `part`, over all families."""
     groups = (family.layers.get(part, {}).get(group, ()) for family in families().values())
     return tuple(dict.fromkeys(ending for endings in groups for ending in endings))

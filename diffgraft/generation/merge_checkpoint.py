@@ -10,7 +10,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import add_text_model
 from diffgraft.bases import Base
-from diffgraft.bases.header_config import config_header
+from diffgraft.bases.header_config import base_config_metadata
 from diffgraft.bases.ldm_keys import layers_in_block, ldm_state_dict
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
@@ -54,7 +54,7 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
             weights = {name: value.detach().contiguous() for name, value in ldm_state_dict(base).items()}
             prediction = base.parameterization.name
             weights |= v_pred_markers(base.family.name, prediction, base.zero_snr)
-            header = prediction_header(prediction) | config_header(base, CONFIGS / base.family.name)
+            header = prediction_header(prediction) | base_config_metadata(base, CONFIGS / base.family.name)
             return write_safetensors(path, weights, {"format": "pt", **header})
         return _write_folder(base, path)
 

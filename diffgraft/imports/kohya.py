@@ -17,8 +17,8 @@ def convert(report: ImportReport, config: Path, data_config: Path | None) -> Non
     """Fill the report's recipe from sd-scripts' arguments and its dataset_config.
 
     Args:
-        report: a report with the arguments in the file.
-        config: path of the file, relative to which other files are found.
+        report: a report that holds the arguments read from `config`; its recipe is filled in here.
+        config: path of sd-scripts' configuration file; relative paths in it start from its folder.
         data_config: path of the dataset_config; by default the one that the arguments name.
     """
     data = _data(report, config, data_config)

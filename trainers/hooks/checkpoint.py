@@ -205,7 +205,10 @@ def check_same(
 
 
 def with_changes(run: Path, fingerprint: Fingerprint) -> Fingerprint:
-    """Return `fingerprint` with a record of all changes up to the run's newest checkpoint, and since then."""
+    """Return `fingerprint` with the run's history of changed settings and data.
+
+    These are the changes in its newest checkpoint, and the differences between that checkpoint and `fingerprint`.
+    """
     for folder in reversed(checkpoints(run)):
         with suppress(OSError, ValueError):  # damaged
             saved = _read_state(folder)

@@ -217,16 +217,18 @@ def finished_run(folder: Path, recipe: Recipe, done: int, *, allow_changes: bool
             "run continues from its last checkpoint."
         )
     steps = trained_recipe.get("steps", type(recipe).model_fields["steps"].default)
-    is_finished = f"The run in {folder} finished at step {steps}"
+    finished = f"The run in {folder} finished at step {steps}"
     if steps == recipe.steps and allow_changes:
-        raise DiffgraftError(f"{is_finished}. Pass a larger steps= to continue with the changes.")
+        raise DiffgraftError(f"{finished}. Pass a larger steps= to continue with the changes.")
     if steps != recipe.steps and not done:
-        raise DiffgraftError(f"{is_finished} and has no checkpoint, so it cannot be continued.")
+        raise DiffgraftError(
+            f"{finished} and has no checkpoint, so it cannot be continued: start a new run with another output=…"
+        )
     saved_recipe = recipe_with(folder / "recipe.yaml", {}).with_absolute_paths(folder)
     old, new = ([concept.images for concept in side.parts()] for side in (saved_recipe, recipe))
     if steps == recipe.steps and old != new:
         raise DiffgraftError(
-            f"{is_finished}, trained on images={', '.join(old)}: images={', '.join(new)} would not be learned. Remove "
+            f"{finished}, trained on images={', '.join(old)}: images={', '.join(new)} would not be learned. Remove "
             "it, or pass a larger steps= to continue."
         )
     return run if steps == recipe.steps else None

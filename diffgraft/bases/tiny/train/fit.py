@@ -34,7 +34,7 @@ class StagePlan:
     save_every: float = 120
     """Number of seconds between checkpoints."""
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""
         decay_factor = (self.steps - step) / max(1.0, self.steps * self.decay)
         return self.lr * min(1.0, (step + 1) / self.warmup, max(decay_factor, 0.0))
@@ -85,7 +85,7 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
     bar = tqdm(range(first_step, plan.steps), name, initial=first_step, total=plan.steps, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.learning_rate(step)
         value = loss(step)
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -27,7 +27,7 @@ NAMED_SHARE = 0.4
 
 @dataclass(frozen=True)
 class Sample:
-    """Description of one picture of the broad world, which can be drawn and captioned."""
+    """Description of one picture of the broad world, from which the picture and its captions are made."""
 
     scene: Scene
     creature: int | None = None

@@ -241,7 +241,7 @@ SETTINGS = (*PLACES, "plain")
 
 
 def draw_setting(setting: str, rng: Rng, colour: str | None = None) -> Image.Image:
-    """Draw a setting on an RGB canvas, `SIDE` × `SIDE`; only the setting "plain" uses `colour`."""
+    """Draw the background of a scene, RGB, `SIDE` × `SIDE`; only the setting "plain" uses `colour`."""
     if setting == "plain":
         return plain(rng, colour or "white")
     return PLACES[setting](rng)
