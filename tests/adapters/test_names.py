@@ -18,6 +18,7 @@ from diffgraft.adapters.formats.families import with_base
 from diffgraft.adapters.formats.lycoris import to_underscores
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.combine import combine
+from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
 from diffgraft.adapters.ops.glance import glance
@@ -288,6 +289,36 @@ def test_projections_are_the_same_layer_on_two_axes_and_on_four(tmp_path: Path, 
     assert torch.equal(*loaded)
 
 
+@pytest.mark.parametrize("kind", ["lora", "lokr", "full", "dora"])
+def test_a_projection_of_an_unknown_family_is_one_layer_on_two_axes_and_on_four(tmp_path: Path, kind: str) -> None:
+    """Such as one of a file without a header, whose modules all kinds of bases have."""
+    path = "unet.mid_block.attentions.0.proj_in"
+    name, loaded = f"lora_{to_underscores(path)}", []
+    for axes in (2, 4):
+        ones = [1] * (axes - 2)
+        tensors = {
+            "lora": {"lora_down.weight": filled(1, 2, 10, *ones), "lora_up.weight": filled(2, 14, 2, *ones)},
+            "lokr": {"lokr_w1": filled(3, 2, 5), "lokr_w2": filled(4, 7, 2, *ones)},
+            "full": {"diff": filled(5, 14, 10, *ones)},
+        }
+        tensors["dora"] = {**tensors["lora"], "dora_scale": filled(6, 14, 1, *ones).abs()}
+        held = {f"{name}.{leaf}": value for leaf, value in tensors[kind].items()}
+        loaded.append(load_adapter(written(tmp_path / f"{axes}.safetensors", held)))
+    weight = filled(7, 14, 10)
+    changed = []
+    for adapter in loaded:
+        (delta,) = adapter.deltas[path]
+        for shape in ((14, 10), (14, 10, 1, 1)):
+            assert delta.fits(shape)
+            changed.append(delta.apply(weight.view(shape), None, 1.0)[0].view(14, 10))
+    assert all(torch.equal(one, changed[0]) for one in changed)
+    assert compare(*loaded).worst[1] == 0
+    if kind in ("lora", "full"):  # the others do not tell the shape of a weight
+        both = combine([("2", loaded[0], 1.0), ("4", loaded[1], 1.0)], RankBudget(rank=10)).adapter
+        want = 2 * effect(loaded[0], path, 14, 10)
+        assert np.abs(effect(both, path, 14, 10) - want).max() < 1e-4
+
+
 def test_biases_and_sparse_rests_stand_beside_a_lora(tmp_path: Path) -> None:
     name = "diffusion_model.middle_block.0.in_layers.2"
     tensors = {
@@ -389,6 +420,21 @@ def test_eight_bits_are_read_exactly_and_written_on_request(tmp_path: Path, dtyp
     assert np.abs(effect(found, f"unet.{MIDDLE}", 14, 10) - 0.3 * product(wide, name)).max() < 1e-5
 
 
+def test_scales_of_eight_bits_belong_to_leaves_of_any_name(tmp_path: Path) -> None:
+    name, scales = f"lora_unet_{to_underscores(MIDDLE)}", {"w1_a": 0.5, "w1_b": 2.0, "w2_a": 3.0, "w2_b": 0.25}
+    small = {
+        leaf: filled(n, *((14, 2) if leaf.endswith("a") else (2, 10))).to(torch.float8_e4m3fn)
+        for n, leaf in enumerate(scales)
+    }
+    one, two = (small[f"w{n}_a"].double() @ small[f"w{n}_b"].double() for n in (1, 2))
+    want = (0.5 * 2.0 * one) * (3.0 * 0.25 * two)
+    for ending in ("_scale", ".scale_weight", ".weight_scale"):
+        tensors = {f"{name}.hada_{leaf}": value for leaf, value in small.items()}
+        tensors |= {f"{name}.hada_{leaf}{ending}": torch.tensor(scale) for leaf, scale in scales.items()}
+        found = effect(load_adapter(written(tmp_path / "x.safetensors", tensors)), f"unet.{MIDDLE}", 14, 10)
+        assert np.abs(found - want.numpy()).max() < 1e-5
+
+
 def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
     name = "lora_unet_mid_block_resnets_0_conv1"
     loha = {
@@ -408,6 +454,16 @@ def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
             precision="float16",
         )
     assert {path.stem for path in tmp_path.iterdir()} == {"loha", "same", "half", "large"}
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_compared(tmp_path: Path) -> None:
+    name = f"lora_unet_{to_underscores(MIDDLE)}"
+    vast = {f"{name}.lokr_w1": filled(1, 100, 99), f"{name}.lokr_w2": filled(2, 100, 98)}
+    file = written(tmp_path / "vast.safetensors", vast)
+    for target in ("half.safetensors", "new/half.safetensors"):
+        with pytest.raises(DiffgraftError, match="larger than the layers of any known base"):
+            convert(file, tmp_path / target, "lycoris", precision="float16")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_an_infinite_alpha_of_whole_factors_means_nothing(tmp_path: Path) -> None:
