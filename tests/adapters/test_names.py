@@ -260,6 +260,52 @@ def test_the_family_is_known_from_shapes_and_kept_by_every_operation(tmp_path: P
     assert load_file(convert(bare, tmp_path / "bare-2.safetensors", "kohya").path).keys() == load_file(bare).keys()
 
 
+def test_a_family_that_only_the_header_tells_is_kept_by_every_operation(tmp_path: Path) -> None:
+    """Of layers that bases of several families have, in the same shape."""
+    names = {"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", "lora_te1_text_model_encoder_layers_0_mlp_fc1"}
+    files = [
+        written(
+            tmp_path / f"{base}.safetensors",
+            {key: value for n, name in enumerate(sorted(names)) for key, value in pair(name, seed + n).items()},
+            ss_base_model_version="sdxl_base_v1-0",
+            ss_sd_model_name=base,
+        )
+        for seed, base in ((1, "one"), (5, "two"))
+    ]
+    first, second = map(load_adapter, files)
+    made = {
+        "together": combine([("1", first, 1.0), ("2", second, 1.0)]).adapter,
+        "twice": combine([("1", first, 1.0), ("1", first, 0.5)]).adapter,
+        "resized": resize(first, RankBudget(rank=1)).adapter,
+    }
+    files = [convert(files[0], tmp_path / "again.safetensors", "kohya").path]
+    files += [adapter.save(tmp_path / f"{name}.safetensors", "kohya") for name, adapter in made.items()]
+    for file in files:
+        assert {key.partition(".")[0] for key in load_file(file)} == names
+        assert load_adapter(file).metadata["base"]["family"] == "sdxl"
+
+
+def test_a_file_of_kohya_s_with_names_of_the_original_layout_is_for_xl(tmp_path: Path) -> None:
+    """Its tools use those names for no other base; a file without a header need not tell it otherwise."""
+    tensors = pair("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", 1)
+    bare = written(tmp_path / "bare.safetensors", tensors)
+    assert load_adapter(bare).metadata["base"]["family"] == "sdxl"
+    assert load_file(convert(bare, tmp_path / "new.safetensors", "kohya").path).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
+def test_what_is_extracted_is_for_the_family_of_its_base(tmp_path: Path, width: int, family: str) -> None:
+    start = "model.diffusion_model.middle_block.1.transformer_blocks.0"
+    same, inner = f"{start}.attn2.to_k.weight", f"{start}.attn1.to_q.weight"
+    plain = {same: filled(1, 14, width), inner: filled(2, 14, 10)}
+    tuned = {**plain, inner: plain[inner] + filled(3, 14, 1) @ filled(4, 1, 10)}
+    files = [written(tmp_path / f"{n}.safetensors", weights) for n, weights in enumerate((tuned, plain))]
+    with open_weights(files[0]) as one, open_weights(files[1]) as two:
+        found = extract(one, two, RankBudget(rank=1)).adapter
+    assert set(found.deltas) == {f"unet.{MIDDLE}"}
+    assert found.metadata["base"]["family"] == family
+
+
 @pytest.mark.parametrize("kind", ["lora", "lokr", "full", "dora"])
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_projections_are_the_same_layer_on_two_axes_and_on_four(tmp_path: Path, family: str, kind: str) -> None:

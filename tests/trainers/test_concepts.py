@@ -177,6 +177,22 @@ def test_tags_with_the_trigger_are_never_dropped() -> None:
         ]
 
 
+@pytest.mark.parametrize("caption", ["tree, SKS dog, lake, sky", ""])
+def test_a_run_drops_tags_of_captions_and_of_the_prompt_but_never_the_trigger(
+    base: Base, tmp_path: Path, caption: str
+) -> None:
+    import numpy as np
+
+    data = folder(tmp_path / "data", 1)
+    if caption:
+        (data / "00.txt").write_text(caption, "utf-8")
+    settings: dict[str, Any] = {"images": str(data), "subject": "dog", "prompt": "hill, {trigger} dog, lake, sky"}
+    recipe, (item,) = items_of(base, "subject", **settings, **{"tags.drop": 0.9})
+    said = [item.prompt_builder.prompt(0, recipe.tags, 0.0, np.random.default_rng(n)) for n in range(40)]
+    assert all(mentions(one, "sks") for one in said)
+    assert sum("lake" in one for one in said) < 20
+
+
 @pytest.mark.parametrize(
     ("how", "texts"),
     [
