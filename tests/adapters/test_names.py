@@ -293,6 +293,26 @@ def test_a_file_of_kohya_s_with_names_of_the_original_layout_is_for_xl(tmp_path:
     assert load_file(convert(bare, tmp_path / "new.safetensors", "kohya").path).keys() == tensors.keys()
 
 
+@pytest.mark.parametrize(
+    ("place", "width", "family"),
+    [
+        ("mid_block.attentions.0", 768, "sd1"),
+        ("mid_block.attentions.0", 1024, "sd2"),
+        ("mid_block.attentions.0", 2048, "sdxl"),
+        ("down_blocks.0.attentions.0", 1024, "sd2"),
+        ("down_blocks.0.attentions.0", 2048, None),
+        ("mid_block.attentions.0", 99, None),
+    ],
+)
+def test_the_width_of_the_text_tells_the_family_of_a_base_of_any_size(
+    tmp_path: Path, place: str, width: int, family: str | None
+) -> None:
+    """Such as a distilled one; XL has no attentions in its first block."""
+    name = f"lora_unet_{to_underscores(place)}_transformer_blocks_0_attn2_to_k"
+    adapter = load_adapter(written(tmp_path / "x.safetensors", pair(name, 1, width=width)))
+    assert adapter.metadata.get("base", {}).get("family") == family
+
+
 @pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
 def test_what_is_extracted_is_for_the_family_of_its_base(tmp_path: Path, width: int, family: str) -> None:
     start = "model.diffusion_model.middle_block.1.transformer_blocks.0"
