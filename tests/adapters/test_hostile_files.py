@@ -45,6 +45,7 @@ def megabytes() -> float:
     ("value", "said"),
     [
         (torch.ones(2, 3, dtype=torch.bool), "as bool"),
+        (torch.ones(1, 1, dtype=torch.bool), "as bool"),
         (torch.ones(2, 3, dtype=torch.int64), "as int64"),
         (torch.ones(2, 3, *[1] * 60), "axes"),
         (torch.ones(0, 3), "[0, 3]"),

@@ -142,6 +142,7 @@ def test_an_index_names_known_classes_alone(folder: Path, key: str, value: Any, 
         ("scheduler/scheduler_config.json", "beta_end", "0.01", "beta_end='0.01'"),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "has 2 trained_betas"),
         ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type=sample"),
+        ("scheduler/scheduler_config.json", "prediction_type", "x0", "prediction_type='x0'"),
         (
             "scheduler/scheduler_config.json",
             "prediction_type",
