@@ -305,6 +305,16 @@ def test_pictures_of_validation_in_one_folder_belong_to_the_concepts_that_their_
     }
 
 
+def test_a_numbered_folder_of_validation_that_names_no_concept_is_refused(base: Base, tmp_path: Path) -> None:
+    for number, name in enumerate(("ohwx man", "zwx man")):
+        folder(tmp_path / "data" / f"1_{name}", 1, start=10 * number)
+    folder(tmp_path / "held" / "1_man", 1, start=30)
+    settings: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN, "validation.images": str(tmp_path / "held")}
+    recipe, items = items_of(base, "subject", **settings)
+    with pytest.raises(DiffgraftError, match=r"concept of the validation images in .*1_man is unknown: put its"):
+        split_samples(recipe.data, recipe.validation, items, base)
+
+
 def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_path: Path) -> None:
     for number, name in enumerate(("ohwx man", "zwx man")):
         folder(tmp_path / "data" / f"1_{name}", 2, start=10 * number)
