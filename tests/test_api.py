@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 
 import diffgraft as dg
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.methods.aesthetic import AestheticEmbedding
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import Base
+from diffgraft.devices import device_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.folder import Run
 from tests.conftest import SHORT
@@ -142,6 +145,11 @@ def test_prompts_of_other_programs_are_warned_of(base: Base, prompt: str, answer
         dg.generate(prompt, base=base, steps=1)
 
 
+def test_a_negative_prompt_of_other_programs_is_warned_of(base: Base) -> None:
+    with pytest.warns(UserWarning, match=r"\(blurry:1.4\) in a prompt has no special meaning"):
+        dg.generate("a dog", base=base, steps=1, negative="(blurry:1.4)")
+
+
 def test_plain_prompts_are_not_warned_of(base: Base) -> None:
     dg.generate("a dog (sitting) on a [wooden] chair, 1:2 scale, <sks>", base=base, steps=1)
 
@@ -151,6 +159,39 @@ def test_precision_device_and_tiles(base: Base) -> None:
     assert half.size == (96, 64)
     whole = dg.generate("a dog", base=base, steps=2, size=(96, 64))[0]
     assert 0 < np.abs(pixels(half) - pixels(whole)).mean() < 30
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "wanted"),
+    [
+        ("cuda", "", torch.float16),
+        ("cuda", "float32", torch.float32),
+        ("mps", "", torch.float16),
+        ("cpu", "", torch.float32),
+        ("cpu", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_gpu_draws_in_half_precision_unless_told_otherwise(
+    device: str, precision: str, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def load(_name: str, dtype: torch.dtype) -> Base:
+        asked.append(dtype)
+        raise DiffgraftError("asked")
+
+    monkeypatch.setattr("diffgraft.draw.device_of", torch.device)
+    monkeypatch.setattr("diffgraft.draw.load_base", load)
+    with pytest.raises(DiffgraftError, match="asked"):
+        dg.generate("a dog", precision=precision, device=device)
+    assert asked == [wanted]
+
+
+@pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
+def test_the_accelerator_draws_where_there_is_one(there: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert device_of() == torch.device(name)
 
 
 def test_files_go_through_every_command(base: Base, short_run: Run, tmp_path: Path) -> None:
@@ -196,6 +237,14 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
             dg.train("subject", base=base, images=wrong, subject="dog")
 
 
+def test_pictures_of_a_list_keep_the_captions_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "cache"))
+    Image.new("RGB", (90, 70), (1, 2, 3)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a sks dog in the snow", "utf-8")
+    images = [Image.new("RGB", (60, 80)), tmp_path / "a.png"]
+    assert "1 of 2 images; 2 prompts" in str(dg.plan("subject", images=images, subject="dog"))
+
+
 def test_results_are_short_in_a_console(short_run: Run) -> None:
     for shown in (short_run, short_run.adapter, *short_run.adapter.deltas.values()):
         assert len(repr(shown)) < 200
@@ -203,6 +252,10 @@ def test_results_are_short_in_a_console(short_run: Run) -> None:
     word = Adapter({}, tokens={"<zorp>": {"text_encoder": torch.ones(1, 8)}})
     assert repr(word) == "Adapter(unknown: word '<zorp>')"
     assert repr(low_rank(torch.ones(2, 5), torch.ones(7, 2))) == "FactorDelta(lora: lora_down 2×5, lora_up 7×2)"
+
+
+def test_a_network_is_short_in_a_console() -> None:
+    assert repr(AestheticEmbedding({"embedding": torch.ones(1, 768)})) == "AestheticEmbedding(aesthetic: 1 tensors)"
 
 
 @pytest.mark.parametrize("file", [5, None, object()])
@@ -215,6 +268,34 @@ def test_the_system_s_refusals_are_said_in_a_sentence(short_run: Run, tmp_path: 
     (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(DiffgraftError, match=r"A file or folder cannot be used: .*file"):
         dg.convert(short_run, tmp_path / "file" / "x.safetensors", "kohya")
+
+
+class Refused(os.PathLike[str]):
+    """A path that the system refuses."""
+
+    def __fspath__(self) -> str:
+        raise PermissionError(13, "Permission denied", "locked")
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda path: dg.combine({path: 1.0}),
+        lambda path: dg.convert(path, path),
+        lambda path: dg.extract(path, path, 4),
+        lambda path: dg.generate("a dog", path),
+        lambda path: dg.grid([path]),
+        lambda path: dg.inspect(path),
+        lambda path: dg.load_adapter(path),
+        lambda path: dg.merge(path, path),
+        lambda path: dg.plan("subject", images=[path], subject="dog"),
+        lambda path: dg.resize(path, 4),
+        lambda path: dg.train("subject", images=[path], subject="dog"),
+    ],
+)
+def test_what_the_system_refuses_is_told_by_every_function(ask: Callable[[Any], Any]) -> None:
+    with pytest.raises(DiffgraftError, match=r"cannot be used: Permission denied \(locked\)"):
+        ask(Refused())
 
 
 def test_importing_it_brings_nothing_large() -> None:

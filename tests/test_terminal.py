@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import diffgraft as dg
 from diffgraft.cli import console
 from diffgraft.errors import DiffgraftError
 from diffgraft.terminal import printable
@@ -57,6 +58,22 @@ def test_headers_captions_names_and_settings_are_shown_as_text(
         lines = [line.split("\r")[-1] for line in shown.split("\n")]  # bars go back to the line's beginning
         assert all(line.isprintable() for line in lines), words
         assert not any(line.startswith("error: forged") for line in lines), words
+
+
+def test_results_in_python_are_printed_as_text(pictures: Path, tmp_path: Path) -> None:
+    layer, evil = "lora_unet_mid_block_attentions_0_proj_in", HOSTILE[:-1]
+    tensors = {f"{layer}.lora_down.weight": torch.ones(2, 6), f"{layer}.lora_up.weight": torch.ones(4, 2)}
+    own = json.dumps({"method": evil, "trigger": evil, "base": {"family": "sd1", "name": evil}})
+    save_file(tensors, tmp_path / "evil.safetensors", {"diffgraft": own})
+    results = (
+        dg.inspect(tmp_path / "evil.safetensors"),
+        dg.plan("subject", images=pictures, subject="dog", trigger=evil),
+    )
+    for result in results:
+        lines = str(result).split("\n")
+        assert all(line.isprintable() for line in lines)
+        assert any("\\x1b]0;title" in line for line in lines)
+        assert not any(line.startswith("error: forged") for line in lines)
 
 
 def test_json_is_json_whatever_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:

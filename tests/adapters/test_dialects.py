@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.lora import low_rank
-from diffgraft.adapters.registry import get_method
+from diffgraft.adapters.registry import get_method, read_delta
 from diffgraft.bases import load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError
@@ -156,6 +157,69 @@ def test_headers_of_kohya(tmp_path: Path) -> None:
         with safe_open(again, framework="pt") as held:
             assert held.metadata()["ss_tag_frequency"] == '{"dog": 3}'
             assert held.metadata()["sshs_model_hash"] == header["sshs_model_hash"]
+
+
+LORA = {"lora_down": torch.ones(2, 10), "lora_up": torch.ones(14, 2)}
+KERNEL = {"lora_down": torch.ones(2, 10, 1, 1), "lora_up": torch.ones(14, 2, 1, 1), "lora_mid": torch.ones(2, 2, 3, 3)}
+LOHA = {f"hada_w{n}_{side}": torch.ones(14, 2) if side == "a" else torch.ones(2, 10) for n in (1, 2) for side in "ab"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "leaves", "module", "arguments"),
+    [
+        ("lora", LORA, "networks.lora", {}),
+        ("lora", {**LORA, "dora_scale": torch.ones(1, 10)}, "lycoris.kohya", {"algo": "locon", "dora_wd": "True"}),
+        ("lora", KERNEL, "lycoris.kohya", {"algo": "locon", "use_tucker": "True"}),
+        ("loha", LOHA, "lycoris.kohya", {"algo": "loha"}),
+    ],
+)
+def test_the_header_of_kohya_names_a_module_that_reads_all_of_the_file(
+    kind: str, leaves: dict[str, Tensor], module: str, arguments: dict[str, str], tmp_path: Path
+) -> None:
+    """The one of sd-scripts drops norms of DoRA and cores of Tucker without a word; a former header may name it."""
+    deltas = {"unet.mid_block.resnets.0.conv1": (read_delta(kind, leaves, 1.0),)}
+    former = {"ss_network_module": "networks.lora", "ss_network_args": '{"conv_dim": "4"}', "ss_seed": "9"}
+    for metadata in ({}, {"foreign": former}):
+        file = Adapter(deltas, metadata).save(tmp_path / "a.safetensors", "kohya")
+        with safe_open(file, framework="pt") as held:
+            header = held.metadata()
+        assert header["ss_network_module"] == module
+        if module != "networks.lora" or not metadata:
+            assert json.loads(header["ss_network_args"]) == arguments
+        assert header.get("ss_seed") == ("9" if metadata else None)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "lycoris"])
+def test_the_alpha_of_a_lokr_of_whole_factors_is_its_rank_in_files(dialect: str, tmp_path: Path) -> None:
+    """Other tools divide it by the rank, though there is none; LyCORIS writes the rank."""
+    one, two = torch.arange(10.0).view(2, 5), torch.arange(14.0).view(7, 2)
+    delta = read_delta("lokr", {"lokr_w1": one, "lokr_w2": two}, 1.0)
+    path = "unet.mid_block.attentions.0.proj_in"
+    adapter = Adapter({path: (delta,)}, {"rank": 8, "alpha": 1.0, "base": {"family": "sd1"}})
+    file = adapter.save(tmp_path / "a.safetensors", dialect)
+    assert float(load_file(file)["lora_unet_mid_block_attentions_0_proj_in.alpha"]) == 8
+    (again,) = load_adapter(file).deltas[path]
+    assert torch.equal(again.apply(torch.zeros(14, 10), None, 1.0)[0], torch.kron(one, two))
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up", "norms"),
+    [
+        ("lora_unet_mid_block_attentions_0_proj_in", "lora_down.weight", "lora_up.weight", "magnitude"),
+        ("diffusion_model.middle_block.1.proj_in", "lora_A.weight", "lora_B.weight", "magnitude"),
+        ("diffusion_model.middle_block.1.proj_in", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
+        ("diffusion_model.middle_block.1.proj_in", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight"),
+    ],
+)
+def test_leaves_of_peft_and_ai_toolkit_under_names_of_other_tools(
+    name: str, down: str, up: str, norms: str, tmp_path: Path
+) -> None:
+    magnitude = torch.arange(1.0, 15.0)
+    tensors = {f"{name}.{down}": LORA["lora_down"], f"{name}.{up}": LORA["lora_up"], f"{name}.{norms}": magnitude}
+    save_file(tensors, tmp_path / "x.safetensors")
+    (delta,) = load_adapter(tmp_path / "x.safetensors").deltas["unet.mid_block.attentions.0.proj_in"]
+    found, _ = delta.apply(torch.zeros(14, 10), None, 1.0)
+    torch.testing.assert_close(found.norm(dim=1), magnitude)
 
 
 def test_what_webui_would_misread_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def megabytes() -> float:
     ("value", "said"),
     [
         (torch.ones(2, 3, dtype=torch.bool), "as bool"),
+        (torch.ones(1, 1, dtype=torch.bool), "as bool"),
         (torch.ones(2, 3, dtype=torch.int64), "as int64"),
         (torch.ones(2, 3, *[1] * 60), "axes"),
         (torch.ones(0, 3), "[0, 3]"),
@@ -104,6 +105,20 @@ def test_an_archive_with_two_tables_of_contents(tmp_path: Path) -> None:
     ((word, vectors),) = load_adapter(tmp_path / "x.pt").tokens.items()
     assert word == "x"
     assert (vectors["text_encoder"] == 2).all()
+
+
+def test_an_archive_whose_entries_claim_more_than_its_length_together(tmp_path: Path) -> None:
+    """Each alone would fit, as both would where their bytes lie over each other."""
+    path = tmp_path / "x.pt"
+    torch.save({"emb_params": torch.ones(40, 30), "step": torch.ones(50, 20)}, path)
+    content = bytearray(path.read_bytes())
+    for name in (b"x/data/0", b"x/data/1"):
+        entry = content.rindex(b"PK\x01\x02", 0, content.rindex(name))  # in the table of contents
+        content[entry + 24 : entry + 28] = struct.pack("<I", len(content) - 99)
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        assert sorted(item.file_size for item in archive.infolist())[-2:] == [len(content) - 99] * 2
+    assert "claims to hold more than its length" in answer(path)
 
 
 def wide(side: int, seed: int, by: float = 1.0) -> Adapter:

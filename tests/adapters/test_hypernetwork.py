@@ -15,6 +15,7 @@ from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.hypernetwork import (
     AttachedHypernetwork,
     ContextNetwork,
+    Hypernetwork,
     HypernetworkOptions,
     context_projections,
 )
@@ -181,6 +182,27 @@ def test_files_hold_it_and_say_what_does_not_fit(base: Base, tmp_path: Path) -> 
         load_adapter(tmp_path / "c.safetensors")
     with pytest.raises(DiffgraftError, match="the first and the last are 1"):
         attach(base, structure=[1, 2])
+
+
+def test_a_structure_of_vast_layers_is_refused_before_any_is_made(tmp_path: Path) -> None:
+    """Two megabytes that stand for petabytes."""
+    tensors = {"999000-k.linear.0.weight": torch.ones(1, 999_000).half(), "999000-k.linear.0.bias": torch.ones(1)}
+    settings = {**HypernetworkOptions().model_dump(), "structure": [1, 64, 64, 1]}
+    vast = Adapter({}, {}, (Hypernetwork(tensors, settings),))
+    write_safetensors(tmp_path / "vast.safetensors", *native.write(vast))
+    with pytest.raises(DiffgraftError, match=r"other shapes than layer_structure=\[1.0, 64.0, 64.0, 1.0\]"):
+        load_adapter(tmp_path / "vast.safetensors")
+
+
+@pytest.mark.parametrize("width", ["9", "1000000000", "²"])
+def test_a_width_that_its_first_layer_does_not_have_is_refused(width: str, tmp_path: Path) -> None:
+    layers = {"linear.0.weight": torch.ones(24, 12), "linear.0.bias": torch.ones(24)}
+    layers |= {"linear.1.weight": torch.ones(12, 24), "linear.1.bias": torch.ones(12)}
+    tensors = {f"{width}-k.{name}": value for name, value in layers.items()}
+    odd = Adapter({}, {}, (Hypernetwork(tensors, HypernetworkOptions().model_dump()),))
+    write_safetensors(tmp_path / "odd.safetensors", *native.write(odd))
+    with pytest.raises(DiffgraftError, match=f"its network {width}-k (has no first layer|takes contexts of width 12)"):
+        load_adapter(tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize("options", [{}, {"structure": [1, 1.5, 2, 1]}, {"structure": [1, 1]}])

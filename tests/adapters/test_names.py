@@ -18,6 +18,7 @@ from diffgraft.adapters.formats.families import with_base
 from diffgraft.adapters.formats.lycoris import to_underscores
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.combine import combine
+from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.ops.extract import extract
 from diffgraft.adapters.ops.glance import glance
@@ -259,6 +260,72 @@ def test_the_family_is_known_from_shapes_and_kept_by_every_operation(tmp_path: P
     assert load_file(convert(bare, tmp_path / "bare-2.safetensors", "kohya").path).keys() == load_file(bare).keys()
 
 
+def test_a_family_that_only_the_header_tells_is_kept_by_every_operation(tmp_path: Path) -> None:
+    """Of layers that bases of several families have, in the same shape."""
+    names = {"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", "lora_te1_text_model_encoder_layers_0_mlp_fc1"}
+    files = [
+        written(
+            tmp_path / f"{base}.safetensors",
+            {key: value for n, name in enumerate(sorted(names)) for key, value in pair(name, seed + n).items()},
+            ss_base_model_version="sdxl_base_v1-0",
+            ss_sd_model_name=base,
+        )
+        for seed, base in ((1, "one"), (5, "two"))
+    ]
+    first, second = map(load_adapter, files)
+    made = {
+        "together": combine([("1", first, 1.0), ("2", second, 1.0)]).adapter,
+        "twice": combine([("1", first, 1.0), ("1", first, 0.5)]).adapter,
+        "resized": resize(first, RankBudget(rank=1)).adapter,
+    }
+    files = [convert(files[0], tmp_path / "again.safetensors", "kohya").path]
+    files += [adapter.save(tmp_path / f"{name}.safetensors", "kohya") for name, adapter in made.items()]
+    for file in files:
+        assert {key.partition(".")[0] for key in load_file(file)} == names
+        assert load_adapter(file).metadata["base"]["family"] == "sdxl"
+
+
+def test_a_file_of_kohya_s_with_names_of_the_original_layout_is_for_xl(tmp_path: Path) -> None:
+    """Its tools use those names for no other base; a file without a header need not tell it otherwise."""
+    tensors = pair("lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q", 1)
+    bare = written(tmp_path / "bare.safetensors", tensors)
+    assert load_adapter(bare).metadata["base"]["family"] == "sdxl"
+    assert load_file(convert(bare, tmp_path / "new.safetensors", "kohya").path).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("place", "width", "family"),
+    [
+        ("mid_block.attentions.0", 768, "sd1"),
+        ("mid_block.attentions.0", 1024, "sd2"),
+        ("mid_block.attentions.0", 2048, "sdxl"),
+        ("down_blocks.0.attentions.0", 1024, "sd2"),
+        ("down_blocks.0.attentions.0", 2048, None),
+        ("mid_block.attentions.0", 99, None),
+    ],
+)
+def test_the_width_of_the_text_tells_the_family_of_a_base_of_any_size(
+    tmp_path: Path, place: str, width: int, family: str | None
+) -> None:
+    """Such as a distilled one; XL has no attentions in its first block."""
+    name = f"lora_unet_{to_underscores(place)}_transformer_blocks_0_attn2_to_k"
+    adapter = load_adapter(written(tmp_path / "x.safetensors", pair(name, 1, width=width)))
+    assert adapter.metadata.get("base", {}).get("family") == family
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
+def test_what_is_extracted_is_for_the_family_of_its_base(tmp_path: Path, width: int, family: str) -> None:
+    start = "model.diffusion_model.middle_block.1.transformer_blocks.0"
+    same, inner = f"{start}.attn2.to_k.weight", f"{start}.attn1.to_q.weight"
+    plain = {same: filled(1, 14, width), inner: filled(2, 14, 10)}
+    tuned = {**plain, inner: plain[inner] + filled(3, 14, 1) @ filled(4, 1, 10)}
+    files = [written(tmp_path / f"{n}.safetensors", weights) for n, weights in enumerate((tuned, plain))]
+    with open_weights(files[0]) as one, open_weights(files[1]) as two:
+        found = extract(one, two, RankBudget(rank=1)).adapter
+    assert set(found.deltas) == {f"unet.{MIDDLE}"}
+    assert found.metadata["base"]["family"] == family
+
+
 @pytest.mark.parametrize("kind", ["lora", "lokr", "full", "dora"])
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_projections_are_the_same_layer_on_two_axes_and_on_four(tmp_path: Path, family: str, kind: str) -> None:
@@ -286,6 +353,36 @@ def test_projections_are_the_same_layer_on_two_axes_and_on_four(tmp_path: Path, 
             done = convert(file, tmp_path / f"{axes}-new.safetensors", "diffusers")
             assert load_file(done.path)[f"unet.{path}.lora_A.weight"].ndim == len(shape)
     assert torch.equal(*loaded)
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "full", "dora"])
+def test_a_projection_of_an_unknown_family_is_one_layer_on_two_axes_and_on_four(tmp_path: Path, kind: str) -> None:
+    """Such as one of a file without a header, whose modules all kinds of bases have."""
+    path = "unet.mid_block.attentions.0.proj_in"
+    name, loaded = f"lora_{to_underscores(path)}", []
+    for axes in (2, 4):
+        ones = [1] * (axes - 2)
+        tensors = {
+            "lora": {"lora_down.weight": filled(1, 2, 10, *ones), "lora_up.weight": filled(2, 14, 2, *ones)},
+            "lokr": {"lokr_w1": filled(3, 2, 5), "lokr_w2": filled(4, 7, 2, *ones)},
+            "full": {"diff": filled(5, 14, 10, *ones)},
+        }
+        tensors["dora"] = {**tensors["lora"], "dora_scale": filled(6, 14, 1, *ones).abs()}
+        held = {f"{name}.{leaf}": value for leaf, value in tensors[kind].items()}
+        loaded.append(load_adapter(written(tmp_path / f"{axes}.safetensors", held)))
+    weight = filled(7, 14, 10)
+    changed = []
+    for adapter in loaded:
+        (delta,) = adapter.deltas[path]
+        for shape in ((14, 10), (14, 10, 1, 1)):
+            assert delta.fits(shape)
+            changed.append(delta.apply(weight.view(shape), None, 1.0)[0].view(14, 10))
+    assert all(torch.equal(one, changed[0]) for one in changed)
+    assert compare(*loaded).worst[1] == 0
+    if kind in ("lora", "full"):  # the others do not tell the shape of a weight
+        both = combine([("2", loaded[0], 1.0), ("4", loaded[1], 1.0)], RankBudget(rank=10)).adapter
+        want = 2 * effect(loaded[0], path, 14, 10)
+        assert np.abs(effect(both, path, 14, 10) - want).max() < 1e-4
 
 
 def test_biases_and_sparse_rests_stand_beside_a_lora(tmp_path: Path) -> None:
@@ -389,6 +486,21 @@ def test_eight_bits_are_read_exactly_and_written_on_request(tmp_path: Path, dtyp
     assert np.abs(effect(found, f"unet.{MIDDLE}", 14, 10) - 0.3 * product(wide, name)).max() < 1e-5
 
 
+def test_scales_of_eight_bits_belong_to_leaves_of_any_name(tmp_path: Path) -> None:
+    name, scales = f"lora_unet_{to_underscores(MIDDLE)}", {"w1_a": 0.5, "w1_b": 2.0, "w2_a": 3.0, "w2_b": 0.25}
+    small = {
+        leaf: filled(n, *((14, 2) if leaf.endswith("a") else (2, 10))).to(torch.float8_e4m3fn)
+        for n, leaf in enumerate(scales)
+    }
+    one, two = (small[f"w{n}_a"].double() @ small[f"w{n}_b"].double() for n in (1, 2))
+    want = (0.5 * 2.0 * one) * (3.0 * 0.25 * two)
+    for ending in ("_scale", ".scale_weight", ".weight_scale"):
+        tensors = {f"{name}.hada_{leaf}": value for leaf, value in small.items()}
+        tensors |= {f"{name}.hada_{leaf}{ending}": torch.tensor(scale) for leaf, scale in scales.items()}
+        found = effect(load_adapter(written(tmp_path / "x.safetensors", tensors)), f"unet.{MIDDLE}", 14, 10)
+        assert np.abs(found - want.numpy()).max() < 1e-5
+
+
 def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
     name = "lora_unet_mid_block_resnets_0_conv1"
     loha = {
@@ -408,6 +520,16 @@ def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
             precision="float16",
         )
     assert {path.stem for path in tmp_path.iterdir()} == {"loha", "same", "half", "large"}
+
+
+def test_nothing_is_left_of_a_file_that_cannot_be_compared(tmp_path: Path) -> None:
+    name = f"lora_unet_{to_underscores(MIDDLE)}"
+    vast = {f"{name}.lokr_w1": filled(1, 100, 99), f"{name}.lokr_w2": filled(2, 100, 98)}
+    file = written(tmp_path / "vast.safetensors", vast)
+    for target in ("half.safetensors", "new/half.safetensors"):
+        with pytest.raises(DiffgraftError, match="larger than the layers of any known base"):
+            convert(file, tmp_path / target, "lycoris", precision="float16")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_an_infinite_alpha_of_whole_factors_means_nothing(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_an_index_names_known_classes_alone(folder: Path, key: str, value: Any, 
         ("scheduler/scheduler_config.json", "beta_end", "0.01", "beta_end='0.01'"),
         ("scheduler/scheduler_config.json", "trained_betas", [0.1, 0.2], "has 2 trained_betas"),
         ("scheduler/scheduler_config.json", "prediction_type", "sample", "prediction_type=sample"),
+        ("scheduler/scheduler_config.json", "prediction_type", "x0", "prediction_type='x0'"),
         (
             "scheduler/scheduler_config.json",
             "prediction_type",
@@ -225,6 +226,17 @@ def test_every_weight_is_accounted_for(part: str, folder: Path) -> None:
     assert "is not a readable .safetensors file" in refused(folder)
     path.unlink()
     assert "has no weights in .safetensors" in refused(folder)
+
+
+def test_parts_of_two_models_that_are_whole_are_no_base(folder: Path) -> None:
+    """Each fits its own configuration, but the text is not as wide as the UNet takes it."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    said = json.loads((folder / "text_encoder/config.json").read_text("utf-8"))
+    width = said["hidden_size"] + 4 * said["num_attention_heads"]
+    shutil.rmtree(folder / "text_encoder")
+    CLIPTextModel(CLIPTextConfig(**{**said, "hidden_size": width})).save_pretrained(folder / "text_encoder")
+    assert f"its UNet takes text of width {width - 16}, but its text encoders return {width}" in refused(folder)
 
 
 def test_names_of_earlier_releases_are_read(folder: Path) -> None:

@@ -108,6 +108,27 @@ def test_a_single_file_gives_the_same_base(
             assert torch.equal(token_ids(getattr(found, name), prompts), token_ids(tokenizer, prompts))
 
 
+def test_every_weight_of_a_single_file_is_accounted_for(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader would draw what is missing at random, and drop what is left over."""
+    whole = ldm_state_dict(load_base(folders / "sd1"))
+    monkeypatch.setattr(loading, "CONFIGS", folders)
+    for part in ("cond_stage_model.", "model.diffusion_model."):
+        names = sorted(name for name in whole if name.startswith(part) and name.endswith(".weight"))
+        first, last, half = names[0], names[-1], set(names[len(names) // 2 :])
+        for weights, said in (
+            ({name: value for name, value in whole.items() if name not in half}, f"it lacks {len(half)} of its"),
+            ({**whole, last: torch.zeros(3, 5, 7)}, f"{last} has the shape [3, 5, 7]"),
+            ({**whole, first: torch.zeros(whole[first].shape, dtype=torch.int64)}, f"{first} is I64"),
+        ):
+            write_safetensors(tmp_path / "model.safetensors", weights, {})
+            assert said in answer(tmp_path / "model.safetensors")
+    more = "model.diffusion_model.input_blocks.99.0.weight"
+    write_safetensors(tmp_path / "model.safetensors", {**whole, more: torch.zeros(2, 3)}, {})
+    assert f"{more} belongs to a UNet of another configuration" in answer(tmp_path / "model.safetensors")
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders: Path, tmp_path: Path) -> None:
     """A base that predicts v on a schedule that ends in pure noise, written as one file, and read again."""

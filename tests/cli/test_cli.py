@@ -59,6 +59,29 @@ def test_train_then_generate(
     assert load_base(tmp_path / "checkpoint", None).unet.dtype == torch.float16  # as the base's own files
 
 
+def test_every_option_of_generate_reaches_what_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wanted = {
+        **{"base": "my/base", "count": 3, "seed": 7, "size": (96, 64), "steps": 5, "guidance": 3.5, "negative": "snow"},
+        **{"scheduler": "euler", "image": Path("a.png"), "denoise": 0.4, "mask": Path("b.png"), "tiling": True},
+        **{"precision": "bfloat16", "device": "cuda:1", "offload": "model"},
+        **{"prediction_type": "v_prediction", "zero_snr": True, "quantize": "int8"},
+    }
+    given: dict[str, object] = {}
+
+    def draw(prompt: str, adapters: object, **options: object) -> list[Image.Image]:
+        given.update(options, prompt=prompt, adapters=adapters)
+        return [Image.new("RGB", (96, 64))] * 3
+
+    monkeypatch.setattr("diffgraft.draw.generate", draw)
+    words = ["a dog", "-a", "x.safetensors:0.5", "-n", 3, "--tiling", "--zero-snr", "-o", tmp_path / "drawn"]
+    for name, value in wanted.items():
+        if name not in ("count", "tiling", "zero_snr"):
+            words += [f"--{name.replace('_', '-')}", "96x64" if name == "size" else value]
+    assert call(monkeypatch, "generate", *words) == 0
+    assert {name: given.get(name) for name in wanted} == wanted
+    assert (given["prompt"], given["adapters"]) == ("a dog", {"x.safetensors": 0.5})
+
+
 def test_a_quantised_base_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same scene, and not the same pixels."""
     pixels = {}

@@ -227,3 +227,14 @@ def test_links_lead_out_of_a_folder_only_where_that_is_meant(tmp_path: Path) -> 
     (tmp_path / "linked").symlink_to(tmp_path / "own")  # the folder itself may be one
     (tmp_path / "own" / "a.txt").unlink()
     assert len(read_folder(tmp_path / "linked")) == 2
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_table_that_is_a_link_leads_out_of_a_folder_only_where_that_is_meant(tmp_path: Path, name: str) -> None:
+    picture(tmp_path / "own" / "a.png")
+    rows = {"metadata.csv": "file_name,text\na.png,a secret\n"}
+    text(tmp_path / "secret" / name, rows.get(name, '{"file_name": "a.png", "text": "a secret"}\n'))
+    (tmp_path / "own" / name).symlink_to(tmp_path / "secret" / name)
+    with pytest.raises(DiffgraftError, match=rf"{name} is a file outside of .*outside=true"):
+        read_folder(tmp_path / "own")
+    assert [one.caption for one in read_folder(tmp_path / "own", outside=True)] == ["a secret"]

@@ -33,6 +33,22 @@ def test_a_picture_is_one_however_its_path_is_written(tmp_path: Path, spelling: 
     ]
 
 
+@pytest.mark.parametrize("given", ["own", "./own/", "linked"])
+def test_absolute_paths_are_those_of_a_folder_however_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    own = tmp_path / "own"
+    for name in ("a.png", "deep/b.png"):
+        picture(own / name)
+    (tmp_path / "linked").symlink_to(own)
+    table(own, *({"file_name": str(own / name), "text": name} for name in ("a.png", "deep/b.png")))
+    monkeypatch.chdir(tmp_path)
+    assert [(one.name, one.captions) for one in read_folder(given)] == [
+        ("a.png", ("a.png",)),
+        ("deep/b.png", ("deep/b.png",)),
+    ]
+
+
 def test_names_are_one_in_both_of_unicodes_forms(tmp_path: Path) -> None:
     composed, decomposed = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
     picture(tmp_path / composed)

@@ -10,7 +10,7 @@ from PIL import Image
 import diffgraft as dg
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.estimate import Cost
-from diffgraft.trainers.run.folder import read_prompts
+from diffgraft.trainers.run.folder import read_prompts, recipe_with
 from tests.cli.test_cli import call
 
 
@@ -127,6 +127,16 @@ def test_sample_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(DiffgraftError, match=answer):
             read_prompts([str(tmp_path / name)])
+
+
+def test_a_recipe_takes_its_prompts_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a {trigger} dog\na {trigger} dog at night\n", "utf-8")
+    given = {"subject": "dog", "images": "pictures", "sample_prompts": str(tmp_path / "prompts.txt")}
+    assert recipe_with("subject", given).sample_prompts == ["a {trigger} dog", "a {trigger} dog at night"]
+
+
+def test_a_recipe_for_xl_on_the_toy_base(pictures: Path) -> None:
+    assert "resolution=1024 is 16 times this base's resolution of 64" in plan(pictures, "sdxl-style", base="tiny")
 
 
 def test_train_says_what_plan_says_and_each_warning_once(

@@ -146,12 +146,16 @@ def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_pa
     (own / "recipe.yaml").write_text("# diffgraft train recipe.yaml\n# made of config.toml\ntask: subject\n", "utf-8")
     file = tmp_path / "file"
     file.write_text("mine", "utf-8")
+    parts = tmp_path / "parts"  # a run removes what its writing was interrupted at, which is called so
+    parts.mkdir()
+    (parts / ".partial-notes.txt").write_text("mine", "utf-8")
     cases = [
         (data, data, "is also a folder of training images"),
         (nested, nested / "3_sks dog", "is also a folder of training images"),
         (pictures, data, r"holds files that belong to no run \(00\.png and 1 more\)"),
         (pictures, own, r"holds files that belong to no run \(recipe\.yaml\)"),
         (pictures, file, "is a file"),
+        (pictures, parts, r"holds files that belong to no run \(\.partial-notes\.txt\)"),
     ]
     for images, output, answer in cases:
         before = sorted(path.name for path in output.iterdir()) if output.is_dir() else []

@@ -18,6 +18,7 @@ from diffgraft.trainers.recipe.settings import Validation
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import Sample, collect_samples, split_samples
 from diffgraft.trainers.training_data.concepts import read_concepts
+from diffgraft.trainers.training_data.holdout import rows_held_out
 from tests.conftest import SHORT
 from tests.trainers.test_materials import folder
 
@@ -105,6 +106,14 @@ def test_folders_that_are_called_differently_are_concepts(tmp_path: Path) -> Non
     assert [(part.repeats, part.trigger) for part, _ in parts] == [(4, "zwx"), (6, "ohwx")]
 
 
+def test_a_numbered_folder_that_is_a_link_is_read_only_where_that_is_meant(tmp_path: Path) -> None:
+    folder(tmp_path / "data" / "2_ohwx man", 1)
+    (tmp_path / "data" / "3_zwx man").symlink_to(folder(tmp_path / "secret", 1, start=4))
+    with pytest.raises(DiffgraftError, match=r"3_zwx man is a file outside of .*secret.*outside=true"):
+        read("subject", tmp_path / "data", subject="man")
+    assert len(read("subject", tmp_path / "data", subject="man", outside=True)[1]) == 2
+
+
 def test_a_run_is_called_as_its_folder_is(base: Base, tmp_path: Path) -> None:
     folder(tmp_path / "data" / "2_ohwx man", 2)
     settings: dict[str, Any] = {**SHORT, "subject": "man", "steps": 1, "prior": {"weight": 0}}
@@ -166,6 +175,22 @@ def test_tags_with_the_trigger_are_never_dropped() -> None:
         assert [tag for tag in one.split(", ") if tag != "SKS dog"] == [
             tag for tag in others if tag not in ("SKS dog", "")
         ]
+
+
+@pytest.mark.parametrize("caption", ["tree, SKS dog, lake, sky", ""])
+def test_a_run_drops_tags_of_captions_and_of_the_prompt_but_never_the_trigger(
+    base: Base, tmp_path: Path, caption: str
+) -> None:
+    import numpy as np
+
+    data = folder(tmp_path / "data", 1)
+    if caption:
+        (data / "00.txt").write_text(caption, "utf-8")
+    settings: dict[str, Any] = {"images": str(data), "subject": "dog", "prompt": "hill, {trigger} dog, lake, sky"}
+    recipe, (item,) = items_of(base, "subject", **settings, **{"tags.drop": 0.9})
+    said = [item.prompt_builder.prompt(0, recipe.tags, 0.0, np.random.default_rng(n)) for n in range(40)]
+    assert all(mentions(one, "sks") for one in said)
+    assert sum("lake" in one for one in said) < 20
 
 
 @pytest.mark.parametrize(
@@ -247,6 +272,47 @@ def test_each_concept_gives_its_share_to_validation(base: Base, tmp_path: Path) 
     assert all(one.prompt_builder.prompts() == [f"{one.concept.trigger} man"] for one in held)
     recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
     assert [one.concept.trigger for one in split_samples(recipe.data, recipe.validation, items, base)[1]] == ["ohwx"]
+
+
+@pytest.mark.parametrize(
+    ("share", "upwards", "downwards"),
+    [(0.34, {0, 1, 6}, {4, 5, 8}), (0.6, {0, 1, 2, 3, 6, 7}, {2, 3, 4, 5, 7, 8}), (0.01, {0}, {5})],
+)
+def test_a_share_is_one_of_each_concept_wherever_the_least_contents_are(
+    share: float, upwards: set[int], downwards: set[int]
+) -> None:
+    """No concept is held out whole, and a share of less than one picture is one of the largest concept."""
+    concepts, contents = [0] * 6 + [1] * 3 + [2], [f"{row:02}" for row in range(10)]
+    assert rows_held_out(share, concepts, contents) == upwards
+    assert rows_held_out(share, concepts, contents[::-1]) == downwards
+
+
+def test_pictures_of_validation_in_one_folder_belong_to_the_concepts_that_their_captions_name(
+    base: Base, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("ohwx man", "zwx man")):
+        folder(tmp_path / "data" / f"1_{name}", 1, start=10 * number)
+    flat = folder(tmp_path / "flat", 3, start=30)
+    for number, caption in enumerate(("zwx man at sea", "ohwx man at sea", "a man at sea, zwx")):
+        (flat / f"{30 + number}.txt").write_text(caption, "utf-8")
+    settings: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN, "validation.images": str(flat)}
+    recipe, items = items_of(base, "subject", **settings)
+    _, held = split_samples(recipe.data, recipe.validation, items, base)
+    assert {one.picture.name: one.concept.trigger for one in held} == {
+        "30.png": "zwx",
+        "31.png": "ohwx",
+        "32.png": "zwx",
+    }
+
+
+def test_a_numbered_folder_of_validation_that_names_no_concept_is_refused(base: Base, tmp_path: Path) -> None:
+    for number, name in enumerate(("ohwx man", "zwx man")):
+        folder(tmp_path / "data" / f"1_{name}", 1, start=10 * number)
+    folder(tmp_path / "held" / "1_man", 1, start=30)
+    settings: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN, "validation.images": str(tmp_path / "held")}
+    recipe, items = items_of(base, "subject", **settings)
+    with pytest.raises(DiffgraftError, match=r"concept of the validation images in .*1_man is unknown: put its"):
+        split_samples(recipe.data, recipe.validation, items, base)
 
 
 def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_path: Path) -> None:

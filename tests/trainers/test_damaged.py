@@ -90,6 +90,18 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert all(torch.equal(wanted[name], found[name]) for name in wanted | found)
 
 
+@pytest.mark.parametrize("damage", [lambda file: flip(file, -9), Path.unlink])
+def test_a_damaged_average_of_the_weights_is_noticed_as_well(
+    base: Base, pictures: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    with interrupted_after(2):
+        train("subject", base=base, images=pictures, output=tmp_path / "run", **SETTINGS, ema=0.5, previews=False)
+    newest = checkpoints(tmp_path / "run")[-1]
+    damage(newest / "average.safetensors")
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
+        train(resume=tmp_path / "run", base=base)
+
+
 def test_a_checkpoint_of_an_earlier_release_has_no_sums(base: Base, run: Path, finished: Path) -> None:
     for folder in checkpoints(run):
         said = json.loads((folder / "state.json").read_text("utf-8"))

@@ -108,6 +108,23 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(base: Base, pictures: Pa
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "beside"), [("pivotal", ["adapter.zorp.safetensors"]), ("textual-inversion", []), ("lora", [])]
+)
+def test_a_word_that_was_trained_with_weights_lies_beside_them_as_well(
+    method: str, beside: list[str], base: Base, pictures: Path, tmp_path: Path
+) -> None:
+    """Other programs read only the weights of a file that holds both."""
+    settings: dict[str, Any] = {**FAST, "steps": 1, "method": method, "previews": False}
+    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    assert sorted(path.name for path in run.folder.glob("adapter.*.safetensors")) == beside
+    for name in beside:
+        word = load_adapter(run.folder / name)
+        assert not word.deltas
+        assert set(word.tokens) == {"<zorp>"}
+        assert torch.equal(word.tokens["<zorp>"]["text_encoder"], run.adapter.tokens["<zorp>"]["text_encoder"])
+
+
 def test_pivotal_tuning_adapts_the_layers_of_the_method_it_names(base: Base, pictures: Path, tmp_path: Path) -> None:
     def modules(output: str, **settings: Any) -> list[str]:
         given = {**FAST, "steps": 1, **settings}

@@ -12,7 +12,9 @@ from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
+from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.planning import pitfalls
 from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.plan import Plan, plan_run
 from diffgraft.trainers.recipe.files import load_recipe
@@ -228,6 +230,22 @@ def test_what_cannot_be_opened_is_not_counted(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(DiffgraftError, match="None of the 1 images can be opened"):
         told("subject", data, subject="dog", prior={"weight": 0})
+
+
+def test_of_many_pictures_only_the_first_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are in the headers; opening ten thousand pictures would take minutes."""
+    data = folder(tmp_path / "data", 5, (90, 60))
+    monkeypatch.setattr(pitfalls, "_MIN_COMPARED", 2)
+    monkeypatch.setattr(pitfalls, "_MAX_PIXELS", 0)
+    opened: list[str] = []
+
+    def image(picture: Picture) -> Image.Image:
+        opened.append(picture.name)
+        return Image.new("RGB", (90, 60))
+
+    monkeypatch.setattr(Picture, "image", property(image))
+    assert dict(told("subject", data, subject="dog", prior={"weight": 0}).facts)["sizes"] == "64x64: 5"
+    assert opened == ["00.png", "01.png"]
 
 
 def test_squares_that_cut_much_away_are_advised_against(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffgraft.data.frames import Frame
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
+from diffgraft.trainers.planning.plan import plan_run
 from diffgraft.trainers.planning.prediction_check import prediction_cosines, prediction_warning
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Example, Examples
@@ -80,3 +81,12 @@ def test_training_and_drawing_tell_of_a_base_that_says_the_wrong_thing(pictures:
     assert run.adapter.metadata["base"]["prediction_type"] == "epsilon"
     graft(wrong, run.adapter_file).remove()
     graft(right, Adapter({}, metadata={"base": {"prediction_type": 3}})).remove()
+
+
+def test_a_plan_names_what_the_base_predicts_and_who_says_so(pictures: Path) -> None:
+    for settings, said in (
+        ({}, "v_prediction, as its files say"),
+        ({"prediction_type": "v_prediction"}, "as the recipe says"),
+    ):
+        facts = dict(plan_run("subject", {"images": pictures, "subject": "dog", **settings}).facts)
+        assert said in facts["predicts"]
