@@ -8,25 +8,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from transformers import CLIPTokenizer
 
 from diffgraft.bases import load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.train import pool as pool_module
 from diffgraft.bases.tiny.train.__main__ import main
-from diffgraft.bases.tiny.train.fit import StagePlan, fit
+from diffgraft.bases.tiny.train.fit import fit
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.samples import END, captions_of, pad_ids, rare_words, sample_at, tokens
 from diffgraft.bases.tiny.train.text import ANSWERS, labels_of_caption
 from diffgraft.bases.tiny.train.unet import timesteps
-
-PLAN = StagePlan(steps=12, batch=5, lr=1e-2, decay=0.5, warmup=3, average=0.8, save_every=0)
-
-
-def small_model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.SiLU(), nn.Conv2d(6, 4, (1, 3)))
+from tests.bases.shared_steps import PLAN, small_model, train, train_share
 
 
 def loss_of(model: nn.Module, stop: int = 99) -> object:
@@ -57,6 +52,20 @@ def test_a_stage_that_is_stopped_goes_on_to_the_same_weights(tmp_path: Path, muo
         assert torch.allclose(one, other, atol=1e-6), name
 
 
+@pytest.mark.parametrize("muon", [False, True])
+def test_processes_that_share_steps_train_what_one_does(tmp_path: Path, muon: bool) -> None:
+    plan = replace(PLAN, muon=muon)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = train(tmp_path / "one", plan)
+    address = f"file://{tmp_path}/rendezvous"
+    spawn(train_share, (2, address, tmp_path / "two", plan), 2)  # type: ignore[no-untyped-call]
+    together = train(tmp_path / "two", plan)  # finished: its checkpoint is loaded
+    for (name, one), other in zip(alone.named_parameters(), together.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), name
+        assert (one - small_model().get_parameter(name)).abs().max() > 1e-3
+
+
 def test_muon_steps_along_the_orthogonal_part_of_the_gradient() -> None:
     """Against the singular value decomposition in float64: all singular values near one, the same subspaces."""
     layer = nn.Conv2d(5, 8, (2, 3), bias=False)
@@ -83,7 +92,7 @@ def test_half_of_the_timesteps_lie_where_outlines_form() -> None:
 
 @pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
 def test_a_dry_run_writes_a_base_that_draws(tmp_path: Path) -> None:
-    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "base"), "--dry-run"]
+    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "base"), "--dry-run", "--processes", "2"]
     main(arguments)
     base = load_base(tmp_path / "base")
     images = base.pipeline()("a zorb toy", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images

@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=Size.pool, help="number of pictures to train the denoiser on")
     parser.add_argument("--steps", type=int, default=Size.unet.steps, help="training steps of the denoiser")
     parser.add_argument("--threads", type=int, default=1, help="number of CPU threads for PyTorch")
+    parser.add_argument("--processes", type=int, default=1, help="processes that draw pictures and train the denoiser")
     parser.add_argument(
         "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts to copy from the shipped base"
     )
@@ -76,10 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vae = train_vae(work, size.world, size.vae)
     judge: Judge = load_judge(TINY / "judge") if "judge" in options.keep else train_judge(work, size.world, size.judge)
     text_encoder = train_text(work, tokenizer, size.captions, size.text)
-    z, ids = draw_pool(work, vae, tokenizer, size.pool)
+    z, ids = draw_pool(work, vae, tokenizer, size.pool, options.processes)
     scale = 1 / float(z[:5000].float().std())
     vae.register_to_config(scaling_factor=scale)
-    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet)
+    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet, options.processes)
 
     pipe = StableDiffusionPipeline(
         vae=vae,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -40,6 +41,11 @@ class StagePlan:
         return self.lr * min(1.0, (step + 1) / self.warmup, max(decay_factor, 0.0))
 
 
+def autocast() -> torch.autocast:
+    """Return the context of mixed precision: bfloat16 where the processor has it, as others only emulate it slowly."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of a model's weights, 10 hexadecimal digits, for naming cache files derived from the model."""
     digest = hashlib.sha256()
@@ -51,7 +57,8 @@ def fingerprint(model: nn.Module) -> str:
 def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StagePlan, work: Path) -> None:
     """Train `model` in place and leave it in evaluation mode, with its EMA weights.
 
-    The stage saves checkpoints to ``work/<name>.pt`` and resumes from that file; a finished stage is only loaded.
+    The stage saves checkpoints to ``work/<name>.pt`` and resumes from that file; a finished stage is only loaded. In
+    the processes of a group of `torch.distributed`, each step uses the mean of their gradients.
 
     Args:
         name: Name of the stage, for the checkpoint file and the progress bar.
@@ -74,7 +81,12 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         optimizer.load_state_dict(state["optimizer"])
         average, first_step = state["average"], state["step"]
 
+    shared = torch.distributed.is_initialized()
+    is_main = not shared or torch.distributed.get_rank() == 0
+
     def save(step: int) -> None:
+        if not is_main:
+            return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -82,12 +94,16 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
 
     model.train()
     last_save, smooth_loss = time.monotonic(), 0.0
-    bar = tqdm(range(first_step, plan.steps), name, initial=first_step, total=plan.steps, mininterval=5)
+    bar = tqdm(
+        range(first_step, plan.steps), name, initial=first_step, total=plan.steps, mininterval=5, disable=not is_main
+    )
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate(step)
         value = loss(step)
         value.backward()  # type: ignore[no-untyped-call]
+        if shared:
+            _average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -105,3 +121,13 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         save(plan.steps)
     model.load_state_dict(average)
     model.eval()
+
+
+def _average_gradients(model: nn.Module) -> None:
+    """Replace gradients by their means over all processes."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, torch.split(flat, [gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

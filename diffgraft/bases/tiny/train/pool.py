@@ -1,5 +1,7 @@
 """Stage 4 of the training: the denoiser's pictures, drawn in chunks and stored as latents and caption token ids."""
 
+import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from diffgraft.bases.tiny.train.fit import fingerprint
+from diffgraft.bases.tiny.train.fit import autocast, fingerprint
 from diffgraft.bases.tiny.train.pictures import to_tensor
 from diffgraft.bases.tiny.train.samples import LENGTH, WORDINGS, captions_of, rare_words, sample_at, tokens
 
@@ -17,6 +19,40 @@ CHUNK = 2048
 """Number of pictures in one file of the pool."""
 _AT_ONCE = 256
 """Number of pictures encoded in one batch."""
+
+
+def draw_pool(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int, processes: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return mean latents, unscaled, float16 [count, 4, 16, 16], and caption token ids [count, wordings, `LENGTH`].
+
+    Each chunk is a separate file in ``work/pool``, named by a hash of the autoencoder's weights, so that interrupted
+    drawing resumes at the first missing chunk; `processes` draw chunks at the same time, one thread each.
+    """
+    folder, vae_hash = work / "pool", fingerprint(vae)
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    paths = [folder / f"{vae_hash}-{numbers.start}-{len(numbers)}.pt" for numbers in chunks]
+    missing = [(path, numbers) for path, numbers in zip(paths, chunks, strict=True) if not path.exists()]
+    draw = partial(_save_chunk, vae, tokenizer)
+    title = "drawing and encoding pictures"
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
+            for _ in tqdm(workers.imap(draw, missing), title, len(chunks), initial=len(chunks) - len(missing)):
+                pass
+    else:
+        for job in tqdm(missing, title, len(chunks), initial=len(chunks) - len(missing)):
+            draw(job)
+    loaded = [torch.load(path, weights_only=True) for path in paths]
+    return torch.cat([chunk["latents"] for chunk in loaded]), torch.cat([chunk["ids"] for chunk in loaded])
+
+
+def _save_chunk(vae: AutoencoderKL, tokenizer: CLIPTokenizer, job: tuple[Path, range]) -> None:
+    """Draw and save one chunk: its file, and the numbers of its samples."""
+    path, numbers = job
+    partial_file = path.with_suffix(".partial")
+    torch.save(_draw_chunk(numbers, vae, tokenizer), partial_file)
+    partial_file.replace(path)
 
 
 @torch.no_grad()
@@ -27,27 +63,7 @@ def _draw_chunk(numbers: range, vae: AutoencoderKL, tokenizer: CLIPTokenizer) ->
     latents = []
     for start in range(0, len(samples), _AT_ONCE):
         drawn = np.stack([np.asarray(sample.draw()) for sample in samples[start : start + _AT_ONCE]])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latents.append(vae.encode(to_tensor(drawn)).latent_dist.mean.half())
     texts = [text for sample, number in zip(samples, numbers, strict=True) for text in captions_of(sample, number)]
     return {"latents": torch.cat(latents), "ids": tokens(tokenizer, texts).view(-1, WORDINGS, LENGTH)}
-
-
-def draw_pool(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, Tensor]:
-    """Return mean latents, unscaled, float16 [count, 4, 16, 16], and caption token ids [count, wordings, `LENGTH`].
-
-    Each chunk is a separate file in ``work/pool``, named by a hash of the autoencoder's weights, so that interrupted
-    drawing resumes at the first missing chunk.
-    """
-    folder, vae_hash = work / "pool", fingerprint(vae)
-    folder.mkdir(parents=True, exist_ok=True)
-    chunks = []
-    for start in tqdm(range(0, count, CHUNK), "drawing and encoding pictures", mininterval=5):
-        numbers = range(start, min(start + CHUNK, count))
-        path = folder / f"{vae_hash}-{numbers.start}-{len(numbers)}.pt"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            torch.save(_draw_chunk(numbers, vae, tokenizer), partial)
-            partial.replace(path)
-        chunks.append(torch.load(path, weights_only=True))
-    return torch.cat([chunk["latents"] for chunk in chunks]), torch.cat([chunk["ids"] for chunk in chunks])

@@ -5,16 +5,20 @@ Diffusion's original schedule the last timestep still reveals the picture's mean
 setting from that mean instead of the prompt.
 """
 
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from transformers import CLIPTextModel
 
-from diffgraft.bases.tiny.train.fit import StagePlan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, autocast, fit
 from diffgraft.bases.tiny.train.samples import END, LENGTH, START, WORDINGS, pad_ids
 from diffgraft.bases.tiny.train.text import WIDTH
 
@@ -54,6 +58,9 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
+_EMPTY_PROMPT = torch.tensor([START] + [END] * (LENGTH - 1))
+
+
 def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
     """Draw `count` timesteps, half uniform and half around t = 600, where outlines form, which are learned slowest."""
     middle = np.clip(rng.normal(600, 130, count), 0, 999).astype(np.int64)
@@ -61,7 +68,7 @@ def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def train_unet(
-    work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: StagePlan
+    work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: StagePlan, processes: int = 1
 ) -> UNet2DConditionModel:
     """Train the denoiser, or resume from the checkpoint in `work`.
 
@@ -71,29 +78,57 @@ def train_unet(
         ids: Caption token ids [n, wordings, `LENGTH`].
         text_encoder: Trained text encoder; it stays frozen.
         plan: Training schedule.
+        processes: Number of processes that share each batch, one thread each: on CPUs, two of them take less time than
+            one with two threads.
     """
-    torch.manual_seed(4)
-    unet = new_unet()
-    unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
-    alphas = new_scheduler().alphas_cumprod
-    empty_prompt = torch.full((LENGTH,), END, dtype=ids.dtype)
-    empty_prompt[0] = START
+    data = DenoiserData(z, ids, text_encoder, new_scheduler().alphas_cumprod)
+    if processes > 1:
+        address = f"file://{tempfile.mkdtemp()}/rendezvous"
+        spawn(_share_training, (processes, address, work, data, plan), processes)  # type: ignore[no-untyped-call]
+    return _train(work, data, plan)  # after other processes have trained it, this loads their checkpoint
 
-    def loss(step: int) -> Tensor:
-        rng = np.random.default_rng([4, step])
-        rows, wording = rng.integers(0, len(z), plan.batch), rng.integers(0, WORDINGS, plan.batch)
-        x, batch = z[rows].float(), ids[rows, wording]
-        batch[rng.random(plan.batch) < 0.1] = empty_prompt
-        times = torch.from_numpy(timesteps(rng, plan.batch))
-        a = alphas[times].view(-1, 1, 1, 1)
-        noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
+
+@dataclass(frozen=True)
+class DenoiserData:
+    """Training data of the denoiser."""
+
+    z: Tensor
+    """Latents [n, 4, 16, 16], scaled to a standard deviation of 1"""
+    ids: Tensor
+    """Caption token ids [n, wordings, `LENGTH`]"""
+    text_encoder: CLIPTextModel
+    alphas_cumprod: Tensor
+    """ᾱ of each timestep, [1000]"""
+
+    def loss(self, unet: UNet2DConditionModel, count: int, seed: tuple[int, int]) -> Tensor:
+        """Return the mean loss of `count` pictures, which `seed` decides, as step and process do."""
+        rng = np.random.default_rng([4, *seed])
+        rows, wording = rng.integers(0, len(self.z), count), rng.integers(0, WORDINGS, count)
+        x, batch = self.z[rows].float(), self.ids[rows, wording]
+        batch[rng.random(count) < 0.1] = _EMPTY_PROMPT.to(batch.dtype)
+        times = torch.from_numpy(timesteps(rng, count))
+        a = self.alphas_cumprod[times].view(-1, 1, 1, 1)
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
-                embeddings = text_encoder(input_ids=pad_ids(batch)).last_hidden_state
+                embeddings = self.text_encoder(input_ids=pad_ids(batch)).last_hidden_state
             prediction = unet(noisy, times, embeddings).sample
         total: Tensor = (prediction.float() - v).square().mean()
         return total
 
-    fit("unet", unet, loss, plan, work)
+
+def _train(work: Path, data: DenoiserData, plan: StagePlan, rank: int = 0, processes: int = 1) -> UNet2DConditionModel:
+    torch.manual_seed(4)
+    unet = new_unet()
+    unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
+    fit("unet", unet, lambda step: data.loss(unet, plan.batch // processes, (step, rank)), plan, work)
     return unet
+
+
+def _share_training(rank: int, processes: int, address: str, work: Path, data: DenoiserData, plan: StagePlan) -> None:
+    """Train in one of several processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
+    _train(work, data, plan, rank, processes)
+    torch.distributed.destroy_process_group()

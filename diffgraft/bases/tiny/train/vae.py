@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from diffgraft.bases.tiny.train.fit import StagePlan, fit
+from diffgraft.bases.tiny.train.fit import StagePlan, autocast, fit
 from diffgraft.bases.tiny.train.pictures import pictures, to_tensor
 
 
@@ -61,7 +61,7 @@ def train_vae(work: Path, count: int, plan: StagePlan) -> AutoencoderKL:
         batch += [leaves[i] for i in rng.integers(0, len(leaves), from_leaves)]
         x = to_tensor(np.stack([picture[:, :: rng.choice((-1, 1))] for picture in batch]))
         noise = torch.randn(len(x), 4, 16, 16, generator=torch.Generator().manual_seed(step))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             y, mean, logvar = model(x.contiguous(), noise)
         error = y.float() - x
         kl = 0.5 * (mean.float() ** 2 + logvar.float().exp() - 1 - logvar.float()).mean()
