@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -185,6 +187,25 @@ def test_a_gpu_draws_in_half_precision_unless_told_otherwise(
     with pytest.raises(DiffgraftError, match="asked"):
         dg.generate("a dog", precision=precision, device=device)
     assert asked == [wanted]
+
+
+@pytest.mark.parametrize(("offload", "done"), [("none", ["moved to cuda:1"]), ("model", ["offloaded to cuda:1"])])
+def test_a_base_moves_to_the_gpu_as_a_whole_or_part_by_part(
+    offload: str, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    pipe = SimpleNamespace(
+        tokenizer=None,
+        enable_model_cpu_offload=lambda device: calls.append(f"offloaded to {device}"),
+        remove_all_hooks=lambda: calls.append("without hooks"),
+    )
+    base = SimpleNamespace(to=lambda device: calls.append(f"moved to {device}"), pipeline=lambda: pipe)
+    replaced: dict[str, Any] = {"device_of": torch.device, "load_base": lambda *_: base, "draw": lambda *_, **__: []}
+    replaced |= {"graft": lambda *_: nullcontext(), "truncation_warnings": lambda *_: ()}
+    for name, value in replaced.items():
+        monkeypatch.setattr(f"diffgraft.draw.{name}", value)
+    dg.generate("a dog", device="cuda:1", offload=offload)
+    assert calls == [*done, "without hooks"]
 
 
 @pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])
