@@ -106,6 +106,7 @@ def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"size": (64, 10**6)}, "sides must be 8 to 8192 pixels"),
         ({"denoise": 0.5}, "denoise=0.5 applies to a picture to start from, but image is missing"),
+        ({"mask": "white.png"}, "mask=white.png applies to a picture to start from, but image is missing"),
         ({"image": Image.new("RGB", (64, 48)), "denoise": 1.5}, "Invalid value denoise=1.5: must be above 0"),
         ({"count": 0}, "count=0"),
         ({"device": "cuda:77"}, "Invalid value device=.cuda:77.: this machine has"),
@@ -154,6 +155,18 @@ def test_a_negative_prompt_of_other_programs_is_warned_of(base: Base) -> None:
 
 def test_plain_prompts_are_not_warned_of(base: Base) -> None:
     dg.generate("a dog (sitting) on a [wooden] chair, 1:2 scale, <sks>", base=base, steps=1)
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_a_vae_decodes_in_slices_and_only_where_asked_in_tiles(tiling: bool, base: Base) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def keep(_place: int, _image: Image.Image) -> None:
+        seen.append((base.vae.use_slicing, base.vae.use_tiling))
+
+    dg.generate("a dog", base=base, steps=1, size=(96, 64), tiling=tiling, keep=keep)
+    assert seen == [(True, tiling)]
+    assert (base.vae.use_slicing, base.vae.use_tiling) == (False, False)
 
 
 def test_precision_device_and_tiles(base: Base) -> None:
