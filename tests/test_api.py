@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,6 +106,7 @@ def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"size": (64, 10**6)}, "sides must be 8 to 8192 pixels"),
         ({"denoise": 0.5}, "denoise=0.5 applies to a picture to start from, but image is missing"),
+        ({"mask": "white.png"}, "mask=white.png applies to a picture to start from, but image is missing"),
         ({"image": Image.new("RGB", (64, 48)), "denoise": 1.5}, "Invalid value denoise=1.5: must be above 0"),
         ({"count": 0}, "count=0"),
         ({"device": "cuda:77"}, "Invalid value device=.cuda:77.: this machine has"),
@@ -154,6 +157,18 @@ def test_plain_prompts_are_not_warned_of(base: Base) -> None:
     dg.generate("a dog (sitting) on a [wooden] chair, 1:2 scale, <sks>", base=base, steps=1)
 
 
+@pytest.mark.parametrize("tiling", [False, True])
+def test_a_vae_decodes_in_slices_and_only_where_asked_in_tiles(tiling: bool, base: Base) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def keep(_place: int, _image: Image.Image) -> None:
+        seen.append((base.vae.use_slicing, base.vae.use_tiling))
+
+    dg.generate("a dog", base=base, steps=1, size=(96, 64), tiling=tiling, keep=keep)
+    assert seen == [(True, tiling)]
+    assert (base.vae.use_slicing, base.vae.use_tiling) == (False, False)
+
+
 def test_precision_device_and_tiles(base: Base) -> None:
     half = dg.generate("a dog", precision="bfloat16", device="cpu", tiling=True, steps=2, size=(96, 64))[0]
     assert half.size == (96, 64)
@@ -185,6 +200,25 @@ def test_a_gpu_draws_in_half_precision_unless_told_otherwise(
     with pytest.raises(DiffgraftError, match="asked"):
         dg.generate("a dog", precision=precision, device=device)
     assert asked == [wanted]
+
+
+@pytest.mark.parametrize(("offload", "done"), [("none", ["moved to cuda:1"]), ("model", ["offloaded to cuda:1"])])
+def test_a_base_moves_to_the_gpu_as_a_whole_or_part_by_part(
+    offload: str, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    pipe = SimpleNamespace(
+        tokenizer=None,
+        enable_model_cpu_offload=lambda device: calls.append(f"offloaded to {device}"),
+        remove_all_hooks=lambda: calls.append("without hooks"),
+    )
+    base = SimpleNamespace(to=lambda device: calls.append(f"moved to {device}"), pipeline=lambda: pipe)
+    replaced: dict[str, Any] = {"device_of": torch.device, "load_base": lambda *_: base, "draw": lambda *_, **__: []}
+    replaced |= {"graft": lambda *_: nullcontext(), "truncation_warnings": lambda *_: ()}
+    for name, value in replaced.items():
+        monkeypatch.setattr(f"diffgraft.draw.{name}", value)
+    dg.generate("a dog", device="cuda:1", offload=offload)
+    assert calls == [*done, "without hooks"]
 
 
 @pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])

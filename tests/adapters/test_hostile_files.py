@@ -59,7 +59,11 @@ def test_tensors_that_no_adapter_has(value: torch.Tensor, said: str, tmp_path: P
 
 @pytest.mark.parametrize(
     "said",
-    [{"base": {"family": 3}}, {"recipe": "text"}, {"method": 1}, {"rank": "8"}, {"alpha": []}, {"foreign": {"a": 1}}],
+    [
+        *({"base": {name: 3}} for name in ("family", "name", "hash", "prediction_type")),
+        *({name: 1} for name in ("method", "trigger", "dora", "base", "recipe")),
+        *({"recipe": "text"}, {"rank": "8"}, {"alpha": []}, {"alpha": float("nan")}, {"foreign": {"a": 1}}),
+    ],
 )
 def test_fields_of_another_type(said: dict[str, Any], tmp_path: Path) -> None:
     tensors = {f"{PATH}.lora_A.weight": torch.ones(2, 3), f"{PATH}.lora_B.weight": torch.ones(5, 2)}

@@ -36,7 +36,8 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     file = Adapter({"unet.mid_block.attentions.0.proj_in": (lora,)}).save(tmp_path / "a.safetensors")
     assert call(monkeypatch, "resize", file, "-o", tmp_path / "b.safetensors", "--rank", 2) == 0
     told = capsys.readouterr()
-    assert f"size: {file.stat().st_size / 1000:,.1f} kB before" in told.out
+    before, after = (path.stat().st_size / 1000 for path in (file, tmp_path / "b.safetensors"))
+    assert f"size: {before:,.1f} kB before, {after:,.1f} kB now" in told.out
     assert "makes nothing smaller" not in told.err
     assert call(monkeypatch, "resize", file, "-o", tmp_path / "c.safetensors", "--rank", 8) == 0
     assert "has more than rank 4, so --rank 8 makes nothing smaller" in capsys.readouterr().err

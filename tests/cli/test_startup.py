@@ -22,6 +22,12 @@ def test_lists_are_answered_without_torch(command: str) -> None:
     assert said(code).splitlines()[-1] == "False False"
 
 
+def test_names_are_completed_without_torch() -> None:
+    code = "import sys\nfrom diffgraft.cli.completion import method_words, recipe_words\n"
+    code += "print(method_words('lo'), recipe_words('sd15-s'), 'torch' in sys.modules)"
+    assert said(code).strip() == "['locon', 'loha', 'lokr', 'lora'] ['sd15-style', 'sd15-subject'] False"
+
+
 def test_the_list_of_methods_is_that_of_the_methods() -> None:
     assert method_summaries() == {name: method.summary for name, method in sorted(methods().items())}
 

@@ -41,11 +41,38 @@ def test_sizes_are_those_of_what_is_decoded(tmp_path: Path, kind: str, turned: i
     assert Picture("a", file.read_bytes).size == found.size
 
 
-def test_no_pixel_is_decoded_for_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.png").write_bytes(png(Image.new("RGB", SIZE), 6, "behind"))
-    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    found = Picture("a.png", (tmp_path / "a.png").read_bytes, file=tmp_path / "a.png")
-    assert (found.size, found.is_animated, found.has_mask) == (SIZE[::-1], False, False)
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "WEBP", "AVIF", "BMP", "GIF", "PNG", "PNG before", "PNG behind"])
+def test_no_pixel_is_decoded_for_a_size(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a"
+    if " " in kind:
+        file.write_bytes(png(Image.new("RGB", SIZE), 6, kind.split()[1]))
+    else:
+        Image.new("RGB", SIZE).save(file, kind)
+    decoded: list[str] = []
+
+    def load(image: ImageFile.ImageFile) -> None:
+        decoded.append(str(image.format))
+        raise OSError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    found = Picture("a", file.read_bytes, file=file)
+    assert (found.size, found.is_animated, found.has_mask) == (SIZE[::-1] if " " in kind else SIZE, False, False)
+    assert decoded == []
+
+
+def test_a_file_is_not_read_whole_for_a_size(tmp_path: Path) -> None:
+    """Ten thousand photographs are some thirty gigabytes."""
+    Image.effect_noise((900, 700), 90).save(tmp_path / "a.jpg", quality=95)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    asked: list[str] = []
+
+    def read() -> bytes:
+        asked.append("whole")
+        return whole
+
+    found = Picture("a.jpg", read, file=tmp_path / "a.jpg")
+    assert (found.size, found.is_animated, found.has_mask) == ((900, 700), False, False)
+    assert asked == []
 
 
 def test_a_program_is_not_run_for_a_picture_of_another_kind(tmp_path: Path) -> None:

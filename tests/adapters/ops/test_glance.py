@@ -85,8 +85,10 @@ def test_where_the_header_does_not_suffice_the_tensors_are_read(
     assert glance(tmp_path) is None
 
 
-def test_no_torch_is_loaded(short_run: Run) -> None:
-    code = f"import sys; sys.argv = ['diffgraft', 'inspect', {str(short_run.adapter_file)!r}]\n"
+@pytest.mark.parametrize("of_run", [False, True])
+def test_no_torch_is_loaded(short_run: Run, of_run: bool) -> None:
+    path = short_run.folder if of_run else short_run.adapter_file
+    code = f"import sys; sys.argv = ['diffgraft', 'inspect', {str(path)!r}]\n"
     code += "import diffgraft.cli.main as m\ntry: m.main()\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
