@@ -222,8 +222,8 @@ def test_words_are_taken_apart() -> None:
 @pytest.mark.parametrize("given", ["20.5", "-100", "1e38", "unet=21", "1,0,0,0,0,0,0,0,0,0,0,30"])
 def test_strengths_that_give_noise_are_refused(given: str) -> None:
     with pytest.raises(DiffgraftError, match="beyond ±20: 1 is the adapter as trained"):
-        strengths([f"a.safetensors:{given}"])
-    assert strengths(["a.safetensors:-20"]) == {"a.safetensors": -20.0}
+        parse_strengths([f"a.safetensors:{given}"])
+    assert parse_strengths(["a.safetensors:-20"]) == {"a.safetensors": -20.0}
 
 
 def test_a_configuration_of_another_tool_becomes_a_recipe(
