@@ -18,8 +18,10 @@ _END = "</w>"
 
 _checked: set[tuple[str, int]] = set()
 """SHA-256 of tokenizers that passed, and rows of their text encoders: the check takes a second"""
-Parts = tuple[dict[str, int], list[tuple[str, str]]]
-"""Token → id, and pairs of tokens in the order in which they are merged"""
+Merges = list[tuple[str, str]]
+"""Pairs of tokens in the order in which they are merged"""
+Parts = tuple[dict[str, int], Merges]
+"""Token → id, and merges"""
 
 
 def check_vocabulary(tokenizer: Any, rows: int, clip: Path) -> None:
@@ -33,22 +35,21 @@ def check_vocabulary(tokenizer: Any, rows: int, clip: Path) -> None:
     Raises:
         ValueError: tokens or merges are missing, duplicated, or in another order.
     """
-    key = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(), rows
-    if key not in _checked:
-        _check(tokenizer, rows, clip)
-        _checked.add(key)
-
-
-def _check(tokenizer: Any, rows: int, clip: Path) -> None:
     numbers = tokenizer.get_vocab().values()
     if len(set(numbers)) < len(numbers):
         raise ValueError("several tokens of vocab.json have the same id")
-    if (highest := max(numbers, default=0)) >= rows:  # transformers would list all ids up to it
+    if (highest := max(numbers, default=0)) >= rows:  # tokenizers would list all ids up to it
         raise ValueError(f"its ids go up to {highest:,}, but the embedding table of the text encoder has {rows:,} rows")
-    parts = _vocabulary_and_merges(tokenizer)
-    if parts is None:
-        return
-    vocabulary, merges = parts
+    text = tokenizer.backend_tokenizer.to_str()
+    key = hashlib.sha256(text.encode()).hexdigest(), rows
+    if key not in _checked:
+        parts = _vocabulary_and_merges(text)
+        if parts is not None:
+            _check_parts(tokenizer, *parts, rows, clip)
+        _checked.add(key)
+
+
+def _check_parts(tokenizer: Any, vocabulary: dict[str, int], merges: Merges, rows: int, clip: Path) -> None:
     known = {first + second for first, second in merges} | set(tokenizer.added_tokens_encoder)
     orphans = [word for word in vocabulary if len(word.removesuffix(_END)) > 1 and word not in known]
     if orphans:
@@ -67,13 +68,14 @@ def _check(tokenizer: Any, rows: int, clip: Path) -> None:
 def _clip(folder: Path) -> Parts:
     from transformers import CLIPTokenizer
 
-    parts = _vocabulary_and_merges(CLIPTokenizer.from_pretrained(folder))
+    parts = _vocabulary_and_merges(CLIPTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
     assert parts is not None
     return parts
 
 
-def _vocabulary_and_merges(tokenizer: Any) -> Parts | None:
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+def _vocabulary_and_merges(text: str) -> Parts | None:
+    """Return the parts of a tokenizer, in the JSON of the package tokenizers; None without byte-pair encoding."""
+    model = json.loads(text)["model"]
     if model.get("type") != "BPE":
         return None
     pairs = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
