@@ -89,6 +89,10 @@ def fitting_bases(deltas: Mapping[str, Sequence[Delta]]) -> list[str]:
     return [name for name in KNOWN if _fit(deltas, layer_shapes(name))]
 
 
+fitting = fitting_bases
+"""Former name, for one release"""
+
+
 def _fit(deltas: Mapping[str, Sequence[Delta]], shapes: Mapping[str, Shape]) -> bool:
     return all(
         path in shapes and all(delta.fits(shapes[path]) for delta in module_deltas)
