@@ -78,13 +78,13 @@ def train_unet(
         ids: Caption token ids [n, wordings, `LENGTH`].
         text_encoder: Trained text encoder; it stays frozen.
         plan: Training schedule.
-        processes: Number of processes that share each batch, one thread each: on CPUs, two of them take less time than
-            one with two threads.
+        processes: Number of processes that share each batch, one thread each.
     """
     data = DenoiserData(z, ids, text_encoder, new_scheduler().alphas_cumprod)
     if processes > 1:
-        address = f"file://{tempfile.mkdtemp()}/rendezvous"
-        spawn(_share_training, (processes, address, work, data, plan), processes)  # type: ignore[no-untyped-call]
+        with tempfile.TemporaryDirectory() as folder:
+            address = f"file://{folder}/rendezvous"
+            spawn(_share_training, (processes, address, work, data, plan), processes)  # type: ignore[no-untyped-call]
     return _train(work, data, plan)  # after other processes have trained it, this loads their checkpoint
 
 
