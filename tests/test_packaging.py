@@ -1,8 +1,8 @@
 """The frame: what is packaged, what is public, and how fast the command line answers."""
 
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -33,20 +33,29 @@ def test_public_names_are_there() -> None:
 
 
 def test_help_is_quick_and_loads_no_heavy_library() -> None:
-    code = (
+    """Measured against the help of a bare typer program, as machines differ: 0.3 s each on an idle one."""
+    ours = (
         "import sys\nsys.argv = ['diffgraft', '--help']\nfrom diffgraft.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'peft', 'transformers', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    seconds = []
+    bare = (
+        "import sys, typer\nsys.argv = ['bare', '--help']\napp = typer.Typer()\n"
+        "app.command()(lambda number=1: None)\napp()"
+    )
+    spent: dict[str, list[float]] = {ours: [], bare: []}
+    printed = {}
     for _ in range(3):
-        start = time.perf_counter()
-        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-        seconds.append(time.perf_counter() - start)
-    assert "train" in out
-    assert "generate" in out
-    assert min(seconds) < 0.5
+        for code, times in spent.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+            printed[code] = done.stdout
+    assert "train" in printed[ours]
+    assert "generate" in printed[ours]
+    assert min(spent[ours]) < 1.7 * min(spent[bare])
 
 
 def test_imports_run_downward() -> None:
