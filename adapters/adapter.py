@@ -68,7 +68,7 @@ class LinearDelta(Delta):
     def delta(self, weight_shape: tuple[int, ...]) -> Tensor:
         """Compute ΔW in float32, scale included, in the shape of the weight."""
 
-    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  (subclasses use it)
+    def low_rank_factors(self, strength: float) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002  (subclasses use it)
         """Return `up` [out, r] and `down` [r, in · height · width] with up · down = strength · ΔW, in float32.
 
         Returns None if ΔW is not the product of two thin matrices.

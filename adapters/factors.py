@@ -25,7 +25,7 @@ from diffgraft.adapters.patch import (
     to_cpu_float32,
     weight_shape,
 )
-from diffgraft.adapters.patterns import check_pattern_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_matching_value
 from diffgraft.adapters.projections import match_conv_axes
 
 Leaves = Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class Factors(ABC):
     is_lora: bool = False
     """Whether the leaves are those of LoRA."""
     is_low_rank: bool = False
-    """Whether ΔW is the product of two thin matrices, which `thin_product` then returns."""
+    """Whether ΔW is the product of two thin matrices, which `low_rank_factors` then returns."""
 
     @abstractmethod
     def init_leaves(self, shape: Shape, rank: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Factors(ABC):
         """Shape of the weight as a matrix [out, in · height · width], where the leaves tell only that."""
         return self.weight_shape(leaves)
 
-    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         """Return `up` [out, r] and `down` [r, in · height · width] with up · down = ΔW without its scale.
 
         Only factors with `is_low_rank` implement it.
@@ -115,10 +115,10 @@ class FactorDelta(LinearDelta):
     def matrix_shape(self) -> Shape | None:
         return self.factors.matrix_shape(_on_meta(self.leaves))
 
-    def thin_product(self, strength: float) -> tuple[Tensor, Tensor] | None:
+    def low_rank_factors(self, strength: float) -> tuple[Tensor, Tensor] | None:
         if not self.is_low_rank:
             return None
-        up, down = self.factors.thin_product({name: leaf.float() for name, leaf in self.leaves.items()})
+        up, down = self.factors.low_rank_factors({name: leaf.float() for name, leaf in self.leaves.items()})
         return strength * self.scale * up, down
 
     @property
@@ -154,9 +154,9 @@ class RankOptions(Options):
 
     def size(self, path: str, rank: int, alpha: float) -> tuple[int, float]:
         """Rank and alpha of the layer at `path`; `rank` and `alpha` are the values where no key matches."""
-        layer_rank = last_match(self.ranks, strip_text_model(path), rank)
+        layer_rank = last_matching_value(self.ranks, strip_text_model(path), rank)
         default_alpha = alpha if layer_rank == rank else alpha / rank * layer_rank
-        return layer_rank, last_match(self.alphas, strip_text_model(path), default_alpha)
+        return layer_rank, last_matching_value(self.alphas, strip_text_model(path), default_alpha)
 
 
 def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:

@@ -18,8 +18,11 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 T = TypeVar("T")
 
 
-def last_match(values: Mapping[str, T], path: str, default: T) -> T:
-    """Return the value of the last key that matches the module at `path`, or `default` if no key does."""
+def last_matching_value(values: Mapping[str, T], path: str, default: T) -> T:
+    """Return the value of the last key that matches the module at `path`, or `default` if no key does.
+
+    A key is a shell pattern of module paths, such as ``*.attn2.*``, or the name of a block, such as ``M00``.
+    """
     return next((value for key, value in reversed([*values.items()]) if _matches(key, path, values)), default)
 
 

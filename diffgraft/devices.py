@@ -1,5 +1,6 @@
 """Devices and dtypes by name."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from diffgraft.errors import DiffgraftError, did_you_mean
@@ -8,6 +9,22 @@ if TYPE_CHECKING:
     import torch
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def has_bfloat16() -> bool:
+    """Return whether this processor computes in bfloat16; others emulate it, some twenty times slower than float32."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_of_slow_bfloat16(name: str, device: "torch.device") -> None:
+    """Warn if precision `name` is bfloat16 and `device` is a processor that only emulates it."""
+    if name == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+        warnings.warn(
+            "This processor has no bfloat16 instructions and emulates them slowly; precision=float32 is faster here.",
+            stacklevel=3,
+        )
 
 
 def device_of(name: str = "") -> "torch.device":

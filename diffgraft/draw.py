@@ -13,7 +13,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
-from diffgraft.devices import device_of, dtype_of
+from diffgraft.devices import device_of, dtype_of, warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
 from diffgraft.generation.generate import Settings
 from diffgraft.generation.generate import generate as draw
@@ -119,6 +119,7 @@ def generate(
         target = device_of(device)
         if offload != "none" and target.type == "cpu":
             raise DiffgraftError("offload=model needs a GPU, but the CPU computes here: leave it out.")
+        warn_of_slow_bfloat16(precision, target)
         base = load_base(base, dtype_of(precision, target), **load_options)
         if offload == "none":
             base.to(target)

@@ -11,10 +11,10 @@ from diffgraft.disk import DiskFullError
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import StoppedError, phase
 from diffgraft.rng import generator
-from diffgraft.trainers.hooks.eta import Eta
 from diffgraft.trainers.hooks.health import divergence_error, first_nonfinite_grad
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics
+from diffgraft.trainers.hooks.time_left import TimeLeft
 from diffgraft.trainers.objectives.batch import Predict
 from diffgraft.trainers.objectives.objective import Objective
 from diffgraft.trainers.optim.optimizers import effective_lr, load_eval_weights, lr_at
@@ -45,7 +45,7 @@ class TrainingLoop:
         """Take the `state` of the newest checkpoint, and `predict`, the denoiser prepared by accelerate."""
         self.optim, self.state, self.predict, self.objective = optim, state, predict, objective
         self.adapter, self.metrics, self.hooks = adapter, metrics, hooks
-        self.eta = Eta(state.steps)
+        self.time_left = TimeLeft(state.steps)
         self.is_updating = False
         """Whether an update is in progress, so that parameters are inconsistent"""
         self.skipped = 0
@@ -64,21 +64,21 @@ class TrainingLoop:
             self.metrics.begin()
             for hook in self.hooks:
                 hook.begin(state)
-            missed = [hook for hook in self.hooks if hook.is_missed(state)]
+            missed = [hook for hook in self.hooks if hook.is_overdue(state)]
             state.accelerator.wait_for_everyone()  # all processes have looked before the main process writes
             for hook in missed:
                 self._run_hook(hook)
             with phase("training", state.steps, state.step) as tracker:
                 while not state.is_over:
                     loss = self._step(state.step)
-                    self.eta.update()
+                    self.time_left.end_step()
                     requests = shared_requests(state.accelerator, state.control)
                     for hook in self.hooks:
                         if hook.is_due(state, requests):
                             self._run_hook(hook)
                     if "stop" in requests and not state.is_over:
                         raise StoppedError(f"Stopped on request after step {state.step} of {state.steps}.")
-                    tracker.advance(remaining=self.eta.remaining(state.step), values={"loss": loss})
+                    tracker.advance(remaining=self.time_left.remaining(state.step), values={"loss": loss})
             load_eval_weights(state.optimizer, state.ema)
             state.accelerator.free_memory()
             for hook in self.hooks:
@@ -95,7 +95,7 @@ class TrainingLoop:
                 hook.close()
 
     def _run_hook(self, hook: Hook) -> None:
-        with self.eta.pause(hook.name, hook.every) if hook.every else nullcontext():
+        with self.time_left.pause(hook.name, hook.every) if hook.every else nullcontext():
             hook.run(self.state)
 
     def _step(self, step: int) -> float:

@@ -60,7 +60,7 @@ def with_base(adapter: Adapter, **entries: Any) -> Adapter:
     return replace(adapter, metadata={**adapter.metadata, "base": base})
 
 
-def common_base(adapters: Sequence[Adapter]) -> dict[str, Any]:
+def common_base_metadata(adapters: Sequence[Adapter]) -> dict[str, Any]:
     """Family, and layers per block, that all `adapters` are for, as far as they are known and equal.
 
     Raises:

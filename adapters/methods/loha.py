@@ -98,7 +98,7 @@ class HadamardProduct(Factors):
     def matrix_shape(self, leaves: Leaves) -> Shape:
         return self.weight_shape(leaves) or (leaves["hada_w1_a"].shape[0], leaves["hada_w1_b"].shape[1])
 
-    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         return khatri_rao(_contract_core(leaves) if "hada_t1" in leaves else leaves)
 
     def weight(self, leaves: Leaves, shape: Shape) -> Tensor:
@@ -112,7 +112,10 @@ class HadamardProduct(Factors):
         return (first * second).view(shape)
 
     def forward(self, leaves: Leaves, layer: nn.Module, x: Tensor) -> Tensor:
-        """Apply the thin Khatri–Rao factors if that is cheaper than running the layer with ΔW as its weight."""
+        """Return ΔW · x without the scale and without the output of the layer itself.
+
+        ΔW is applied as two factors of rank r² (a Khatri–Rao product) if that is cheaper than forming it.
+        """
         if not self._is_thin(leaves, layer):
             return super().forward(leaves, layer, x)
         up, down = khatri_rao(leaves)

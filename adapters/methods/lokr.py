@@ -176,7 +176,11 @@ def attach(target: Any, spec: Spec) -> Attached:
 
 @with_optional_dora
 def read(leaves: Leaves, alpha: float | None) -> FactorDelta:
-    """Build LoKr from its leaves; without an alpha the scale is 1. Raises ValueError if leaves do not fit together."""
+    """Build LoKr from its tensors in a file, ``lokr_w1``, ``lokr_w2_a`` and so on; without an alpha the scale is 1.
+
+    Raises:
+        ValueError: the tensors do not fit together.
+    """
     split_1, split_2 = {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2_a", "lokr_w2_b"}
     w1_forms, w2_forms = ({"lokr_w1"}, split_1), ({"lokr_w2"}, split_2, split_2 | {"lokr_t2"})
     if set(leaves) not in [w1 | w2 for w1 in w1_forms for w2 in w2_forms]:

@@ -62,7 +62,7 @@ class LowRank(Factors):
         kernel = leaves.get("lora_mid", leaves["lora_down"]).shape[2:]
         return (leaves["lora_up"].shape[0], leaves["lora_down"].shape[1], *kernel)
 
-    def thin_product(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
+    def low_rank_factors(self, leaves: Leaves) -> tuple[Tensor, Tensor]:
         down = leaves["lora_down"]
         if "lora_mid" in leaves:
             down = torch.einsum("rs...,si->ri...", leaves["lora_mid"], down.flatten(1))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.formats.families import common_base
+from diffgraft.adapters.formats.families import common_base_metadata
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.methods.full import FullDelta
-from diffgraft.adapters.ops.effect import Steps, as_matrix, shapes_of
+from diffgraft.adapters.ops.effect import WeightedDeltas, shapes_of, total_delta
 from diffgraft.adapters.ops.resize import ReducedAdapter, reduce_to_loras
 from diffgraft.adapters.projections import same_layer
 from diffgraft.adapters.strengths import Strength, Strengths, strengths_of
@@ -72,17 +72,19 @@ def combine(
                     "adapters are for different bases."
                 )
     combined = _combine_metadata(inputs)
-    steps_by_adapter: dict[str, list[Steps]] = {}
+    steps_by_adapter: dict[str, list[WeightedDeltas]] = {}
     for _, adapter, strengths in inputs:
         for path, deltas in adapter.deltas.items():
             if strength := strengths.at(path):
                 steps_by_adapter.setdefault(path, []).append([(delta, strength) for delta in deltas])
-    steps: dict[str, Steps] = {path: [*chain.from_iterable(several)] for path, several in steps_by_adapter.items()}
+    steps: dict[str, WeightedDeltas] = {
+        path: [*chain.from_iterable(several)] for path, several in steps_by_adapter.items()
+    }
     if algorithm != "sum":
         generator = torch.Generator().manual_seed(seed)
         paths = sorted(path for path in steps_by_adapter if len(shapes[path]) > 1)
         for path in track(paths, algorithm, min_items=20):
-            changes = [as_matrix(path, several, shapes[path], weights) for several in steps_by_adapter[path]]
+            changes = [total_delta(path, several, shapes[path], weights) for several in steps_by_adapter[path]]
             merged = ties(changes, density) if algorithm == "ties" else dare(changes, density, generator)
             biases = [delta.leaves["diff_b"] for delta, _ in steps[path] if "diff_b" in delta.leaves]
             bias = {"diff_b": biases[0]} if biases else {}  # its value is unused, it is only reported as dropped
@@ -129,7 +131,7 @@ def _combine_metadata(inputs: Sequence[tuple[str, Adapter, Strengths]]) -> Adapt
     triggers = [str(adapter.metadata["trigger"]) for _, adapter, _ in inputs if adapter.metadata.get("trigger")]
     metadata |= {"trigger": ", ".join(dict.fromkeys(triggers))} if triggers else {}
     metadata |= {"base": bases[0]} if bases[0] and all(base == bases[0] for base in bases) else {}
-    if "base" not in metadata and (base := common_base([adapter for _, adapter, _ in inputs])):
+    if "base" not in metadata and (base := common_base_metadata([adapter for _, adapter, _ in inputs])):
         metadata["base"] = base
     if foreign := common_entries([entries_after_change(adapter.metadata.get(FOREIGN)) for _, adapter, _ in inputs]):
         metadata[FOREIGN] = foreign

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
-from diffgraft.adapters.ops.effect import as_product, check_delta_size, matrix_shape, shapes_of
+from diffgraft.adapters.ops.effect import check_delta_size, matrix_shape, shapes_of, total_as_product
 from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -125,7 +125,7 @@ def _product_error(first: tuple[Delta, ...], second: tuple[Delta, ...], shape: S
     steps = [(delta, 1.0) for delta in first]
     norms = []
     for signed in ([*steps, *((delta, -1.0) for delta in second)], steps):
-        product = as_product(signed, shape) if signed else (torch.zeros(1, 1), torch.zeros(1, 1))
+        product = total_as_product(signed, shape) if signed else (torch.zeros(1, 1), torch.zeros(1, 1))
         if product is None:
             return None
         norms.append(_norm(*(factor.to(device).double() for factor in product)))

@@ -15,7 +15,7 @@ from diffgraft.errors import DiffgraftError
 
 LARGEST = 2**26
 """Maximum number of entries of a weight; the largest known, of XL's second token table, has 2^25.9"""
-Steps = Sequence[tuple[Delta, float]]
+WeightedDeltas = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 
 
@@ -113,8 +113,15 @@ def check_delta_size(path: str, shape: Shape, deltas: Sequence[Delta]) -> None:
         )
 
 
-def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
-    """Compute what all steps together add to a weight, as [out, …] in float32.
+def total_delta(path: str, steps: WeightedDeltas, shape: Shape, weights: Weights | None, device: str = "cpu") -> Tensor:
+    """Return what the deltas of one module add to its weight when applied in turn: ΔW [out, in, …] in float32.
+
+    Args:
+        path: path of the module.
+        steps: its deltas in order, each with its strength.
+        shape: shape of its weight.
+        weights: weights of the base, for deltas that are functions of the weight, such as DoRA.
+        device: device to compute on.
 
     Raises:
         DiffgraftError: a delta is a function of the weight and `weights` is None, or ΔW is larger than any known layer.
@@ -138,12 +145,12 @@ def as_matrix(path: str, steps: Steps, shape: Shape, weights: Weights | None, de
     return after - before
 
 
-def as_product(steps: Steps, shape: Shape) -> tuple[Tensor, Tensor] | None:
+def total_as_product(steps: WeightedDeltas, shape: Shape) -> tuple[Tensor, Tensor] | None:
     """Return the sum of all steps as up [out, r] · down [r, n], if that is thinner than the matrix; else None.
 
     LoRAs are concatenated along the rank; LoHa of rank r is LoRA of rank r² by its Khatri–Rao factors.
     """
-    pairs = [delta.thin_product(strength) if isinstance(delta, LinearDelta) else None for delta, strength in steps]
+    pairs = [delta.low_rank_factors(strength) if isinstance(delta, LinearDelta) else None for delta, strength in steps]
     thin = [pair for pair in pairs if pair is not None]
     if len(thin) < len(pairs):
         return None

@@ -14,7 +14,7 @@ from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.methods.lokr import Kronecker
-from diffgraft.adapters.ops.effect import as_matrix, as_product, fitting_bases
+from diffgraft.adapters.ops.effect import fitting_bases, total_as_product, total_delta
 from diffgraft.adapters.training_metadata import tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.progress import track
@@ -158,7 +158,7 @@ def _squared_singular_values(path: str, delta: LinearDelta, shape: Shape, device
     if len(shape) < 2:
         squared_norm: Tensor = delta.delta(shape).double().square().sum()[None]
         return squared_norm
-    product = as_product([(delta, 1.0)], shape)
+    product = total_as_product([(delta, 1.0)], shape)
     if product is not None:
         up, down = (factor.to(device).double() for factor in product)
         core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
@@ -172,7 +172,7 @@ def _squared_singular_values(path: str, delta: LinearDelta, shape: Shape, device
             return _infinite(w1)
         products = torch.outer(torch.linalg.svdvals(w1).square(), torch.linalg.svdvals(w2.flatten(1)).square())
         return products.flatten() * delta.scale**2
-    matrix = as_matrix(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
+    matrix = total_delta(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     if not gram.isfinite().all():
         return _infinite(gram)
@@ -187,7 +187,7 @@ def _infinite(matrix: Tensor) -> Tensor:
 
 def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
     """Largest absolute entry of ΔW; of a product, some rows are computed at a time, and never the whole matrix."""
-    product = as_product([(delta, 1.0)], shape)
+    product = total_as_product([(delta, 1.0)], shape)
     if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
         leaves = {name: leaf.double() for name, leaf in delta.leaves.items()}
         w1, w2 = (factor.abs().max() for factor in delta.factors.kronecker_factors(leaves, shape))

@@ -7,7 +7,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, approximate, approximate_product
-from diffgraft.adapters.ops.effect import Steps, as_matrix, as_product, shapes_of
+from diffgraft.adapters.ops.effect import WeightedDeltas, shapes_of, total_as_product, total_delta
 from diffgraft.adapters.training_metadata import entries_after_change
 from diffgraft.bases.layers import is_embedding
 from diffgraft.bases.weights import Weights
@@ -55,7 +55,7 @@ def resize(adapter: Adapter, size: RankBudget, weights: Weights | None = None, d
 
 
 def reduce_to_loras(
-    steps: Mapping[str, Steps],
+    steps: Mapping[str, WeightedDeltas],
     shapes: Mapping[str, Shape],
     size: RankBudget | None,
     like: Adapter,
@@ -97,11 +97,11 @@ def rank_of(delta: Delta) -> int:
 
 
 def approximate_steps(
-    path: str, steps: Steps, shape: Shape, size: RankBudget | None, weights: Weights | None, device: str
+    path: str, steps: WeightedDeltas, shape: Shape, size: RankBudget | None, weights: Weights | None, device: str
 ) -> LowRankApproximation:
     """Approximate what all steps add to a weight by a matrix of a given size."""
-    product = as_product(steps, shape)
+    product = total_as_product(steps, shape)
     if product is not None:
         return approximate_product(product[0].to(device), product[1].to(device), size or ALL)
     default = ALL if all(delta.is_low_rank for delta, _ in steps) else NEARLY_ALL
-    return approximate(as_matrix(path, steps, shape, weights, device).flatten(1), size or default)
+    return approximate(total_delta(path, steps, shape, weights, device).flatten(1), size or default)

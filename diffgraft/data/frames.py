@@ -17,7 +17,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Frame:
+class Crop:
     """A crop of a picture: scaled, then cropped, then perhaps mirrored."""
 
     original: Size
@@ -32,7 +32,7 @@ class Frame:
     """Whether the crop is mirrored"""
 
     @property
-    def area_fraction(self) -> float:
+    def fraction_of_picture(self) -> float:
         """Share of the picture's area that the crop shows, above 0 and at most 1."""
         return math.prod(self.size) / math.prod(self.scaled)
 
@@ -80,7 +80,7 @@ class RandomCrops:
 
 def frames(
     original: Size, side: int, settings: Buckets, step: int, random_crops: RandomCrops | None = None
-) -> list[Frame]:
+) -> list[Crop]:
     """Return the crops of a picture: the largest one from its centre, or random ones.
 
     Args:
@@ -105,14 +105,14 @@ def frames(
     return list(dict.fromkeys(crops))
 
 
-def _scaled_to_fill(original: Size, size: Size, zoom: float = 1.0) -> Frame:
+def _scaled_to_fill(original: Size, size: Size, zoom: float = 1.0) -> Crop:
     """Return the frame of `size` at the centre of the picture, which is scaled to fill it, times `zoom`."""
     scale = zoom * max(target / length for target, length in zip(size, original, strict=True))
     width, height = (max(target, round(length * scale)) for target, length in zip(size, original, strict=True))
-    return Frame(original, (width, height), ((width - size[0]) // 2, (height - size[1]) // 2), size)
+    return Crop(original, (width, height), ((width - size[0]) // 2, (height - size[1]) // 2), size)
 
 
-def with_mirrored(frames: Sequence[Frame]) -> list[Frame]:
+def with_mirrored(frames: Sequence[Crop]) -> list[Crop]:
     """Return the given frames, followed by a mirrored copy of each."""
     return [*frames, *(replace(frame, flipped=True) for frame in frames)]
 

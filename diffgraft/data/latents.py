@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from diffgraft.bases import Base
 from diffgraft.data.cache import read_tensors, write_tensors
-from diffgraft.data.frames import Frame
+from diffgraft.data.frames import Crop
 from diffgraft.data.image_folder import warn_left_out
 from diffgraft.data.pictures import Picture, UnreadablePictureError, crop_to_square, to_tensor
 from diffgraft.files import cache_folder
@@ -69,8 +69,8 @@ class Encoded:
     """Encoded pictures: a row for each frame; the frames of a picture are consecutive."""
 
     latents: Latents
-    frames: Sequence[Frame]
-    """Frame of each row"""
+    frames: Sequence[Crop]
+    """Crop of each row"""
     masks: Sequence[Tensor | None]
     """Mask of each row, [h, w] with values from 0 to 1; None without a mask"""
     rows: Mapping[int, range]
@@ -78,10 +78,10 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_cached(
+def encode_pictures(
     base: Base,
     pictures: Sequence[Picture],
-    frames_of: Sequence[Sequence[Frame]],
+    frames_of: Sequence[Sequence[Crop]],
     *,
     masked: bool = False,
     keep: bool = True,
@@ -102,7 +102,7 @@ def encode_cached(
     """
     of_vae = f"{base.vae_hash} {base.device.type}" if keep else ""
     distributions: list[Distribution | Path] = []
-    frames: list[Frame] = []
+    frames: list[Crop] = []
     masks: list[Tensor | None] = []
     rows: dict[int, range] = {}
     size = 0
@@ -159,7 +159,7 @@ def _encoder(base: Base) -> Iterator[Any]:
             base.vae.to(original_dtype)
 
 
-def _file(picture: Picture, frame: Frame, of_vae: str) -> Path:
+def _file(picture: Picture, frame: Crop, of_vae: str) -> Path:
     if not of_vae:
         return Path()
     name = hashlib.sha256(f"{_VERSION} {picture.content} {frame} {of_vae}".encode()).hexdigest()

@@ -82,8 +82,8 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
         )
     if column and (without := [picture.name for picture, texts in captions.items() if not texts]):
         warnings.warn(
-            f"The caption table in {folder} has no captions for {list_names(without)}: add rows for them if they "
-            "need some.",
+            f"The caption table in {folder} has no captions for {list_names(without)}: they are trained with the "
+            "prompt alone. Add rows for them if they need some.",
             stacklevel=3,
         )
     return {picture: tuple(texts) for picture, texts in captions.items()}

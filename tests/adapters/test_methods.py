@@ -183,7 +183,7 @@ def test_what_leaves_say_of_the_weight_is_so(method: str, options: dict[str, Any
         assert delta.weight_shape in (None, shape)
         if (matrix := delta.matrix_shape) is not None:
             assert (matrix[0], math.prod(matrix[1:])) == (shape[0], math.prod(shape[1:]))
-        product = delta.thin_product(-0.7) if isinstance(delta, LinearDelta) else None
+        product = delta.low_rank_factors(-0.7) if isinstance(delta, LinearDelta) else None
         assert (product is not None) == delta.is_low_rank
         if product is not None:
             up, down = product

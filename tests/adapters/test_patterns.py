@@ -9,7 +9,7 @@ import torch
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
-from diffgraft.adapters.patterns import check_pattern_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_matching_value
 from diffgraft.adapters.registry import get_method, written_dialects
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers, parts_of
@@ -43,7 +43,7 @@ PATHS = (UP, MIDDLE, "unet.time_embedding.linear_1", FIRST, SECOND)
     ],
 )
 def test_a_key_is_a_part_a_block_or_a_pattern_and_the_last_counts(keys: dict[str, int], wanted: list[int]) -> None:
-    assert [last_match(keys, path, 1) for path in PATHS] == wanted
+    assert [last_matching_value(keys, path, 1) for path in PATHS] == wanted
     if keys:
         check_pattern_keys("lr_scale", [key for key in keys if key != "OUT0[6-9]"], PATHS)
 

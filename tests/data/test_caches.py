@@ -15,7 +15,7 @@ from diffgraft.data.cache import checksum
 from diffgraft.data.class_images import class_images
 from diffgraft.data.frames import frames, with_mirrored
 from diffgraft.data.image_folder import read_folder, read_source
-from diffgraft.data.latents import Encoded, encode, encode_cached
+from diffgraft.data.latents import Encoded, encode, encode_pictures
 from diffgraft.data.pictures import Picture, crop_to_square
 from diffgraft.data.settings import Buckets
 from diffgraft.data.text_embeddings import TextEmbeddingCache
@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def encoded(base: Base, pictures: list[Picture], **more: Any) -> Encoded:
     ways = [with_mirrored(frames(one.size, 64, Buckets(use=True), 8)) for one in pictures]
-    return encode_cached(base, pictures, ways, **more)
+    return encode_pictures(base, pictures, ways, **more)
 
 
 def same(one: Encoded, other: Encoded) -> bool:
@@ -139,7 +139,7 @@ def test_a_picture_that_breaks_off_is_left_out(base: Base, tmp_path: Path) -> No
 def test_squares_are_encoded_as_before(base: Base, pictures: Path) -> None:
     found = read_folder(pictures)
     ways = [frames(one.size, 48, Buckets(), 8) for one in found]
-    kept = encode_cached(base, found, ways)
+    kept = encode_pictures(base, found, ways)
     plain = encode(base, [one.image for one in found], 48)
     for row in range(5):
         torch.testing.assert_close(kept.latents[row][0], plain[row][0], atol=1e-5, rtol=1e-5)
@@ -154,14 +154,14 @@ def test_masks_are_cut_and_mirrored_with_their_pictures(base: Base, tmp_path: Pa
     mask.save(tmp_path / "a_mask.png")
     (picture,) = read_folder(tmp_path)
     ways = [with_mirrored(frames(picture.size, 64, Buckets(), 8))]
-    plain, turned = encode_cached(base, [picture], ways, masked=True).masks
+    plain, turned = encode_pictures(base, [picture], ways, masked=True).masks
     assert plain is not None
     assert turned is not None
     assert plain.shape == turned.shape == (16, 16)
     assert plain[:, 1:7].min() > 0.9
     assert plain[:, 9:].max() < 0.1
     assert torch.equal(turned, plain.flip(1))
-    assert encode_cached(base, [picture], ways).masks == [None, None]
+    assert encode_pictures(base, [picture], ways).masks == [None, None]
 
 
 def test_texts_are_encoded_once_and_are_the_same_bits(base: Base, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

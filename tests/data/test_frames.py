@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffgraft.data.frames import Frame, RandomCrops, bucket_sizes, frames, with_mirrored
+from diffgraft.data.frames import Crop, RandomCrops, bucket_sizes, frames, with_mirrored
 from diffgraft.data.settings import Buckets
 from diffgraft.errors import DiffgraftError
 
@@ -47,7 +47,7 @@ def test_a_picture_goes_into_the_bucket_nearest_in_shape(original: tuple[int, in
     assert off[found.size] == pytest.approx(min(off.values()), abs=1e-9)
     assert all(whole >= cut for whole, cut in zip(found.scaled, found.size, strict=True))
     assert any(whole == cut for whole, cut in zip(found.scaled, found.size, strict=True))
-    assert 0 < found.area_fraction <= 1
+    assert 0 < found.fraction_of_picture <= 1
 
 
 def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
@@ -63,7 +63,7 @@ def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
 
 def test_without_buckets_pictures_are_squares() -> None:
     (found,) = frames((300, 200), 64, SQUARE, 8)
-    assert found == Frame((300, 200), (96, 64), (16, 0), (64, 64))
+    assert found == Crop((300, 200), (96, 64), (16, 0), (64, 64))
     assert found.size_conditioning() == ((200, 300), (0, 16), (64, 64))
 
 
@@ -99,7 +99,7 @@ def test_random_crops_zoom_in_as_far_as_their_scale_says() -> None:
 def test_what_is_shown_is_that_part_of_the_scaled_picture() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).resize((300, 200), Image.Resampling.BICUBIC)
-    frame = Frame((300, 200), (96, 64), (20, 0), (64, 64))
+    frame = Crop((300, 200), (96, 64), (20, 0), (64, 64))
     wanted = image.resize((96, 64), Image.Resampling.LANCZOS).crop((20, 0, 84, 64))
     found = np.asarray(frame.crop(image)).astype(int)
     assert np.abs(found - np.asarray(wanted).astype(int)).max() <= 1

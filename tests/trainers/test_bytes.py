@@ -10,6 +10,7 @@ from tests.trainers.trained_adapters import DIGESTS, RUNS, adapter_of, digests, 
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.usefixtures("good_class_images")
 def test_a_recipe_trains_the_same_adapter_as_ever(name: str, base: Base, tmp_path: Path) -> None:
     known = json.loads(DIGESTS.read_text("utf-8"))
     found = digests(adapter_of(name, base, tmp_path))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder
-from diffgraft.data.frames import Frame
+from diffgraft.data.frames import Crop
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.data.settings import Masks, Tags
 from diffgraft.errors import DiffgraftError
@@ -33,7 +33,7 @@ def line(
     sizes: list[tuple[int, int]], repeats: list[int] | None = None, rows: int = 1, texts: int = 1, **more: Any
 ) -> Examples:
     """Pictures of these latent sizes (width, height), each with so many frames and texts."""
-    frames = [Frame((w, h), (w, h), (0, 0), (w, h)) for w, h in sizes for _ in range(rows)]
+    frames = [Crop((w, h), (w, h), (0, 0), (w, h)) for w, h in sizes for _ in range(rows)]
     latents = [
         (torch.full((4, h, w), float(n)), torch.zeros(4, h, w)) for n, (w, h) in enumerate(sizes) for _ in range(rows)
     ]
@@ -152,7 +152,7 @@ def test_masks_weigh_the_loss(base: Base) -> None:
     times, rows = torch.tensor([10, 500, 900]), range(3)
     squares, shown = diff.double().numpy() ** 2, mask.double().numpy()
     latents = Latents([(one, torch.zeros_like(one)) for one in target])
-    frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
+    frame = Crop((40, 48), (40, 48), (0, 0), (40, 48))
     encoded = Encoded(latents, [frame] * 3, list(mask[:, 0]), {})
     examples = [Example(f"{row}", range(row, row + 1), PromptBuilder(("",))) for row in rows]
     places = [ExampleVariant(one, row, 0) for row, one in enumerate(examples)]

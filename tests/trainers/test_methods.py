@@ -13,6 +13,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
+from diffgraft.devices import has_bfloat16
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
@@ -160,7 +161,7 @@ def test_options_as_a_command_line_gives_them() -> None:
 ONE: dict[str, Any] = {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 1, "optimizer": "adamw8bit"}
 OTHER: dict[str, Any] = {
     "gradient_checkpointing": True,
-    "precision": "bfloat16",
+    "precision": "bfloat16" if has_bfloat16() else "float32",
     "prior": {"weight": 1, "images": 4},
     "text_encoder": True,
     "layers": "attention+feedforward",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base, SizeConditioning
 from diffgraft.data.captions import PromptBuilder
-from diffgraft.data.frames import Frame
+from diffgraft.data.frames import Crop
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.errors import DiffgraftError
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 def examples(count: int, seed: int = 0, std: float = 0.1, weight: float = 1.0) -> Examples:
     mean = torch.randn(count, 4, 6, 5, generator=torch.Generator().manual_seed(seed))
     latents = Latents([(one, torch.full_like(one, std)) for one in mean])
-    frame = Frame((40, 48), (40, 48), (0, 0), (40, 48))
+    frame = Crop((40, 48), (40, 48), (0, 0), (40, 48))
     rows = {number: range(number, number + 1) for number in range(count)}
     listed = [
         Example(f"{number}.png", rows[number], PromptBuilder((f"prompt {number}",)), weight=weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.data.captions import PromptBuilder
-from diffgraft.data.frames import Frame
+from diffgraft.data.frames import Crop
 from diffgraft.data.latents import Encoded, Latents
 from diffgraft.generation.graft import graft
 from diffgraft.rng import normal
@@ -28,7 +28,7 @@ from tests.conftest import SHORT
 def examples_of(latents: Tensor) -> Examples:
     """Pictures with these latents [n, c, h, w]."""
     height, width = latents.shape[-2] * 4, latents.shape[-1] * 4
-    frames = [Frame((width, height), (width, height), (0, 0), (width, height))] * len(latents)
+    frames = [Crop((width, height), (width, height), (0, 0), (width, height))] * len(latents)
     encoded = Encoded(Latents([(one, torch.zeros_like(one)) for one in latents]), frames, [None] * len(latents), {})
     return Examples(encoded, [Example(f"{n}", range(n, n + 1), PromptBuilder(("",))) for n in range(len(latents))])
 

@@ -52,8 +52,8 @@ def test_words_from_a_command_line_become_values() -> None:
     assert isinstance(recipe, SubjectRecipe)
     assert (recipe.lr, recipe.rank, recipe.prior.weight, recipe.flip) == (1e-4, 3, 0.5, True)
     assert recipe.samples() == ["a", "b"]
-    assert recipe.scale_alpha() == 3.0
-    assert load_recipe("subject", {"subject": "dog", "alpha": "1.5"}).scale_alpha() == 1.5
+    assert recipe.alpha_or_rank() == 3.0
+    assert load_recipe("subject", {"subject": "dog", "alpha": "1.5"}).alpha_or_rank() == 1.5
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_default_base_is_not_a_folder_that_is_called_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").mkdir()
-    run = train("style", images=pictures, output="run", steps=1, sample_prompts="a dog")
+    run = train("style", images=pictures, output="run", steps=1, previews=False)
     assert run.adapter.metadata["base"]["name"] == "tiny"
 
 
@@ -280,6 +280,7 @@ def test_the_options_of_the_loop_train(pictures: Path, tmp_path: Path, more: dic
 
 def test_samples_are_drawn_during_training(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "sample_prompts": "a {trigger} {subject}"}
+    settings["previews"] = True
     train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     assert [file.name for file in sorted((tmp_path / "run" / "samples").iterdir())] == [
         "step-000001.png",
@@ -336,7 +337,7 @@ def test_a_state_of_8_bits_is_saved_and_resumed(base: Base, pictures: Path, tmp_
     assert torch.uint8 in {value.dtype for value in state.values()}
     cut = tmp_path / "cut"
     shutil.copytree(whole.folder, cut)
-    for name in ("adapter.safetensors", "before-after.png", "checkpoints/step-000004"):
+    for name in ("adapter.safetensors", "checkpoints/step-000004"):
         path = cut / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     resumed = train(base=base, resume=cut)
@@ -370,6 +371,7 @@ def test_what_will_not_do_is_said_before_anything_is_written(base: Base, picture
     assert not output.exists()
 
 
+@pytest.mark.usefixtures("good_class_images")
 def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     """A short run lowers the loss on the subject's pixels in pictures it has not seen, and needs its trigger for it."""
     from diffgraft.data.image_folder import read_folder

@@ -34,7 +34,7 @@ class PeriodicArtifact(Hook):
         self.trackers: TrackersHook | None = None
         """Trackers that are shown the file, if it is an image"""
 
-    def is_missed(self, state: TrainingState) -> bool:
+    def is_overdue(self, state: TrainingState) -> bool:
         return state.is_due(self.every) and not self._file(state.step).exists()
 
     def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:

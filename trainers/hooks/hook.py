@@ -23,7 +23,7 @@ class Hook:
     def after_backward(self) -> None:
         """Called in every step after the gradients are computed, before the optimizer updates the parameters."""
 
-    def is_missed(self, state: TrainingState) -> bool:  # noqa: ARG002
+    def is_overdue(self, state: TrainingState) -> bool:  # noqa: ARG002
         """Whether a resumed run has to call `run` for `state.step`, as it stopped right after that step."""
         return False
 

@@ -18,7 +18,7 @@ class TextEncoderStopHook(Hook):
     def __init__(self, step: int, adapter: Attached, denoiser: Denoiser) -> None:
         self._step, self._adapter, self._denoiser = step, adapter, denoiser
 
-    def is_missed(self, state: TrainingState) -> bool:
+    def is_overdue(self, state: TrainingState) -> bool:
         return state.step >= self._step and not state.is_over
 
     def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:  # noqa: ARG002

@@ -106,7 +106,7 @@ class ValidationHook(Hook):
         self._best.restore(self._metrics.entries)
         state.has_converged = self._has_converged()
 
-    def is_missed(self, state: TrainingState) -> bool:
+    def is_overdue(self, state: TrainingState) -> bool:
         return self.is_due(state, ()) and "validation" not in self._metrics.entries[-1]
 
     def is_due(self, state: TrainingState, asked: Collection[str]) -> bool:  # noqa: ARG002

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from diffgraft.adapters.method import Attached
-from diffgraft.adapters.patterns import check_pattern_keys, last_match
+from diffgraft.adapters.patterns import check_pattern_keys, last_matching_value
 from diffgraft.bases import Base
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError
@@ -18,7 +18,8 @@ def lr_scales(scales: Mapping[str, float], adapter: Attached) -> dict[str, float
     """Learning-rate scale of each parameter, by its name: the method's scale times the one in the recipe's `scales`."""
     method_scales = adapter.lr_scales()
     return {
-        name: method_scales.get(name, 1.0) * last_match(scales, path, 1.0) for name, path in adapter.paths().items()
+        name: method_scales.get(name, 1.0) * last_matching_value(scales, path, 1.0)
+        for name, path in adapter.paths().items()
     }
 
 
@@ -54,7 +55,7 @@ def _trains(scales: Mapping[str, float], base: Base, path: str) -> bool:
     """Whether the module at `path` affects the loss and has a learning-rate scale above 0."""
     part, _, inside = path.partition(".")
     affects_loss = not is_of_text(path) or base.family.affects_output(base, part, inside)
-    return affects_loss and last_match(scales, path, 1.0) > 0
+    return affects_loss and last_matching_value(scales, path, 1.0) > 0
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def _noun_conflicts(noun: str, samples: Sequence[Sample]) -> Iterator[str]:
         )
 
 
-def trigger_warnings(base: Base, samples: Sequence[Sample]) -> Iterator[str]:
+def trigger_word_warnings(base: Base, samples: Sequence[Sample]) -> Iterator[str]:
     """Warn of triggers that have a meaning already, or that concepts share."""
     nouns_of: dict[str, set[str]] = {}
     for concept in {id(sample.concept): sample.concept for sample in samples}.values():
@@ -142,7 +142,7 @@ def compute_fingerprints(samples: Sequence[Sample]) -> tuple[list[tuple[str, Fin
 
 def crop_warnings(data: DataSettings, samples: Sequence[Sample]) -> Iterator[str]:
     """Warn if square crops lose much of the images."""
-    share = sum(1 - sample.frames[0].area_fraction for sample in samples) / len(samples)
+    share = sum(1 - sample.frames[0].fraction_of_picture for sample in samples) / len(samples)
     if share > _OFTEN_CUT and not data.buckets.use and data.crop == "center":
         yield f"square crops lose {share:.0%} of the images: buckets.use=true keeps their shapes approximately."
 

@@ -25,7 +25,7 @@ from diffgraft.trainers.planning.pitfalls import (
     crop_warnings,
     duplicate_warnings,
     setting_conflicts,
-    trigger_warnings,
+    trigger_word_warnings,
 )
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -124,7 +124,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         *dict.fromkeys(str(warning.message) for warning in caught),
         *unreadable.values(),
         *setting_conflicts(recipe, samples),
-        *trigger_warnings(base, samples),
+        *trigger_word_warnings(base, samples),
         *duplicate_warnings(fingerprints),
         *crop_warnings(data, samples),
         *advice(recipe.task, data, recipe.adapter, base, samples, fingerprints),
@@ -148,7 +148,7 @@ def _image_facts(
 
 
 def _crop_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
-    cropped = [1 - sample.frames[0].area_fraction for sample in samples]
+    cropped = [1 - sample.frames[0].fraction_of_picture for sample in samples]
     worst = max(range(len(cropped)), key=cropped.__getitem__)
     if cropped[worst] > 0.005:
         name, count = samples[worst].picture.name, sum(share > _MUCH_CUT for share in cropped)

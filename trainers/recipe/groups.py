@@ -69,7 +69,7 @@ class AdapterSettings(Group):
     """Adapter file of any tool, or folder of a run, that training starts from; its ranks, scales and values are used
     for the modules that it has"""
 
-    def scale_alpha(self) -> float:
+    def alpha_or_rank(self) -> float:
         """Return alpha, or the rank where alpha is unset."""
         return float(self.rank if self.alpha is None else self.alpha)
 

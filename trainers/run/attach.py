@@ -19,7 +19,7 @@ def attach(recipe: Recipe, base: Base, start: InitAdapter | None = None) -> Atta
     """
     method = get_method(recipe.method)
     options, words = method.read_options(recipe.options), (recipe.trigger, recipe.noun)
-    targets, alpha = _targets(recipe.adapter, base), recipe.scale_alpha()
+    targets, alpha = _targets(recipe.adapter, base), recipe.alpha_or_rank()
     live = method.attach(base, Spec(targets, recipe.rank, alpha, recipe.seed, options, *words))
     try:
         loaded = load_init_weights(recipe.adapter, recipe.trigger, base, live, start) if start else set()

@@ -21,7 +21,7 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
     concepts = [{"trigger": concept.trigger, "class": getattr(concept, "subject", None)} for concept in recipe.parts()]
     return {
         "method": recipe.method,
-        **({"rank": recipe.rank, "alpha": recipe.scale_alpha()} if has_rank else {}),
+        **({"rank": recipe.rank, "alpha": recipe.alpha_or_rank()} if has_rank else {}),
         **({"options": recipe.options} if recipe.options else {}),
         "trigger": recipe.trigger,
         "class": getattr(recipe, "subject", None),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffgraft.bases import Base
+from diffgraft.devices import warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.groups import RuntimeSettings
@@ -20,15 +21,16 @@ BACKEND = "inductor"
 
 
 def check_speed(runtime: RuntimeSettings, device: torch.device) -> None:
-    """Check that the recipe's attention can run on this machine.
+    """Check that the recipe's attention can run on this machine; warn if its precision is slow on it.
 
     Raises:
         DiffgraftError: `attention=xformers` is set, but the package or an NVIDIA GPU is missing.
     """
-    from diffusers.utils import is_xformers_available
-
+    warn_of_slow_bfloat16(runtime.precision, device)
     if runtime.attention != "xformers":
         return
+    from diffusers.utils import is_xformers_available
+
     if not is_xformers_available():
         raise DiffgraftError(
             "attention=xformers needs the package xformers, which is not installed. Install it (pip install xformers), "

@@ -12,9 +12,9 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
-from diffgraft.data.frames import Frame, RandomCrops, frames, with_mirrored
+from diffgraft.data.frames import Crop, RandomCrops, frames, with_mirrored
 from diffgraft.data.inventory import list_names, pluralize
-from diffgraft.data.latents import encode_cached
+from diffgraft.data.latents import encode_pictures
 from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings
@@ -41,7 +41,7 @@ class Sample:
     prompt_builder: PromptBuilder
     class_prompt_builder: PromptBuilder
     """Builds the class prompt for each of its texts"""
-    frames: list[Frame]
+    frames: list[Crop]
     """Its crops, with mirrored ones if the recipe has `flip`"""
 
 
@@ -116,7 +116,7 @@ def _check_repeats(samples: Sequence[Sample]) -> None:
         )
 
 
-def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Frame]:
+def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Crop]:
     """Crops in which an image is used."""
     random_crops = None
     if data.crop == "random":
@@ -190,7 +190,7 @@ def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], ti
         DiffgraftError: none of them can be opened.
     """
     pictures, crops = [sample.picture for sample in samples], [sample.frames for sample in samples]
-    encoded = encode_cached(base, pictures, crops, masked=data.masks.use, keep=data.cache, title=title)
+    encoded = encode_pictures(base, pictures, crops, masked=data.masks.use, keep=data.cache, title=title)
     if not encoded.rows:
         raise DiffgraftError(f"None of the {len(samples)} images can be opened. Save them again as JPEG or PNG.")
     examples = [
@@ -315,7 +315,7 @@ def data_digest(*groups: Examples | None) -> str:
     return digest.hexdigest()
 
 
-def _frame_text(frame: Frame) -> str:
+def _frame_text(frame: Crop) -> str:
     """Text of a frame as it is hashed."""
     return (
         f"Frame(original={frame.original!r}, scaled={frame.scaled!r}, corner={frame.corner!r}, size={frame.size!r}, "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, approximate, approximate_product
-from diffgraft.adapters.ops.effect import as_product
+from diffgraft.adapters.ops.effect import total_as_product
 from diffgraft.adapters.registry import read_delta
 from diffgraft.errors import DiffgraftError
 
@@ -99,7 +99,7 @@ def test_a_loha_in_tucker_s_variant_is_a_product_of_thin_factors() -> None:
     leaves = {f"hada_t{side}": torch.randn(2, 2, 3, 1, generator=random) for side in (1, 2)}
     leaves |= {f"hada_w{side}_a": torch.randn(2, 30, generator=random) for side in (1, 2)}
     leaves |= {f"hada_w{side}_b": torch.randn(2, 20, generator=random) for side in (1, 2)}
-    product = as_product([(read_delta("loha", leaves, 1.5), 0.7)], (30, 20, 3, 1))
+    product = total_as_product([(read_delta("loha", leaves, 1.5), 0.7)], (30, 20, 3, 1))
     assert product is not None
     up, down = (factor.double() for factor in product)
     assert up.shape == (30, 4)

@@ -67,7 +67,7 @@ huber_c = 0.2
 def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
     recipe, report = make(lora_toml=LORA)
     assert (recipe.task, recipe.base, recipe.method) == ("style", "sd15.safetensors", "lora")
-    assert (recipe.layers, recipe.rank, recipe.scale_alpha()) == ("attention+feedforward", 24, 6)
+    assert (recipe.layers, recipe.rank, recipe.alpha_or_rank()) == ("attention+feedforward", 24, 6)
     assert (recipe.lr, recipe.text_encoder, recipe.lr_scale) == (2e-4, True, {"text_encoder": 0.25})
     assert (recipe.optimizer, recipe.weight_decay, recipe.max_grad_norm) == ("lion8bit", 0.05, 1e9)
     assert (recipe.lr_schedule, recipe.lr_cycles, recipe.warmup, recipe.steps) == ("cosine_with_restarts", 3, 90, 900)
@@ -101,7 +101,7 @@ def test_a_lora_configuration_becomes_a_recipe(make: Make) -> None:
 def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
     """Defaults of sd-scripts that are not ours are written: a scale of 1 / 4, a rate of 2e-6, one picture a step."""
     recipe, report = make(bare_toml='network_module = "networks.lora"\ntrain_data_dir = "/nowhere"')
-    assert (recipe.rank, recipe.scale_alpha(), recipe.lr, recipe.batch, recipe.steps) == (4, 1, 2e-6, 1, 1600)
+    assert (recipe.rank, recipe.alpha_or_rank(), recipe.lr, recipe.batch, recipe.steps) == (4, 1, 2e-6, 1, 1600)
     assert (recipe.precision, recipe.text_encoder, recipe.loss) == ("float32", True, Loss())
     assert recipe.captions.use  # of .caption files, which are the default there
     assert "remove those that should not be read" in told(report)["caption_extension"]  # .caption, by default
@@ -365,7 +365,7 @@ GUI: dict[str, Any] = {
 @pytest.mark.usefixtures("kohya_folder")
 def test_a_configuration_of_the_gui(make: Make) -> None:
     recipe, report = make(gui_json=GUI)
-    assert (recipe.method, recipe.rank, recipe.scale_alpha()) == ("loha", 8, 4)
+    assert (recipe.method, recipe.rank, recipe.alpha_or_rank()) == ("loha", 8, 4)
     assert recipe.options == {"conv_rank": 2, "tucker": True}
     assert (recipe.lr, recipe.lr_scale, recipe.weight_decay) == (4e-4, {"text_encoder": 0.25}, 0.1)
     assert (recipe.steps, recipe.warmup, recipe.seed) == (math.ceil(11 / 2 * 5), 2, 1234)  # the GUI rounds once

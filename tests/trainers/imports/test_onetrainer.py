@@ -64,7 +64,7 @@ def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
         "lora",
         "attention+feedforward",
     )
-    assert (recipe.layers, recipe.rank, recipe.scale_alpha(), recipe.lr) == ("attention+feedforward", 12, 3, 4e-4)
+    assert (recipe.layers, recipe.rank, recipe.alpha_or_rank(), recipe.lr) == ("attention+feedforward", 12, 3, 4e-4)
     assert (recipe.text_encoder, recipe.lr_scale) == (True, {"text_encoder": 0.25})
     in_epoch = math.ceil(math.ceil(3 * 4 / 2) / 2)
     assert (recipe.steps, recipe.text_encoder_stop) == (10 * in_epoch, 4 * in_epoch)
@@ -89,7 +89,7 @@ def test_a_configuration_and_its_concepts_become_a_recipe(make: Make) -> None:
 def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
     """Defaults of OneTrainer that are not ours are written: half precision, a warm-up, buckets, random crops."""
     recipe, report = make(config_json={"training_method": "LORA", "model_type": "STABLE_DIFFUSION_15"})
-    assert (recipe.rank, recipe.scale_alpha(), recipe.lr, recipe.warmup) == (16, 1, 3e-6, 200)
+    assert (recipe.rank, recipe.alpha_or_rank(), recipe.lr, recipe.warmup) == (16, 1, 3e-6, 200)
     assert (recipe.precision, recipe.gradient_checkpointing, recipe.buckets.use) == ("float16", True, True)
     assert (recipe.layers, recipe.trackers, recipe.batch) == ("all", ["tensorboard"], 1)
     assert set(report.todos) == {"images", "steps"}

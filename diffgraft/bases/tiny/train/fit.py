@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
+from diffgraft.devices import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StagePlan:
 
 def autocast() -> torch.autocast:
     """Return the context of mixed precision: bfloat16 where the processor has it, as others only emulate it slowly."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 def fingerprint(model: nn.Module) -> str:

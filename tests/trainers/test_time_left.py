@@ -5,7 +5,7 @@ import io
 import pytest
 
 from diffgraft.progress import Advance, Bars, Done, Phase
-from diffgraft.trainers.hooks.eta import Eta
+from diffgraft.trainers.hooks.time_left import TimeLeft
 
 SAMPLES, CHECKPOINT = 10.0, 2.0
 
@@ -15,13 +15,13 @@ class Simulated:
 
     def __init__(self, done: int) -> None:
         self.now, self.done = 1000.0, done
-        self.pace = Eta(100, lambda: self.now)
+        self.pace = TimeLeft(100, lambda: self.now)
         self.now += 30
 
     def step(self) -> None:
         self.now += 1
         self.done += 1
-        self.pace.update()
+        self.pace.end_step()
         for kind, every, seconds in (("samples", 20, SAMPLES), ("checkpoint", 15, CHECKPOINT)):
             if self.done % every == 0:
                 with self.pace.pause(kind, every):
@@ -50,10 +50,10 @@ def test_the_rest_takes_what_was_said_it_would(begun: int) -> None:
 
 def test_steps_that_grow_slower_are_followed() -> None:
     now = 0.0
-    pace = Eta(1000, lambda: now)
+    pace = TimeLeft(1000, lambda: now)
     for took in [1.0] * 200 + [3.0] * 100:
         now += took
-        pace.update()
+        pace.end_step()
     assert pace.remaining(300) == pytest.approx(700 * 3)
 
 

@@ -10,7 +10,7 @@ _WINDOW = 100
 """Number of recent steps whose mean duration is used"""
 
 
-class Eta:
+class TimeLeft:
     """Measures steps and pauses and estimates the time left; the slow first step counts only until the second."""
 
     def __init__(self, steps: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -22,7 +22,7 @@ class Eta:
         """Interval in steps → kind of pause → seconds that each took"""
         self._last_update, self._paused = clock(), 0.0
 
-    def update(self) -> None:
+    def end_step(self) -> None:
         """Record that a step was completed; it took the time since the last update, less pauses."""
         now = self._clock()
         duration = now - self._last_update - self._paused
