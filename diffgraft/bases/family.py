@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from diffgraft.diffusion.parameterizations import Parameterization
+from diffgraft.errors import DiffgraftError
 
 if TYPE_CHECKING:
     from diffgraft.bases.base import Base
@@ -110,6 +111,27 @@ class Family(ABC):
             prompts: n prompts.
             whole: whether prompts beyond the tokenizer's length are read in chunks instead of being truncated.
         """
+
+    def text_states(
+        self,
+        base: "Base",  # noqa: ARG002
+        ids: Sequence[Tensor],  # noqa: ARG002
+        clip_skip: int = 1,  # noqa: ARG002
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the text encoders on token ids, so that tokens can have weights.
+
+        Args:
+            base: base whose text encoders are used.
+            ids: token ids [n, chunks, length] for each text encoder.
+            clip_skip: layer whose output is used, counted from the last, which is 1.
+
+        Returns:
+            Hidden states [n, chunks, length, width] of each text encoder, and `Conditioning.added`.
+
+        Raises:
+            DiffgraftError: the family has no weights of words, or `clip_skip` is more than its layers.
+        """
+        raise DiffgraftError(f"Bases of the family {self.name} have no weights of words: write the prompt without.")
 
     @abstractmethod
     def denoise(

@@ -5,6 +5,15 @@ from typing import Any
 
 import torch
 
+from diffgraft.errors import DiffgraftError
+
+
+def check_clip_skip(encoder: Any, clip_skip: int) -> None:
+    """Raise DiffgraftError if a text encoder has fewer layers than `clip_skip`, which counts them from the last."""
+    layers = encoder.config.num_hidden_layers
+    if not 1 <= clip_skip <= layers:
+        raise DiffgraftError(f"Invalid value clip_skip={clip_skip}: this base's text encoder has {layers} layers.")
+
 
 def truncated_text(tokenizer: Any, prompt: str) -> str:
     """Return the end of `prompt` that exceeds the tokenizer's length; empty if all of it fits."""

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Conditioning, TextSlot
-from diffgraft.bases.tokens import token_ids
+from diffgraft.bases.tokens import check_clip_skip, token_ids
 from diffgraft.bases.unet import UNetFamily
 
 
@@ -24,8 +26,22 @@ class StableDiffusion1(UNetFamily):
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:
         """Return the last hidden state [n, 77, width], or [n, 77 · chunks, width] if `whole`."""
-        ids = token_ids(base.tokenizer, prompts, whole).to(base.device)
-        return Conditioning(base.text_encoder(ids.flatten(0, 1))[0].unflatten(0, ids.shape[:2]).flatten(1, 2))
+        (states,), _ = self.text_states(base, [token_ids(base.tokenizer, prompts, whole).to(base.device)])
+        return Conditioning(states.flatten(1, 2))
+
+    def text_states(
+        self, base: Base, ids: Sequence[Tensor], clip_skip: int = 1
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Return the last hidden state, or for `clip_skip` above 1 an earlier one with the final normalization."""
+        (tokens,), encoder = ids, base.text_encoder
+        states: Tensor
+        if clip_skip == 1:
+            states = encoder(tokens.flatten(0, 1))[0]
+        else:
+            check_clip_skip(encoder, clip_skip)
+            earlier = encoder(tokens.flatten(0, 1), output_hidden_states=True).hidden_states[-clip_skip]
+            states = getattr(encoder, "text_model", encoder).final_layer_norm(earlier)
+        return [states.view(*tokens.shape[:2], *states.shape[1:])], {}
 
 
 FAMILY = StableDiffusion1()

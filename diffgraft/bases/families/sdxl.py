@@ -7,7 +7,7 @@ import torch
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Conditioning, SizeConditioning, TextSlot
-from diffgraft.bases.tokens import token_ids
+from diffgraft.bases.tokens import check_clip_skip, token_ids
 from diffgraft.bases.unet import UNetFamily
 
 
@@ -30,14 +30,26 @@ class StableDiffusionXL(UNetFamily):
 
         The pooled embedding is that of the first chunk of a prompt.
         """
+        tokenizers = (base.tokenizer, base.tokenizer_2)
+        ids = [token_ids(tokenizer, prompts, whole).to(base.device) for tokenizer in tokenizers]
+        states, added = self.text_states(base, ids)
+        return Conditioning(torch.cat([state.flatten(1, 2) for state in states], -1), added)
+
+    def text_states(
+        self, base: Base, ids: Sequence[torch.Tensor], clip_skip: int = 1
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """Return hidden states without the final normalization, and the second encoder's pooled embedding.
+
+        They are the penultimate ones for `clip_skip` 1 and 2.
+        """
         states, pooled = [], None
-        for tokenizer, encoder in ((base.tokenizer, base.text_encoder), (base.tokenizer_2, base.text_encoder_2)):
-            ids = token_ids(tokenizer, prompts, whole).to(base.device)
-            out = encoder(ids.flatten(0, 1), output_hidden_states=True)
-            states.append(out.hidden_states[-2].unflatten(0, ids.shape[:2]).flatten(1, 2))
-            pooled = out[0].unflatten(0, ids.shape[:2])[:, 0]
+        for tokens, encoder in zip(ids, (base.text_encoder, base.text_encoder_2), strict=True):
+            check_clip_skip(encoder, clip_skip)
+            out = encoder(tokens.flatten(0, 1), output_hidden_states=True)
+            states.append(out.hidden_states[-max(clip_skip, 2)].unflatten(0, tokens.shape[:2]))
+            pooled = out[0].unflatten(0, tokens.shape[:2])[:, 0]
         assert pooled is not None
-        return Conditioning(torch.cat(states, -1), {"text_embeds": pooled})
+        return states, {"text_embeds": pooled}
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, torch.Tensor]:
         """Return ``time_ids`` [n, 6]: original size, crop corner and target size; float32, as float16 rounds them."""
