@@ -135,7 +135,9 @@ class MixerFamily(Family):
     def denoise(
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        sigmas = base.parameterization.sigmas.to(noisy)[timesteps]
+        table, low = base.parameterization.sigmas.to(noisy), timesteps.long()
+        high = (low + 1).clamp_max(len(table) - 1)
+        sigmas = torch.lerp(table[low], table[high], (timesteps - low).to(noisy))
         prediction: Tensor = denoiser(noisy.to(base.denoiser.dtype), sigmas, conditioning.hidden_states)
         return prediction
 

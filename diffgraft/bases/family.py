@@ -112,6 +112,11 @@ class Family(ABC):
             whole: whether prompts beyond the tokenizer's length are read in chunks instead of being truncated.
         """
 
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether the family implements `text_states`, so that words can have weights."""
+        return type(self).text_states is not Family.text_states
+
     def text_states(
         self,
         base: "Base",  # noqa: ARG002
@@ -143,7 +148,7 @@ class Family(ABC):
             base: base of the denoiser.
             denoiser: `base.denoiser`, or a compiled or sharded copy of it.
             noisy: noisy latents of the family's forward process.
-            timesteps: indices into the schedule of `parameterization`.
+            timesteps: indices into the schedule of `parameterization`; samplers also ask for fractions between two.
             conditioning: result of `encode` and `size_conditioning` for n prompts.
         """
 

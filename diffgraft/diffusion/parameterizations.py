@@ -56,6 +56,17 @@ class Parameterization(ABC):
     def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         """Return the clean latents [n, c, h, w] implied by a prediction for `noisy` [n, c, h, w] at `timesteps` [n]."""
 
+    @abstractmethod
+    def alpha_at(self, level: float) -> float:
+        """Return α at the noise level σ / α = `level`, which may lie between two timesteps."""
+
+    @abstractmethod
+    def x0_at(self, x: Tensor, prediction: Tensor, level: float) -> Tensor:
+        """Return the clean latents [n, c, h, w] implied by a prediction for α · x, where x = x₀ + `level` · ε.
+
+        Samplers work in this convention of Karras et al. 2022, arXiv:2206.00364.
+        """
+
     def signal(self, timesteps: Tensor) -> Tensor:
         """Return α² at `timesteps` [n], the share of the picture in a latent's variance."""
         return self.alphas.to(timesteps.device)[timesteps].square()
@@ -100,6 +111,10 @@ class _VariancePreserving(Parameterization):
         self.alphas_cumprod = alphas_cumprod
         self.alphas, self.sigmas = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
 
+    def alpha_at(self, level: float) -> float:
+        """Return 1 / √(1 + level²)."""
+        return float(1 / (1 + level**2) ** 0.5)
+
     def signal(self, timesteps: Tensor) -> Tensor:
         """Return ᾱ at `timesteps` [n]."""
         return self.alphas_cumprod.to(timesteps.device)[timesteps]
@@ -121,6 +136,9 @@ class Epsilon(_VariancePreserving):
     def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = self._mixed(noisy, timesteps)
         return (noisy - sigma * prediction) / alpha
+
+    def x0_at(self, x: Tensor, prediction: Tensor, level: float) -> Tensor:
+        return x - level * prediction
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return min(SNR, γ) / SNR at `timesteps` [n]."""
@@ -144,6 +162,10 @@ class V(_VariancePreserving):
     def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = self._mixed(noisy, timesteps)
         return alpha * noisy - sigma * prediction
+
+    def x0_at(self, x: Tensor, prediction: Tensor, level: float) -> Tensor:
+        alpha = self.alpha_at(level)
+        return alpha * (alpha * x - level * prediction)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Return min(SNR, γ) / (SNR + 1) at `timesteps` [n]."""
@@ -175,6 +197,13 @@ class Flow(Parameterization):
     def x0(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
         _, sigma = self._mixed(noisy, timesteps)
         return noisy - sigma * prediction
+
+    def alpha_at(self, level: float) -> float:
+        """Return 1 / (1 + level)."""
+        return 1 / (1 + level)
+
+    def x0_at(self, x: Tensor, prediction: Tensor, level: float) -> Tensor:
+        return self.alpha_at(level) * (x - level * prediction)
 
     def min_snr_weight(self, timesteps: Tensor, gamma: float) -> Tensor:  # noqa: ARG002
         """Raise DiffgraftError: the weight is derived for ᾱ of a variance-preserving schedule."""

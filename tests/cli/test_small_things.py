@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
 
 
 def test_pictures_that_were_learnt_stand_above_before_and_after(base: Base, pictures: Path, tmp_path: Path) -> None:
-    settings = {**SHORT, "steps": 1, "sample_prompts": "a dog", "prior": {"weight": 0}}
+    settings = {**SHORT, "steps": 1, "sample_prompts": "a dog", "prior": {"weight": 0}, "previews": True}
     run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
     with Image.open(run.before_after) as sheet:
         assert sheet.height == 2 * (128 + 20 + 6)

@@ -49,7 +49,7 @@ def test_training_goes_on_without_samples_that_overflow(
         raise OverflowedPictureError("Latents overflowed.")
 
     monkeypatch.setattr("diffgraft.trainers.hooks.samples.generate", overflow)
-    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}}
+    settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}, "previews": True}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)

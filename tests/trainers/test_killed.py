@@ -85,6 +85,7 @@ def lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.mark.usefixtures("good_class_images")
 def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, tmp_path: Path) -> None:
     """Killed, taken up at once, refused to another process meanwhile, stopped by Ctrl-C, and taken up again.
 

@@ -114,6 +114,7 @@ def both(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("good_class_images")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_are_one_with_twice_the_batches(
     name: str, both: Path, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -79,7 +79,7 @@ def test_recipes_of_a_person_and_of_a_run_may_have_former_keys(tmp_path: Path) -
 
 def test_a_run_of_the_release_before_goes_on(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "timesteps": {"min": 100}}
-    run = train("subject", base=base, output=tmp_path / "run", previews=False, **{**settings, "steps": 3})
+    run = train("subject", base=base, output=tmp_path / "run", **{**settings, "steps": 3})
     for folder in checkpoints(run.folder):
         state = _read_state(folder)
         recipe = state["identity"]["recipe"]
@@ -126,7 +126,7 @@ def test_nested_and_dotted_entries_of_one_mapping_are_joined() -> None:
 
 def test_the_same_values_as_text_are_no_change(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "options": {"loraplus_ratio": 4}}
-    run = train("subject", base=base, output=tmp_path / "run", previews=False, **{**settings, "steps": 2})
+    run = train("subject", base=base, output=tmp_path / "run", **{**settings, "steps": 2})
     text = {"options": {"loraplus_ratio": "4"}, "lr_scale": {"unet": "2"}}
     assert train(base=base, resume=run.folder, steps="3", **text).steps == 3
     with pytest.raises(DiffgraftError, match=r"options\.loraplus_ratio: 4 → 5"):

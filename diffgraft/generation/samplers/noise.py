@@ -114,4 +114,5 @@ def _turned(share: float, start: Tensor, end: Tensor) -> Tensor:
     angle = cosine.acos()
     sine = angle.sin()
     own, other = (((part * angle).sin() / sine).unsqueeze(1) for part in (1 - share, share))
-    return own * start + other * end
+    turned: Tensor = own * start + other * end
+    return turned

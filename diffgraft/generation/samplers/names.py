@@ -1,0 +1,60 @@
+"""Samplers by the names of webui, and what each of them is used with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.generation.samplers import k_diffusion
+from diffgraft.generation.samplers.k_diffusion import Sampler
+from diffgraft.generation.samplers.schedules import NoiseLevels, schedule_sigmas
+
+
+@dataclass(frozen=True)
+class NamedSampler:
+    """A sampler, and webui's schedule for it."""
+
+    run: Sampler
+    schedule: str = "uniform"
+    """Schedule that is used unless another one is asked for"""
+    drops_second_last: bool = False
+    """Whether the second last noise level is left out, as the sampler is unstable there; one more is then computed"""
+    is_random: bool = False
+    """Whether it adds noise on the way"""
+
+
+SAMPLERS: Mapping[str, NamedSampler] = {
+    "euler": NamedSampler(k_diffusion.euler),
+    "euler a": NamedSampler(k_diffusion.euler_ancestral, is_random=True),
+    "lms": NamedSampler(k_diffusion.lms),
+    "heun": NamedSampler(k_diffusion.heun),
+    "dpm2": NamedSampler(k_diffusion.dpm2, "karras", drops_second_last=True),
+    "dpm2 a": NamedSampler(k_diffusion.dpm2_ancestral, "karras", drops_second_last=True, is_random=True),
+    "dpm++ 2m": NamedSampler(k_diffusion.dpmpp_2m, "karras"),
+    "dpm++ 2m sde": NamedSampler(k_diffusion.dpmpp_2m_sde, "exponential", is_random=True),
+    "dpm++ 2m sde heun": NamedSampler(k_diffusion.dpmpp_2m_sde_heun, "exponential", is_random=True),
+    "dpm++ 3m sde": NamedSampler(k_diffusion.dpmpp_3m_sde, "exponential", drops_second_last=True, is_random=True),
+    "dpm++ 2s a": NamedSampler(k_diffusion.dpmpp_2s_ancestral, "karras", is_random=True),
+    "dpm++ sde": NamedSampler(k_diffusion.dpmpp_sde, "karras", is_random=True),
+    "restart": NamedSampler(k_diffusion.restart, "karras", is_random=True),
+    "lcm": NamedSampler(k_diffusion.lcm, "sgm uniform", is_random=True),
+    "ddim": NamedSampler(k_diffusion.euler, "ddim"),
+}
+"""Name → sampler; DDIM without noise is Euler's method on its own noise levels (Karras et al. 2022, appendix C.3)"""
+
+
+def named_sampler(name: str) -> NamedSampler:
+    """Return the sampler of a name, in capitals or not.
+
+    Raises:
+        DiffgraftError: there is none of this name.
+    """
+    known = SAMPLERS.get(name.lower())
+    if known is None:
+        raise DiffgraftError(f"Invalid value sampler={name!r}: {did_you_mean(name.lower(), SAMPLERS)}")
+    return known
+
+
+def sampler_sigmas(sampler: NamedSampler, schedule: str | None, steps: int, levels: NoiseLevels) -> list[float]:
+    """Return the noise levels that a sampler runs through, for a schedule or for its own."""
+    sigmas = schedule_sigmas(schedule or sampler.schedule, steps + sampler.drops_second_last, levels)
+    return [*sigmas[:-2], sigmas[-1]] if sampler.drops_second_last else sigmas
