@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffgraft.draw import generate
     from diffgraft.errors import DiffgraftError
     from diffgraft.generation.graft import graft
+    from diffgraft.generation.session import DrawSettings, Session
     from diffgraft.trainers.run.folder import Run
     from diffgraft.trainers.run.train import train
 
@@ -41,6 +42,8 @@ _HOMES = {
     "DiffgraftError": "diffgraft.errors",
     "graft": "diffgraft.generation.graft",
     "generate": "diffgraft.draw",
+    "DrawSettings": "diffgraft.generation.session",
+    "Session": "diffgraft.generation.session",
     **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
     "Run": "diffgraft.trainers.run.folder",
     "train": "diffgraft.trainers.run.train",
@@ -49,7 +52,9 @@ __all__ = [
     "Adapter",
     "Base",
     "DiffgraftError",
+    "DrawSettings",
     "Run",
+    "Session",
     "combine",
     "convert",
     "extract",

@@ -55,7 +55,7 @@ def test_help_is_quick_and_loads_no_heavy_library() -> None:
             printed[code] = done.stdout
     assert "train" in printed[ours]
     assert "generate" in printed[ours]
-    assert min(spent[ours]) < 1.7 * min(spent[bare])
+    assert min(spent[ours]) < 2.5 * min(spent[bare])
 
 
 def test_imports_run_downward() -> None:

@@ -135,14 +135,17 @@ class Session:
         Args:
             adapter: its file or name in the library, or the adapter itself.
             strength: as in `diffgraft.generation.graft.graft`.
-            name: name to change or remove it by; by default that of the file, without its suffix.
+            name: name to change or remove it by; by default the name in the library, or that of the file without its
+                suffix.
 
         Raises:
             DiffgraftError: there is no such adapter, or it does not fit the base; nothing has changed.
         """
         found = adapter if isinstance(adapter, Adapter) else self._load(str(adapter))
-        key = name or (adapter.method if isinstance(adapter, Adapter) else Path(adapter).stem)
-        self._apply({**self._in_use, key: InUse(found, strength)}, 0, 1)
+        if not name:
+            name = adapter.method if isinstance(adapter, Adapter) else str(adapter)
+            name = Path(name).stem if Path(name).expanduser().exists() else name
+        self._apply({**self._in_use, name: InUse(found, strength)}, 0, 1)
 
     def remove(self, name: str) -> None:
         """Stop using an adapter.
