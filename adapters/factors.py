@@ -129,6 +129,14 @@ class FactorDelta(LinearDelta):
         leaves = {name: leaf.float() for name, leaf in match_conv_axes(self.leaves, shape).items()}
         return self.scale * self.factors.weight(leaves, shape)
 
+    def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
+        """Add ΔW; that of a LoRA is added as it is multiplied out, so that it is never held apart."""
+        factors = self.low_rank_factors(strength) if self.is_lora else None
+        if factors is None:
+            return super().apply(weight, bias, strength)
+        up, down = (factor.to(weight.device) for factor in factors)
+        return torch.addmm(weight.float().flatten(1), up, down).view(weight.shape), bias
+
     def fits(self, weight_shape: Shape) -> bool:
         leaves = _on_meta(match_conv_axes(self.leaves, weight_shape))
         try:

@@ -6,7 +6,7 @@ and apply the adapters to it whenever they compute.
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from os import PathLike
@@ -34,6 +34,8 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 AdapterStrengths = Mapping[Any, Strength]
 """File, folder of a run, or `Adapter` → strength, or strengths by part or block (keys of `Mapping` are invariant)"""
 
+ModuleDeltas = list[tuple[Delta, float]]
+"""Deltas of one module in the order in which they are applied, with their strengths"""
 WordVectors = Mapping[str, Mapping[str, Tensor]]
 """Word → name of a text encoder → embedding vectors [n, width]"""
 
@@ -75,11 +77,15 @@ class Graft:
         self._hash = target.hash if isinstance(target, Base) else None
         self._saved: dict[str, tuple[nn.Module, Tensor | None, Tensor | None]] = {}
         """Module path → module, and its original weight and bias; None for quantized modules, whose weight stays"""
+        self._merged: dict[str, ModuleDeltas] = {}
+        """Module path → what is merged into it now"""
+        self._extras: list[tuple[object, float]] = []
+        """Words and networks that are applied now, with their strengths"""
         self._undo: list[Callable[[], None]] = []
         """Functions that remove words and networks, in the order in which they were added"""
 
     def set(self, adapters: AdapterStrengths) -> None:
-        """Replace all adapters of this graft by `adapters`.
+        """Replace all adapters of this graft by `adapters`; modules whose deltas and strengths stay are left alone.
 
         Raises:
             DiffgraftError: an adapter cannot be read, or does not fit this base.
@@ -88,7 +94,8 @@ class Graft:
             raise DiffgraftError(
                 f"Invalid adapters {adapters!r}: must be a mapping of files to strengths, such as {{FILE: 0.8}}."
             )
-        merged: dict[str, tuple[nn.Module, list[tuple[Delta, float]]]] = {}
+        modules: dict[str, nn.Module] = {}
+        merged: dict[str, ModuleDeltas] = {}
         networks: list[tuple[str, Network, float]] = []
         words: list[tuple[str, WordVectors]] = []
         for source, value in adapters.items():
@@ -99,51 +106,80 @@ class Graft:
                 warnings.warn(
                     f"{name} does not change {', '.join(unused)}: its strength there has no effect.", stacklevel=4
                 )
-            modules = self._resolve(name, adapter)
+            modules |= self._resolve(name, adapter)
             self._warn_of_another_base(name, adapter)
             for path, deltas in adapter.deltas.items():
                 if strength := strengths.at(path):
-                    merged.setdefault(path, (modules[path], []))[1].extend((delta, strength) for delta in deltas)
+                    merged.setdefault(path, []).extend((delta, strength) for delta in deltas)
             if strength := strengths.denoiser:
                 networks += [(name, network, strength) for network in adapter.networks]
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
         words = _without_duplicate_words(words)
-        self.remove()
+        before = self._merged
+        changed = [path for path in {**before, **merged} if not _is_same(merged.get(path), before.get(path))]
+        self._check_newest(changed)
         try:
-            for path, (module, deltas_of_module) in merged.items():
-                self._merge(path, module, deltas_of_module)
-            for name, tokens in words:
-                try:
-                    self._undo.append(AddedTokens(self._target, tokens).remove)
-                except DiffgraftError as error:
-                    raise DiffgraftError(f"{name} cannot be used here. {error}") from error
-            for name, network, strength in networks:
-                try:
-                    self._undo.append(network.hook(self._parts, strength))
-                except (ValueError, KeyError) as error:
-                    raise DiffgraftError(f"{name} does not fit this base: {error}.") from error
+            self._set_extras(words, networks)
+            for path in changed:
+                if path in merged:
+                    self._merge(path, modules[path], merged[path])
+                else:
+                    self._restore(path)
         except BaseException:
             self.remove()
             raise
+        self._merged = merged
+
+    def _set_extras(
+        self, words: Sequence[tuple[str, WordVectors]], networks: Sequence[tuple[str, Network, float]]
+    ) -> None:
+        """Replace words and networks, unless they stay the same."""
+        extras: list[tuple[object, float]] = [(vectors, 1.0) for _, tokens in words for vectors in tokens.values()]
+        extras += [(network, strength) for _, network, strength in networks]
+        if _is_same(extras, self._extras):
+            return
+        self._remove_extras()
+        for name, tokens in words:
+            try:
+                self._undo.append(AddedTokens(self._target, tokens).remove)
+            except DiffgraftError as error:
+                raise DiffgraftError(f"{name} cannot be used here. {error}") from error
+        for name, network, strength in networks:
+            try:
+                self._undo.append(network.hook(self._parts, strength))
+            except (ValueError, KeyError) as error:
+                raise DiffgraftError(f"{name} does not fit this base: {error}.") from error
+        self._extras = extras
+
+    def _remove_extras(self) -> None:
+        self._extras = []
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     @torch.no_grad()
-    def _merge(self, path: str, module: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> None:
-        """Apply all deltas of one module in float32, then round to its dtype once."""
+    def _merge(self, path: str, module: nn.Module, deltas: ModuleDeltas) -> None:
+        """Apply all deltas of one module to its original weight in float32, then round to its dtype once."""
         if isinstance(module, Quantized):  # it applies them whenever it computes, so that no whole weight is held
+            if path in self._saved:
+                self._restore(path)
             self._saved[path] = (module, None, None)
             _GRAFTS.setdefault(module, []).append(self)
             on_device = [(_to_device(module.weight.device, delta), strength) for delta, strength in deltas]
             module.changes.append(partial(_apply_all, on_device))
             return
         weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
-        self._saved[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
-        _GRAFTS.setdefault(module, []).append(self)
+        if path not in self._saved:
+            self._saved[path] = (module, weight.detach().clone(), None if bias is None else bias.detach().clone())
+            _GRAFTS.setdefault(module, []).append(self)
+        _, original, original_bias = self._saved[path]
+        assert original is not None
         new_weight, new_bias = _apply_all(
-            deltas, weight.detach().float(), None if bias is None else bias.detach().float()
+            deltas, original.float(), None if original_bias is None else original_bias.float()
         )
         for new, old in ((new_weight, weight), (new_bias, bias)):
-            if new is not None and old is not None and not new.to(old.dtype).isfinite().all():
+            if new is not None and old is not None and not _is_finite(new.to(old.dtype)):
                 raise DiffgraftError(
                     f"With these adapters {path} overflows {str(old.dtype).removeprefix('torch.')}, and pictures would "
                     "be black. Use smaller strengths, or check the files with `diffgraft inspect`."
@@ -153,27 +189,34 @@ class Graft:
             bias.copy_(new_bias)
 
     @torch.no_grad()
+    def _restore(self, path: str) -> None:
+        """Put back the original weight of one module."""
+        module, weight, bias = self._saved.pop(path)
+        _GRAFTS[module].pop()
+        if weight is None:
+            assert isinstance(module, Quantized)
+            module.changes.pop()
+            return
+        module.get_parameter("weight").copy_(weight)
+        if bias is not None:
+            module.get_parameter("bias").copy_(bias)
+
+    def _check_newest(self, paths: Iterable[str]) -> None:
+        """Raise DiffgraftError if a newer graft changes one of the modules at `paths`."""
+        if any(path in self._saved and _GRAFTS[self._saved[path][0]][-1] is not self for path in paths):
+            raise DiffgraftError("A newer graft changes the same modules: remove that one first.")
+
     def remove(self) -> None:
         """Restore the target's original weights; calling it again does nothing.
 
         Raises:
             DiffgraftError: a newer graft changes the same modules and must be removed first; nothing has changed.
         """
-        if any(_GRAFTS[module][-1] is not self for module, _, _ in self._saved.values()):
-            raise DiffgraftError("A newer graft changes the same modules: remove that one first.")
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
-        for module, weight, bias in self._saved.values():
-            _GRAFTS[module].pop()
-            if weight is None:
-                assert isinstance(module, Quantized)
-                module.changes.pop()
-                continue
-            module.get_parameter("weight").copy_(weight)
-            if bias is not None:
-                module.get_parameter("bias").copy_(bias)
-        self._saved.clear()
+        self._check_newest(self._saved)
+        self._remove_extras()
+        for path in [*self._saved]:
+            self._restore(path)
+        self._merged = {}
 
     def _find(self, path: str) -> nn.Module | None:
         """Return the module at an adapter's path, or None; some text encoders still have the level ``text_model``."""
@@ -271,6 +314,18 @@ def _apply_all(
     for delta, strength in deltas:
         weight, bias = delta.apply(weight, bias, strength)
     return weight, bias
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite; their sum tells it in half the time, unless that alone overflows."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+
+
+def _is_same(new: Sequence[tuple[object, float]] | None, old: Sequence[tuple[object, float]] | None) -> bool:
+    """Whether two lists hold the very same objects at the same strengths, in the same order."""
+    if new is None or old is None or len(new) != len(old):
+        return new is old
+    return all(a is b and strength == other for (a, strength), (b, other) in zip(new, old, strict=True))
 
 
 def _to_device(device: torch.device, value: Any) -> Any:

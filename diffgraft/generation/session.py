@@ -7,6 +7,7 @@ pictures = session.draw("a (sks dog:1.2) [in the snow:at night:0.5] <lora:ink:0.
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class InUse:
     """An adapter of a session, and when it has which strength."""
 
     adapter: Adapter
+    """A shallow copy, so that the same file may be in use twice"""
     strength: Strength = 1.0
     curve: Curve = (Point(1.0, 0.0, False),)
     """Factor on the strength of the denoiser, by step"""
@@ -145,7 +147,7 @@ class Session:
         if not name:
             name = adapter.method if isinstance(adapter, Adapter) else str(adapter)
             name = Path(name).stem if Path(name).expanduser().exists() else name
-        self._apply({**self._in_use, name: InUse(found, strength)}, 0, 1)
+        self._apply({**self._in_use, name: InUse(copy(found), strength)}, 0, 1)
 
     def remove(self, name: str) -> None:
         """Stop using an adapter.
@@ -173,7 +175,7 @@ class Session:
     ) -> list[Image.Image]:
         """Draw a picture of each prompt and seed: all seeds of the first prompt first.
 
-        Tags such as ``<lora:name:0.8>`` of a prompt are in use for its pictures only.
+        Tags such as ``<lora:name:0.8>`` are in use for the pictures of their prompt, beside the session's adapters.
 
         Raises:
             DiffgraftError: a prompt names an unknown adapter, or this base cannot draw with these settings.
@@ -203,7 +205,7 @@ class Session:
             emit(Note(sentence))
         before = self._in_use
         try:
-            in_use = {**before, **{f"<{tag.name}>": self._of_tag(tag) for tag in tags}}
+            in_use = {**before, **{f"{number} {tag.name}": self._of_tag(tag) for number, tag in enumerate(tags)}}
             self._apply(in_use, 0, settings.steps)
             guide = self._guide(text, settings)
             batch = settings.batch or default_batch_size(*size)
@@ -288,13 +290,17 @@ class Session:
         """Return the adapter that a tag names, with its strengths."""
         adapter = self._load(tag.name)
         strength = {"text_encoder": tag.text_encoder[0].strength, **tag.blocks}
-        return InUse(adapter, strength, tag.denoiser, tag.start, tag.end)
+        return InUse(copy(adapter), strength, tag.denoiser, tag.start, tag.end)
 
     def _apply(self, in_use: dict[str, InUse], step: int, steps: int) -> None:
         """Merge the adapters at their strengths of a step."""
         strengths = {name: item.at(step, steps) for name, item in in_use.items()}
         if strengths != self._merged or any(in_use[name] is not self._in_use.get(name) for name in in_use):
-            self._graft.set({item.adapter: strengths[name] for name, item in in_use.items()})
+            try:
+                self._graft.set({item.adapter: strengths[name] for name, item in in_use.items()})
+            except BaseException:  # the graft has removed all
+                self._graft.set({item.adapter: self._merged[name] for name, item in self._in_use.items()})
+                raise
         self._in_use, self._merged = in_use, strengths
 
     def _load(self, name: str) -> Adapter:

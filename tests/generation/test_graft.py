@@ -1,6 +1,7 @@
 """Grafting: strengths, sums, the very same bits afterwards, and errors that tell what fits."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from diffgraft.bases.tiny.world import Scene
 from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.generate import Settings, generate, use_scheduler
-from diffgraft.generation.graft import graft
+from diffgraft.generation.graft import Graft, graft
 from diffgraft.trainers.run.folder import Run
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -237,8 +238,8 @@ def test_an_adapter_of_another_base_that_fits_is_warned_of(base: Base) -> None:
 
 def test_an_error_while_merging_leaves_the_target_as_it_was(base: Base) -> None:
     class Breaks(FactorDelta):
-        def delta(self, weight_shape: tuple[int, ...]) -> torch.Tensor:
-            raise RuntimeError(f"no memory for {weight_shape}")
+        def apply(self, weight: torch.Tensor, *_: Any) -> Any:
+            raise RuntimeError(f"no memory for {weight.shape}")
 
     before = bits(base)
     other = PATH.replace("to_k", "to_v")
@@ -270,3 +271,50 @@ def test_the_pipeline_keeps_its_scheduler(base: Base) -> None:
     pipe = base.pipeline()
     generate(pipe, ["a dog"], Settings(steps=2, scheduler="euler"), [1])
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+def test_only_what_changes_is_merged_again(base: Base, short_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are those of a new graft, whatever was merged before."""
+    adapter, path = short_run.adapter, short_run.adapter.modules[3]
+    other = replace(adapter, deltas={path: adapter.deltas[path]})
+    merged: list[str] = []
+    real = Graft._merge
+
+    def counted(self: Graft, path: str, *rest: Any) -> None:
+        merged.append(path)
+        real(self, path, *rest)
+
+    monkeypatch.setattr(Graft, "_merge", counted)
+    before = bits(base)
+    with graft(base, {adapter: 0.5}) as live:
+        assert len(merged) == len(adapter.modules)
+        live.set({adapter: 0.5})
+        assert len(merged) == len(adapter.modules)
+        live.set({adapter: 0.5, other: 2.0})
+        assert merged[len(adapter.modules) :] == [path]
+        both = bits(base)
+        live.set({other: 2.0})
+        assert merged[len(adapter.modules) + 1 :] == [path]
+        alone = bits(base)
+        live.set({})
+        assert bits(base) == before
+        live.set({adapter: 0.5, other: 2.0})
+        assert bits(base) == both
+    assert bits(base) == before
+    with graft(base, {other: 2.0}):
+        assert bits(base) == alone
+    assert bits(base) == before
+
+
+def test_below_a_newer_graft_other_modules_may_change(base: Base, short_run: Run) -> None:
+    adapter, path = short_run.adapter, short_run.adapter.modules[3]
+    rest = replace(adapter, deltas={key: value for key, value in adapter.deltas.items() if key != path})
+    other = replace(adapter, deltas={path: adapter.deltas[path]})
+    before = bits(base)
+    with graft(base, {rest: 1.0, other: 1.0}) as older, graft(base, {other: 1.0}):
+        older.set({rest: 0.5, other: 1.0})
+        held = bits(base)
+        with pytest.raises(DiffgraftError, match="A newer graft changes the same modules"):
+            older.set({rest: 0.25, other: 0.5})
+        assert bits(base) == held
+    assert bits(base) == before
