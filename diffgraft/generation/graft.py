@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.strengths import Strength, strengths_of
@@ -34,6 +35,8 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 AdapterStrengths = Mapping[Any, Strength]
 """File, folder of a run, or `Adapter` → strength, or strengths by part or block (keys of `Mapping` are invariant)"""
 
+_SURELY_FINITE = 1e30
+"""Bound on the entries of ΔW below which no weight in float32 overflows"""
 ModuleDeltas = list[tuple[Delta, float]]
 """Deltas of one module in the order in which they are applied, with their strengths"""
 WordVectors = Mapping[str, Mapping[str, Tensor]]
@@ -175,6 +178,10 @@ class Graft:
             _GRAFTS.setdefault(module, []).append(self)
         _, original, original_bias = self._saved[path]
         assert original is not None
+        if _add_low_rank(weight, original, deltas):
+            if bias is not None and original_bias is not None:
+                bias.copy_(original_bias)
+            return
         new_weight, new_bias = _apply_all(
             deltas, original.float(), None if original_bias is None else original_bias.float()
         )
@@ -314,6 +321,27 @@ def _apply_all(
     for delta, strength in deltas:
         weight, bias = delta.apply(weight, bias, strength)
     return weight, bias
+
+
+def _add_low_rank(weight: Tensor, original: Tensor, deltas: ModuleDeltas) -> bool:
+    """Write the original weight plus LoRAs into a float32 weight, without memory for ΔW; False if that is not possible.
+
+    The result has the bits of `_apply_all`, which adds one after the other as well.
+    """
+    if weight.dtype != torch.float32 or not weight.is_contiguous() or not original.is_contiguous():
+        return False
+    factors = [delta.low_rank_factors(strength) for delta, strength in deltas if isinstance(delta, FactorDelta)]
+    if len(factors) != len(deltas) or not all(delta.is_lora for delta, _ in deltas):
+        return False
+    start, target = original.flatten(1), weight.flatten(1)
+    for pair in factors:
+        assert pair is not None
+        up, down = (factor.to(weight.device) for factor in pair)
+        if not float(up.abs().max()) * float(down.abs().max()) * len(down) < _SURELY_FINITE:
+            return False
+        torch.addmm(start, up, down, out=target)
+        start = target
+    return True
 
 
 def _is_finite(values: Tensor) -> bool:

@@ -238,8 +238,8 @@ def test_an_adapter_of_another_base_that_fits_is_warned_of(base: Base) -> None:
 
 def test_an_error_while_merging_leaves_the_target_as_it_was(base: Base) -> None:
     class Breaks(FactorDelta):
-        def apply(self, weight: torch.Tensor, *_: Any) -> Any:
-            raise RuntimeError(f"no memory for {weight.shape}")
+        def low_rank_factors(self, strength: float) -> Any:
+            raise RuntimeError(f"no memory at strength {strength}")
 
     before = bits(base)
     other = PATH.replace("to_k", "to_v")
@@ -318,3 +318,16 @@ def test_below_a_newer_graft_other_modules_may_change(base: Base, short_run: Run
             older.set({rest: 0.25, other: 0.5})
         assert bits(base) == held
     assert bits(base) == before
+
+
+def test_loras_written_in_place_have_the_bits_of_the_slow_way(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapters = {lora(1): 0.7, lora(2): -1.3}
+    with graft(base, adapters) as live:
+        fast = weight(base)
+        live.set({lora(3): 0.5})
+        alone = weight(base)
+    monkeypatch.setattr("diffgraft.generation.graft._add_low_rank", lambda *_: False)
+    with graft(base, adapters) as live:
+        assert torch.equal(weight(base), fast)
+        live.set({lora(3): 0.5})
+        assert torch.equal(weight(base), alone)
