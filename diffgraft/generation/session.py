@@ -289,6 +289,8 @@ class Session:
     def _of_tag(self, tag: AdapterTag) -> InUse:
         """Return the adapter that a tag names, with its strengths."""
         adapter = self._load(tag.name)
+        if tag.kind == "hypernet" and not adapter.networks:
+            raise DiffgraftError(f"{tag.name} is no hypernetwork: write <lora:{tag.name}:…> for it.")
         strength = {"text_encoder": tag.text_encoder[0].strength, **tag.blocks}
         return InUse(copy(adapter), strength, tag.denoiser, tag.start, tag.end)
 

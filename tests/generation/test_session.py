@@ -167,6 +167,7 @@ def test_a_run_that_fails_leaves_the_base_as_it_was(base: Base, library: Path) -
     for prompt, answer in (
         ("a <lora:podle:1>", r"no adapter 'podle' in .*: did you mean 'poodle'"),
         ("a <lora:poodle:1> <lora:nothing:1>", "no adapter 'nothing'"),
+        ("a <hypernet:poodle:1>", "poodle is no hypernetwork: write <lora:poodle"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             session.draw(prompt, [1], FEW)
