@@ -99,7 +99,6 @@ def main() -> None:
         own, other = statistics.median(ours), statistics.median(theirs)
         lines.append(f"| {work} | {own:.2f} s | {other:.2f} s | {own / other:.2f} |\n")
     write_text(PAGE, "".join(lines))
-    print("".join(lines))
 
 
 if __name__ == "__main__":

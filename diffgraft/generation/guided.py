@@ -66,7 +66,7 @@ class GuidedDenoiser:
             size: micro-conditioning of one picture [6], for families with it.
         """
         self.step = 0
-        self.levels = noise_levels(base)
+        self.levels, self._parameterization = noise_levels(base), base.parameterization
         self._base, self._guides, self._guidance, self._rescale, self._size = base, guides, guidance, rescale, size
         weights = [weight for guide in guides for weight, _ in guide.parts]
         self._is_guided = guidance != 1 or any(weight != 1 for weight in weights) or len(weights) > len(guides)
@@ -83,14 +83,14 @@ class GuidedDenoiser:
         predictions = self._predict(x, sigma, rows, told)
         if self._is_guided:
             predictions = torch.stack([self._guided(row, predictions, rows) for row in range(len(x))])
-        return self._base.parameterization.x0_at(x, predictions, sigma)
+        return self._parameterization.x0_at(x, predictions, sigma)
 
     def _now(self, stages: Sequence[Told]) -> Told:
         return next((stage for stage in stages if self.step <= stage.until), stages[-1])
 
     def _predict(self, x: Tensor, sigma: float, rows: Sequence[int], told: Sequence[Told]) -> Tensor:
         """Return the predictions for `told` [m, c, h, w]; prompts of unequal length are run apart."""
-        alpha = self._base.parameterization.alpha_at(sigma)
+        alpha = self._parameterization.alpha_at(sigma)
         found: dict[int, Tensor] = {}
         for length in dict.fromkeys(len(item.states) for item in told):
             places = [place for place, item in enumerate(told) if len(item.states) == length]

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.strengths import Strength
+from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.bases import Base
 from diffgraft.bases.family import SizeConditioning
 from diffgraft.bases.ldm_keys import layers_in_block
+from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.generation.generate import SMALL, SMALL_GUIDANCE, OverflowedPictureError, default_batch_size
 from diffgraft.generation.graft import Graft
@@ -367,9 +368,6 @@ def _step_of(moment: Point | None, steps: int) -> float | None:
 
 def _with_denoiser(strength: Strength, factor: float) -> Strength:
     """Return a strength whose denoiser part is multiplied by a factor."""
-    from diffgraft.adapters.strengths import strengths_of
-    from diffgraft.bases.registry import denoisers
-
     given = strengths_of("an adapter", strength)
     parts = {part: value * factor if part in denoisers() else value for part, value in given.parts.items()}
     return {**parts, **given.blocks}

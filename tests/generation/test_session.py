@@ -18,7 +18,6 @@ from diffgraft.generation.samplers.names import SAMPLERS
 from diffgraft.generation.session import DrawSettings, Session
 from diffgraft.progress import Event, Note, reporting
 from diffgraft.trainers.run.folder import Run
-from tests.conftest import SHORT
 from tests.toy_family import mixer_base
 
 FEW = DrawSettings(steps=3)
@@ -225,7 +224,7 @@ def test_guidance_is_its_formula(base: Base) -> None:
     torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
-def test_200_random_changes_end_with_the_bits_of_the_base(base: Base, library: Path, short_run: Run) -> None:
+def test_200_random_changes_end_with_the_bits_of_the_base(base: Base, library: Path) -> None:
     dice, before = np.random.default_rng(4), bits(base)
     session = Session(base, library)
     names = ["poodle", "other", "third"]
@@ -237,5 +236,3 @@ def test_200_random_changes_end_with_the_bits_of_the_base(base: Base, library: P
             session.use(library / "animals" / "poodle.safetensors", float(dice.normal()), name)
     session.close()
     assert same(bits(base), before)
-    assert SHORT["subject"] == "dog"
-    assert short_run.steps == 6

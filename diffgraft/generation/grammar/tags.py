@@ -18,7 +18,7 @@ KINDS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
 
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 _PARTS = {"te": "text_encoder", "unet": "denoiser"}
-_NAMED = (*_PARTS, "dyn", "lbw", "start", "stop", "end", "in", "mid", "out")
+_NAMED = (*_PARTS, "lbw", "start", "stop", "end", "in", "mid", "out")
 
 
 class Point(NamedTuple):
@@ -78,6 +78,10 @@ def _read(source: str, kind: str, arguments: str) -> AdapterTag:
             named[key.strip()] = value.strip()
         else:
             places.append(argument)
+    if len(places) > len(_PARTS):
+        raise DiffgraftError(
+            f"{source} has {len(places)} strengths: there are two, of the text encoder and of the denoiser."
+        )
     for key in named:
         if key not in _NAMED:
             raise DiffgraftError(f"{source} has the unknown setting {key}: {did_you_mean(key, _NAMED)}")

@@ -191,6 +191,8 @@ def test_tags() -> None:
         ("<lora:dog:much>", "'much' in <lora:dog:much> is not a number"),
         ("<lora:dog:nan>", "is not a number"),
         ("<lora:dog:1:x=2>", "unknown setting x"),
+        ("<lora:dog:1:1:dyn=4>", "unknown setting dyn"),
+        ("<lora:dog:1:1:4>", "has 3 strengths: there are two"),
         ("<lora:dog:1:start=1.5>", "a share above 1"),
         ("<lora:dog:1:start=-1>", "is none"),
         ("<lora:dog:0@0.5,1@3>", "mix shares and numbers of steps"),
