@@ -222,6 +222,9 @@ def test_guidance_is_its_formula(base: Base) -> None:
         empty[1] + 4 * (predicted(told["a cat"], 1) - empty[1]),
     ]
     torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    denoise.step = 1  # the last step of the first text
+    wanted[1] = empty[1] + 4 * (predicted(told["a dog"], 1) - empty[1])
+    torch.testing.assert_close(denoise(x, sigma).double(), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 def test_200_random_changes_end_with_the_bits_of_the_base(base: Base, library: Path) -> None:
