@@ -22,7 +22,8 @@ from diffgraft.bases.tiny.judge import LABELS, Judge, labels_of, load_judge
 from diffgraft.bases.tiny.train.pictures import SEED, UNSEEN, scene_at
 from diffgraft.bases.tiny.world import Scene, caption, draw
 from diffgraft.data.pictures import crop_to_square, to_tensor, upright_rgb
-from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.session import Session
+from diffgraft.generation.settings import DrawSettings
 
 PROMPTS_FROM = 2 * UNSEEN
 """Index of the first scene that a prompt is made from"""
@@ -76,7 +77,7 @@ def measure(count: int = 256, folder: Path = TINY, photos: Path | None = None) -
 
     prompts, scenes = prompts_and_scenes(count)
     start = time.perf_counter()
-    images = generate(base.pipeline(), prompts, Settings(steps=25, batch=32), range(count), "generating for the judge")
+    images = Session(base).draw_each(prompts, range(count), DrawSettings(batch=32), title="generating for the judge")
     report["seconds for 16 pictures"] = 16 * (time.perf_counter() - start) / count
     drawn = verdicts(judge, to_tensor(images), scenes)
     for kind in LABELS:

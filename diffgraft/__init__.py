@@ -14,7 +14,7 @@ safetensors file, and applied to a diffusers pipeline when pictures are generate
         pipe("a sks dog in the snow")  # afterwards the weights are the same bits as before
 
 The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `convert`, `combine`, `merge`, `inspect`,
-`resize`, `extract` and `grid`. Errors that a user can fix are `DiffgraftError`.
+`resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
 """
 
 from importlib import import_module
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from diffgraft.adapters.formats import load_adapter
     from diffgraft.api import combine, convert, extract, grid, inspect, merge, plan, resize
     from diffgraft.bases import Base, load_base
-    from diffgraft.draw import generate
+    from diffgraft.draw import generate, sheet
     from diffgraft.errors import DiffgraftError
     from diffgraft.generation.graft import graft
-    from diffgraft.generation.session import DrawSettings, Session
+    from diffgraft.generation.regenerate import regenerate
+    from diffgraft.generation.session import Session
+    from diffgraft.generation.settings import DrawSettings
     from diffgraft.trainers.run.folder import Run
     from diffgraft.trainers.run.train import train
 
@@ -42,7 +44,9 @@ _HOMES = {
     "DiffgraftError": "diffgraft.errors",
     "graft": "diffgraft.generation.graft",
     "generate": "diffgraft.draw",
-    "DrawSettings": "diffgraft.generation.session",
+    "sheet": "diffgraft.draw",
+    "regenerate": "diffgraft.generation.regenerate",
+    "DrawSettings": "diffgraft.generation.settings",
     "Session": "diffgraft.generation.session",
     **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
     "Run": "diffgraft.trainers.run.folder",
@@ -66,7 +70,9 @@ __all__ = [
     "load_base",
     "merge",
     "plan",
+    "regenerate",
     "resize",
+    "sheet",
     "train",
 ]
 

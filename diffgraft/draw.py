@@ -1,7 +1,10 @@
 """Generation in one call, from a base, adapters and prompts: `diffgraft.generate` and the command `generate`."""
 
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
@@ -15,14 +18,30 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of, warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
-from diffgraft.generation.generate import Settings
-from diffgraft.generation.generate import generate as draw
-from diffgraft.generation.graft import AdapterStrengths, graft
+from diffgraft.generation.graft import AdapterStrengths
+from diffgraft.generation.grammar.attention import Style
+from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.prompts import truncation_warnings, unread_syntax
+from diffgraft.generation.library import usual_name
+from diffgraft.generation.samplers.noise import NoiseSource
+from diffgraft.generation.session import Session
+from diffgraft.generation.settings import DrawSettings, Hires, Upscaler
 
 OFFLOADS = ("none", "model")
 Picture = str | Path | Image.Image
+
+FORMER_SCHEDULERS: Mapping[str, tuple[str, str]] = {
+    "ddim": ("ddim", "ddim"),
+    "ddpm": ("euler a", "uniform"),
+    "euler": ("euler", "uniform"),
+    "euler-a": ("euler a", "uniform"),
+    "heun": ("heun", "uniform"),
+    "pndm": ("plms", "ddim"),
+    "dpm++": ("dpm++ 2m", "uniform"),
+    "dpm++-karras": ("dpm++ 2m", "karras"),
+    "unipc": ("unipc", "uniform"),
+}
+"""Name of the former option `scheduler` → sampler and schedule"""
 
 
 class DrawingOptions(LoadOptions, total=False):
@@ -34,12 +53,48 @@ class DrawingOptions(LoadOptions, total=False):
     """Number of denoising steps; 25 by default"""
     guidance: float | None
     """Scale of classifier-free guidance; 1 turns it off"""
+    rescale: float
+    """Guidance rescale, 0 to 1"""
+    mimic: float | None
+    """Dynamic thresholding: the smaller guidance whose range of values is kept"""
+    percentile: float
+    """With `mimic`, share of values within the range, 0 to 1"""
     negative: str
     """Negative prompt: what the pictures should not show"""
-    scheduler: str | None
-    """Name of a scheduler, from `diffgraft.generation.generate.SCHEDULERS`"""
+    sampler: str
+    """Name of a sampler, from `diffgraft.generation.samplers.names.SAMPLERS`"""
+    schedule: str | None
+    """Name of a schedule, from `diffgraft.generation.samplers.schedules.SCHEDULES`; the sampler's own by default"""
+    noise: NoiseSource
+    """``cpu``, or ``gpu`` for the random numbers of webui"""
+    variation_seed: int | None
+    """Seed toward whose noise that of the pictures is turned"""
+    variation_strength: float
+    """How far, 0 to 1"""
+    hires: float | None
+    """Scale of a second pass at a larger size"""
+    hires_denoise: float
+    """With `hires`, how much noise the second pass starts from; 0.7 by default"""
+    hires_steps: int
+    """With `hires`, number of steps of the second pass; as many as the first by default"""
+    upscaler: Upscaler
+    """With `hires`, how the first pass is enlarged; ``latent`` by default"""
+    style: Style
+    """Whose grammar prompts are read by: ``webui`` or ``comfyui``"""
+    emphasis: Emphasis
+    """How weights of words are applied: ``original``, ``no-norm``, ``ignore`` or ``none``"""
+    clip_skip: int
+    """Layer of the text encoder whose output is used, counted from the last, which is 1"""
+    batch: int | None
+    """Pictures in a batch"""
     tiling: bool
     """Whether to decode pictures in tiles, which saves memory for large ones"""
+    scheduler: str | None
+    """Former name of `sampler` and `schedule`"""
+    library: str | Path | None
+    """Folder in which prompts find adapters by name"""
+    wildcards: str | Path | None
+    """Folder with the lists of ``__wildcards__``"""
     image: Picture | None
     """Picture to start from (image to image): a path or a PIL image"""
     denoise: float | None
@@ -56,8 +111,8 @@ class DrawingOptions(LoadOptions, total=False):
 
 _LOADING = {"precision": "", "device": "", "offload": "none"}
 """Options for holding a base → their defaults"""
-_DRAWING = ("size", "steps", "guidance", "negative", "scheduler", "tiling")
-"""Options that become fields of `Settings`"""
+_HIRES = {"hires": "scale", "hires_denoise": "denoise", "hires_steps": "steps", "upscaler": "upscaler"}
+"""Option → field of `Hires`"""
 
 
 @wrap_system_errors
@@ -74,18 +129,18 @@ def generate(
     """Draw `count` pictures of each prompt, with or without adapters.
 
     Args:
-        prompt: one prompt, or a list of several.
+        prompt: one prompt, or a list of several, in the grammar of `diffgraft.Session`.
         adapters: a file, a run or an `Adapter`, or a mapping of several to their strengths, as for `graft`.
         base: name or path of a base, as for `load_base`, or a loaded `Base`. A loaded base stays on its device and in
             its dtype, and options for loading cannot be given with it.
         count: number of pictures of each prompt.
         seed: seed of the first picture of each prompt; each further picture adds 1.
         keep: callback that receives the index of a picture and the picture as soon as it is drawn.
-        options: options of `DrawingOptions`: size, steps, guidance, negative, scheduler, tiling; image, denoise, mask;
+        options: options of `DrawingOptions`: those of `DrawSettings`; library, wildcards; image, denoise, mask;
             precision, device, offload, and those of `load_base`.
 
     Returns:
-        All pictures, those of the first prompt first.
+        All pictures, those of the first prompt first; `Image.info` tells how each was drawn.
 
     Raises:
         DiffgraftError: an argument is invalid (checked before a base is loaded where possible), or an adapter does
@@ -95,17 +150,125 @@ def generate(
         isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
     ):
         raise DiffgraftError(f"Invalid prompt {short_repr(prompt)}: must be a text, or a list of texts.")
-    check_options("generate", options, DrawingOptions)
-    settings = Settings(**{name: value for name, value in options.items() if name in _DRAWING})  # type: ignore[arg-type]
-    image_input = _image_input(options.get("image"), options.get("denoise"), options.get("mask"))
-    precision, device, offload = (str(options.get(name, default)) for name, default in _LOADING.items())
     if count < 1:
         raise DiffgraftError(f"Invalid value count={count}: must be at least 1.")
+    with _opened("generate", adapters, base, options) as (session, settings, image_input):
+        return session.draw(prompt, range(seed, seed + count), settings, image_input, keep)
+
+
+@wrap_system_errors
+def sheet(
+    prompt: str,
+    axes: Sequence[Any],
+    adapters: AdapterStrengths | str | PathLike[str] | Adapter | None = None,
+    *,
+    base: str | Path | Base = "tiny",
+    seed: int = 0,
+    **options: Unpack[DrawingOptions],
+) -> Image.Image:
+    """Draw all combinations of one to three axes (an X/Y/Z plot), with labels.
+
+    Args:
+        prompt: prompt of all pictures.
+        axes: one to three axes, such as ``"steps=10,20,30"`` or ``"dog=0.4,0.8"``: see
+            `diffgraft.generation.sheets`. The first goes to the right, the second downwards, the third in sheets.
+        adapters: as for `generate`; axes may change their strengths, by name.
+        base: as for `generate`.
+        seed: seed of all pictures, unless an axis changes it.
+        options: options of `DrawingOptions`.
+
+    Raises:
+        DiffgraftError: an axis or another argument is invalid.
+    """
+    from diffgraft.generation.sheets import Axis, Cell, draw_sheet
+
+    if isinstance(axes, str):
+        axes = [axes]
+    read = [Axis.read(axis) if isinstance(axis, str) else axis for axis in axes]
+    with _opened("sheet", adapters, base, options) as (session, settings, image_input):
+        return draw_sheet(session, Cell(prompt, seed, settings), read, image_input)
+
+
+@contextmanager
+def _opened(
+    name: str,
+    adapters: AdapterStrengths | str | PathLike[str] | Adapter | None,
+    base: str | Path | Base,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Session, DrawSettings, ImageInput | None]]:
+    """Yield a session with adapters in use, settings, and the picture to start from; `name` is that of the function."""
+    check_options(name, options, DrawingOptions)
+    settings = _settings(options)
+    image_input = _image_input(options.get("image"), options.get("denoise"), options.get("mask"))
+    strengths = _by_file(adapters)
+    for file in strengths:
+        if not isinstance(file, Adapter) and not Path(file).expanduser().exists() and not options.get("library"):
+            load_adapter(file)  # raises the error for a missing file
+    target, device = _loaded(base, options)
+    with Session(target, options.get("library"), options.get("wildcards")) as session:
+        taken: set[str] = set()
+        for file, strength in strengths.items():
+            session.use(
+                file, strength, _free_name(file.method if isinstance(file, Adapter) else usual_name(file), taken)
+            )
+        pipe = target.pipeline() if options.get("offload", "none") == "model" else None
+        try:
+            if pipe is not None:
+                pipe.enable_model_cpu_offload(device=device)
+            yield session, settings, image_input
+        finally:
+            if pipe is not None:
+                pipe.remove_all_hooks()
+
+
+def _settings(options: Mapping[str, Any]) -> DrawSettings:
+    """Return the settings of drawing in the options."""
+    given = {item.name: options[item.name] for item in fields(DrawSettings) if item.name in options}
+    given.pop("hires", None)
+    hires = {own: options[name] for name, own in _HIRES.items() if options.get(name) is not None}
+    if hires and "scale" not in hires:
+        name = next(name for name in _HIRES if options.get(name) is not None)
+        raise DiffgraftError(f"{name}={options[name]} applies to a second pass, but hires is missing: give its scale.")
+    encoding = {name: options[name] for name in ("style", "emphasis", "clip_skip") if name in options}
+    if options.get("scheduler") is not None:
+        given |= _of_former(str(options["scheduler"]))
+    return DrawSettings(**given, hires=Hires(**hires) if hires else None, encoding=Encoding(**encoding))
+
+
+def _of_former(scheduler: str) -> dict[str, str]:
+    """Return sampler and schedule of the former option `scheduler`, with a warning."""
+    if scheduler not in FORMER_SCHEDULERS:
+        raise DiffgraftError(f"Invalid value scheduler={scheduler!r}: {did_you_mean(scheduler, FORMER_SCHEDULERS)}")
+    sampler, schedule = FORMER_SCHEDULERS[scheduler]
+    warnings.warn(
+        f"scheduler={scheduler} is now sampler={sampler!r}, schedule={schedule!r}; the old option will be removed in "
+        "the next release.",
+        stacklevel=4,
+    )
+    return {"sampler": sampler, "schedule": schedule}
+
+
+def _by_file(adapters: AdapterStrengths | str | PathLike[str] | Adapter | None) -> dict[str | Adapter, Any]:
+    """Return file or adapter → strength."""
+    given = adapters if isinstance(adapters, Mapping) else {} if adapters is None else {adapters: 1.0}
+    return {file if isinstance(file, Adapter) else os.fspath(file): strength for file, strength in given.items()}
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    """Return a name for an adapter that no other has, and take it."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name} {number}"
+    taken.add(free)
+    return free
+
+
+def _loaded(base: str | Path | Base, options: Mapping[str, Any]) -> tuple[Base, Any]:
+    """Return the base on its device, and the device."""
+    precision, device, offload = (str(options.get(name, default)) for name, default in _LOADING.items())
     if offload not in OFFLOADS:
         raise DiffgraftError(f"Invalid value offload={offload!r}: {did_you_mean(offload, OFFLOADS)}")
-    for file in adapters if isinstance(adapters, Mapping) else [adapters]:
-        if isinstance(file, str | PathLike) and not Path(file).expanduser().exists():
-            load_adapter(file)  # raises the error for a missing file
     load_options: Any = {name: value for name, value in options.items() if name in LoadOptions.__annotations__}
     if isinstance(base, Base):
         loading = {"precision": precision, "device": device, "offload": offload, **load_options}
@@ -115,28 +278,13 @@ def generate(
                     f"{name}={value} is an option for loading a base, but base is already loaded: leave {name} out, or "
                     "give the base's name."
                 )
-    else:
-        target = device_of(device)
-        if offload != "none" and target.type == "cpu":
-            raise DiffgraftError("offload=model needs a GPU, but the CPU computes here: leave it out.")
-        warn_of_slow_bfloat16(precision, target)
-        base = load_base(base, dtype_of(precision, target), **load_options)
-        if offload == "none":
-            base.to(target)
-    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(count)]
-    seeds = [seed + index % count for index in range(len(prompts))]
-    for sentence in unread_syntax([*prompts[::count], settings.negative]):
-        warnings.warn(sentence, stacklevel=3)
-    with graft(base, adapters):
-        pipe = base.pipeline()
-        for sentence in truncation_warnings(pipe.tokenizer, prompts[::count]):
-            warnings.warn(sentence, stacklevel=3)
-        if offload == "model":
-            pipe.enable_model_cpu_offload(device=target)
-        try:
-            return draw(pipe, prompts, settings, seeds, keep=keep, image_input=image_input)
-        finally:
-            pipe.remove_all_hooks()
+        return base, base.device
+    target = device_of(device)
+    if offload != "none" and target.type == "cpu":
+        raise DiffgraftError("offload=model needs a GPU, but the CPU computes here: leave it out.")
+    warn_of_slow_bfloat16(precision, target)
+    loaded = load_base(base, dtype_of(precision, target), **load_options)
+    return (loaded.to(target) if offload == "none" else loaded), target
 
 
 def _image_input(image: Picture | None, denoise: float | None, mask: Picture | None) -> ImageInput | None:

@@ -22,8 +22,7 @@ from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import Latents, encode
 from diffgraft.demo.subject import POODLE
 from diffgraft.diffusion.forward import ForwardProcess
-from diffgraft.generation.generate import Settings, generate
-from diffgraft.generation.graft import graft
+from diffgraft.generation.session import Session
 from diffgraft.rng import normal, permutation
 
 PROMPT = "a sks dog"
@@ -106,8 +105,9 @@ def main(steps: int = 200, folder: Path = Path("runs/minimal")) -> Result:
     file = adapter.save(folder / "adapter.safetensors")
 
     # Generate a picture. Within the block the adapter is merged into the weights; afterwards they are restored exactly.
-    with graft(base, {file: 1.0}):
-        (picture,) = generate(base.pipeline(), [f"{PROMPT} in the snow"], Settings(steps=25), seeds=[7])
+    with Session(base) as session:
+        session.use(file)
+        (picture,) = session.draw(f"{PROMPT} in the snow", seeds=[7])
     picture.save(folder / "snow.png")
     print(f"loss at fixed noise: {before:.3f} → {after:.3f}; wrote {file} and {folder / 'snow.png'}")
     return Result(before, after, file, folder / "snow.png")

@@ -17,7 +17,7 @@ import torch
 
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 
@@ -38,14 +38,14 @@ def _few_denoising_steps() -> Iterator[None]:
     """What runs draw before, on the way and in the end would take longer than the short trainings here."""
     with pytest.MonkeyPatch.context() as patch:
         for place in ("hooks.samples", "training_data.build"):
-            patch.setattr(f"diffgraft.trainers.{place}.Settings", partial(Settings, steps=2))
+            patch.setattr(f"diffgraft.trainers.{place}.DrawSettings", partial(DrawSettings, steps=2))
         yield
 
 
 @pytest.fixture
 def good_class_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Class images are drawn in as many steps as users' are."""
-    monkeypatch.setattr("diffgraft.trainers.training_data.build.Settings", Settings)
+    monkeypatch.setattr("diffgraft.trainers.training_data.build.DrawSettings", DrawSettings)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -102,7 +102,12 @@ def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
     [
         ({"guidance": -3.0}, "Invalid value guidance=-3.0: must be 0 to 100"),
         ({"guidance": float("inf")}, "Invalid value guidance=inf"),
-        ({"steps": 0}, "Invalid value steps=0: must be at least 1"),
+        ({"steps": 0}, "Invalid value steps=0: must be 1 to 1000"),
+        ({"sampler": "eulr"}, "did you mean 'euler'"),
+        ({"schedule": "karas"}, "did you mean 'karras'"),
+        ({"hires": 20.0}, "hires.scale=20.0: must be 1 to 8"),
+        ({"upscaler": "latent"}, "upscaler=latent applies to a second pass, but hires is missing"),
+        ({"clip_skip": 0}, "clip_skip=0: must be at least 1"),
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
         ({"size": (64, 10**6)}, "sides must be 8 to 8192 pixels"),
         ({"denoise": 0.5}, "denoise=0.5 applies to a picture to start from, but image is missing"),
@@ -134,39 +139,41 @@ def test_how_a_base_is_loaded_cannot_be_told_of_a_loaded_one(base: Base, setting
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
-        ("a dog <lora:ink:0.8>", r"<lora:ink:0.8> in a prompt has no special meaning"),
-        ("a (red:1.4) dog", r"\(red:1.4\) in a prompt has no special meaning"),
-        ("a [red:blue:0.5] dog", "prompts that change between steps are not supported"),
-        ("a {red|blue} dog", "choices between words are not supported"),
-        ("a dog BREAK snow", "prompts are not split at it"),
-        ("a __colour__ dog", "wildcards are not supported"),
-        ("a dog, " * 40, "The prompt is too long for this base, which never sees"),
+        ("a dog <lora:ink:0.8>", r"There is no adapter 'ink': give the path of its file"),
+        ("a dog <lira:ink:0.8>", r"<lira:ink:0.8>, which is no kind of adapter: did you mean 'lyco'|'lora'"),
     ],
 )
-def test_prompts_of_other_programs_are_warned_of(base: Base, prompt: str, answer: str) -> None:
-    with pytest.warns(UserWarning, match=answer):
+def test_prompts_that_name_what_is_missing_are_refused(base: Base, prompt: str, answer: str) -> None:
+    with pytest.raises(DiffgraftError, match=answer):
         dg.generate(prompt, base=base, steps=1)
 
 
-def test_a_negative_prompt_of_other_programs_is_warned_of(base: Base) -> None:
-    with pytest.warns(UserWarning, match=r"\(blurry:1.4\) in a prompt has no special meaning"):
-        dg.generate("a dog", base=base, steps=1, negative="(blurry:1.4)")
+def test_prompts_are_read_by_the_grammar_of_webui(base: Base) -> None:
+    plain = pixels(dg.generate("a dog", base=base, steps=4)[0])
+    assert np.array_equal(pixels(dg.generate("a {dog|dog}", base=base, steps=4)[0]), plain)
+    assert np.abs(pixels(dg.generate("a (dog:1.5)", base=base, steps=4)[0]) - plain).mean() > 0.1
 
 
-def test_plain_prompts_are_not_warned_of(base: Base) -> None:
-    dg.generate("a dog (sitting) on a [wooden] chair, 1:2 scale, <sks>", base=base, steps=1)
+def test_the_former_names_of_samplers_are_read_with_a_warning(base: Base) -> None:
+    wanted = pixels(dg.generate("a dog", base=base, steps=3, sampler="DPM++ 2M", schedule="karras")[0])
+    with pytest.warns(UserWarning, match=r"scheduler=dpm\+\+-karras is now sampler='dpm\+\+ 2m', schedule='karras'"):
+        found = pixels(dg.generate("a dog", base=base, steps=3, scheduler="dpm++-karras")[0])
+    assert np.array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("tiling", [False, True])
-def test_a_vae_decodes_in_slices_and_only_where_asked_in_tiles(tiling: bool, base: Base) -> None:
-    seen: list[tuple[bool, bool]] = []
+def test_a_vae_decodes_in_tiles_only_where_asked(tiling: bool, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool]] = []
+    decode = base.vae.decode
 
-    def keep(_place: int, _image: Image.Image) -> None:
-        seen.append((base.vae.use_slicing, base.vae.use_tiling))
+    def watched(latents: torch.Tensor) -> Any:
+        seen.append((len(latents), base.vae.use_tiling))
+        return decode(latents)
 
-    dg.generate("a dog", base=base, steps=1, size=(96, 64), tiling=tiling, keep=keep)
-    assert seen == [(True, tiling)]
-    assert (base.vae.use_slicing, base.vae.use_tiling) == (False, False)
+    monkeypatch.setattr(base.vae, "decode", watched)
+    dg.generate("a dog", base=base, steps=1, size=(96, 64), tiling=tiling, count=2)
+    assert seen == [(1, tiling)] * 2
+    assert not base.vae.use_tiling
 
 
 def test_precision_device_and_tiles(base: Base) -> None:
@@ -202,23 +209,26 @@ def test_a_gpu_draws_in_half_precision_unless_told_otherwise(
     assert asked == [wanted]
 
 
-@pytest.mark.parametrize(("offload", "done"), [("none", ["moved to cuda:1"]), ("model", ["offloaded to cuda:1"])])
+@pytest.mark.parametrize(
+    ("offload", "done"),
+    [("none", ["moved to cuda:1", "drew"]), ("model", ["offloaded to cuda:1", "drew", "without hooks"])],
+)
 def test_a_base_moves_to_the_gpu_as_a_whole_or_part_by_part(
     offload: str, done: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     pipe = SimpleNamespace(
-        tokenizer=None,
         enable_model_cpu_offload=lambda device: calls.append(f"offloaded to {device}"),
         remove_all_hooks=lambda: calls.append("without hooks"),
     )
-    base = SimpleNamespace(to=lambda device: calls.append(f"moved to {device}"), pipeline=lambda: pipe)
-    replaced: dict[str, Any] = {"device_of": torch.device, "load_base": lambda *_: base, "draw": lambda *_, **__: []}
-    replaced |= {"graft": lambda *_: nullcontext(), "truncation_warnings": lambda *_: ()}
+    base = SimpleNamespace(pipeline=lambda: pipe)
+    base.to = lambda device: calls.append(f"moved to {device}") or base
+    session = nullcontext(SimpleNamespace(draw=lambda *_: calls.append("drew")))
+    replaced: dict[str, Any] = {"device_of": torch.device, "load_base": lambda *_: base, "Session": lambda *_: session}
     for name, value in replaced.items():
         monkeypatch.setattr(f"diffgraft.draw.{name}", value)
     dg.generate("a dog", device="cuda:1", offload=offload)
-    assert calls == [*done, "without hooks"]
+    assert calls == done
 
 
 @pytest.mark.parametrize(("there", "name"), [(True, "cuda"), (False, "cpu")])

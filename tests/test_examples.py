@@ -13,16 +13,17 @@ from diffgraft.bases import Base
 from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import Latents, encode
 from diffgraft.diffusion.forward import ForwardProcess
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.settings import DrawSettings
 from examples import minimal
+from tests.drawing import generate
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> minimal.Result:
     """A short run of the minimal example."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minimal, "Settings", lambda steps: Settings(steps=steps // 5))
+        patch.setattr(minimal, "Settings", lambda steps: DrawSettings(steps=steps // 5))
         return minimal.main(steps=16, folder=tmp_path_factory.mktemp("minimal"))
 
 
@@ -60,10 +61,10 @@ def test_minimal_file_holds_the_merged_difference_in_keys_of_kohya(base: Base, r
 
 
 def test_minimal_draws_another_picture_than_the_bare_base(base: Base, result: minimal.Result) -> None:
-    prompts, settings = [f"{minimal.PROMPT} in the snow"], Settings(steps=5)
-    (bare,) = generate(base.pipeline(), prompts, settings, seeds=[7])
+    prompts, settings = [f"{minimal.PROMPT} in the snow"], DrawSettings(steps=5)
+    (bare,) = generate(base, prompts, settings, seeds=[7])
     with graft(base, {result.adapter: 1.0}):
-        (grafted,) = generate(base.pipeline(), prompts, settings, seeds=[7])
+        (grafted,) = generate(base, prompts, settings, seeds=[7])
     with Image.open(result.picture) as drawn:
         np.testing.assert_array_equal(np.asarray(drawn), np.asarray(grafted))
     difference = torch.from_numpy(np.asarray(bare, dtype=np.float32) - np.asarray(grafted, dtype=np.float32)).abs()

@@ -21,9 +21,9 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import LABELS, Judge, load_judge
 from diffgraft.data.pictures import to_tensor
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
+from diffgraft.generation.session import Session
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.run.folder import Run
@@ -151,7 +151,7 @@ def draw_new(base: Base, target: Target, words: str) -> list[tuple[NewPrompt, li
     """Generate pictures for the target's new prompts, always with the same seeds."""
     listed = [(prompt, FIRST_SEED + number) for prompt in target.new for number in range(prompt.count)]
     texts = [prompt.text.replace("{it}", words) for prompt, _ in listed]
-    images = generate(base.pipeline(), texts, Settings(), [seed for _, seed in listed], "generating new prompts")
+    images = Session(base).draw_each(texts, [seed for _, seed in listed], title="generating new prompts")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
 
@@ -160,7 +160,7 @@ def draw_plain(base: Base, words: str) -> list[Image.Image]:
     """Generate pictures of a subject on plain backgrounds, `PER_BACKDROP` on each, always with the same seeds."""
     texts = [f"a {words} on a plain {colour} background" for colour in BACKDROPS for _ in range(PER_BACKDROP)]
     seeds = list(range(FIRST_SEED, FIRST_SEED + len(texts)))
-    return generate(base.pipeline(), texts, Settings(), seeds, "generating plain pictures")
+    return Session(base).draw_each(texts, seeds, title="generating plain pictures")
 
 
 def outline_figures(target: Target, plain: Sequence[Image.Image]) -> dict[str, float]:

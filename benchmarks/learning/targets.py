@@ -22,7 +22,7 @@ from diffgraft.data.class_images import class_images
 from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.style import SCREEN_PRINT, words
 from diffgraft.demo.subject import ALIEN, HELD_OUT, POODLE, Subject, write_pictures
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 
 UNSEEN_CLASS_SEED = 77_000
@@ -80,7 +80,7 @@ class Target:
         """Return a validation set of pictures that the base generates for `without`, and the prompt of each picture."""
         prompts = list(dict.fromkeys(self.without))
         side = (base.resolution, base.resolution)
-        drawn = class_images(base, prompts, 32 // len(prompts), Settings(size=side), UNSEEN_CLASS_SEED)
+        drawn = class_images(base, prompts, 32 // len(prompts), DrawSettings(size=side), UNSEEN_CLASS_SEED)
         return validation_set_from_images(base, [picture.image for _, picture in drawn]), [text for text, _ in drawn]
 
 

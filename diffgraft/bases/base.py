@@ -114,13 +114,16 @@ class Base:
         channels = getattr(self.denoiser.config, "in_channels", 0)
         return self.family.denoiser == "unet" and bool(channels > self.vae.config.latent_channels)
 
-    def denoiser_input(self, noisy: Tensor) -> Tensor:
+    def denoiser_input(self, noisy: Tensor, channels: Tensor | None = None) -> Tensor:
         """Return the denoiser's input for noisy latents [n, c, h, w]; for inpainting bases it is [n, 2 · c + 1, h, w].
 
-        Inpainting bases then draw the whole picture: their mask is all ones, and the masked picture is grey, as in the
-        training of Stable Diffusion's inpainting models.
+        Without `channels` (a mask and the latents of the masked picture, [n, 1 + c, h, w]) inpainting bases draw the
+        whole picture: their mask is all ones, and the masked picture is grey, as in the training of Stable Diffusion's
+        inpainting models.
         """
         noisy = noisy.to(self.denoiser.dtype)
+        if channels is not None:
+            return torch.cat([noisy, channels.to(noisy)], 1)
         if not self.is_inpainting:
             return noisy
         size = tuple(noisy.shape[-2:])

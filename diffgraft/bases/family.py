@@ -11,7 +11,7 @@ estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse wh
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,12 +45,14 @@ class Conditioning:
     """Hidden states of the text encoders, [n, tokens, width], for cross-attention"""
     added: dict[str, Tensor] = field(default_factory=dict)
     """Further tensors [n, …] by name, such as pooled embeddings, as `Family.denoise` takes them"""
+    channels: Tensor | None = None
+    """Further channels of the denoiser's input [n, c, h, w], such as the mask and picture of an inpainting denoiser"""
 
     def with_size(self, more: Mapping[str, Tensor]) -> "Conditioning":
         """Return a copy with the tensors of `Family.size_conditioning` added, on the device of the hidden states."""
         device = self.hidden_states.device
         moved = {name: value.to(device) for name, value in more.items()}
-        return Conditioning(self.hidden_states, {**self.added, **moved})
+        return replace(self, added={**self.added, **moved})
 
 
 @dataclass(frozen=True)

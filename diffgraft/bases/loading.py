@@ -99,6 +99,29 @@ def load_base(
         return quantized(base, quantize)
 
 
+def base_of(pipe: Any) -> Base:
+    """Return the base of a loaded diffusers pipeline; its networks are shared and frozen.
+
+    Pipelines for other tasks, such as image to image, are read as text-to-image pipelines of the same networks.
+
+    Raises:
+        DiffgraftError: the pipeline is of no known family.
+    """
+    from diffusers import AutoPipelineForText2Image
+
+    known = [*families().values()]
+    try:
+        with quiet_libraries():
+            plain = pipe if type(pipe).__name__ in known_pipelines() else AutoPipelineForText2Image.from_pipe(pipe)
+        detected = next(family for family in known if family.matches(plain))
+    except (ValueError, AttributeError, StopIteration) as error:
+        raise DiffgraftError(
+            f"A {type(pipe).__name__} is of no known family: give a pipeline of one of {', '.join(families())}."
+        ) from error
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    return Base(name=name, family=detected, **parts_of(plain))
+
+
 def locate_base(source: str | Path, *, weights: bool = True) -> Path:
     """Return the path of a base on disk; a base on the hub is downloaded, without its weights unless `weights` is set.
 

@@ -50,7 +50,8 @@ class UNetFamily(Family):
     def denoise(
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        prediction: Tensor = denoiser(base.denoiser_input(noisy), timesteps, **unet_arguments(conditioning)).sample
+        given = base.denoiser_input(noisy, conditioning.channels)
+        prediction: Tensor = denoiser(given, timesteps, **unet_arguments(conditioning)).sample
         return prediction
 
     def header(self, base: Base) -> dict[str, Any]:

@@ -4,18 +4,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from diffgraft.cli import files, pictures, preparing
+from diffgraft.cli import drawing, files, pictures, preparing
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
+from diffgraft.cli.options import PREDICTION, PROGRESS, ZERO_SNR
 from diffgraft.cli.renamed import Command
 from diffgraft.terminal import printable
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 app = typer.Typer(
     name="diffgraft",
@@ -43,12 +41,6 @@ def _options(
     """Options before a command."""
 
 
-PREDICTION = typer.Option(
-    "--prediction-type", help="Prediction type of the base, epsilon or v_prediction, if its files lack it."
-)
-ZERO_SNR = typer.Option(help="Whether its noise schedule has zero terminal SNR, if its files lack it.")
-
-
 def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
     """Raise DiffgraftError if the first word is a setting, because the recipe is missing or comes later."""
     from diffgraft.cli.console import key_values
@@ -66,7 +58,6 @@ def _check_recipe_first(command: str, recipe: str, settings: list[str]) -> None:
 
 
 RECIPE = typer.Argument(help="Name of a recipe (see `diffgraft recipes`), or a YAML file.", autocompletion=recipe_words)
-PROGRESS = typer.Option(help="How progress is shown on the error output: auto, bars, lines, json or none.")
 _SETTINGS = {"ignore_unknown_options": True}
 """Unknown options are parsed as settings, so that errors can suggest the setting's name"""
 
@@ -156,106 +147,6 @@ def plan(
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            "-a",
-            help="FILE, FILE:0.8, or by part and block FILE:unet=0.8,OUT04=0 (IN00 … M00 … OUT11); again for more.",
-        ),
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help="`tiny`, a diffusers folder, a .safetensors checkpoint, or a hub id.")
-    ] = "tiny",
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Number of pictures.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Seed of the first picture; the next ones count up.")] = 0,
-    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT in pixels. [default: the base's native size]")] = "",
-    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
-    guidance: Annotated[
-        float | None, typer.Option(help="Scale of classifier-free guidance; 1 turns it off. [default: the base's own]")
-    ] = None,
-    negative: Annotated[str, typer.Option(help="Negative prompt: what the picture should not show.")] = "",
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="ddim, ddpm, euler, euler-a, heun, pndm, dpm++, dpm++-karras, unipc. [default: the base's own]"
-        ),
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to start from (image to image).")] = None,
-    denoise: Annotated[
-        float | None,
-        typer.Option(help="With --image: how much noise is added to it, above 0 (none) to 1 (all). [default: 0.7]"),
-    ] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="With --image: mask of its size, white where it is redrawn.")
-    ] = None,
-    predicts: Annotated[str | None, PREDICTION] = None,
-    zero_snr: Annotated[bool | None, ZERO_SNR] = None,
-    quantize: Annotated[
-        str, typer.Option(help="Quantize the base's linear layers to int8 or nf4, which saves memory.")
-    ] = "none",
-    precision: Annotated[
-        str, typer.Option(help="float32, float16 or bfloat16. [default: float16 on a GPU, else float32]")
-    ] = "",
-    device: Annotated[str, typer.Option(help="cuda, mps, cpu, … [default: the GPU, or cpu without one]")] = "",
-    offload: Annotated[
-        str, typer.Option(help="model: keep only the computing part on the GPU; saves memory, costs a little time.")
-    ] = "none",
-    tiling: Annotated[
-        bool, typer.Option("--tiling", help="Decode in tiles, which saves memory for large pictures.")
-    ] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("pictures"),
-    progress: Annotated[str, PROGRESS] = "auto",
-) -> None:
-    """Draw pictures with or without adapters: text to image, image to image, or inpainting.
-
-    For example: diffgraft generate "a sks dog in the snow" -a runs/dog/adapter.safetensors:0.8 -n 4
-    """
-    from diffgraft.cli.console import parse_strengths, width_height
-
-    adapters, width_and_height = parse_strengths(adapter or []), width_height(size)
-
-    from diffgraft.bases.loading import load_options
-    from diffgraft.draw import generate as draw
-    from diffgraft.files import check_folder, unique_path
-    from diffgraft.generation.plots import grid, save_image
-
-    check_folder(output)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture"
-
-    def keep(place: int, image: "Image.Image") -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        say(save_image(image, unique_path(output / f"{slug}-{seed + place}.png")))
-
-    with shown_progress(progress):
-        images = draw(
-            prompt,
-            adapters,
-            base=base,
-            count=count,
-            seed=seed,
-            size=width_and_height,
-            steps=steps,
-            guidance=guidance,
-            negative=negative,
-            scheduler=scheduler,
-            image=image,
-            denoise=denoise,
-            mask=mask,
-            precision=precision,
-            device=device,
-            offload=offload,
-            tiling=tiling,
-            keep=keep,
-            **load_options(predicts, zero_snr, quantize),
-        )
-    if count > 1:
-        say(save_image(grid({prompt: images}), unique_path(output / f"{slug}-grid.png")))
-
-
-@app.command()
 def merge(
     adapter: Annotated[
         list[str], typer.Argument(help="FILE, FILE:0.8, or by part and block: FILE:unet=0.8,text_encoder=0.5,OUT04=0.")
@@ -302,7 +193,7 @@ def merge(
 
 for step in preparing.COMMANDS:
     app.command(cls=Command, rich_help_panel="Before training")(step)
-for each in pictures.COMMANDS:
+for each in (*drawing.COMMANDS, *pictures.COMMANDS):
     app.command()(each)
 for command in files.COMMANDS:
     app.command(cls=Command, rich_help_panel="Adapter files")(command)

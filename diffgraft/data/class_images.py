@@ -16,14 +16,15 @@ from diffgraft.bases import Base
 from diffgraft.data.cache import optional_write
 from diffgraft.data.pictures import Picture
 from diffgraft.files import atomic_write, cache_folder, write_text
-from diffgraft.generation.generate import Settings, default_batch_size, generate
+from diffgraft.generation.session import Session, default_batch_size
+from diffgraft.generation.settings import DrawSettings
 
 _MAX_BATCH = 4
 """Number of pictures in a batch at most"""
 
 
 def class_images(
-    base: Base, prompts: Sequence[str], each: int, settings: Settings, seed: int
+    base: Base, prompts: Sequence[str], each: int, settings: DrawSettings, seed: int
 ) -> list[tuple[str, Picture]]:
     """Return `each` pictures of every prompt, drawn by the base without adapters; those in the cache are reused.
 
@@ -66,7 +67,7 @@ def class_images(
 
         texts = [wanted[index][0] for index in indices]
         seeds = [seed * 100_003 % 2**31 + wanted[index][2] for index in indices]
-        generate(base.pipeline(), texts, settings, seeds, "drawing class images", keep)
+        Session(base).draw_each(texts, seeds, settings, None, keep, "drawing class images")
     return [
         (
             prompt,
@@ -98,6 +99,6 @@ def _round_up_to_batches(missing: Set[int], count: int, size: int) -> list[int]:
     return [min(index, count - 1) for start in starts for index in range(start, start + size)]
 
 
-def _folder(base: Base, prompt: str, settings: Settings, seed: int) -> Path:
+def _folder(base: Base, prompt: str, settings: DrawSettings, seed: int) -> Path:
     key = f"{base.generation_hash} {prompt} {settings} {seed}"
     return cache_folder() / "class-images" / hashlib.sha256(key.encode()).hexdigest()[:20]

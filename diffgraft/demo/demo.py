@@ -6,9 +6,9 @@ from pathlib import Path
 from diffgraft.bases import load_base
 from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.subject import POODLE
-from diffgraft.generation.generate import Settings, generate
-from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid, save_image
+from diffgraft.generation.session import Session
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.train import train
 
 NEW_SETTINGS = ("in the snow", "at night", "in the jungle")
@@ -34,10 +34,10 @@ def run_demo(output: Path) -> Iterator[str]:
     prompts = [f"a sks {POODLE.noun} {setting}" for setting in NEW_SETTINGS]
     repeated = [prompt for prompt in prompts for _ in range(COUNT)]
     seeds = list(range(100, 100 + COUNT)) * len(prompts)
-    with graft(base, {run.adapter_file: 1.0}):
-        drawn = generate(
-            base.pipeline(), repeated, Settings(batch=len(repeated)), seeds, "drawing the subject in new settings"
-        )
+    with Session(base) as session:
+        session.use(run.adapter_file)
+        together = DrawSettings(batch=len(repeated))
+        drawn = session.draw_each(repeated, seeds, together, title="drawing the subject in new settings")
     rows = {"the five pictures it learnt from": pictures}
     rows |= {f"“{prompt}”": drawn[i * COUNT : (i + 1) * COUNT] for i, prompt in enumerate(prompts)}
     sheet = save_image(grid(rows), folder / "demo.png")

@@ -225,16 +225,6 @@ class Graft:
             self._restore(path)
         self._merged = {}
 
-    def _find(self, path: str) -> nn.Module | None:
-        """Return the module at an adapter's path, or None; some text encoders still have the level ``text_model``."""
-        part, _, inside = path.partition(".")
-        for name in (inside, f"text_model.{inside}"):
-            try:
-                return self._parts[part].get_submodule(name)
-            except (KeyError, AttributeError):
-                continue
-        return None
-
     def _resolve(self, name: str, adapter: Adapter) -> dict[str, nn.Module]:
         """Return the module for each path of the adapter.
 
@@ -243,7 +233,7 @@ class Graft:
         """
         found, missing, misshapen = {}, [], []
         for path, deltas in adapter.deltas.items():
-            module = self._find(path)
+            module = find_module(self._parts, path)
             weight = getattr(module, "weight", None)
             if module is None or not isinstance(weight, Tensor):
                 missing.append(path)
@@ -307,6 +297,23 @@ class Graft:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def find_module(parts: Mapping[str, nn.Module], path: str) -> nn.Module | None:
+    """Return the module at an adapter's path, or None; some text encoders still have the level ``text_model``."""
+    part, _, inside = path.partition(".")
+    for name in (inside, f"text_model.{inside}"):
+        try:
+            return parts[part].get_submodule(name)
+        except (KeyError, AttributeError):
+            continue
+    return None
+
+
+def has_other_grafts(target: Any, own: Graft) -> bool:
+    """Whether modules of a target have adapters of another graft than `own` now."""
+    parts = _parts(target).values()
+    return any(other is not own for part in parts for module in part.modules() for other in _GRAFTS.get(module, ()))
 
 
 def is_quantised(weight: Tensor) -> bool:

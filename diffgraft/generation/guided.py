@@ -1,7 +1,8 @@
 """The denoiser as samplers see it: clean latents at a noise level, guided by prompts that change between steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
+from diffgraft.generation.lanes import Lanes
 from diffgraft.generation.samplers.schedules import NoiseLevels
 
 _LEAST_SIGNAL = 2.0**-24
@@ -34,6 +36,44 @@ class Guide:
     parts: Sequence[tuple[float, Sequence[Told]]]
     """Weight of each part, and what it tells, by step"""
     negative: Sequence[Told]
+    lane: int = -1
+    """Lane of the adapters that act on it beside the merged ones, -1 for none"""
+    areas: "Sequence[Area]" = ()
+    """Regions of the picture with prompts of their own"""
+
+
+@dataclass(frozen=True)
+class Area:
+    """A region of a picture."""
+
+    weights: Tensor
+    """Its weight at each place, [1, h, w]"""
+    guide: Guide
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the predictions for a prompt and for its negative prompt become one."""
+
+    scale: float
+    """Scale of classifier-free guidance; at 1 prompts of one part of weight 1 need no negative prompt"""
+    rescale: float = 0.0
+    """Share of the prediction's standard deviation that is taken from the unguided one, from 0 to 1 (Lin et al. 2023,
+    arXiv:2305.08891, section 3.4)"""
+    mimic: float | None = None
+    """Scale whose range of values the guided prediction is brought to (dynamic thresholding); None: off"""
+    percentile: float = 1.0
+    """With `mimic`, share of the values of a channel that are not clipped"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Latents of a picture that stay where its mask is 0: the prediction there is always them."""
+
+    latents: Tensor
+    """[1 or n, c, h, w]"""
+    mask: Tensor
+    """1 where the picture is redrawn, [1, 1, h, w]"""
 
 
 def noise_levels(base: Base) -> NoiseLevels:
@@ -53,62 +93,130 @@ class GuidedDenoiser:
     """
 
     def __init__(
-        self, base: Base, guides: Sequence[Guide], guidance: float, rescale: float = 0.0, size: Tensor | None = None
+        self,
+        base: Base,
+        guides: Sequence[Guide],
+        guidance: Guidance,
+        size: Tensor | None = None,
+        channels: Tensor | None = None,
+        kept: Kept | None = None,
+        lanes: Lanes | None = None,
     ) -> None:
         """Prepare a batch.
 
         Args:
             base: base that draws.
             guides: prompts of each picture.
-            guidance: scale of guidance; at 1 prompts of one part of weight 1 need no negative prompt.
-            rescale: share of the prediction's standard deviation that is taken from the unguided one, from 0 to 1 (Lin
-                et al. 2023, arXiv:2305.08891, section 3.4).
+            guidance: how the predictions are put together.
             size: micro-conditioning of one picture [6], for families with it.
+            channels: further channels of an inpainting denoiser's input [1, c, h, w].
+            kept: latents that stay as they are, for other denoisers.
+            lanes: adapters of single guides.
         """
         self.step = 0
         self.levels, self._parameterization = noise_levels(base), base.parameterization
-        self._base, self._guides, self._guidance, self._rescale, self._size = base, guides, guidance, rescale, size
-        weights = [weight for guide in guides for weight, _ in guide.parts]
-        self._is_guided = guidance != 1 or any(weight != 1 for weight in weights) or len(weights) > len(guides)
+        self._base, self._guidance = base, guidance
+        self._size, self._channels, self._kept, self._lanes = size, channels, kept, lanes
+        self._layers = [(row, *layer) for row, guide in enumerate(guides) for layer in _layers(guide)]
+        """Picture, guide, and its weight at each place, of everything that is predicted"""
+        weights = [weight for _, guide, _ in self._layers for weight, _ in guide.parts]
+        is_plain = all(weight == 1 for weight in weights) and len(weights) == len(self._layers)
+        self._is_guided = guidance.scale != 1 or not is_plain
 
     @torch.no_grad()
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Return predicted clean latents [n, c, h, w] for x = x₀ + σ · ε."""
-        rows, told = [], []
-        for row, guide in enumerate(self._guides):
-            now = [self._now(stages) for _, stages in guide.parts]
-            now += [self._now(guide.negative)] if self._is_guided else []
-            rows += [row] * len(now)
-            told += now
-        predictions = self._predict(x, sigma, rows, told)
-        if self._is_guided:
-            predictions = torch.stack([self._guided(row, predictions, rows) for row in range(len(x))])
-        return self._parameterization.x0_at(x, predictions, sigma)
+        asked = [
+            _Asked(row, guide.lane, self._now(stages))
+            for row, guide, _ in self._layers
+            for stages in [*(stages for _, stages in guide.parts), *([guide.negative] if self._is_guided else [])]
+        ]
+        waiting = iter(self._predict(x, sigma, asked))
+        predictions = torch.zeros_like(x)
+        for row, guide, weights in self._layers:
+            own = [next(waiting) for _ in range(len(guide.parts) + self._is_guided)]
+            predictions[row] += weights.to(x) * (self._guided(guide, own) if self._is_guided else own[0])
+        clean = self._parameterization.x0_at(x, predictions, sigma)
+        if self._kept is not None:
+            mask = self._kept.mask.to(clean)
+            clean = clean * mask + self._kept.latents.to(clean) * (1 - mask)
+        return clean
 
     def _now(self, stages: Sequence[Told]) -> Told:
         return next((stage for stage in stages if self.step <= stage.until), stages[-1])
 
-    def _predict(self, x: Tensor, sigma: float, rows: Sequence[int], told: Sequence[Told]) -> Tensor:
-        """Return the predictions for `told` [m, c, h, w]; prompts of unequal length are run apart."""
+    def _predict(self, x: Tensor, sigma: float, asked: "Sequence[_Asked]") -> Tensor:
+        """Return the predictions for `asked` [m, c, h, w]; prompts of unequal length are run apart."""
         alpha = self._parameterization.alpha_at(sigma)
         found: dict[int, Tensor] = {}
-        for length in dict.fromkeys(len(item.states) for item in told):
-            places = [place for place, item in enumerate(told) if len(item.states) == length]
-            latents = torch.stack([x[rows[place]] for place in places])
-            added = {name: torch.stack([told[place].added[name] for place in places]) for name in told[places[0]].added}
+        for length in dict.fromkeys(len(item.told.states) for item in asked):
+            places = [place for place, item in enumerate(asked) if len(item.told.states) == length]
+            told = [asked[place].told for place in places]
+            latents = torch.stack([x[asked[place].row] for place in places])
+            added = {name: torch.stack([item.added[name] for item in told]) for name in told[0].added}
             if self._size is not None:
                 added["time_ids"] = self._size.expand(len(places), -1)
-            states = Conditioning(torch.stack([told[place].states for place in places]), added)
+            channels = None if self._channels is None else self._channels.expand(len(places), -1, -1, -1)
+            states = Conditioning(torch.stack([item.states for item in told]), added, channels)
             times = torch.full((len(places),), self.levels.timestep(sigma), device=x.device)
-            found |= zip(places, self._base.denoise(latents * alpha, times, states).to(x.dtype), strict=True)
-        return torch.stack([found[place] for place in range(len(told))])
+            if self._lanes is not None:
+                self._lanes.rows = [asked[place].lane for place in places]
+            found |= zip(places, self._base.denoise(latents * alpha, times, states).to(x), strict=True)
+        return torch.stack([found[place] for place in range(len(asked))])
 
-    def _guided(self, row: int, predictions: Tensor, rows: Sequence[int]) -> Tensor:
-        """Compose the predictions of one picture, of which the last is that for the negative prompt."""
-        *of_parts, negative = (prediction for prediction, own in zip(predictions, rows, strict=True) if own == row)
-        guided: Tensor = negative
-        for (weight, _), prediction in zip(self._guides[row].parts, of_parts, strict=True):
-            guided = guided + self._guidance * weight * (prediction - negative)
-        if self._rescale:
-            guided = guided * (self._rescale * of_parts[0].std() / guided.std() + 1 - self._rescale)
+    def _guided(self, guide: Guide, predictions: Sequence[Tensor]) -> Tensor:
+        """Compose the predictions for one guide, of which the last is that for the negative prompt."""
+        *of_parts, negative = predictions
+        towards = torch.zeros_like(negative)
+        for (weight, _), prediction in zip(guide.parts, of_parts, strict=True):
+            towards = towards + weight * (prediction - negative)
+        rule = self._guidance
+        guided: Tensor = negative + rule.scale * towards
+        if rule.mimic is not None:
+            guided = with_range_of(guided, negative + rule.mimic * towards, rule.percentile)
+        if rule.rescale:
+            guided = guided * (rule.rescale * of_parts[0].std() / guided.std() + 1 - rule.rescale)
         return guided
+
+
+class _Asked(NamedTuple):
+    """One prediction to make."""
+
+    row: int
+    """Its picture"""
+    lane: int
+    told: Told
+
+
+def _layers(guide: Guide) -> Iterator[tuple[Guide, Tensor]]:
+    """Yield what is predicted for a picture, its own prompt and its regions, with weights that add up to 1."""
+    if not guide.areas:
+        yield guide, torch.ones(1, 1, 1)
+        return
+    total = torch.stack([area.weights for area in guide.areas]).sum(0)
+    rest = (1 - total).clamp_min(0)
+    if bool(rest.any()):
+        yield guide, rest / (rest + total)
+    yield from ((area.guide, area.weights / (rest + total)) for area in guide.areas)
+
+
+def with_range_of(guided: Tensor, mimicked: Tensor, percentile: float = 1.0) -> Tensor:
+    """Bring each channel's values to the range of another prediction: dynamic thresholding in latents.
+
+    Saharia et al. 2022, arXiv:2205.11487, section 2.3, clip pixels at a percentile of their magnitude and divide by it.
+    Latents have no range of their own, so that, as in the extension "dynamic thresholding" of webui and ComfyUI
+    (its scale mimicry with separate channels and the mean as start), that of a smaller guidance takes its place.
+
+    Args:
+        guided: prediction of the full guidance, [c, h, w].
+        mimicked: prediction of the smaller guidance, [c, h, w].
+        percentile: share of the magnitudes of a channel up to which values are not clipped.
+    """
+    flat, goal = guided.flatten(1), mimicked.flatten(1)
+    mean = flat.mean(1, keepdim=True)
+    centred = flat - mean
+    limit = (goal - goal.mean(1, keepdim=True)).abs().amax(1, keepdim=True)
+    own = centred.abs().quantile(percentile, 1, keepdim=True)
+    most = torch.maximum(limit, own)
+    clipped = centred.clamp(-most, most) / most.clamp_min(torch.finfo(most.dtype).tiny) * limit
+    return (clipped + mean).view_as(guided)

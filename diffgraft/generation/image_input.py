@@ -1,14 +1,19 @@
-"""Pictures as input of generation: image to image and inpainting, by diffusers' pipelines."""
+"""Pictures as input of generation: image to image, inpainting, and the second pass of a hires fix."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import lcm
-from typing import Any
 
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from diffgraft.bases.pipelines import native_pixels
+from diffgraft.bases import Base
+from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
-from diffgraft.third_party import quiet_libraries
+from diffgraft.generation.latents import encode
+
+_FULL = 0.999
+"""Share of the steps that a picture is denoised in at most, as in webui, so that one step is left for `denoise` = 1"""
 
 
 @dataclass(frozen=True)
@@ -28,66 +33,85 @@ class ImageInput:
                 f"Invalid value denoise={self.denoise}: must be above 0 and at most 1; 0.5 to 0.8 is usual."
             )
 
+    def resized(self, size: tuple[int, int]) -> "ImageInput":
+        """Return picture and mask at (width, height) in pixels, cropped to this aspect ratio.
 
-@dataclass(frozen=True)
-class ResizedInput:
-    """An `ImageInput` resized to the size that is drawn."""
-
-    image: Image.Image
-    mask: Image.Image | None
-    denoise: float
-
-    def pipeline_arguments(self, count: int) -> dict[str, Any]:
-        """Return the keyword arguments of diffusers' pipelines for `count` pictures."""
-        masks = {} if self.mask is None else {"mask_image": [self.mask] * count}
-        return {"image": [self.image] * count, "strength": self.denoise, **masks}
+        Raises:
+            DiffgraftError: the mask is not of the picture's size, or is black everywhere.
+        """
+        image = ImageOps.fit(self.image.convert("RGB"), size, Image.Resampling.LANCZOS)
+        if self.mask is None:
+            return ImageInput(image, self.denoise)
+        if self.mask.size != self.image.size:
+            sizes = ["x".join(map(str, picture.size)) for picture in (self.mask, self.image)]
+            raise DiffgraftError(f"The mask is {sizes[0]} and the picture {sizes[1]}: both must have the same size.")
+        mask = ImageOps.fit(_flatten_mask(self.mask), size, Image.Resampling.BILINEAR)
+        if mask.getextrema() == (0, 0):
+            raise DiffgraftError(
+                "The mask is black everywhere, so nothing would be redrawn: paint white what should be."
+            )
+        return ImageInput(image, self.denoise, mask)
 
     def restore_unmasked(self, drawn: Image.Image) -> Image.Image:
         """Return `drawn` with the input's pixels outside the mask, which the VAE has changed a little."""
         return drawn if self.mask is None else Image.composite(drawn, self.image, self.mask)
 
 
-def inpainting_input(pipe: Any, image_input: ImageInput | None, size: tuple[int, int] | None) -> ImageInput:
-    """Return the input of an inpainting denoiser, which always needs one: a grey picture, all masked, by default."""
-    if image_input is None:
-        side = native_pixels(pipe)
-        image_input = ImageInput(Image.new("RGB", size or (side, side), (128, 128, 128)), denoise=1.0)
-    return replace(image_input, mask=image_input.mask or Image.new("L", image_input.image.size, 255))
+@dataclass(frozen=True)
+class Start:
+    """What a pass of the sampler starts from instead of noise alone."""
+
+    latents: Tensor
+    """Clean latents, [1 or n, c, h, w]"""
+    denoise: float
+    """Share of the noise that is added"""
+    mask: Tensor | None = None
+    """1 where the latents are redrawn and 0 where they stay, [1, 1, h, w]"""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing of the latents is left in the noise."""
+        return self.denoise == 1
+
+    def first_step(self, steps: int) -> int:
+        """Return the first step that is computed, counted from 0: as webui, ⌊denoise · steps⌋ + 1 of them are."""
+        return steps - int(min(self.denoise, _FULL) * steps) - 1
 
 
-def prepare_image_input(pipe: Any, image_input: ImageInput, arguments: dict[str, Any]) -> tuple[Any, ResizedInput]:
-    """Return a pipeline for `image_input`, made of the modules of `pipe`, and the input resized.
+def start_of(base: Base, resized: ImageInput) -> Start:
+    """Return what an input of the size that is drawn starts from."""
+    latents = encode(base, [resized.image])
+    return Start(latents, resized.denoise, None if resized.mask is None else mask_of(base, resized.mask))
 
-    Args:
-        pipe: a text-to-image pipeline.
-        image_input: picture, and mask if there is one.
-        arguments: keyword arguments of the pipeline, with width and height in pixels. Both are removed for image to
-            image, which takes the size from the picture.
 
-    Raises:
-        DiffgraftError: the mask is not of the picture's size, or is black everywhere.
+def mask_of(base: Base, mask: Image.Image) -> Tensor:
+    """Return a mask at the size of latents [1, 1, h, w], 1 where it is white, as webui rounds it."""
+    size = tuple(side // base.vae_scale_factor for side in mask.size)
+    small = mask.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    return (to_tensor([small.convert("RGB")])[:, :1] / 2 + 0.5).round().to(base.device)
+
+
+def inpainting_channels(base: Base, resized: ImageInput | None) -> Tensor | None:
+    """Return the further channels [1, 1 + c, h, w] of an inpainting denoiser: the mask, and the picture without it.
+
+    None stands for those of a whole picture to draw, which `Base.denoiser_input` adds itself.
     """
-    with quiet_libraries():
-        from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+    if not base.is_inpainting or resized is None or resized.mask is None:
+        return None
+    hidden = Image.composite(
+        Image.new("RGB", resized.image.size, (128, 128, 128)),
+        resized.image,
+        resized.mask.point(lambda value: 255 * (value > 127)),
+    )
+    return torch.cat([mask_of(base, resized.mask), encode(base, [hidden])], 1)
 
-    size = (arguments["width"], arguments["height"])
-    image = ImageOps.fit(image_input.image.convert("RGB"), size, Image.Resampling.LANCZOS)
-    mask = None
-    if image_input.mask is not None:
-        if image_input.mask.size != image_input.image.size:
-            sizes = ["x".join(map(str, image.size)) for image in (image_input.mask, image_input.image)]
-            raise DiffgraftError(f"The mask is {sizes[0]} and the picture {sizes[1]}: both must have the same size.")
-        mask = ImageOps.fit(_flatten_mask(image_input.mask), size, Image.Resampling.BILINEAR)
-        if mask.getextrema() == (0, 0):
-            raise DiffgraftError(
-                "The mask is black everywhere, so nothing would be redrawn: paint white what should be."
-            )
-    kind = AutoPipelineForImage2Image if mask is None else AutoPipelineForInpainting
-    input_pipe = kind.from_pipe(pipe)
-    input_pipe.set_progress_bar_config(disable=True)
-    if mask is None:  # image to image takes the size from the picture
-        del arguments["width"], arguments["height"]
-    return input_pipe, ResizedInput(image, mask, image_input.denoise)
+
+def native_size(base: Base, image: Image.Image) -> tuple[int, int]:
+    """Return the (width, height) with the picture's aspect ratio and about the base's native number of pixels."""
+    side, step = base.resolution, lcm(base.vae_scale_factor, 8)
+    zoom = side / (image.width * image.height) ** 0.5
+    width, height = (max(step, round(length * zoom / step) * step) for length in image.size)
+    return width, height
 
 
 def _flatten_mask(mask: Image.Image) -> Image.Image:
@@ -96,22 +120,3 @@ def _flatten_mask(mask: Image.Image) -> Image.Image:
         return mask.convert("L")
     painted = mask.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", mask.size, "black"), painted).convert("L")
-
-
-def native_size(pipe: Any, image: Image.Image) -> tuple[int, int]:
-    """Return the (width, height) with the picture's aspect ratio and about the base's native number of pixels."""
-    side, step = native_pixels(pipe), lcm(pipe.vae_scale_factor, 8)
-    zoom = side / (image.width * image.height) ** 0.5
-    width, height = (max(step, round(length * zoom / step) * step) for length in image.size)
-    return width, height
-
-
-def steps_from_image(image_input: ImageInput, steps: int) -> int:
-    """Return the number of denoising steps that are computed: the share `denoise` of `steps`.
-
-    Raises:
-        DiffgraftError: the share is less than one step.
-    """
-    if int(steps * image_input.denoise) < 1:
-        raise DiffgraftError(f"denoise={image_input.denoise} of {steps} steps is less than one step: raise either.")
-    return min(steps, int(steps * image_input.denoise))

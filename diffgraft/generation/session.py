@@ -6,125 +6,135 @@ pictures = session.draw("a (sks dog:1.2) [in the snow:at night:0.5] <lora:ink:0.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.strengths import Strength, strengths_of
+from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
 from diffgraft.bases.family import SizeConditioning
 from diffgraft.bases.ldm_keys import layers_in_block
-from diffgraft.bases.registry import denoisers
+from diffgraft.bases.loading import base_of
 from diffgraft.errors import DiffgraftError, did_you_mean
-from diffgraft.generation.generate import SMALL, SMALL_GUIDANCE, OverflowedPictureError, default_batch_size
-from diffgraft.generation.graft import Graft
+from diffgraft.generation.enlarge import enlarged, hires_size
+from diffgraft.generation.graft import Graft, has_other_grafts
 from diffgraft.generation.grammar.choices import draw_choices
 from diffgraft.generation.grammar.composition import split_parts
-from diffgraft.generation.grammar.encode import Encoding, encode_texts
+from diffgraft.generation.grammar.encode import encode_texts
 from diffgraft.generation.grammar.notes import notes_on
 from diffgraft.generation.grammar.schedule import schedule_of
-from diffgraft.generation.grammar.tags import AdapterTag, Curve, Point, split_tags
-from diffgraft.generation.guided import Guide, GuidedDenoiser, Told
+from diffgraft.generation.grammar.tags import AdapterTag, split_tags
+from diffgraft.generation.guided import Area, Guidance, Guide, GuidedDenoiser, Kept, Told
+from diffgraft.generation.image_input import ImageInput, Start, inpainting_channels, native_size, start_of
+from diffgraft.generation.in_use import InUse
+from diffgraft.generation.lanes import LaneAdapters, LaneError, Lanes
+from diffgraft.generation.latents import decode
+from diffgraft.generation.library import AdapterLibrary, usual_name
+from diffgraft.generation.metadata import (
+    PARAMETERS,
+    RECORD,
+    AdapterRecord,
+    DrawingRecord,
+    InputRecord,
+    parameters,
+    pixel_hash,
+)
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
-from diffgraft.generation.samplers.noise import NoiseSource, NoiseStream, noise_stream, start_noise
-from diffgraft.progress import Note, emit, phase
+from diffgraft.generation.samplers.noise import NoiseStream, noise_stream, start_noise
+from diffgraft.generation.settings import DrawSettings, Hires
+from diffgraft.progress import Note, Tracker, emit, phase
 
-_USUAL_GUIDANCE = 7.5
-_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
-_MOST_STEPS, _MOST_SIDE = 1000, 8192
+SMALL, SMALL_GUIDANCE, USUAL_GUIDANCE = 16, 3.0, 7.5
+"""Width of latents up to which a base counts as small, and the default guidance of such bases and of others: the usual
+7.5 oversaturates small ones"""
+
+_HASHES: WeakKeyDictionary[Base, str] = WeakKeyDictionary()
+"""Base → its `Base.generation_hash`"""
 
 
-@dataclass(frozen=True)
-class DrawSettings:
-    """How pictures are drawn."""
+class OverflowedPictureError(DiffgraftError):
+    """Latents overflowed during generation, so that the picture would be black."""
 
-    size: tuple[int, int] | None = None
-    """(width, height) in pixels; None: the base's native size"""
-    steps: int = 25
-    """Number of steps of the sampler"""
-    guidance: float | None = None
-    """Scale of classifier-free guidance; 1 turns it off. None: 7.5, or 3 for small bases"""
-    rescale: float = 0.0
-    """Guidance rescale, from 0 to 1 (Lin et al. 2023, arXiv:2305.08891); 0.7 for bases with zero terminal SNR"""
-    negative: str = ""
-    """Negative prompt, with weights and changes between steps, but without ``AND``"""
-    sampler: str = "euler"
-    """Name in `diffgraft.generation.samplers.names.SAMPLERS`"""
-    schedule: str | None = None
-    """Name in `diffgraft.generation.samplers.schedules.SCHEDULES`; None: the one webui has for the sampler"""
-    noise: NoiseSource = "cpu"
-    """Whose random numbers are used: ``cpu`` as ComfyUI, ``gpu`` as webui"""
-    variation_seed: int | None = None
-    """Seed toward whose noise that of the pictures is turned"""
-    variation_strength: float = 0.0
-    """How far, from 0 to 1"""
-    encoding: Encoding = field(default_factory=Encoding)
-    """How prompts are read and encoded"""
-    batch: int | None = None
-    """Pictures in a batch; None: chosen by their size"""
 
-    def __post_init__(self) -> None:
-        """Raise DiffgraftError for values that no base can draw with."""
-        named_sampler(self.sampler)
-        if not 1 <= self.steps <= _MOST_STEPS:
-            raise DiffgraftError(f"Invalid value steps={self.steps}: must be 1 to {_MOST_STEPS}; 20 to 50 is usual.")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise DiffgraftError(
-                f"Invalid value guidance={self.guidance}: must be 0 to 100; 1 is off, 5 to 9 is usual."
-            )
-        for name, value in (("rescale", self.rescale), ("variation_strength", self.variation_strength)):
-            if not 0 <= value <= 1:
-                raise DiffgraftError(f"Invalid value {name}={value}: must be from 0 to 1.")
+def default_batch_size(width: int, height: int) -> int:
+    """Return the number of pictures of a size in pixels that a batch holds unless `DrawSettings.batch` is set."""
+    return max(1, min(32, 8 * 256 * 256 // (width * height)))
 
 
 @dataclass(frozen=True)
-class InUse:
-    """An adapter of a session, and when it has which strength."""
+class _Job:
+    """One picture to draw."""
 
-    adapter: Adapter
-    """A shallow copy, so that the same file may be in use twice"""
-    strength: Strength = 1.0
-    curve: Curve = (Point(1.0, 0.0, False),)
-    """Factor on the strength of the denoiser, by step"""
-    start: Point | None = None
-    """First moment at which it has an effect; None: from the first step"""
-    end: Point | None = None
-    """Moment from which on it has none; None: to the last step"""
+    number: int
+    """Its place among all pictures"""
+    prompt: str
+    """Its prompt after choices, with tags"""
+    seed: int
 
-    def at(self, step: int, steps: int) -> Strength:
-        """Return the strength in a step, counted from 0; the text encoders keep theirs."""
-        factor = _factor(self.curve, step, steps)
-        begins, ends = (_step_of(moment, steps) for moment in (self.start, self.end))
-        if (begins is not None and step < begins) or (ends is not None and step >= ends):
-            factor = 0.0
-        return self.strength if factor == 1 else _with_denoiser(self.strength, factor)
+    lane: int = -1
+    """Lane of its adapters, -1 if they are merged"""
+
+    @property
+    def text(self) -> str:
+        """Prompt without tags."""
+        return split_tags(self.prompt)[0]
+
+    @property
+    def tags(self) -> list[AdapterTag]:
+        """Adapters that its prompt names."""
+        return split_tags(self.prompt)[1]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A run of the sampler over a batch."""
+
+    jobs: Sequence[_Job]
+    settings: DrawSettings
+    size: tuple[int, int]
+    """(width, height) in pixels"""
+    steps: int
+    start: Start | None = None
+    first_pass: int | None = None
+    """For the second pass of a hires fix, the number of steps of the first"""
+    channels: Tensor | None = None
+    """Further channels of an inpainting denoiser"""
+    lanes: Sequence[Mapping[str, InUse]] = ()
+    """Adapters that act on single pictures or regions"""
 
 
 class Session:
     """A loaded base with adapters, which draws pictures."""
 
-    def __init__(self, base: Base, library: str | Path | None = None, wildcards: str | Path | None = None) -> None:
+    def __init__(
+        self, target: Base | Any, library: str | Path | None = None, wildcards: str | Path | None = None
+    ) -> None:
         """Begin a session.
 
         Args:
-            base: a loaded base; its weights are the same bits as before when the session ends.
+            target: a loaded base, or a diffusers pipeline of a known family; its weights are the same bits as before
+                when the session ends. The networks of a pipeline are frozen, and its scheduler tells the noise levels.
             library: folder in which adapters are found by name, in its folders too.
             wildcards: folder with the lists of ``__wildcards__``.
+
+        Raises:
+            DiffgraftError: the pipeline is of no known family.
         """
-        self.base = base
-        self._library = None if library is None else Path(library).expanduser()
+        self.base = target if isinstance(target, Base) else base_of(target)
+        self.library = AdapterLibrary(library, layers_in_block(self.base))
+        """Files that are found by name"""
         self._wildcards = None if wildcards is None else Path(wildcards).expanduser()
-        self._graft = Graft(base)
+        self._graft = Graft(target)
         self._in_use: dict[str, InUse] = {}
-        self._loaded: dict[tuple[Path, int, int], Adapter] = {}
         self._merged: dict[str, Strength] = {}
 
     @property
@@ -138,17 +148,18 @@ class Session:
         Args:
             adapter: its file or name in the library, or the adapter itself.
             strength: as in `diffgraft.generation.graft.graft`.
-            name: name to change or remove it by; by default the name in the library, or that of the file without its
-                suffix.
+            name: name to change or remove it by; by default the name in the library, that of the file without its
+                suffix, or that of the folder of a run.
 
         Raises:
             DiffgraftError: there is no such adapter, or it does not fit the base; nothing has changed.
         """
-        found = adapter if isinstance(adapter, Adapter) else self._load(str(adapter))
-        if not name:
-            name = adapter.method if isinstance(adapter, Adapter) else str(adapter)
-            name = Path(name).stem if Path(name).expanduser().exists() else name
-        self._apply({**self._in_use, name: InUse(copy(found), strength)}, 0, 1)
+        if isinstance(adapter, Adapter):
+            found, source, usual = adapter, "", adapter.method
+        else:
+            found, source, usual = self.library.load(str(adapter)), str(adapter), usual_name(str(adapter))
+        item = InUse(copy(found), strength, source=source)
+        self._apply({**self._in_use, name or usual: item}, 0, 1)
 
     def remove(self, name: str) -> None:
         """Stop using an adapter.
@@ -164,136 +175,282 @@ class Session:
         """Remove all adapters; the base's weights are the same bits as before the session."""
         self._apply({}, 0, 1)
 
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put the adapters in use back as they are now at the end of the block."""
+        before = self._in_use
+        try:
+            yield
+        finally:
+            self._apply(before, 0, 1)
+
     def __enter__(self) -> "Session":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @torch.no_grad()
     def draw(
-        self, prompts: str | Sequence[str], seeds: Sequence[int] = (0,), settings: DrawSettings | None = None
+        self,
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] = (0,),
+        settings: DrawSettings | None = None,
+        image: ImageInput | None = None,
+        keep: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
         """Draw a picture of each prompt and seed: all seeds of the first prompt first.
 
         Tags such as ``<lora:name:0.8>`` are in use for the pictures of their prompt, beside the session's adapters.
 
+        Args:
+            prompts: one prompt, or several.
+            seeds: a seed for each picture of a prompt.
+            settings: how they are drawn.
+            image: picture that all of them start from.
+            keep: callback that receives the place of a picture in the result and the picture as soon as it is drawn.
+
+        Returns:
+            The pictures; `Image.info` tells how each was drawn.
+
         Raises:
             DiffgraftError: a prompt names an unknown adapter, or this base cannot draw with these settings.
             OverflowedPictureError: latents overflowed.
         """
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        pairs = [(prompt, seed) for prompt in listed for seed in seeds]
+        return self.draw_each([prompt for prompt, _ in pairs], [seed for _, seed in pairs], settings, image, keep)
+
+    @torch.no_grad()
+    def draw_each(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: DrawSettings | None = None,
+        image: ImageInput | None = None,
+        keep: Callable[[int, Image.Image], None] | None = None,
+        title: str = "drawing",
+    ) -> list[Image.Image]:
+        """Draw a picture of each prompt with its own seed; otherwise as `draw`.
+
+        Args:
+            prompts: a prompt for each picture.
+            seeds: a seed for each picture, as many as prompts.
+            settings: how they are drawn.
+            image: picture that all of them start from.
+            keep: callback that receives the place of a picture and the picture as soon as it is drawn.
+            title: name of the phase under which progress is reported.
+        """
         settings = settings or DrawSettings()
-        size = self._size(settings)
+        if image is not None and settings.hires is not None:
+            raise DiffgraftError("A hires fix begins with noise: leave out hires, or the picture to start from.")
+        size = self._size(settings, image)
+        source = None if image is None else image.resized(size)
+        jobs = [
+            _Job(number, draw_choices(prompt, seed, self._wildcards), seed)
+            for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        self._tell(jobs, settings)
+        batch = settings.batch or default_batch_size(*size)
+        batches = [jobs[start : start + batch] for start in range(0, len(jobs), batch)]
         images: list[Image.Image] = []
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            for text, of_text in self._by_text(prompt, seeds).items():
-                images += self._draw_one(text, of_text, size, settings)
+        with phase(title, len(batches) * _computed_steps(settings, source)) as tracker:
+            for each in batches:
+                for job, drawn in zip(each, self._draw_mixed(each, size, settings, source, tracker), strict=True):
+                    images.append(drawn)
+                    if keep is not None:
+                        keep(job.number, drawn)
         return images
 
-    def _by_text(self, prompt: str, seeds: Sequence[int]) -> dict[str, list[int]]:
-        """Make the choices of a prompt, and return the seeds of each text in order of the first."""
-        texts: dict[str, list[int]] = {}
-        for seed in seeds:
-            texts.setdefault(draw_choices(prompt, seed, self._wildcards), []).append(seed)
-        return texts
+    def _tell(self, jobs: Sequence[_Job], settings: DrawSettings) -> None:
+        """Report what is not read as it looks, once for each prompt."""
+        style = settings.encoding.style
+        texts = [*(job.text for job in jobs), settings.negative, *(region.prompt for region in settings.regions)]
+        for text in dict.fromkeys(split_tags(text)[0] for text in texts):
+            for sentence in notes_on(text, settings.steps, style):
+                emit(Note(sentence))
 
-    def _draw_one(
-        self, text: str, seeds: Sequence[int], size: tuple[int, int], settings: DrawSettings
+    def _draw_mixed(
+        self,
+        jobs: Sequence[_Job],
+        size: tuple[int, int],
+        settings: DrawSettings,
+        source: ImageInput | None,
+        tracker: Tracker,
     ) -> list[Image.Image]:
-        """Draw pictures of one text, whose adapters are in use meanwhile."""
-        text, tags = split_tags(text)
-        for sentence in notes_on(text, settings.steps, settings.encoding.style):
-            emit(Note(sentence))
+        """Draw a batch whose prompts may name different adapters, together where these can act on single pictures."""
+        sets = list(dict.fromkeys(tuple(map(str, job.tags)) for job in jobs))
+        if len(sets) > 1 and not settings.regions:
+            try:
+                return self._draw_batch(jobs, size, settings, source, tracker)
+            except LaneError:
+                pass
+        drawn: dict[int, Image.Image] = {}
+        for tags in sets:
+            own = [job for job in jobs if tuple(map(str, job.tags)) == tags]
+            pictures = self._draw_batch(own, size, settings, source, tracker)
+            drawn |= {job.number: picture for job, picture in zip(own, pictures, strict=True)}
+        return [drawn[job.number] for job in jobs]
+
+    def _draw_batch(
+        self,
+        jobs: Sequence[_Job],
+        size: tuple[int, int],
+        settings: DrawSettings,
+        source: ImageInput | None,
+        tracker: Tracker,
+    ) -> list[Image.Image]:
+        """Draw pictures in one batch; adapters that all of them name are merged meanwhile."""
         before = self._in_use
+        sets = {tuple(map(str, job.tags)): self._of_tags(job.tags) for job in jobs}
+        merged, lanes = before, []
+        if len(sets) > 1:
+            lanes = list(sets.values())
+            jobs = [replace(job, lane=list(sets).index(tuple(map(str, job.tags)))) for job in jobs]
+        else:
+            merged = {**before, **next(iter(sets.values()))}
+        lanes += [self._of_tags(split_tags(region.prompt)[1]) for region in settings.regions]
         try:
-            in_use = {**before, **{f"{number} {tag.name}": self._of_tag(tag) for number, tag in enumerate(tags)}}
-            self._apply(in_use, 0, settings.steps)
-            guide = self._guide(text, settings)
-            batch = settings.batch or default_batch_size(*size)
-            images = []
-            starts = range(0, len(seeds), batch)
-            with phase("drawing", len(starts) * settings.steps) as tracker:
-                for start in starts:
-                    latents = self._sample(guide, seeds[start : start + batch], size, settings, tracker)
-                    images += self._decoded(latents)
-            return images
+            self._apply(merged, 0, settings.steps)
+            start = None if source is None else start_of(self.base, source)
+            channels = inpainting_channels(self.base, source)
+            work = _Pass(jobs, settings, size, settings.steps, start, None, channels, lanes)
+            latents = self._sample(work, tracker)
+            if settings.hires is not None:
+                latents = self._second_pass(work, settings.hires, latents, tracker)
+            pictures = [decode(self.base, row, settings.tiling) for row in latents]
         finally:
             self._apply(before, 0, 1)
+        if source is not None:
+            pictures = [source.restore_unmasked(picture) for picture in pictures]
+        used = [*merged.items(), *(item for lane in lanes for item in lane.items())]
+        for picture, record in zip(pictures, self._records(jobs, settings, size, source, used), strict=True):
+            picture.info = {PARAMETERS: parameters(record), RECORD: record.to_json()}
+        return pictures
 
-    def _sample(
-        self, guide: Guide, seeds: Sequence[int], size: tuple[int, int], settings: DrawSettings, tracker: Any
-    ) -> Tensor:
+    def _second_pass(self, work: _Pass, hires: Hires, latents: Tensor, tracker: Tracker) -> Tensor:
+        """Draw the latents of a first pass again at a larger size."""
+        larger, steps = hires_size(self.base, work.size, hires), hires.steps or work.steps
+        start = Start(enlarged(self.base, latents, larger, hires.upscaler), hires.denoise)
+        self._apply(self._in_use, 0, steps)
+        again = replace(work, size=larger, steps=steps, start=start, first_pass=work.steps)
+        return self._sample(again, tracker)
+
+    def _sample(self, work: _Pass, tracker: Tracker) -> Tensor:
         """Draw the latents of one batch."""
-        width, height = size
+        (width, height), settings, start = work.size, work.settings, work.start
+        guides = self._guides(work)
         frame = SizeConditioning((height, width), (0, 0), (height, width))
         told = self.base.family.size_conditioning([frame]).get("time_ids")
-        guidance = settings.guidance if settings.guidance is not None else self._usual_guidance()
-        micro = None if told is None else told.to(self.base.device)
-        denoise = GuidedDenoiser(self.base, [guide] * len(seeds), guidance, settings.rescale, micro)
+        micro = None if told is None else told.to(self._device)
+        kept = None
+        if start is not None and start.mask is not None and work.channels is None:
+            kept = Kept(start.latents, start.mask)
+        lanes = Lanes(self.base.family.denoiser, self.base.denoiser) if any(work.lanes) else None
+        denoise = GuidedDenoiser(self.base, guides, self._guidance(settings), micro, work.channels, kept, lanes)
         sampler = named_sampler(settings.sampler)
-        sigmas = sampler_sigmas(sampler, settings.schedule, settings.steps, denoise.levels)
+        sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, denoise.levels)
+        sigmas = sigmas if start is None else sigmas[start.first_step(work.steps) :]
         factor = self.base.vae_scale_factor
         shape = (self.base.latents.channels, height // factor, width // factor)
-        streams = [noise_stream(settings.noise, seed) for seed in seeds]
-        variations = self._variations(settings, len(seeds))
-        x = start_noise(streams, shape, variations, settings.variation_strength).to(self.base.device) * sigmas[0]
+        streams = [noise_stream(settings.noise, job.seed) for job in work.jobs]
+        variations = _variations(settings, len(work.jobs))
+        x = start_noise(streams, shape, variations, settings.variation_strength).to(self._device) * sigmas[0]
+        if start is not None and not start.is_lost:
+            x = x + start.latents.to(x)
 
         def noise(_before: float, _after: float) -> Tensor:
             return torch.stack([stream.normal(shape) for stream in streams]).to(x.device)
 
-        for step, latents in enumerate(sampler.run(denoise, x, sigmas, noise), 1):
-            x = latents
-            if not x.isfinite().all():
-                raise OverflowedPictureError(
-                    f"Latents overflowed in step {step} of {settings.steps}, so the picture would be black. Use "
-                    "smaller strengths of adapters, less guidance, or float32."
-                )
-            tracker.advance()
-            denoise.step = step
-            if step < settings.steps:
-                self._apply(self._in_use, step, settings.steps)
+        last: list[LaneAdapters] = []
+        try:
+            for step in range(len(sigmas)):  # a sampler computes a step when its next latents are asked for
+                now: list[LaneAdapters] = [
+                    [(item.adapter, item.in_denoiser(step, work.steps)) for item in lane.values()]
+                    for lane in work.lanes
+                ]
+                if lanes is not None and now != last:
+                    lanes.set(now)
+                    last = now
+                if step == 0:
+                    running = sampler.run(denoise, x, sigmas, noise)
+                latents = next(running, None)
+                if latents is None:
+                    break
+                x = latents
+                if not x.isfinite().all():
+                    raise OverflowedPictureError(
+                        f"Latents overflowed in step {step + 1} of {len(sigmas) - 1}, so the picture would be black. "
+                        "Use smaller strengths of adapters, less guidance, or float32."
+                    )
+                tracker.advance()
+                denoise.step = step + 1
+                if step + 1 < len(sigmas) - 1:
+                    self._apply(self._in_use, step + 1, work.steps)
+        finally:
+            if lanes is not None:
+                lanes.remove()
         return x
 
-    @staticmethod
-    def _variations(settings: DrawSettings, count: int) -> list[NoiseStream] | None:
-        if settings.variation_seed is None:
-            return None
-        return [noise_stream(settings.noise, settings.variation_seed + number) for number in range(count)]
+    @property
+    def _device(self) -> torch.device:
+        """The device that computes; with offloading, the one that networks are moved to."""
+        hook = getattr(self.base.denoiser, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or self.base.device)
 
-    def _decoded(self, latents: Tensor) -> list[Image.Image]:
-        """Decode latents [n, c, h, w] to pictures."""
-        spec, vae = self.base.latents, self.base.vae
-        pictures = [vae.decode((row.unsqueeze(0) / spec.scale + spec.shift).to(vae.dtype)).sample[0] for row in latents]
-        pixels = (torch.stack(pictures).float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-        return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    def _guidance(self, settings: DrawSettings) -> Guidance:
+        usual = SMALL_GUIDANCE if self.base.family.native_size(self.base) <= SMALL else USUAL_GUIDANCE
+        scale = usual if settings.guidance is None else settings.guidance
+        return Guidance(scale, settings.rescale, settings.mimic, settings.percentile)
 
-    def _guide(self, text: str, settings: DrawSettings) -> Guide:
-        """Encode the parts and steps of a prompt, and the negative prompt."""
-        parts = split_parts(text) if settings.encoding.style == "webui" else [(text, 1.0)]
-        guides = [(weight, self._told(part, settings)) for part, weight in parts]
-        negative = self._told(settings.negative, settings)
-        if not settings.negative.strip() and "text_embeds" in negative[0].added:  # as SDXL was trained
-            blank = {name: torch.zeros_like(value) for name, value in negative[0].added.items()}
-            negative = [replace(negative[0], states=torch.zeros_like(negative[0].states), added=blank)]
-        return Guide(guides, negative)
+    def _guides(self, work: _Pass) -> list[Guide]:
+        """Encode the prompt of each picture, each text once, the negative prompt, and the prompts of regions."""
+        height, width = (side // self.base.vae_scale_factor for side in reversed(work.size))
+        regions = work.settings.regions
+        first = len(work.lanes) - len(regions)
+        areas = [
+            Area(region.area(height, width), self._guide(split_tags(region.prompt)[0], first + place, work))
+            for place, region in enumerate(regions)
+        ]
+        guides: dict[tuple[str, int], Guide] = {}
+        for job in work.jobs:
+            if (job.text, job.lane) not in guides:
+                guides[job.text, job.lane] = replace(self._guide(job.text, job.lane, work), areas=areas)
+        return [guides[job.text, job.lane] for job in work.jobs]
 
-    def _told(self, text: str, settings: DrawSettings) -> list[Told]:
+    def _guide(self, text: str, lane: int, work: _Pass) -> Guide:
+        """Encode a prompt and the negative prompt, by text encoders with the adapters of their lane."""
+        settings, merged = work.settings, self._in_use
+        of_lane = {} if lane < 0 else {f"lane {name}": item.in_text() for name, item in work.lanes[lane].items()}
+        try:
+            if of_lane:
+                self._apply({**merged, **of_lane}, 0, work.steps)
+            negative = self._told(settings.negative, work)
+            if not settings.negative.strip() and "text_embeds" in negative[0].added:  # as SDXL was trained
+                blank = {name: torch.zeros_like(value) for name, value in negative[0].added.items()}
+                negative = [replace(negative[0], states=torch.zeros_like(negative[0].states), added=blank)]
+            parts = split_parts(text) if settings.encoding.style == "webui" else [(text, 1.0)]
+            return Guide([(weight, self._told(part, work)) for part, weight in parts], negative, lane)
+        finally:
+            if of_lane:
+                self._apply(merged, 0, work.steps)
+
+    def _told(self, text: str, work: _Pass) -> list[Told]:
         """Encode a text, stage by stage."""
-        is_webui = settings.encoding.style == "webui"
-        stages = schedule_of(text, settings.steps) if is_webui else [(settings.steps, text)]
-        encoded = encode_texts(self.base, [stage for _, stage in stages], settings.encoding)
+        encoding = work.settings.encoding
+        is_webui = encoding.style == "webui"
+        stages = schedule_of(text, work.steps, work.first_pass) if is_webui else [(work.steps, text)]
+        encoded = encode_texts(self.base, [stage for _, stage in stages], encoding)
         return [
             Told(until, encoded.hidden_states[row], {name: value[row] for name, value in encoded.added.items()})
             for row, (until, _) in enumerate(stages)
         ]
 
-    def _of_tag(self, tag: AdapterTag) -> InUse:
-        """Return the adapter that a tag names, with its strengths."""
-        adapter = self._load(tag.name)
-        if tag.kind == "hypernet" and not adapter.networks:
-            raise DiffgraftError(f"{tag.name} is no hypernetwork: write <lora:{tag.name}:…> for it.")
-        strength = {"text_encoder": tag.text_encoder[0].strength, **tag.blocks}
-        return InUse(copy(adapter), strength, tag.denoiser, tag.start, tag.end)
+    def _of_tags(self, tags: Sequence[AdapterTag]) -> dict[str, InUse]:
+        """Return the adapters that a prompt names, by a name that no other has."""
+        return {
+            f"{number} {tag.name} {id(tags)}": InUse.of_tag(tag, self.library.load(tag.name))
+            for number, tag in enumerate(tags)
+        }
 
     def _apply(self, in_use: dict[str, InUse], step: int, steps: int) -> None:
         """Merge the adapters at their strengths of a step."""
@@ -306,68 +463,76 @@ class Session:
                 raise
         self._in_use, self._merged = in_use, strengths
 
-    def _load(self, name: str) -> Adapter:
-        """Read an adapter by path, or by name from the library; the same file is read once."""
-        path = self._find(name)
-        state = path.stat()
-        key = (path, state.st_mtime_ns, state.st_size)
-        if key not in self._loaded:
-            self._loaded[key] = load_adapter(path, layers_in_block(self.base))
-        return self._loaded[key]
-
-    def _find(self, name: str) -> Path:
-        """Return the path of an adapter."""
-        path = Path(name).expanduser()
-        if path.exists():
-            return path
-        found: dict[str, Path] = {}
-        if self._library is not None:
-            for file in sorted(self._library.rglob("*")):
-                if file.suffix in _SUFFIXES and file.is_file():
-                    inside = file.relative_to(self._library)
-                    for key in (inside.as_posix(), inside.with_suffix("").as_posix(), file.name, file.stem):
-                        found.setdefault(key, file)
-        if name in found:
-            return found[name]
-        where = f" in {self._library}" if self._library is not None else ""
-        hint = did_you_mean(name, {file.stem for file in found.values()}) if found else "give the path of its file."
-        raise DiffgraftError(f"There is no adapter {name!r}{where}: {hint}")
-
-    def _size(self, settings: DrawSettings) -> tuple[int, int]:
+    def _size(self, settings: DrawSettings, image: ImageInput | None) -> tuple[int, int]:
         """Return (width, height) in pixels, after checking it."""
-        width, height = settings.size or (self.base.resolution, self.base.resolution)
+        native = (self.base.resolution, self.base.resolution)
+        if image is not None:
+            native = native_size(self.base, image.image)
+        width, height = settings.size or native
         step = math.lcm(self.base.vae_scale_factor, 8)
-        if width % step or height % step or not (0 < width <= _MOST_SIDE and 0 < height <= _MOST_SIDE):
+        if width % step or height % step:
             nearest = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
             raise DiffgraftError(
-                f"Invalid value size={width}x{height}: sides must be multiples of {step}, at most {_MOST_SIDE}. Use "
-                f"{nearest}."
+                f"Invalid value size={width}x{height}: sides must be multiples of {step}. Use {nearest}."
             )
         return width, height
 
-    def _usual_guidance(self) -> float:
-        return SMALL_GUIDANCE if self.base.family.native_size(self.base) <= SMALL else _USUAL_GUIDANCE
+    @property
+    def _base_hash(self) -> str:
+        """Hash of the base, computed once, as it takes a while for a large VAE; adapters do not change it."""
+        if self.base not in _HASHES:
+            _HASHES[self.base] = self.base.generation_hash
+        return _HASHES[self.base]
+
+    def _records(
+        self,
+        jobs: Sequence[_Job],
+        settings: DrawSettings,
+        size: tuple[int, int],
+        source: ImageInput | None,
+        in_use: Sequence[tuple[str, InUse]],
+    ) -> Iterator[DrawingRecord]:
+        """Yield the record of each picture of a batch."""
+        image = None
+        if source is not None:
+            mask = "" if source.mask is None else pixel_hash(source.mask)
+            image = InputRecord(pixel_hash(source.image), source.denoise, mask)
+        resolved = replace(settings, guidance=self._guidance(settings).scale)
+        adapters = [
+            AdapterRecord(
+                item.source if is_tag else name,
+                self.library.hash_of(item.source) if item.source else "",
+                None if is_tag else item.strength,
+            )
+            for name, item in in_use
+            for is_tag in [name not in self._in_use]
+        ]
+        for place in range(len(jobs)):
+            yield DrawingRecord(
+                [(job.prompt, job.seed) for job in jobs],
+                place,
+                resolved.changed(),
+                size,
+                self.base.name,
+                self._base_hash,
+                str(self.base.denoiser.dtype).removeprefix("torch."),
+                adapters,
+                image,
+                is_complete=not has_other_grafts(self.base, self._graft),
+            )
 
 
-def _factor(curve: Curve, step: int, steps: int) -> float:
-    """Return the strength of a curve in a step: linear between its points, and constant before and after them."""
-    at = float(step) if curve[0].in_steps else step / steps
-    before = max((point for point in curve if point.at <= at), key=lambda point: point.at, default=curve[0])
-    after = min((point for point in curve if point.at > at), key=lambda point: point.at, default=before)
-    if after.at <= before.at:
-        return before.strength
-    share = (at - before.at) / (after.at - before.at)
-    return before.strength + max(0.0, share) * (after.strength - before.strength)
-
-
-def _step_of(moment: Point | None, steps: int) -> float | None:
-    if moment is None:
+def _variations(settings: DrawSettings, count: int) -> list[NoiseStream] | None:
+    if settings.variation_seed is None:
         return None
-    return moment.at if moment.in_steps else moment.at * steps
+    return [noise_stream(settings.noise, settings.variation_seed + number) for number in range(count)]
 
 
-def _with_denoiser(strength: Strength, factor: float) -> Strength:
-    """Return a strength whose denoiser part is multiplied by a factor."""
-    given = strengths_of("an adapter", strength)
-    parts = {part: value * factor if part in denoisers() else value for part, value in given.parts.items()}
-    return {**parts, **given.blocks}
+def _computed_steps(settings: DrawSettings, source: ImageInput | None) -> int:
+    """Return the number of steps that a batch takes."""
+    steps = settings.steps
+    computed = steps if source is None else steps - Start(torch.empty(0), source.denoise).first_step(steps)
+    if hires := settings.hires:
+        more = hires.steps or steps
+        computed += more - Start(torch.empty(0), hires.denoise).first_step(more)
+    return computed

@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 from diffgraft.bases import load_base, loading
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.image_input import ImageInput
 from diffgraft.generation.merge_checkpoint import merge_checkpoint
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.train import train
 from tests.conftest import small
+from tests.drawing import generate
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -55,10 +56,10 @@ def test_training_and_drawing(pictures: Path, tmp_path: Path) -> None:
     mask.paste(255, (0, 0, 32, 48))
     for strength in (0.0, 50.0):
         with graft(held, {run.adapter: strength}):
-            settings_of = Settings(size=(64, 48), steps=3)
-            drawn[strength, "alone"] = generate(held.pipeline(), ["a dog"], settings_of, [1])[0]
+            settings_of = DrawSettings(size=(64, 48), steps=3)
+            drawn[strength, "alone"] = generate(held, ["a dog"], settings_of, [1])[0]
             source = ImageInput(photo, denoise=1.0, mask=mask)
-            drawn[strength, "into"] = generate(held.pipeline(), ["a dog"], settings_of, [1], image_input=source)[0]
+            drawn[strength, "into"] = generate(held, ["a dog"], settings_of, [1], image_input=source)[0]
     for kind in ("alone", "into"):
         assert drawn[0.0, kind].size == (64, 48)
         assert drawn[0.0, kind].tobytes() != drawn[50.0, kind].tobytes()

@@ -9,7 +9,8 @@ from diffgraft.bases.tiny.judge import LABELS, load_judge
 from diffgraft.bases.tiny.train.pictures import UNSEEN, scene_at
 from diffgraft.bases.tiny.world import draw
 from diffgraft.data.pictures import to_tensor
-from diffgraft.generation.generate import Settings, generate
+from diffgraft.generation.settings import DrawSettings
+from tests.drawing import generate
 
 FROZEN = "cc0e813e20d61e8a761835d213157e267e30eb14f4eb647d035b05dbf7f3755f"
 """`Base.hash` of the weights that ship. Numbers elsewhere depend on it: it changes with a release, not by accident."""
@@ -42,7 +43,7 @@ def test_judge_and_autoencoder_on_pictures_never_seen(base: Base) -> None:
 
 def test_pictures_show_what_the_words_say(base: Base) -> None:
     prompts, scenes = prompts_and_scenes(64)
-    images = generate(base.pipeline(), prompts, Settings(steps=25, batch=32), range(64))
+    images = generate(base, prompts, DrawSettings(steps=25, batch=32), range(64))
     right = verdicts(load_judge(TINY / "judge"), to_tensor(images), scenes)
     share = {kind: float(right[kind].float().mean()) for kind in LABELS}
     assert share["thing"] > 0.85

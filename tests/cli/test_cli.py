@@ -41,7 +41,7 @@ def test_train_then_generate(
     assert "finished already, after 2 steps" in capsys.readouterr().out
     adapter = f"{run / 'adapter.safetensors'}:0.8"
     words = ["generate", "a sks dog in the snow", "--adapter", adapter, "-n", 2, "--seed", 1, "--steps", 2]
-    assert call(monkeypatch, *words, "--size", "48x64", "--negative", "a cat", "--scheduler", "euler", "-o", drawn) == 0
+    assert call(monkeypatch, *words, "--size", "48x64", "--negative", "a cat", "--sampler", "euler", "-o", drawn) == 0
     names = ["a-sks-dog-in-the-snow-1.png", "a-sks-dog-in-the-snow-2.png", "a-sks-dog-in-the-snow-grid.png"]
     assert sorted(file.name for file in drawn.iterdir()) == names
     with Image.open(drawn / names[0]) as image:
@@ -62,7 +62,11 @@ def test_train_then_generate(
 def test_every_option_of_generate_reaches_what_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wanted = {
         **{"base": "my/base", "count": 3, "seed": 7, "size": (96, 64), "steps": 5, "guidance": 3.5, "negative": "snow"},
-        **{"scheduler": "euler", "image": Path("a.png"), "denoise": 0.4, "mask": Path("b.png"), "tiling": True},
+        **{"sampler": "heun", "schedule": "karras", "scheduler": "euler", "noise": "gpu", "rescale": 0.5, "mimic": 4.0},
+        **{"percentile": 0.9, "variation_seed": 5, "variation_strength": 0.2, "library": Path("lib")},
+        **{"wildcards": Path("words"), "style": "comfyui", "emphasis": "no-norm", "clip_skip": 2, "hires": 2.0},
+        **{"hires_denoise": 0.6, "hires_steps": 9, "upscaler": "lanczos"},
+        **{"image": Path("a.png"), "denoise": 0.4, "mask": Path("b.png"), "tiling": True},
         **{"precision": "bfloat16", "device": "cuda:1", "offload": "model"},
         **{"prediction_type": "v_prediction", "zero_snr": True, "quantize": "int8"},
     }
@@ -79,7 +83,7 @@ def test_every_option_of_generate_reaches_what_draws(monkeypatch: pytest.MonkeyP
             words += [f"--{name.replace('_', '-')}", "96x64" if name == "size" else value]
     assert call(monkeypatch, "generate", *words) == 0
     assert {name: given.get(name) for name in wanted} == wanted
-    assert (given["prompt"], given["adapters"]) == ("a dog", {"x.safetensors": 0.5})
+    assert (given["prompt"], given["adapters"]) == (["a dog"], {"x.safetensors": 0.5})
 
 
 def test_a_quantised_base_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -115,13 +119,13 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (["generate", "x", "--image", "/none.png"], "The picture /none.png does not exist"),
         (["generate", "x", "-a", "/none.safetensors:text=0.5"], "/none.safetensors"),
         (["generate", "x", "--size", "²x64"], "write WIDTHxHEIGHT"),
-        (["generate", "x", "--steps", "5000"], "allows 1 to 1000"),
+        (["generate", "x", "--steps", "5000"], "must be 1 to 1000"),
         (["generate", "x", "-o", "/dev/null/x"], "A file or folder cannot be used"),
         (["generate", "x", "-a", "file.safetensors:much"], "is not a number"),
         (["generate", "x", "-a", "none.safetensors"], "there is no file none.safetensors"),
         (["generate", "x", "--base", "no/such"], "The base 'no/such' was not found"),
         (["generate", "x", "--size", "big"], "write WIDTHxHEIGHT"),
-        (["generate", "x", "--scheduler", "eular"], "did you mean 'euler'"),
+        (["generate", "x", "--sampler", "eular"], "did you mean 'euler'"),
         (["inspect", "none.safetensors"], "there is no file"),
     ],
 )

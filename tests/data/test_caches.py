@@ -19,7 +19,7 @@ from diffgraft.data.latents import Encoded, encode, encode_pictures
 from diffgraft.data.pictures import Picture, crop_to_square
 from diffgraft.data.settings import Buckets
 from diffgraft.data.text_embeddings import TextEmbeddingCache
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 
 
 class Asked:
@@ -275,12 +275,12 @@ def test_a_cache_that_cannot_be_written_is_done_without(
     with pytest.warns(UserWarning, match="cannot be written"):
         TextEmbeddingCache(base, keep=True).prepare(["a dog"])
     with pytest.warns(UserWarning, match="cannot be written"):
-        drawn = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+        drawn = class_images(base, ["a dog"], 3, DrawSettings(steps=2), 1)
     assert [picture.image.size for _, picture in drawn] == [(64, 64)] * 3
 
 
 def test_a_damaged_class_image_is_drawn_again(base: Base, cache: Path) -> None:
-    drawn = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+    drawn = class_images(base, ["a dog"], 3, DrawSettings(steps=2), 1)
     wanted = [picture.read() for _, picture in drawn]
     files = sorted(cache.rglob("*.png"))
     files[0].write_bytes(flipped(wanted[0], len(wanted[0]) // 2))
@@ -289,15 +289,15 @@ def test_a_damaged_class_image_is_drawn_again(base: Base, cache: Path) -> None:
     files[2].mkdir()
     files[2].rmdir()
     os.mkfifo(files[2])
-    again = class_images(base, ["a dog"], 3, Settings(steps=2), 1)
+    again = class_images(base, ["a dog"], 3, DrawSettings(steps=2), 1)
     assert [picture.read() for _, picture in again] == wanted
 
 
 def test_class_images_that_cannot_be_kept_at_the_last_moment_are_used_all_the_same(base: Base, cache: Path) -> None:
-    wanted = [picture.read() for _, picture in class_images(base, ["a dog"], 2, Settings(steps=2), 1)]
+    wanted = [picture.read() for _, picture in class_images(base, ["a dog"], 2, DrawSettings(steps=2), 1)]
     file = next(cache.rglob("0001.png"))
     file.unlink()
     file.mkdir()  # the name cannot be taken, though all of the file was written
     with pytest.warns(UserWarning, match="cannot be written"):
-        again = class_images(base, ["a dog"], 2, Settings(steps=2), 1)
+        again = class_images(base, ["a dog"], 2, DrawSettings(steps=2), 1)
     assert [picture.read() for _, picture in again] == wanted

@@ -14,7 +14,7 @@ from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import encode
 from diffgraft.data.pictures import crop_to_square, read_picture, to_tensor, upright_rgb
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 
 
 def gradient(width: int = 30, height: int = 20) -> Image.Image:
@@ -134,7 +134,7 @@ def test_latents_are_those_of_the_vae(base: Base) -> None:
 
 def test_class_images_are_drawn_once(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path))
-    settings = Settings(steps=2, size=(32, 32))
+    settings = DrawSettings(steps=2, size=(32, 32))
     first = class_images(base, ["a cat"], 2, settings, 4)
     files = sorted(tmp_path.rglob("*.png"))
     stamps = [file.stat().st_mtime_ns for file in files]

@@ -22,9 +22,10 @@ from diffgraft.bases.tiny.judge import load_judge
 from diffgraft.bases.tiny.world import Scene
 from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, generate, use_scheduler
 from diffgraft.generation.graft import Graft, graft
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
+from tests.drawing import generate
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -187,8 +188,8 @@ def test_half_precision_bases_merge_and_return() -> None:
 def test_what_is_drawn_depends_on_seeds_and_not_on_batches(base: Base) -> None:
     def pixels(count: int, batch: int, first: int = 5, **more: Any) -> np.ndarray:
         prompts = [f"a {thing}" for thing in ("dog", "cat", "car")][:count]
-        settings = Settings(steps=3, batch=batch, **more)
-        images = generate(base.pipeline(), prompts, settings, range(first, first + count))
+        settings = DrawSettings(steps=3, batch=batch, **more)
+        images = generate(base, prompts, settings, range(first, first + count))
         return np.stack([np.asarray(image) for image in images]).astype(int)
 
     together, alone = pixels(3, 3), pixels(3, 1)
@@ -199,23 +200,17 @@ def test_what_is_drawn_depends_on_seeds_and_not_on_batches(base: Base) -> None:
     assert pixels(1, 1, size=(96, 48)).shape == (1, 48, 96, 3)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler-a", "dpm++", "dpm++-karras", "unipc"])
-def test_schedulers_draw_on_the_bases_own_schedule(base: Base, name: str) -> None:
-    """A scheduler on another schedule leaves noise, or a picture in no setting: the judge would not find the words."""
+@pytest.mark.parametrize(
+    "name", ["ddim", "euler", "euler a", "heun", "dpm++ 2m", "dpm++ 2m sde", "unipc", "plms", "deis"]
+)
+def test_samplers_draw_on_the_bases_own_schedule(base: Base, name: str) -> None:
+    """A sampler on another schedule leaves noise, or a picture in no setting: the judge would not find the words."""
     scenes = [Scene(thing="teapot", setting=setting) for setting in ("snow", "beach", "night", "jungle")]
     prompts = ["a teapot in the snow", "a teapot on the beach", "a teapot at night", "a teapot in the jungle"]
-    images = generate(base.pipeline(), prompts, Settings(steps=20, scheduler=name), range(4))
+    images = generate(base, prompts, DrawSettings(steps=25, sampler=name), range(4))
     right = verdicts(load_judge(TINY / "judge"), to_tensor(images), scenes)
     assert right["setting"].all()
     assert right["thing"].sum() >= 3
-
-
-def test_schedulers_that_cannot_follow_or_do_not_exist_are_refused(base: Base) -> None:
-    with pytest.raises(DiffgraftError, match="did you mean 'euler'"):
-        use_scheduler(base.pipeline(), "eular")
-    for name in ("pndm", "heun"):
-        with pytest.raises(DiffgraftError, match="zero terminal SNR"):
-            use_scheduler(base.pipeline(), name)
 
 
 def test_a_loaded_adapter_does_not_need_its_file_any_more(short_run: Run, tmp_path: Path) -> None:
@@ -257,20 +252,25 @@ def test_an_error_while_merging_leaves_the_target_as_it_was(base: Base) -> None:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        (Settings(size=(60, 64)), "multiples of 8. Use 64x64"),
-        (Settings(size=(100, 3)), "Use 96x8"),
-        (Settings(steps=2000), "allows 1 to 1000"),
+        (DrawSettings(size=(60, 64)), "multiples of 8. Use 64x64"),
+        (DrawSettings(size=(100, 3)), "Use 96x8"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(base: Base, settings: Settings, answer: str) -> None:
+def test_what_cannot_be_drawn_is_refused(base: Base, settings: DrawSettings, answer: str) -> None:
     with pytest.raises(DiffgraftError, match=answer):
-        generate(base.pipeline(), ["a dog"], settings, [1])
+        generate(base, ["a dog"], settings, [1])
 
 
-def test_the_pipeline_keeps_its_scheduler(base: Base) -> None:
+def test_a_pipeline_draws_as_its_base_and_keeps_its_scheduler(base: Base) -> None:
+    from diffusers import AutoPipelineForImage2Image
+
     pipe = base.pipeline()
-    generate(pipe, ["a dog"], Settings(steps=2, scheduler="euler"), [1])
-    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    wanted = generate(base, ["a dog"], DrawSettings(steps=2), [1])[0]
+    for target in (pipe, AutoPipelineForImage2Image.from_pipe(pipe)):
+        assert generate(target, ["a dog"], DrawSettings(steps=2), [1])[0].tobytes() == wanted.tobytes()
+        assert type(target.scheduler).__name__ == "DDIMScheduler"
+    with pytest.raises(DiffgraftError, match="is of no known family"):
+        generate(torch.nn.Linear(2, 3), ["a dog"], DrawSettings(steps=2), [1])
 
 
 def test_only_what_changes_is_merged_again(base: Base, short_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,11 @@ from diffgraft.data.image_folder import read_folder
 from diffgraft.data.pictures import read_picture
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.image_input import ImageInput
+from diffgraft.generation.settings import DrawSettings
 from tests.adapters.toys import shake
+from tests.drawing import generate
 from tests.generation.test_graft import lora
 
 PROMPT = "a dog in the snow"
@@ -33,7 +34,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def draw(base: Base, source: ImageInput | None, steps: int = 8, **settings: object) -> list[Image.Image]:
-    return generate(base.pipeline(), [PROMPT] * 2, Settings(steps=steps, **settings), [1, 2], image_input=source)  # type: ignore[arg-type]
+    return generate(base, [PROMPT] * 2, DrawSettings(steps=steps, **settings), [1, 2], image_input=source)  # type: ignore[arg-type]
 
 
 def test_the_less_noise_the_nearer_to_the_source(base: Base) -> None:
@@ -45,17 +46,21 @@ def test_the_less_noise_the_nearer_to_the_source(base: Base) -> None:
     assert far[0] < 20
 
 
-def test_it_is_what_the_pipeline_of_diffusers_gives(base: Base) -> None:
+def test_it_is_what_the_pipeline_of_diffusers_gives(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-    from diffusers import StableDiffusionImg2ImgPipeline
+    from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     pipe = StableDiffusionImg2ImgPipeline(**base.pipeline().components, requires_safety_checker=False)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
     pipe.set_progress_bar_config(disable=True)
+    # diffusers encodes a sample, here it is the mean; of eight steps webui takes ⌊0.5 · 8⌋ + 1, diffusers ⌊0.625 · 8⌋
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())  # noqa: ARG005
     generator = torch.Generator().manual_seed(1)
-    wanted = pipe(PROMPT, photo(), strength=0.5, num_inference_steps=8, guidance_scale=3.0, generator=generator).images[
-        0
-    ]
-    assert np.abs(pixels(draw(base, ImageInput(photo(), 0.5))[0]) - pixels(wanted)).max() <= 1
+    (wanted,) = pipe(
+        PROMPT, photo(), strength=0.625, num_inference_steps=8, guidance_scale=3.0, generator=generator
+    ).images
+    assert np.abs(pixels(draw(base, ImageInput(photo(), 0.5))[0]) - pixels(wanted)).max() <= 2
 
 
 def test_inpainting_leaves_the_rest_as_it_was_to_the_pixel(base: Base) -> None:
@@ -95,8 +100,10 @@ def test_adapters_of_every_method_work_in_all_pipelines(method: str, base: Base)
     sources = (None, ImageInput(photo(), 0.7), ImageInput(photo(), 0.7, mask))
 
     def draw_all() -> list[np.ndarray]:
-        pipe, prompt = base.pipeline(), "a <zorp> dog"
-        return [pixels(generate(pipe, [prompt], Settings(steps=4), [1], image_input=source)[0]) for source in sources]
+        prompt = "a <zorp> dog"
+        return [
+            pixels(generate(base, [prompt], DrawSettings(steps=4), [1], image_input=source)[0]) for source in sources
+        ]
 
     bare = draw_all()
     with graft(base, {adapter: 1.0}):
@@ -117,26 +124,16 @@ def test_what_is_transparent_in_a_mask_stays(base: Base, tmp_path: Path) -> None
         assert changed[painted[..., 0] == 255].mean() > 5
 
 
-def test_a_refused_source_leaves_the_pipeline_as_it_was(base: Base) -> None:
-    pipe = base.pipeline()
-    own = pipe.scheduler
-    source = ImageInput(photo(), 0.5, Image.new("L", (10, 10)))
-    with pytest.raises(DiffgraftError, match="mask is 10x10"):
-        generate(pipe, [PROMPT], Settings(steps=4, scheduler="euler"), [1], image_input=source)
-    assert pipe.scheduler is own
-
-
 def test_xl_draws_from_and_into_pictures_too(sdxl_folder: object) -> None:
     small = load_base(str(sdxl_folder))
     mask = Image.new("L", (64, 64), 255)
     for source in (ImageInput(photo(), 0.5), ImageInput(photo(), 0.5, mask)):
-        assert generate(small.pipeline(), [PROMPT], Settings(steps=4), [1], image_input=source)[0].size == (32, 32)
+        assert generate(small, [PROMPT], DrawSettings(steps=4), [1], image_input=source)[0].size == (32, 32)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (ImageInput(Image.new("RGB", (64, 64)), 0.05), "of 8 steps is less than one step"),
         (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (64, 64))), "mask is black everywhere"),
         (ImageInput(Image.new("RGB", (64, 64)), 0.5, Image.new("L", (32, 64))), "mask is 32x64 and the picture 64x64"),
     ],

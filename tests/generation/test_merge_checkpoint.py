@@ -16,15 +16,16 @@ from diffgraft.bases.meta_base import meta_base
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_safetensors
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.merge_checkpoint import merge_checkpoint
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
+from tests.drawing import generate
 from tests.generation.test_graft import bits, lora
 
 
 def draw(base: Base) -> Image.Image:
-    return generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])[0]
+    return generate(base, ["a sks dog"], DrawSettings(steps=3), [1])[0]
 
 
 def test_a_baked_base_draws_what_the_graft_draws(base: Base, short_run: Run, tmp_path: Path) -> None:

@@ -10,17 +10,19 @@ import torch
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.session import OverflowedPictureError
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.drawing import generate
 
 
 @pytest.mark.parametrize("guidance", [float("inf"), float("-inf"), float("nan")])
 def test_guidance_is_a_number(base: Base, guidance: float) -> None:
     with pytest.raises(DiffgraftError, match="Invalid value guidance"):
-        generate(base.pipeline(), ["a dog"], Settings(guidance=guidance, steps=2), [1])
+        generate(base, ["a dog"], DrawSettings(guidance=guidance, steps=2), [1])
 
 
 def test_a_picture_of_no_numbers_is_not_drawn(base: Base) -> None:
@@ -30,7 +32,7 @@ def test_a_picture_of_no_numbers_is_not_drawn(base: Base) -> None:
         with torch.no_grad():
             weight.fill_(float("nan"))
         with pytest.raises(DiffgraftError, match="overflowed in step 1 of 3"):
-            generate(base.pipeline(), ["a dog"], Settings(steps=3), [1])
+            generate(base, ["a dog"], DrawSettings(steps=3), [1])
     finally:
         with torch.no_grad():
             weight.copy_(before)
@@ -39,16 +41,16 @@ def test_a_picture_of_no_numbers_is_not_drawn(base: Base) -> None:
 def test_strengths_that_overflow_are_refused_as_well(base: Base, short_run: Run) -> None:
     adapter: Adapter = short_run.adapter
     with graft(base, {adapter: 1e30}), pytest.raises(DiffgraftError, match="overflowed in step 1 of 2"):
-        generate(base.pipeline(), ["a dog"], Settings(steps=2), [1])
+        generate(base, ["a dog"], DrawSettings(steps=2), [1])
 
 
 def test_training_goes_on_without_samples_that_overflow(
     base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def overflow(*_: Any) -> None:
+    def overflow(*_: Any, **__: Any) -> None:
         raise OverflowedPictureError("Latents overflowed.")
 
-    monkeypatch.setattr("diffgraft.trainers.hooks.samples.generate", overflow)
+    monkeypatch.setattr("diffgraft.trainers.hooks.samples.Session.draw_each", overflow)
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}, "previews": True}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -15,11 +15,12 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.devices import has_bfloat16
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.drawing import generate
 
 FAST: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
 FAST["trigger"] = "<zorp>"  # a word that the base does not know, as some of the methods need it
@@ -38,7 +39,7 @@ def test_a_method_trains_and_what_it_leaves_is_what_was_trained(
     again = load_adapter(run.adapter_file)
 
     def draw() -> np.ndarray:
-        (image,) = generate(base.pipeline(), ["a <zorp> dog"], Settings(steps=3), [1])
+        (image,) = generate(base, ["a <zorp> dog"], DrawSettings(steps=3), [1])
         return np.asarray(image).astype(int)
 
     bare = draw()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffgraft.bases import Base
 from diffgraft.data import class_images as drawing
 from diffgraft.data.class_images import class_images
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers import loop
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.interrupts import defer_sigint
@@ -103,7 +103,7 @@ def test_class_images_are_the_same_however_they_came_to_be(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drawn at once, interrupted, some of them lost, or among more of them: to the bit."""
-    settings, prompts = Settings(size=(64, 64), steps=2), ["a dog", "a cat", "a tree"]
+    settings, prompts = DrawSettings(size=(64, 64), steps=2), ["a dog", "a cat", "a tree"]
 
     def drawn(cache: str, each: int = 3) -> dict[tuple[str, int], np.ndarray]:
         monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / cache))

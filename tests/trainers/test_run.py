@@ -18,8 +18,8 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings, generate
 from diffgraft.generation.graft import graft
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.hooks.validation_set import validation_set_from_images
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.folder import Run
@@ -29,6 +29,7 @@ from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.prompts import prompt_builders
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
+from tests.drawing import generate
 from tests.trainers.interrupt_helpers import interrupted_after
 
 
@@ -300,9 +301,9 @@ def test_adapters_are_kept_on_the_way(base: Base, pictures: Path, tmp_path: Path
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert files[-1].read_bytes() == long.adapter_file.read_bytes()
     assert load_adapter(files[0]).metadata == long.adapter.metadata
-    (bare,) = generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])
+    (bare,) = generate(base, ["a sks dog"], DrawSettings(steps=3), [1])
     with graft(base, {files[0]: 1.0}):
-        (drawn,) = generate(base.pipeline(), ["a sks dog"], Settings(steps=3), [1])
+        (drawn,) = generate(base, ["a sks dog"], DrawSettings(steps=3), [1])
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(bare)).max() > 0
 
 

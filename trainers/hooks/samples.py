@@ -8,9 +8,10 @@ from PIL import Image, ImageOps
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
-from diffgraft.generation.generate import OverflowedPictureError, Settings, generate
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid
+from diffgraft.generation.session import OverflowedPictureError, Session
+from diffgraft.generation.settings import DrawSettings
 
 _FIRST_SEED = 50_000
 """First seed of samples, far from those of class images, so that no sample equals an image seen in training"""
@@ -31,7 +32,7 @@ def draw_samples(
     """Generate `count` square images of `side` pixels for each of `prompts`, with the same seeds in every call."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_FIRST_SEED + number for _ in prompts for number in range(count)]
-    images = generate(base.pipeline(), repeated, Settings(size=(side, side)), seeds, title)
+    images = Session(base).draw_each(repeated, seeds, DrawSettings(size=(side, side)), title=title)
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
 

@@ -17,7 +17,7 @@ from diffgraft.data.inventory import list_names, pluralize
 from diffgraft.data.latents import encode_pictures
 from diffgraft.data.pictures import Picture, UnreadablePictureError
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.generate import Settings
+from diffgraft.generation.settings import DrawSettings
 from diffgraft.rng import generator
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.settings import Prior, Validation
@@ -283,7 +283,7 @@ def _generated_class(
         prompts = [prompts[row] for row in sorted(rows.tolist())]
     side = resolution_of(concept, base)
     images_per_prompt = math.ceil(prior.images / len(prompts)) if prompts else 0
-    settings = Settings(size=(side, side))
+    settings = DrawSettings(size=(side, side))
     for prompt, picture in class_images(base, prompts, images_per_prompt, settings, seed) if prompts else ():
         yield 1, prompt, picture
 

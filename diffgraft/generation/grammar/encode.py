@@ -78,12 +78,15 @@ def encode_texts(base: Base, texts: Sequence[str], encoding: Encoding) -> Condit
         blank = [torch.tensor([[Chunk().padded(item)[0]]], device=base.device) for item in tokenizers]
         empty, _ = base.family.text_states(base, blank, encoding.clip_skip)
         weighed = [
-            state + (weight.unsqueeze(-1) - 1) * (state - nothing)
+            (state + (weight.unsqueeze(-1).to(state.device) - 1) * (state - nothing)).to(state.dtype)
             for state, weight, nothing in zip(states, weights, empty, strict=True)
         ]
     else:
         weigh = _WEBUI[encoding.emphasis]
-        weighed = [weigh(state, weight.unsqueeze(-1)) for state, weight in zip(states, weights, strict=True)]
+        weighed = [
+            weigh(state, weight.unsqueeze(-1).to(state.device)).to(state.dtype)
+            for state, weight in zip(states, weights, strict=True)
+        ]
     return Conditioning(torch.cat(weighed, -1).flatten(1, 2), added)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from diffgraft.generation.samplers.schedules import karras
@@ -21,6 +22,14 @@ Noise = Callable[[float, float], Tensor]
 """(σ before, σ after) → standard normal noise [n, c, h, w] for the step between them"""
 Sampler = Callable[[Denoise, Tensor, Sequence[float], Noise], Iterator[Tensor]]
 """(denoise, latents at the first σ, σ of every step and 0, noise) → latents after each step"""
+
+_ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+"""Number of slopes → their weights, the newest first, in a step of even length"""
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
@@ -95,13 +104,19 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> I
 
 def _lagrange_integral(nodes: Sequence[float], chosen: int, start: float, end: float) -> float:
     """Integral from `start` to `end` of the polynomial that is 1 at one node and 0 at the others."""
-    polynomial = [1.0]  # coefficients, of the constant first
+    polynomial = _lagrange(nodes, chosen)
+    return sum(value * (end ** (n + 1) - start ** (n + 1)) / (n + 1) for n, value in enumerate(polynomial))
+
+
+def _lagrange(nodes: Sequence[float], chosen: int) -> list[float]:
+    """Coefficients, that of the constant first, of the polynomial that is 1 at one node and 0 at the others."""
+    polynomial = [1.0]
     for place, node in enumerate(nodes):
         if place != chosen:
             gap = nodes[chosen] - node
             shifted, scaled = [0.0, *polynomial], [*(value * -node for value in polynomial), 0.0]
             polynomial = [(high + low) / gap for high, low in zip(shifted, scaled, strict=True)]
-    return sum(value * (end ** (n + 1) - start ** (n + 1)) / (n + 1) for n, value in enumerate(polynomial))
+    return polynomial
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
@@ -237,6 +252,53 @@ def restart_steps(sigmas: Sequence[float]) -> list[tuple[float, float]]:
         again = list(pairwise(karras(length + 1, sigmas[low], sigmas[high])[:-1]))
         steps[low:low] = again * times
     return steps
+
+
+def plms(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
+    """Pseudo linear multistep method of order 4 (Liu et al. 2022, arXiv:2202.09778), as in CompVis' PLMS.
+
+    The first step is a pseudo improved Euler step.
+    """
+    slopes: list[Tensor] = []
+    for before, after in pairwise(sigmas):
+        slopes = [(x - denoise(x, before)) / before, *slopes[:3]]
+        if len(slopes) == 1 and after > 0:
+            reached = x + slopes[0] * (after - before)
+            slope = (slopes[0] + (reached - denoise(reached, after)) / after) / 2
+        else:
+            weights = _ADAMS_BASHFORTH[len(slopes)]
+            slope = torch.stack([weight * own for weight, own in zip(weights, slopes, strict=True)]).sum(0)
+        x = x + slope * (after - before)
+        yield x
+
+
+def deis(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
+    """DEIS of order 3, Adams–Bashforth in log σ (Zhang and Chen 2022, arXiv:2204.13902, ``ρAB`` in log ρ)."""
+    slopes: list[Tensor] = []
+    for step, (before, after) in enumerate(pairwise(sigmas)):
+        slopes = [(x - denoise(x, before)) / before, *slopes[:2]]
+        if after == 0:
+            x = x - slopes[0] * before
+        else:
+            nodes = [math.log(sigmas[step - back]) for back in range(len(slopes))]
+            for back, slope in enumerate(slopes):
+                x = x + slope * _lagrange_log_integral(nodes, back, before, after)
+        yield x
+
+
+def _lagrange_log_integral(nodes: Sequence[float], chosen: int, start: float, end: float) -> float:
+    """Integral over σ from `start` to `end` of the polynomial in log σ that is 1 at one node and 0 at the others."""
+    shift = nodes[chosen]  # logarithms relative to it keep their digits
+    polynomial = _lagrange([node - shift for node in nodes], chosen)
+
+    def antiderivative(sigma: float) -> float:
+        log, total = math.log(sigma) - shift, 0.0
+        for power, coefficient in enumerate(polynomial):  # ∫ uⁿ eᵘ du = eᵘ · Σ (−1)ᵏ n! / (n − k)! · uⁿ⁻ᵏ
+            terms = ((-1) ** k * math.perm(power, k) * log ** (power - k) for k in range(power + 1))
+            total += coefficient * sigma * sum(terms)
+        return total
+
+    return antiderivative(end) - antiderivative(start)
 
 
 def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:

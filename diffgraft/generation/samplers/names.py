@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from diffgraft.errors import DiffgraftError, did_you_mean
-from diffgraft.generation.samplers import k_diffusion
+from diffgraft.generation.samplers import by_diffusers, k_diffusion
 from diffgraft.generation.samplers.k_diffusion import Sampler
 from diffgraft.generation.samplers.schedules import NoiseLevels, schedule_sigmas
 
@@ -13,6 +13,8 @@ from diffgraft.generation.samplers.schedules import NoiseLevels, schedule_sigmas
 class NamedSampler:
     """A sampler, and webui's schedule for it."""
 
+    label: str
+    """Name as webui writes it"""
     run: Sampler
     schedule: str = "uniform"
     """Schedule that is used unless another one is asked for"""
@@ -22,24 +24,29 @@ class NamedSampler:
     """Whether it adds noise on the way"""
 
 
-SAMPLERS: Mapping[str, NamedSampler] = {
-    "euler": NamedSampler(k_diffusion.euler),
-    "euler a": NamedSampler(k_diffusion.euler_ancestral, is_random=True),
-    "lms": NamedSampler(k_diffusion.lms),
-    "heun": NamedSampler(k_diffusion.heun),
-    "dpm2": NamedSampler(k_diffusion.dpm2, "karras", drops_second_last=True),
-    "dpm2 a": NamedSampler(k_diffusion.dpm2_ancestral, "karras", drops_second_last=True, is_random=True),
-    "dpm++ 2m": NamedSampler(k_diffusion.dpmpp_2m, "karras"),
-    "dpm++ 2m sde": NamedSampler(k_diffusion.dpmpp_2m_sde, "exponential", is_random=True),
-    "dpm++ 2m sde heun": NamedSampler(k_diffusion.dpmpp_2m_sde_heun, "exponential", is_random=True),
-    "dpm++ 3m sde": NamedSampler(k_diffusion.dpmpp_3m_sde, "exponential", drops_second_last=True, is_random=True),
-    "dpm++ 2s a": NamedSampler(k_diffusion.dpmpp_2s_ancestral, "karras", is_random=True),
-    "dpm++ sde": NamedSampler(k_diffusion.dpmpp_sde, "karras", is_random=True),
-    "restart": NamedSampler(k_diffusion.restart, "karras", is_random=True),
-    "lcm": NamedSampler(k_diffusion.lcm, "sgm uniform", is_random=True),
-    "ddim": NamedSampler(k_diffusion.euler, "ddim"),
-}
-"""Name → sampler; DDIM without noise is Euler's method on its own noise levels (Karras et al. 2022, appendix C.3)"""
+_LISTED = (
+    NamedSampler("Euler", k_diffusion.euler),
+    NamedSampler("Euler a", k_diffusion.euler_ancestral, is_random=True),
+    NamedSampler("LMS", k_diffusion.lms),
+    NamedSampler("Heun", k_diffusion.heun),
+    NamedSampler("DPM2", k_diffusion.dpm2, "karras", drops_second_last=True),
+    NamedSampler("DPM2 a", k_diffusion.dpm2_ancestral, "karras", drops_second_last=True, is_random=True),
+    NamedSampler("DPM++ 2M", k_diffusion.dpmpp_2m, "karras"),
+    NamedSampler("DPM++ 2M SDE", k_diffusion.dpmpp_2m_sde, "exponential", is_random=True),
+    NamedSampler("DPM++ 2M SDE Heun", k_diffusion.dpmpp_2m_sde_heun, "exponential", is_random=True),
+    NamedSampler("DPM++ 3M SDE", k_diffusion.dpmpp_3m_sde, "exponential", drops_second_last=True, is_random=True),
+    NamedSampler("DPM++ 2S a", k_diffusion.dpmpp_2s_ancestral, "karras", is_random=True),
+    NamedSampler("DPM++ SDE", k_diffusion.dpmpp_sde, "karras", is_random=True),
+    NamedSampler("Restart", k_diffusion.restart, "karras", is_random=True),
+    NamedSampler("UniPC", by_diffusers.unipc),
+    NamedSampler("DEIS", k_diffusion.deis),
+    NamedSampler("PLMS", k_diffusion.plms, "ddim"),
+    NamedSampler("LCM", k_diffusion.lcm, "sgm uniform", is_random=True),
+    NamedSampler("DDIM", k_diffusion.euler, "ddim"),
+)
+SAMPLERS: Mapping[str, NamedSampler] = {sampler.label.lower(): sampler for sampler in _LISTED}
+"""Name in small letters → sampler; DDIM without noise is Euler's method on its own noise levels (Karras et al. 2022,
+appendix C.3)"""
 
 
 def named_sampler(name: str) -> NamedSampler:

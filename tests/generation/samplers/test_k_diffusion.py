@@ -7,6 +7,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.samplers import k_diffusion
+from diffgraft.generation.samplers import by_diffusers, k_diffusion
 from diffgraft.generation.samplers.schedules import SCHEDULES, NoiseLevels, schedule_sigmas
 
 KNOWN = load_file(Path(__file__).with_name("k_diffusion.safetensors"))
@@ -106,3 +107,37 @@ def test_timesteps_and_noise_levels_are_inverse() -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(DiffgraftError, match=r"Invalid value schedule='karas': did you mean 'karras'"):
         schedule_sigmas("karas", 3, LEVELS)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+def test_samplers_that_k_diffusion_has_not_are_those_of_diffusers() -> None:
+    """PLMS, DEIS and UniPC on diffusers' own timesteps, each step in its convention x / √(1 + σ²)."""
+    from diffusers import DEISMultistepScheduler, PNDMScheduler, UniPCMultistepScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    kinds: dict[str, tuple[Any, Any]] = {
+        "plms": (PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1), k_diffusion.plms),
+        "deis": (DEISMultistepScheduler(**betas, solver_order=3, lower_order_final=False), k_diffusion.deis),
+        "unipc": (UniPCMultistepScheduler(**betas, solver_order=3, solver_type="bh1"), by_diffusers.unipc),
+    }
+    for name, (scheduler, sampler) in kinds.items():
+        scheduler.set_timesteps(9)
+        times = list(dict.fromkeys(scheduler.timesteps.tolist()))  # PNDM takes the second timestep twice
+        sigmas = [float(LEVELS.sigmas[int(time)]) for time in times]
+        toy = Toy()
+        x = START.view(1, 2, 3, 1) * sigmas[0]
+        end = [0.0] if name == "unipc" else []  # its last steps are of lower order
+        found = [step.flatten() for step in sampler(toy.denoise, x, [*sigmas, *end], toy.noise)][: len(times) - 1]
+        latents, wanted = x / (1 + sigmas[0] ** 2) ** 0.5, []
+        for time in scheduler.timesteps[: len(times) if name == "plms" else len(times) - 1]:
+            sigma = float(LEVELS.sigmas[int(time)])
+            if name == "plms" and len(wanted) == 1 and time == scheduler.timesteps[1]:
+                sigma = sigmas[1]
+            k = latents * (1 + sigma**2) ** 0.5
+            latents = scheduler.step((k - toy.denoise(k, sigma)) / sigma, time, latents).prev_sample
+            wanted.append(latents)
+        if name == "plms":
+            wanted = wanted[1:]  # its first step takes two evaluations
+        for place, (own, theirs) in enumerate(zip(found, wanted, strict=True)):
+            scaled = theirs.flatten() * (1 + sigmas[place + 1] ** 2) ** 0.5
+            torch.testing.assert_close(own, scaled.to(own), rtol=2e-4, atol=2e-4, msg=f"{name} {place}")

@@ -1,0 +1,40 @@
+"""Pictures to latents and back, one at a time, so that the memory is that of one picture."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffgraft.bases import Base
+from diffgraft.data.pictures import to_tensor
+
+
+@torch.no_grad()
+def encode(base: Base, images: Sequence[Image.Image]) -> Tensor:
+    """Return the latents [n, c, h, w] of RGB pictures of one size: the mean of what the VAE encodes, in float32."""
+    vae = base.vae
+    pixels = to_tensor(images).to(base.device, vae.dtype)
+    rows = [vae.encode(row.unsqueeze(0)).latent_dist.mode().float() for row in pixels]
+    return base.scaled(torch.cat(rows))
+
+
+@torch.no_grad()
+def decode(base: Base, latents: Tensor, tiling: bool = False) -> Image.Image:
+    """Return the picture of latents [c, h, w].
+
+    Args:
+        base: base of the VAE.
+        latents: latents of one picture.
+        tiling: whether it is decoded in overlapping tiles.
+    """
+    spec, vae = base.latents, base.vae
+    if tiling:
+        vae.enable_tiling()
+    try:
+        pixels = vae.decode((latents.unsqueeze(0) / spec.scale + spec.shift).to(vae.dtype)).sample[0]
+    finally:
+        if tiling:
+            vae.disable_tiling()
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())
