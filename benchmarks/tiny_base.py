@@ -21,9 +21,10 @@ from diffgraft.bases.loading import TINY, load_base
 from diffgraft.bases.tiny.judge import LABELS, Judge, labels_of, load_judge
 from diffgraft.bases.tiny.train.pictures import SEED, UNSEEN, scene_at
 from diffgraft.bases.tiny.world import Scene, caption, draw
-from diffgraft.data.pictures import crop_to_square, to_tensor, upright_rgb
+from diffgraft.data.pictures import crop_to_square, upright_rgb
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.pixels import to_tensor
 
 PROMPTS_FROM = 2 * UNSEEN
 """Index of the first scene that a prompt is made from"""

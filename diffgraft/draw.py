@@ -23,6 +23,7 @@ from diffgraft.generation.grammar.attention import Style
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.image_input import ImageInput
 from diffgraft.generation.library import usual_name
+from diffgraft.generation.regions import Region
 from diffgraft.generation.samplers.noise import NoiseSource
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings, Hires, Upscaler
@@ -87,6 +88,8 @@ class DrawingOptions(LoadOptions, total=False):
     """Layer of the text encoder whose output is used, counted from the last, which is 1"""
     batch: int | None
     """Pictures in a batch"""
+    regions: tuple[Region, ...]
+    """Parts of the picture with prompts and adapters of their own"""
     tiling: bool
     """Whether to decode pictures in tiles, which saves memory for large ones"""
     scheduler: str | None

@@ -1,5 +1,6 @@
 """The examples run as they stand, and do what they say."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from tests.drawing import generate
 def result(tmp_path_factory: pytest.TempPathFactory) -> minimal.Result:
     """A short run of the minimal example."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(minimal, "Settings", lambda steps: DrawSettings(steps=steps // 5))
+        patch.setattr("diffgraft.generation.session.DrawSettings", partial(DrawSettings, steps=5))
         return minimal.main(steps=16, folder=tmp_path_factory.mktemp("minimal"))
 
 

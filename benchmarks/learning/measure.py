@@ -20,10 +20,10 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import LABELS, Judge, load_judge
-from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import save_image
 from diffgraft.generation.session import Session
+from diffgraft.pixels import to_tensor
 from diffgraft.trainers.hooks.validation_set import ValidationSet, validation_set_from_images
 from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.run.folder import Run

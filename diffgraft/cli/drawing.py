@@ -12,6 +12,7 @@ from diffgraft.cli.options import PREDICTION, PROGRESS, ZERO_SNR
 if TYPE_CHECKING:
     from PIL import Image
 
+    from diffgraft.generation.regions import Region
     from diffgraft.generation.sheets import Axis
 
 _SAMPLING, _PROMPTS, _SECOND, _SOURCE, _LOADING, _FILES = (
@@ -157,6 +158,13 @@ def generate(
             "--tiling", help="Decode in tiles, which saves memory for large pictures.", rich_help_panel=_LOADING
         ),
     ] = False,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LEFT,TOP,RIGHT,BOTTOM:PROMPT or MASK.png:PROMPT: a part of the picture; again for more.",
+            rich_help_panel=_PROMPTS,
+        ),
+    ] = None,
     x: Annotated[
         str,
         typer.Option("--x", help="Axis of a sheet, to the right: steps=10,20 or NAME=0.4,0.8.", rich_help_panel=_FILES),
@@ -222,6 +230,7 @@ def generate(
         "device": device,
         "offload": offload,
         "tiling": tiling,
+        "regions": tuple(map(_region, region or [])),
         **load_options(predicts, zero_snr, quantize),
     }
 
@@ -296,6 +305,26 @@ def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
     if not texts:
         raise DiffgraftError(f"{prompts} has no prompt: write one on each line.")
     return texts
+
+
+def _region(text: str) -> "Region":
+    """Return the region of a box or mask and a prompt."""
+    from diffgraft.data.pictures import read_picture
+    from diffgraft.errors import DiffgraftError
+    from diffgraft.generation.regions import Region
+
+    place, colon, prompt = text.partition(":")
+    sides = place.split(",")
+    try:
+        left, top, right, bottom = map(float, sides)
+    except ValueError:
+        if not colon or not Path(place).expanduser().exists():
+            raise DiffgraftError(
+                f"The region {text!r} cannot be read: write left, top, right and bottom as shares of the picture, or "
+                "the file of a mask, then a colon and the prompt, such as 0,0,0.5,1:a dog."
+            ) from None
+        return Region(prompt.strip(), mask=read_picture(place, "black"))
+    return Region(prompt.strip(), (left, top, right, bottom))
 
 
 def _axes(*texts: str) -> "list[Axis]":

@@ -16,8 +16,9 @@ from diffgraft.bases import Base
 from diffgraft.data.cache import read_tensors, write_tensors
 from diffgraft.data.frames import Crop
 from diffgraft.data.image_folder import warn_left_out
-from diffgraft.data.pictures import Picture, UnreadablePictureError, crop_to_square, to_tensor
+from diffgraft.data.pictures import Picture, UnreadablePictureError, crop_to_square
 from diffgraft.files import cache_folder
+from diffgraft.pixels import to_tensor
 from diffgraft.progress import track
 from diffgraft.third_party import quiet_libraries
 

@@ -5,7 +5,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from diffgraft.errors import DiffgraftError
 
@@ -275,8 +273,3 @@ def _png_metadata(stream: IO[bytes]) -> IO[bytes]:
 def crop_to_square(image: Image.Image, side: int) -> Image.Image:
     """Return the largest centred square of `image`, resized to `side` pixels."""
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
-
-
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """Convert n RGB images of one size to a float32 tensor [n, 3, h, w] with values from -1 to 1."""
-    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1 for image in images])

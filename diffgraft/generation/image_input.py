@@ -8,9 +8,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffgraft.bases import Base
-from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.latents import encode
+from diffgraft.pixels import to_tensor
 
 _FULL = 0.999
 """Share of the steps that a picture is denoised in at most, as in webui, so that one step is left for `denoise` = 1"""

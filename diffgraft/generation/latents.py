@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffgraft.bases import Base
-from diffgraft.data.pictures import to_tensor
+from diffgraft.pixels import to_image, to_tensor
 
 
 @torch.no_grad()
@@ -36,5 +36,4 @@ def decode(base: Base, latents: Tensor, tiling: bool = False) -> Image.Image:
     finally:
         if tiling:
             vae.disable_tiling()
-    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(scaled.permute(1, 2, 0).cpu().numpy())
+    return to_image(pixels)

@@ -18,6 +18,7 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import atomic_write
 from diffgraft.generation.samplers.names import named_sampler
@@ -185,7 +186,7 @@ def _upscaler(name: str) -> str:
 def _tag(adapter: AdapterRecord) -> str:
     strength = adapter.strength
     if isinstance(strength, Mapping):
-        strength = strength.get("unet", 1)
+        strength = next((value for part, value in strength.items() if part in denoisers()), 1)
     return f"<lora:{adapter.name}:{strength if isinstance(strength, int | float) else 1:g}>"
 
 

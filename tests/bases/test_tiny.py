@@ -8,8 +8,8 @@ from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import LABELS, load_judge
 from diffgraft.bases.tiny.train.pictures import UNSEEN, scene_at
 from diffgraft.bases.tiny.world import draw
-from diffgraft.data.pictures import to_tensor
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.pixels import to_tensor
 from tests.drawing import generate
 
 FROZEN = "cc0e813e20d61e8a761835d213157e267e30eb14f4eb647d035b05dbf7f3755f"

@@ -12,9 +12,10 @@ from diffgraft.bases import Base
 from diffgraft.data.class_images import class_images
 from diffgraft.data.image_folder import read_folder
 from diffgraft.data.latents import encode
-from diffgraft.data.pictures import crop_to_square, read_picture, to_tensor, upright_rgb
+from diffgraft.data.pictures import crop_to_square, read_picture, upright_rgb
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.pixels import to_tensor
 
 
 def gradient(width: int = 30, height: int = 20) -> Image.Image:

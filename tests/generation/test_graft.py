@@ -20,10 +20,10 @@ from diffgraft.bases import Base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import load_judge
 from diffgraft.bases.tiny.world import Scene
-from diffgraft.data.pictures import to_tensor
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import Graft, graft
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.pixels import to_tensor
 from diffgraft.trainers.run.folder import Run
 from tests.drawing import generate
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from diffgraft.bases import Base
 from diffgraft.data.latents import encode
-from diffgraft.data.pictures import crop_to_square, to_tensor
+from diffgraft.data.pictures import crop_to_square
 from diffgraft.diffusion.forward import ForwardProcess
+from diffgraft.pixels import to_tensor
 from diffgraft.progress import track
 from diffgraft.rng import generator, normal
 from diffgraft.trainers.denoiser import Denoiser, forward_process

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from diffgraft.bases.prediction import PREDICTION_KEY
 from diffgraft.generation.samplers.k_diffusion import Denoise, Noise
 
 
@@ -16,7 +17,7 @@ def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) ->
     """
     from diffusers import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(solver_order=3, solver_type="bh1", prediction_type="sample")
+    scheduler = UniPCMultistepScheduler(solver_order=3, solver_type="bh1", **{PREDICTION_KEY: "sample"})
     count = len(sigmas) - 1
     scheduler.set_timesteps(count)
     scheduler.sigmas = torch.tensor(sigmas)
