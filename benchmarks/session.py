@@ -24,12 +24,14 @@ from diffgraft.generation.session import Session
 
 PAGE = Path(__file__).parent / "results" / "session.md"
 ROUNDS = 5
-RANK = 16
+RANK, SIDE = 16, 32
+"""Rank of the LoRA, and side of the latents"""
 HEAD = """# Adapters in a session beside diffusers
 
 `python -m benchmarks.session` wrote this page: Stable Diffusion 1.5's real configuration with random weights in
 float32, and a LoRA of rank {rank} in kohya's names on {modules} layers, on {threads} thread(s) of a processor. Both
-sides take turns; the figures are medians of {rounds} rounds.
+sides take turns; the figures are medians of {rounds} rounds. diffusers merges the LoRA into the weights, a session lays
+it beside the layers; *a prediction with it* is one of the denoiser for a prompt and its negative prompt at 256 pixels.
 
 | work | diffgraft | diffusers | ratio |
 |-|-|-|-|
@@ -56,7 +58,15 @@ def measure(folder: Path) -> tuple[int, dict[str, tuple[list[float], list[float]
     base = random_base("sd1")
     pipe = base.pipeline()
     session = Session(base)
-    seconds: dict[str, tuple[list[float], list[float]]] = {"apply a file": ([], []), "change its strength": ([], [])}
+    seconds: dict[str, tuple[list[float], list[float]]] = {
+        work: ([], []) for work in ("apply a file", "change its strength", "a prediction with it")
+    }
+
+    noisy, times, states = torch.randn(2, 4, SIDE, SIDE), torch.tensor([500, 500]), base.condition(["a dog", ""])
+
+    @torch.no_grad()
+    def predict() -> None:
+        base.denoise(noisy, times, states)
 
     def theirs_applied() -> None:
         pipe.load_lora_weights(file, adapter_name="lora")
@@ -75,9 +85,11 @@ def measure(folder: Path) -> tuple[int, dict[str, tuple[list[float], list[float]
         own = Session(base)  # a file that was read before would not be read again
         seconds["apply a file"][0].append(timed(lambda own=own: own.use(file, 1.0, "lora")))
         seconds["change its strength"][0].append(timed(lambda own=own: own.use(file, 0.5, "lora")))
+        seconds["a prediction with it"][0].append(timed(predict))
         own.close()
         seconds["apply a file"][1].append(timed(theirs_applied))
         seconds["change its strength"][1].append(timed(theirs_changed))
+        seconds["a prediction with it"][1].append(timed(predict))
         theirs_removed()
     session.close()
     return modules, seconds

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import conv2d
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.beside import whole_weight
 from diffgraft.generation.graft import find_module
 
 LaneAdapters = Sequence[tuple[Adapter, Strength]]
@@ -43,7 +43,7 @@ class _Thin:
 class _Whole:
     """The weights of a layer with each lane's adapters."""
 
-    parameters: Mapping[int, Mapping[str, Tensor]]
+    parameters: Mapping[int, Mapping[str, nn.Parameter]]
     """Lane → name → value"""
 
 
@@ -62,7 +62,6 @@ class Lanes:
         self._name, self._denoiser = denoiser_name, denoiser
         self._count = 0
         self._hooks: list[Any] = []
-        self._is_inside = False
 
     def set(self, lanes: Sequence[LaneAdapters]) -> None:
         """Replace the adapters of all lanes.
@@ -138,16 +137,15 @@ class Lanes:
 
     def _replace(self, change: _Whole, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Compute the rows of each lane again with its weights."""
-        if self._is_inside:
-            return out
         out = out.clone()
-        self._is_inside = True
-        try:
-            for lane, parameters in change.parameters.items():
-                if rows := [place for place, own in enumerate(self.rows) if own == lane]:
-                    out[rows] = functional_call(layer, dict(parameters), (x[rows],))
-        finally:
-            self._is_inside = False
+        held = dict(layer._parameters)
+        for lane, parameters in change.parameters.items():
+            if rows := [place for place, own in enumerate(self.rows) if own == lane]:
+                try:
+                    layer._parameters.update(parameters)
+                    out[rows] = layer.forward(x[rows])  # without hooks
+                finally:
+                    layer._parameters.update(held)
         return out
 
 
@@ -162,13 +160,13 @@ def _whole(layer: nn.Module, path: str, of_lanes: Mapping[int, _Weighed]) -> _Wh
     """Return the weights of each lane, on top of what is merged now."""
     if isinstance(layer, Quantized):
         raise LaneError(f"{path} is quantized, and a change that is not of low rank cannot act on a part of a batch.")
-    weight, bias = layer.get_parameter("weight").detach(), getattr(layer, "bias", None)
+    dtype, bias = layer.get_parameter("weight").dtype, getattr(layer, "bias", None)
     parameters = {}
     for lane, deltas in of_lanes.items():
-        new, new_bias = weight.float(), None if bias is None else bias.detach().float()
+        new, new_bias = whole_weight(layer), None if bias is None else bias.detach().float()
         for delta, strength in deltas:
             new, new_bias = delta.apply(new, new_bias, strength)
-        parameters[lane] = {"weight": new.to(weight.dtype)}
+        parameters[lane] = {"weight": nn.Parameter(new.to(dtype), requires_grad=False)}
         if bias is not None and new_bias is not None:
-            parameters[lane]["bias"] = new_bias.to(weight.dtype)
+            parameters[lane]["bias"] = nn.Parameter(new_bias.to(dtype), requires_grad=False)
     return _Whole(parameters)

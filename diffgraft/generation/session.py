@@ -133,7 +133,7 @@ class Session:
         self.library = AdapterLibrary(library, layers_in_block(self.base))
         """Files that are found by name"""
         self._wildcards = None if wildcards is None else Path(wildcards).expanduser()
-        self._graft = Graft(target)
+        self._graft = Graft(target, beside=True)
         self._in_use: dict[str, InUse] = {}
         self._merged: dict[str, Strength] = {}
 
