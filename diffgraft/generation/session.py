@@ -49,7 +49,7 @@ from diffgraft.generation.metadata import (
     pixel_hash,
 )
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
-from diffgraft.generation.samplers.noise import NoiseStream, noise_stream, start_noise
+from diffgraft.generation.samplers.noise import BrownianPath, NoiseStream, noise_stream, start_noise
 from diffgraft.generation.settings import DrawSettings, Hires
 from diffgraft.progress import Note, Tracker, emit, phase
 
@@ -358,8 +358,12 @@ class Session:
         if start is not None and not start.is_lost:
             x = x + start.latents.to(x)
 
-        def noise(_before: float, _after: float) -> Tensor:
-            return torch.stack([stream.normal(shape) for stream in streams]).to(x.device)
+        seeds = [job.seed for job in work.jobs]
+        path = BrownianPath(settings.noise, seeds, shape, sigmas) if sampler.has_path else None
+
+        def noise(before: float, after: float) -> Tensor:
+            drawn = torch.stack([stream.normal(shape) for stream in streams]) if path is None else path(before, after)
+            return drawn.to(x)
 
         last: list[LaneAdapters] = []
         try:

@@ -22,6 +22,8 @@ class NamedSampler:
     """Whether the second last noise level is left out, as the sampler is unstable there; one more is then computed"""
     is_random: bool = False
     """Whether it adds noise on the way"""
+    has_path: bool = False
+    """Whether this noise is that of a Brownian path, as in webui"""
 
 
 _LISTED = (
@@ -32,11 +34,13 @@ _LISTED = (
     NamedSampler("DPM2", k_diffusion.dpm2, "karras", drops_second_last=True),
     NamedSampler("DPM2 a", k_diffusion.dpm2_ancestral, "karras", drops_second_last=True, is_random=True),
     NamedSampler("DPM++ 2M", k_diffusion.dpmpp_2m, "karras"),
-    NamedSampler("DPM++ 2M SDE", k_diffusion.dpmpp_2m_sde, "exponential", is_random=True),
-    NamedSampler("DPM++ 2M SDE Heun", k_diffusion.dpmpp_2m_sde_heun, "exponential", is_random=True),
-    NamedSampler("DPM++ 3M SDE", k_diffusion.dpmpp_3m_sde, "exponential", drops_second_last=True, is_random=True),
+    NamedSampler("DPM++ 2M SDE", k_diffusion.dpmpp_2m_sde, "exponential", is_random=True, has_path=True),
+    NamedSampler("DPM++ 2M SDE Heun", k_diffusion.dpmpp_2m_sde_heun, "exponential", is_random=True, has_path=True),
+    NamedSampler(
+        "DPM++ 3M SDE", k_diffusion.dpmpp_3m_sde, "exponential", drops_second_last=True, is_random=True, has_path=True
+    ),
     NamedSampler("DPM++ 2S a", k_diffusion.dpmpp_2s_ancestral, "karras", is_random=True),
-    NamedSampler("DPM++ SDE", k_diffusion.dpmpp_sde, "karras", is_random=True),
+    NamedSampler("DPM++ SDE", k_diffusion.dpmpp_sde, "karras", is_random=True, has_path=True),
     NamedSampler("Restart", k_diffusion.restart, "karras", is_random=True),
     NamedSampler("UniPC", by_diffusers.unipc),
     NamedSampler("DEIS", k_diffusion.deis),

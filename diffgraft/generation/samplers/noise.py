@@ -1,7 +1,9 @@
 """Noise of pictures: a stream of normal numbers for each seed, as diffusers and ComfyUI or as webui draws it."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
 import numpy as np
@@ -74,6 +76,62 @@ class GpuNoise:
                 zero & bits,
             ]
         return words[0].astype(np.uint32), words[1].astype(np.uint32)
+
+
+class BrownianPath:
+    """Noise of steps as differences of a Brownian path, one for each picture.
+
+    Samplers that look at several noise levels in a step then see one random process, whatever the steps. The numbers
+    are those of k-diffusion's ``BrownianTreeNoiseSampler``, on the CPU or, as webui patches it, with those of CUDA.
+    """
+
+    def __init__(
+        self, source: NoiseSource, seeds: Sequence[int], shape: Sequence[int], sigmas: Sequence[float]
+    ) -> None:
+        """Prepare the paths.
+
+        Args:
+            source: whose random numbers are used.
+            seeds: seed of each picture.
+            shape: shape of the latents of one picture.
+            sigmas: noise levels of all steps; the path ends at the smallest above 0.
+        """
+        from torchsde import BrownianTree
+
+        least, most = min(sigma for sigma in sigmas if sigma > 0), max(sigmas)
+        self._source: NoiseSource = source
+        with self._own_numbers():
+            self._trees = [
+                BrownianTree(torch.tensor(least), torch.zeros(tuple(shape)), torch.tensor(most), entropy=seed)
+                for seed in seeds
+            ]
+
+    def __call__(self, before: float, after: float) -> Tensor:
+        """Return standard normal noise [n, …] for the step between two noise levels, float32 on the CPU."""
+        low, high = torch.tensor(min(before, after)), torch.tensor(max(before, after))
+        sign = 1.0 if before < after else -1.0
+        with self._own_numbers():
+            path = torch.stack([tree(low, high) for tree in self._trees])
+        noise: Tensor = sign * path / (high - low).sqrt()
+        return noise
+
+    @contextmanager
+    def _own_numbers(self) -> Iterator[None]:
+        """Let torchsde draw the numbers of the source; it has no setting for that."""
+        from torchsde._brownian import brownian_interval
+
+        def draw(size: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+            return noise_stream(self._source, int(seed)).normal(size).to(device, dtype)
+
+        held = brownian_interval._randn
+        brownian_interval._randn = draw
+        try:
+            with warnings.catch_warnings():
+                # levels are float32, as in k-diffusion, and torchsde compares them with rounded ones
+                warnings.filterwarnings("ignore", "Should have t[ab]")
+                yield
+        finally:
+            brownian_interval._randn = held
 
 
 def noise_stream(source: NoiseSource, seed: int) -> NoiseStream:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffgraft.generation.samplers.noise import CpuNoise, GpuNoise, noise_stream, start_noise
+from diffgraft.generation.samplers.noise import BrownianPath, CpuNoise, GpuNoise, NoiseSource, noise_stream, start_noise
 
 
 def test_the_stream_of_a_gpu_has_the_numbers_of_cuda() -> None:
@@ -54,3 +54,35 @@ def test_variations_turn_from_one_noise_to_another() -> None:
     torch.testing.assert_close(turned(0.25)[0].double(), wanted, rtol=1e-4, atol=1e-5)
     same = start_noise([CpuNoise(1)], shape, [CpuNoise(1)], 0.5)
     torch.testing.assert_close(same, own)
+
+
+@pytest.mark.filterwarnings("ignore:Should have t[ab]")
+@pytest.mark.parametrize("source", ["cpu", "gpu"])
+def test_a_brownian_path_is_that_of_k_diffusion(source: NoiseSource) -> None:
+    """k-diffusion's rule in its own words: a tree of torchsde for each seed, whose numbers webui replaces."""
+    import torchsde
+    from torchsde._brownian import brownian_interval
+
+    sigmas, seeds, shape = [14.6, 3.2, 0.7, 0.1, 0.0], [5, 99], (4, 3, 5)
+    path = BrownianPath(source, seeds, shape, sigmas)
+    steps = [(14.6, 7.0), (14.6, 3.2), (3.2, 0.7), (0.7, 0.1)]
+    found = [path(*step) for step in steps]
+    numbers = brownian_interval._randn
+    if source == "gpu":
+        brownian_interval._randn = lambda size, dtype, device, seed: GpuNoise(int(seed)).normal(size)  # noqa: ARG005
+    try:
+        trees = [
+            torchsde.BrownianTree(torch.as_tensor(0.1), torch.zeros(shape), torch.as_tensor(14.6), entropy=seed)
+            for seed in seeds
+        ]
+        for (before, after), own in zip(steps, found, strict=True):
+            low, high = torch.as_tensor(after), torch.as_tensor(before)
+            wanted = torch.stack([tree(low, high) for tree in trees]) * -1
+            assert torch.equal(own, wanted / (high - low).abs().sqrt())
+    finally:
+        brownian_interval._randn = numbers
+    whole = torch.cat([noise.flatten() for noise in found])
+    assert abs(float(whole.std()) - 1) < 0.15
+    both = found[0] * (14.6 - 7.0) ** 0.5
+    assert not torch.equal(both, found[1] * (14.6 - 3.2) ** 0.5)
+    assert torch.equal(path(3.2, 0.7), found[2])  # a path, and not a stream
