@@ -179,7 +179,7 @@ def test_without_previews_no_picture_is_drawn(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a picture is drawn")
 
-    monkeypatch.setattr("diffgraft.trainers.hooks.samples.generate", never)
+    monkeypatch.setattr("diffgraft.trainers.hooks.samples.Session", never)
     run = dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **{**QUICK, "sample_every": 2})
     assert not run.before_after.exists()
     assert (run.folder / "loss.png").exists()

@@ -95,6 +95,25 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Progress:
+    """Who is told of the steps."""
+
+    tracker: Tracker
+    on_step: Callable[[int], None] | None
+
+    def begin(self) -> None:
+        """Tell that a run of the sampler begins."""
+        if self.on_step is not None:
+            self.on_step(0)
+
+    def step_is_done(self, count: int) -> None:
+        """Tell how many steps of the run are done."""
+        self.tracker.advance()
+        if self.on_step is not None:
+            self.on_step(count)
+
+
+@dataclass(frozen=True)
 class _Pass:
     """A run of the sampler over a batch."""
 
@@ -229,6 +248,7 @@ class Session:
         image: ImageInput | None = None,
         keep: Callable[[int, Image.Image], None] | None = None,
         title: str = "drawing",
+        on_step: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw a picture of each prompt with its own seed; otherwise as `draw`.
 
@@ -239,6 +259,7 @@ class Session:
             image: picture that all of them start from.
             keep: callback that receives the place of a picture and the picture as soon as it is drawn.
             title: name of the phase under which progress is reported.
+            on_step: callback that receives the number of steps of a batch that are done.
         """
         settings = settings or DrawSettings()
         if image is not None and settings.hires is not None:
@@ -254,8 +275,9 @@ class Session:
         batches = [jobs[start : start + batch] for start in range(0, len(jobs), batch)]
         images: list[Image.Image] = []
         with phase(title, len(batches) * _computed_steps(settings, source)) as tracker:
+            progress = _Progress(tracker, on_step)
             for each in batches:
-                for job, drawn in zip(each, self._draw_mixed(each, size, settings, source, tracker), strict=True):
+                for job, drawn in zip(each, self._draw_mixed(each, size, settings, source, progress), strict=True):
                     images.append(drawn)
                     if keep is not None:
                         keep(job.number, drawn)
@@ -275,19 +297,19 @@ class Session:
         size: tuple[int, int],
         settings: DrawSettings,
         source: ImageInput | None,
-        tracker: Tracker,
+        progress: _Progress,
     ) -> list[Image.Image]:
         """Draw a batch whose prompts may name different adapters, together where these can act on single pictures."""
         sets = list(dict.fromkeys(tuple(map(str, job.tags)) for job in jobs))
         if len(sets) > 1 and not settings.regions:
             try:
-                return self._draw_batch(jobs, size, settings, source, tracker)
+                return self._draw_batch(jobs, size, settings, source, progress)
             except LaneError:
                 pass
         drawn: dict[int, Image.Image] = {}
         for tags in sets:
             own = [job for job in jobs if tuple(map(str, job.tags)) == tags]
-            pictures = self._draw_batch(own, size, settings, source, tracker)
+            pictures = self._draw_batch(own, size, settings, source, progress)
             drawn |= {job.number: picture for job, picture in zip(own, pictures, strict=True)}
         return [drawn[job.number] for job in jobs]
 
@@ -297,7 +319,7 @@ class Session:
         size: tuple[int, int],
         settings: DrawSettings,
         source: ImageInput | None,
-        tracker: Tracker,
+        progress: _Progress,
     ) -> list[Image.Image]:
         """Draw pictures in one batch; adapters that all of them name are merged meanwhile."""
         before = self._in_use
@@ -314,9 +336,9 @@ class Session:
             start = None if source is None else start_of(self.base, source)
             channels = inpainting_channels(self.base, source)
             work = _Pass(jobs, settings, size, settings.steps, start, None, channels, lanes)
-            latents = self._sample(work, tracker)
+            latents = self._sample(work, progress)
             if settings.hires is not None:
-                latents = self._second_pass(work, settings.hires, latents, tracker)
+                latents = self._second_pass(work, settings.hires, latents, progress)
             pictures = [decode(self.base, row, settings.tiling) for row in latents]
         finally:
             self._apply(before, 0, 1)
@@ -327,15 +349,15 @@ class Session:
             picture.info = {PARAMETERS: parameters(record), RECORD: record.to_json()}
         return pictures
 
-    def _second_pass(self, work: _Pass, hires: Hires, latents: Tensor, tracker: Tracker) -> Tensor:
+    def _second_pass(self, work: _Pass, hires: Hires, latents: Tensor, progress: _Progress) -> Tensor:
         """Draw the latents of a first pass again at a larger size."""
         larger, steps = hires_size(self.base, work.size, hires), hires.steps or work.steps
         start = Start(enlarged(self.base, latents, larger, hires.upscaler), hires.denoise)
         self._apply(self._in_use, 0, steps)
         again = replace(work, size=larger, steps=steps, start=start, first_pass=work.steps)
-        return self._sample(again, tracker)
+        return self._sample(again, progress)
 
-    def _sample(self, work: _Pass, tracker: Tracker) -> Tensor:
+    def _sample(self, work: _Pass, progress: _Progress) -> Tensor:
         """Draw the latents of one batch."""
         (width, height), settings, start = work.size, work.settings, work.start
         guides = self._guides(work)
@@ -346,7 +368,7 @@ class Session:
         if start is not None and start.mask is not None and work.channels is None:
             kept = Kept(start.latents, start.mask)
         lanes = Lanes(self.base.family.denoiser, self.base.denoiser) if any(work.lanes) else None
-        denoise = GuidedDenoiser(self.base, guides, self._guidance(settings), micro, work.channels, kept, lanes)
+        denoise = GuidedDenoiser(self.base, guides, self.guidance(settings), micro, work.channels, kept, lanes)
         sampler = named_sampler(settings.sampler)
         sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, denoise.levels)
         sigmas = sigmas if start is None else sigmas[start.first_step(work.steps) :]
@@ -366,6 +388,7 @@ class Session:
             return drawn.to(x)
 
         last: list[LaneAdapters] = []
+        progress.begin()
         try:
             for step in range(len(sigmas)):  # a sampler computes a step when its next latents are asked for
                 now: list[LaneAdapters] = [
@@ -386,7 +409,7 @@ class Session:
                         f"Latents overflowed in step {step + 1} of {len(sigmas) - 1}, so the picture would be black. "
                         "Use smaller strengths of adapters, less guidance, or float32."
                     )
-                tracker.advance()
+                progress.step_is_done(step + 1)
                 denoise.step = step + 1
                 if step + 1 < len(sigmas) - 1:
                     self._apply(self._in_use, step + 1, work.steps)
@@ -401,10 +424,15 @@ class Session:
         hook = getattr(self.base.denoiser, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or self.base.device)
 
-    def _guidance(self, settings: DrawSettings) -> Guidance:
+    def guidance(self, settings: DrawSettings) -> Guidance:
+        """Return the guidance of settings, with the base's own scale if they have none."""
         usual = SMALL_GUIDANCE if self.base.family.native_size(self.base) <= SMALL else USUAL_GUIDANCE
         scale = usual if settings.guidance is None else settings.guidance
         return Guidance(scale, settings.rescale, settings.mimic, settings.percentile)
+
+    def guide(self, text: str, settings: DrawSettings) -> Guide:
+        """Encode a prompt without tags, and the negative prompt, with the adapters in use."""
+        return self._guide(text, -1, _Pass((), settings, (0, 0), settings.steps))
 
     def _guides(self, work: _Pass) -> list[Guide]:
         """Encode the prompt of each picture, each text once, the negative prompt, and the prompts of regions."""
@@ -501,7 +529,7 @@ class Session:
         if source is not None:
             mask = "" if source.mask is None else pixel_hash(source.mask)
             image = InputRecord(pixel_hash(source.image), source.denoise, mask)
-        resolved = replace(settings, guidance=self._guidance(settings).scale)
+        resolved = replace(settings, guidance=self.guidance(settings).scale)
         adapters = [
             AdapterRecord(
                 item.source if is_tag else name,

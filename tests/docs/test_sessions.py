@@ -12,7 +12,7 @@ from diffgraft.trainers.run.folder import Run
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["sessions", "prompts", "samplers", "regions"])
+@pytest.mark.parametrize("page", ["sessions", "prompts", "samplers", "regions", "editing"])
 def test_the_examples_run(page: str, short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (DOCS / f"{page}.md").read_text("utf-8")
     folder = tmp_path / "runs" / "poodle"

@@ -109,8 +109,6 @@ def check_whole(folder: Path) -> int:
 
 def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     """In the child: the command line, with hooks that say what it is at."""
-    from diffusers import StableDiffusionPipeline
-
     from diffgraft.adapters.adapter import Adapter
     from diffgraft.cli.main import main
     from diffgraft.progress import Done, Event, Phase, reporting
@@ -118,6 +116,7 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     from diffgraft.trainers.hooks import checkpoint
     from diffgraft.trainers.hooks.metrics import Metrics
     from diffgraft.trainers.run import train as run
+    from tests.drawing import draw_in
     from tests.trainers.preloaded_base import BASE
 
     def at(phase: str) -> None:
@@ -151,8 +150,7 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     run.load_base = lambda *_, **__: BASE
-    plain = StableDiffusionPipeline.__call__
-    StableDiffusionPipeline.__call__ = lambda self, *w, **n: plain(self, *w, **{**n, "num_inference_steps": 3})
+    draw_in(3)
     loop.TrainingLoop._accumulate = saying("step", loop.TrainingLoop._accumulate)  # type: ignore[method-assign]
     Metrics.add = saying("metrics", Metrics.add, slow=True)  # type: ignore[method-assign]
     checkpoint.save_checkpoint = saying("checkpoint", checkpoint.save_checkpoint, slow=True)

@@ -46,14 +46,13 @@ def may_have_disks() -> bool:
 
 def run_on_little_room(pipe: Connection, pictures: Path, place: Path) -> None:
     """In a process of its own: a run on a disk that grows, and what it says each time."""
-    from diffusers import StableDiffusionPipeline
-
+    from tests.drawing import draw_in
     from tests.trainers.preloaded_base import BASE
 
     if not may_have_disks():  # only a process without threads may, as it is before it has trained
         return
-    plain, disk = StableDiffusionPipeline.__call__, place / "disk"
-    StableDiffusionPipeline.__call__ = lambda self, *w, **n: plain(self, *w, **{**n, "num_inference_steps": 2})
+    disk = place / "disk"
+    draw_in(2)
     whole = train("subject", base=BASE, images=pictures, output=place / "whole", **SETTINGS).folder
     disk.mkdir()
     if not mount(disk, ROOM[0]):

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from diffgraft.bases import Base
 from diffgraft.data import class_images as drawing
 from diffgraft.data.class_images import class_images
+from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers import loop
 from diffgraft.trainers.run.train import train
@@ -87,7 +87,7 @@ def test_samples_that_a_stop_left_out_are_drawn(
     for every in (2, 0):  # the checkpoint lies there already, or comes of the interruption
         folder = tmp_path / str(every)
         with monkeypatch.context() as patch:
-            patch.setattr(StableDiffusionPipeline, "__call__", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr(Session, "draw_each", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
                 train("subject", base=base, images=pictures, output=folder, **{**settings, "checkpoint_every": every})
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
