@@ -1,6 +1,7 @@
 """Adapter files keep their bytes from one version to the next: recipe and seed decide what is trained."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,15 @@ from diffgraft.bases import Base
 from tests.trainers.trained_adapters import DIGESTS, RUNS, adapter_of, digests, kernels
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _own_class_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Those of other tests are drawn in another way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFGRAFT_CACHE", str(tmp_path_factory.mktemp("bytes")))
+        yield
+
+
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.usefixtures("good_class_images")
 def test_a_recipe_trains_the_same_adapter_as_ever(name: str, base: Base, tmp_path: Path) -> None:
     known = json.loads(DIGESTS.read_text("utf-8"))
     found = digests(adapter_of(name, base, tmp_path))

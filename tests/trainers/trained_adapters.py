@@ -8,17 +8,21 @@ import json
 import platform
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 import diffgraft as dg
 from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
+from diffgraft.generation.settings import DrawSettings
 
 DIGESTS = Path(__file__).parent / "digests.json"
 """Version of PyTorch, vector instructions and processor → run → digests of its adapter file, as `digests` takes them.
@@ -37,6 +41,41 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     },
 }
 """Name → recipe and settings; `subject` trains a LoRA, `concept` a word by textual inversion"""
+
+
+class ByPipeline:
+    """Draws class images by diffusers' pipeline, as when the digests were taken: they tell of training alone."""
+
+    def __init__(self, base: Base) -> None:
+        self._pipe = base.pipeline()
+        self._pipe.vae.enable_slicing()
+
+    def draw_each(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: DrawSettings,
+        _image: None,
+        keep: Callable[[int, Image.Image], None],
+        _title: str,
+    ) -> None:
+        """Draw in batches, and hand out each picture."""
+        assert settings.size is not None
+        assert settings.batch is not None
+        width, height = settings.size
+        for start in range(0, len(prompts), settings.batch):
+            rows = range(start, min(start + settings.batch, len(prompts)))
+            drawn = self._pipe(
+                [prompts[row] for row in rows],
+                num_inference_steps=25,
+                guidance_scale=3.0,
+                width=width,
+                height=height,
+                generator=[torch.Generator().manual_seed(seeds[row]) for row in rows],
+            ).images
+            for row, image in zip(rows, drawn, strict=True):
+                keep(row, image)
+        self._pipe.vae.disable_slicing()
 
 
 def kernels() -> str:
@@ -62,16 +101,17 @@ def adapter_of(name: str, base: Base, folder: Path) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run = dg.train(
-            recipe,
-            base=base,
-            images=POODLE.folder / "learn",
-            output=folder / name,
-            steps=STEPS,
-            seed=0,
-            previews=False,
-            **{**own, **settings},
-        )
+        with patch("diffgraft.data.class_images.Session", ByPipeline):
+            run = dg.train(
+                recipe,
+                base=base,
+                images=POODLE.folder / "learn",
+                output=folder / name,
+                steps=STEPS,
+                seed=0,
+                previews=False,
+                **{**own, **settings},
+            )
     finally:
         torch.set_num_threads(threads)
     return run.adapter_file
