@@ -9,6 +9,8 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.errors import DiffgraftError, did_you_mean
 
 _SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
+_OF_RUNS = "adapter"
+"""Stem of the adapter file of a run, which is found by the name of the run's folder"""
 _BLOCK = 1 << 20
 
 
@@ -54,18 +56,23 @@ class AdapterLibrary:
         for file in self._files():
             assert self._folder is not None
             inside = file.relative_to(self._folder)
-            for key in (inside.as_posix(), inside.with_suffix("").as_posix(), file.name, file.stem):
+            run = [inside.parent.as_posix(), inside.parent.name] if file.stem == _OF_RUNS and inside.parent.name else []
+            for key in (*run, inside.as_posix(), inside.with_suffix("").as_posix(), file.name, file.stem):
                 found.setdefault(key, file)
         if name in found:
             return found[name]
         where = f" in {self._folder}" if self._folder is not None else ""
-        hint = did_you_mean(name, {file.stem for file in found.values()}) if found else "give the path of its file."
+        hint = (
+            did_you_mean(name, {usual_name(str(file)) for file in found.values()})
+            if found
+            else "give the path of its file."
+        )
         raise DiffgraftError(f"There is no adapter {name!r}{where}: {hint}")
 
     def hash_of(self, name: str) -> str:
         """Return `content_hash` of an adapter's file, or of that of a run; empty for folders of other kinds."""
         path = self.find(name)
-        path = path / "adapter.safetensors" if path.is_dir() else path
+        path = path / f"{_OF_RUNS}.safetensors" if path.is_dir() else path
         if not path.is_file():
             return ""
         key = _state(path)
@@ -91,7 +98,7 @@ def usual_name(source: str) -> str:
     path = Path(source)
     if not path.expanduser().exists():
         return source
-    return path.absolute().parent.name if path.stem == "adapter" else path.stem
+    return path.absolute().parent.name if path.stem == _OF_RUNS else path.stem
 
 
 def content_hash(path: Path) -> str:

@@ -126,7 +126,15 @@ def test_adapters_by_name_are_what_graft_merges(base: Base, library: Path) -> No
     with graft(base, {library / "animals" / "poodle.safetensors": 6.0}):
         wanted = pixels(Session(base).draw("a sks dog", [3], FEW))
     assert np.abs(wanted - plain).mean() > 0.3
+    (library / "dog" / "run-1").mkdir(parents=True)
+    (library / "dog" / "run-1" / "adapter.safetensors").write_bytes(
+        (library / "animals" / "poodle.safetensors").read_bytes()
+    )
     with Session(base, library) as session:
+        for name in ("run-1", "dog/run-1", "dog/run-1/adapter"):
+            assert session.library.find(name) == library / "dog" / "run-1" / "adapter.safetensors"
+        with pytest.raises(DiffgraftError, match="did you mean 'run-1'"):
+            session.use("run1")
         session.use("poodle", 6.0)
         assert set(session.adapters) == {"poodle"}
         assert np.array_equal(pixels(session.draw("a sks dog", [3], FEW)), wanted)
