@@ -73,6 +73,15 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """Pictures that are being drawn, as they would look now; sent on `Control.sample_now`."""
+
+    step: int
+    images: tuple[Any, ...] = field(repr=False)
+    """The pictures of the batch (PIL)"""
+
+
+@dataclass(frozen=True)
 class Note:
     """A message for the user."""
 
@@ -88,7 +97,7 @@ class Done:
     seconds: float
 
 
-Event = Phase | Advance | Step | Artifact | Note | Done
+Event = Phase | Advance | Step | Artifact | Preview | Note | Done
 Reporter = Callable[[Event], None]
 
 
@@ -109,7 +118,7 @@ class Control:
         self._stop.set()
 
     def sample_now(self) -> None:
-        """Request samples from a training run after its current step."""
+        """Request samples from a training run, or previews of pictures that are being drawn, after the current step."""
         self._request("sample")
 
     def save_now(self) -> None:
@@ -299,6 +308,8 @@ class JsonLines:
                 return {str(key): plain(item) for key, item in value.items()}
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
+        if isinstance(event, Preview):  # pictures are no JSON
+            return
         fields = {key: plain(value) for key, value in asdict(event).items()}
         line = json.dumps({"event": type(event).__name__.lower(), **fields}, default=str)
         print(line, file=self._stream or sys.stderr, flush=True)

@@ -234,9 +234,11 @@ def generate(
         **load_options(predicts, zero_snr, quantize),
     }
 
+    strengths = "".join(_strength_in_name(file, value) for file, value in adapters.items())
+
     def keep(place: int, image: "Image.Image") -> None:
         text, number = texts[place // count], first + place % count
-        say(save_drawing(image, _new_path(output, f"{_slug(text)}-{number}", format)))
+        say(save_drawing(image, _new_path(output, f"{_slug(text)}{strengths}-{number}", format)))
 
     with shown_progress(progress):
         if axes:
@@ -349,6 +351,13 @@ def _random_seed() -> int:
 def _slug(text: str) -> str:
     """Return the words of a prompt as the name of a file."""
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:60] or "picture"
+
+
+def _strength_in_name(file: str, strength: object) -> str:
+    """Return an adapter's name and strength for names of pictures; empty at strength 1."""
+    from diffgraft.generation.library import usual_name
+
+    return f"-{_slug(usual_name(file))}-{strength:g}" if isinstance(strength, float) and strength != 1 else ""
 
 
 def _new_path(folder: Path, name: str, format: str) -> Path:  # noqa: A002

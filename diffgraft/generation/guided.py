@@ -114,6 +114,8 @@ class GuidedDenoiser:
             lanes: adapters of single guides.
         """
         self.step = 0
+        self.clean: Tensor | None = None
+        """The last prediction"""
         self.levels, self._parameterization = noise_levels(base), base.parameterization
         self._base, self._guidance = base, guidance
         self._size, self._channels, self._kept, self._lanes = size, channels, kept, lanes
@@ -140,6 +142,7 @@ class GuidedDenoiser:
         if self._kept is not None:
             mask = self._kept.mask.to(clean)
             clean = clean * mask + self._kept.latents.to(clean) * (1 - mask)
+        self.clean = clean
         return clean
 
     def _now(self, stages: Sequence[Told]) -> Told:

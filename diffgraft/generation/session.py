@@ -51,7 +51,7 @@ from diffgraft.generation.metadata import (
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
 from diffgraft.generation.samplers.noise import BrownianPath, NoiseStream, noise_stream, start_noise
 from diffgraft.generation.settings import DrawSettings, Hires
-from diffgraft.progress import Note, Tracker, emit, phase
+from diffgraft.progress import Note, Preview, Tracker, control, emit, phase
 
 SMALL, SMALL_GUIDANCE, USUAL_GUIDANCE = 16, 3.0, 7.5
 """Width of latents up to which a base counts as small, and the default guidance of such bases and of others: the usual
@@ -409,6 +409,8 @@ class Session:
                         f"Latents overflowed in step {step + 1} of {len(sigmas) - 1}, so the picture would be black. "
                         "Use smaller strengths of adapters, less guidance, or float32."
                     )
+                if control().pop_request("sample") and denoise.clean is not None:
+                    emit(Preview(step + 1, tuple(decode(self.base, row) for row in denoise.clean)))
                 progress.step_is_done(step + 1)
                 denoise.step = step + 1
                 if step + 1 < len(sigmas) - 1:

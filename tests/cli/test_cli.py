@@ -42,15 +42,15 @@ def test_train_then_generate(
     adapter = f"{run / 'adapter.safetensors'}:0.8"
     words = ["generate", "a sks dog in the snow", "--adapter", adapter, "-n", 2, "--seed", 1, "--steps", 2]
     assert call(monkeypatch, *words, "--size", "48x64", "--negative", "a cat", "--sampler", "euler", "-o", drawn) == 0
-    names = ["a-sks-dog-in-the-snow-1.png", "a-sks-dog-in-the-snow-2.png", "a-sks-dog-in-the-snow-grid.png"]
+    names = [f"a-sks-dog-in-the-snow-{end}.png" for end in ("grid", "run-0.8-1", "run-0.8-2")]
     assert sorted(file.name for file in drawn.iterdir()) == names
-    with Image.open(drawn / names[0]) as image:
+    with Image.open(drawn / names[1]) as image:
         assert image.size == (48, 64)
     assert call(monkeypatch, "inspect", run / "adapter.safetensors") == 0
     assert "trigger  sks" in capsys.readouterr().out
 
     words = ["generate", "a sks dog", "-a", f"{run / 'adapter.safetensors'}:unet=0.8,text_encoder=0.5", "--steps", 4]
-    more = ["--image", drawn / names[0], "--denoise", 0.5, "-o", tmp_path / "changed"]
+    more = ["--image", drawn / names[1], "--denoise", 0.5, "-o", tmp_path / "changed"]
     assert call(monkeypatch, *words, *more) == 0
     with Image.open(tmp_path / "changed" / "a-sks-dog-0.png") as image:
         assert image.size == (56, 72)  # its shape, at the base's number of pixels

@@ -17,7 +17,7 @@ from diffgraft.generation.guided import Guidance, Guide, GuidedDenoiser, Told, n
 from diffgraft.generation.samplers.names import SAMPLERS
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
-from diffgraft.progress import Event, Note, reporting
+from diffgraft.progress import Advance, Control, Event, Note, Preview, StoppedError, reporting
 from diffgraft.trainers.run.folder import Run
 from tests.toy_family import mixer_base
 
@@ -110,6 +110,29 @@ def test_the_grammar_moves_pictures(base: Base) -> None:
     assert np.abs(draw("a dog in the snow", variation_seed=5, variation_strength=0.3) - plain).mean() > 0.3
     assert np.abs(draw("a dog in the snow", rescale=0.7) - plain).mean() > 0.1
     assert np.abs(draw("a dog in the snow", schedule="karras") - plain).mean() > 0.1
+
+
+def test_previews_come_on_request_and_a_stop_ends_it(base: Base, library: Path) -> None:
+    seen: list[Preview] = []
+    asked = Control()
+
+    def reporter(event: Event) -> None:
+        match event:
+            case Advance(_, 2):
+                asked.sample_now()
+            case Preview():
+                seen.append(event)
+            case Advance(_, 4):
+                asked.stop()
+
+    before = bits(base)
+    with reporting(reporter, asked), pytest.raises(StoppedError):
+        Session(base, library).draw("a sks dog <lora:poodle:5>", [1, 2], DrawSettings(steps=8))
+    (preview,) = seen
+    assert preview.step == 3
+    assert [image.size for image in preview.images] == [(64, 64)] * 2
+    assert np.abs(pixels(list(preview.images))[0] - pixels(list(preview.images))[1]).mean() > 1
+    assert same(bits(base), before)
 
 
 def test_what_is_not_read_as_it_looks_is_told(base: Base) -> None:
