@@ -18,6 +18,7 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of, warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
+from diffgraft.generation.checks import checked_seeds
 from diffgraft.generation.graft import AdapterStrengths
 from diffgraft.generation.grammar.attention import Style
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
@@ -153,8 +154,9 @@ def generate(
         isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
     ):
         raise DiffgraftError(f"Invalid prompt {short_repr(prompt)}: must be a text, or a list of texts.")
-    if count < 1:
-        raise DiffgraftError(f"Invalid value count={count}: must be at least 1.")
+    if not isinstance(count, int) or count < 1:
+        raise DiffgraftError(f"Invalid value count={short_repr(count)}: must be at least 1.")
+    (seed,) = checked_seeds([seed])
     with _opened("generate", adapters, base, options) as (session, settings, image_input):
         return session.draw(prompt, range(seed, seed + count), settings, image_input, keep)
 
@@ -187,7 +189,7 @@ def sheet(
 
     if isinstance(axes, str):
         axes = [axes]
-    read = [Axis.read(axis) if isinstance(axis, str) else axis for axis in axes]
+    read = [axis if isinstance(axis, Axis) else Axis.read(str(axis)) for axis in axes]
     with _opened("sheet", adapters, base, options) as (session, settings, image_input):
         return draw_sheet(session, Cell(prompt, seed, settings), read, image_input)
 
@@ -298,6 +300,9 @@ def _image_input(image: Picture | None, denoise: float | None, mask: Picture | N
                     f"{name}={value} applies to a picture to start from, but image is missing: give image as well."
                 )
         return None
+    for name, given in (("image", image), ("mask", mask)):
+        if given is not None and not isinstance(given, str | Path | Image.Image):
+            raise DiffgraftError(f"Invalid value {name}={short_repr(given)}: must be a path or a picture (PIL).")
     picture = image if isinstance(image, Image.Image) else read_picture(image)
     mask = mask if mask is None or isinstance(mask, Image.Image) else read_picture(mask, "black")
     return ImageInput(picture, 0.7 if denoise is None else denoise, mask)

@@ -100,12 +100,12 @@ def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "answer"),
     [
-        ({"guidance": -3.0}, "Invalid value guidance=-3.0: must be 0 to 100"),
+        ({"guidance": -3.0}, "Invalid value guidance=-3: must be 0 to 100"),
         ({"guidance": float("inf")}, "Invalid value guidance=inf"),
         ({"steps": 0}, "Invalid value steps=0: must be 1 to 1000"),
         ({"sampler": "eulr"}, "did you mean 'euler'"),
         ({"schedule": "karas"}, "did you mean 'karras'"),
-        ({"hires": 20.0}, "hires.scale=20.0: must be 1 to 8"),
+        ({"hires": 20.0}, "hires.scale=20: must be 1 to 8"),
         ({"upscaler": "latent"}, "upscaler=latent applies to a second pass, but hires is missing"),
         ({"clip_skip": 0}, "clip_skip=0: must be at least 1"),
         ({"scheduler": "eulr"}, "did you mean 'euler'"),
@@ -139,7 +139,7 @@ def test_how_a_base_is_loaded_cannot_be_told_of_a_loaded_one(base: Base, setting
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
-        ("a dog <lora:ink:0.8>", r"There is no adapter 'ink': give the path of its file"),
+        ("a dog <lora:ink:0.8>", r"There is no adapter 'ink': give the folder of adapters"),
         ("a dog <lira:ink:0.8>", r"<lira:ink:0.8>, which is no kind of adapter: did you mean 'lyco'|'lora'"),
     ],
 )

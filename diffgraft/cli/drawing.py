@@ -1,5 +1,6 @@
 """Commands that draw: generate, regenerate."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,7 +96,8 @@ def generate(
         int, typer.Option(help="Layer of the text encoder, counted from the last, 1.", rich_help_panel=_PROMPTS)
     ] = 1,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a prompt on each line.", rich_help_panel=_PROMPTS)
+        Path | None,
+        typer.Option(help="Text file with a prompt on each line; # begins a comment.", rich_help_panel=_PROMPTS),
     ] = None,
     hires: Annotated[
         float | None, typer.Option(help="Scale of a second pass (hires fix), such as 2.", rich_help_panel=_SECOND)
@@ -197,6 +199,8 @@ def generate(
     if format not in _FORMATS:
         raise DiffgraftError(f"Invalid value format={format!r}: {did_you_mean(format, _FORMATS)}")
     axes = _axes(x, y, z)
+    if axes and (len(texts) > 1 or count > 1):
+        raise DiffgraftError("A sheet is of one prompt, and an axis has its seeds: leave out --prompts and -n.")
     check_folder(output)
     first = _random_seed() if seed == -1 else seed
     options: dict[str, Any] = {
@@ -247,7 +251,10 @@ def generate(
             return
         images = draw(texts, adapters, count=count, seed=first, keep=keep, **options)
     if len(images) > 1:
-        rows = {text: images[row * count : (row + 1) * count] for row, text in enumerate(texts)}
+        rows = {
+            f"{text}{' ' * texts[:row].count(text)}": images[row * count : (row + 1) * count]
+            for row, text in enumerate(texts)
+        }
         say(save_drawing(grid(rows), _new_path(output, f"{_slug(texts[0])}-grid", format)))
 
 
@@ -286,7 +293,9 @@ def regenerate(
         drawn = draw_again(picture, sources)
     for sentence in drawn.differences:
         say(sentence)
-    if drawn.has_same_pixels is not None:
+    if drawn.has_same_pixels is None:
+        say("JPEG and WebP do not keep all pixels, so that they are not compared.")
+    else:
         say("Its pixels are the same." if drawn.has_same_pixels else "Its pixels are not the same.")
     say(save_drawing(drawn.image, _new_path(output, f"{picture.stem}-again", "png")))
 
@@ -303,7 +312,7 @@ def _texts(prompt: str | None, prompts: Path | None) -> list[str]:
             lines = prompts.expanduser().read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DiffgraftError(f"The prompts in {prompts} cannot be read: {error}.") from error
-        texts += [line.strip() for line in lines if line.strip()]
+        texts += [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not texts:
         raise DiffgraftError(f"{prompts} has no prompt: write one on each line.")
     return texts
@@ -349,8 +358,10 @@ def _random_seed() -> int:
 
 
 def _slug(text: str) -> str:
-    """Return the words of a prompt as the name of a file."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text).split())[:60] or "picture"
+    """Return the words of a prompt, without tags, as the name of a file."""
+    words = re.sub(r"<[^<>]*>", " ", text)
+    slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())[:60]
+    return slug.encode()[:120].decode(errors="ignore").strip("-") or "picture"
 
 
 def _strength_in_name(file: str, strength: object) -> str:

@@ -17,8 +17,12 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.generation.checks import check_fields
 from diffgraft.generation.grammar.attention import read_weights
 from diffgraft.generation.grammar.chunks import chunks_of
+from diffgraft.generation.grammar.composition import split_parts
+from diffgraft.generation.grammar.schedule import schedule_of
+from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
@@ -40,9 +44,10 @@ class Edit:
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for shares that are none."""
+        check_fields(self, ("cross", "self", "weights"))
         for name, share in (("cross", self.cross), ("self", self.self)):
             if not 0 <= share <= 1:
-                raise DiffgraftError(f"Invalid value {name}={share}: must be from 0 to 1.")
+                raise DiffgraftError(f"Invalid value {name}={share:g}: must be from 0 to 1.")
 
 
 def edit(
@@ -73,10 +78,15 @@ def edit(
             is longer than the text encoder reads at once.
     """
     change, settings = change or Edit(), settings or DrawSettings()
-    settings = replace(settings, batch=2, regions=())
+    if settings.regions:
+        raise DiffgraftError("A picture with regions cannot be edited: leave them out.")
+    settings = replace(settings, batch=2)
+    one_chunk(session.base, settings.negative)
     control = control_of(session.base, source, edited, change, settings.steps)
     with controlled(session.base.denoiser, control):
         first, second = session.draw_each([source, edited], [seed, seed], settings, image, on_step=control.advance)
+    for picture in (first, second):
+        picture.info = {}  # a record would not tell of the control
     return first, second
 
 
@@ -87,12 +97,21 @@ def control_of(base: Base, source: str, edited: str, change: Edit, steps: int) -
         DiffgraftError: a prompt is too long, or a word to weigh is not in the edited one.
     """
     tokenizer = next(iter(base.tokenizers().values()))
-    ids = [_ids(tokenizer, prompt) for prompt in (source, edited)]
+    source, edited = (split_tags(prompt)[0] for prompt in (source, edited))
+    for prompt in (source, edited):
+        if len(split_parts(prompt)) > 1 or len(schedule_of(prompt, steps)) > 1:
+            raise DiffgraftError(f"The prompt {prompt!r} has parts or changes between steps: edits need plain ones.")
+    ids = [one_chunk(base, prompt) for prompt in (source, edited)]
     return Control(change, steps, token_map(*ids), token_weights(tokenizer, edited, ids[1], change.weights))
 
 
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids of a prompt, with those of start and end."""
+def one_chunk(base: Base, prompt: str) -> list[int]:
+    """Return the token ids of a prompt, with those of start and end.
+
+    Raises:
+        DiffgraftError: it is longer than the text encoder reads at once.
+    """
+    tokenizer = next(iter(base.tokenizers().values()))
     chunks = chunks_of(tokenizer, read_weights(prompt, "webui"), "webui")
     if len(chunks) != 1:
         raise DiffgraftError(f"The prompt {prompt!r} is too long to be edited: it has more than one chunk of tokens.")

@@ -8,10 +8,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffgraft.bases import Base
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, short_repr
+from diffgraft.generation.checks import check_fields
 from diffgraft.generation.latents import encode
 from diffgraft.pixels import to_tensor
 
+_MOST_RATIO = 20
+"""Ratio of a picture's sides at most"""
 _FULL = 0.999
 """Share of the steps that a picture is denoised in at most, as in webui, so that one step is left for `denoise` = 1"""
 
@@ -28,9 +31,15 @@ class ImageInput:
     """Mask of the picture's size: white where it is redrawn, black where it stays"""
 
     def __post_init__(self) -> None:
+        """Raise DiffgraftError for what is no picture, or a share that is none."""
+        for name in ("image", "mask"):
+            value = getattr(self, name)
+            if not isinstance(value, Image.Image) and (name, value) != ("mask", None):
+                raise DiffgraftError(f"Invalid value {name}={short_repr(value)}: must be a picture (PIL).")
+        check_fields(self, ("denoise",))
         if not 0 < self.denoise <= 1:
             raise DiffgraftError(
-                f"Invalid value denoise={self.denoise}: must be above 0 and at most 1; 0.5 to 0.8 is usual."
+                f"Invalid value denoise={self.denoise:g}: must be above 0 and at most 1; 0.5 to 0.8 is usual."
             )
 
     def resized(self, size: tuple[int, int]) -> "ImageInput":
@@ -109,6 +118,10 @@ def inpainting_channels(base: Base, resized: ImageInput | None) -> Tensor | None
 def native_size(base: Base, image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) with the picture's aspect ratio and about the base's native number of pixels."""
     side, step = base.resolution, lcm(base.vae_scale_factor, 8)
+    if max(image.size) > _MOST_RATIO * min(image.size):
+        raise DiffgraftError(
+            f"The picture is {image.width}x{image.height}: crop it, so that no side is {_MOST_RATIO} times the other."
+        )
     zoom = side / (image.width * image.height) ** 0.5
     width, height = (max(step, round(length * zoom / step) * step) for length in image.size)
     return width, height

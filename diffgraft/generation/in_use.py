@@ -8,6 +8,7 @@ from diffgraft.adapters.strengths import Strength, block_of, strengths_of
 from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.grammar.tags import AdapterTag, Curve, Point
+from diffgraft.generation.library import LoadedAdapter
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,23 @@ class InUse:
     """Moment from which on it has none; None: to the last step"""
     source: str = ""
     """Name by which its file is known; empty for adapters that have no file"""
+    hash: str = ""
+    """Hash of the content of the file that it was read from; empty if it has none"""
 
     @classmethod
-    def of_tag(cls, tag: AdapterTag, adapter: Adapter) -> "InUse":
+    def of_tag(cls, tag: AdapterTag, loaded: LoadedAdapter) -> "InUse":
         """Return the adapter that a tag of a prompt names, with the tag's strengths.
 
         Raises:
             DiffgraftError: the tag asks for a hypernetwork, but the adapter has none.
         """
+        adapter = loaded.adapter
         if tag.kind == "hypernet" and not adapter.networks:
             raise DiffgraftError(f"{tag.name} is no hypernetwork: write <lora:{tag.name}:…> for it.")
         changed = {block_of(path) for path in adapter.deltas}
         blocks = {block: factor for block, factor in tag.blocks.items() if block in changed}
         strength = {"text_encoder": tag.text_encoder[0].strength, **blocks}
-        return cls(copy(adapter), strength, tag.denoiser, tag.start, tag.end, tag.name)
+        return cls(copy(adapter), strength, tag.denoiser, tag.start, tag.end, tag.name, loaded.hash)
 
     def at(self, step: int, steps: int) -> Strength:
         """Return the strength in a step, counted from 0; the text encoders keep theirs."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.attention_control import Edit, control_of, controlled
+from diffgraft.generation.attention_control import Edit, control_of, controlled, one_chunk
 from diffgraft.generation.guided import Guide, GuidedDenoiser, Told, noise_levels
 from diffgraft.generation.image_input import ImageInput, native_size
 from diffgraft.generation.latents import decode, encode
@@ -64,6 +64,8 @@ def invert(
     )
     assert settings.size is not None
     sigmas = schedule_sigmas("ddim", settings.steps, noise_levels(base))
+    for text in (prompt, settings.negative):
+        one_chunk(base, text)
     guide = session.guide(prompt, settings)
     if len(guide.parts) != 1 or len(guide.parts[0][1]) != 1:
         raise DiffgraftError(f"The prompt {prompt!r} has parts or changes between steps: describe the picture plainly.")

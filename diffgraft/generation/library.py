@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffgraft.adapters.adapter import Adapter
@@ -12,6 +13,15 @@ _SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 _OF_RUNS = "adapter"
 """Stem of the adapter file of a run, which is found by the name of the run's folder"""
 _BLOCK = 1 << 20
+_NO_LIBRARY = "give the folder of adapters (library), or the path of its file."
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter and the hash of the file that it was read from, as the file may change later."""
+
+    adapter: Adapter
+    hash: str
 
 
 class AdapterLibrary:
@@ -26,12 +36,14 @@ class AdapterLibrary:
         """
         self.names: dict[str, Path] = {}
         """Names that stand for files, before those of the folder"""
+        self.takes_paths = True
+        """Whether names may be paths; not where they come from somebody else's picture"""
         self._folder = None if folder is None else Path(folder).expanduser()
         self._layers_in_block = layers_in_block
-        self._loaded: dict[tuple[Path, int, int], Adapter] = {}
+        self._loaded: dict[tuple[Path, int, int], LoadedAdapter] = {}
         self._hashes: dict[tuple[Path, int, int], str] = {}
 
-    def load(self, name: str) -> Adapter:
+    def load(self, name: str) -> LoadedAdapter:
         """Read an adapter by path, or by name from the folder; the same file is read once.
 
         Raises:
@@ -40,38 +52,34 @@ class AdapterLibrary:
         path = self.find(name)
         key = _state(path)
         if key not in self._loaded:
-            self._loaded[key] = load_adapter(path, self._layers_in_block)
+            self._loaded[key] = LoadedAdapter(load_adapter(path, self._layers_in_block), self.hash_of(path))
         return self._loaded[key]
 
     def find(self, name: str) -> Path:
         """Return the path of an adapter.
 
         Raises:
-            DiffgraftError: there is none of this name; the message has the nearest.
+            DiffgraftError: there is none of this name, or there are several.
         """
-        path = self.names.get(name) or Path(name).expanduser()
-        if path.exists():
+        if name in self.names:
+            return self.names[name]
+        if self.takes_paths and (path := as_path(name)) is not None:
             return path
-        found: dict[str, Path] = {}
-        for file in self._files():
+        found = self._by_name()
+        files = found.get(name, [])
+        if len(files) > 1:
             assert self._folder is not None
-            inside = file.relative_to(self._folder)
-            run = [inside.parent.as_posix(), inside.parent.name] if file.stem == _OF_RUNS and inside.parent.name else []
-            for key in (*run, inside.as_posix(), inside.with_suffix("").as_posix(), file.name, file.stem):
-                found.setdefault(key, file)
-        if name in found:
-            return found[name]
+            whole = [file.relative_to(self._folder).with_suffix("").as_posix() for file in files]
+            raise DiffgraftError(f"{name} is the name of {len(files)} adapters: write one of {', '.join(whole[:5])}.")
+        if files:
+            return files[0]
         where = f" in {self._folder}" if self._folder is not None else ""
-        hint = (
-            did_you_mean(name, {usual_name(str(file)) for file in found.values()})
-            if found
-            else "give the path of its file."
-        )
+        known = {usual_name(str(file)) for files in found.values() for file in files}
+        hint = did_you_mean(name, known) if known else _NO_LIBRARY
         raise DiffgraftError(f"There is no adapter {name!r}{where}: {hint}")
 
-    def hash_of(self, name: str) -> str:
+    def hash_of(self, path: Path) -> str:
         """Return `content_hash` of an adapter's file, or of that of a run; empty for folders of other kinds."""
-        path = self.find(name)
         path = path / f"{_OF_RUNS}.safetensors" if path.is_dir() else path
         if not path.is_file():
             return ""
@@ -80,23 +88,44 @@ class AdapterLibrary:
             self._hashes[key] = content_hash(path)
         return self._hashes[key]
 
-    def with_hash(self, wanted: str) -> Path | None:
-        """Return the file of the folder that has a hash, whatever its name."""
+    def with_hash(self, start: str) -> Path | None:
+        """Return the file of the folder whose hash starts with some digits, whatever its name."""
+        return next((file for file in self._files() if self.hash_of(file).startswith(start)), None)
+
+    def _by_name(self) -> dict[str, list[Path]]:
+        """Return name → files, with and without folder and suffix; a run's file has the name of its folder."""
+        found: dict[str, list[Path]] = {}
         for file in self._files():
-            if self.hash_of(str(file)) == wanted:
-                return file
-        return None
+            assert self._folder is not None
+            inside = file.relative_to(self._folder)
+            names = [inside.as_posix(), inside.with_suffix("").as_posix(), file.name, file.stem]
+            if file.stem == _OF_RUNS and inside.parent.name:
+                names += [inside.parent.as_posix(), inside.parent.name]
+            for name in dict.fromkeys(names):
+                found.setdefault(name, []).append(file)
+        return found
 
     def _files(self) -> list[Path]:
+        """Return the adapter files of the folder; those of a run's checkpoints are none."""
         if self._folder is None:
             return []
-        return [file for file in sorted(self._folder.rglob("*")) if file.suffix in _SUFFIXES and file.is_file()]
+        files = (file for file in sorted(self._folder.rglob("*")) if file.suffix in _SUFFIXES and file.is_file())
+        return [file for file in files if "checkpoints" not in file.relative_to(self._folder).parts[:-1]]
+
+
+def as_path(name: str) -> Path | None:
+    """Return the path of a file or folder that exists, None if a name is none."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown user's home, or a zero in it
+        return None
 
 
 def usual_name(source: str) -> str:
     """Return the name of an adapter by its path or its name in a library: without suffix, of a run its folder's."""
-    path = Path(source)
-    if not path.expanduser().exists():
+    path = as_path(source)
+    if path is None:
         return source
     return path.absolute().parent.name if path.stem == _OF_RUNS else path.stem
 
@@ -110,7 +139,8 @@ def content_hash(path: Path) -> str:
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             start = file.read(8)
-            file.seek(8 + struct.unpack("<Q", start)[0] if len(start) == 8 else 0)
+            end = 8 + struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            file.seek(end if end <= path.stat().st_size else 0)
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

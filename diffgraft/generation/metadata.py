@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -18,9 +19,11 @@ from xml.sax.saxutils import quoteattr
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffgraft.bases import Base
+from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
 from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError
-from diffgraft.files import atomic_write
+from diffgraft.files import atomic_write, unique_path
 from diffgraft.generation.samplers.names import named_sampler
 from diffgraft.generation.settings import DrawSettings
 
@@ -36,7 +39,10 @@ _XMP = (
     'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia" '
     f'xmlns:diffgraft="{_NAMESPACE}" diffgraft:record={{record}}/></rdf:RDF></x:xmpmeta>'
 )
-_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_MOST_PIXELS = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
+"""Format → longest side in pixels"""
+_MOST_IN_JPEG = 40_000
 _LEAST_PAIRS = 3
 """Number of pairs from which the last line of webui's parameters counts as its settings"""
 
@@ -80,8 +86,8 @@ class DrawingRecord:
     """Name of the base"""
     base_hash: str
     """`Base.generation_hash`"""
-    dtype: str
-    """Precision of the denoiser, such as `float32`"""
+    loading: Mapping[str, Any]
+    """`loading_of` the base"""
     adapters: Sequence[AdapterRecord] = ()
     image: InputRecord | None = None
     is_complete: bool = True
@@ -99,8 +105,10 @@ class DrawingRecord:
         return self.batch[self.place][1]
 
     def to_json(self) -> str:
-        """Return the record as JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """Return the record as JSON, in which each prompt of the batch stands once."""
+        prompts = list(dict.fromkeys(prompt for prompt, _ in self.batch))
+        batch = [(prompts.index(prompt), seed) for prompt, seed in self.batch]
+        return json.dumps({**asdict(self), "prompts": prompts, "batch": batch})
 
     @classmethod
     def from_json(cls, text: str) -> "DrawingRecord":
@@ -111,7 +119,8 @@ class DrawingRecord:
         """
         try:
             given = json.loads(text)
-            batch = [(str(prompt), int(seed)) for prompt, seed in given.pop("batch")]
+            prompts = [str(prompt) for prompt in given.pop("prompts")]
+            batch = [(prompts[index(number)], index(seed)) for number, seed in given.pop("batch")]
             width, height = given.pop("size")
             image = given.pop("image", None)
             adapters = [AdapterRecord(**adapter) for adapter in given.pop("adapters", ())]
@@ -122,10 +131,24 @@ class DrawingRecord:
                 adapters=adapters,
                 **given,
             )
+            names = [record.base, record.base_hash, *(text for own in adapters for text in (own.name, own.hash))]
+            if not all(isinstance(name, str) for name in names) or not isinstance(record.settings, Mapping):
+                raise TypeError("names and settings have other types")
+            record.loading["dtype"]
             record.prompt  # noqa: B018  (raises for a place outside of the batch)
             return record
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
             raise DiffgraftError(f"The picture's record cannot be read ({type(error).__name__}: {error}).") from error
+
+
+def loading_of(base: Base) -> dict[str, Any]:
+    """Return how a base is loaded: `dtype` of its denoiser, and the options of `load_base`."""
+    return {
+        "dtype": str(base.denoiser.dtype).removeprefix("torch."),
+        "quantize": base.quantize,
+        PREDICTION_KEY: base.prediction_type if base.prediction_type in PREDICTIONS else None,
+        "zero_snr": base.zero_snr,
+    }
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -144,7 +167,7 @@ def parameters(record: DrawingRecord) -> str:
     values: dict[str, Any] = {
         "Steps": settings.steps,
         "Sampler": named_sampler(settings.sampler).label,
-        "Schedule type": "Automatic" if settings.schedule is None else settings.schedule.title(),
+        "Schedule type": "Automatic" if settings.schedule is None else schedule_label(settings.schedule),
         "CFG scale": settings.guidance,
         "Seed": record.seed,
         "Size": f"{width}x{height}",
@@ -175,6 +198,12 @@ def parameters(record: DrawingRecord) -> str:
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items() if value is not None)
     negative = f"\nNegative prompt: {settings.negative}" if settings.negative else ""
     return f"{record.prompt}{tags}{negative}\n{line}"
+
+
+def schedule_label(name: str) -> str:
+    """Return webui's name of a schedule."""
+    words = {"sgm": "SGM", "ddim": "DDIM", "kl": "KL", "gits": "GITS"}
+    return " ".join(words.get(word, word.title()) for word in name.split())
 
 
 def _upscaler(name: str) -> str:
@@ -218,8 +247,18 @@ def _unquoted(value: str) -> str:
 
 
 def save_drawing(image: Image.Image, path: Path) -> Path:
-    """Write a picture to a file atomically, with what `Image.info` tells about how it was drawn."""
+    """Write a picture to a file atomically, with what `Image.info` tells about how it was drawn.
+
+    Returns:
+        The file; a picture that is too large for JPEG or WebP becomes a PNG file beside `path`. JPEG files hold no
+        record of more than 40,000 characters.
+    """
     told, record = (str(image.info.get(key, "")) for key in (PARAMETERS, RECORD))
+    if max(image.size) > _MOST_PIXELS.get(path.suffix.lower(), 2**31):
+        path = unique_path(path.with_suffix(".png"))
+    if path.suffix.lower() in (".jpg", ".jpeg"):  # which hold no more
+        record = record if len(record) < _MOST_IN_JPEG else ""
+        told = told if len(told) < _MOST_IN_JPEG // 2 else ""
     xmp = _XMP.format(record=quoteattr(record))
     options: dict[str, Any] = {}
     if path.suffix.lower() == ".png":

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.loading import LoadOptions
+from diffgraft.devices import dtype_of
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.checks import check_prompt
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
+from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.library import content_hash
-from diffgraft.generation.metadata import DrawingRecord, pixel_hash, read_parameters, read_record
+from diffgraft.generation.library import as_path, usual_name
+from diffgraft.generation.metadata import DrawingRecord, loading_of, pixel_hash, read_parameters, read_record
 from diffgraft.generation.samplers.names import SAMPLERS
 from diffgraft.generation.samplers.schedules import SCHEDULES
 from diffgraft.generation.session import Session
@@ -77,27 +82,44 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
     differences: list[str] = []
     if not record.is_complete:
         differences.append("The base had been changed outside of its session, which the picture does not tell.")
-    base = _base(sources.base if sources.base is not None else record.base)
+    base = _base_of(record, sources)
     if base.generation_hash != record.base_hash:
         differences.append(f"It was drawn with {record.base}, and {base.name} is another base.")
-    dtype = str(base.denoiser.dtype).removeprefix("torch.")
-    if dtype != record.dtype:
-        differences.append(f"It was drawn in {record.dtype}, and the base is loaded in {dtype}.")
+    for name, value in loading_of(base).items():
+        if value != record.loading.get(name):
+            differences.append(f"It was drawn with {name} {record.loading.get(name)}, and the base has {value}.")
     settings = DrawSettings.from_changed({**record.settings, "batch": len(record.batch), "size": record.size})
     image = _image_input(path, record, sources)
     with Session(base, sources.library) as session:
+        session.library.takes_paths = False  # a picture of somebody else names no files here
         for adapter in record.adapters:
             found = _adapter_file(session, adapter.name, adapter.hash, sources)
-            if adapter.hash and session.library.hash_of(str(found)) != adapter.hash:
+            if adapter.hash and session.library.hash_of(found) != adapter.hash:
                 differences.append(f"{found} is another file than the adapter {adapter.name} that it was drawn with.")
-            if adapter.strength is None:
-                session.library.names[adapter.name] = found
-            else:
-                session.use(found, adapter.strength, adapter.name)
+            session.library.names[adapter.name] = found
+            if adapter.strength is not None:
+                session.use(adapter.name, adapter.strength, adapter.name)
         # choices are made already, and what is left of braces is text
         prompts = [prompt.replace("{", "\\{").replace("}", "\\}") for prompt, _ in record.batch]
         seeds = [seed for _, seed in record.batch]
         return session.draw_each(prompts, seeds, settings, image)[record.place], differences
+
+
+def _base_of(record: DrawingRecord, sources: Sources) -> Base:
+    """Return the base of a record, loaded as it was; one that is not on this machine is not looked for elsewhere.
+
+    Raises:
+        DiffgraftError: there is no such base, or it cannot be loaded in this way.
+    """
+    if isinstance(sources.base, Base):
+        return sources.base
+    if sources.base is None and record.base != "tiny" and as_path(record.base) is None:
+        raise DiffgraftError(
+            f"The picture was drawn with the base {record.base}, which is not here: give it by --base."
+        )
+    options: Any = {name: value for name, value in record.loading.items() if name in LoadOptions.__annotations__}
+    dtype = dtype_of(str(record.loading["dtype"]), torch.device("cpu"))
+    return load_base(record.base if sources.base is None else sources.base, dtype, **options)
 
 
 def _base(base: str | Path | Base) -> Base:
@@ -112,19 +134,19 @@ def _adapter_file(session: Session, name: str, wanted: str, sources: Sources) ->
     """
     given = [Path(file).expanduser() for file in sources.adapters]
     for file in given:
-        if wanted and file.is_file() and content_hash(file).startswith(wanted):
+        if wanted and session.library.hash_of(file).startswith(wanted):
             return file
     if wanted and (found := session.library.with_hash(wanted)) is not None:
         return found
     for file in given:
-        if file.stem == name or file.parent.name == name:
+        if usual_name(str(file)) == name:
             return file
     try:
         return session.library.find(name)
     except DiffgraftError as error:
         raise DiffgraftError(
             f"The picture was drawn with the adapter {name} ({wanted[:_SHORT] or 'without a file'}), which is not "
-            "here: give its file by --adapter, or its folder by --library."
+            "here: give its file by --adapter, named like it, or its folder by --library."
         ) from error
 
 
@@ -159,20 +181,23 @@ def _from_parameters(path: Path, told: str, sources: Sources) -> tuple[Image.Ima
             f"{path} was drawn with the model {given.get('Model', 'unknown')}: give its file by --base."
         )
     reader = _Settings(path, dict(given))
-    settings = reader.read(negative)
+    settings, image = reader.read(negative), reader.image_input(sources)
     base = _base(sources.base)
     differences = [f"It was drawn by another program with the model {given.get('Model', 'unknown')}."]
     differences += [f"{name}: {value} is not read." for name, value in reader.unread()]
+    check_prompt(prompt)
+    hashes = dict(pair.split(": ", 1) for pair in given.get("Lora hashes", "").split(", ") if ": " in pair)
     with Session(base, sources.library) as session:
-        for pair in filter(None, given.get("Lora hashes", "").split(", ")):
-            name, _, wanted = pair.partition(": ")
+        session.library.takes_paths = False
+        for name in dict.fromkeys([*(tag.name for tag in split_tags(prompt)[1]), *hashes]):
+            wanted = hashes.get(name, "")
             session.library.names[name] = found = _adapter_file(session, name, wanted, sources)
-            if not session.library.hash_of(str(found)).startswith(wanted):
+            if not session.library.hash_of(found).startswith(wanted):
                 differences.append(f"{found} is another file than the adapter {name} that it was drawn with.")
-        return session.draw(prompt, [reader.seed], settings)[0], differences
+        return session.draw(prompt, [reader.seed], settings, image)[0], differences
 
 
-_IGNORED = {"Model", "Model hash", "Lora hashes", "Version", "TI hashes", "VAE", "VAE hash", "Hashes", "Eta"}
+_IGNORED = {"Model", "Model hash", "Lora hashes", "Version", "Hashes"}
 """Names in webui's parameters that do not say how to draw"""
 
 
@@ -212,6 +237,19 @@ class _Settings:
             ),
         )
 
+    def image_input(self, sources: Sources) -> ImageInput | None:
+        """Return the picture that it started from, None for text to image.
+
+        Raises:
+            DiffgraftError: it is missing.
+        """
+        denoise = self._number("Denoising strength", float)
+        if denoise is None:
+            return None
+        if sources.image is None:
+            raise DiffgraftError(f"{self._path} started from another picture: give it by --image.")
+        return ImageInput(sources.image, denoise, sources.mask)
+
     def unread(self) -> Iterator[tuple[str, str]]:
         """Yield what `read` has not read."""
         yield from ((name, value) for name, value in self._given.items() if name not in _IGNORED)
@@ -231,10 +269,11 @@ class _Settings:
         return (int(size[1]), int(size[2])) if size else None
 
     def _hires(self) -> Hires | None:
-        scale, denoise = self._number("Hires upscale", float), self._number("Denoising strength", float)
+        scale = self._number("Hires upscale", float)
         steps, upscaler = self._number("Hires steps", int) or 0, self._given.pop("Hires upscaler", "Latent").lower()
         if scale is None:
             return None
+        denoise = self._number("Denoising strength", float)
         kind = cast(Upscaler, re.sub(r"[()]", "", upscaler))  # `Hires` checks it
         return Hires(scale, denoise or 0.7, steps, kind)
 

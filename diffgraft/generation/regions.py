@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, short_repr
+from diffgraft.generation.checks import check_fields
 
-_MOST_BYTES, _MOST_SIDE = 1_000_000, 4096
+_MOST_BYTES, _MOST_SIDE = 2_000_000, 1024
 """Size of a mask in a picture's record at most, in bytes and in pixels"""
 
 
@@ -36,7 +37,8 @@ class Region:
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for a box that is empty or not within the picture, or a weight that is none."""
-        if len(self.box) != 4 or not all(isinstance(side, int | float) for side in self.box):
+        check_fields(self, ("prompt", "weight"))
+        if not isinstance(self.box, list | tuple) or len(self.box) != 4 or not all(map(_is_number, self.box)):
             raise DiffgraftError(f"Invalid region {self.box}: must be left, top, right and bottom, such as 0,0,0.5,1.")
         left, top, right, bottom = self.box
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -44,8 +46,14 @@ class Region:
                 f"Invalid region {','.join(f'{side:g}' for side in self.box)}: left, top, right and bottom must be "
                 "shares from 0 to 1, with left < right and top < bottom."
             )
+        if self.mask is not None:
+            if not isinstance(self.mask, Image.Image):
+                raise DiffgraftError(f"Invalid mask {short_repr(self.mask)} of a region: must be a picture.")
+            mask = self.mask.convert("L")
+            mask.thumbnail((_MOST_SIDE, _MOST_SIDE), Image.Resampling.BOX)  # finer than any latents
+            object.__setattr__(self, "mask", mask)
         if not 0 < self.weight <= 1000:
-            raise DiffgraftError(f"Invalid value weight={self.weight} of a region: must be above 0 and at most 1000.")
+            raise DiffgraftError(f"Invalid value weight={self.weight:g} of a region: must be above 0 and at most 1000.")
 
     def area(self, height: int, width: int) -> Tensor:
         """Return the region at the size of latents, [1, height, width] with values from 0 to its weight."""
@@ -84,6 +92,10 @@ class Region:
                 mask = image.convert("L")
         left, top, right, bottom = (float(side) for side in given["box"])
         return cls(str(given["prompt"]), (left, top, right, bottom), mask, float(given["weight"]))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _overlap(size: int, first: float, last: float) -> Tensor:

@@ -24,10 +24,11 @@ from diffgraft.bases import Base
 from diffgraft.bases.family import SizeConditioning
 from diffgraft.bases.ldm_keys import layers_in_block
 from diffgraft.bases.loading import base_of
-from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.generation.checks import check_prompt, checked_seeds
 from diffgraft.generation.enlarge import enlarged, hires_size
 from diffgraft.generation.graft import Graft, has_other_grafts
-from diffgraft.generation.grammar.choices import draw_choices
+from diffgraft.generation.grammar.choices import WILDCARD, draw_choices
 from diffgraft.generation.grammar.composition import split_parts
 from diffgraft.generation.grammar.encode import encode_texts
 from diffgraft.generation.grammar.notes import notes_on
@@ -45,11 +46,12 @@ from diffgraft.generation.metadata import (
     AdapterRecord,
     DrawingRecord,
     InputRecord,
+    loading_of,
     parameters,
     pixel_hash,
 )
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
-from diffgraft.generation.samplers.noise import BrownianPath, NoiseStream, noise_stream, start_noise
+from diffgraft.generation.samplers.noise import BrownianPath, noise_stream, start_noise
 from diffgraft.generation.settings import DrawSettings, Hires
 from diffgraft.progress import Note, Preview, Tracker, control, emit, phase
 
@@ -89,7 +91,7 @@ class _Job:
         return split_tags(self.prompt)[0]
 
     @property
-    def tags(self) -> list[AdapterTag]:
+    def tags(self) -> tuple[AdapterTag, ...]:
         """Adapters that its prompt names."""
         return split_tags(self.prompt)[1]
 
@@ -174,10 +176,10 @@ class Session:
             DiffgraftError: there is no such adapter, or it does not fit the base; nothing has changed.
         """
         if isinstance(adapter, Adapter):
-            found, source, usual = adapter, "", adapter.method
+            item, usual = InUse(copy(adapter), _plain(strength)), adapter.method
         else:
-            found, source, usual = self.library.load(str(adapter)), str(adapter), usual_name(str(adapter))
-        item = InUse(copy(found), strength, source=source)
+            loaded, usual = self.library.load(str(adapter)), usual_name(str(adapter))
+            item = InUse(copy(loaded.adapter), _plain(strength), source=str(adapter), hash=loaded.hash)
         self._apply({**self._in_use, name or usual: item}, 0, 1)
 
     def remove(self, name: str) -> None:
@@ -187,7 +189,7 @@ class Session:
             DiffgraftError: no adapter of this name is in use.
         """
         if name not in self._in_use:
-            raise DiffgraftError(f"No adapter {name!r} is in use: {did_you_mean(name, self._in_use)}")
+            raise DiffgraftError(f"No adapter {name!r} is in use: {did_you_mean(str(name), self._in_use)}")
         self._apply({key: value for key, value in self._in_use.items() if key != name}, 0, 1)
 
     def close(self) -> None:
@@ -235,7 +237,10 @@ class Session:
             DiffgraftError: a prompt names an unknown adapter, or this base cannot draw with these settings.
             OverflowedPictureError: latents overflowed.
         """
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        listed = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        if not listed:
+            raise DiffgraftError(f"Invalid prompts {short_repr(prompts)}: must be a text, or a list of texts.")
+        seeds = checked_seeds(seeds)
         pairs = [(prompt, seed) for prompt in listed for seed in seeds]
         return self.draw_each([prompt for prompt, _ in pairs], [seed for _, seed in pairs], settings, image, keep)
 
@@ -261,7 +266,13 @@ class Session:
             title: name of the phase under which progress is reported.
             on_step: callback that receives the number of steps of a batch that are done.
         """
-        settings = settings or DrawSettings()
+        settings, seeds = settings or DrawSettings(), checked_seeds(seeds)
+        if len(seeds) != len(prompts):
+            raise DiffgraftError(f"There are {len(prompts)} prompts and {len(seeds)} seeds: give one for each picture.")
+        for prompt in (*prompts, settings.negative, *(region.prompt for region in settings.regions)):
+            check_prompt(prompt)
+        if image is not None and not isinstance(image, ImageInput):
+            raise DiffgraftError(f"Invalid value image={short_repr(image)}: must be an ImageInput(…).")
         if image is not None and settings.hires is not None:
             raise DiffgraftError("A hires fix begins with noise: leave out hires, or the picture to start from.")
         size = self._size(settings, image)
@@ -288,8 +299,10 @@ class Session:
         style = settings.encoding.style
         texts = [*(job.text for job in jobs), settings.negative, *(region.prompt for region in settings.regions)]
         for text in dict.fromkeys(split_tags(text)[0] for text in texts):
-            for sentence in notes_on(text, settings.steps, style):
+            for sentence in notes_on(text, settings.steps, style, has_second_pass=settings.hires is not None):
                 emit(Note(sentence))
+        if self._wildcards is None and (wildcard := WILDCARD.search(" ".join(job.prompt for job in jobs))):
+            emit(Note(f"{wildcard[0]} is drawn as text, as no folder of wildcards is given."))
 
     def _draw_mixed(
         self,
@@ -375,7 +388,8 @@ class Session:
         factor = self.base.vae_scale_factor
         shape = (self.base.latents.channels, height // factor, width // factor)
         streams = [noise_stream(settings.noise, job.seed) for job in work.jobs]
-        variations = _variations(settings, len(work.jobs))
+        seed = settings.variation_seed
+        variations = None if seed is None else [noise_stream(settings.noise, seed) for _ in work.jobs]
         x = start_noise(streams, shape, variations, settings.variation_strength).to(self._device) * sigmas[0]
         if start is not None and not start.is_lost:
             x = x + start.latents.to(x)
@@ -387,7 +401,7 @@ class Session:
             drawn = torch.stack([stream.normal(shape) for stream in streams]) if path is None else path(before, after)
             return drawn.to(x)
 
-        last: list[LaneAdapters] = []
+        last: tuple[list[LaneAdapters], dict[str, Strength]] | None = None
         progress.begin()
         try:
             for step in range(len(sigmas)):  # a sampler computes a step when its next latents are asked for
@@ -395,9 +409,9 @@ class Session:
                     [(item.adapter, item.in_denoiser(step, work.steps)) for item in lane.values()]
                     for lane in work.lanes
                 ]
-                if lanes is not None and now != last:
+                if lanes is not None and (now, self._merged) != last:  # whole weights are those of what is merged
                     lanes.set(now)
-                    last = now
+                    last = (now, dict(self._merged))
                 if step == 0:
                     running = sampler.run(denoise, x, sigmas, noise)
                 latents = next(running, None)
@@ -535,7 +549,7 @@ class Session:
         adapters = [
             AdapterRecord(
                 item.source if is_tag else name,
-                self.library.hash_of(item.source) if item.source else "",
+                item.hash,
                 None if is_tag else item.strength,
             )
             for name, item in in_use
@@ -549,17 +563,18 @@ class Session:
                 size,
                 self.base.name,
                 self._base_hash,
-                str(self.base.denoiser.dtype).removeprefix("torch."),
+                loading_of(self.base),
                 adapters,
                 image,
                 is_complete=not has_other_grafts(self.base, self._graft),
             )
 
 
-def _variations(settings: DrawSettings, count: int) -> list[NoiseStream] | None:
-    if settings.variation_seed is None:
-        return None
-    return [noise_stream(settings.noise, settings.variation_seed + number) for number in range(count)]
+def _plain(strength: Any) -> Any:
+    """Return a strength with numbers of Python instead of numpy's."""
+    if isinstance(strength, Mapping):
+        return {name: _plain(value) for name, value in strength.items()}
+    return strength.item() if getattr(strength, "ndim", None) == 0 else strength
 
 
 def _computed_steps(settings: DrawSettings, source: ImageInput | None) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.generation.checks import check_fields, checked_seeds
 from diffgraft.generation.grammar.encode import Encoding
 from diffgraft.generation.regions import Region
 from diffgraft.generation.samplers.names import named_sampler
@@ -32,11 +33,12 @@ class Hires:
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for values that cannot be drawn with."""
+        check_fields(self, ("scale", "denoise", "steps"))
         if not 1 <= self.scale <= 8:
-            raise DiffgraftError(f"Invalid value hires.scale={self.scale}: must be 1 to 8; 1.5 to 2 is usual.")
+            raise DiffgraftError(f"Invalid value hires.scale={self.scale:g}: must be 1 to 8; 1.5 to 2 is usual.")
         if not 0 < self.denoise <= 1:
             raise DiffgraftError(
-                f"Invalid value hires.denoise={self.denoise}: must be above 0 and at most 1; 0.5 to 0.7 is usual."
+                f"Invalid value hires.denoise={self.denoise:g}: must be above 0 and at most 1; 0.5 to 0.7 is usual."
             )
         if not 0 <= self.steps <= _MOST_STEPS:
             raise DiffgraftError(f"Invalid value hires.steps={self.steps}: must be 0 to {_MOST_STEPS}.")
@@ -87,6 +89,8 @@ class DrawSettings:
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for values that no base can draw with."""
+        check_fields(self, [item.name for item in fields(self) if item.name not in ("regions", "hires", "encoding")])
+        self._check_groups()
         named_sampler(self.sampler)
         if self.schedule is not None and self.schedule not in SCHEDULES:
             raise DiffgraftError(f"Invalid value schedule={self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}")
@@ -95,7 +99,7 @@ class DrawSettings:
         for name, scale in (("guidance", self.guidance), ("mimic", self.mimic)):
             if scale is not None and not 0 <= scale <= _MOST_GUIDANCE:
                 raise DiffgraftError(
-                    f"Invalid value {name}={scale}: must be 0 to {_MOST_GUIDANCE}; 1 is off, 5 to 9 is usual."
+                    f"Invalid value {name}={scale:g}: must be 0 to {_MOST_GUIDANCE}; 1 is off, 5 to 9 is usual."
                 )
         for name, share in (
             ("rescale", self.rescale),
@@ -103,7 +107,7 @@ class DrawSettings:
             ("variation_strength", self.variation_strength),
         ):
             if not 0 <= share <= 1:
-                raise DiffgraftError(f"Invalid value {name}={share}: must be from 0 to 1.")
+                raise DiffgraftError(f"Invalid value {name}={share:g}: must be from 0 to 1.")
         if self.noise not in get_args(NoiseSource):
             raise DiffgraftError(
                 f"Invalid value noise={self.noise!r}: must be one of {', '.join(get_args(NoiseSource))}."
@@ -113,6 +117,17 @@ class DrawSettings:
         if self.size is not None and not all(0 < side <= _MOST_SIDE for side in self.size):
             width, height = self.size
             raise DiffgraftError(f"Invalid value size={width}x{height}: sides must be 8 to {_MOST_SIDE} pixels.")
+
+    def _check_groups(self) -> None:
+        for name, kind in (("hires", Hires), ("encoding", Encoding)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (name, value) != ("hires", None):
+                raise DiffgraftError(f"Invalid value {name}={short_repr(value)}: must be a {kind.__name__}(…).")
+        if not isinstance(self.regions, list | tuple) or not all(isinstance(item, Region) for item in self.regions):
+            raise DiffgraftError(f"Invalid value regions={short_repr(self.regions)}: must be a list of Region(…).")
+        object.__setattr__(self, "regions", tuple(self.regions))
+        if self.variation_seed is not None:
+            checked_seeds([self.variation_seed])
 
     def changed(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, as JSON has them."""
@@ -130,8 +145,8 @@ class DrawSettings:
         Raises:
             DiffgraftError: a setting is unknown, or its value is invalid.
         """
-        given = dict(values)
         try:
+            given = dict(values)
             if given.get("size") is not None:
                 width, height = given["size"]
                 given["size"] = (int(width), int(height))
@@ -140,8 +155,8 @@ class DrawSettings:
                     given[name] = kind(**given[name])
             given["regions"] = tuple(Region.from_json(region) for region in given.get("regions", ()))
             return cls(**given)
-        except (TypeError, ValueError, KeyError, OSError) as error:
-            raise DiffgraftError(f"The settings {dict(values)} cannot be read: {error}.") from error
+        except (TypeError, ValueError, KeyError, OSError, AttributeError) as error:
+            raise DiffgraftError(f"The settings {short_repr(values)} cannot be read: {error}.") from error
 
 
 def _plain(value: Any) -> Any:

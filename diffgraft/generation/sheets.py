@@ -14,13 +14,15 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from diffgraft.adapters.strengths import BLOCKS
-from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.adapters.strengths import BLOCKS, strengths_of
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.generation.checks import checked_seeds
 from diffgraft.generation.grammar.encode import Encoding
 from diffgraft.generation.image_input import ImageInput
 from diffgraft.generation.library import usual_name
@@ -30,12 +32,14 @@ from diffgraft.progress import phase
 
 _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER})\s*-\s*({_NUMBER})\s*(?:\(\+?({_NUMBER})\)|\[(\d+)\])?\s*$")
-_MOST_VALUES = 1000
+_MOST_VALUES, _MOST_CELLS = 1000, 2500
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NESTED: dict[str, type] = {"hires": Hires, "encoding": Encoding}
+_NO_AXES = ("hires", "encoding", "regions", "batch")
 _KINDS: dict[type, dict[str, Any]] = {kind: get_type_hints(kind) for kind in (DrawSettings, Hires, Encoding)}
 _SHORT = {"clip_skip": "encoding.clip_skip", "emphasis": "encoding.emphasis", "style": "encoding.style"}
 """Name of an axis → field of `DrawSettings`, with the name of the group"""
-_PLAIN = [item.name for item in fields(DrawSettings) if item.name not in _NESTED]
+_PLAIN = [item.name for item in fields(DrawSettings) if item.name not in _NO_AXES]
 _LINE, _GAP = 20, 6
 """Height of a label and width of the space between pictures, in pixels"""
 
@@ -55,7 +59,10 @@ class Axis:
             DiffgraftError: there is no name, no value, or a range of more than 1,000 values.
         """
         name, equals, listed = text.partition("=")
-        rows = list(csv.reader([listed], skipinitialspace=True))
+        try:
+            rows = list(csv.reader([listed], skipinitialspace=True))
+        except csv.Error as error:
+            raise DiffgraftError(f"The axis {short_repr(text)} cannot be read: {error}.") from error
         values = tuple(value for word in (rows[0] if rows else []) for value in _spread(name, word.strip()))
         if not equals or not name.strip() or not values:
             raise DiffgraftError(f"The axis {text!r} cannot be read: write name=value,value, such as steps=10,20,30.")
@@ -92,6 +99,9 @@ def draw_sheet(
     """
     if not 1 <= len(axes) <= 3:
         raise DiffgraftError(f"A sheet has one to three axes, not {len(axes)}.")
+    count = prod(len(axis.values) for axis in axes)
+    if count > _MOST_CELLS:
+        raise DiffgraftError(f"The sheet would have {count} pictures: at most {_MOST_CELLS} are drawn.")
     x, y, z = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
     cells = {
         at: _cell(session, start, list(zip((x, y, z), at, strict=True))) for at in product(x.values, y.values, z.values)
@@ -129,7 +139,7 @@ def _set(session: Session, cell: Cell, axis: Axis, value: str) -> Cell:
     """Return a cell with the value of one axis."""
     name, _, block = axis.name.partition(":")
     if axis.name == "seed":
-        return replace(cell, seed=_number(axis.name, value, int))
+        return replace(cell, seed=checked_seeds([_number(axis.name, value, int)])[0])
     if axis.name == "prompt":
         searched = axis.values[0]
         if searched not in cell.prompt:
@@ -153,7 +163,7 @@ def _with(session: Session, settings: DrawSettings, name: str, value: str) -> Dr
     group, _, key = _SHORT.get(name, name).rpartition(".")
     kind = _NESTED.get(group, DrawSettings) if group else DrawSettings
     hints = _KINDS[kind]
-    if key not in hints or key in _NESTED or (group and group not in _NESTED):
+    if key not in hints or key in _NO_AXES or (group and group not in _NESTED):
         known = ["seed", "prompt", "adapter", *session.adapters, *_PLAIN, *_SHORT]
         known += [f"hires.{item.name}" for item in fields(Hires)]
         raise DiffgraftError(f"Unknown axis {name!r}: {did_you_mean(name, known)}")
@@ -171,7 +181,9 @@ def _as(name: str, value: str, hint: Any) -> Any:
         width, _, height = value.partition("x")
         return (_number(name, width, int), _number(name, height or width, int))
     if bool in kinds:
-        return value.lower() in ("true", "yes", "1")
+        if value.lower() not in _BOOLEANS:
+            raise DiffgraftError(f"The axis {name} has the value {value!r}, which is neither true nor false.")
+        return _BOOLEANS[value.lower()]
     for kind in (int, float):
         if kind in kinds:
             return _number(name, value, kind)
@@ -215,11 +227,10 @@ def _change(session: Session, name: str, block: str, strength: str) -> None:
         session.use(name)
         return
     item = session.adapters[name]
-    if not block:
-        session.use(item.source or item.adapter, float(strength), name)
-        return
-    given = item.strength if isinstance(item.strength, dict) else {}
-    session.use(item.source or item.adapter, {**given, block: float(strength)}, name)
+    held = strengths_of(name, item.strength)
+    parts = dict(held.parts) if block else dict.fromkeys(held.parts, float(strength))
+    blocks = {**held.blocks, block: float(strength)} if block else held.blocks
+    session.use(item.source or item.adapter, {**parts, **blocks}, name)
 
 
 def _labels(axis: Axis) -> list[str]:

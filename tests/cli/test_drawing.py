@@ -24,10 +24,13 @@ def test_pictures_of_the_command_line_are_drawn_again(
     words += ["-n", 2, "--sampler", "Euler a", "--variation-seed", 3, "--variation-strength", 0.2, "-o", tmp_path]
     assert call(monkeypatch, *words) == 0
     capsys.readouterr()
-    again = ["regenerate", tmp_path / "a-dog-1.png", "--library", tmp_path / "lib", "-o", tmp_path / "again"]
+    again = ["regenerate", tmp_path / "a-dog-short-0.5-1.png", "--library", tmp_path / "lib", "-o", tmp_path / "again"]
     assert call(monkeypatch, *again) == 0
     assert "Its pixels are the same." in capsys.readouterr().out
-    with Image.open(tmp_path / "a-dog-1.png") as one, Image.open(tmp_path / "again" / "a-dog-1-again.png") as other:
+    with (
+        Image.open(tmp_path / "a-dog-short-0.5-1.png") as one,
+        Image.open(tmp_path / "again" / "a-dog-short-0.5-1-again.png") as other,
+    ):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 

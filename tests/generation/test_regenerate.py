@@ -113,7 +113,7 @@ def test_what_differs_is_told(base: Base, library: Path, tmp_path: Path, short_r
         other.vae.decoder.conv_out.weight.mul_(1.5)
     first, second, _ = regenerate(file, Sources(other, (), library)).differences
     assert first == "It was drawn with tiny, and tiny is another base."
-    assert second == "It was drawn in float32, and the base is loaded in bfloat16."
+    assert second == "It was drawn with dtype float32, and the base has bfloat16."
 
 
 def test_changes_outside_of_the_session_are_told(base: Base, short_run: Run, tmp_path: Path) -> None:

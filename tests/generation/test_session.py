@@ -205,7 +205,7 @@ def test_a_run_that_fails_leaves_the_base_as_it_was(base: Base, library: Path) -
         assert same(bits(base), held)
     with pytest.raises(DiffgraftError, match=r"No adapter 'podle' is in use: did you mean 'poodle'"):
         session.remove("podle")
-    with pytest.raises(DiffgraftError, match="give the path of its file"):
+    with pytest.raises(DiffgraftError, match="give the folder of adapters"):
         Session(base).use("poodle")
     session.close()
     assert same(bits(base), before)

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.errors import DiffgraftError, did_you_mean, shorten
 from diffgraft.rng import numpy_generator
 
 _STREAM = 0x57494C44
 """Stream of random numbers of choices"""
 _INNERMOST = re.compile(r"(?<!\\)\{([^{}]*)\}")
-_WILDCARD = re.compile(r"__([\w/.-]+)__")
+WILDCARD = re.compile(r"__([\w/.-]+)__")
+"""A wildcard; its group is the name of the list"""
 _COUNT = re.compile(r"(?:(\d+)?(-)?(\d+)?\$\$)(?:([^$|]*)\$\$)?")
 _WEIGHT = re.compile(r"\s*(\d*\.?\d+)::")
-_MOST_ROUNDS = 200
-"""Choices and wildcards inside of others are resolved at most so often, as wildcards may name each other"""
+_MOST_ROUNDS, _MOST_DIGITS = 1000, 6
+"""Choices and wildcards that are made at most, as wildcards may name each other, and digits of a number of options"""
 
 
 def draw_choices(prompt: str, seed: int, wildcards: Path | None = None) -> str:
@@ -38,14 +39,14 @@ def draw_choices(prompt: str, seed: int, wildcards: Path | None = None) -> str:
     for _ in range(_MOST_ROUNDS):
         if choice := _INNERMOST.search(prompt):
             prompt = prompt[: choice.start()] + _choose(choice[0], choice[1], rng) + prompt[choice.end() :]
-        elif wildcards is not None and (wildcard := _WILDCARD.search(prompt)):
+        elif wildcards is not None and (wildcard := WILDCARD.search(prompt)):
             lines = _lines(wildcard[1], wildcards)
             prompt = prompt[: wildcard.start()] + lines[int(rng.integers(len(lines)))] + prompt[wildcard.end() :]
         else:
             return prompt.replace("\\{", "{").replace("\\}", "}")
     raise DiffgraftError(
-        f"The prompt still has choices or wildcards after {_MOST_ROUNDS} were drawn: do lists of wildcards name each "
-        "other?"
+        f"The prompt still has choices or wildcards after {_MOST_ROUNDS} were made: use fewer, and see whether lists "
+        "of wildcards name each other."
     )
 
 
@@ -54,6 +55,8 @@ def _choose(source: str, inside: str, rng: np.random.Generator) -> str:
     least, most, joint = 1, 1, ", "
     if count := _COUNT.match(inside):
         lowest, dash, highest, given = count.groups()
+        if max(len(lowest or ""), len(highest or "")) > _MOST_DIGITS:
+            raise DiffgraftError(f"The choice {shorten(source, 60)} has a number that is too large.")
         least = int(lowest) if lowest else (0 if dash else 1)
         most = (int(highest) if highest else len(inside.split("|"))) if dash else least
         joint = joint if given is None else given
@@ -63,8 +66,10 @@ def _choose(source: str, inside: str, rng: np.random.Generator) -> str:
         weight = _WEIGHT.match(option)
         options.append(option[weight.end() :] if weight else option)
         weights.append(float(weight[1]) if weight else 1.0)
-    if sum(weights) <= 0 or least > most:
-        raise DiffgraftError(f"The choice {source} has no option that can be drawn: give one a weight above 0.")
+    if not 0 < sum(weights) < float("inf") or least > most:
+        raise DiffgraftError(
+            f"The choice {shorten(source, 60)} has no option that can be drawn: give one a finite weight above 0."
+        )
     shares = np.array(weights) / sum(weights)
     drawable = int((shares > 0).sum())
     number = int(rng.integers(min(least, drawable), min(most, drawable) + 1))
@@ -79,7 +84,9 @@ def _lines(name: str, folder: Path) -> list[str]:
         DiffgraftError: there is no list of this name, or it is empty.
     """
     path = folder / f"{name}.txt"
-    if ".." in Path(name).parts or not path.is_file():
+    if not folder.is_dir():
+        raise DiffgraftError(f"There is no folder of wildcards {folder}, in which __{name}__ is looked for.")
+    if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
         known = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.txt"))
         raise DiffgraftError(f"There is no wildcard __{name}__ in {folder}: {did_you_mean(name, known)}")
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.checks import check_fields
 from diffgraft.generation.grammar.attention import Piece, Style, read_weights
 from diffgraft.generation.grammar.chunks import Chunk, chunks_of
 
@@ -31,6 +32,7 @@ class Encoding:
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for an emphasis or a layer that does not exist."""
+        check_fields(self, ("style", "emphasis", "clip_skip"))
         if self.emphasis not in EMPHASES:
             raise DiffgraftError(f"Invalid value emphasis={self.emphasis!r}: must be one of {', '.join(EMPHASES)}.")
         if self.clip_skip < 1:

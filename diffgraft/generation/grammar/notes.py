@@ -19,24 +19,25 @@ _OTHER_PROGRAM = {
 """Pattern → what it means in webui and not in ComfyUI"""
 
 
-def notes_on(text: str, steps: int, style: Style = "webui") -> Iterator[str]:
+def notes_on(text: str, steps: int, style: Style = "webui", *, has_second_pass: bool = False) -> Iterator[str]:
     """Yield a sentence for each thing in a prompt that is not read as it looks.
 
     Args:
         text: prompt without tags and choices.
         steps: number of steps that it is drawn in.
         style: program whose rules are followed.
+        has_second_pass: whether a hires fix follows, in which later changes count.
     """
     if style == "comfyui":
         for pattern, what in _OTHER_PROGRAM.items():
             if match := re.search(pattern, text):
                 yield f"{match[0]} is drawn as text: ComfyUI's grammar has no {what}. Use that of webui for them."
         return
-    if match := _BACKSLASH.search(text):
+    if match := _BACKSLASH.search(text.replace("\\\\", "  ")):
         end = text[match.start() : match.start() + 10]
         yield f"The backslash of {end} is dropped: write two for one, or one before a bracket."
     for part in split_parts(text):
-        changes = [*_notes_on_changes(part.text, steps)]
+        changes = [] if has_second_pass else [*_notes_on_changes(part.text, steps)]
         yield from changes
         told: set[str] = set()
         if changes and is_literal(part.text):

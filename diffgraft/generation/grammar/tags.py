@@ -7,6 +7,7 @@ webui reads ``<lora:name:text encoder:denoiser>``, its extension for block weigh
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from diffgraft.adapters.strengths import BLOCK_LISTS, BLOCKS
@@ -16,7 +17,7 @@ from diffgraft.generation.grammar.attention import as_number
 KINDS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
 """Kind of a tag → what it names: an adapter of weights, or a hypernetwork"""
 
-_TAG = re.compile(r"<(\w+):([^>]+)>")
+_TAG = re.compile(r"<(\w+):([^<>]+)>")
 _PARTS = {"te": "text_encoder", "unet": "denoiser"}
 _NAMED = (*_PARTS, "lbw", "start", "stop", "end", "in", "mid", "out")
 
@@ -52,7 +53,8 @@ class AdapterTag:
     """Moment from which on it has none; None: to the last step"""
 
 
-def split_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
+@lru_cache(maxsize=256)
+def split_tags(prompt: str) -> tuple[str, tuple[AdapterTag, ...]]:
     """Take the tags out of a prompt.
 
     Returns:
@@ -61,7 +63,7 @@ def split_tags(prompt: str) -> tuple[str, list[AdapterTag]]:
     Raises:
         DiffgraftError: a tag is of an unknown kind, or one of its values is none; the message quotes it.
     """
-    return _TAG.sub("", prompt), [_read(match[0], match[1], match[2]) for match in _TAG.finditer(prompt)]
+    return _TAG.sub("", prompt), tuple(_read(match[0], match[1], match[2]) for match in _TAG.finditer(prompt))
 
 
 def _read(source: str, kind: str, arguments: str) -> AdapterTag:
@@ -101,6 +103,8 @@ def _read(source: str, kind: str, arguments: str) -> AdapterTag:
 def _curve(source: str, text: str) -> Curve:
     """Read a number, or strengths at moments such as ``0@0,1@0.5``."""
     points = []
+    moments = [part.partition("@")[2] for part in text.split(",")]
+    in_steps = any("." not in moment and (as_number(moment) or 0) > 1 for moment in moments)
     for part in text.split(","):
         strength, separator, moment = part.partition("@")
         number = as_number(strength)
@@ -109,7 +113,7 @@ def _curve(source: str, text: str) -> Curve:
                 f"The strength {text!r} in {source} is not a number: write 0.8, or strengths at shares of the steps, "
                 "such as 0@0,1@0.5."
             )
-        at = _moment(source, moment) if separator else Point(number, 0.0, False)
+        at = _moment(source, moment, in_steps) if separator else Point(number, 0.0, False)
         assert at is not None
         points.append(Point(number, at.at, at.in_steps))
     if len({point.in_steps for point in points}) > 1:
@@ -120,8 +124,11 @@ def _curve(source: str, text: str) -> Curve:
     return tuple(sorted(points, key=lambda point: point.at))
 
 
-def _moment(source: str, text: str | None) -> Point | None:
-    """Read a moment: with a point a share of the steps, without one a number of steps; 0 and 1 are shares."""
+def _moment(source: str, text: str | None, counts_steps: bool = False) -> Point | None:
+    """Read a moment: with a point a share of the steps, without one a number of steps.
+
+    0 and 1 are shares, unless `counts_steps` as others of the same curve are steps.
+    """
     if text is None:
         return None
     number = as_number(text)
@@ -129,7 +136,7 @@ def _moment(source: str, text: str | None) -> Point | None:
         raise DiffgraftError(
             f"The moment {text!r} in {source} is none: write a share of the steps such as 0.5, or a number of steps."
         )
-    in_steps = "." not in text and number > 1
+    in_steps = "." not in text and (number > 1 or counts_steps)
     if not in_steps and number > 1:
         raise DiffgraftError(f"The moment {text!r} in {source} is a share above 1: write 12 for the twelfth step.")
     return Point(1.0, number, in_steps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.generation.samplers import by_diffusers, k_diffusion
 from diffgraft.generation.samplers.k_diffusion import Sampler
-from diffgraft.generation.samplers.schedules import NoiseLevels, schedule_sigmas
+from diffgraft.generation.samplers.schedules import SCHEDULES, NoiseLevels, schedule_sigmas
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,20 @@ def named_sampler(name: str) -> NamedSampler:
     """
     known = SAMPLERS.get(name.lower())
     if known is None:
+        for schedule in SCHEDULES:  # older versions of webui have both in one name
+            if (
+                name.lower().endswith(f" {schedule}")
+                and (plain := name.lower().removesuffix(f" {schedule}")) in SAMPLERS
+            ):
+                raise DiffgraftError(
+                    f"Invalid value sampler={name!r}: use sampler={plain!r} and schedule={schedule!r}."
+                )
         raise DiffgraftError(f"Invalid value sampler={name!r}: {did_you_mean(name.lower(), SAMPLERS)}")
     return known
 
 
 def sampler_sigmas(sampler: NamedSampler, schedule: str | None, steps: int, levels: NoiseLevels) -> list[float]:
-    """Return the noise levels that a sampler runs through, for a schedule or for its own."""
+    """Return the noise levels that a sampler runs through, for a schedule or for its own; none comes twice in turn."""
     sigmas = schedule_sigmas(schedule or sampler.schedule, steps + sampler.drops_second_last, levels)
-    return [*sigmas[:-2], sigmas[-1]] if sampler.drops_second_last else sigmas
+    sigmas = [*sigmas[:-2], sigmas[-1]] if sampler.drops_second_last else sigmas
+    return [sigma for place, sigma in enumerate(sigmas) if place == 0 or sigma != sigmas[place - 1]]
