@@ -49,6 +49,20 @@ class Area:
     weights: Tensor
     """Its weight at each place, [1, h, w]"""
     guide: Guide
+    alone_until: float = 0.0
+    """Step up to which it is predicted as a picture of its own, so that its subject lies inside of it"""
+
+    def window(self, step: int) -> "Window | None":
+        """Return the part of the latents that is predicted in a step, None for all of them."""
+        if step >= self.alone_until:
+            return None
+        spans = []
+        for axis in (2, 1):
+            inside = self.weights.amax((0, axis)).nonzero().flatten()
+            first, last = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, self.weights.shape[3 - axis])
+            size = self.weights.shape[3 - axis]
+            spans.append(slice(first // _GRID * _GRID, min(size, -(-last // _GRID) * _GRID)))
+        return spans[0], spans[1]
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,12 @@ class Kept:
     """[1 or n, c, h, w]"""
     mask: Tensor
     """1 where the picture is redrawn, [1, 1, h, w]"""
+
+
+Window = tuple[slice, slice]
+"""Rows and columns of latents"""
+_GRID = 8
+"""Windows begin and end at multiples of it, as UNets halve their latents up to three times"""
 
 
 def noise_levels(base: Base) -> NoiseLevels:
@@ -120,8 +140,8 @@ class GuidedDenoiser:
         self._base, self._guidance = base, guidance
         self._size, self._channels, self._kept, self._lanes = size, channels, kept, lanes
         self._layers = [(row, *layer) for row, guide in enumerate(guides) for layer in _layers(guide)]
-        """Picture, guide, and its weight at each place, of everything that is predicted"""
-        weights = [weight for _, guide, _ in self._layers for weight, _ in guide.parts]
+        """Picture, guide, its weight at each place, and its region, of everything that is predicted"""
+        weights = [weight for _, guide, _, _ in self._layers for weight, _ in guide.parts]
         is_plain = all(weight == 1 for weight in weights) and len(weights) == len(self._layers)
         self._is_guided = guidance.scale != 1 or not is_plain
 
@@ -129,15 +149,20 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """Return predicted clean latents [n, c, h, w] for x = x₀ + σ · ε."""
         asked = [
-            _Asked(row, guide.lane, self._now(stages))
-            for row, guide, _ in self._layers
+            _Asked(row, guide.lane, self._now(stages), None if area is None else area.window(self.step))
+            for row, guide, _, area in self._layers
             for stages in [*(stages for _, stages in guide.parts), *([guide.negative] if self._is_guided else [])]
         ]
         waiting = iter(self._predict(x, sigma, asked))
         predictions = torch.zeros_like(x)
-        for row, guide, weights in self._layers:
+        for row, guide, weights, area in self._layers:
             own = [next(waiting) for _ in range(len(guide.parts) + self._is_guided)]
-            predictions[row] += weights.to(x) * (self._guided(guide, own) if self._is_guided else own[0])
+            guided = self._guided(guide, own) if self._is_guided else own[0]
+            window = None if area is None else area.window(self.step)
+            if window is None:
+                predictions[row] += weights.to(x) * guided
+            else:
+                predictions[row][:, window[0], window[1]] += weights[:, window[0], window[1]].to(x) * guided
         clean = self._parameterization.x0_at(x, predictions, sigma)
         if self._kept is not None:
             mask = self._kept.mask.to(clean)
@@ -148,24 +173,27 @@ class GuidedDenoiser:
     def _now(self, stages: Sequence[Told]) -> Told:
         return next((stage for stage in stages if self.step <= stage.until), stages[-1])
 
-    def _predict(self, x: Tensor, sigma: float, asked: "Sequence[_Asked]") -> Tensor:
-        """Return the predictions for `asked` [m, c, h, w]; prompts of unequal length are run apart."""
+    def _predict(self, x: Tensor, sigma: float, asked: "Sequence[_Asked]") -> list[Tensor]:
+        """Return the predictions for `asked`, each [c, h, w]; prompts and windows of unequal size are run apart."""
         alpha = self._parameterization.alpha_at(sigma)
         found: dict[int, Tensor] = {}
-        for length in dict.fromkeys(len(item.told.states) for item in asked):
-            places = [place for place, item in enumerate(asked) if len(item.told.states) == length]
+        kinds = [(len(item.told.states), str(item.window)) for item in asked]
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, own in enumerate(kinds) if own == kind]
             told = [asked[place].told for place in places]
-            latents = torch.stack([x[asked[place].row] for place in places])
+            latents = torch.stack([_inside(x[asked[place].row], asked[place].window) for place in places])
             added = {name: torch.stack([item.added[name] for item in told]) for name in told[0].added}
             if self._size is not None:
                 added["time_ids"] = self._size.expand(len(places), -1)
-            channels = None if self._channels is None else self._channels.expand(len(places), -1, -1, -1)
+            channels = self._channels
+            if channels is not None:
+                channels = _inside(channels, asked[places[0]].window).expand(len(places), -1, -1, -1)
             states = Conditioning(torch.stack([item.states for item in told]), added, channels)
             times = torch.full((len(places),), self.levels.timestep(sigma), device=x.device)
             if self._lanes is not None:
                 self._lanes.rows = [asked[place].lane for place in places]
             found |= zip(places, self._base.denoise(latents * alpha, times, states).to(x), strict=True)
-        return torch.stack([found[place] for place in range(len(asked))])
+        return [found[place] for place in range(len(asked))]
 
     def _guided(self, guide: Guide, predictions: Sequence[Tensor]) -> Tensor:
         """Compose the predictions for one guide, of which the last is that for the negative prompt."""
@@ -189,18 +217,23 @@ class _Asked(NamedTuple):
     """Its picture"""
     lane: int
     told: Told
+    window: Window | None
 
 
-def _layers(guide: Guide) -> Iterator[tuple[Guide, Tensor]]:
+def _inside(values: Tensor, window: Window | None) -> Tensor:
+    return values if window is None else values[..., window[0], window[1]]
+
+
+def _layers(guide: Guide) -> Iterator[tuple[Guide, Tensor, Area | None]]:
     """Yield what is predicted for a picture, its own prompt and its regions, with weights that add up to 1."""
     if not guide.areas:
-        yield guide, torch.ones(1, 1, 1)
+        yield guide, torch.ones(1, 1, 1), None
         return
     total = torch.stack([area.weights for area in guide.areas]).sum(0)
     rest = (1 - total).clamp_min(0)
     if bool(rest.any()):
-        yield guide, rest / (rest + total)
-    yield from ((area.guide, area.weights / (rest + total)) for area in guide.areas)
+        yield guide, rest / (rest + total), None
+    yield from ((area.guide, area.weights / (rest + total), area) for area in guide.areas)
 
 
 def with_range_of(guided: Tensor, mimicked: Tensor, percentile: float = 1.0) -> Tensor:

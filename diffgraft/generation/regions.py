@@ -34,10 +34,13 @@ class Region:
     """Mask of the picture's aspect ratio, white in the region; it takes the place of `box`"""
     weight: float = 1.0
     """Weight where it overlaps with others"""
+    alone: float = 0.9
+    """Share of the steps in which it is predicted as a picture of its own, so that its subject lies inside of it; then
+    the whole picture is, so that both fit together"""
 
     def __post_init__(self) -> None:
         """Raise DiffgraftError for a box that is empty or not within the picture, or a weight that is none."""
-        check_fields(self, ("prompt", "weight"))
+        check_fields(self, ("prompt", "weight", "alone"))
         if not isinstance(self.box, list | tuple) or len(self.box) != 4 or not all(map(_is_number, self.box)):
             raise DiffgraftError(f"Invalid region {self.box}: must be left, top, right and bottom, such as 0,0,0.5,1.")
         left, top, right, bottom = self.box
@@ -52,6 +55,8 @@ class Region:
             mask = self.mask.convert("L")
             mask.thumbnail((_MOST_SIDE, _MOST_SIDE), Image.Resampling.BOX)  # finer than any latents
             object.__setattr__(self, "mask", mask)
+        if not 0 <= self.alone <= 1:
+            raise DiffgraftError(f"Invalid value alone={self.alone:g} of a region: must be from 0 to 1.")
         if not 0 < self.weight <= 1000:
             raise DiffgraftError(f"Invalid value weight={self.weight:g} of a region: must be above 0 and at most 1000.")
 
@@ -68,7 +73,12 @@ class Region:
 
     def to_json(self) -> dict[str, Any]:
         """Return the region as JSON; its mask becomes a PNG file in base64."""
-        plain: dict[str, Any] = {"prompt": self.prompt, "box": list(self.box), "weight": self.weight}
+        plain: dict[str, Any] = {
+            "prompt": self.prompt,
+            "box": list(self.box),
+            "weight": self.weight,
+            "alone": self.alone,
+        }
         if self.mask is not None:
             self.mask.convert("L").save(png := BytesIO(), "PNG", optimize=True)
             plain["mask"] = base64.b64encode(png.getvalue()).decode()
@@ -91,7 +101,9 @@ class Region:
                     raise ValueError("its mask is too large")
                 mask = image.convert("L")
         left, top, right, bottom = (float(side) for side in given["box"])
-        return cls(str(given["prompt"]), (left, top, right, bottom), mask, float(given["weight"]))
+        return cls(
+            str(given["prompt"]), (left, top, right, bottom), mask, float(given["weight"]), float(given["alone"])
+        )
 
 
 def _is_number(value: object) -> bool:

@@ -456,7 +456,11 @@ class Session:
         regions = work.settings.regions
         first = len(work.lanes) - len(regions)
         areas = [
-            Area(region.area(height, width), self._guide(split_tags(region.prompt)[0], first + place, work))
+            Area(
+                region.area(height, width),
+                self._guide(split_tags(region.prompt)[0], first + place, work),
+                region.alone * work.steps,
+            )
             for place, region in enumerate(regions)
         ]
         guides: dict[tuple[str, int], Guide] = {}

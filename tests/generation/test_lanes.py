@@ -16,6 +16,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
+from diffgraft.generation.guided import Area, Guidance, GuidedDenoiser
 from diffgraft.generation.lanes import LaneError, Lanes
 from diffgraft.generation.regions import Region
 from diffgraft.generation.session import Session
@@ -119,8 +120,8 @@ def test_a_region_is_drawn_by_its_own_prompt_and_adapters(base: Base, library: P
     """With guidance off each place of the first step is the prediction of its own region alone."""
     settings = DrawSettings(steps=1, guidance=1.0, size=(96, 64))
     with Session(base, library) as session:
-        left = Region("a cat <lora:a:2>", (0, 0, 0.5, 1))
-        right = Region("a bird <lora:d:1>", (0.5, 0, 1, 1))
+        left = Region("a cat <lora:a:2>", (0, 0, 0.5, 1), alone=0)
+        right = Region("a bird <lora:d:1>", (0.5, 0, 1, 1), alone=0)
         latents: dict[str, torch.Tensor] = {}
 
         def kept(name: str, prompt: str, **more: Any) -> None:
@@ -148,6 +149,22 @@ def test_a_region_is_drawn_by_its_own_prompt_and_adapters(base: Base, library: P
     assert (latents["left"] - latents["plain"]).abs().mean() > 0.01
 
 
+def test_a_region_alone_is_a_picture_of_its_own(base: Base) -> None:
+    """Half a picture of twice the width is, to the last bits, what the base draws at half the width."""
+    half = Region("a bird", (0.5, 0, 1, 1), alone=1)
+    guide = Session(base).guide("a bird", FEW)
+    area = Area(half.area(16, 32), guide, 3.0)
+    assert area.window(2) == (slice(0, 16), slice(16, 32))
+    assert area.window(3) is None
+    x = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(1)) * 3
+    whole = replace(Session(base).guide("a dog", FEW), areas=[area])
+    found = GuidedDenoiser(base, [whole], Guidance(3.0))(x, 3.0)
+    wanted = GuidedDenoiser(base, [guide], Guidance(3.0))(x[..., 16:].contiguous(), 3.0)
+    torch.testing.assert_close(found[..., 16:], wanted, rtol=1e-4, atol=1e-4)
+    odd = Area(Region("x", (0.3, 0.1, 0.6, 0.2)).area(13, 30), guide, 1.0)
+    assert odd.window(0) == (slice(0, 8), slice(8, 24))
+
+
 def test_the_area_of_a_region() -> None:
     found = Region("x", (0.25, 0.0, 0.625, 0.5), weight=2.0).area(4, 4)
     assert found.shape == (1, 4, 4)
@@ -164,6 +181,7 @@ def test_the_area_of_a_region() -> None:
         ({"box": (0.5, 0, 0.5, 1)}, r"Invalid region 0.5,0,0.5,1: left, top, right and bottom must be shares"),
         ({"box": (0, 0, 2, 1)}, "shares from 0 to 1"),
         ({"box": (0, 1)}, "must be left, top, right and bottom"),
+        ({"alone": 2}, "alone=2 of a region: must be from 0 to 1"),
         ({"weight": 0}, "weight=0 of a region: must be above 0"),
     ],
 )
