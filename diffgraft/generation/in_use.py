@@ -1,12 +1,14 @@
-"""Adapters in use by a session: their strengths, and how these change between steps."""
+"""Adapters in use by a session: their strengths, how these change between steps, and what is applied now."""
 
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.strengths import Strength, block_of, strengths_of
 from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.graft import Graft
 from diffgraft.generation.grammar.tags import AdapterTag, Curve, Point
 from diffgraft.generation.library import LoadedAdapter
 
@@ -59,6 +61,28 @@ class InUse:
     def in_text(self) -> "InUse":
         """Return it with a strength with which it changes the text encoders alone."""
         return replace(self, strength=_with_factors(self.strength, denoiser=0.0), curve=(Point(1.0, 0.0, False),))
+
+
+class AppliedAdapters:
+    """The adapters that are applied to a base now, and their strengths."""
+
+    def __init__(self, target: Any) -> None:
+        """Prepare a base or pipeline, without adapters."""
+        self.graft = Graft(target, beside=True)
+        self.in_use: dict[str, InUse] = {}
+        self.strengths: dict[str, Strength] = {}
+        """Name → strength in this step"""
+
+    def apply(self, in_use: dict[str, InUse], step: int, steps: int) -> None:
+        """Merge the adapters at their strengths of a step."""
+        strengths = {name: item.at(step, steps) for name, item in in_use.items()}
+        if strengths != self.strengths or any(in_use[name] is not self.in_use.get(name) for name in in_use):
+            try:
+                self.graft.set({item.adapter: strengths[name] for name, item in in_use.items()})
+            except BaseException:  # the graft has removed all
+                self.graft.set({item.adapter: self.strengths[name] for name, item in self.in_use.items()})
+                raise
+        self.in_use, self.strengths = in_use, strengths
 
 
 def _factor(curve: Curve, step: int, steps: int) -> float:

@@ -66,10 +66,10 @@ def invert(
     sigmas = schedule_sigmas("ddim", settings.steps, noise_levels(base))
     for text in (prompt, settings.negative):
         one_chunk(base, text)
-    guide = session.guide(prompt, settings)
+    guide = session.painter.guide(prompt, settings)
     if len(guide.parts) != 1 or len(guide.parts[0][1]) != 1:
         raise DiffgraftError(f"The prompt {prompt!r} has parts or changes between steps: describe the picture plainly.")
-    way = _Way(base, guide.parts[0][1][0], guide.negative[0], session.guidance(settings).scale)
+    way = _Way(base, guide.parts[0][1][0], guide.negative[0], session.painter.guidance(settings).scale)
     with phase("inverting", 2 * (len(sigmas) - 1)) as tracker:
         points = [encode(base, [ImageInput(image).resized(settings.size).image])]
         for low, high in pairwise(reversed(sigmas)):
@@ -101,10 +101,10 @@ def redraw(
     prompts = [inversion.prompt] if edited is None else [inversion.prompt, edited]
     guides = []
     for prompt in prompts:
-        guide = session.guide(prompt, settings)
+        guide = session.painter.guide(prompt, settings)
         own = [replace(guide.negative[0], until=step, states=row) for step, row in enumerate(inversion.negatives)]
         guides.append(Guide(guide.parts, own))
-    denoise = GuidedDenoiser(base, guides, session.guidance(settings))
+    denoise = GuidedDenoiser(base, guides, session.painter.guidance(settings))
     sigmas = schedule_sigmas("ddim", settings.steps, denoise.levels)
     control = None if edited is None else control_of(base, inversion.prompt, edited, change or Edit(), settings.steps)
     x = inversion.noise.expand(len(prompts), -1, -1, -1)

@@ -152,12 +152,12 @@ def test_a_region_is_drawn_by_its_own_prompt_and_adapters(base: Base, library: P
 def test_a_region_alone_is_a_picture_of_its_own(base: Base) -> None:
     """Half a picture of twice the width is, to the last bits, what the base draws at half the width."""
     half = Region("a bird", (0.5, 0, 1, 1), alone=1)
-    guide = Session(base).guide("a bird", FEW)
+    guide = Session(base).painter.guide("a bird", FEW)
     area = Area(half.area(16, 32), guide, 3.0)
     assert area.window(2) == (slice(0, 16), slice(16, 32))
     assert area.window(3) is None
     x = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(1)) * 3
-    whole = replace(Session(base).guide("a dog", FEW), areas=[area])
+    whole = replace(Session(base).painter.guide("a dog", FEW), areas=[area])
     found = GuidedDenoiser(base, [whole], Guidance(3.0))(x, 3.0)
     wanted = GuidedDenoiser(base, [guide], Guidance(3.0))(x[..., 16:].contiguous(), 3.0)
     torch.testing.assert_close(found[..., 16:], wanted, rtol=1e-4, atol=1e-4)

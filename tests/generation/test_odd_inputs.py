@@ -25,6 +25,7 @@ from diffgraft.generation.metadata import PARAMETERS, RECORD, read_parameters, r
 from diffgraft.generation.regenerate import Sources, regenerate
 from diffgraft.generation.regions import Region
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
+from diffgraft.generation.sampling import Painter
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings, Hires
 from diffgraft.generation.sheets import Axis, Cell, draw_sheet
@@ -250,7 +251,7 @@ def test_hostile_records_are_drawn_or_refused(base: Base, tmp_path: Path, monkey
     """Nothing but the library is opened, and nothing but DiffgraftError is raised."""
     (drawn,) = Session(base).draw("a dog", [3], DrawSettings(steps=1))
     record = json.loads(drawn.info[RECORD])
-    monkeypatch.setattr(Session, "_sample", lambda _, work, __: torch.zeros(len(work.jobs), 4, 2, 2))
+    monkeypatch.setattr(Painter, "sample", lambda _, work, __: torch.zeros(len(work.jobs), 4, 2, 2))
 
     def load(path: Path, *_: object) -> Any:
         assert path.is_relative_to(tmp_path / "lib"), path

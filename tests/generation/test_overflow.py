@@ -11,7 +11,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base, load_base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
-from diffgraft.generation.session import OverflowedPictureError
+from diffgraft.generation.sampling import OverflowedPictureError
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train

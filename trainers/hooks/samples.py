@@ -10,7 +10,8 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
 from diffgraft.generation.graft import graft
 from diffgraft.generation.plots import grid
-from diffgraft.generation.session import OverflowedPictureError, Session
+from diffgraft.generation.sampling import OverflowedPictureError
+from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 
 _FIRST_SEED = 50_000
