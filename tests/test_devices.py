@@ -9,6 +9,7 @@ import torch
 import diffgraft as dg
 from diffgraft.bases import Base
 from diffgraft.devices import warn_of_slow_bfloat16
+from diffgraft.generation.session import Session
 
 WARNING = "This processor has no bfloat16 instructions"
 
@@ -29,6 +30,6 @@ def test_plan_and_generate_warn_of_slow_bfloat16(base: Base, pictures: Path, mon
     monkeypatch.setattr("diffgraft.devices.has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=WARNING):
         dg.plan("subject", base=base, images=pictures, subject="dog", precision="bfloat16", output="runs/a")
-    monkeypatch.setattr("diffgraft.draw.draw", lambda *_, **__: [])
+    monkeypatch.setattr(Session, "draw", lambda *_: [])
     with pytest.warns(UserWarning, match=WARNING):
         dg.generate("a dog", precision="bfloat16", device="cpu")

@@ -146,7 +146,7 @@ def loading_of(base: Base) -> dict[str, Any]:
     return {
         "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "quantize": base.quantize,
-        PREDICTION_KEY: base.prediction_type if base.prediction_type in PREDICTIONS else None,
+        PREDICTION_KEY: name if (name := base.parameterization.name) in PREDICTIONS else None,
         "zero_snr": base.zero_snr,
     }
 

@@ -279,6 +279,7 @@ def _cut(text: str, width: int, font: Any) -> str:
     """Return a text that is at most `width` pixels wide, with … where it was cut."""
     if font.getlength(text) <= width:
         return text
+    text = text[:width]  # no letter is narrower than a pixel
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"

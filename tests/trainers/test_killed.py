@@ -31,7 +31,7 @@ METHODS = {
     "lora": ["method=lora", "trigger=sks"],
     "textual-inversion": ["method=textual-inversion", "trigger=<zorp>"],
     "hypernetwork": ["method=hypernetwork", "options.dropout=0,0.3,0"],
-    "full": ["method=full", "lr=1e-5", "layers=attention"],
+    "full": ["method=full", "lr=1e-5"],
 }
 TRIES = 9
 """Chains of kills that are begun at most, until each moment was hit in one chain"""
