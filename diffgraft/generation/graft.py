@@ -81,7 +81,7 @@ class Graft:
         Args:
             target: as in `graft`.
             beside: whether LoRAs lie beside large layers of a processor instead of being merged: they change at once,
-                and cost 1 to 2 % of the denoiser's time. Outputs are the same but for the last bits.
+                and cost up to 7 % of its time. Outputs are the same but for the last bits.
         """
         self._target, self._beside = target, beside
         self._parts = _parts(target)

@@ -47,6 +47,8 @@ def test_layers_give_what_merged_weights_give(dtype: torch.dtype) -> None:
         plain = layer(x)
         remove = beside.lay_beside(layer, *factors)
         found, whole = layer(x), beside.whole_weight(layer)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), found)
         remove()
         assert torch.equal(layer(x), plain)
         wanted = weight.float()
