@@ -18,12 +18,12 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.pictures import read_picture
 from diffgraft.devices import device_of, dtype_of, warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
+from diffgraft.generation.adapter_library import usual_name
 from diffgraft.generation.checks import checked_seeds
 from diffgraft.generation.graft import AdapterStrengths
 from diffgraft.generation.grammar.attention import Style
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.library import usual_name
 from diffgraft.generation.regions import Region
 from diffgraft.generation.samplers.noise import NoiseSource
 from diffgraft.generation.session import Session

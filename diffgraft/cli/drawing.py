@@ -366,7 +366,7 @@ def _slug(text: str) -> str:
 
 def _strength_in_name(file: str, strength: object) -> str:
     """Return an adapter's name and strength for names of pictures; empty at strength 1."""
-    from diffgraft.generation.library import usual_name
+    from diffgraft.generation.adapter_library import usual_name
 
     return f"-{_slug(usual_name(file))}-{strength:g}" if isinstance(strength, float) and strength != 1 else ""
 

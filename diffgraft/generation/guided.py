@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class Area:
-    """A region of a picture."""
+    """A region of a picture: predictions are averaged by place (Bar-Tal et al. 2023, arXiv:2302.08113, equation 5)."""
 
     weights: Tensor
     """Its weight at each place, [1, h, w]"""
@@ -54,8 +55,10 @@ class Area:
 
     def window(self, step: int) -> "Window | None":
         """Return the part of the latents that is predicted in a step, None for all of them."""
-        if step >= self.alone_until:
-            return None
+        return self._spans if step < self.alone_until else None
+
+    @cached_property
+    def _spans(self) -> "Window":
         spans = []
         for axis in (2, 1):
             inside = self.weights.amax((0, axis)).nonzero().flatten()

@@ -82,9 +82,10 @@ class Start:
         """Whether nothing of the latents is left in the noise."""
         return self.denoise == 1
 
-    def first_step(self, steps: int) -> int:
-        """Return the first step that is computed, counted from 0: as webui, ⌊denoise · steps⌋ + 1 of them are."""
-        return steps - int(min(self.denoise, _FULL) * steps) - 1
+
+def first_step(denoise: float, steps: int) -> int:
+    """Return the first step that is computed, counted from 0: as in webui, ⌊denoise · steps⌋ + 1 of them are."""
+    return steps - int(min(denoise, _FULL) * steps) - 1
 
 
 def start_of(base: Base, resized: ImageInput) -> Start:

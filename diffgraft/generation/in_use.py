@@ -8,9 +8,9 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.strengths import Strength, block_of, strengths_of
 from diffgraft.bases.registry import denoisers
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.adapter_library import LoadedAdapter
 from diffgraft.generation.graft import Graft
 from diffgraft.generation.grammar.tags import AdapterTag, Curve, Point
-from diffgraft.generation.library import LoadedAdapter
 
 
 @dataclass(frozen=True)

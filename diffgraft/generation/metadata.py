@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -40,9 +41,11 @@ _XMP = (
     f'xmlns:diffgraft="{_NAMESPACE}" diffgraft:record={{record}}/></rdf:RDF></x:xmpmeta>'
 )
 _PAIR = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""Name and value in webui's line of settings; a value with commas is a JSON text"""
 _MOST_PIXELS = {".webp": 16_383, ".jpg": 65_500, ".jpeg": 65_500}
 """Format → longest side in pixels"""
 _MOST_IN_JPEG = 40_000
+"""Characters of a record in a JPEG file at most: its XMP has 65,502 bytes, of which escapes take some"""
 _LEAST_PAIRS = 3
 """Number of pairs from which the last line of webui's parameters counts as its settings"""
 
@@ -54,7 +57,7 @@ class AdapterRecord:
     name: str
     """Name by which it was in use; for tags of the prompt, the name in the tag"""
     hash: str
-    """`diffgraft.generation.library.content_hash` of its file; empty if it has none"""
+    """`diffgraft.generation.adapter_library.content_hash` of its file; empty if it has none"""
     strength: Any = None
     """Strength, as `Session.use` takes it; None if the prompt has a tag for it"""
 
@@ -141,9 +144,10 @@ class DrawingRecord:
             raise DiffgraftError(f"The picture's record cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def loading_of(base: Base) -> dict[str, Any]:
-    """Return how a base is loaded: `dtype` of its denoiser, and the options of `load_base`."""
+def loading_of(base: Base, device: torch.device) -> dict[str, Any]:
+    """Return how a base is loaded: kind of the device that computes, `dtype`, and the options of `load_base`."""
     return {
+        "device": device.type,
         "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "quantize": base.quantize,
         PREDICTION_KEY: name if (name := base.parameterization.name) in PREDICTIONS else None,

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
-from diffgraft.devices import dtype_of
-from diffgraft.errors import DiffgraftError
+from diffgraft.devices import device_of, dtype_of
+from diffgraft.errors import DiffgraftError, wrap_system_errors
+from diffgraft.generation.adapter_library import as_path, usual_name
 from diffgraft.generation.checks import check_prompt
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.library import as_path, usual_name
 from diffgraft.generation.metadata import DrawingRecord, loading_of, pixel_hash, read_parameters, read_record
 from diffgraft.generation.samplers.names import SAMPLERS
 from diffgraft.generation.samplers.schedules import SCHEDULES
@@ -56,6 +55,7 @@ class Regenerated:
     """Whether the pixels are those of the file; None for files that do not keep all pixels, such as JPEG"""
 
 
+@wrap_system_errors
 def regenerate(path: str | Path, sources: Sources | None = None) -> Regenerated:
     """Draw the picture of a file again.
 
@@ -85,7 +85,7 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
     base = _base_of(record, sources)
     if base.generation_hash != record.base_hash:
         differences.append(f"It was drawn with {record.base}, and {base.name} is another base.")
-    for name, value in loading_of(base).items():
+    for name, value in loading_of(base, base.device).items():
         if value != record.loading.get(name):
             differences.append(f"It was drawn with {name} {record.loading.get(name)}, and the base has {value}.")
     settings = DrawSettings.from_changed({**record.settings, "batch": len(record.batch), "size": record.size})
@@ -99,10 +99,14 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
             session.library.names[adapter.name] = found
             if adapter.strength is not None:
                 session.use(adapter.name, adapter.strength, adapter.name)
-        # choices are made already, and what is left of braces is text
-        prompts = [prompt.replace("{", "\\{").replace("}", "\\}") for prompt, _ in record.batch]
+        prompts = [_without_choices(prompt) for prompt, _ in record.batch]
         seeds = [seed for _, seed in record.batch]
         return session.draw_each(prompts, seeds, settings, image)[record.place], differences
+
+
+def _without_choices(prompt: str) -> str:
+    """Return a prompt whose braces are text: choices were made when the picture was drawn."""
+    return prompt.replace("{", "\\{").replace("}", "\\}")
 
 
 def _base_of(record: DrawingRecord, sources: Sources) -> Base:
@@ -118,12 +122,8 @@ def _base_of(record: DrawingRecord, sources: Sources) -> Base:
             f"The picture was drawn with the base {record.base}, which is not here: give it by --base."
         )
     options: Any = {name: value for name, value in record.loading.items() if name in LoadOptions.__annotations__}
-    dtype = dtype_of(str(record.loading["dtype"]), torch.device("cpu"))
-    return load_base(record.base if sources.base is None else sources.base, dtype, **options)
-
-
-def _base(base: str | Path | Base) -> Base:
-    return base if isinstance(base, Base) else load_base(base)
+    dtype = dtype_of(str(record.loading["dtype"]), device_of())
+    return load_base(record.base if sources.base is None else sources.base, dtype, **options).to(device_of())
 
 
 def _adapter_file(session: Session, name: str, wanted: str, sources: Sources) -> Path:
@@ -182,7 +182,7 @@ def _from_parameters(path: Path, told: str, sources: Sources) -> tuple[Image.Ima
         )
     reader = _Settings(path, dict(given))
     settings, image = reader.read(negative), reader.image_input(sources)
-    base = _base(sources.base)
+    base = sources.base if isinstance(sources.base, Base) else load_base(sources.base).to(device_of())
     differences = [f"It was drawn by another program with the model {given.get('Model', 'unknown')}."]
     differences += [f"{name}: {value} is not read." for name, value in reader.unread()]
     check_prompt(prompt)
@@ -194,7 +194,7 @@ def _from_parameters(path: Path, told: str, sources: Sources) -> tuple[Image.Ima
             session.library.names[name] = found = _adapter_file(session, name, wanted, sources)
             if not session.library.hash_of(found).startswith(wanted):
                 differences.append(f"{found} is another file than the adapter {name} that it was drawn with.")
-        return session.draw(prompt, [reader.seed], settings, image)[0], differences
+        return session.draw(_without_choices(prompt), [reader.seed], settings, image)[0], differences
 
 
 _IGNORED = {"Model", "Model hash", "Lora hashes", "Version", "Hashes"}

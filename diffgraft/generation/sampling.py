@@ -15,7 +15,7 @@ from diffgraft.generation.grammar.encode import encode_texts
 from diffgraft.generation.grammar.schedule import schedule_of
 from diffgraft.generation.grammar.tags import AdapterTag, split_tags
 from diffgraft.generation.guided import Area, Guidance, Guide, GuidedDenoiser, Kept, Told
-from diffgraft.generation.image_input import ImageInput, Start
+from diffgraft.generation.image_input import ImageInput, Start, first_step
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneAdapters, Lanes
 from diffgraft.generation.latents import decode
@@ -114,7 +114,7 @@ class Painter:
         denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), micro, work.channels, kept, lanes)
         sampler = named_sampler(settings.sampler)
         sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, denoise.levels)
-        sigmas = sigmas if start is None else sigmas[start.first_step(work.steps) :]
+        sigmas = sigmas if start is None else sigmas[first_step(start.denoise, work.steps) :]
         factor = self._base.vae_scale_factor
         shape = (self._base.latents.channels, height // factor, width // factor)
         streams = [noise_stream(settings.noise, job.seed) for job in work.jobs]
@@ -132,35 +132,35 @@ class Painter:
             return drawn.to(x)
 
         last: tuple[list[LaneAdapters], dict[str, Strength]] | None = None
+
+        def follow(step: int) -> None:
+            """Give the lanes their strengths in a step; whole weights are those of what is merged then."""
+            nonlocal last
+            own: list[LaneAdapters] = [
+                [(item.adapter, item.in_denoiser(step, work.steps)) for item in lane.values()] for lane in work.lanes
+            ]
+            now = (own, dict(self._adapters.strengths))
+            if lanes is not None and now != last:
+                lanes.set(own)
+                last = now
+
         progress.begin()
         try:
-            for step in range(len(sigmas)):  # a sampler computes a step when its next latents are asked for
-                now: list[LaneAdapters] = [
-                    [(item.adapter, item.in_denoiser(step, work.steps)) for item in lane.values()]
-                    for lane in work.lanes
-                ]
-                if (
-                    lanes is not None and (now, self._adapters.strengths) != last
-                ):  # whole weights are those of what is merged
-                    lanes.set(now)
-                    last = (now, dict(self._adapters.strengths))
-                if step == 0:
-                    running = sampler.run(denoise, x, sigmas, noise)
-                latents = next(running, None)
-                if latents is None:
-                    break
+            follow(0)
+            for done, latents in enumerate(sampler.run(denoise, x, sigmas, noise), 1):
                 x = latents
                 if not x.isfinite().all():
                     raise OverflowedPictureError(
-                        f"Latents overflowed in step {step + 1} of {len(sigmas) - 1}, so the picture would be black. "
+                        f"Latents overflowed in step {done} of {len(sigmas) - 1}, so the picture would be black. "
                         "Use smaller strengths of adapters, less guidance, or float32."
                     )
                 if control().pop_request("sample") and denoise.clean is not None:
-                    emit(Preview(step + 1, tuple(decode(self._base, row) for row in denoise.clean)))
-                progress.step_is_done(step + 1)
-                denoise.step = step + 1
-                if step + 1 < len(sigmas) - 1:
-                    self._adapters.apply(self._adapters.in_use, step + 1, work.steps)
+                    emit(Preview(done, tuple(decode(self._base, row) for row in denoise.clean)))
+                progress.step_is_done(done)
+                denoise.step = done
+                if done < len(sigmas) - 1:  # a sampler computes a step when its latents are asked for
+                    self._adapters.apply(self._adapters.in_use, done, work.steps)
+                    follow(done)
         finally:
             if lanes is not None:
                 lanes.remove()
@@ -231,10 +231,10 @@ class Painter:
 
 
 def computed_steps(settings: DrawSettings, source: ImageInput | None) -> int:
-    """Return the number of steps that a batch takes."""
+    """Return the number of steps that a batch takes, in both passes."""
     steps = settings.steps
-    computed = steps if source is None else steps - Start(torch.empty(0), source.denoise).first_step(steps)
+    computed = steps if source is None else steps - first_step(source.denoise, steps)
     if hires := settings.hires:
         more = hires.steps or steps
-        computed += more - Start(torch.empty(0), hires.denoise).first_step(more)
+        computed += more - first_step(hires.denoise, more)
     return computed

@@ -24,6 +24,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.ldm_keys import layers_in_block
 from diffgraft.bases.loading import base_of
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.generation.adapter_library import AdapterLibrary, usual_name
 from diffgraft.generation.checks import check_prompt, checked_seeds
 from diffgraft.generation.enlarge import enlarged, hires_size
 from diffgraft.generation.graft import has_other_grafts
@@ -34,7 +35,6 @@ from diffgraft.generation.image_input import ImageInput, Start, inpainting_chann
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneError
 from diffgraft.generation.latents import decode
-from diffgraft.generation.library import AdapterLibrary, usual_name
 from diffgraft.generation.metadata import (
     PARAMETERS,
     RECORD,
@@ -213,7 +213,8 @@ class Session:
         with phase(title, len(batches) * computed_steps(settings, source)) as tracker:
             progress = Progress(tracker, on_step)
             for each in batches:
-                for job, drawn in zip(each, self._draw_mixed(each, size, settings, source, progress), strict=True):
+                work = Pass(each, settings, size, settings.steps)
+                for job, drawn in zip(each, self._draw_mixed(work, source, progress), strict=True):
                     images.append(drawn)
                     if keep is not None:
                         keep(job.number, drawn)
@@ -229,43 +230,29 @@ class Session:
         if self._wildcards is None and (wildcard := WILDCARD.search(" ".join(job.prompt for job in jobs))):
             emit(Note(f"{wildcard[0]} is drawn as text, as no folder of wildcards is given."))
 
-    def _draw_mixed(
-        self,
-        jobs: Sequence[Job],
-        size: tuple[int, int],
-        settings: DrawSettings,
-        source: ImageInput | None,
-        progress: Progress,
-    ) -> list[Image.Image]:
+    def _draw_mixed(self, work: Pass, source: ImageInput | None, progress: Progress) -> list[Image.Image]:
         """Draw a batch whose prompts may name different adapters, together where these can act on single pictures."""
-        sets = list(dict.fromkeys(tuple(map(str, job.tags)) for job in jobs))
-        if len(sets) > 1 and not settings.regions:
+        sets = list(dict.fromkeys(_tag_set(job) for job in work.jobs))
+        if len(sets) > 1 and not work.settings.regions:
             try:
-                return self._draw_batch(jobs, size, settings, source, progress)
+                return self._draw_batch(work, source, progress)
             except LaneError:
                 pass
         drawn: dict[int, Image.Image] = {}
         for tags in sets:
-            own = [job for job in jobs if tuple(map(str, job.tags)) == tags]
-            pictures = self._draw_batch(own, size, settings, source, progress)
+            own = [job for job in work.jobs if _tag_set(job) == tags]
+            pictures = self._draw_batch(replace(work, jobs=own), source, progress)
             drawn |= {job.number: picture for job, picture in zip(own, pictures, strict=True)}
-        return [drawn[job.number] for job in jobs]
+        return [drawn[job.number] for job in work.jobs]
 
-    def _draw_batch(
-        self,
-        jobs: Sequence[Job],
-        size: tuple[int, int],
-        settings: DrawSettings,
-        source: ImageInput | None,
-        progress: Progress,
-    ) -> list[Image.Image]:
+    def _draw_batch(self, work: Pass, source: ImageInput | None, progress: Progress) -> list[Image.Image]:
         """Draw pictures in one batch; adapters that all of them name are merged meanwhile."""
-        before = self._applied.in_use
-        sets = {tuple(map(str, job.tags)): self._of_tags(job.tags) for job in jobs}
-        merged, lanes = before, []
+        before, settings = self._applied.in_use, work.settings
+        sets = {_tag_set(job): self._of_tags(job.tags) for job in work.jobs}
+        merged, lanes, jobs = before, [], work.jobs
         if len(sets) > 1:
             lanes = list(sets.values())
-            jobs = [replace(job, lane=list(sets).index(tuple(map(str, job.tags)))) for job in jobs]
+            jobs = [replace(job, lane=list(sets).index(_tag_set(job))) for job in jobs]
         else:
             merged = {**before, **next(iter(sets.values()))}
         lanes += [self._of_tags(split_tags(region.prompt)[1]) for region in settings.regions]
@@ -273,7 +260,7 @@ class Session:
             self._applied.apply(merged, 0, settings.steps)
             start = None if source is None else start_of(self.base, source)
             channels = inpainting_channels(self.base, source)
-            work = Pass(jobs, settings, size, settings.steps, start, None, channels, lanes)
+            work = replace(work, jobs=jobs, start=start, channels=channels, lanes=lanes)
             latents = self.painter.sample(work, progress)
             if settings.hires is not None:
                 latents = self._second_pass(work, settings.hires, latents, progress)
@@ -283,7 +270,7 @@ class Session:
         if source is not None:
             pictures = [source.restore_unmasked(picture) for picture in pictures]
         used = [*merged.items(), *(item for lane in lanes for item in lane.items())]
-        for picture, record in zip(pictures, self._records(jobs, settings, size, source, used), strict=True):
+        for picture, record in zip(pictures, self._records(work, source, used), strict=True):
             picture.info = {PARAMETERS: parameters(record), RECORD: record.to_json()}
         return pictures
 
@@ -296,11 +283,8 @@ class Session:
         return self.painter.sample(again, progress)
 
     def _of_tags(self, tags: Sequence[AdapterTag]) -> dict[str, InUse]:
-        """Return the adapters that a prompt names, by a name that no other has."""
-        return {
-            f"{number} {tag.name} {id(tags)}": InUse.of_tag(tag, self.library.load(tag.name))
-            for number, tag in enumerate(tags)
-        }
+        """Return the adapters that a prompt names, by place and name, as one may be named twice."""
+        return {f"{place} {tag.name}": InUse.of_tag(tag, self.library.load(tag.name)) for place, tag in enumerate(tags)}
 
     def _size(self, settings: DrawSettings, image: ImageInput | None) -> tuple[int, int]:
         """Return (width, height) in pixels, after checking it."""
@@ -324,41 +308,37 @@ class Session:
         return _HASHES[self.base]
 
     def _records(
-        self,
-        jobs: Sequence[Job],
-        settings: DrawSettings,
-        size: tuple[int, int],
-        source: ImageInput | None,
-        in_use: Sequence[tuple[str, InUse]],
+        self, work: Pass, source: ImageInput | None, in_use: Sequence[tuple[str, InUse]]
     ) -> Iterator[DrawingRecord]:
         """Yield the record of each picture of a batch."""
         image = None
         if source is not None:
             mask = "" if source.mask is None else pixel_hash(source.mask)
             image = InputRecord(pixel_hash(source.image), source.denoise, mask)
-        resolved = replace(settings, guidance=self.painter.guidance(settings).scale)
         adapters = [
-            AdapterRecord(
-                item.source if is_tag else name,
-                item.hash,
-                None if is_tag else item.strength,
-            )
+            AdapterRecord(name, item.hash, item.strength)
+            if name in self._applied.in_use
+            else AdapterRecord(item.source, item.hash)
             for name, item in in_use
-            for is_tag in [name not in self._applied.in_use]
         ]
-        for place in range(len(jobs)):
-            yield DrawingRecord(
-                [(job.prompt, job.seed) for job in jobs],
-                place,
-                resolved.changed(),
-                size,
-                self.base.name,
-                self._base_hash,
-                loading_of(self.base),
-                adapters,
-                image,
-                is_complete=not has_other_grafts(self.base, self._applied.graft),
-            )
+        record = DrawingRecord(
+            [(job.prompt, job.seed) for job in work.jobs],
+            0,
+            replace(work.settings, guidance=self.painter.guidance(work.settings).scale).changed(),
+            work.size,
+            self.base.name,
+            self._base_hash,
+            loading_of(self.base, self.painter.device),
+            adapters,
+            image,
+            is_complete=not has_other_grafts(self.base, self._applied.graft),
+        )
+        yield from (replace(record, place=place) for place in range(len(work.jobs)))
+
+
+def _tag_set(job: Job) -> tuple[str, ...]:
+    """Return the tags of a picture as texts, which compare equal where their adapters and strengths are."""
+    return tuple(map(str, job.tags))
 
 
 def _plain(strength: Any) -> Any:

@@ -22,10 +22,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffgraft.adapters.strengths import BLOCKS, strengths_of
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.generation.adapter_library import usual_name
 from diffgraft.generation.checks import checked_seeds
 from diffgraft.generation.grammar.encode import Encoding
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.library import usual_name
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings, Hires
 from diffgraft.progress import phase

@@ -257,7 +257,7 @@ def test_hostile_records_are_drawn_or_refused(base: Base, tmp_path: Path, monkey
         assert path.is_relative_to(tmp_path / "lib"), path
         return load_adapter(path)
 
-    monkeypatch.setattr("diffgraft.generation.library.load_adapter", load)
+    monkeypatch.setattr("diffgraft.generation.adapter_library.load_adapter", load)
     monkeypatch.setattr("diffgraft.bases.loading._from_hub", lambda *_: pytest.fail("looked up on the hub"))
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "broken.safetensors").write_bytes(b"\xff" * 100)
