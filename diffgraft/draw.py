@@ -73,6 +73,8 @@ class DrawingOptions(LoadOptions, total=False):
     """Seed toward whose noise that of the pictures is turned"""
     variation_strength: float
     """How far, 0 to 1"""
+    noise_seed_delta: int
+    """webui's ENSD: added to the seed of the noise that ancestral samplers add in their steps"""
     hires: float | None
     """Scale of a second pass at a larger size"""
     hires_denoise: float

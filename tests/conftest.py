@@ -20,6 +20,7 @@ from diffgraft.demo.subject import POODLE
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 
 # a job in the background ignores Ctrl-C, and so does what it starts: here it is meant
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,7 +84,7 @@ SHORT = {
 def short_run(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Six steps of DreamBooth: enough for a file with non-zero deltas, not enough to have learnt."""
     settings = {**SHORT, "previews": True}
-    return train("subject", base=base, images=pictures, output=tmp_path_factory.mktemp("runs") / "short", **settings)
+    return train(SUBJECT, base=base, images=pictures, output=tmp_path_factory.mktemp("runs") / "short", **settings)
 
 
 @pytest.fixture(scope="session")

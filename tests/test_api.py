@@ -24,6 +24,7 @@ from diffgraft.devices import device_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.folder import Run
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -86,7 +87,7 @@ def test_values_of_another_type_are_told(name: str, given: tuple[Any, ...]) -> N
 @pytest.mark.parametrize("given", [Image.new("RGB", (8, 8)), np.zeros((8, 8, 3)), torch.zeros(3, 8, 8)])
 def test_pictures_come_in_a_list(given: Any) -> None:
     with pytest.raises(dg.DiffgraftError, match="must be a folder, or a list of paths and PIL images"):
-        dg.plan("subject", images=given, subject="dog")
+        dg.plan(SUBJECT, images=given, subject="dog")
 
 
 def test_a_grid_takes_paths_as_well(tmp_path: Path) -> None:
@@ -262,15 +263,15 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "cache"))
     files = sorted(pictures.glob("*.png"))[:3]
     given = [files[0], str(files[1]), Image.open(files[2])]
-    plan = dg.plan("subject", images=given, subject="dog")
+    plan = dg.plan(SUBJECT, images=given, subject="dog")
     assert "images 3 " in " ".join(str(plan).split())
     settings = {**SHORT, "steps": 2, "sample_prompts": "a dog"}
-    first = dg.train("subject", base=base, images=given, output=tmp_path / "a", **settings)
+    first = dg.train(SUBJECT, base=base, images=given, output=tmp_path / "a", **settings)
     folder = tmp_path / "folder"
     folder.mkdir()
     for place, file in enumerate(files):
         Image.open(file).save(folder / f"{place}.png")
-    second = dg.train("subject", base=base, images=folder, output=tmp_path / "b", **settings)
+    second = dg.train(SUBJECT, base=base, images=folder, output=tmp_path / "b", **settings)
     assert first.metrics == second.metrics
     for wrong, answer in (
         ([], "the list is empty"),
@@ -278,7 +279,7 @@ def test_pictures_one_by_one(base: Base, pictures: Path, tmp_path: Path, monkeyp
         (["no.png"], "The picture no.png does not exist"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
-            dg.train("subject", base=base, images=wrong, subject="dog")
+            dg.train(SUBJECT, base=base, images=wrong, subject="dog")
 
 
 def test_pictures_of_a_list_keep_the_captions_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +287,7 @@ def test_pictures_of_a_list_keep_the_captions_beside_them(tmp_path: Path, monkey
     Image.new("RGB", (90, 70), (1, 2, 3)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a sks dog in the snow", "utf-8")
     images = [Image.new("RGB", (60, 80)), tmp_path / "a.png"]
-    assert "1 of 2 images; 2 prompts" in str(dg.plan("subject", images=images, subject="dog"))
+    assert "1 of 2 images; 2 prompts" in str(dg.plan(SUBJECT, images=images, subject="dog"))
 
 
 def test_results_are_short_in_a_console(short_run: Run) -> None:
@@ -332,9 +333,9 @@ class Refused(os.PathLike[str]):
         lambda path: dg.inspect(path),
         lambda path: dg.load_adapter(path),
         lambda path: dg.merge(path, path),
-        lambda path: dg.plan("subject", images=[path], subject="dog"),
+        lambda path: dg.plan(SUBJECT, images=[path], subject="dog"),
         lambda path: dg.resize(path, 4),
-        lambda path: dg.train("subject", images=[path], subject="dog"),
+        lambda path: dg.train(SUBJECT, images=[path], subject="dog"),
     ],
 )
 def test_what_the_system_refuses_is_told_by_every_function(ask: Callable[[Any], Any]) -> None:

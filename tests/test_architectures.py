@@ -15,6 +15,7 @@ from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.toy_family import installed, mixer_base
 from tests.trainers.interrupt_helpers import interrupted_after
 
@@ -39,7 +40,7 @@ def test_it_trains_saves_under_its_own_prefix_and_comes_off_again(
     with torch.no_grad():
         plain = mixer.denoise(noisy, times, told)
     settings = {**QUICK, "validation": {"share": 0.4, "every": 3, "pairs": 8}, "lr": 5e-3, "text_encoder": False}
-    run = dg.train("subject", base=mixer, images=pictures, output=tmp_path / "run", method=method, **settings)
+    run = dg.train(SUBJECT, base=mixer, images=pictures, output=tmp_path / "run", method=method, **settings)
     assert all(torch.equal(value, before[name]) for name, value in mixer.denoiser.state_dict().items())
     assert {"mixer"} == {key.partition(".")[0].removeprefix("lycoris_") for key in load_file(run.adapter_file)}
     assert {path.partition(".")[0] for path in run.adapter.modules} == {"mixer"}
@@ -75,14 +76,14 @@ def test_its_loss_is_that_of_flow_matching(mixer: Base) -> None:
 
 def test_it_is_planned_sampled_and_resumed_to_the_same_bytes(mixer: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**QUICK, "previews": True, "sample_every": 4, "gradient_checkpointing": True}
-    plan = str(dg.plan("subject", base=mixer, images=pictures, **{**settings, "output": str(tmp_path / "planned")}))
+    plan = str(dg.plan(SUBJECT, base=mixer, images=pictures, **{**settings, "output": str(tmp_path / "planned")}))
     assert "(mixer, 64 px)" in plan
     assert re.search(r"predicts +flow", plan)
-    whole = dg.train("subject", base=mixer, images=pictures, output=tmp_path / "whole", **settings)
+    whole = dg.train(SUBJECT, base=mixer, images=pictures, output=tmp_path / "whole", **settings)
     assert whole.before_after.exists()
     assert (whole.folder / "samples" / "step-000004.png").exists()
     with interrupted_after(4):
-        dg.train("subject", base=mixer, images=pictures, output=tmp_path / "cut", **settings)
+        dg.train(SUBJECT, base=mixer, images=pictures, output=tmp_path / "cut", **settings)
     again = dg.train(base=mixer, resume=tmp_path / "cut")
     assert again.adapter_file.read_bytes() == whole.adapter_file.read_bytes()
     assert (again.folder / "samples" / "step-000004.png").exists()
@@ -90,7 +91,7 @@ def test_it_is_planned_sampled_and_resumed_to_the_same_bytes(mixer: Base, pictur
 
 def test_class_images_are_drawn_by_it(mixer: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**QUICK, "steps": 2, "prior": {"images": 2}, "batch": 2}
-    run = dg.train("subject", base=mixer, images=pictures, output=tmp_path / "run", **settings)
+    run = dg.train(SUBJECT, base=mixer, images=pictures, output=tmp_path / "run", **settings)
     assert run.metrics[0]["prior"] > 0
 
 
@@ -114,7 +115,7 @@ def test_what_has_no_meaning_for_it_is_refused_by_name(
     setting: dict[str, Any], why: str, mixer: Base, pictures: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DiffgraftError, match=why):
-        dg.train("subject", base=mixer, images=pictures, output=tmp_path / "run", **{**QUICK, **setting})
+        dg.train(SUBJECT, base=mixer, images=pictures, output=tmp_path / "run", **{**QUICK, **setting})
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

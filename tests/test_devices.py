@@ -10,6 +10,7 @@ import diffgraft as dg
 from diffgraft.bases import Base
 from diffgraft.devices import warn_of_slow_bfloat16
 from diffgraft.generation.session import Session
+from tests.recipes import SUBJECT
 
 WARNING = "This processor has no bfloat16 instructions"
 
@@ -29,7 +30,7 @@ def test_who_is_warned_of_slow_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plan_and_generate_warn_of_slow_bfloat16(base: Base, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffgraft.devices.has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=WARNING):
-        dg.plan("subject", base=base, images=pictures, subject="dog", precision="bfloat16", output="runs/a")
+        dg.plan(SUBJECT, base=base, images=pictures, subject="dog", precision="bfloat16", output="runs/a")
     monkeypatch.setattr(Session, "draw", lambda *_: [])
     with pytest.warns(UserWarning, match=WARNING):
         dg.generate("a dog", precision="bfloat16", device="cpu")

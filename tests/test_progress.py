@@ -37,6 +37,7 @@ from diffgraft.progress import (
 )
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 QUICK: dict[str, Any] = {**SHORT, "steps": 8, "checkpoint_every": 0, "prior": {"weight": 0}, "previews": False}
 
@@ -55,7 +56,7 @@ class InThread:
         def work() -> None:
             try:
                 with reporting(reporter, control):
-                    dg.train("subject", **settings)
+                    dg.train(SUBJECT, **settings)
             except BaseException as error:
                 self.error = error
 
@@ -101,7 +102,7 @@ def test_a_run_in_a_thread_is_never_silent_for_long(base: Base, pictures: Path, 
 def test_a_stop_leaves_a_checkpoint_within_a_step_and_resumes_to_the_same_bytes(
     base: Base, pictures: Path, tmp_path: Path
 ) -> None:
-    whole = dg.train("subject", base=base, images=pictures, output=tmp_path / "whole", **QUICK)
+    whole = dg.train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **QUICK)
     control, has_begun = Control(), threading.Event()
 
     def act(event: Event) -> None:
@@ -126,7 +127,7 @@ def test_a_stop_before_the_first_step_is_said(base: Base, pictures: Path, tmp_pa
     control = Control()
     control.stop()
     with reporting(silent, control), pytest.raises(StoppedError, match="Nothing was trained"):
-        dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **QUICK)
+        dg.train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **QUICK)
 
 
 def test_samples_and_checkpoints_come_on_request(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_samples_and_checkpoints_come_on_request(base: Base, pictures: Path, tmp
 
     settings = {**QUICK, "previews": True, "steps": 4, "sample_prompts": "a dog"}
     with reporting(act, control):
-        dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        dg.train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert [file.name for file in (tmp_path / "run" / "samples").iterdir()] == ["step-000002.png"]
     assert "step-000004" in [folder.name for folder in checkpoints(tmp_path / "run")]
 
@@ -167,7 +168,7 @@ def test_an_error_out_of_a_reporter_or_a_tracker_loses_nothing(
 
         monkeypatch.setattr(TensorBoardTracker, "log", log)
     with reporting(act), pytest.raises(RuntimeError, match="the page is gone"):
-        dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        dg.train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-000004"]
     monkeypatch.undo()
     assert dg.train(base=base, resume=tmp_path / "run").steps == 6
@@ -180,14 +181,14 @@ def test_without_previews_no_picture_is_drawn(
         raise AssertionError("a picture is drawn")
 
     monkeypatch.setattr("diffgraft.trainers.hooks.samples.Session", never)
-    run = dg.train("subject", base=base, images=pictures, output=tmp_path / "run", **{**QUICK, "sample_every": 2})
+    run = dg.train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**QUICK, "sample_every": 2})
     assert not run.before_after.exists()
     assert (run.folder / "loss.png").exists()
 
 
 @pytest.mark.parametrize("shown", ["auto", "json"])
 def test_a_log_has_no_bars(shown: str, pictures: Path, tmp_path: Path) -> None:
-    words = ["train", "subject", "subject=dog", f"images={pictures}", f"output={tmp_path / 'run'}", "steps=3"]
+    words = ["train", SUBJECT, "subject=dog", f"images={pictures}", f"output={tmp_path / 'run'}", "steps=3"]
     words += ["prior.weight=0", "previews=false", "sample_every=0", "batch=1", f"--progress={shown}"]
     environment = {**os.environ, "TQDM_DISABLE": "1", "DIFFGRAFT_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(

@@ -12,6 +12,7 @@ from diffgraft.bases import Base
 from diffgraft.diffusion.losses import SampleLoss
 from diffgraft.trainers.run import train as training
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 ROOT = Path(__file__).parents[1]
 HOMES = {"adapters": ROOT / "adapters", "trainers": ROOT / "trainers", "": ROOT / "diffgraft"}
@@ -115,6 +116,6 @@ def test_train_reaches_the_loss_through_few_files(
     monkeypatch.setattr(SampleLoss, "__call__", watched)
     settings = {**SHORT, "steps": 1, "images": pictures, "previews": False}
     for more in ({}, {"prior": {"by": "prediction"}}, {"prior": {"weight": 0}}):
-        training.train("subject", base=base, output=tmp_path / str(len(chains)), **{**settings, **more})
+        training.train(SUBJECT, base=base, output=tmp_path / str(len(chains)), **{**settings, **more})
     assert len(chains) >= 3
     assert max(map(len, chains)) <= MOST_FILES_TO_THE_LOSS, chains

@@ -13,6 +13,7 @@ from diffgraft.cli import console
 from diffgraft.errors import DiffgraftError
 from diffgraft.terminal import printable
 from tests.cli.test_cli import call
+from tests.recipes import SUBJECT
 
 HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc\r\nerror: forged\x9b31m\u202edne\u2066\x7f\ud800"
 
@@ -45,8 +46,8 @@ def test_headers_captions_names_and_settings_are_shown_as_text(
         ["inspect", tmp_path / "evil.safetensors"],
         ["inspect", tmp_path / "key.safetensors"],
         ["diff", tmp_path / "evil.safetensors", tmp_path / "evil.safetensors"],
-        ["plan", "subject", f"images={folder}", f"subject={evil}", f"trigger={evil}"],
-        ["plan", "subject", f"{evil}=3"],
+        ["plan", SUBJECT, f"images={folder}", f"subject={evil}", f"trigger={evil}"],
+        ["plan", SUBJECT, f"{evil}=3"],
         ["generate", "x", "-a", evil],
         ["recipes", evil],
         ["methods", evil],
@@ -67,7 +68,7 @@ def test_results_in_python_are_printed_as_text(pictures: Path, tmp_path: Path) -
     save_file(tensors, tmp_path / "evil.safetensors", {"diffgraft": own})
     results = (
         dg.inspect(tmp_path / "evil.safetensors"),
-        dg.plan("subject", images=pictures, subject="dog", trigger=evil),
+        dg.plan(SUBJECT, images=pictures, subject="dog", trigger=evil),
     )
     for result in results:
         lines = str(result).split("\n")

@@ -33,6 +33,8 @@ TRIGGER, NEW_WORD = "sks", "<sks>"
 """Triggers: a rare word that the base knows, and an unknown word for methods that train a word"""
 FIRST_SEED = 4_000
 """Seed of the first picture that is generated for each new prompt"""
+DRAWINGS = "reference drawings"
+"""Title of the verdicts on drawings of the subject, the upper bound of what an adapter can reach"""
 PER_BACKDROP = 2
 """Number of pictures that are generated on each plain background"""
 
@@ -230,5 +232,5 @@ def bounds(target: Target) -> dict[str, dict[str, float]]:
     references = [(replace(prompt, having=prompt.having[:half]), list(prompt.having[half:])) for prompt in target.new]
     return {
         "base without adapter": verdicts(bare) | outline_figures(target, bare_plain),
-        "reference drawings": verdicts(references) | outline_figures(target, drawn_plain),
+        DRAWINGS: verdicts(references) | outline_figures(target, drawn_plain),
     }

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.learning.cases import VARIANTS
-from benchmarks.learning.measure import bounds
-from benchmarks.learning.targets import Target, made_up
+from benchmarks.learning.cases import UNSEEN, VARIANTS
+from benchmarks.learning.measure import DRAWINGS, bounds
+from benchmarks.learning.targets import Target, made_up, of_held_back
 from diffgraft.data.image_folder import read_folder
 from diffgraft.files import write_text
 from diffgraft.generation.plots import grid, save_image
@@ -45,7 +45,7 @@ seeds, ± the standard deviation.
   and setting.
 - *shape* (subjects): intersection over union of the silhouette in generated pictures on plain backgrounds and of the
   subject's own outline at the best mirroring, rotation, scale and position; the mean of twelve pictures. Colours do not
-  count in it.
+  count in it. In brackets: as a share of the shape of reference drawings on the same backgrounds.
 """
 
 Row = dict[str, Any]
@@ -68,8 +68,6 @@ VERDICTS = {
     "shape": "shape",
 }
 """Title of a column → figure of generated pictures"""
-PLAIN_NUMBERS = ("similarity", "shape")
-"""Figures of generated pictures that are no shares"""
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
@@ -87,9 +85,11 @@ def file_size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
-def verdict(name: str, value: float) -> str:
-    """Return the text of a verdict: shares in percent, others as numbers."""
-    return f"{value:.2f}" if name in PLAIN_NUMBERS else f"{100 * value:.0f} %"
+def verdict(name: str, value: float, extremes: dict[str, dict[str, float]]) -> str:
+    """Return the text of a verdict: shares in percent, others as numbers; shapes also as a share of the drawings'."""
+    if name == "shape":
+        return f"{value:.2f} ({100 * value / extremes[DRAWINGS]['shape']:.0f} %)"
+    return f"{value:.2f}" if name == "similarity" else f"{100 * value:.0f} %"
 
 
 def table(by_variant: dict[str, list[Row]], extremes: dict[str, dict[str, float]]) -> str:
@@ -100,10 +100,10 @@ def table(by_variant: dict[str, list[Row]], extremes: dict[str, dict[str, float]
     lines = ["| | " + " | ".join([*columns, *drawn]) + " |", "|-" * (1 + len(columns) + len(drawn)) + "|"]
     for variant, rows in by_variant.items():
         cells = [column(rows) for column in columns.values()]
-        cells += [verdict(name, mean(rows, key)) for name, key in drawn.items()]
+        cells += [verdict(name, mean(rows, key), extremes) for name, key in drawn.items()]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     for name, values in extremes.items():
-        cells = ["–"] * len(columns) + [verdict(title, values[key]) for title, key in drawn.items()]
+        cells = ["–"] * len(columns) + [verdict(title, values[key], extremes) for title, key in drawn.items()]
         lines.append(f"| *{name}* | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -128,24 +128,59 @@ def write_page(record: Path, pictures: Path) -> Path:
     rows = [json.loads(line) for line in record.read_text("utf-8").splitlines()]
     places = list(VARIANTS)
     rows.sort(key=lambda row: (places.index(row["variant"]), row["target"], row["seed"]))
-    parts = [HEAD]
     targets = made_up()
-    for name in targets:
-        by_variant: dict[str, list[Row]] = {}
-        for row in rows:
-            if row["target"] == name:
-                by_variant.setdefault(row["variant"], []).append(row)
-        made = sheet(targets[name], pictures, list(by_variant))
-        if made is not None:
-            save_image(made.quantize(256, dither=Image.Dither.NONE), SHEETS / f"learning-{name}.png")
-        parts.append(f"## {name}\n\n{table(by_variant, bounds(targets[name]))}")
+    unseen = grouped([row for row in rows if row["target"] in UNSEEN], "variant")
+    parts = [HEAD, part_of_unseen(unseen)]
+    for name, target in targets.items():
+        by_variant = grouped([row for row in rows if row["target"] == name], "variant")
+        if not by_variant:
+            continue
+        write_sheet(target, pictures, list(by_variant))
+        parts.append(f"## {name}\n\n{table(by_variant, bounds(target))}")
         parts.append(f"![Pictures of the {name} that each method generates](../pictures/learning-{name}.png)\n")
-    photos: dict[str, list[Row]] = {}
-    for row in rows:
-        if row["target"] not in targets:
-            photos.setdefault(row["target"], []).append(row)
+    photos = grouped([row for row in rows if row["target"] not in (*targets, *UNSEEN)], "target")
     if photos:
         parts.append(
             f"## photographs, with lora\n\nEvery third picture is held out of training.\n\n{table(photos, {})}"
         )
     return write_text(record.with_suffix(".md"), "\n".join(parts))
+
+
+def grouped(rows: Sequence[Row], key: str) -> dict[str, list[Row]]:
+    """Return the rows by the value of one of their fields, in the order in which the values appear."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def part_of_unseen(by_variant: dict[str, list[Row]]) -> str:
+    """Return the part of the page on unseen subjects: the mean of each variant, and `lora` for each subject."""
+    each = {name: bounds(of_held_back(name)) for name in UNSEEN}
+    mean_bounds = {
+        title: {key: statistics.mean(own[title][key] for own in each.values()) for key in figures}
+        for title, figures in next(iter(each.values())).items()
+    }
+    of_lora = grouped(by_variant["lora"], "target")
+    lines = ["| `lora` | gap closed | gain without trigger | both | shape |", "|-|-|-|-|-|"]
+    for name, rows in of_lora.items():
+        shape = verdict("shape", mean(rows, "shape"), each[name])
+        asked = verdict("both", mean(rows, "shown as asked"), {})
+        gap, leak = COLUMNS["gap closed"](rows), COLUMNS["gain without trigger"](rows)
+        lines.append(f"| {name} | {gap} | {leak} | {asked} | {shape} |")
+    gaps = [mean(rows, "gap closed") for rows in of_lora.values()]
+    return (
+        f"## {len(UNSEEN)} unseen subjects\n\n"
+        "No picture of the base's training shows them, and no setting was tuned on them. ± is over subjects and "
+        "seeds.\n\n"
+        f"{table(by_variant, mean_bounds)}\n"
+        + "\n".join(lines)
+        + f"\n\nThe median of the gap closed by `lora` is {100 * statistics.median(gaps):.0f} %.\n"
+    )
+
+
+def write_sheet(target: Target, pictures: Path, variants: Sequence[str]) -> None:
+    """Write the sheet of a target, if there are pictures of all its variants."""
+    made = sheet(target, pictures, variants)
+    if made is not None:
+        save_image(made.quantize(256, dither=Image.Dither.NONE), SHEETS / f"learning-{target.name}.png")

@@ -81,6 +81,15 @@ def generate(
     variation_strength: Annotated[
         float, typer.Option(help="How far it is turned, 0 to 1.", rich_help_panel=_SAMPLING)
     ] = 0.0,
+    noise_seed_delta: Annotated[
+        int,
+        typer.Option(
+            "--noise-seed-delta",
+            "--ensd",
+            help="webui's ENSD: added to the seed of the noise of steps.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0,
     library: Annotated[Path | None, typer.Option(help=LIBRARY.help, rich_help_panel=_PROMPTS)] = None,
     wildcards: Annotated[
         Path | None, typer.Option(help="Folder with the lists of __wildcards__.", rich_help_panel=_PROMPTS)
@@ -218,6 +227,7 @@ def generate(
         "percentile": percentile,
         "variation_seed": variation_seed,
         "variation_strength": variation_strength,
+        "noise_seed_delta": noise_seed_delta,
         "library": library,
         "wildcards": wildcards,
         "style": style,

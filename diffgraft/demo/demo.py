@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffgraft.bases import load_base
 from diffgraft.data.image_folder import read_folder
-from diffgraft.demo.subject import POODLE
+from diffgraft.demo.subject import ALIEN
 from diffgraft.generation.plots import grid, save_image
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
@@ -26,12 +26,12 @@ def run_demo(output: Path) -> Iterator[str]:
     while (output / f"run-{number}").exists():
         number += 1
     folder = output / f"run-{number}"
-    pictures = [picture.image for picture in read_folder(POODLE.folder / "learn")]
-    yield f"Training an adapter on {len(pictures)} pictures of a made-up {POODLE.noun} that the base has never seen …"
+    pictures = [picture.image for picture in read_folder(ALIEN.folder / "learn")]
+    yield f"Training an adapter on {len(pictures)} pictures of a made-up {ALIEN.noun} that the base has never seen …"
     base = load_base("tiny")
-    run = train("subject", base=base, images=POODLE.folder / "learn", subject=POODLE.noun, output=folder)
+    run = train("subject", base=base, images=ALIEN.folder / "learn", subject=ALIEN.noun, output=folder)
 
-    prompts = [f"a sks {POODLE.noun} {setting}" for setting in NEW_SETTINGS]
+    prompts = [f"a sks {ALIEN.noun} {setting}" for setting in NEW_SETTINGS]
     repeated = [prompt for prompt in prompts for _ in range(COUNT)]
     seeds = list(range(100, 100 + COUNT)) * len(prompts)
     with Session(base) as session:
@@ -43,4 +43,4 @@ def run_demo(output: Path) -> Iterator[str]:
     sheet = save_image(grid(rows), folder / "demo.png")
     yield f"Open {sheet} to compare the training pictures with pictures drawn by the adapter."
     yield f"The adapter ({run.adapter_file.stat().st_size / 1000:.0f} kB) is {run.adapter_file}. To use it, run:"
-    yield f'    diffgraft generate "a sks {POODLE.noun} on the beach" --adapter {run.adapter_file} -n 4'
+    yield f'    diffgraft generate "a sks {ALIEN.noun} on the beach" --adapter {run.adapter_file} -n 4'

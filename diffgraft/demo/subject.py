@@ -100,9 +100,9 @@ def _disc(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple[
 
 
 POODLE = Subject("poodle", "dog", _poodle, (11, 12))
-"""The subject of ``diffgraft demo``."""
+"""A made-up dog: the base knows dogs of another shape."""
 ALIEN = Subject("alien", "robot", _alien, (21, 22))
-"""A second made-up subject, for tests and comparisons."""
+"""The subject of ``diffgraft demo``."""
 
 
 def write_pictures(subject: Subject, folder: Path | None = None) -> None:

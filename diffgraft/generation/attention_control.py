@@ -24,6 +24,7 @@ from diffgraft.generation.grammar.composition import split_parts
 from diffgraft.generation.grammar.schedule import schedule_of
 from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
+from diffgraft.generation.metadata import RECORD, DrawingRecord, EditRecord, told_by
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 
@@ -86,8 +87,14 @@ def edit(
     with controlled(session.base.denoiser, control):
         first, second = session.draw_each([source, edited], [seed, seed], settings, image, on_step=control.advance)
     for picture in (first, second):
-        picture.info = {}  # a record would not tell of the control
+        record = DrawingRecord.from_json(picture.info[RECORD])
+        picture.info = told_by(replace(record, edit=record_of(change)))
     return first, second
+
+
+def record_of(change: Edit, inner: int | None = None) -> EditRecord:
+    """Return the record of an edit; `inner` is that of `invert` if it starts from an inverted picture."""
+    return EditRecord(change.cross, change.self, dict(change.weights), inner)
 
 
 def control_of(base: Base, source: str, edited: str, change: Edit, steps: int) -> "Control":

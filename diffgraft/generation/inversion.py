@@ -17,16 +17,20 @@ from torch import Tensor
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
 from diffgraft.errors import DiffgraftError
-from diffgraft.generation.attention_control import Edit, control_of, controlled, one_chunk
+from diffgraft.generation.attention_control import Edit, control_of, controlled, one_chunk, record_of
 from diffgraft.generation.guided import Guide, GuidedDenoiser, Told, noise_levels
 from diffgraft.generation.image_input import ImageInput, native_size
 from diffgraft.generation.latents import decode, encode
+from diffgraft.generation.metadata import told_by
 from diffgraft.generation.samplers.k_diffusion import euler
 from diffgraft.generation.samplers.schedules import schedule_sigmas
+from diffgraft.generation.sampling import Job, Pass
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.progress import phase
 
+_MOST_INNER = 1000
+"""Number of optimizer steps in each step that `invert` accepts"""
 _RATE, _ENOUGH = 1e-2, 1e-5
 """Learning rate of the first step, which falls to half of it, and the loss in latents below which a step is done"""
 
@@ -41,6 +45,10 @@ class Inversion:
     negatives: Sequence[Tensor]
     """Hidden states of the negative prompt in each step, [tokens, width]"""
     settings: DrawSettings
+    source: ImageInput
+    """The picture at the size at which it is drawn"""
+    inner: int
+    """Number of optimizer steps in each step at most"""
 
 
 def invert(
@@ -56,9 +64,11 @@ def invert(
         inner: number of optimizer steps in each step at most; 0: no optimization.
 
     Raises:
-        DiffgraftError: the prompt has parts or changes.
+        DiffgraftError: the prompt has parts or changes, or `inner` is out of its range.
     """
     base, settings = session.base, settings or DrawSettings()
+    if not isinstance(inner, int) or not 0 <= inner <= _MOST_INNER:
+        raise DiffgraftError(f"Invalid value inner={inner!r}: must be a whole number from 0 to {_MOST_INNER}.")
     settings = replace(
         settings, sampler="ddim", schedule=None, regions=(), hires=None, size=settings.size or native_size(base, image)
     )
@@ -70,8 +80,9 @@ def invert(
     if len(guide.parts) != 1 or len(guide.parts[0][1]) != 1:
         raise DiffgraftError(f"The prompt {prompt!r} has parts or changes between steps: describe the picture plainly.")
     way = _Way(base, guide.parts[0][1][0], guide.negative[0], session.painter.guidance(settings).scale)
+    source = ImageInput(image, 1.0).resized(settings.size)
     with phase("inverting", 2 * (len(sigmas) - 1)) as tracker:
-        points = [encode(base, [ImageInput(image).resized(settings.size).image])]
+        points = [encode(base, [source.image])]
         for low, high in pairwise(reversed(sigmas)):
             points.append(way.raised(points[-1], low, high))
             tracker.advance()
@@ -83,7 +94,7 @@ def invert(
                 x = way.lowered(x, before, after, negative)
             negatives.append(negative)
             tracker.advance()
-    return Inversion(prompt, points[0], negatives, settings)
+    return Inversion(prompt, points[0], negatives, settings, source, inner)
 
 
 def redraw(
@@ -96,6 +107,9 @@ def redraw(
         inversion: result of `invert`.
         edited: prompt of the edited picture; None: only the picture itself.
         change: how much of the picture is kept, see `diffgraft.generation.attention_control`.
+
+    Returns:
+        The picture, and the edited one if there is a prompt for it; `Image.info` tells how they were drawn.
     """
     base, settings = session.base, inversion.settings
     prompts = [inversion.prompt] if edited is None else [inversion.prompt, edited]
@@ -118,7 +132,16 @@ def redraw(
             if control is not None:
                 control.advance(step)
             tracker.advance()
-    return tuple(decode(base, row) for row in x)
+    pictures = tuple(decode(base, row) for row in x)
+    assert settings.size is not None
+    work = Pass(
+        [Job(place, prompt, 0) for place, prompt in enumerate(prompts)], settings, settings.size, settings.steps
+    )
+    edit = record_of(change or Edit() if edited is not None else Edit(0, 0), inversion.inner)
+    records = session.records(work, inversion.source, list(session.adapters.items()))
+    for picture, record in zip(pictures, records, strict=True):
+        picture.info |= told_by(replace(record, edit=edit))
+    return pictures
 
 
 def _no_noise(_before: float, _after: float) -> Tensor:

@@ -74,6 +74,18 @@ class InputRecord:
 
 
 @dataclass(frozen=True)
+class EditRecord:
+    """How a pair of pictures was edited by attention control; the batch is the source prompt and the edited one."""
+
+    cross: float = 0.0
+    self: float = 0.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """These three as in `diffgraft.generation.attention_control.Edit`"""
+    inner: int | None = None
+    """Optimizer steps of the null-text inversion that the pair starts from; None: the source was drawn from noise"""
+
+
+@dataclass(frozen=True)
 class DrawingRecord:
     """All that the pixels of a picture depend on."""
 
@@ -93,6 +105,7 @@ class DrawingRecord:
     """`loading_of` the base"""
     adapters: Sequence[AdapterRecord] = ()
     image: InputRecord | None = None
+    edit: EditRecord | None = None
     is_complete: bool = True
     """Whether nothing else changed the base; adapters that were merged outside of the session are not known"""
     version: str = field(default_factory=lambda: version("diffgraft"))
@@ -125,12 +138,13 @@ class DrawingRecord:
             prompts = [str(prompt) for prompt in given.pop("prompts")]
             batch = [(prompts[index(number)], index(seed)) for number, seed in given.pop("batch")]
             width, height = given.pop("size")
-            image = given.pop("image", None)
+            image, edit = given.pop("image", None), given.pop("edit", None)
             adapters = [AdapterRecord(**adapter) for adapter in given.pop("adapters", ())]
             record = cls(
                 batch=batch,
                 size=(int(width), int(height)),
                 image=None if image is None else InputRecord(**image),
+                edit=None if edit is None else EditRecord(**edit),
                 adapters=adapters,
                 **given,
             )
@@ -161,6 +175,11 @@ def pixel_hash(image: Image.Image) -> str:
     return hashlib.sha256(start + image.tobytes()).hexdigest()
 
 
+def told_by(record: DrawingRecord) -> dict[str | tuple[int, int], Any]:
+    """Return what `Image.info` tells of a picture with this record."""
+    return {PARAMETERS: parameters(record), RECORD: record.to_json()}
+
+
 def parameters(record: DrawingRecord) -> str:
     """Return webui's description of a picture: prompt, negative prompt, and a line of settings.
 
@@ -179,6 +198,7 @@ def parameters(record: DrawingRecord) -> str:
         "Model": Path(record.base).stem,
         "Variation seed": settings.variation_seed if settings.variation_strength else None,
         "Variation seed strength": settings.variation_strength or None,
+        "ENSD": settings.noise_seed_delta or None,
         "Denoising strength": record.image.denoise if record.image else settings.hires and settings.hires.denoise,
         "Clip skip": settings.encoding.clip_skip if settings.encoding.clip_skip > 1 else None,
         "RNG": "CPU" if settings.noise == "cpu" else None,
@@ -195,6 +215,8 @@ def parameters(record: DrawingRecord) -> str:
         }
     if settings.encoding.emphasis != "original":
         values["Emphasis"] = settings.encoding.emphasis.capitalize().replace("-", " ")
+    if edit := record.edit:
+        values["Edit"] = f"prompt-to-prompt of {record.batch[0][0]!r}, cross {edit.cross:g}, self {edit.self:g}"
     hashes = {adapter.name: adapter.hash[:12] for adapter in record.adapters if adapter.hash}
     values["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items()) or None
     values["Version"] = f"diffgraft {record.version}"

@@ -14,11 +14,20 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, wrap_system_errors
 from diffgraft.generation.adapter_library import as_path, usual_name
+from diffgraft.generation.attention_control import Edit, edit
 from diffgraft.generation.checks import check_prompt
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
-from diffgraft.generation.metadata import DrawingRecord, loading_of, pixel_hash, read_parameters, read_record
+from diffgraft.generation.inversion import invert, redraw
+from diffgraft.generation.metadata import (
+    DrawingRecord,
+    EditRecord,
+    loading_of,
+    pixel_hash,
+    read_parameters,
+    read_record,
+)
 from diffgraft.generation.samplers.names import SAMPLERS
 from diffgraft.generation.samplers.schedules import SCHEDULES
 from diffgraft.generation.session import Session
@@ -101,7 +110,32 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
                 session.use(adapter.name, adapter.strength, adapter.name)
         prompts = [_without_choices(prompt) for prompt, _ in record.batch]
         seeds = [seed for _, seed in record.batch]
+        if record.edit is not None:
+            return _edited(session, record.edit, prompts, seeds[0], settings, image)[record.place], differences
         return session.draw_each(prompts, seeds, settings, image)[record.place], differences
+
+
+def _edited(
+    session: Session,
+    record: EditRecord,
+    prompts: Sequence[str],
+    seed: int,
+    settings: DrawSettings,
+    image: ImageInput | None,
+) -> tuple[Image.Image, ...]:
+    """Draw a source and its edited picture again; for an inverted picture without an edit, that picture alone.
+
+    Raises:
+        DiffgraftError: the prompts are not those of such a pair.
+    """
+    change = Edit(record.cross, record.self, record.weights)
+    source, *edited = prompts
+    if record.inner is not None and image is not None and len(edited) < 2:
+        inversion = invert(session, image.image, source, settings, record.inner)
+        return redraw(session, inversion, next(iter(edited), None), change)
+    if record.inner is not None or len(edited) != 1:
+        raise DiffgraftError("The picture's record has an edit without a source and an edited prompt.")
+    return edit(session, source, edited[0], seed, change, settings, image)
 
 
 def _without_choices(prompt: str) -> str:
@@ -227,6 +261,7 @@ class _Settings:
             noise="cpu" if rng == "CPU" else "gpu",
             variation_seed=self._number("Variation seed", int),
             variation_strength=self._number("Variation seed strength", float) or 0.0,
+            noise_seed_delta=self._number("ENSD", int) or 0,
             rescale=self._number("CFG Rescale", float) or 0.0,
             mimic=self._number("Mimic scale", float),
             percentile=(self._number("Threshold percentile", float) or 100.0) / 100,

@@ -125,6 +125,8 @@ class Painter:
             x = x + start.latents.to(x)
 
         seeds = [job.seed for job in work.jobs]
+        if delta := settings.noise_seed_delta:
+            streams = [noise_stream(settings.noise, seed + delta) for seed in seeds]
         path = BrownianPath(settings.noise, seeds, shape, sigmas) if sampler.has_path else None
 
         def noise(before: float, after: float) -> Tensor:

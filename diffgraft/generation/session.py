@@ -36,14 +36,12 @@ from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneError
 from diffgraft.generation.latents import decode
 from diffgraft.generation.metadata import (
-    PARAMETERS,
-    RECORD,
     AdapterRecord,
     DrawingRecord,
     InputRecord,
     loading_of,
-    parameters,
     pixel_hash,
+    told_by,
 )
 from diffgraft.generation.sampling import Job, Painter, Pass, Progress, computed_steps
 from diffgraft.generation.settings import DrawSettings, Hires
@@ -270,8 +268,8 @@ class Session:
         if source is not None:
             pictures = [source.restore_unmasked(picture) for picture in pictures]
         used = [*merged.items(), *(item for lane in lanes for item in lane.items())]
-        for picture, record in zip(pictures, self._records(work, source, used), strict=True):
-            picture.info = {PARAMETERS: parameters(record), RECORD: record.to_json()}
+        for picture, record in zip(pictures, self.records(work, source, used), strict=True):
+            picture.info = told_by(record)
         return pictures
 
     def _second_pass(self, work: Pass, hires: Hires, latents: Tensor, progress: Progress) -> Tensor:
@@ -307,7 +305,7 @@ class Session:
             _HASHES[self.base] = self.base.generation_hash
         return _HASHES[self.base]
 
-    def _records(
+    def records(
         self, work: Pass, source: ImageInput | None, in_use: Sequence[tuple[str, InUse]]
     ) -> Iterator[DrawingRecord]:
         """Yield the record of each picture of a batch."""

@@ -76,6 +76,9 @@ class DrawSettings:
     """Seed toward whose noise that of the pictures is turned"""
     variation_strength: float = 0.0
     """How far, from 0 to 1"""
+    noise_seed_delta: int = 0
+    """webui's ENSD: added to the seed of the noise that ancestral samplers add in their steps; 0: that noise continues
+    the numbers that the picture starts from. Paths of SDE samplers do not use it"""
     hires: Hires | None = None
     """Second pass at a larger size; None: no second pass"""
     regions: tuple[Region, ...] = ()
@@ -128,6 +131,7 @@ class DrawSettings:
         object.__setattr__(self, "regions", tuple(self.regions))
         if self.variation_seed is not None:
             checked_seeds([self.variation_seed])
+        checked_seeds([self.noise_seed_delta])
 
     def changed(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, as JSON has them."""

@@ -18,6 +18,7 @@ from diffgraft.trainers.objectives.registry import check_objective, objectives
 from diffgraft.trainers.recipe.files import described_keys, load_recipe
 from tests.adapters.outside import DIALECT, ENTRY_POINTS, METHOD, OBJECTIVE
 from tests.adapters.toys import Net, attach, shake
+from tests.recipes import SUBJECT
 
 ROOT = Path(__file__).parents[2]
 _CACHED = (registry.methods, registry.kinds, registry.network_kinds, registry.dialects, objectives)
@@ -78,11 +79,11 @@ def test_the_method_goes_through_the_dialect_and_is_converted_to_the_bit(tmp_pat
 @pytest.mark.usefixtures("installed")
 def test_a_recipe_may_name_the_dialect_and_help_lists_it() -> None:
     settings = {"subject": "dog", "method": "rows", "format": "piped"}
-    assert load_recipe("subject", settings).format == "piped"
+    assert load_recipe(SUBJECT, settings).format == "piped"
     (meaning,) = (meaning for key, _, meaning in described_keys("subject") if key == "format")
     assert "piped" in meaning
     with pytest.raises(DiffgraftError, match=r"Invalid value format='pip': must be one of auto, .*, piped"):
-        load_recipe("subject", {**settings, "format": "pip"})
+        load_recipe(SUBJECT, {**settings, "format": "pip"})
 
 
 def test_without_the_package_they_are_unknown() -> None:

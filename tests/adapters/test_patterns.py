@@ -17,6 +17,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import load_recipe
 from tests.adapters.toys import shake
 from tests.conftest import fresh
+from tests.recipes import SUBJECT
 
 UP = "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_k"
 """OUT05"""
@@ -145,7 +146,7 @@ def test_a_key_of_no_adapted_layer_is_refused(method: str, setting: str, base: B
 
 def test_ranks_as_a_command_line_gives_them() -> None:
     def options(method: str, **settings: str) -> Any:
-        recipe = load_recipe("subject", {"subject": "dog", "method": method, **settings})
+        recipe = load_recipe(SUBJECT, {"subject": "dog", "method": method, **settings})
         return get_method(method).read_options(recipe.options)
 
     for method in ("lora", "locon", "loha", "lokr"):

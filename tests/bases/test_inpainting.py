@@ -14,6 +14,7 @@ from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.train import train
 from tests.conftest import small
 from tests.drawing import generate
+from tests.recipes import SUBJECT
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -48,7 +49,7 @@ def test_what_it_is_told_is_to_draw_everything(tmp_path: Path) -> None:
 def test_training_and_drawing(pictures: Path, tmp_path: Path) -> None:
     held = load_base(small(tmp_path / "model", "sd1", channels=9))
     settings = {"subject": "dog", "steps": 2, "resolution": 64, "sample_every": 0, "prior": {"images": 2}}
-    run = train("subject", base=held, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=held, images=pictures, output=tmp_path / "run", **settings)
     assert len(run.metrics) == 2
     drawn = {}
     photo = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB")

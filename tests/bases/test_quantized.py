@@ -26,6 +26,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 KINDS = ("int8", "nf4")
 # Dettmers et al. 2023, arXiv:2305.14314, appendix E
@@ -143,7 +144,7 @@ def recipe(method: str, **more: Any) -> Any:
     lacking = get_method(method).unsupported_under(get_method(method).read_options(more.get("options", {})))
     settings = {"trigger": "<zorp>", "rank": 2, "text_encoder": more.pop("text_encoder", False)}
     settings = {key: value for key, value in settings.items() if key not in lacking}
-    return load_recipe("subject", {"subject": "dog", "method": method, **settings, **more})
+    return load_recipe(SUBJECT, {"subject": "dog", "method": method, **settings, **more})
 
 
 def shake(live: Attached) -> None:
@@ -298,10 +299,10 @@ def test_a_run_in_few_bits_and_its_continuation(kind: str, pictures: Path, tmp_p
     """Its file says so, opens on any base, and one that was stopped goes on to the same bytes."""
     settings: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 1, "prior": {"weight": 0}, "images": pictures}
     settings |= {"gradient_checkpointing": True, "text_encoder": True, "sample_prompts": "a dog"}
-    run = train("subject", quantize=kind, output=tmp_path / "whole", **settings)
+    run = train(SUBJECT, quantize=kind, output=tmp_path / "whole", **settings)
     assert load_adapter(run.adapter_file).metadata["recipe"]["quantize"] == kind
     assert f"quantize: {kind}" in (tmp_path / "whole" / "recipe.yaml").read_text("utf-8")
-    part = train("subject", quantize=kind, output=tmp_path / "part", **{**settings, "steps": 1})
+    part = train(SUBJECT, quantize=kind, output=tmp_path / "part", **{**settings, "steps": 1})
     folder = tmp_path / "part"
     (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text("utf-8").replace("steps: 1\n", "steps: 2\n"))
     for name in ("adapter.safetensors", "loss.png"):
@@ -323,10 +324,10 @@ def test_a_base_that_was_given_stays_what_it_is(held: Base, base: Base, pictures
     other = "nf4" if held.quantize == "int8" else "int8"
     for one in (base, held):
         with pytest.raises(DiffgraftError, match=rf"the recipe has quantize={other}. Load the base with load_base"):
-            train("subject", base=one, quantize=other, output=tmp_path / "run", **settings)
+            train(SUBJECT, base=one, quantize=other, output=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
     before = bits(held)
-    run = train("subject", base=held, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=held, output=tmp_path / "run", **settings)
     assert same(bits(held), before)
     assert run.recipe.quantize == held.quantize
     with pytest.raises(DiffgraftError, match=rf"the recipe has quantize={held.quantize}"):
@@ -337,7 +338,7 @@ def test_what_needs_the_weights_themselves_is_refused(held: Base, pictures: Path
     settings = {**SHORT, "images": pictures, "output": tmp_path / "run", "trigger": "<zorp>"}
     for more in ({"method": "full"}, {"method": "pivotal", "options": {"weights": "full"}}):
         with pytest.raises(DiffgraftError, match="trains the base's own weights, but they are quantised"):
-            train("subject", base=held, **{**settings, **more})
+            train(SUBJECT, base=held, **{**settings, **more})
     for name in ("checkpoint", "checkpoint.safetensors"):
         with pytest.raises(DiffgraftError, match=f"quantized to {held.quantize}, and adapters can only be merged"):
             merge_checkpoint(held, {lora(1, held): 1.0}, tmp_path / name)

@@ -17,6 +17,7 @@ from diffgraft.cli.main import main
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.plan import Plan
 from diffgraft.trainers.run.folder import Run
+from tests.recipes import SUBJECT
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
@@ -31,7 +32,7 @@ def test_train_then_generate(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, drawn = tmp_path / "run", tmp_path / "drawn"
-    words = ["train", "subject", f"images={pictures}", "subject=dog", "steps=2", "prior.images=2", f"output={run}"]
+    words = ["train", SUBJECT, f"images={pictures}", "subject=dog", "steps=2", "prior.images=2", f"output={run}"]
     assert call(monkeypatch, *words, "sample_prompts=a dog") == 0
     said = capsys.readouterr().out
     assert str(run / "adapter.safetensors") in said
@@ -64,6 +65,7 @@ def test_every_option_of_generate_reaches_what_draws(monkeypatch: pytest.MonkeyP
         **{"base": "my/base", "count": 3, "seed": 7, "size": (96, 64), "steps": 5, "guidance": 3.5, "negative": "snow"},
         **{"sampler": "heun", "schedule": "karras", "scheduler": "euler", "noise": "gpu", "rescale": 0.5, "mimic": 4.0},
         **{"percentile": 0.9, "variation_seed": 5, "variation_strength": 0.2, "library": Path("lib")},
+        **{"noise_seed_delta": 9},
         **{"wildcards": Path("words"), "style": "comfyui", "emphasis": "no-norm", "clip_skip": 2, "hires": 2.0},
         **{"hires_denoise": 0.6, "hires_steps": 9, "upscaler": "lanczos"},
         **{"image": Path("a.png"), "denoise": 0.4, "mask": Path("b.png"), "tiling": True},
@@ -107,12 +109,12 @@ def test_it_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     [
         (["train"], "Name a recipe"),
         (["train", "subjcet"], "did you mean 'subject'"),
-        (["train", "subject", "subject=dog", "imags=x"], "did you mean 'images'"),
-        (["train", "subject", "steps"], "is not a setting: write key=value"),
-        (["train", "subject", "subject=dog", "images=/none"], "does not exist"),
+        (["train", SUBJECT, "subject=dog", "imags=x"], "did you mean 'images'"),
+        (["train", SUBJECT, "steps"], "is not a setting: write key=value"),
+        (["train", SUBJECT, "subject=dog", "images=/none"], "does not exist"),
         (["train", "--resume", "/none"], "no run to resume"),
-        (["train", "subject", "resume=x"], "--resume x"),
-        (["train", "subject", "--allow-changes"], "add --resume"),
+        (["train", SUBJECT, "resume=x"], "--resume x"),
+        (["train", SUBJECT, "--allow-changes"], "add --resume"),
         (["generate", "x", "--size", "60x64"], "Use 64x64"),
         (["generate", "x", "--quantize", "nf8"], "did you mean 'nf4'"),
         (["generate", "x", "--mask", "m.png"], "image is missing: give image as well"),
@@ -159,7 +161,7 @@ def test_what_stops_a_run_is_said(
         with monkeypatch.context() as patched:
             patched.setattr("diffgraft.trainers.planning.plan.plan_run", lambda *_: Plan([("pictures", "5")], []))
             patched.setattr(f"diffgraft.trainers.{name}", stop)
-            assert call(monkeypatch, "train", "subject", "subject=dog") == 1
+            assert call(monkeypatch, "train", SUBJECT, "subject=dog") == 1
     assert answer in capsys.readouterr().err
 
 

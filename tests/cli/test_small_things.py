@@ -19,6 +19,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.train import train
 from tests.cli.test_cli import call
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 
 @pytest.mark.parametrize("words", [["-h"], ["train", "-h"], ["generate", "-h"], ["plan", "-h"]])
@@ -155,14 +156,14 @@ def test_a_model_that_cannot_be_reached_is_told_soon(monkeypatch: pytest.MonkeyP
 
 def test_pictures_that_were_learnt_stand_above_before_and_after(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "steps": 1, "sample_prompts": "a dog", "prior": {"weight": 0}, "previews": True}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     with Image.open(run.before_after) as sheet:
         assert sheet.height == 2 * (128 + 20 + 6)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGTERM to be caught there")
 def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -> None:
-    words = ["train", "subject", f"images={pictures}", "subject=dog", "prior.weight=0", f"output={tmp_path / 'run'}"]
+    words = ["train", SUBJECT, f"images={pictures}", "subject=dog", "prior.weight=0", f"output={tmp_path / 'run'}"]
     words += ["steps=5000", "sample_every=0", "checkpoint_every=0"]
     process = subprocess.Popen(
         [sys.executable, "-m", "diffgraft", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -182,13 +183,13 @@ def test_a_request_to_end_saves_as_ctrl_c_does(pictures: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["plan", "subject", "images=a", "subject=dog", "images=b"], "images is given twice, as images=a and images=b"),
-        (["plan", "subject", "images=", "my_dog/"], "After images= there is a blank: write images=my_dog/ without it"),
+        (["plan", SUBJECT, "images=a", "subject=dog", "images=b"], "images is given twice, as images=a and images=b"),
+        (["plan", SUBJECT, "images=", "my_dog/"], "After images= there is a blank: write images=my_dog/ without it"),
         (["plan", "images=a", "subject=dog"], "The recipe comes first: diffgraft plan subject images=a subject=dog"),
         (["train", "images=a", "style"], "The recipe comes first: diffgraft train style images=a"),
         (["train", "--images", "d"], "Settings have no dashes: write images=d in the place of --images"),
         (["plan", "--network_dim=4"], "Settings have no dashes: write rank=4 in the place of --network_dim=4"),
-        (["train", "subject", "--resume", "runs/x"], "--resume takes no recipe, as the run in runs/x has one"),
+        (["train", SUBJECT, "--resume", "runs/x"], "--resume takes no recipe, as the run in runs/x has one"),
         (["train", "--resume", "runs/x"], "There is no run to resume in runs/x"),
     ],
 )

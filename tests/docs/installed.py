@@ -13,13 +13,14 @@ import torch
 
 import diffgraft as dg
 from diffgraft.progress import reporting, silent
+from tests.recipes import SUBJECT
 
 SHORT: dict[str, Any] = {"subject": "dog", "batch": 2, "seed": 3, "previews": False, "sample_every": 0}
 
 
 def train(folder: Path, pictures: Path, **settings: Any) -> dg.Run:
     """A short run on two processor threads at most."""
-    return dg.train("subject", images=pictures, output=folder, **{**SHORT, "prior": {"weight": 0}, **settings})
+    return dg.train(SUBJECT, images=pictures, output=folder, **{**SHORT, "prior": {"weight": 0}, **settings})
 
 
 def method(folder: Path, pictures: Path) -> dict[str, Any]:

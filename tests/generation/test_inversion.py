@@ -52,3 +52,6 @@ def test_without_guidance_the_way_back_is_nearly_the_way_there(base: Base) -> No
 def test_prompts_that_change_are_refused(base: Base) -> None:
     with pytest.raises(DiffgraftError, match="describe the picture plainly"):
         invert(Session(base), read_folder(POODLE.folder / "learn")[0].image, "a [dog:cat:0.5]", SETTINGS)
+    for inner in (-1, 10**6, "many"):
+        with pytest.raises(DiffgraftError, match="whole number from 0 to 1000"):
+            invert(Session(base), read_folder(POODLE.folder / "learn")[0].image, "a dog", SETTINGS, inner)

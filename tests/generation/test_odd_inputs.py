@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from diffgraft.generation.metadata import PARAMETERS, RECORD, read_parameters, r
 from diffgraft.generation.regenerate import Sources, regenerate
 from diffgraft.generation.regions import Region
 from diffgraft.generation.samplers.names import named_sampler, sampler_sigmas
+from diffgraft.generation.samplers.noise import CpuNoise
 from diffgraft.generation.sampling import Painter
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings, Hires
@@ -112,6 +114,33 @@ def test_variation_seeds_are_those_of_each_picture_alone(base: Base) -> None:
     together = pixels(Session(base).draw("a dog", [1, 2, 3], settings))
     alone = pixels(Session(base).draw("a dog", [1, 2, 3], replace(settings, batch=1)))
     assert np.abs(together - alone).max() <= 2
+
+
+def test_a_delta_of_seeds_changes_the_noise_of_steps_alone(base: Base) -> None:
+    """As in webui: the first noise is that of the seed, that of steps starts anew from the seed and the delta."""
+    drawn: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for seed, delta in ((3, 4), (7, 0), (3, 0)):
+            streams = {}
+
+            class Stream(CpuNoise):
+                def __init__(self, seed: int, streams: dict[int, Any] = streams) -> None:
+                    super().__init__(seed)
+                    streams[seed] = self.numbers = []
+
+                def normal(self, shape: Sequence[int]) -> torch.Tensor:
+                    found = super().normal(shape)
+                    self.numbers.append(float(found.sum()))
+                    return found
+
+            patch.setattr("diffgraft.generation.samplers.noise.CpuNoise", Stream)
+            Session(base).draw("a dog", [seed], replace(FEW, sampler="euler a", noise_seed_delta=delta))
+            drawn.append([number for numbers in streams.values() for number in numbers])
+    with_delta, of_seven, of_three = drawn
+    assert with_delta[0] == of_three[0]
+    assert with_delta[1:] == of_seven[: len(with_delta) - 1]
+    assert with_delta[1:] != of_three[1:]
+    assert len(with_delta) == len(of_three) > 2
 
 
 @pytest.mark.parametrize("options", [{"precision": "bfloat16"}, {"quantize": "int8"}, {"zero_snr": False}])

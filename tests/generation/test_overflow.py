@@ -17,6 +17,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.drawing import generate
+from tests.recipes import SUBJECT
 
 
 @pytest.mark.parametrize("guidance", [float("inf"), float("-inf"), float("nan")])
@@ -54,7 +55,7 @@ def test_training_goes_on_without_samples_that_overflow(
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "prior": {"weight": 0}, "previews": True}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     said = [str(one.message) for one in seen]
     assert said == [
         "Samples of step 1 are missing. Latents overflowed.",

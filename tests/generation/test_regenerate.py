@@ -14,9 +14,11 @@ from diffgraft.bases import Base, load_base
 from diffgraft.data.image_folder import read_folder
 from diffgraft.demo.subject import POODLE
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.attention_control import Edit, edit
 from diffgraft.generation.graft import graft
 from diffgraft.generation.grammar.encode import Encoding
 from diffgraft.generation.image_input import ImageInput
+from diffgraft.generation.inversion import invert, redraw
 from diffgraft.generation.metadata import PARAMETERS, RECORD, save_drawing
 from diffgraft.generation.regenerate import Sources, regenerate
 from diffgraft.generation.session import Session
@@ -74,6 +76,23 @@ def test_every_mode_gives_the_same_pixels_again(
     assert again.differences == []
     assert again.has_same_pixels is True
     assert again.image.tobytes() == drawn[1].tobytes() != drawn[0].tobytes()
+
+
+def test_edited_pictures_are_drawn_again(base: Base, library: Path, tmp_path: Path) -> None:
+    change = Edit(cross=0.6, self=0.3, weights={"snow": 2.0})
+    with Session(base, library) as session:
+        session.use("poodle", 2.0)
+        pair = edit(session, "a dog at night", "a dog in the snow", 5, change, STEPS)
+        inversion = invert(session, photo(), "a dog at night", STEPS, inner=2)
+        inverted = (*redraw(session, inversion, "a dog in the snow", change), *redraw(session, inversion))
+    for number, picture in enumerate((*pair, *inverted)):
+        file = save_drawing(picture, tmp_path / f"{number}.png")
+        again = regenerate(file, Sources(None, (), library, photo()))
+        assert again.differences == []
+        assert again.has_same_pixels is True
+    assert "Edit: \"prompt-to-prompt of 'a dog at night', cross 0.6, self 0.3\"" in pair[1].info[PARAMETERS]
+    with pytest.raises(DiffgraftError, match="started from another picture"):
+        regenerate(tmp_path / "3.png", Sources(None, (), library))
 
 
 def test_a_file_is_found_by_its_content(base: Base, library: Path, tmp_path: Path) -> None:
@@ -142,6 +161,7 @@ def test_sources_are_asked_for(base: Base, tmp_path: Path) -> None:
         ("Steps: 4, Sampler: Euler a, Schedule type: Automatic", {"sampler": "euler a"}),
         ("Steps: 4, Sampler: DPM++ 2M Karras", {"sampler": "dpm++ 2m", "schedule": "karras"}),
         ("Steps: 4, Sampler: Euler, Clip skip: 1, RNG: CPU", {"noise": "cpu"}),
+        ("Steps: 4, Sampler: Euler a, ENSD: 31337", {"sampler": "euler a", "noise_seed_delta": 31337}),
         (
             "Steps: 4, Sampler: Heun, Hires upscale: 1.5, Denoising strength: 0.5, Hires upscaler: Latent (nearest)",
             {"sampler": "heun", "hires": Hires(1.5, 0.5, 0, "latent nearest")},

@@ -17,6 +17,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.processes import new_accelerator
 from tests.bases.test_quantized import predict, whole
+from tests.recipes import SUBJECT
 from tests.trainers.test_optimizers import parameters, recipe_of, walk
 
 SETTINGS: dict[str, Any] = {
@@ -42,7 +43,7 @@ def checksums(base: Base) -> dict[str, int]:
 def trained(base: Base, pictures: Path, folder: Path, **settings: Any) -> Run:
     """A run; it has learnt numbers, and the base is where it was and has the bits that it had."""
     before, was_on = checksums(base), base.device
-    run = train("subject", base=base, images=pictures, output=folder, **{**SETTINGS, **settings})
+    run = train(SUBJECT, base=base, images=pictures, output=folder, **{**SETTINGS, **settings})
     assert base.device == was_on
     assert checksums(base) == before
     losses = losses_of(run)

@@ -12,6 +12,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning.estimate import Cost
 from diffgraft.trainers.run.folder import read_prompts, recipe_with
 from tests.cli.test_cli import call
+from tests.recipes import SUBJECT
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,7 @@ def test_sample_prompts_may_stand_in_a_file(tmp_path: Path) -> None:
 def test_a_recipe_takes_its_prompts_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a {trigger} dog\na {trigger} dog at night\n", "utf-8")
     given = {"subject": "dog", "images": "pictures", "sample_prompts": str(tmp_path / "prompts.txt")}
-    assert recipe_with("subject", given).sample_prompts == ["a {trigger} dog", "a {trigger} dog at night"]
+    assert recipe_with(SUBJECT, given).sample_prompts == ["a {trigger} dog", "a {trigger} dog at night"]
 
 
 def test_a_recipe_for_xl_on_the_toy_base(pictures: Path) -> None:

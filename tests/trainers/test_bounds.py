@@ -13,6 +13,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import _keys
 from diffgraft.trainers.recipe.recipe import TASKS
 from diffgraft.trainers.run.folder import recipe_with
+from tests.recipes import SUBJECT
 
 GROUPS = (
     "options",
@@ -67,13 +68,13 @@ def refusal(recipe: str, settings: dict[str, Any]) -> str:
 )
 def test_numbers_beyond_any_machine_are_refused(setting: str) -> None:
     with pytest.raises(DiffgraftError, match=rf"Invalid value {setting}='100000000': must be less than or equal"):
-        recipe_with("subject", {"subject": "dog", "images": "pictures", setting: "100000000"})
+        recipe_with(SUBJECT, {"subject": "dog", "images": "pictures", setting: "100000000"})
 
 
 def test_the_largest_numbers_are_planned_soon(pictures: Path) -> None:
     started = time.monotonic()
     large = {"batch": "4096", "resolution": "2048", "rank": "8192", "steps": "10000000", "accumulate": "10000"}
-    said = str(dg.plan("subject", images=pictures, subject="dog", **large))
+    said = str(dg.plan(SUBJECT, images=pictures, subject="dog", **large))
     assert "rank=8192 exceeds 128" in said
     assert time.monotonic() - started < 20
 
@@ -81,5 +82,5 @@ def test_the_largest_numbers_are_planned_soon(pictures: Path) -> None:
 @pytest.mark.parametrize("key", ["images", "base", "output", "init_from"])
 def test_names_that_are_too_long_are_told(key: str, pictures: Path) -> None:
     with pytest.raises(DiffgraftError) as caught:
-        dg.plan("subject", **{"images": str(pictures), "subject": "dog", key: "x" * 300 + "/y"})
+        dg.plan(SUBJECT, **{"images": str(pictures), "subject": "dog", key: "x" * 300 + "/y"})
     assert "\n" not in str(caught.value)

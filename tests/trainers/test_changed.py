@@ -18,6 +18,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.fingerprint import differences, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 from tests.trainers.test_resumed import differing
 
@@ -36,7 +37,7 @@ def halves(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def stopped_after(step: int, base: Base, folder: Path, **settings: Any) -> None:
     with interrupted_after(step):
-        train("subject", base=base, output=folder, **{**SETTINGS, **settings})
+        train(SUBJECT, base=base, output=folder, **{**SETTINGS, **settings})
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def losses(run: Run) -> list[float]:
 def test_what_differs_is_told_by_its_key() -> None:
     def identity(base: str = "a", data: str = "b", **settings: Any) -> Any:
         settings = {"subject": "dog", **{key.replace("__", "."): value for key, value in settings.items()}}
-        return run_fingerprint(load_recipe("subject", settings), base, data)
+        return run_fingerprint(load_recipe(SUBJECT, settings), base, data)
 
     assert differences(identity(), identity()) == []
     other = identity(lr="2e-3", prior__weight=0.5, flip=True, resolution=32, options__dora=True)
@@ -106,7 +107,7 @@ def test_a_changed_setting_is_refused_and_nothing_is_written(base: Base, run: Pa
 
 def test_a_change_that_is_meant_holds_from_there_on(base: Base, pictures: Path, run: Path, tmp_path: Path) -> None:
     """The steps before are those of the old settings, those after are of the new ones, and the recipe says it."""
-    old = train("subject", base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
+    old = train(SUBJECT, base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
     done = train(base=base, resume=run, allow_changes=True, lr=0.03, weight_decay=0.5, steps=5)
     assert [entry["lr"] for entry in done.metrics] == [0.0015, 0.0015, 0.03, 0.03, 0.03]
     assert losses(done)[:3] == losses(old)[:3]
@@ -140,7 +141,7 @@ def test_a_change_that_was_accepted_is_not_asked_for_again(base: Base, run: Path
 def test_what_decides_nothing_about_the_steps_may_be_set(base: Base, run: Path, pictures: Path, tmp_path: Path) -> None:
     """And pictures and base may have moved, as long as they are the same."""
     moved = shutil.copytree(pictures, tmp_path / "moved")
-    old = train("subject", base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
+    old = train(SUBJECT, base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
     free = {"checkpoint_every": 1, "sample_every": 2, "sample_prompts": "a cat | a dog"}
     done = train(base="tiny", resume=run, images=moved, **free)
     assert losses(done) == losses(old)
@@ -168,8 +169,8 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
     """And ends as one that was to have as many from the start, stopped on the way or not."""
     folder, long = tmp_path / "run", tmp_path / "long"
     settings = {**SETTINGS, "images": pictures, "checkpoint_every": 2, "sample_prompts": "a sks dog", "lr": 0.02}
-    train("subject", base=base, output=long, **{**settings, "steps": 6})
-    first = train("subject", base=base, output=folder, **settings)
+    train(SUBJECT, base=base, output=long, **{**settings, "steps": 6})
+    first = train(SUBJECT, base=base, output=folder, **settings)
     assert (first.steps, first.was_finished) == (4, False)
     old, pictured = first.adapter_file.read_bytes(), first.before_after.read_bytes()
     again = train(base=base, resume=folder)

@@ -14,6 +14,7 @@ from diffgraft.trainers.recipe.files import load_recipe, save_recipe
 from diffgraft.trainers.run import train_adapter as learn
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.test_materials import folder
 
 
@@ -23,7 +24,7 @@ def refused(base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer:
     said = []
     for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match=answer) as told:
-            ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), **settings})
+            ask(SUBJECT, {"subject": "dog", "output": str(tmp_path / "run"), **settings})
         said.append(str(told.value))
     assert said[0] == said[1]
     assert not (tmp_path / "run" / "recipe.yaml").exists()
@@ -63,7 +64,7 @@ def test_what_train_refuses_plan_refuses(
     if "validation" in settings:  # which is looked at as pictures are gathered, before anything is drawn
         for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
             with pytest.raises(DiffgraftError, match=answer):
-                ask("subject", {"subject": "dog", "output": str(tmp_path / "run"), "images": pictures, **settings})
+                ask(SUBJECT, {"subject": "dog", "output": str(tmp_path / "run"), "images": pictures, **settings})
         return
     refused(base, monkeypatch, tmp_path, answer, {"images": pictures, **settings})
 
@@ -95,16 +96,16 @@ def test_concepts_whose_classes_are_held_in_different_ways_are_refused(
     monkeypatch.setattr(learn, "build_training_data", None)
     for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
         with pytest.raises(DiffgraftError, match="Concepts differ in prior preservation"):
-            ask("subject", settings)
+            ask(SUBJECT, settings)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule-free"])
 def test_a_rate_of_prodigys_is_warned_of_elsewhere(optimizer: str, pictures: Path) -> None:
-    recipe = load_recipe("subject", {"subject": "dog", "optimizer": optimizer, "lr": 1})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", "optimizer": optimizer, "lr": 1})
     assert "lr=1.0 is far too large for" in lr_warning(recipe)
     assert lr_warning(recipe.model_copy(update={"lr": 0.01})) == ""
     if optimizer == "adamw":
-        assert "far too large for" in str(plan_run("subject", {"images": pictures, "subject": "dog", "lr": 1}))
+        assert "far too large for" in str(plan_run(SUBJECT, {"images": pictures, "subject": "dog", "lr": 1}))
 
 
 def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp
         "optimizer": "prodigy",
         "lr": 1,
     }
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     found = [entry["effective_lr"] for entry in run.metrics]
     assert len(found) == 6
     assert all(entry["lr"] == 1 for entry in run.metrics)
@@ -125,7 +126,7 @@ def test_the_rate_that_prodigy_finds_is_recorded(base: Base, pictures: Path, tmp
 
 def test_the_rate_that_prodigy_finds_grows() -> None:
     value, goal = torch.nn.Parameter(torch.zeros(3)), torch.tensor([3.0, -2.0, 5.0])
-    recipe = load_recipe("subject", {"subject": "dog", "optimizer": "prodigy", "lr": 1})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", "optimizer": "prodigy", "lr": 1})
     optimizer = new_optimizer(recipe, {"value": value}, {})
     for _ in range(150):
         value.grad = 2 * (value.detach() - goal)
@@ -161,14 +162,14 @@ def test_a_run_stays_out_of_a_persons_folders(base: Base, pictures: Path, tmp_pa
         before = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
         for ask in (plan_run, lambda recipe, given: train(recipe, base=base, **given)):
             with pytest.raises(DiffgraftError, match=answer):
-                ask("subject", {**settings, "images": images, "output": output})
+                ask(SUBJECT, {**settings, "images": images, "output": output})
         assert (sorted(path.name for path in output.iterdir()) if output.is_dir() else []) == before
     with pytest.raises(DiffgraftError, match="is also a folder of training images"):
-        plan_run("subject", {**settings, "images": pictures, "output": data, "validation": {"images": data}})
+        plan_run(SUBJECT, {**settings, "images": pictures, "output": data, "validation": {"images": data}})
 
 
 def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("subject", {"subject": "dog", "images": str(pictures)})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", "images": str(pictures)})
     empty, left = tmp_path / "empty", tmp_path / "left"
     for place in (empty, left):
         place.mkdir()
@@ -176,7 +177,7 @@ def test_a_run_goes_where_nothing_is_or_where_one_was_refused(pictures: Path, tm
     (left / ".partial-recipe-xyz.yaml").touch()
     save_recipe(recipe, left / "recipe.yaml")
     for place in (empty, left, tmp_path / "new"):
-        plan_run("subject", {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})
+        plan_run(SUBJECT, {"images": pictures, "subject": "dog", "prior": {"weight": 0}, "output": place})
 
 
 @pytest.mark.parametrize("shard", ["fsdp", "zero3"])
@@ -184,4 +185,4 @@ def test_plan_refuses_shards_in_one_process_as_train_does(pictures: Path, shard:
     settings = {"images": str(pictures), "subject": "dog", "shard": shard}
     for start in (plan_run, train):
         with pytest.raises(DiffgraftError, match="but there is one: start them with `torchrun"):
-            start("subject", **({"settings": settings} if start is plan_run else settings))
+            start(SUBJECT, **({"settings": settings} if start is plan_run else settings))

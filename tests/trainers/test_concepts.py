@@ -20,6 +20,7 @@ from diffgraft.trainers.training_data.build import Sample, collect_samples, spli
 from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.holdout import rows_held_out
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.test_materials import folder
 
 PLAIN: dict[str, Any] = {"subject": "man", "prior.weight": 0}
@@ -79,14 +80,14 @@ def test_captions_that_have_the_trigger_come_before_the_name_of_their_folder(tmp
 def test_an_empty_trigger_is_not_put_before_captions(base: Base, tmp_path: Path) -> None:
     data = folder(tmp_path / "data", 1)
     (data / "00.txt").write_text("a dog at sea", "utf-8")
-    _, (item,) = items_of(base, "subject", images=str(data), subject="dog", trigger="", insert_trigger=True)
+    _, (item,) = items_of(base, SUBJECT, images=str(data), subject="dog", trigger="", insert_trigger=True)
     assert item.prompt_builder.prompts() == ["a dog at sea"]
 
 
 def test_a_round_has_no_more_places_than_can_be_kept(base: Base, tmp_path: Path) -> None:
     folder(tmp_path / "data" / "900_sks dog", 1)
     with pytest.raises(DiffgraftError, match=r"The repeats make an epoch of 9,000,000 images"):
-        items_of(base, "subject", images=str(tmp_path / "data"), subject="dog", repeats=10_000)
+        items_of(base, SUBJECT, images=str(tmp_path / "data"), subject="dog", repeats=10_000)
 
 
 def test_folders_that_are_called_differently_are_concepts(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_numbered_folder_that_is_a_link_is_read_only_where_that_is_meant(tmp_p
 def test_a_run_is_called_as_its_folder_is(base: Base, tmp_path: Path) -> None:
     folder(tmp_path / "data" / "2_ohwx man", 2)
     settings: dict[str, Any] = {**SHORT, "subject": "man", "steps": 1, "prior": {"weight": 0}}
-    run = train("subject", base=base, images=tmp_path / "data", output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=tmp_path / "data", output=tmp_path / "run", **settings)
     assert run.adapter.metadata["trigger"] == "ohwx"
     assert run.recipe.samples()[0] == "a ohwx man"
     assert "trigger: ohwx" in (tmp_path / "run" / "recipe.yaml").read_text("utf-8")
@@ -137,17 +138,17 @@ def test_prompts_without_the_trigger_are_told_of_and_the_advice_holds(base: Base
     (data / "00.txt").write_text("an elephant with white tusks", "utf-8")
     (data / "01.txt").write_text("a {trigger} {subject} by a lake", "utf-8")
     with pytest.warns(UserWarning, match=r"caption of 00\.png lacks the trigger 'sks'\. insert_trigger=true"):
-        _, items = items_of(base, "subject", images=str(data), **PLAIN)
+        _, items = items_of(base, SUBJECT, images=str(data), **PLAIN)
     assert [one.prompt_builder.prompts() for one in items] == [
         ["an elephant with white tusks"],
         ["a sks man by a lake"],
     ]
-    _, items = items_of(base, "subject", images=str(data), **PLAIN, insert_trigger=True)
+    _, items = items_of(base, SUBJECT, images=str(data), **PLAIN, insert_trigger=True)
     assert items[0].prompt_builder.prompts() == ["sks, an elephant with white tusks"]
     folder(tmp_path / "kohya" / "3_man", 1)
     with pytest.warns(UserWarning, match="'man', lacks the trigger 'sks'. insert_trigger=true"):
-        items_of(base, "subject", images=str(tmp_path / "kohya"), **PLAIN)
-    told = plan_run("subject", {"images": tmp_path / "kohya", **PLAIN, "insert_trigger": True})
+        items_of(base, SUBJECT, images=str(tmp_path / "kohya"), **PLAIN)
+    told = plan_run(SUBJECT, {"images": tmp_path / "kohya", **PLAIN, "insert_trigger": True})
     assert "lacks" not in str(told)
     assert "does nothing" not in str(told)
     assert "such as: sks, man" in str(told)
@@ -187,7 +188,7 @@ def test_a_run_drops_tags_of_captions_and_of_the_prompt_but_never_the_trigger(
     if caption:
         (data / "00.txt").write_text(caption, "utf-8")
     settings: dict[str, Any] = {"images": str(data), "subject": "dog", "prompt": "hill, {trigger} dog, lake, sky"}
-    recipe, (item,) = items_of(base, "subject", **settings, **{"tags.drop": 0.9})
+    recipe, (item,) = items_of(base, SUBJECT, **settings, **{"tags.drop": 0.9})
     said = [item.prompt_builder.prompt(0, recipe.tags, 0.0, np.random.default_rng(n)) for n in range(40)]
     assert all(mentions(one, "sks") for one in said)
     assert sum("lake" in one for one in said) < 20
@@ -209,7 +210,7 @@ def test_captions_of_several_lines(base: Base, tmp_path: Path, how: str, texts: 
     assert caption_lines("a\n\nb", "random") == ("a", "b")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        _, (item,) = items_of(base, "subject", images=str(data), subject="dog", **{"captions.lines": how})
+        _, (item,) = items_of(base, SUBJECT, images=str(data), subject="dog", **{"captions.lines": how})
     assert any("has several lines" in str(one.message) for one in seen)
     assert list(item.prompt_builder.texts) == texts
 
@@ -241,7 +242,7 @@ def test_captions_written_as_for_drawing_are_told_of(base: Base, tmp_path: Path,
     data = folder(tmp_path / "data", 1)
     (data / "00.txt").write_text(caption, "utf-8")
     with pytest.warns(UserWarning, match=f"caption of 00.png has {said}"):
-        items_of(base, "subject", images=str(data), subject="dog")
+        items_of(base, SUBJECT, images=str(data), subject="dog")
 
 
 def test_a_mask_that_leaves_nothing_is_refused(base: Base, tmp_path: Path) -> None:
@@ -264,13 +265,13 @@ def test_each_concept_gives_its_share_to_validation(base: Base, tmp_path: Path) 
     names = {"ohwx": 6, "zwx": 3, "qwx": 1}
     for number, (name, count) in enumerate(names.items()):
         folder(tmp_path / "data" / f"1_{name} man", count, start=10 * number)
-    recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.34})
+    recipe, items = items_of(base, SUBJECT, images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.34})
     learnt, held = split_samples(recipe.data, recipe.validation, items, base)
     counts = {name: sum(one.concept.trigger == name for one in held) for name in names}
     assert counts == {"ohwx": 2, "zwx": 1, "qwx": 0}
     assert len(learnt) + len(held) == 10
     assert all(one.prompt_builder.prompts() == [f"{one.concept.trigger} man"] for one in held)
-    recipe, items = items_of(base, "subject", images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
+    recipe, items = items_of(base, SUBJECT, images=str(tmp_path / "data"), **PLAIN, **{"validation.share": 0.01})
     assert [one.concept.trigger for one in split_samples(recipe.data, recipe.validation, items, base)[1]] == ["ohwx"]
 
 
@@ -296,7 +297,7 @@ def test_pictures_of_validation_in_one_folder_belong_to_the_concepts_that_their_
     for number, caption in enumerate(("zwx man at sea", "ohwx man at sea", "a man at sea, zwx")):
         (flat / f"{30 + number}.txt").write_text(caption, "utf-8")
     settings: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN, "validation.images": str(flat)}
-    recipe, items = items_of(base, "subject", **settings)
+    recipe, items = items_of(base, SUBJECT, **settings)
     _, held = split_samples(recipe.data, recipe.validation, items, base)
     assert {one.picture.name: one.concept.trigger for one in held} == {
         "30.png": "zwx",
@@ -310,7 +311,7 @@ def test_a_numbered_folder_of_validation_that_names_no_concept_is_refused(base: 
         folder(tmp_path / "data" / f"1_{name}", 1, start=10 * number)
     folder(tmp_path / "held" / "1_man", 1, start=30)
     settings: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN, "validation.images": str(tmp_path / "held")}
-    recipe, items = items_of(base, "subject", **settings)
+    recipe, items = items_of(base, SUBJECT, **settings)
     with pytest.raises(DiffgraftError, match=r"concept of the validation images in .*1_man is unknown: put its"):
         split_samples(recipe.data, recipe.validation, items, base)
 
@@ -320,12 +321,12 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
         folder(tmp_path / "data" / f"1_{name}", 2, start=10 * number)
         folder(tmp_path / "held" / f"1_{name}", 1, start=10 * number + 5)
     given: dict[str, Any] = {"images": str(tmp_path / "data"), **PLAIN}
-    recipe, items = items_of(base, "subject", **given, **{"validation.images": str(tmp_path / "held")})
+    recipe, items = items_of(base, SUBJECT, **given, **{"validation.images": str(tmp_path / "held")})
     _, held = split_samples(recipe.data, recipe.validation, items, base)
     assert [one.prompt_builder.prompts() for one in held] == [["ohwx man"], ["zwx man"]]
     flat = folder(tmp_path / "flat", 2, start=30)
     (flat / "30.txt").write_text("zwx man at sea", "utf-8")
-    recipe, items = items_of(base, "subject", **given, **{"validation.images": str(flat)})
+    recipe, items = items_of(base, SUBJECT, **given, **{"validation.images": str(flat)})
     for caption in ("", "a fox at sea", "a man at sea"):  # the last is of both concepts
         (flat / "31.txt").write_text(caption or "zwx", "utf-8")
         if not caption:
@@ -338,7 +339,7 @@ def test_pictures_of_validation_are_judged_by_their_own_words(base: Base, tmp_pa
         split_samples(recipe.data, Validation(images=str(tmp_path / "both")), items, base)
     one: dict[str, Any] = {**given, "images": str(tmp_path / "data" / "1_ohwx man"), "trigger": "ohwx"}
     folder(tmp_path / "noun" / "1_man", 1, start=40)
-    recipe, items = items_of(base, "subject", **one, **{"validation.images": str(tmp_path / "noun")})
+    recipe, items = items_of(base, SUBJECT, **one, **{"validation.images": str(tmp_path / "noun")})
     assert [one.prompt_builder.prompts() for one in split_samples(recipe.data, recipe.validation, items, base)[1]] == [
         ["a ohwx man"]
     ]

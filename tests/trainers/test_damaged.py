@@ -15,6 +15,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.hooks.metrics import read_metrics
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 1, "batch": 1, "sample_prompts": "a dog"}
@@ -26,7 +27,7 @@ def stopped(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     """A run that was stopped after three of four steps, with checkpoints of the second and the third."""
     folder = tmp_path_factory.mktemp("damaged") / "run"
     with interrupted_after(3):
-        train("subject", base=base, images=pictures, output=folder, **SETTINGS)
+        train(SUBJECT, base=base, images=pictures, output=folder, **SETTINGS)
     assert [path.name for path in checkpoints(folder)] == ["step-000002", "step-000003"]
     return folder
 
@@ -95,7 +96,7 @@ def test_a_damaged_average_of_the_weights_is_noticed_as_well(
     base: Base, pictures: Path, tmp_path: Path, damage: Callable[[Path], Any]
 ) -> None:
     with interrupted_after(2):
-        train("subject", base=base, images=pictures, output=tmp_path / "run", **SETTINGS, ema=0.5, previews=False)
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **SETTINGS, ema=0.5, previews=False)
     newest = checkpoints(tmp_path / "run")[-1]
     damage(newest / "average.safetensors")
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):

@@ -16,6 +16,7 @@ from diffgraft.disk import DiskFullError, format_bytes, full_disk_errors
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.hooks.metrics import Metrics, read_metrics
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 from tests.trainers.kill_helpers import SERVER, check_whole
 from tests.trainers.test_resumed import differing
 
@@ -53,7 +54,7 @@ def run_on_little_room(pipe: Connection, pictures: Path, place: Path) -> None:
         return
     disk = place / "disk"
     draw_in(2)
-    whole = train("subject", base=BASE, images=pictures, output=place / "whole", **SETTINGS).folder
+    whole = train(SUBJECT, base=BASE, images=pictures, output=place / "whole", **SETTINGS).folder
     disk.mkdir()
     if not mount(disk, ROOM[0]):
         return
@@ -63,7 +64,7 @@ def run_on_little_room(pipe: Connection, pictures: Path, place: Path) -> None:
         started = (folder / "recipe.yaml").exists()
         settings = {"resume": folder} if started else {"images": pictures, "output": folder, **SETTINGS}
         try:
-            train("subject", base=BASE, **settings)
+            train(SUBJECT, base=BASE, **settings)
         except DiskFullError as full:
             pipe.send(str(full).replace(str(disk), "DISK"))
         else:

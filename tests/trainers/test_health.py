@@ -17,6 +17,7 @@ from diffgraft.trainers.hooks.health import GradMonitor, first_nonfinite_grad
 from diffgraft.trainers.optim.optimizers import _FACTORIES
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.gpu_checks import overflowing, with_scaler
 
 
@@ -41,7 +42,7 @@ def test_modules_are_counted_as_still_until_one_of_their_parameters_has_a_gradie
 def test_a_run_that_diverges_says_where_and_keeps_what_it_had(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 5, "checkpoint_every": 0, "sample_prompts": "a dog", "lr": 1e30}
     with pytest.raises(DiffgraftError) as caught:
-        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     said = str(caught.value)
     assert "Training diverged at step 2: the loss is" in said
     assert "the first non-finite gradient is that of unet." in said
@@ -71,7 +72,7 @@ def test_a_gradient_that_is_no_number_stops_a_run_before_it_moves(
     monkeypatch.setattr(FactorLayer, "forward", spoilt)
     settings: dict[str, Any] = {**SHORT, "steps": 5, "sample_prompts": "a dog", "prior": {"weight": 0}}
     with pytest.raises(DiffgraftError, match=rf"at step 3: the loss is 0\.\d+, and the first .* unet\.{path}"):
-        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert [kept.name for kept in checkpoints(tmp_path / "run")] == ["step-000002"]
     monkeypatch.undo()
     assert train(base=base, resume=tmp_path / "run").metrics[-1]["step"] == 5
@@ -91,14 +92,14 @@ def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
     settings: dict[str, Any] = {**SHORT, "steps": 24, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}
     settings |= {"images": pictures, "output": tmp_path / "run", "sample_prompts": "a dog"}
     if overflows < 20:
-        run = train("subject", base=base, **settings)
+        run = train(SUBJECT, base=base, **settings)
         assert [entry["step"] for entry in run.metrics] == list(range(1, 25))
         assert all(delta.leaves["lora_up"].isfinite().all() for (delta,) in run.adapter.deltas.values())
         assert any(delta.leaves["lora_up"].any() for (delta,) in run.adapter.deltas.values())
         return
     told = rf"at step 20, after 20 skipped updates in a row: the loss is 0\.\d+, and the first .* unet\.{path}"
     with pytest.raises(DiffgraftError, match=told) as caught:
-        train("subject", base=base, **settings)
+        train(SUBJECT, base=base, **settings)
     names = sorted(file.name for file in pictures.iterdir() if file.suffix == ".png")
     assert sum(name in str(caught.value) for name in names) == 1
     (kept,) = checkpoints(tmp_path / "run")
@@ -123,6 +124,6 @@ def test_modules_that_never_moved_are_named(
 
     monkeypatch.setattr(AttachedLayers, "_hook", hooked)
     with pytest.warns(UserWarning, match="2 modules never received a gradient") as told:
-        train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     path = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
     assert str(told[0].message).endswith(f": {path}.to_q, {path}.to_v.")

@@ -22,6 +22,7 @@ from diffgraft.trainers.hooks.checkpoint import checkpoints, save_checkpoint
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 from tests.trainers.kill_helpers import SERVER, Said, check_whole, run_and_kill, run_to_its_end, spread
 from tests.trainers.state_helpers import restored_step, state_of
 from tests.trainers.test_resumed import differing
@@ -51,7 +52,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_never_was(
     seed = random.SystemRandom().randrange(10**6)
     dice, hits = random.Random(seed), Counter[str]()
     print(f"seed {seed}")
-    words = ["train", "subject", f"images={pictures}", "subject=dog", "steps=4", "checkpoint_every=2", "sample_every=2"]
+    words = ["train", SUBJECT, f"images={pictures}", "subject=dog", "steps=4", "checkpoint_every=2", "sample_every=2"]
     words += ["adapter_every=2", "sample_prompts=a dog", "batch=2", *METHODS[method]]
     words += [] if method == "textual-inversion" else ["prior.images=5"]
     whole = tmp_path / "whole"
@@ -105,7 +106,7 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
 
-    with started(1, "subject", *(f"{key}={value}" for key, value in settings.items()), f"output={folder}") as first:
+    with started(1, SUBJECT, *(f"{key}={value}" for key, value in settings.items()), f"output={folder}") as first:
         wait_for_line(5, first)
         first.kill()
     assert first.returncode == -signal.SIGKILL
@@ -123,7 +124,7 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
     assert checkpoints(folder)[-1].name == f"step-{lines(folder):06d}"
     assert 7 <= lines(folder) < 20
     train(base=base, resume=folder)
-    train("subject", base=base, output=whole, **settings)
+    train(SUBJECT, base=base, output=whole, **settings)
     assert differing(whole, folder) == set()
 
 

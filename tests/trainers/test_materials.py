@@ -25,6 +25,7 @@ from diffgraft.trainers.training_data.build import TrainingData, build_training_
 from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.examples import Example, Examples, ExampleVariant
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 CPU = torch.device("cpu")
 
@@ -115,7 +116,7 @@ def test_concepts_have_words_weights_and_class_images_of_their_own(base: Base, t
         },
         {"images": str(folder(tmp_path / "cat", 2, start=3)), "subject": "cat", "trigger": "zwx", "repeats": 4},
     ]
-    found = gathered(base, "subject", concepts=concepts, prior={"weight": 1, "images": 3})
+    found = gathered(base, SUBJECT, concepts=concepts, prior={"weight": 1, "images": 3})
     said = {(one.prompt_builder.texts[0], one.repeats, one.weight) for one in found.instances.examples}
     assert said == {("a sks dog", 1, 0.5), ("a zwx cat", 4, 1.0)}
     assert len(found.instances.examples) == 5
@@ -130,7 +131,7 @@ def test_a_method_that_teaches_one_word_refuses_several(base: Base, tmp_path: Pa
     with pytest.raises(
         DiffgraftError, match="pivotal trains a single token, '<one>', but concepts have other triggers: <two>"
     ):
-        gathered(base, "subject", subject="dog", method="pivotal", trigger="<one>", concepts=concepts)
+        gathered(base, SUBJECT, subject="dog", method="pivotal", trigger="<one>", concepts=concepts)
 
 
 def test_kohyas_layout_is_understood_with_its_own_class_images(base: Base, tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_kohyas_layout_is_understood_with_its_own_class_images(base: Base, tmp_p
     (tmp_path / "img" / "10_sks dog" / "00.txt").write_text("sks dog, sitting", "utf-8")
     folder(tmp_path / "reg" / "2_dog", 2, start=5)
     prior = {"weight": 1, "folder": str(tmp_path / "reg")}
-    found = gathered(base, "subject", images=str(tmp_path), subject="dog", prior=prior)
+    found = gathered(base, SUBJECT, images=str(tmp_path), subject="dog", prior=prior)
     said = [(one.prompt_builder.prompts()[0], one.repeats) for one in found.instances.examples]
     assert said == [("sks dog, sitting", 10), ("sks dog", 10), ("sks dog outside", 3)]
     assert found.class_images is not None
@@ -215,16 +216,16 @@ def test_long_prompts_are_refused_or_read_whole_as_asked(base: Base, tmp_path: P
         (data / f"{number:02}.txt").write_text("a sks " + "very " * 90 + "good dog", "utf-8")
     settings: dict[str, Any] = {"images": str(data), "subject": "dog", "prior": {"weight": 0}}
     with pytest.raises(DiffgraftError, match=r"prompt of 00.png, 01.png, 02.png and 2 more is too long.*chunk"):
-        gathered(base, "subject", **settings, long_prompts="refuse")
-    assert gathered(base, "subject", **settings, long_prompts="chunk").prompts is not None
+        gathered(base, SUBJECT, **settings, long_prompts="refuse")
+    assert gathered(base, SUBJECT, **settings, long_prompts="chunk").prompts is not None
     for number in range(5):
         (data / f"{number:02}.txt").write_text("a sks " + "very " * 20_000, "utf-8")
     with pytest.raises(DiffgraftError, match=r"would be cut off: very very .* …\. Shorten it") as told:
-        gathered(base, "subject", **settings, long_prompts="refuse")
+        gathered(base, SUBJECT, **settings, long_prompts="refuse")
     assert len(str(told.value)) < 500
     (data / "00.txt").write_text("a sks " + "very " * 100_000, "utf-8")
     with pytest.raises(DiffgraftError, match=r"00\.txt has 500,006 bytes, but at most 262,144"):
-        gathered(base, "subject", **settings)
+        gathered(base, SUBJECT, **settings)
 
 
 def test_a_run_over_all_of_it(base: Base, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_a_run_over_all_of_it(base: Base, tmp_path: Path) -> None:
         "sample_prompts": "a dog",
         "insert_trigger": True,
     }
-    run = train("subject", base=base, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, output=tmp_path / "run", **settings)
     assert [entry["step"] for entry in run.metrics if "validation" in entry] == [2, 4, 6]
     assert (run.folder / "best.safetensors").is_file()
     wanted = run.adapter_file.read_bytes()

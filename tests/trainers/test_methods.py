@@ -21,6 +21,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.drawing import generate
+from tests.recipes import SUBJECT
 
 FAST: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
 FAST["trigger"] = "<zorp>"  # a word that the base does not know, as some of the methods need it
@@ -32,7 +33,7 @@ def test_a_method_trains_and_what_it_leaves_is_what_was_trained(
 ) -> None:
     before = {name: value.clone() for _, part in base.parts() for name, value in part.state_dict().items()}
     lr = 1e-4 if method == "full" else 1e-2
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
     for _, part in base.parts():
         assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
     assert run.adapter.metadata["method"] == method
@@ -53,7 +54,7 @@ def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Pa
     first = {}
     for method in methods():
         settings = {**FAST, "steps": 1, "method": method}
-        run = train("subject", base=base, images=pictures, output=tmp_path / method, **settings)
+        run = train(SUBJECT, base=base, images=pictures, output=tmp_path / method, **settings)
         first[method] = run.metrics[0]["loss"]
     near = first.pop("hypernetwork")  # it starts with small random weights
     assert near == pytest.approx(first["lora"], rel=1e-2)
@@ -65,7 +66,7 @@ def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Pa
 def test_up_rate_moves_up_faster(base: Base, pictures: Path, tmp_path: Path) -> None:
     def moved(rate: float) -> float:
         settings = {**FAST, "steps": 1, "options": {"loraplus_ratio": rate}}
-        run = train("subject", base=base, images=pictures, output=tmp_path / str(rate), **settings)
+        run = train(SUBJECT, base=base, images=pictures, output=tmp_path / str(rate), **settings)
         return max(float(delta.leaves["lora_up"].abs().max()) for (delta,) in run.adapter.deltas.values())
 
     assert moved(16) == pytest.approx(16 * moved(1), rel=1e-3)
@@ -74,7 +75,7 @@ def test_up_rate_moves_up_faster(base: Base, pictures: Path, tmp_path: Path) -> 
 def test_options_that_are_none_are_refused_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(DiffgraftError, match=r"method 'lora' has no option 'tucker'"):
-        train("subject", images=pictures, output=output, subject="dog", options={"tucker": "true"})
+        train(SUBJECT, images=pictures, output=output, subject="dog", options={"tucker": "true"})
     assert not output.exists()
 
 
@@ -83,7 +84,7 @@ def test_every_method_on_stable_diffusion_xl(method: str, sdxl_folder: Path, pic
     """Two text encoders and what the UNet is told besides; the file does on a fresh base what was trained."""
     base, fresh = load_base(sdxl_folder), load_base(sdxl_folder)
     lr = 1e-3 if method == "full" else 9e-2
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", method=method, lr=lr, **FAST)
     latents, times = torch.randn(2, 4, 16, 16), torch.tensor([20, 700])
 
     def predict(held: Base) -> torch.Tensor:
@@ -104,9 +105,7 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(base: Base, pictures: Pa
     files = []
     for place in range(2):
         torch.manual_seed(place)
-        files.append(
-            train("subject", base=base, images=pictures, output=tmp_path / str(place), **settings).adapter_file
-        )
+        files.append(train(SUBJECT, base=base, images=pictures, output=tmp_path / str(place), **settings).adapter_file)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -118,7 +117,7 @@ def test_a_word_that_was_trained_with_weights_lies_beside_them_as_well(
 ) -> None:
     """Other programs read only the weights of a file that holds both."""
     settings: dict[str, Any] = {**FAST, "steps": 1, "method": method, "previews": False}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert sorted(path.name for path in run.folder.glob("adapter.*.safetensors")) == beside
     for name in beside:
         word = load_adapter(run.folder / name)
@@ -130,7 +129,7 @@ def test_a_word_that_was_trained_with_weights_lies_beside_them_as_well(
 def test_pivotal_tuning_adapts_the_layers_of_the_method_it_names(base: Base, pictures: Path, tmp_path: Path) -> None:
     def modules(output: str, **settings: Any) -> list[str]:
         given = {**FAST, "steps": 1, **settings}
-        return train("subject", base=base, images=pictures, output=tmp_path / output, **given).adapter.modules
+        return train(SUBJECT, base=base, images=pictures, output=tmp_path / output, **given).adapter.modules
 
     found = modules("a", method="pivotal", **{"options.weights": "locon", "options.weights_options.conv_rank": "2"})
     assert found == modules("b", method="locon")
@@ -144,13 +143,13 @@ def test_what_cannot_be_attached_leaves_no_folder(base: Base, pictures: Path, tm
         ({"options": {"ranks": {"*": 0}}}, "Invalid value options.ranks"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
-            train("subject", base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
+            train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
         assert not (tmp_path / "run").exists()
 
 
 def test_options_as_a_command_line_gives_them() -> None:
     def read(method: str, **settings: str) -> Any:
-        recipe = load_recipe("subject", {"subject": "dog", "method": method, **settings})
+        recipe = load_recipe(SUBJECT, {"subject": "dog", "method": method, **settings})
         return get_method(method).read_options(recipe.options)
 
     for text in ("1,2,1", "[1, 2, 1]"):
@@ -180,7 +179,7 @@ def test_every_option_of_the_loop_goes_with_every_method(
     lacking = made.unsupported_under(made.read_options({}))
     settings = {key: value for key, value in {**FAST, **options}.items() if key not in lacking}
     settings |= {"steps": 3, "batch": 2, "lr": 1e-4 if method == "full" else 1e-2, "method": method}
-    run = train("subject", base="tiny", images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base="tiny", images=pictures, output=tmp_path / "run", **settings)
     assert [entry["step"] for entry in run.metrics] == [1, 2, 3]
     assert all(np.isfinite(entry["loss"]) for entry in run.metrics)
     assert len({entry["loss"] for entry in run.metrics}) == 3
@@ -247,7 +246,7 @@ pictures, folder = sys.argv[1:]
 base = load_base("tiny")
 settings = {"subject": "dog", "steps": 2, "prior": {"weight": 0}, "sample_prompts": "a dog", "sample_every": 0}
 rows, lora = (
-    train("subject", base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
+    train(SUBJECT, base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
     for method in ("rows", "lora")
 )
 copy = load_adapter(rows.adapter_file).save(Path(folder) / "copy.safetensors", "diffgraft")

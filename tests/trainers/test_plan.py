@@ -22,6 +22,7 @@ from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.test_materials import folder
 
 
@@ -60,7 +61,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
     """Counts are the same; what PyTorch's attention keeps differs a little between devices."""
     trigger = {"trigger": "<zorp>"} if method == "textual-inversion" else {}
     settings = {"subject": "dog", "method": method, "gradient_checkpointing": checkpointing, **trigger}
-    plan = load_recipe("subject", settings)
+    plan = load_recipe(SUBJECT, settings)
     found, wanted = (cost_of(plan, base, (64, 48), passes=2) for base in (meta_base("tiny"), load_base("tiny")))
     assert (found.trained, found.weights, found.training) == (wanted.trained, wanted.weights, wanted.training)
     assert found.activations == pytest.approx(wanted.activations, rel=0.02)
@@ -69,7 +70,7 @@ def test_the_cost_is_that_of_the_base_itself(method: str, checkpointing: bool) -
 
 
 def test_a_loha_is_twice_as_large_as_its_summary_says() -> None:
-    plans = {method: load_recipe("subject", {"subject": "dog", "method": method}) for method in ("locon", "loha")}
+    plans = {method: load_recipe(SUBJECT, {"subject": "dog", "method": method}) for method in ("locon", "loha")}
     locon, loha = (cost_of(plan, meta_base("tiny"), (64, 64)).trained for plan in plans.values())
     assert loha == 2 * locon
     assert "twice the size" in get_method("loha").summary
@@ -91,14 +92,14 @@ def test_the_size_of_the_file_is_told_within_a_tenth(
     method: str, more: dict[str, Any], base: Base, pictures: Path, tmp_path: Path
 ) -> None:
     settings = {"subject": "dog", "method": method, **more, "steps": 1, "prior.weight": 0, "previews": False}
-    told = cost_of(load_recipe("subject", settings), meta_base("tiny"), (64, 64)).file
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", sample_every=0, **settings)
+    told = cost_of(load_recipe(SUBJECT, settings), meta_base("tiny"), (64, 64)).file
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", sample_every=0, **settings)
     assert run.adapter_file.stat().st_size == pytest.approx(told, rel=0.1)
 
 
 def test_checkpointing_keeps_less_and_batches_more() -> None:
     def found(**settings: Any) -> Any:
-        plan, base = load_recipe("subject", {"subject": "dog", **settings}), meta_base("tiny")
+        plan, base = load_recipe(SUBJECT, {"subject": "dog", **settings}), meta_base("tiny")
         return cost_of(plan, base, (64, 64))
 
     one, two, spared = found(batch=2), found(batch=4), found(batch=4, gradient_checkpointing=True)
@@ -133,17 +134,17 @@ def test_what_autograd_lets_go_of_is_no_longer_counted() -> None:
 
 def test_class_images_double_a_step(pictures: Path) -> None:
     with_them, without, held = (
-        dict(told("subject", pictures, subject="dog", prior=prior).facts)["memory"]
+        dict(told(SUBJECT, pictures, subject="dog", prior=prior).facts)["memory"]
         for prior in ({"weight": 1}, {"weight": 0}, {"weight": 1, "by": "prediction"})
     )
     assert with_them == held != without
 
 
 def test_the_file_is_as_large_as_said(base: Base, pictures: Path, tmp_path: Path) -> None:
-    plan = load_recipe("subject", {"subject": "dog", "method": "loha"})
+    plan = load_recipe(SUBJECT, {"subject": "dog", "method": "loha"})
     said = cost_of(plan, meta_base("tiny"), (64, 64)).trained * 4
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", method="loha", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", method="loha", **settings)
     assert run.adapter_file.stat().st_size == pytest.approx(said, rel=0.02)
 
 
@@ -160,7 +161,7 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
     folder(data, 2, (50, 100), start=6)
     (data / "00.txt").write_text("a sks dog, sitting", "utf-8")
     found = told(
-        "subject", data, subject="dog", buckets={"use": True}, flip=True, validation={"share": 0.25, "every": 20},
+        SUBJECT, data, subject="dog", buckets={"use": True}, flip=True, validation={"share": 0.25, "every": 20},
         steps=30, batch=2,
     )  # fmt: skip
     facts = dict(found.facts)
@@ -198,9 +199,9 @@ def test_a_plan_tells_what_there_is(tmp_path: Path) -> None:
     ],
 )
 def test_pitfalls_are_named(pictures: Path, settings: dict[str, Any], said: str) -> None:
-    clean = told("subject", pictures, subject="dog", prior={"weight": 0})
+    clean = told(SUBJECT, pictures, subject="dog", prior={"weight": 0})
     assert clean.pitfalls == []
-    found = told("subject", pictures, subject="dog", **{"prior": {"weight": 0}, **settings})
+    found = told(SUBJECT, pictures, subject="dog", **{"prior": {"weight": 0}, **settings})
     assert any(said in one for one in found.pitfalls), found.pitfalls
 
 
@@ -211,7 +212,7 @@ def test_long_captions_shared_triggers_and_copies_are_named(tmp_path: Path) -> N
     coarse.resize((90, 60), Image.Resampling.BICUBIC).save(data / "01.png")
     coarse.resize((180, 120), Image.Resampling.BICUBIC).save(data / "copy.jpg", quality=80)
     concepts = [{"images": str(data), "subject": "dog"}, {"images": str(other), "subject": "cat"}]
-    found = "\n".join(plan_run("subject", {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
+    found = "\n".join(plan_run(SUBJECT, {"concepts": concepts, "prior": {"weight": 0}}).pitfalls)
     assert "prompt of 00.png is too long" in found
     assert "is shared by several concepts: cat, dog" in found
     assert "01.png and copy.jpg are nearly the same image" in found
@@ -223,13 +224,13 @@ def test_what_cannot_be_opened_is_not_counted(tmp_path: Path) -> None:
     Image.effect_noise((300, 200), 90).convert("RGB").save(data / "bad.jpg")
     whole = (data / "bad.jpg").read_bytes()
     (data / "bad.jpg").write_bytes(whole[: len(whole) // 2])
-    found = told("subject", data, subject="dog", steps=30, batch=2, prior={"weight": 0})
+    found = told(SUBJECT, data, subject="dog", steps=30, batch=2, prior={"weight": 0})
     assert dict(found.facts)["steps"] == "30, of 2 images each: 20 epochs of 3"
     assert [said for said in found.pitfalls if said.startswith("bad.jpg is skipped: it cannot be read")]
     for file in data.glob("*.png"):
         file.unlink()
     with pytest.raises(DiffgraftError, match="None of the 1 images can be opened"):
-        told("subject", data, subject="dog", prior={"weight": 0})
+        told(SUBJECT, data, subject="dog", prior={"weight": 0})
 
 
 def test_of_many_pictures_only_the_first_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,30 +245,30 @@ def test_of_many_pictures_only_the_first_are_opened(tmp_path: Path, monkeypatch:
         return Image.new("RGB", (90, 60))
 
     monkeypatch.setattr(Picture, "image", property(image))
-    assert dict(told("subject", data, subject="dog", prior={"weight": 0}).facts)["sizes"] == "64x64: 5"
+    assert dict(told(SUBJECT, data, subject="dog", prior={"weight": 0}).facts)["sizes"] == "64x64: 5"
     assert opened == ["00.png", "01.png"]
 
 
 def test_squares_that_cut_much_away_are_advised_against(tmp_path: Path) -> None:
     data = folder(tmp_path / "data", 3, (96, 64))
     settings: dict[str, Any] = {"subject": "dog", "prior": {"weight": 0}}
-    assert "square crops lose 33% of the images: buckets.use=true" in str(told("subject", data, **settings))
-    assert "square crops" not in str(told("subject", data, **settings, buckets={"use": True}))
+    assert "square crops lose 33% of the images: buckets.use=true" in str(told(SUBJECT, data, **settings))
+    assert "square crops" not in str(told(SUBJECT, data, **settings, buckets={"use": True}))
 
 
 def test_folders_of_several_things_are_no_concepts(tmp_path: Path) -> None:
     for name in ("10_sks dog", "2_zwx cat"):
         folder(tmp_path / "data" / name, 2, (64, 64), start=len(name))
-    found = told("subject", tmp_path / "data", subject="dog", prior={"weight": 0})
+    found = told(SUBJECT, tmp_path / "data", subject="dog", prior={"weight": 0})
     assert "the images in 2_zwx cat are learned as a dog, too" in str(found)
     assert dict(found.facts)["trigger"] == "sks, zwx"
     concepts = [{"images": str(one), "subject": "dog"} for one in (tmp_path / "data").iterdir()]
     with pytest.raises(DiffgraftError, match=r"images=.* would be ignored, as each concept has images of its own"):
-        told("subject", tmp_path / "data", concepts=concepts)
+        told(SUBJECT, tmp_path / "data", concepts=concepts)
     own = [{**one, "trigger": word} for one, word in zip(concepts, ("zwx", "ohwx"), strict=True)]
-    found = plan_run("subject", {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
+    found = plan_run(SUBJECT, {"concepts": own, "trigger": "zorp", "prior": {"weight": 0}})
     assert "trigger=zorp is the trigger of no concept" in str(found)
-    samples = load_recipe("subject", {"concepts": own}).samples()
+    samples = load_recipe(SUBJECT, {"concepts": own}).samples()
     assert samples[:2] == ["a zwx dog", "a ohwx dog"]
     assert samples[-1] == "a dog"
 
@@ -294,12 +295,12 @@ def test_fingerprints_are_near_for_copies_and_far_for_others() -> None:
 
 def test_what_train_would_refuse_a_plan_refuses(pictures: Path) -> None:
     with pytest.raises(DiffgraftError, match="needs a multiple of 8"):
-        told("subject", pictures, subject="dog", resolution=60)
+        told(SUBJECT, pictures, subject="dog", resolution=60)
     with pytest.raises(DiffgraftError, match="has no images"):
-        plan_run("subject", {"subject": "dog"})
+        plan_run(SUBJECT, {"subject": "dog"})
     with pytest.raises(DiffgraftError, match="Unknown tracker 'tensorbord'"):
-        told("subject", pictures, subject="dog", trackers="tensorbord")
+        told(SUBJECT, pictures, subject="dog", trackers="tensorbord")
     with pytest.raises(DiffgraftError, match="attention=xformers"):
-        told("subject", pictures, subject="dog", attention="xformers")
+        told(SUBJECT, pictures, subject="dog", attention="xformers")
     with pytest.raises(DiffgraftError, match="cannot be combined with shard"):
-        told("subject", pictures, subject="dog", shard="fsdp", compile=True)
+        told(SUBJECT, pictures, subject="dog", shard="fsdp", compile=True)

@@ -23,6 +23,7 @@ from diffgraft.trainers.planning.prediction_check import prediction_cosines, pre
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Example, Examples
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 
 def examples_of(latents: Tensor) -> Examples:
@@ -74,7 +75,7 @@ def test_training_and_drawing_tell_of_a_base_that_says_the_wrong_thing(pictures:
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     wrong = load_base("tiny", prediction_type="epsilon", zero_snr=False)
     with pytest.warns(UserWarning, match="prediction type epsilon, but seems to predict v_prediction"):
-        run = train("subject", base=wrong, images=pictures, output=tmp_path / "run", **settings)
+        run = train(SUBJECT, base=wrong, images=pictures, output=tmp_path / "run", **settings)
     right = load_base("tiny")
     with pytest.warns(UserWarning, match="trained on a base that predicts epsilon, but this one predicts v_pred"):
         graft(right, run.adapter_file).remove()
@@ -88,5 +89,5 @@ def test_a_plan_names_what_the_base_predicts_and_who_says_so(pictures: Path) -> 
         ({}, "v_prediction, as its files say"),
         ({"prediction_type": "v_prediction"}, "as the recipe says"),
     ):
-        facts = dict(plan_run("subject", {"images": pictures, "subject": "dog", **settings}).facts)
+        facts = dict(plan_run(SUBJECT, {"images": pictures, "subject": "dog", **settings}).facts)
         assert said in facts["predicts"]

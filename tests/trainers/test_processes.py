@@ -28,6 +28,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_frozen
+from tests.recipes import SUBJECT
 from tests.trainers.kill_helpers import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
@@ -62,6 +63,7 @@ from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_denoiser
 sys.path.insert(0, sys.argv[1])
 from tests.trainers.test_processes import COMMON, SETTINGS, local
+from tests.recipes import SUBJECT
 
 class TrainingLoop(learn.TrainingLoop):
     def run(self):
@@ -74,13 +76,13 @@ base, (pictures, folder) = load_base("tiny"), sys.argv[2:]
 unet, before = base.unet, {name: value.clone() for name, value in base.unet.state_dict().items()}
 whole = sum(value.numel() for value in unet.parameters())
 for name, settings in SETTINGS.items():
-    train("subject", base=base, images=pictures, output=f"{folder}/{name}", **COMMON, **settings)
+    train(SUBJECT, base=base, images=pictures, output=f"{folder}/{name}", **COMMON, **settings)
     assert PartialState().num_processes == 2
     assert abs(shares.pop() - (0.5 if "over" in name else 1)) < 0.01
     assert base.unet is unet and all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
 Path(folder, f"rank-{PartialState().process_index}").touch()
 """
-PLAIN = load_recipe("subject", {"subject": "dog"})
+PLAIN = load_recipe(SUBJECT, {"subject": "dog"})
 
 
 def local(value: Any) -> Any:
@@ -121,7 +123,7 @@ def test_two_processes_are_one_with_twice_the_batches(
 ) -> None:
     monkeypatch.setenv("DIFFGRAFT_CACHE", str(tmp_path / "cache"))
     settings = {**COMMON, **SETTINGS[name], "accumulate": 2, "shard": "none"}
-    alone = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    alone = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     together = Run(both / name, alone.recipe, [])
     check_whole(both / name)
     files = {str(path.relative_to(alone.folder)) for path in alone.folder.rglob("*") if path.is_file()}
@@ -142,7 +144,7 @@ def in_two(folder: Path, **settings: Any) -> Adapter:
     given = {"subject": "dog", "prior.weight": 0, "sample_every": 0, "sample_prompts": "a dog", "seed": 3, **settings}
     words = [f"{key}={value}" for key, value in given.items()]
     with launched(
-        "-m", "diffgraft", "train", "subject", *words, f"output={folder}", cache=folder.parent / "cache"
+        "-m", "diffgraft", "train", SUBJECT, *words, f"output={folder}", cache=folder.parent / "cache"
     ) as run:
         _, said = run.communicate(timeout=300)
     assert run.returncode == 0, said[-3000:]
@@ -159,7 +161,7 @@ def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
     more = {"subject": "dog", "prior": {"weight": 0}, "sample_every": 0, "sample_prompts": "a dog", "seed": 3}
-    alone = train("subject", base=base, output=tmp_path / "one", batch=2, **more, **settings, **rates).adapter
+    alone = train(SUBJECT, base=base, output=tmp_path / "one", batch=2, **more, **settings, **rates).adapter
     assert set(found.modules) == set(alone.modules)
     for path, (delta,) in found.deltas.items():
         for name, leaf in delta.leaves.items():
@@ -186,16 +188,16 @@ def test_what_cannot_be_in_shards_is_refused(
     settings: dict[str, Any], said: str, base: Base, pictures: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DiffgraftError, match=said):
-        train("subject", base=base, images=pictures, subject="dog", output=tmp_path / "run", **settings)
+        train(SUBJECT, base=base, images=pictures, subject="dog", output=tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
 
 
 def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> None:
     for key, value in {"quantize": "nf4", "compile": True, "channels_last": True}.items():
-        plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", key: value})
+        plan = load_recipe(SUBJECT, {"subject": "dog", "shard": "fsdp", key: value})
         with pytest.raises(DiffgraftError, match=f"{key}={str(value).lower()} cannot be combined with shard=fsdp"):
             check_compatible(plan.runtime, plan.quantize)
-    plan = load_recipe("subject", {"subject": "dog", "shard": "fsdp", "method": "full"})
+    plan = load_recipe(SUBJECT, {"subject": "dog", "shard": "fsdp", "method": "full"})
     live = attach(plan, base)
     try:
         with pytest.raises(DiffgraftError, match="this method trains the denoiser's own weights"):
@@ -205,7 +207,7 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
 
 
 def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
-    words = ["subject", "subject=dog", f"images={pictures}", "method=full", "shard=fsdp", f"output={tmp_path / 'run'}"]
+    words = [SUBJECT, "subject=dog", f"images={pictures}", "method=full", "shard=fsdp", f"output={tmp_path / 'run'}"]
     with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
         _, said = run.communicate(timeout=100)
     assert run.returncode != 0
@@ -260,7 +262,7 @@ def test_where_one_process_dies_or_all_are_interrupted_none_is_left(pictures: Pa
     """And what they leave is whole, and goes on with as many processes as before."""
     folder, cache = tmp_path / "run", tmp_path / "cache"
     settings = {**COMMON, "steps": 500, "checkpoint_every": 4, "sample_every": 0, "prior.weight": 0, "images": pictures}
-    words = ["subject", *(f"{key}={value}" for key, value in settings.items()), f"output={folder}"]
+    words = [SUBJECT, *(f"{key}={value}" for key, value in settings.items()), f"output={folder}"]
     with launched("-m", "diffgraft", "train", *words, cache=cache) as run:
         wait_for_line(5, folder, run)
         workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text("utf-8").split()

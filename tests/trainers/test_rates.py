@@ -34,6 +34,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.state import TrainingState
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 from tests.trainers.state_helpers import restored_step, state_of
 from tests.trainers.test_optimizers import recipe_of, walk
@@ -54,7 +55,7 @@ def go(base: Base, pictures: Path, tmp_path: Path) -> Any:
 
     def trained(**settings: Any) -> Run:
         given = {**FAST, **settings}
-        return train("subject", base=base, images=pictures, output=tmp_path / f"run-{next(count)}", **given)
+        return train(SUBJECT, base=base, images=pictures, output=tmp_path / f"run-{next(count)}", **given)
 
     return trained
 
@@ -114,7 +115,7 @@ def test_what_has_a_rate_of_zero_is_as_the_base_has_it_and_not_in_the_file(
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     settings = {**FAST, "steps": 2, "method": method, "lr": 1e-3, "lr_scale": FROZEN}
-    done = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    done = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert len(done.adapter.modules) == 4 * sum(".attn2." in path for path in _attentions(base)) / 4
     assert all(".attn2." in path for path in done.adapter.modules)
     assert all(".attn2." in path for path in seen[0])
@@ -237,7 +238,7 @@ def test_what_would_do_nothing_is_refused_before_anything_is_written(
 ) -> None:
     before = dict(base.unet.named_parameters())
     with pytest.raises(DiffgraftError, match=answer):
-        train("subject", base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})
     if settings.get("optimizer") != "prodigy":  # which is told only when training begins
         assert not (tmp_path / "run").exists()
     assert all(value is before[name] for name, value in base.unet.named_parameters())
@@ -252,7 +253,7 @@ def test_prodigy_goes_with_what_is_frozen(go: Any) -> None:
 
 def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
     given = {"OUT05": "0.5", "*.attn2.*": "2", "text_encoder": "0.5", "text_encoder_2": "0"}
-    recipe = load_recipe("subject", {"subject": "dog", **{f"lr_scale.{key}": factor for key, factor in given.items()}})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", **{f"lr_scale.{key}": factor for key, factor in given.items()}})
     assert [*recipe.lr_scale.items()] == [(key, float(factor)) for key, factor in given.items()]
     save_recipe(recipe, tmp_path / "mine.yaml")
     assert [*load_recipe(tmp_path / "mine.yaml", {}).lr_scale.items()] == [*recipe.lr_scale.items()]
@@ -262,16 +263,16 @@ def test_rates_as_a_command_line_and_a_file_give_them(tmp_path: Path) -> None:
     assert [*again.lr_scale] == ["*.attn2.*", "text_encoder", "text_encoder_2", "OUT05"]  # said last, it counts
     assert (again.options, again.text_encoder_stop) == ({"ranks": {"unet": 3}}, 7)
     assert load_recipe(tmp_path / "mine.yaml", {"text_encoder_stop": ""}).text_encoder_stop is None
-    assert recipe.fingerprint() != load_recipe("subject", {"subject": "dog"}).fingerprint()
+    assert recipe.fingerprint() != load_recipe(SUBJECT, {"subject": "dog"}).fingerprint()
     with pytest.raises(DiffgraftError, match="did you mean 'lr_scale'"):
-        load_recipe("subject", {"subject": "dog", "lr_scales.unet": 1})
+        load_recipe(SUBJECT, {"subject": "dog", "lr_scales.unet": 1})
 
 
 def test_the_order_of_patterns_is_part_of_what_a_run_is() -> None:
     def told(key: str, before: str, after: str) -> list[str]:
         one, other = (
             run_fingerprint(
-                load_recipe("subject", {"subject": "dog", **{f"{key}.{name}": 2 for name in order.split()}}), ""
+                load_recipe(SUBJECT, {"subject": "dog", **{f"{key}.{name}": 2 for name in order.split()}}), ""
             )
             for order in (before, after)
         )
@@ -390,7 +391,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
         "diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: ""
     )  # which asks for words of its own
     given = {**FAST, "steps": 7, "text_encoder_stop": 3, "checkpoint_every": 1, **settings}
-    whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **given)
+    whole = train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **given)
     accumulate = settings.get("accumulate", 1)
     assert [asked.count(done) for done in range(7)] == [accumulate] * 3 + [1, 0, 0, 0]
     text = {name for name in kept[1] if "text_encoder." in name}
@@ -405,7 +406,7 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
     for place in (2, 3, 5) if settings.get("ema") else (4,):
         folder = tmp_path / f"cut-{place}"
         with interrupted_after(place):
-            train("subject", base=base, images=pictures, output=folder, **given)
+            train(SUBJECT, base=base, images=pictures, output=folder, **given)
         again = train(base=base, resume=folder)
         assert digest(again.adapter_file) == digest(whole.adapter_file)
         assert list(again.metrics) == list(whole.metrics)

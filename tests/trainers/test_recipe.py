@@ -9,6 +9,7 @@ from diffgraft.adapters.registry import get_method, methods
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import described_keys, load_recipe, recipe_names, save_recipe
 from diffgraft.trainers.recipe.recipe import TASKS, SubjectRecipe
+from tests.recipes import SUBJECT
 
 SHIPPED = list(recipe_names())
 SOURCES = Path(__file__).parents[2] / "recipes"
@@ -53,7 +54,7 @@ def test_words_from_a_command_line_become_values() -> None:
     assert (recipe.lr, recipe.rank, recipe.prior.weight, recipe.flip) == (1e-4, 3, 0.5, True)
     assert recipe.samples() == ["a", "b"]
     assert recipe.alpha_or_rank() == 3.0
-    assert load_recipe("subject", {"subject": "dog", "alpha": "1.5"}).alpha_or_rank() == 1.5
+    assert load_recipe(SUBJECT, {"subject": "dog", "alpha": "1.5"}).alpha_or_rank() == 1.5
 
 
 def test_a_saved_recipe_is_the_same_recipe(tmp_path: Path) -> None:
@@ -116,8 +117,8 @@ def test_a_recipe_has_settings_of_its_own_for_a_method(tmp_path: Path) -> None:
 )
 def test_a_setting_that_means_nothing_to_the_method_is_refused(settings: dict[str, Any], answer: str) -> None:
     with pytest.raises(DiffgraftError, match=answer):
-        load_recipe("subject", {"subject": "dog", **settings})
-    load_recipe("subject", {"subject": "dog", "method": "textual-inversion", "prior.weight": 0, "text_encoder": "no"})
+        load_recipe(SUBJECT, {"subject": "dog", **settings})
+    load_recipe(SUBJECT, {"subject": "dog", "method": "textual-inversion", "prior.weight": 0, "text_encoder": "no"})
 
 
 @pytest.mark.parametrize(
@@ -176,16 +177,14 @@ def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_header_holds_neither_paths_nor_defaults() -> None:
-    header = load_recipe(
-        "subject", {"subject": "dog", "images": "/home/me/dog", "output": "/tmp/x", "rank": 4}
-    ).header()
+    header = load_recipe(SUBJECT, {"subject": "dog", "images": "/home/me/dog", "output": "/tmp/x", "rank": 4}).header()
     tuned = {"lr": 1.5e-3, "steps": 400, "prior": {"weight": 2.0}}  # what the recipe's file has
     assert header == {"task": "subject", "subject": "dog", "rank": 4, **tuned}
 
 
 def test_under_a_cosine_the_number_of_steps_is_part_of_what_a_step_does() -> None:
     def essence(**settings: object) -> str:
-        return load_recipe("subject", {"subject": "dog", **settings}).fingerprint()
+        return load_recipe(SUBJECT, {"subject": "dog", **settings}).fingerprint()
 
     assert essence(steps=5) == essence(steps=6)
     assert essence(steps=5, lr_schedule="cosine") != essence(steps=6, lr_schedule="cosine")
@@ -205,7 +204,7 @@ def test_a_group_of_keys_is_no_key() -> None:
     with pytest.raises(
         DiffgraftError, match=r"Invalid value buckets='true': buckets is a group; set one of its keys: buckets\.use, "
     ):
-        load_recipe("subject", {"subject": "dog", "buckets": "true"})
+        load_recipe(SUBJECT, {"subject": "dog", "buckets": "true"})
 
 
 def test_keys_with_few_values_tell_them() -> None:

@@ -17,6 +17,7 @@ from diffgraft.trainers.recipe.recipe import TASKS
 from diffgraft.trainers.recipe.renamed import RENAMED, current_key
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 
 def test_every_renamed_key_is_a_key_today() -> None:
@@ -48,9 +49,9 @@ def test_every_renamed_key_is_a_key_today() -> None:
 )
 def test_former_keys_mean_the_current_ones(settings: dict[str, object], current: dict[str, object]) -> None:
     with pytest.warns(UserWarning, match="is now called") as shown:
-        recipe = load_recipe("subject", {"subject": "dog", **settings})
-    assert recipe == load_recipe("subject", {"subject": "dog", **current})
-    assert recipe != load_recipe("subject", {"subject": "dog"})
+        recipe = load_recipe(SUBJECT, {"subject": "dog", **settings})
+    assert recipe == load_recipe(SUBJECT, {"subject": "dog", **current})
+    assert recipe != load_recipe(SUBJECT, {"subject": "dog"})
     for warning in shown:
         former, new = str(warning.message).removeprefix("The setting ").split(" is now called ")
         assert new.startswith(current_key(former))
@@ -58,7 +59,7 @@ def test_former_keys_mean_the_current_ones(settings: dict[str, object], current:
 
 def test_a_key_under_both_names_is_refused() -> None:
     with pytest.raises(DiffgraftError, match=r"timesteps\.first was renamed to timesteps\.min, and both are given"):
-        load_recipe("subject", {"subject": "dog", "timesteps": {"first": 5, "min": 6}})
+        load_recipe(SUBJECT, {"subject": "dog", "timesteps": {"first": 5, "min": 6}})
 
 
 def test_recipes_of_a_person_and_of_a_run_may_have_former_keys(tmp_path: Path) -> None:
@@ -79,7 +80,7 @@ def test_recipes_of_a_person_and_of_a_run_may_have_former_keys(tmp_path: Path) -
 
 def test_a_run_of_the_release_before_goes_on(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "timesteps": {"min": 100}}
-    run = train("subject", base=base, output=tmp_path / "run", **{**settings, "steps": 3})
+    run = train(SUBJECT, base=base, output=tmp_path / "run", **{**settings, "steps": 3})
     for folder in checkpoints(run.folder):
         state = _read_state(folder)
         recipe = state["identity"]["recipe"]
@@ -116,17 +117,17 @@ def test_former_options_are_taken_with_a_warning(command: str, former: str) -> N
 @pytest.mark.filterwarnings("ignore:.*is now called")
 def test_a_key_given_twice_in_other_forms_is_refused(values: dict[str, object], key: str) -> None:
     with pytest.raises(DiffgraftError, match=f"The setting {key} is given twice"):
-        load_recipe("subject", {"subject": "dog", **values})
+        load_recipe(SUBJECT, {"subject": "dog", **values})
 
 
 def test_nested_and_dotted_entries_of_one_mapping_are_joined() -> None:
-    recipe = load_recipe("subject", {"subject": "dog", "lr_scale.M00": 3, "lr_scale": {"unet": 2}})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", "lr_scale.M00": 3, "lr_scale": {"unet": 2}})
     assert recipe.lr_scale == {"unet": 2, "M00": 3}
 
 
 def test_the_same_values_as_text_are_no_change(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {**SHORT, "images": pictures, "lr_scale": {"unet": 2, "M00": 1}, "options": {"loraplus_ratio": 4}}
-    run = train("subject", base=base, output=tmp_path / "run", **{**settings, "steps": 2})
+    run = train(SUBJECT, base=base, output=tmp_path / "run", **{**settings, "steps": 2})
     text = {"options": {"loraplus_ratio": "4"}, "lr_scale": {"unet": "2"}}
     assert train(base=base, resume=run.folder, steps="3", **text).steps == 3
     with pytest.raises(DiffgraftError, match=r"options\.loraplus_ratio: 4 → 5"):
@@ -148,4 +149,4 @@ def test_the_same_values_as_text_are_no_change(base: Base, pictures: Path, tmp_p
 )
 def test_mistakes_in_mappings_and_concepts_are_answered(settings: dict[str, object], answer: str) -> None:
     with pytest.raises(DiffgraftError, match=answer):
-        load_recipe("subject", {"subject": "dog", **settings})
+        load_recipe(SUBJECT, {"subject": "dog", **settings})

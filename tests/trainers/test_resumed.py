@@ -20,6 +20,7 @@ from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers import loop
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.interrupts import defer_sigint
+from tests.recipes import SUBJECT
 
 WAYS: dict[str, dict[str, Any]] = {
     "average": {"ema": 0.9, "text_encoder": True},
@@ -67,11 +68,11 @@ def test_stopped_and_resumed_is_never_stopped(
 ) -> None:
     settings: dict[str, Any] = {"subject": "dog", "steps": 5, "checkpoint_every": 2, "sample_every": 2, "batch": 2}
     settings |= {"sample_prompts": "a dog", "prior": {"weight": 0}, **WAYS[way]}
-    train("subject", base=base, images=pictures, output=tmp_path / "whole", **settings)
+    train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         interrupted(3, patch)
         with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+            train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert (tmp_path / "run" / "checkpoints" / "step-000003").exists()
     train(base=base, resume=tmp_path / "run")
     assert differing(tmp_path / "whole", tmp_path / "run") == set()
@@ -83,13 +84,13 @@ def test_samples_that_a_stop_left_out_are_drawn(
     """It is stopped while the samples of step 2 are drawn with the average, and goes on with what trains."""
     settings: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 2, "sample_every": 2, "batch": 2}
     settings |= {"sample_prompts": "a dog", "prior": {"weight": 0}, "ema": 0.5}
-    train("subject", base=base, images=pictures, output=tmp_path / "whole", **settings)
+    train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **settings)
     for every in (2, 0):  # the checkpoint lies there already, or comes of the interruption
         folder = tmp_path / str(every)
         with monkeypatch.context() as patch:
             patch.setattr(Session, "draw_each", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
-                train("subject", base=base, images=pictures, output=folder, **{**settings, "checkpoint_every": every})
+                train(SUBJECT, base=base, images=pictures, output=folder, **{**settings, "checkpoint_every": every})
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000002"]
         assert not (folder / "samples").exists()
         train(base=base, resume=folder)

@@ -30,6 +30,7 @@ from diffgraft.trainers.training_data.prompts import prompt_builders
 from diffgraft.trainers.training_data.templates import OBJECT, STYLE
 from tests.conftest import SHORT
 from tests.drawing import generate
+from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
 
@@ -72,7 +73,7 @@ def test_a_run_leaves_what_it_promises(base: Base, short_run: Run) -> None:
 
 def test_training_leaves_every_bit_of_the_base(base: Base, pictures: Path, tmp_path: Path) -> None:
     before = bits(base)
-    train("subject", base=base, images=pictures, output=tmp_path / "run", text_encoder=True, **{**SHORT, "steps": 2})
+    train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", text_encoder=True, **{**SHORT, "steps": 2})
     assert bits(base) == before
     assert not any(value.requires_grad for _, part in base.parts() for value in part.parameters())
     parts = {path.partition(".")[0] for path in load_adapter(tmp_path / "run" / "adapter.safetensors").modules}
@@ -83,10 +84,10 @@ def test_an_interrupted_run_goes_on(base: Base, pictures: Path, tmp_path: Path, 
     """Stopped after step 3 and resumed, it ends where the run that was never stopped ended."""
     folder = tmp_path / "run"
     with interrupted_after(4):
-        train("subject", base=base, images=pictures, output=folder, **SHORT)
+        train(SUBJECT, base=base, images=pictures, output=folder, **SHORT)
     assert not (folder / "adapter.safetensors").exists()
     with pytest.raises(DiffgraftError, match=r"unfinished run.*--resume"):
-        train("subject", base=base, images=pictures, output=folder, **SHORT)
+        train(SUBJECT, base=base, images=pictures, output=folder, **SHORT)
     with pytest.raises(DiffgraftError, match="output cannot be changed when resuming"):
         train(base=base, resume=folder, output=tmp_path / "other")
     newest = folder / "checkpoints" / "step-000004" / "optimizer.safetensors"
@@ -98,7 +99,7 @@ def test_an_interrupted_run_goes_on(base: Base, pictures: Path, tmp_path: Path, 
     again = train(base=base, resume=folder)
     assert list(again.metrics) == list(run.metrics)
     with pytest.raises(DiffgraftError, match="already holds a finished run"):
-        train("subject", base=base, images=pictures, output=folder, **SHORT)
+        train(SUBJECT, base=base, images=pictures, output=folder, **SHORT)
 
 
 def test_an_update_is_whole_before_it_is_interrupted(
@@ -116,7 +117,7 @@ def test_an_update_is_whole_before_it_is_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, images=pictures, output=folder, **SHORT)
+            train(SUBJECT, base=base, images=pictures, output=folder, **SHORT)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000005"]
     assert len((folder / "metrics.jsonl").read_text("utf-8").splitlines()) == 5
     run = train(base=base, resume=folder)
@@ -140,7 +141,7 @@ def test_an_update_that_was_cut_short_is_not_kept(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, images=pictures, output=folder, **SHORT)
+            train(SUBJECT, base=base, images=pictures, output=folder, **SHORT)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-000003"]
     run = train(base=base, resume=folder)
     assert run.adapter_file.read_bytes() == short_run.adapter_file.read_bytes()
@@ -213,7 +214,7 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
 
 def test_what_class_images_show() -> None:
     captions = ["a cat", None, "a cat", "a tree"]
-    assert load_recipe("subject", {"subject": "dog"}).class_prompts(captions) == ["a dog"]
+    assert load_recipe(SUBJECT, {"subject": "dog"}).class_prompts(captions) == ["a dog"]
     assert load_recipe("style", {}).class_prompts(captions) == ["a cat", "a picture", "a tree"]
     assert load_recipe("concept", {}).class_prompts(captions) == []
     kohya = ["sks style, a cat", "a tree, sks", "sks", "two masks"]
@@ -222,17 +223,17 @@ def test_what_class_images_show() -> None:
 
 def test_class_images_in_several_settings() -> None:
     templates = {"prior.prompts": "{class_prompt}|{class_prompt} in the snow|some {subject}"}
-    subject = load_recipe("subject", {"subject": "dog", "class_prompt": "a toy {subject}", **templates})
+    subject = load_recipe(SUBJECT, {"subject": "dog", "class_prompt": "a toy {subject}", **templates})
     assert subject.class_prompts([None]) == ["a toy dog", "a toy dog in the snow", "some dog"]
     style = load_recipe("style", {"prior.prompts": ["{class_prompt} in the snow"]})
     assert style.class_prompts(["a cat, sks style", None]) == ["a cat in the snow", "a picture in the snow"]
     with pytest.raises(DiffgraftError, match=r"Unknown placeholder \{class\} in prior\.prompts"):
-        load_recipe("subject", {"subject": "dog", "prior.prompts": ["{class} in the snow"]})
+        load_recipe(SUBJECT, {"subject": "dog", "prior.prompts": ["{class} in the snow"]})
 
 
 def test_prediction_preserves_every_class_prompt_in_turn(pictures: Path) -> None:
     templates = {"prior.prompts": ["{class_prompt}", "{class_prompt} at night"]}
-    recipe = load_recipe("subject", {"subject": "dog", "images": str(pictures), "prior.by": "prediction", **templates})
+    recipe = load_recipe(SUBJECT, {"subject": "dog", "images": str(pictures), "prior.by": "prediction", **templates})
     _, ((concept, read),) = read_concepts(recipe)
     prompts, class_prompts = prompt_builders(concept, read[0])
     assert prompts.prompts() == ["a sks dog", "a sks dog"]
@@ -269,7 +270,7 @@ def test_templates_show_each_picture_under_each_prompt(base: Base, pictures: Pat
 )
 def test_the_options_of_the_loop_train(pictures: Path, tmp_path: Path, more: dict[str, Any], short_run: Run) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", **more}
-    run = train("subject", images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, images=pictures, output=tmp_path / "run", **settings)
     first, wanted = run.metrics[0], short_run.metrics[0]
     if "gradient_checkpointing" in more or "optimizer" in more:
         assert first["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
@@ -282,7 +283,7 @@ def test_the_options_of_the_loop_train(pictures: Path, tmp_path: Path, more: dic
 def test_samples_are_drawn_during_training(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_every": 1, "sample_prompts": "a {trigger} {subject}"}
     settings["previews"] = True
-    train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert [file.name for file in sorted((tmp_path / "run" / "samples").iterdir())] == [
         "step-000001.png",
         "step-000002.png",
@@ -293,8 +294,8 @@ def test_samples_are_drawn_during_training(base: Base, pictures: Path, tmp_path:
 def test_adapters_are_kept_on_the_way(base: Base, pictures: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     """Each is what a run that ended there would have left."""
     settings: dict[str, Any] = {**SHORT, "sample_prompts": "a dog", "prior": {"weight": 0}, "lr": 1e-2, **more}
-    short = train("subject", base=base, images=pictures, output=tmp_path / "short", **{**settings, "steps": 2})
-    long = train("subject", base=base, images=pictures, output=tmp_path / "long", **settings, adapter_every=2)
+    short = train(SUBJECT, base=base, images=pictures, output=tmp_path / "short", **{**settings, "steps": 2})
+    long = train(SUBJECT, base=base, images=pictures, output=tmp_path / "long", **settings, adapter_every=2)
     files = sorted((long.folder / "adapters").iterdir())
     assert [file.name for file in files] == [f"step-00000{step}.safetensors" for step in (2, 4, 6)]
     wanted, found = load_file(short.adapter_file), load_file(files[0])
@@ -333,7 +334,7 @@ def test_a_run_on_stable_diffusion_xl(sdxl_folder: Path, pictures: Path, tmp_pat
 
 def test_a_state_of_8_bits_is_saved_and_resumed(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "rank": 64, "optimizer": "adamw8bit", "sample_prompts": "a dog", "steps": 4}
-    whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **settings)
+    whole = train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **settings)
     state = load_file(tmp_path / "whole" / "checkpoints" / "step-000003" / "optimizer.safetensors")
     assert torch.uint8 in {value.dtype for value in state.values()}
     cut = tmp_path / "cut"
@@ -347,8 +348,8 @@ def test_a_state_of_8_bits_is_saved_and_resumed(base: Base, pictures: Path, tmp_
 
 def test_two_batches_of_two_are_one_of_four(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 2, "sample_prompts": "a dog", "prior": {"weight": 0}}
-    one = train("subject", base=base, images=pictures, output=tmp_path / "1", batch=4, **settings)
-    two = train("subject", base=base, images=pictures, output=tmp_path / "2", batch=2, accumulate=2, **settings)
+    one = train(SUBJECT, base=base, images=pictures, output=tmp_path / "1", batch=4, **settings)
+    two = train(SUBJECT, base=base, images=pictures, output=tmp_path / "2", batch=2, accumulate=2, **settings)
     assert len(two.metrics) == len(one.metrics) == 2
     assert two.metrics[0]["loss"] == pytest.approx(one.metrics[0]["loss"], rel=1e-5)
     wanted, found = load_file(one.adapter_file), load_file(two.adapter_file)
@@ -366,9 +367,9 @@ def test_what_will_not_do_is_said_before_anything_is_written(base: Base, picture
         ({"images": pictures, "method": "lorra"}, "did you mean 'lora'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
-            train("subject", base=base, subject="dog", output=output, **settings)  # type: ignore[arg-type]
+            train(SUBJECT, base=base, subject="dog", output=output, **settings)  # type: ignore[arg-type]
     with pytest.raises(DiffgraftError, match=r"The base .* was not found"):
-        train("subject", base="no/such-base", images=pictures, subject="dog", output=output)
+        train(SUBJECT, base="no/such-base", images=pictures, subject="dog", output=output)
     assert not output.exists()
 
 
@@ -382,7 +383,7 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     validation_set = validation_set_from_images(base, held_out, masks, pairs=64)
     before = {prompt: validation_set.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
     settings: dict[str, Any] = {"subject": "dog", "steps": 80, "prior": {"images": 16}, "sample_prompts": "a dog"}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     with graft(base, {run.adapter: 1.0}):
         after = {prompt: validation_set.loss(base, prompt) for prompt in before}
     gain = {prompt: before[prompt] - after[prompt] for prompt in before}
@@ -396,14 +397,14 @@ def test_a_start_that_was_refused_can_be_made_again(base: Base, pictures: Path, 
     folder, cut = tmp_path / "run", {"buckets": {"use": True, "min": 128}}
     given: dict[str, Any] = {**SHORT, "steps": 1, "images": pictures, "output": folder, "prior": {"weight": 0}}
     with pytest.raises(DiffgraftError, match=r"buckets\.min"):
-        train("subject", base=base, **given, **cut)
-    assert train("subject", base=base, **given).steps == 1
+        train(SUBJECT, base=base, **given, **cut)
+    assert train(SUBJECT, base=base, **given).steps == 1
 
 
 def test_prodigy_at_another_rate_than_one_is_warned_of(base: Base, pictures: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {**SHORT, "steps": 1, "images": pictures, "prior": {"weight": 0}, "optimizer": "prodigy"}
     with pytest.warns(UserWarning, match=r"finds by lr=0\.01, so it hardly learns: set lr=1"):
-        train("subject", base=base, output=tmp_path / "run", lr=0.01, **given)
+        train(SUBJECT, base=base, output=tmp_path / "run", lr=0.01, **given)
 
 
 def test_the_header_has_all_concepts(base: Base, pictures: Path, tmp_path: Path) -> None:
@@ -412,7 +413,7 @@ def test_the_header_has_all_concepts(base: Base, pictures: Path, tmp_path: Path)
         {"images": str(pictures), "subject": "cat", "trigger": "zwx"},
     ]
     given: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "concepts": concepts}
-    run = train("subject", base=base, output=tmp_path / "run", **given)
+    run = train(SUBJECT, base=base, output=tmp_path / "run", **given)
     wanted = [{"trigger": "sks", "class": "dog"}, {"trigger": "zwx", "class": "cat"}]
     assert run.adapter.metadata["concepts"] == wanted
     assert run.recipe.samples()[:2] == ["a sks dog", "a zwx cat"]

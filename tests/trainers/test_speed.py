@@ -17,6 +17,7 @@ from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime import speed
 from diffgraft.trainers.runtime.speed import sped_up
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 FAST: dict[str, Any] = {**SHORT, "steps": 3, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
 
@@ -41,7 +42,7 @@ def losses(run: Run) -> list[float]:
 
 
 def changed(**settings: Any) -> Any:
-    return load_recipe("subject", {"subject": "dog", **settings})
+    return load_recipe(SUBJECT, {"subject": "dog", **settings})
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def plain_run(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFacto
     """With all that a run may be asked to train: convolutions, and the text encoder."""
     folder = tmp_path_factory.mktemp("plain")
     more = {"method": "locon", "text_encoder": True, "lr": 1e-2}
-    return train("subject", base=base, images=pictures, output=folder / "run", **FAST, **more)
+    return train(SUBJECT, base=base, images=pictures, output=folder / "run", **FAST, **more)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_losses_are_the_same_to_rounding(
 ) -> None:
     before = state(base)
     more = {"method": "locon", "text_encoder": True, "lr": 1e-2, **settings}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **{**FAST, **more})
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**FAST, **more})
     assert losses(run) == pytest.approx(losses(plain_run), rel=1e-5)
     assert len(set(losses(run))) == 3
     assert_same(state(base), before)
@@ -89,8 +90,8 @@ def test_it_is_so_within_the_block_and_as_before_after_it(begun_last: bool) -> N
 def test_trained_channels_last_is_resumed_to_the_same_bytes(base: Base, pictures: Path, tmp_path: Path) -> None:
     """Where the laid-out weights are the ones that train, and stand in checkpoints."""
     settings = {**FAST, "method": "full", "lr": 1e-4, "channels_last": True, "checkpoint_every": 2, "ema": 0.5}
-    whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", **settings)
-    part = train("subject", base=base, images=pictures, output=tmp_path / "part", **{**settings, "steps": 2})
+    whole = train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **settings)
+    part = train(SUBJECT, base=base, images=pictures, output=tmp_path / "part", **{**settings, "steps": 2})
     text = (part.folder / "recipe.yaml").read_text("utf-8")
     (part.folder / "recipe.yaml").write_text(text.replace("steps: 2", "steps: 3"), "utf-8")
     part.adapter_file.unlink()
@@ -130,7 +131,7 @@ def test_compiled_it_trains_the_same(
         counters.clear()
         more = {**FAST, **settings, "lr": 9e-2, "compile": compiled, "sample_every": 2, "batch": 2}
         folder = tmp_path / str(compiled)
-        found[compiled] = train("subject", base=base, images=pictures, output=folder, **more)
+        found[compiled] = train(SUBJECT, base=base, images=pictures, output=folder, **more)
         assert counters["stats"]["unique_graphs"] == graphs * compiled
         assert not counters["graph_break"]
         assert_same(state(base), before)
@@ -164,11 +165,11 @@ def test_xformers_is_refused_where_it_cannot_run(
     settings: dict[str, Any] = {**FAST, "attention": "xformers", "images": pictures, "output": tmp_path / "run"}
     if not diffusers.utils.is_xformers_available():
         with pytest.raises(DiffgraftError, match=r"needs the package xformers, which is not installed"):
-            train("subject", base=base, **settings)
+            train(SUBJECT, base=base, **settings)
     monkeypatch.setattr(diffusers.utils, "is_xformers_available", lambda: True)
     if not torch.cuda.is_available():
         with pytest.raises(DiffgraftError, match=r"needs an NVIDIA GPU, but this run is on cpu"):
-            train("subject", base=base, **settings)
+            train(SUBJECT, base=base, **settings)
     assert not (tmp_path / "run").exists()
 
 

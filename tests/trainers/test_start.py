@@ -27,6 +27,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.adapters.test_families import random_lora
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
 FAST: dict[str, Any] = {**SHORT, "batch": 2, "checkpoint_every": 0, "prior": {"weight": 0}, "trigger": "<zorp>"}
@@ -45,7 +46,7 @@ def go(base: Base, pictures: Path, tmp_path: Path) -> Any:
 
     def trained(held: Base = base, **settings: Any) -> Run:
         given = {**FAST, **settings}
-        return train("subject", base=held, images=pictures, output=tmp_path / f"run-{next(count)}", **given)
+        return train(SUBJECT, base=held, images=pictures, output=tmp_path / f"run-{next(count)}", **given)
 
     return trained
 
@@ -189,7 +190,7 @@ def test_what_has_no_place_is_refused_with_what_would_give_it_one(
     file = tmp_path / "made.safetensors"
     (made if isinstance(made, Adapter) else go(steps=1, **made).adapter).save(file, "diffgraft")
     with pytest.raises(DiffgraftError, match=answer):
-        train("subject", base=base, images=pictures, output=tmp_path / "on", init_from=file, **{**FAST, **settings})
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "on", init_from=file, **{**FAST, **settings})
     assert not (tmp_path / "on").exists()
     assert not any(module._forward_hooks for module in base.unet.modules())
 
@@ -212,12 +213,12 @@ def test_it_resumes_with_equal_bits_and_only_with_the_same_file(
     made = go(steps=3, method="pivotal", lr=1e-2, rank=3, options={**weights_options, "keep_norm": False})
     file = tmp_path / "made.safetensors"
     made.adapter.save(file)
-    whole = train("subject", base=base, images=pictures, output=tmp_path / "whole", init_from=file, **settings)
+    whole = train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", init_from=file, **settings)
     folder = tmp_path / "cut"
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         with interrupted_after(3):
-            train("subject", base=base, images=pictures, output=folder, init_from="made.safetensors", **settings)
+            train(SUBJECT, base=base, images=pictures, output=folder, init_from="made.safetensors", **settings)
     kept = file.read_bytes()
     changed = {name: value + 1e-3 for name, value in load_file(file).items()}
     save_file(changed, file, {"format": "pt", "diffgraft": '{"method": "pivotal"}'})
@@ -246,14 +247,14 @@ def test_a_file_of_kohya_s_for_xl_goes_on_with_what_does_not_reach_the_loss(
     assert any(path.startswith(last) for path in adapter.modules)
     file = adapter.save(tmp_path / "theirs.safetensors", "kohya")
     settings = {**FAST, "steps": 2, "rank": 3, "text_encoder": True, "resolution": 64}
-    on = train("subject", base=base, images=pictures, output=tmp_path / "on", init_from=file, **settings)
+    on = train(SUBJECT, base=base, images=pictures, output=tmp_path / "on", init_from=file, **settings)
     assert set(on.adapter.modules) == set(adapter.modules)
     assert (on.adapter.metadata["rank"], on.adapter.metadata["alpha"]) == (3, 1.5)
     for path, (delta,) in on.adapter.deltas.items():
         (before,) = adapter.deltas[path]
         same = all(torch.equal(leaf, before.leaves[name]) for name, leaf in delta.leaves.items())
         assert same == path.startswith(last), path
-    fresh = train("subject", base=base, images=pictures, output=tmp_path / "fresh", **settings)
+    fresh = train(SUBJECT, base=base, images=pictures, output=tmp_path / "fresh", **settings)
     assert not any(path.startswith(last) for path in fresh.adapter.modules)
 
 
@@ -284,7 +285,7 @@ def test_a_file_of_another_base_is_told(go: Any, short_run: Run, tmp_path: Path)
 
 
 def test_the_path_is_no_part_of_what_a_run_is() -> None:
-    one, other = (load_recipe("subject", {"subject": "dog", "init_from": path}) for path in ("a", "b"))
+    one, other = (load_recipe(SUBJECT, {"subject": "dog", "init_from": path}) for path in ("a", "b"))
     assert one.fingerprint() == other.fingerprint()
     assert "init_from" not in one.header()
 
@@ -310,7 +311,7 @@ def test_a_plan_knows_of_the_file(go: Any, pictures: Path, tmp_path: Path) -> No
     settings = {"images": pictures, "subject": "dog", "init_from": first.folder, "prior": {"weight": 0}}
     numbers = sum(leaf.numel() for (delta,) in first.adapter.deltas.values() for leaf in delta.leaves.values())
     with pytest.warns(UserWarning, match="have the rank of"):
-        found = plan_run("subject", {**settings, "text_encoder": True})
+        found = plan_run(SUBJECT, {**settings, "text_encoder": True})
     assert f"{numbers:,} parameters" in str(found)
     unet = sum(
         leaf.numel()
@@ -318,9 +319,9 @@ def test_a_plan_knows_of_the_file(go: Any, pictures: Path, tmp_path: Path) -> No
         for leaf in delta.leaves.values()
         if path.startswith("unet.")
     )
-    still = plan_run("subject", {**settings, "text_encoder": True, "rank": 3, "lr_scale": {"text_encoder": 0}})
+    still = plan_run(SUBJECT, {**settings, "text_encoder": True, "rank": 3, "lr_scale": {"text_encoder": 0}})
     assert f"{unet:,} parameters" in str(still)
     with pytest.raises(DiffgraftError, match="Set text_encoder=true"):
-        plan_run("subject", settings)
+        plan_run(SUBJECT, settings)
     with pytest.raises(DiffgraftError, match="there is no file"):
-        plan_run("subject", {**settings, "init_from": tmp_path / "none.safetensors"})
+        plan_run(SUBJECT, {**settings, "init_from": tmp_path / "none.safetensors"})

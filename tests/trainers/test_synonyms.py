@@ -10,6 +10,7 @@ from diffgraft.imports.onetrainer_keys import MAPPED as ONETRAINER
 from diffgraft.trainers.recipe.files import _keys, load_recipe
 from diffgraft.trainers.recipe.recipe import TASKS
 from diffgraft.trainers.recipe.synonyms import _SYNONYMS, synonym
+from tests.recipes import SUBJECT
 
 
 def test_every_synonym_stands_for_a_setting_that_there_is() -> None:
@@ -42,14 +43,14 @@ def test_keys_of_imported_configurations_are_synonyms() -> None:
 )
 def test_keys_of_other_tools_get_ours_as_the_hint(theirs: str, ours: str) -> None:
     with pytest.raises(DiffgraftError, match=rf"Unknown setting '{theirs}' .*: in diffgraft it is called '{ours}'\."):
-        load_recipe("subject", {"subject": "dog", theirs: "1"})
+        load_recipe(SUBJECT, {"subject": "dog", theirs: "1"})
 
 
 def test_strange_keys_get_the_three_nearest() -> None:
     with pytest.raises(DiffgraftError, match=r"the nearest are: \w+, [\w.]+, [\w.]+\.$"):
-        load_recipe("subject", {"subject": "dog", "xyzzy": "1"})
+        load_recipe(SUBJECT, {"subject": "dog", "xyzzy": "1"})
     with pytest.raises(DiffgraftError, match="did you mean 'steps'"):
-        load_recipe("subject", {"subject": "dog", "step": "1"})
+        load_recipe(SUBJECT, {"subject": "dog", "step": "1"})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from diffgraft.trainers import loop
 from diffgraft.trainers.hooks import artifacts
 from diffgraft.trainers.hooks.throttle import Throttle
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 
 
 @pytest.mark.parametrize(("step", "cost", "growth"), [(0.5, 0.3, 1.0), (0.02, 0.3, 1.1), (40.0, 2.0, 1.0)])
@@ -55,7 +56,7 @@ def test_the_curves_of_a_run_are_there_while_it_runs(
     monkeypatch.setattr(artifacts, "Throttle", lambda work: Throttle(work, expected=0, clock=lambda: 0.0))
     settings: dict[str, Any] = {"subject": "dog", "steps": 5, "batch": 2, "sample_every": 0, "sample_prompts": "a dog"}
     settings |= {"prior": {"images": 2}, "validation": {"share": 0.4, "every": 2, "pairs": 4}}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     assert len(drawn) == 6  # and at the end
     for figure, last in ((drawn[2], 3), (drawn[-1], 5)):
         (axes,) = figure.axes

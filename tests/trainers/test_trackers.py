@@ -13,6 +13,7 @@ from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
+from tests.recipes import SUBJECT
 from tests.trainers.test_resumed import interrupted
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 5, "checkpoint_every": 2, "sample_every": 2, "batch": 2}
@@ -29,7 +30,7 @@ def test_tensorboard_has_every_step_once_though_the_run_was_killed(
     with monkeypatch.context() as patch:
         interrupted(3, patch)
         with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, images=pictures, output=folder, trackers="tensorboard", **SETTINGS)
+            train(SUBJECT, base=base, images=pictures, output=folder, trackers="tensorboard", **SETTINGS)
     shutil.rmtree(folder / "checkpoints" / "step-000003")
     run = train(base=base, resume=folder)
     seen = EventAccumulator(str(folder / "logs" / "diffgraft"), {"scalars": 0, "images": 0}).Reload()
@@ -79,7 +80,7 @@ def test_a_tracker_of_ones_own_is_shown_all(
     register_tracker_class(Mine)
     request.addfinalizer(lambda: LOGGER_TYPE_TO_CLASS.pop("mine"))
     settings = {**SETTINGS, "steps": 2}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", trackers=["mine"], **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", trackers=["mine"], **settings)
     project, recipe, first, second, third, fourth, end = told
     assert (project, end) == ("diffgraft", "end")
     assert (recipe["lr"], recipe["validation.share"], recipe["sample_prompts"]) == (0.0015, 0.4, "['a dog']")
@@ -101,7 +102,7 @@ def test_a_tracker_that_cannot_be_is_told_before_anything_is_written(
     ):
         assert "mlflow" not in map(str, get_available_trackers())
         with pytest.raises(DiffgraftError, match=answer):
-            train("subject", base=base, images=pictures, output=tmp_path / "run", trackers=given, **SETTINGS)
+            train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", trackers=given, **SETTINGS)
     assert not (tmp_path / "run").exists()
 
 

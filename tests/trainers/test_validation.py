@@ -21,13 +21,14 @@ from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.build import build_training_data
 from diffgraft.trainers.training_data.concepts import read_concepts
 from tests.conftest import SHORT
+from tests.recipes import SUBJECT
 
 CPU = torch.device("cpu")
 
 
 def test_the_loss_is_the_mean_over_pairs(base: Base, pictures: Path) -> None:
     plan = load_recipe(
-        "subject",
+        SUBJECT,
         {
             "images": str(pictures),
             "subject": "dog",
@@ -65,12 +66,12 @@ def test_patience_ends_a_run_and_the_best_is_kept(
     monkeypatch.setattr("diffgraft.trainers.hooks.validation.HeldOut.loss", lambda *_: next(losses))
     settings: dict[str, Any] = {**SHORT, "steps": 20, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     validation = {"share": 0.2, "every": 2, "patience": 2}
-    run = train("subject", base=base, images=pictures, output=tmp_path / "run", validation=validation, **settings)
+    run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", validation=validation, **settings)
     assert len(run.metrics) == 8
     assert [entry.get("validation") for entry in run.metrics[1::2]] == pytest.approx([0.5, 0.3, 0.4, 0.35])
     best = load_adapter(run.folder / "best.safetensors")
     shorter = train(
-        "subject", base=base, images=pictures, output=tmp_path / "four",
+        SUBJECT, base=base, images=pictures, output=tmp_path / "four",
         **{**settings, "steps": 4, "validation": {"share": 0.2, "every": 50}},
     )  # fmt: skip
     for path, deltas in shorter.adapter.deltas.items():
@@ -85,7 +86,7 @@ def test_patience_ends_a_run_and_the_best_is_kept(
 def test_a_validation_that_was_interrupted_is_made_up_for(base: Base, pictures: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {**SHORT, "images": pictures, "steps": 4, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     given |= {"validation": {"share": 0.2, "every": 2, "pairs": 4}}
-    whole = train("subject", base=base, output=tmp_path / "whole", **given)
+    whole = train(SUBJECT, base=base, output=tmp_path / "whole", **given)
 
     def interrupted(*_: Any) -> float:
         raise KeyboardInterrupt
@@ -93,7 +94,7 @@ def test_a_validation_that_was_interrupted_is_made_up_for(base: Base, pictures: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffgraft.trainers.hooks.validation.HeldOut.loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train("subject", base=base, output=tmp_path / "cut", **given)
+            train(SUBJECT, base=base, output=tmp_path / "cut", **given)
     again = train(base=base, resume=tmp_path / "cut")
     assert sum("validation" in entry for entry in whole.metrics) == 2
     for name in ("metrics.jsonl", "adapter.safetensors", "best.safetensors"):
@@ -117,7 +118,7 @@ def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
     from diffgraft.trainers.run.attach import attach
 
     trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
-    plan = load_recipe("subject", {"subject": "dog", "method": method, **trigger})
+    plan = load_recipe(SUBJECT, {"subject": "dog", "method": method, **trigger})
     noisy, times, prompts = torch.randn(2, 4, 16, 12), torch.tensor([90, 700]), ["a dog", "a cat"]
     with torch.no_grad():
         wanted = Denoiser(base)(noisy, times, prompts)
@@ -141,7 +142,7 @@ def test_prior_preservation_by_prediction_is_its_formula(base: Base, pictures: P
     for weight in (0.0, 20.0):
         prior = {"weight": weight, "by": "prediction"}
         output = tmp_path / str(weight)
-        runs[weight] = train("subject", base=base, images=pictures, output=output, **{**settings, "prior": prior})
+        runs[weight] = train(SUBJECT, base=base, images=pictures, output=output, **{**settings, "prior": prior})
     first, last = runs[20.0].metrics[0], runs[20.0].metrics[-1]
     assert first["prior"] < 1e-10
     assert last["prior"] > 1e-6

@@ -29,13 +29,15 @@ DIGESTS = Path(__file__).parent / "digests.json"
 
 The first processor's model was not recorded."""
 STEPS = 30
+SUBJECT = str(Path(__file__).parent / "subject-of-digests.yaml")
+"""Settings of `subject` when the digests were taken: the digests tell of training, not of the recipe's defaults"""
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "subject": ("subject", {}),
+    "subject": (SUBJECT, {}),
     "style": ("style", {"prompt": "in the style of sks"}),
     "concept": ("concept", {"trigger": "<sks>"}),
-    "dora": ("subject", {"options": {"dora": True}}),
+    "dora": (SUBJECT, {"options": {"dora": True}}),
     **{
-        name: ("subject", {"method": name})
+        name: (SUBJECT, {"method": name})
         for name, method in methods().items()
         if name not in ("lora", "textual-inversion") and method.attach.__module__.startswith("diffgraft.")
     },
@@ -96,7 +98,7 @@ def processor() -> str:
 def adapter_of(name: str, base: Base, folder: Path) -> Path:
     """The adapter file of a run of 30 steps at seed 0, by one thread."""
     recipe, settings = RUNS[name]
-    own = {"subject": "dog", "prior": {"images": 4}} if recipe == "subject" else {}
+    own = {"subject": "dog", "prior": {"images": 4}} if recipe == SUBJECT else {}
     own |= {"subject": "dog"} if recipe == "concept" else {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
