@@ -247,6 +247,24 @@ def add_product(out: Tensor, scale: float, x: Tensor, down: Tensor, up: Tensor) 
     return torch.addmm(out.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scale).view(out.shape)
 
 
+def without_bias(layer: nn.Module, out: Tensor) -> Tensor:
+    """Return a layer's output without its bias: W · x, in the shape of `out`, channels last or [n, out, h, w]."""
+    bias = getattr(layer, "bias", None)
+    return out if bias is None else out - _in_shape(layer, bias, out)
+
+
+def add_to_scaled(layer: nn.Module, out: Tensor, factors: Tensor | None) -> Tensor:
+    """Return `out`, an output without bias, multiplied by a factor for each channel (None: 1), plus the layer's bias."""
+    bias = getattr(layer, "bias", None)
+    scaled = out if factors is None else out * _in_shape(layer, factors, out)
+    return scaled if bias is None else scaled + _in_shape(layer, bias, out)
+
+
+def _in_shape(layer: nn.Module, values: Tensor, out: Tensor) -> Tensor:
+    """One value for each output channel, in a shape that is broadcast to `out`."""
+    return values.to(out.dtype).view((1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,))
+
+
 def kaiming(shape: Shape, generator: torch.Generator) -> Tensor:
     """Uniform in ±1/√fan_in, as PyTorch initializes its layers; fan_in is the product of all sides but the first."""
     bound = torch.tensor(shape[1:]).prod().item() ** -0.5

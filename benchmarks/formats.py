@@ -97,10 +97,10 @@ def samples() -> dict[str, Adapter]:
     norm = {"unet.conv_norm_out": {"diff": drawn(320), "diff_b": drawn(320)}}
     adapters["full, of norms"] = on_all("full", norm, None)
     ones = {path: {"weight": drawn(shape[0]), "on_input": torch.tensor(0)} for path, shape in shapes.items()}
-    adapters["(IA)³"] = on_all("ia3", ones, None)
-    adapters["GLoRA"] = on_all("glora", {p: _glora(s, drawn) for p, s in shapes.items() if len(s) == 2}, 1.0)
-    adapters["OFT"] = on_all("oft", {p: {"oft_blocks": drawn(s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
-    adapters["BOFT"] = on_all("boft", {p: {"oft_blocks": drawn(2, s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
+    adapters["ia3"] = on_all("ia3", ones, None)
+    adapters["glora"] = on_all("glora", {p: _glora(s, drawn) for p, s in shapes.items() if len(s) == 2}, 1.0)
+    adapters["oft"] = on_all("oft", {p: {"oft_blocks": drawn(s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
+    adapters["boft"] = on_all("boft", {p: {"oft_blocks": drawn(2, s[0] // 8, 8, 8)} for p, s in shapes.items()}, 0.0)
     words = {"<zorp>": {"text_encoder": drawn(2, 768)}}
     adapters["textual inversion"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=words)
     both = {"<zorp>": {"text_encoder": drawn(2, 768), "text_encoder_2": drawn(2, 1280)}}

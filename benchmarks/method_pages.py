@@ -19,10 +19,8 @@ PAGES = DOCS / "methods"
 KEYS = DOCS / "recipe-keys.md"
 RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- (options|measured|formats) -->\n).*?(<!-- end -->)", re.DOTALL)
-_READ_ONLY = ("(IA)³", "GLoRA", "OFT", "BOFT")
-"""Kinds of adapters that are read and converted but not trained; they are on the page `other`"""
 _SOURCES = (
-    ("learning.md", "python -m benchmarks.learning --photos PHOTOS", "the embedded base, the poodle", "## poodle"),
+    ("learning.md", "python -m benchmarks.learning --photos PHOTOS", "the embedded base, the alien", "## alien"),
     ("scale.md", "python -m benchmarks.scale", "SD 1.5 at rank 4, text encoder included", "| base | method"),
     ("step-time.md", "python -m benchmarks.step_time", "a training step of SD 1.5's UNet", "## 32 x 32"),
 )
@@ -115,7 +113,7 @@ def _is_about(name: str, row: str) -> bool:
 
 def _formats(name: str) -> str:
     """Return the rows of the page of formats for the kinds of adapters that the method trains."""
-    kinds = _READ_ONLY if name == "other" else (name.replace("-", " "),)
+    kinds = (name.replace("-", " "),)
     head, line, *rows = _table((RESULTS / "formats.md").read_text("utf-8").splitlines())
     own = [row for row in rows if set(row.split("|")[1].strip().split(", ")) & set(kinds)]
     return "".join(f"{row}\n" for row in (head, line, *own))

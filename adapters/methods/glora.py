@@ -1,16 +1,21 @@
 """GLoRA: low-rank matrices on the input of a layer and beside it (Chavan et al. 2023, arXiv:2306.07967).
 
 Of the paper's five terms, LyCORIS implements the two that change the weight: W' = W + strength · s · (W · A + B), with
-A = a1 · a2 on the inputs, B = b1 · b2, and s = alpha / rank. It is read, merged and converted, but not trained here.
+A = a1 · a2 on the inputs, B = b1 · b2, and s = alpha / rank.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import RankOptions, attach_factors, kaiming, without_bias
+from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.patch import AdapterLayer, cast_like, run_layer, to_cpu_float32, weight_shape
 from diffgraft.adapters.projections import same_layer
 
 _LEAVES = ("a1", "a2", "b1", "b2")
@@ -77,4 +82,66 @@ def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
     return GloraDelta(dict(leaves), float(rank) if alpha is None else alpha)
 
 
-KINDS = {"glora": read}
+class GloraLayer(AdapterLayer):
+    """GLoRA on a live layer: W · (A · x) and B · x beside its output."""
+
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> None:
+        """Start without an effect: the first factors as PyTorch initializes layers, the second ones with zero."""
+        super().__init__()
+        out, width, *kernel = weight_shape(layer)
+        ones = [1] * len(kernel)
+        leaves = {
+            "a1": kaiming((width, rank, *ones), generator),
+            "a2": torch.zeros(rank, width, *ones),
+            "b1": kaiming((out, rank, *ones), generator),
+            "b2": torch.zeros(rank, width, *kernel),
+        }
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in leaves.items()})
+        self._alpha = alpha
+
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        a1, a2, b1, b2 = (self.leaves[name] for name in _LEAVES)
+        given, scale = cast_like(x, a1), self._alpha / a2.shape[0]
+        if isinstance(layer, nn.Conv2d):
+            n, groups = len(given), layer.groups
+            each = given.reshape(n * groups, -1, *given.shape[2:])
+            changed = F.conv2d(F.conv2d(each, a2), a1).view(given.shape)
+            beside = b2.repeat(groups, *[1] * (b2.ndim - 1))  # b2 sees each group's inputs, b1 has each group's outputs
+            inner = run_layer(layer, given, beside)
+            added = F.conv2d(inner, b1, groups=groups)
+        else:
+            changed = F.linear(F.linear(given, a2), a1)
+            added = F.linear(F.linear(given, b2), b1)
+        of_input = without_bias(layer, layer.forward(changed.to(x.dtype)))
+        return torch.add(out, (of_input + added).to(out.dtype), alpha=scale)
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        if not isinstance(delta, GloraDelta) or not delta.fits(weight_shape(layer)) or "bm" in delta.leaves:
+            raise ValueError(f"is a {delta.kind} that does not fit this layer, or has a core, which is not trained")
+        device = self.leaves["a1"].device
+        factors = dict(zip(_LEAVES, delta._factors(), strict=True))
+        self.leaves = nn.ParameterDict(
+            {name: nn.Parameter(leaf.to(device, torch.float32, copy=True)) for name, leaf in factors.items()}
+        )
+        self._alpha = delta.alpha
+
+    def delta(self) -> GloraDelta:
+        return GloraDelta(to_cpu_float32(dict(self.leaves.items())), self._alpha)
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    options: RankOptions = spec.options
+
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:
+        return GloraLayer(layer, *options.size(path, spec.rank, spec.alpha), generator)
+
+    return attach_factors(target, spec, make)
+
+
+METHOD = Method(
+    name="glora",
+    summary="low-rank matrices on a layer's input and beside it: ΔW that knows the weight",
+    attach=attach,
+    options=RankOptions,
+    read=read,
+)

@@ -1,15 +1,21 @@
 """(IA)³: the inputs or the outputs of a layer, each scaled by a learned factor (Liu et al. 2022, arXiv:2205.05638).
 
-It is read, merged and converted, but not trained here.
+The paper scales keys, values, and the inputs of the second layer of feed-forward blocks.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import add_to_scaled, without_bias
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, strip_text_model
+from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, weight_shape
+from diffgraft.adapters.patterns import last_matching_value
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,4 +57,56 @@ def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:  # noqa: A
     return Ia3Delta({"weight": weight, "on_input": on_input})
 
 
-KINDS = {"ia3": read}
+class Ia3Options(Options):
+    """Options of (IA)³."""
+
+    on_input: list[str] = Field(default_factory=lambda: ["*.ff.net.2", "*.fc2"])
+    """Patterns of module paths (`*` matches anything) whose inputs are scaled; of all others the outputs are"""
+
+
+class Ia3Layer(AdapterLayer):
+    """Factors on the inputs or the outputs of a live layer; its bias is unchanged."""
+
+    def __init__(self, layer: nn.Module, on_input: bool) -> None:
+        super().__init__()
+        out, width, *kernel = weight_shape(layer)
+        side = width if on_input else out
+        self.weight = nn.Parameter(torch.zeros((1, side, *[1] * len(kernel)) if kernel else (side,)))
+        self._on_input = on_input
+
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        if not self._on_input:
+            return add_to_scaled(layer, without_bias(layer, out), 1 + self.weight)
+        groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        factors = self.weight.repeat(1, groups, 1, 1) if groups > 1 else self.weight
+        return out + without_bias(layer, layer.forward(x * factors.to(x.dtype)))
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        if not isinstance(delta, Ia3Delta) or delta.on_input != self._on_input or not delta.fits(weight_shape(layer)):
+            raise ValueError(f"is a {delta.kind} that does not fit this layer, or scales its other side")
+        with torch.no_grad():
+            self.weight.copy_(delta.leaves["weight"].float().view(self.weight.shape))
+
+    def delta(self) -> Ia3Delta:
+        weight = self.weight.detach().float().cpu().clone()
+        return Ia3Delta({"weight": weight, "on_input": torch.tensor(int(self._on_input))})
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    patterns = dict.fromkeys(spec.options.on_input, True)
+
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:  # noqa: ARG001  (zeros)
+        return Ia3Layer(layer, last_matching_value(patterns, strip_text_model(path), False))
+
+    return AttachedLayers(target, spec, make)
+
+
+METHOD = Method(
+    name="ia3",
+    summary="one factor for each input or output of a layer: the smallest file that changes layers",
+    attach=attach,
+    options=Ia3Options,
+    layers="attention+feedforward",
+    unsupported=NO_FACTORS,
+    read=read,
+)

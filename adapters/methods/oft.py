@@ -1,28 +1,33 @@
-"""Orthogonal fine-tuning: the outputs of a layer are rotated in blocks (OFT), or in several stages of blocks (BOFT).
+"""Orthogonal fine-tuning (OFT): the outputs of a layer are rotated in blocks (Qiu et al. 2023, arXiv:2306.07280).
 
-OFT is from Qiu et al. 2023, arXiv:2306.07280; BOFT, with stages that mix ever wider blocks, from Liu et al. 2023,
-arXiv:2311.06243. A rotation R is the Cayley transform (I + Q)(I − Q)⁻¹ of Q = X − Xᵀ; if alpha is not 0, Q is shrunk to
-a norm of at most alpha · out. A strength interpolates each R with I, as in LyCORIS. It is read, merged and converted,
-but not trained here.
+A rotation R is the Cayley transform (I + Q)(I − Q)⁻¹ of Q = X − Xᵀ; if alpha is not 0, Q is shrunk to a norm of at most
+alpha · out. A strength interpolates each R with I, as in LyCORIS. `boft.py` has the variant with several stages.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import add_to_scaled, without_bias
+from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.methods.lokr import factorize
+from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, run_layer, to_cpu_float32, weight_shape
+from diffgraft.bases.quantized import weight_and_bias
 
 
 def cayley(blocks: Tensor, bound: float) -> Tensor:
     """Rotations [..., b, b] from ``oft_blocks`` [..., b, b]; the norm of all Q is at most `bound` (0: no limit)."""
-    q = blocks - blocks.transpose(-1, -2)
-    norm = float(q.norm()) + 1e-8
-    if 0 < bound < norm:
-        q = q * (bound / norm)
-    identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-    rotations: Tensor = (identity + q) @ torch.linalg.inv(identity - q)
+    with torch.autocast(blocks.device.type, enabled=False):  # rounded to half precision they are no rotations
+        q = blocks - blocks.transpose(-1, -2)
+        if bound > 0:
+            q = q * (bound / (q.norm() + 1e-8)).clamp(max=1)
+        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+        rotations: Tensor = (identity + q) @ torch.linalg.inv(identity - q)
     return rotations
 
 
@@ -44,12 +49,7 @@ class OftDelta(Delta):
         blocks = self.leaves["oft_blocks"].float().to(weight.device)
         rotations = cayley(blocks, self.alpha * weight.shape[0])
         identity = torch.eye(rotations.shape[-1], device=weight.device)
-        rotations = strength * rotations + (1 - strength) * identity
-        if rotations.ndim == 3:
-            rows = weight.view(*rotations.shape[:2], -1)
-            rotated = torch.einsum("knm,kni->kmi", rotations, rows).reshape(weight.shape)
-        else:
-            rotated = _butterfly(rotations, weight)
+        rotated = rotate(strength * rotations + (1 - strength) * identity, weight)
         if "rescale" in self.leaves:
             rotated = rotated * self.leaves["rescale"].float().to(weight.device).view(-1, *[1] * (weight.ndim - 1))
         return rotated, bias
@@ -64,16 +64,84 @@ class OftDelta(Delta):
         )
 
 
-def _butterfly(rotations: Tensor, weight: Tensor) -> Tensor:
-    """Rotate weight [out, …] by rotations [stages, n, b, b]; stage i mixes rows at a distance of 2^i · b / 2."""
-    rotated = weight.flatten(1)
+def rotate(rotations: Tensor, rows: Tensor) -> Tensor:
+    """Rotate rows [out, …], of a weight or of outputs, by rotations [n, b, b] (OFT) or [stages, n, b, b] (BOFT).
+
+    Files of kind OFT hold Rᵀ. Stage i of BOFT mixes rows at a distance of 2^i · b / 2.
+    """
+    if rotations.ndim == 3:
+        flat = rows.reshape(*rotations.shape[:2], -1)
+        return (rotations.transpose(1, 2) @ flat).view(rows.shape)
+    rotated = rows.flatten(1)
     size = rotations.shape[-1]
     for stage, blocks in enumerate(rotations):
         step = 2**stage * (size // 2)
         mixed = rotated.view(-1, 2, step, rotated.shape[1]).transpose(1, 2).reshape(-1, size, rotated.shape[1])
         mixed = blocks @ mixed
         rotated = mixed.view(-1, step, 2, rotated.shape[1]).transpose(1, 2).reshape(rotated.shape)
-    return rotated.view(weight.shape)
+    return rotated.view(rows.shape)
+
+
+class OftOptions(Options):
+    """Options of OFT and BOFT beside rank, which is the side of the blocks (at most, for OFT)."""
+
+    constraint: float = Field(0.0, ge=0)
+    """Bound on the norm of all Q of a layer, as a multiple of its number of outputs (0: no bound); it keeps the
+    rotations near to the start"""
+    rescaled: bool = False
+    """Learn a factor for each output as well"""
+
+
+class RotationLayer(AdapterLayer):
+    """Rotations of a live layer's outputs, without their bias."""
+
+    def __init__(self, layer: nn.Module, blocks: tuple[int, ...], options: OftOptions) -> None:
+        """Start without a rotation.
+
+        Args:
+            layer: the layer that is adapted.
+            blocks: shape of ``oft_blocks``: [n, b, b] or [stages, n, b, b].
+            options: bound and rescaling.
+        """
+        super().__init__()
+        out, *rest = weight_shape(layer)
+        self.leaves = nn.ParameterDict({"oft_blocks": nn.Parameter(torch.zeros(blocks))})
+        if options.rescaled:
+            self.leaves["rescale"] = nn.Parameter(torch.ones(out, *[1] * len(rest)))
+        self._alpha = options.constraint
+
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        rotations = cayley(self.leaves["oft_blocks"], self._alpha * weight_shape(layer)[0]).to(out.dtype)
+        if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # rows of other groups see other inputs
+            rotated = run_layer(layer, x, rotate(rotations, weight_and_bias(layer)[0]))
+        else:
+            axis = 1 if isinstance(layer, nn.Conv2d) else -1
+            rotated = rotate(rotations, without_bias(layer, out).transpose(0, axis)).transpose(0, axis)
+        return add_to_scaled(layer, rotated, self.leaves["rescale"] if "rescale" in self.leaves else None)
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        if not isinstance(delta, OftDelta):
+            raise ValueError(f"is a {delta.kind}, but this run trains rotations of outputs")
+        if not delta.fits(weight_shape(layer)) or delta.leaves["oft_blocks"].ndim != self.leaves["oft_blocks"].ndim:
+            raise ValueError(f"is a {delta.kind} that does not fit this layer or this method")
+        device = self.leaves["oft_blocks"].device
+        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in delta.leaves.items()}
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in values.items()})
+        self._alpha = delta.alpha
+
+    def delta(self) -> OftDelta:
+        return OftDelta(to_cpu_float32(dict(self.leaves.items())), self._alpha)
+
+
+def attach(target: Any, spec: Spec) -> Attached:
+    def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:  # noqa: ARG001  (zeros)
+        side, count = factorize(weight_shape(layer)[0], spec.rank)
+        return RotationLayer(layer, (count, side, side), spec.options)
+
+    return AttachedLayers(target, spec, make)
+
+
+NO_ALPHA = {"alpha": "rotations have no scale; options.constraint bounds them"}
 
 
 def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
@@ -88,4 +156,11 @@ def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
     return OftDelta(dict(leaves), alpha or 0.0)
 
 
-KINDS = {"oft": read, "boft": read}
+METHOD = Method(
+    name="oft",
+    summary="rotations of a layer's outputs in blocks, which keep the angles between its weights",
+    attach=attach,
+    options=OftOptions,
+    unsupported=NO_ALPHA,
+    read=read,
+)

@@ -1,18 +1,23 @@
-"""Kinds of deltas that are read and not trained here, held to the modules of LyCORIS that make them."""
+"""Kinds of deltas that depend on the weight, held to the modules of LyCORIS that make them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lycoris.functional.general import power2factorization
 from lycoris.modules.boft import ButterflyOFTModule
 from lycoris.modules.diag_oft import DiagOFTModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.ia3 import IA3Module
 from torch import Tensor, nn
 
-from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.registry import kinds, methods, read_delta
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.methods.boft import butterfly_blocks
+from diffgraft.adapters.patch import run_layer
+from diffgraft.adapters.registry import get_method, read_delta
 
 LAYERS = {
     "linear": lambda: nn.Linear(10, 32),
@@ -131,6 +136,64 @@ def test_what_does_not_fit_is_told(kind: str, leaves: dict[str, Tensor], answer:
         read_delta(kind, leaves, 1.0)
 
 
-def test_they_are_kinds_and_no_methods() -> None:
-    assert {"ia3", "glora", "oft", "boft"} <= set(kinds())
-    assert not {"ia3", "glora", "oft", "boft"} & set(methods())
+TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ia3": ("ia3", {}),
+    "ia3, inputs": ("ia3", {"on_input": ["*"]}),
+    "glora": ("glora", {}),
+    "oft": ("oft", {}),
+    "oft, bound, rescaled": ("oft", {"constraint": 0.02, "rescaled": True}),
+    "boft": ("boft", {}),
+    "boft, bound, rescaled": ("boft", {"constraint": 0.02, "rescaled": True}),
+}
+"""Those of `MADE` → the method that trains them, and its options."""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("name", MADE)
+def test_training_is_that_of_lycoris(name: str, layer: str) -> None:
+    """Outputs and gradients of the live layer, from the same values; also the shapes of what is trained."""
+    torch.manual_seed(3)
+    held = LAYERS[layer]().requires_grad_(False)
+    module = made(name, held)
+    method, options = TRAINED[name]
+    chosen = get_method(method)
+    rank, alpha = (3, 2.0) if method == "glora" else (4, 4.0)
+    net = nn.Module()
+    net.proj = held
+    live = chosen.attach(
+        SimpleNamespace(unet=net), Spec({"unet": ["proj"]}, rank, alpha, 0, chosen.read_options(options))
+    )
+    fresh = {key: tuple(value.shape) for key, value in live.trainable().items()}
+    live.load(Adapter({"unet.proj": (ours(name, module),)}))
+    assert {key: tuple(value.shape) for key, value in live.trainable().items()} == fresh
+    x = torch.randn((5, 10) if layer == "linear" else (5, 10, 7, 9))
+    found = held(x)
+    found.square().mean().backward()
+    live.detach()
+    module.train()
+    weight, bias = module.get_merged_weight(1.0)[0], held.bias
+    wanted = run_layer(held, x, weight.view(held.weight.shape)) + bias.view(-1, *[1] * (x.ndim - 2))
+    wanted.square().mean().backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    theirs = {key.removesuffix(".weight") or "weight": value.grad for key, value in module.named_parameters()}
+    trained = {key.removeprefix("unet.proj."): value.grad for key, value in live.trainable().items()}
+    assert len(trained) == len([value for value in theirs.values() if value is not None])
+    for key, gradient in trained.items():
+        assert gradient is not None
+        assert (gradient - theirs[key]).norm() < 1e-4 * theirs[key].norm(), key
+        assert gradient.norm() > 0
+
+
+def test_blocks_of_boft_are_those_of_lycoris_where_it_has_any() -> None:
+    for out in range(2, 200, 2):
+        for side in (2, 4, 8, 32, 50):
+            theirs = power2factorization(out, side)
+            stages, count, own = butterfly_blocks(out, side)
+            assert own * count == out
+            if theirs[1]:
+                assert (own, count) == theirs
+                assert stages == sum(int(digit) for digit in f"{count - 1:b}") + 1
+            else:
+                assert own > side
+    with pytest.raises(ValueError, match="blocks of an even size"):
+        butterfly_blocks(15, 4)

@@ -43,8 +43,15 @@ _MORE: dict[str, list[dict[str, Any]]] = {
         {"full_matrix": True},
         {"factor": 2, "tucker": True},
     ],
+    "oft": [{"constraint": 0.05, "rescaled": True}],
+    "boft": [{"constraint": 0.05, "rescaled": True}],
+    "ia3": [{"on_input": ["*"]}],
 }
 """Method → options under which it writes its deltas in another way than by default."""
+
+
+ONE_SIDED = ("oft", "boft", "ia3")
+"""Methods whose leaves tell the number of outputs or of inputs alone"""
 
 
 def changes_weights(method: Method) -> bool:

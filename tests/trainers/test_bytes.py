@@ -21,6 +21,7 @@ def _own_class_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_trains_the_same_adapter_as_ever(name: str, base: Base, tmp_path: Path) -> None:
     known = json.loads(DIGESTS.read_text("utf-8"))
+    known = {processor: own for processor, own in known.items() if name in own}  # methods came later than others
     found = digests(adapter_of(name, base, tmp_path))
     assert found["shape"] in {own[name]["shape"] for own in known.values()}, "names, shapes or header have changed"
     values = {processor: own[name]["values"] for processor, own in known.items()}

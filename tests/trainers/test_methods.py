@@ -246,7 +246,7 @@ pictures, folder = sys.argv[1:]
 base = load_base("tiny")
 settings = {"subject": "dog", "steps": 2, "prior": {"weight": 0}, "sample_prompts": "a dog", "sample_every": 0}
 rows, lora = (
-    train(SUBJECT, base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
+    train("subject", base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
     for method in ("rows", "lora")
 )
 copy = load_adapter(rows.adapter_file).save(Path(folder) / "copy.safetensors", "diffgraft")

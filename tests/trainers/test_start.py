@@ -131,10 +131,10 @@ def test_what_is_frozen_goes_on_as_the_file_has_it(go: Any) -> None:
 def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
     leaves: Mapping[str, torch.Tensor] = {"lora_down": torch.ones(2, width), "lora_up": torch.ones(128, 2)}
     delta: Delta = low_rank(leaves["lora_down"], leaves["lora_up"])
-    if kind == "ia3":
+    if kind == "replacement":
         from diffgraft.adapters.registry import read_delta
 
-        delta = read_delta("ia3", {"weight": torch.ones(128), "on_input": torch.tensor(0)}, None)
+        delta = read_delta("replacement", {"weight": torch.ones(128, 128)}, None)
     return Adapter({path: (delta,)}, {"method": kind})
 
 
@@ -175,7 +175,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
             r"This base has no module unet\.mid_block\.convv; the file was made",
         ),
         (lines(QUERY, width=96), {}, "does not fit this base's layer of shape 128 × 128"),
-        (lines(QUERY, "ia3"), {}, r"is a ia3.*You can convert it to a LoRA: diffgraft resize"),
+        (lines(QUERY, "replacement"), {}, r"is a replacement.*You can convert it to a LoRA: diffgraft resize"),
     ],
 )
 def test_what_has_no_place_is_refused_with_what_would_give_it_one(

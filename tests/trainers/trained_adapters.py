@@ -23,14 +23,13 @@ from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.settings import DrawSettings
+from tests.recipes import SUBJECT
 
 DIGESTS = Path(__file__).parent / "digests.json"
 """Version of PyTorch, vector instructions and processor → run → digests of its adapter file, as `digests` takes them.
 
 The first processor's model was not recorded."""
 STEPS = 30
-SUBJECT = str(Path(__file__).parent / "subject-of-digests.yaml")
-"""Settings of `subject` when the digests were taken: the digests tell of training, not of the recipe's defaults"""
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "subject": (SUBJECT, {}),
     "style": ("style", {"prompt": "in the style of sks"}),
