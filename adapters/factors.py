@@ -254,7 +254,7 @@ def without_bias(layer: nn.Module, out: Tensor) -> Tensor:
 
 
 def add_to_scaled(layer: nn.Module, out: Tensor, factors: Tensor | None) -> Tensor:
-    """Return `out`, an output without bias, multiplied by a factor for each channel (None: 1), plus the layer's bias."""
+    """Return `out`, an output without bias, times a factor for each channel (None: 1), plus the layer's bias."""
     bias = getattr(layer, "bias", None)
     scaled = out if factors is None else out * _in_shape(layer, factors, out)
     return scaled if bias is None else scaled + _in_shape(layer, bias, out)

@@ -78,7 +78,9 @@ def measure(count: int = 256, folder: Path = TINY, photos: Path | None = None) -
 
     prompts, scenes = prompts_and_scenes(count)
     start = time.perf_counter()
-    images = Session(base).draw_each(prompts, range(count), DrawSettings(batch=32), title="generating for the judge")
+    images = Session(base).draw_each(
+        prompts, range(count), DrawSettings(batch=32), phase_title="generating for the judge"
+    )
     report["seconds for 16 pictures"] = 16 * (time.perf_counter() - start) / count
     drawn = verdicts(judge, to_tensor(images), scenes)
     for kind in LABELS:

@@ -129,7 +129,7 @@ def generate(
     base: str | Path | Base = "tiny",
     count: int = 1,
     seed: int = 0,
-    keep: Callable[[int, Image.Image], None] | None = None,
+    on_picture: Callable[[int, Image.Image], None] | None = None,
     **options: Unpack[DrawingOptions],
 ) -> list[Image.Image]:
     """Draw `count` pictures of each prompt, with or without adapters.
@@ -141,7 +141,7 @@ def generate(
             its dtype, and options for loading cannot be given with it.
         count: number of pictures of each prompt.
         seed: seed of the first picture of each prompt; each further picture adds 1.
-        keep: callback that receives the index of a picture and the picture as soon as it is drawn.
+        on_picture: callback that receives the index of a picture and the picture as soon as it is drawn.
         options: options of `DrawingOptions`: those of `DrawSettings`; library, wildcards; image, denoise, mask;
             precision, device, offload, and those of `load_base`.
 
@@ -160,7 +160,7 @@ def generate(
         raise DiffgraftError(f"Invalid value count={short_repr(count)}: must be at least 1.")
     (seed,) = checked_seeds([seed])
     with _opened("generate", adapters, base, options) as (session, settings, image_input):
-        return session.draw(prompt, range(seed, seed + count), settings, image_input, keep)
+        return session.draw(prompt, range(seed, seed + count), settings, image_input, on_picture)
 
 
 @wrap_system_errors

@@ -19,16 +19,16 @@ def generator(seed: int, *key: int) -> torch.Generator:
 
 
 def normal(shape: Sequence[int], seed: int, *key: int) -> Tensor:
-    """Return standard normal numbers of `shape` for one key, on the CPU, in float32."""
+    """Return standard normal numbers of `shape` for `seed` and further integers, on the CPU, in float32."""
     return torch.randn(tuple(shape), generator=generator(seed, *key))
 
 
 def numpy_generator(seed: int, *key: int) -> np.random.Generator:
-    """Return a numpy generator for one key."""
+    """Return a numpy generator for `seed` and further integers; equal ones give equal numbers."""
     return np.random.default_rng([seed, *key])
 
 
 @lru_cache(4096)
 def permutation(count: int, seed: int, *key: int) -> tuple[int, ...]:
-    """Return the numbers 0 to `count` − 1 in a random order for one key."""
+    """Return the numbers 0 to `count` − 1 in a random order, for `seed` and further integers."""
     return tuple(numpy_generator(seed, *key).permutation(count).tolist())

@@ -141,7 +141,7 @@ def test_how_a_base_is_loaded_cannot_be_told_of_a_loaded_one(base: Base, setting
     ("prompt", "answer"),
     [
         ("a dog <lora:ink:0.8>", r"There is no adapter 'ink': give the folder of adapters"),
-        ("a dog <lira:ink:0.8>", r"<lira:ink:0.8>, which is no kind of adapter: did you mean 'lyco'|'lora'"),
+        ("a dog <lira:ink:0.8>", r"<lira:ink:0.8>, which names an unknown kind of adapter: did you mean 'lyco'|'lora'"),
     ],
 )
 def test_prompts_that_name_what_is_missing_are_refused(base: Base, prompt: str, answer: str) -> None:

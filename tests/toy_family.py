@@ -141,7 +141,7 @@ class MixerFamily(Family):
         prediction: Tensor = denoiser(noisy.to(base.denoiser.dtype), sigmas, conditioning.hidden_states)
         return prediction
 
-    def timing_block(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
+    def block_for_timing(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
         channels = base.latents.channels
         return nn.Conv2d(channels, 20, 2, 2, device="meta"), {}, channels
 

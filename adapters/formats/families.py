@@ -110,7 +110,7 @@ def _families_by_width(deltas: Deltas) -> set[str]:
 
 def with_base_of(adapter: Adapter, weights: Weights) -> Adapter:
     """Add the family of a base to the metadata, and its layers per block if that is not 2."""
-    family, layers = family_of_weights(weights), weights.layers_in_block
+    family, layers = family_of_weights(weights), weights.layers_per_block
     entries = {
         **({"family": family} if family else {}),
         **({"layers_per_block": layers} if layers not in (None, 2) else {}),

@@ -82,7 +82,7 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
 
 def load_for_base(path: str | PathLike[str], weights: Weights | None) -> Adapter:
     """Read an adapter file like `load_adapter`, with the layers per block of the base that `weights` belong to."""
-    return load_adapter(path, weights.layers_in_block if weights is not None else None)
+    return load_adapter(path, weights.layers_per_block if weights is not None else None)
 
 
 class UnreadableError(ValueError):

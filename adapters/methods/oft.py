@@ -117,7 +117,8 @@ class RotationLayer(AdapterLayer):
         else:
             axis = 1 if isinstance(layer, nn.Conv2d) else -1
             rotated = rotate(rotations, without_bias(layer, out).transpose(0, axis)).transpose(0, axis)
-        return add_to_scaled(layer, rotated, self.leaves["rescale"] if "rescale" in self.leaves else None)
+        rescale = dict(self.leaves.items()).get("rescale")
+        return add_to_scaled(layer, rotated, rescale)
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
         if not isinstance(delta, OftDelta):

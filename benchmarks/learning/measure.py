@@ -153,7 +153,7 @@ def draw_new(base: Base, target: Target, words: str) -> list[tuple[NewPrompt, li
     """Generate pictures for the target's new prompts, always with the same seeds."""
     listed = [(prompt, FIRST_SEED + number) for prompt in target.new for number in range(prompt.count)]
     texts = [prompt.text.replace("{it}", words) for prompt, _ in listed]
-    images = Session(base).draw_each(texts, [seed for _, seed in listed], title="generating new prompts")
+    images = Session(base).draw_each(texts, [seed for _, seed in listed], phase_title="generating new prompts")
     rest = iter(images)
     return [(prompt, [next(rest) for _ in range(prompt.count)]) for prompt in target.new]
 
@@ -162,7 +162,7 @@ def draw_plain(base: Base, words: str) -> list[Image.Image]:
     """Generate pictures of a subject on plain backgrounds, `PER_BACKDROP` on each, always with the same seeds."""
     texts = [f"a {words} on a plain {colour} background" for colour in BACKDROPS for _ in range(PER_BACKDROP)]
     seeds = list(range(FIRST_SEED, FIRST_SEED + len(texts)))
-    return Session(base).draw_each(texts, seeds, title="generating plain pictures")
+    return Session(base).draw_each(texts, seeds, phase_title="generating plain pictures")
 
 
 def outline_figures(target: Target, plain: Sequence[Image.Image]) -> dict[str, float]:

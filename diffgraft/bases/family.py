@@ -175,13 +175,13 @@ class Family(ABC):
         """Return entries for an adapter's header on the base's topology, if names in adapter files depend on it."""
         return {}
 
-    def timing_block(self, base: "Base") -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
+    def block_for_timing(self, base: "Base") -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
         """Return a block of the denoiser for measuring the device's speed.
 
         Returns:
             The block, the shapes of its keyword arguments, and the channels of its input [1, channels, side, side].
         """
-        raise NotImplementedError(f"the family {self.name} has no timing_block")
+        raise NotImplementedError(f"the family {self.name} has no block_for_timing")
 
     def set_attention(self, denoiser: Any, kind: str) -> None:
         """Set how attention is computed: the recipe key ``attention``; families without it list it in `unsupported`."""

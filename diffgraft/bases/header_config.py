@@ -61,7 +61,7 @@ def read_config_overrides(path: Path, header: Mapping[str, str]) -> ConfigOverri
             raise ValueError("it is not a mapping of parts to their fields")
     except (ValueError, RecursionError) as error:
         raise DiffgraftError(
-            f"The header of {path} has a damaged {CONFIG_KEY} ({error}): write the file again."
+            f"The header of {path} has a damaged {CONFIG_KEY} ({error}): save or download the file again."
         ) from error
     return overrides
 

@@ -122,7 +122,7 @@ class BlockLayout:
         raise ValueError(f"{path} is not a path in a UNet of the original layout")
 
 
-def layers_in_block(target: Any) -> int | None:
+def layers_per_block_of(target: Any) -> int | None:
     """Return ``layers_per_block`` of a UNet, base or pipeline; None if blocks differ or there is no UNet."""
     config = getattr(getattr(target, "unet", target), "config", None)
     layers = getattr(config, "layers_per_block", None)

@@ -90,7 +90,10 @@ def load_base(
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     detected = families()[family] if family else next(item for item in families().values() if item.matches(pipe))
     if type(pipe).__name__ not in (detected.pipeline_class, inpainting(detected.pipeline_class)):
-        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, which is not a base of the family {detected.name}.")
+        raise DiffgraftError(
+            f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {detected.name}. "
+            "Give a text-to-image model."
+        )
     base = Base(name=str(source), family=detected, **parts_of(pipe))
     dtypes = _dtypes_on_disk(path, detected) if dtype is None else {}
     with quiet_libraries():

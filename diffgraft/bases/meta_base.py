@@ -48,7 +48,10 @@ def meta_base(
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     family = next(family for family in families().values() if family.matches(pipe))
     if type(pipe).__name__ not in (family.pipeline_class, inpainting(family.pipeline_class)):
-        raise DiffgraftError(f"{source} is a {type(pipe).__name__}, which is not a base of the family {family.name}.")
+        raise DiffgraftError(
+            f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {family.name}. "
+            "Give a text-to-image model."
+        )
     return Base(name=str(source), family=family, **parts_of(pipe)).to(dtype=dtype)
 
 

@@ -73,10 +73,10 @@ class _Product(torch.autograd.Function):
         return grad @ weight, None
 
 
-def held_bytes(part: nn.Module, to: Quantize) -> int:
-    """Return the bytes of all weights of a network if its linear layers were quantized to `to`."""
-    quantized = {id(layer.weight) for layer in part.modules() if type(layer) is nn.Linear and to != "none"}
-    values = ((value, _BYTES[to] if id(value) in quantized else value.element_size()) for value in part.parameters())
+def bytes_when_quantized(part: nn.Module, kind: Quantize) -> int:
+    """Return the bytes of all weights of a network if its linear layers were quantized to `kind`."""
+    quantized = {id(layer.weight) for layer in part.modules() if type(layer) is nn.Linear and kind != "none"}
+    values = ((value, _BYTES[kind] if id(value) in quantized else value.element_size()) for value in part.parameters())
     return round(sum(value.numel() * size for value, size in values))
 
 

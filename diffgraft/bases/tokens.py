@@ -24,14 +24,14 @@ def truncated_text(tokenizer: Any, prompt: str) -> str:
     return prompt[encoded.offset_mapping[last][1] :].strip()
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], whole: bool = False) -> torch.Tensor:
+def token_ids(tokenizer: Any, prompts: Sequence[str], all_chunks: bool = False) -> torch.Tensor:
     """Return token ids [n, chunks, length] of n prompts, padded to the tokenizer's length.
 
-    Prompts are truncated to one chunk, as in diffusers' pipelines. If `whole`, long prompts continue in further chunks,
-    each with its own start and end token, as in the webui; shorter prompts are padded with empty chunks.
+    Prompts are truncated to one chunk, as in diffusers' pipelines. If `all_chunks`, long prompts continue in further
+    chunks, each with its own start and end token, as in the webui; shorter prompts are padded with empty chunks.
     """
     texts, length = list(prompts), tokenizer.model_max_length
-    if not whole:
+    if not all_chunks:
         batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         ids: torch.Tensor = batch.input_ids
         return ids.unsqueeze(1)

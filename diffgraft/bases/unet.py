@@ -59,7 +59,7 @@ class UNetFamily(Family):
         layers = base.unet.config.layers_per_block
         return {"layers_per_block": layers} if isinstance(layers, int) and layers != _USUAL_LAYERS else {}
 
-    def timing_block(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
+    def block_for_timing(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
         """Return the first down block, the shapes of its arguments, and the channels of its input."""
         unet = base.unet
         block, width = unet.down_blocks[0], int(unet.config.block_out_channels[0])

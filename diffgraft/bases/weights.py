@@ -48,7 +48,7 @@ class Weights(Mapping[str, Tensor]):
         return self._shapes[name]
 
     @property
-    def layers_in_block(self) -> int | None:
+    def layers_per_block(self) -> int | None:
         """Layers per block of the UNet; None without a UNet."""
         numbers = [int(match[1]) + 1 for name in self if (match := _LAYER.match(name))]
         return max(numbers, default=None)

@@ -259,7 +259,7 @@ def generate(
             drawn = sheet(texts[0], axes, adapters, seed=first, **options)
             say(save_drawing(drawn, _new_path(output, f"{_slug(texts[0])}-{first}-sheet", format)))
             return
-        images = draw(texts, adapters, count=count, seed=first, keep=keep, **options)
+        images = draw(texts, adapters, count=count, seed=first, on_picture=keep, **options)
     if len(images) > 1:
         rows = {
             f"{text}{' ' * texts[:row].count(text)}": images[row * count : (row + 1) * count]

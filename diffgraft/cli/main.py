@@ -92,7 +92,9 @@ def train(
     if resume is None:
         _check_recipe_first("train", recipe, settings or [])
     elif recipe and not recipe.startswith("-") and "=" not in recipe:
-        raise DiffgraftError(f"--resume takes no recipe, as the run in {resume} has one: remove {recipe!r}.")
+        raise DiffgraftError(
+            f"--resume takes no recipe, as the run in {resume} has one: leave {recipe!r} out of the command."
+        )
     if allow_changes and resume is None:
         raise DiffgraftError("--allow-changes is for a resumed run: add --resume and the folder of the run.")
     given = key_values(words if resume is not None else words[1:])

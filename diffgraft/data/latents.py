@@ -67,7 +67,7 @@ def encode(base: Base, images: Sequence[Image.Image], side: int, title: str = "e
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded pictures: a row for each frame; the frames of a picture are consecutive."""
+    """Encoded pictures: a row for each frame (a crop of a picture, perhaps mirrored), picture after picture."""
 
     latents: Latents
     frames: Sequence[Crop]

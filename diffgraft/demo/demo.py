@@ -37,7 +37,7 @@ def run_demo(output: Path) -> Iterator[str]:
     with Session(base) as session:
         session.use(run.adapter_file)
         together = DrawSettings(batch=len(repeated))
-        drawn = session.draw_each(repeated, seeds, together, title="drawing the subject in new settings")
+        drawn = session.draw_each(repeated, seeds, together, phase_title="drawing the subject in new settings")
     rows = {"the five pictures it learnt from": pictures}
     rows |= {f"“{prompt}”": drawn[i * COUNT : (i + 1) * COUNT] for i, prompt in enumerate(prompts)}
     sheet = save_image(grid(rows), folder / "demo.png")

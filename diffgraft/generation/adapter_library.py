@@ -27,19 +27,19 @@ class LoadedAdapter:
 class AdapterLibrary:
     """A folder of adapter files, and what was read of it."""
 
-    def __init__(self, folder: str | Path | None, layers_in_block: int | None = None) -> None:
+    def __init__(self, folder: str | Path | None, layers_per_block: int | None = None) -> None:
         """Prepare a library.
 
         Args:
             folder: folder in which files are found by name, in its folders too; None: only paths are known.
-            layers_in_block: number of layers in a block of the denoiser, on which names in some files depend.
+            layers_per_block: number of layers in a block of the denoiser, on which names in some files depend.
         """
         self.names: dict[str, Path] = {}
         """Names that stand for files, before those of the folder"""
         self.takes_paths = True
         """Whether names may be paths; not where they come from somebody else's picture"""
         self._folder = None if folder is None else Path(folder).expanduser()
-        self._layers_in_block = layers_in_block
+        self._layers_per_block = layers_per_block
         self._loaded: dict[tuple[Path, int, int], LoadedAdapter] = {}
         self._hashes: dict[tuple[Path, int, int], str] = {}
 
@@ -52,7 +52,7 @@ class AdapterLibrary:
         path = self.find(name)
         key = _state(path)
         if key not in self._loaded:
-            self._loaded[key] = LoadedAdapter(load_adapter(path, self._layers_in_block), self.hash_of(path))
+            self._loaded[key] = LoadedAdapter(load_adapter(path, self._layers_per_block), self.hash_of(path))
         return self._loaded[key]
 
     def find(self, name: str) -> Path:

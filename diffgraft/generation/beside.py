@@ -21,8 +21,8 @@ _LEAST = 2**16
 def thin_factors(layer: nn.Module, deltas: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor] | None:
     """Return `up` [out, r] and `down` [r, in · height · width] of the sum of all changes.
 
-    Returns None where they are to be merged: a change is no LoRA, the layer is small or on a GPU, or its kind has no
-    such rule.
+    Returns None where the deltas are to be merged into the weight instead: one of them is no LoRA, the layer is small
+    or on a GPU, or it is neither linear nor a plain convolution.
     """
     weight = getattr(layer, "weight", None)
     is_conv = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and layer.groups == 1
@@ -60,12 +60,13 @@ def lay_beside(layer: nn.Module, up: Tensor, down: Tensor) -> Callable[[], None]
         own_up, own_down = up.to(x), down.to(x)
         if isinstance(layer, nn.Conv2d):
             kernel = own_down.view(-1, x.shape[1], *layer.kernel_size)
-            small = conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-            return out + conv2d(small, own_up.view(*up.shape, 1, 1))
-        small, flat = x.reshape(-1, x.shape[-1]) @ own_down.mT, out.reshape(-1, out.shape[-1])
-        if torch.is_grad_enabled():
-            return torch.addmm(flat, small, own_up.mT).view_as(out)
-        return flat.addmm_(small, own_up.mT).view_as(out)  # the layer has just made it, and nobody else has it
+            small = conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation).flatten(2)
+            flat, wide = out.flatten(2), own_up.expand(len(out), *own_up.shape)
+            added = torch.baddbmm(flat, wide, small) if torch.is_grad_enabled() else flat.baddbmm_(wide, small)
+        else:
+            small, flat = x.reshape(-1, x.shape[-1]) @ own_down.mT, out.reshape(-1, out.shape[-1])
+            added = torch.addmm(flat, small, own_up.mT) if torch.is_grad_enabled() else flat.addmm_(small, own_up.mT)
+        return added.view_as(out)  # in place where nobody needs the output that the layer has just made
 
     hook, pair = layer.register_forward_hook(after), (up, down)
     _LAID.setdefault(layer, []).append(pair)

@@ -25,7 +25,7 @@ from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
-from diffgraft.bases.ldm_keys import layers_in_block
+from diffgraft.bases.ldm_keys import layers_per_block_of
 from diffgraft.bases.pipelines import as_denoiser, prediction_of
 from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
 from diffgraft.bases.quantized import Quantized
@@ -112,7 +112,7 @@ class Graft:
         networks: list[tuple[str, Network, float]] = []
         words: list[tuple[str, WordVectors]] = []
         for source, value in adapters.items():
-            adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_in_block(self._target))
+            adapter = source if isinstance(source, Adapter) else load_adapter(source, layers_per_block_of(self._target))
             name = f"The {adapter.method} adapter" if isinstance(source, Adapter) else str(Path(source))
             strengths = strengths_of(name, value)
             if unused := strengths.unused_blocks(adapter):

@@ -88,7 +88,7 @@ def first_step(denoise: float, steps: int) -> int:
     return steps - int(min(denoise, _FULL) * steps) - 1
 
 
-def start_of(base: Base, resized: ImageInput) -> Start:
+def start_latents(base: Base, resized: ImageInput) -> Start:
     """Return what an input of the size that is drawn starts from."""
     latents = encode(base, [resized.image])
     return Start(latents, resized.denoise, None if resized.mask is None else mask_of(base, resized.mask))

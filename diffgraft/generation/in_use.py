@@ -54,12 +54,12 @@ class InUse:
             factor = 0.0
         return self.strength if factor == 1 else _with_factors(self.strength, factor)
 
-    def in_denoiser(self, step: int, steps: int) -> Strength:
-        """Return the strength in a step with which it changes the denoiser alone."""
+    def strength_in_denoiser(self, step: int, steps: int) -> Strength:
+        """Return the adapter's strength on the denoiser in a step, counted from 0, with 0 for the text encoders."""
         return _with_factors(self.at(step, steps), text=0.0)
 
-    def in_text(self) -> "InUse":
-        """Return it with a strength with which it changes the text encoders alone."""
+    def for_text_encoders(self) -> "InUse":
+        """Return the adapter with its strength on the text encoders, and 0 for the denoiser."""
         return replace(self, strength=_with_factors(self.strength, denoiser=0.0), curve=(Point(1.0, 0.0, False),))
 
 

@@ -98,21 +98,21 @@ def invert(
 
 
 def redraw(
-    session: Session, inversion: Inversion, edited: str | None = None, change: Edit | None = None
+    session: Session, inversion: Inversion, edited_prompt: str | None = None, change: Edit | None = None
 ) -> tuple[Image.Image, ...]:
     """Draw an inverted picture, and beside it an edited one.
 
     Args:
         session: session with the base and adapters of `invert`.
         inversion: result of `invert`.
-        edited: prompt of the edited picture; None: only the picture itself.
+        edited_prompt: prompt of the edited picture; None: only the picture itself.
         change: how much of the picture is kept, see `diffgraft.generation.attention_control`.
 
     Returns:
         The picture, and the edited one if there is a prompt for it; `Image.info` tells how they were drawn.
     """
     base, settings = session.base, inversion.settings
-    prompts = [inversion.prompt] if edited is None else [inversion.prompt, edited]
+    prompts = [inversion.prompt] if edited_prompt is None else [inversion.prompt, edited_prompt]
     guides = []
     for prompt in prompts:
         guide = session.painter.guide(prompt, settings)
@@ -120,7 +120,9 @@ def redraw(
         guides.append(Guide(guide.parts, own))
     denoise = GuidedDenoiser(base, guides, session.painter.guidance(settings))
     sigmas = schedule_sigmas("ddim", settings.steps, denoise.levels)
-    control = None if edited is None else control_of(base, inversion.prompt, edited, change or Edit(), settings.steps)
+    control = None
+    if edited_prompt is not None:
+        control = control_of(base, inversion.prompt, edited_prompt, change or Edit(), settings.steps)
     x = inversion.noise.expand(len(prompts), -1, -1, -1)
     with (
         controlled(base.denoiser, control) if control else nullcontext(),
@@ -137,7 +139,7 @@ def redraw(
     work = Pass(
         [Job(place, prompt, 0) for place, prompt in enumerate(prompts)], settings, settings.size, settings.steps
     )
-    edit = record_of(change or Edit() if edited is not None else Edit(0, 0), inversion.inner)
+    edit = record_of(change or Edit() if edited_prompt is not None else Edit(0, 0), inversion.inner)
     records = session.records(work, inversion.source, list(session.adapters.items()))
     for picture, record in zip(pictures, records, strict=True):
         picture.info |= told_by(replace(record, edit=edit))

@@ -11,7 +11,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import add_text_model
 from diffgraft.bases import Base
 from diffgraft.bases.header_config import base_config_metadata
-from diffgraft.bases.ldm_keys import layers_in_block, ldm_state_dict
+from diffgraft.bases.ldm_keys import layers_per_block_of, ldm_state_dict
 from diffgraft.bases.loading import CONFIGS
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.errors import DiffgraftError
@@ -37,7 +37,7 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
             f"This base is quantized to {base.quantize}, and adapters can only be merged into unquantized weights: "
             "load it without quantize."
         )
-    layers = layers_in_block(base)
+    layers = layers_per_block_of(base)
     loaded = {
         source if isinstance(source, Adapter) else load_adapter(source, layers): value
         for source, value in adapters.items()

@@ -193,7 +193,9 @@ def _image_input(path: Path, record: DrawingRecord, sources: Sources) -> ImageIn
     if record.image is None:
         return None
     if sources.image is None:
-        raise DiffgraftError(f"{path} started from another picture: give it by --image.")
+        raise DiffgraftError(
+            f"{path} was drawn from a starting picture, which it does not contain: give that picture by --image."
+        )
     if record.image.mask and sources.mask is None:
         raise DiffgraftError(f"{path} was painted into a mask: give it by --mask.")
     given = ImageInput(sources.image, record.image.denoise, sources.mask if record.image.mask else None)
@@ -282,7 +284,10 @@ class _Settings:
         if denoise is None:
             return None
         if sources.image is None:
-            raise DiffgraftError(f"{self._path} started from another picture: give it by --image.")
+            raise DiffgraftError(
+                f"{self._path} was drawn from a starting picture, which it does not contain: give that picture by "
+                "--image."
+            )
         return ImageInput(sources.image, denoise, sources.mask)
 
     def unread(self) -> Iterator[tuple[str, str]]:

@@ -135,11 +135,12 @@ class Painter:
 
         last: tuple[list[LaneAdapters], dict[str, Strength]] | None = None
 
-        def follow(step: int) -> None:
+        def set_lane_strengths(step: int) -> None:
             """Give the lanes their strengths in a step; whole weights are those of what is merged then."""
             nonlocal last
             own: list[LaneAdapters] = [
-                [(item.adapter, item.in_denoiser(step, work.steps)) for item in lane.values()] for lane in work.lanes
+                [(item.adapter, item.strength_in_denoiser(step, work.steps)) for item in lane.values()]
+                for lane in work.lanes
             ]
             now = (own, dict(self._adapters.strengths))
             if lanes is not None and now != last:
@@ -148,7 +149,7 @@ class Painter:
 
         progress.begin()
         try:
-            follow(0)
+            set_lane_strengths(0)
             for done, latents in enumerate(sampler.run(denoise, x, sigmas, noise), 1):
                 x = latents
                 if not x.isfinite().all():
@@ -162,7 +163,7 @@ class Painter:
                 denoise.step = done
                 if done < len(sigmas) - 1:  # a sampler computes a step when its latents are asked for
                     self._adapters.apply(self._adapters.in_use, done, work.steps)
-                    follow(done)
+                    set_lane_strengths(done)
         finally:
             if lanes is not None:
                 lanes.remove()
@@ -206,7 +207,9 @@ class Painter:
     def _guide(self, text: str, lane: int, work: Pass) -> Guide:
         """Encode a prompt and the negative prompt, by text encoders with the adapters of their lane."""
         settings, merged = work.settings, self._adapters.in_use
-        of_lane = {} if lane < 0 else {f"lane {name}": item.in_text() for name, item in work.lanes[lane].items()}
+        of_lane = (
+            {} if lane < 0 else {f"lane {name}": item.for_text_encoders() for name, item in work.lanes[lane].items()}
+        )
         try:
             if of_lane:
                 self._adapters.apply({**merged, **of_lane}, 0, work.steps)
@@ -232,7 +235,7 @@ class Painter:
         ]
 
 
-def computed_steps(settings: DrawSettings, source: ImageInput | None) -> int:
+def count_sampled_steps(settings: DrawSettings, source: ImageInput | None) -> int:
     """Return the number of steps that a batch takes, in both passes."""
     steps = settings.steps
     computed = steps if source is None else steps - first_step(source.denoise, steps)

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
-from diffgraft.bases.ldm_keys import layers_in_block
+from diffgraft.bases.ldm_keys import layers_per_block_of
 from diffgraft.bases.loading import base_of
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 from diffgraft.generation.adapter_library import AdapterLibrary, usual_name
@@ -31,7 +31,7 @@ from diffgraft.generation.graft import has_other_grafts
 from diffgraft.generation.grammar.choices import WILDCARD, draw_choices
 from diffgraft.generation.grammar.notes import notes_on
 from diffgraft.generation.grammar.tags import AdapterTag, split_tags
-from diffgraft.generation.image_input import ImageInput, Start, inpainting_channels, native_size, start_of
+from diffgraft.generation.image_input import ImageInput, Start, inpainting_channels, native_size, start_latents
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneError
 from diffgraft.generation.latents import decode
@@ -43,7 +43,7 @@ from diffgraft.generation.metadata import (
     pixel_hash,
     told_by,
 )
-from diffgraft.generation.sampling import Job, Painter, Pass, Progress, computed_steps
+from diffgraft.generation.sampling import Job, Painter, Pass, Progress, count_sampled_steps
 from diffgraft.generation.settings import DrawSettings, Hires
 from diffgraft.progress import Note, emit, phase
 
@@ -74,7 +74,7 @@ class Session:
             DiffgraftError: the pipeline is of no known family.
         """
         self.base = target if isinstance(target, Base) else base_of(target)
-        self.library = AdapterLibrary(library, layers_in_block(self.base))
+        self.library = AdapterLibrary(library, layers_per_block_of(self.base))
         """Files that are found by name"""
         self._wildcards = None if wildcards is None else Path(wildcards).expanduser()
         self._applied = AppliedAdapters(target)
@@ -140,7 +140,7 @@ class Session:
         seeds: Sequence[int] = (0,),
         settings: DrawSettings | None = None,
         image: ImageInput | None = None,
-        keep: Callable[[int, Image.Image], None] | None = None,
+        on_picture: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
         """Draw a picture of each prompt and seed: all seeds of the first prompt first.
 
@@ -151,7 +151,8 @@ class Session:
             seeds: a seed for each picture of a prompt.
             settings: how they are drawn.
             image: picture that all of them start from.
-            keep: callback that receives the place of a picture in the result and the picture as soon as it is drawn.
+            on_picture: callback that receives the place of a picture in the result and the picture, as soon as it is
+                drawn.
 
         Returns:
             The pictures; `Image.info` tells how each was drawn.
@@ -165,7 +166,7 @@ class Session:
             raise DiffgraftError(f"Invalid prompts {short_repr(prompts)}: must be a text, or a list of texts.")
         seeds = checked_seeds(seeds)
         pairs = [(prompt, seed) for prompt in listed for seed in seeds]
-        return self.draw_each([prompt for prompt, _ in pairs], [seed for _, seed in pairs], settings, image, keep)
+        return self.draw_each([prompt for prompt, _ in pairs], [seed for _, seed in pairs], settings, image, on_picture)
 
     @torch.no_grad()
     def draw_each(
@@ -174,8 +175,8 @@ class Session:
         seeds: Sequence[int],
         settings: DrawSettings | None = None,
         image: ImageInput | None = None,
-        keep: Callable[[int, Image.Image], None] | None = None,
-        title: str = "drawing",
+        on_picture: Callable[[int, Image.Image], None] | None = None,
+        phase_title: str = "drawing",
         on_step: Callable[[int], None] | None = None,
     ) -> list[Image.Image]:
         """Draw a picture of each prompt with its own seed; otherwise as `draw`.
@@ -185,8 +186,8 @@ class Session:
             seeds: a seed for each picture, as many as prompts.
             settings: how they are drawn.
             image: picture that all of them start from.
-            keep: callback that receives the place of a picture and the picture as soon as it is drawn.
-            title: name of the phase under which progress is reported.
+            on_picture: callback that receives the place of a picture and the picture as soon as it is drawn.
+            phase_title: name of the phase under which progress is reported.
             on_step: callback that receives the number of steps of a batch that are done.
         """
         settings, seeds = settings or DrawSettings(), checked_seeds(seeds)
@@ -208,14 +209,14 @@ class Session:
         batch = settings.batch or default_batch_size(*size)
         batches = [jobs[start : start + batch] for start in range(0, len(jobs), batch)]
         images: list[Image.Image] = []
-        with phase(title, len(batches) * computed_steps(settings, source)) as tracker:
+        with phase(phase_title, len(batches) * count_sampled_steps(settings, source)) as tracker:
             progress = Progress(tracker, on_step)
             for each in batches:
                 work = Pass(each, settings, size, settings.steps)
                 for job, drawn in zip(each, self._draw_mixed(work, source, progress), strict=True):
                     images.append(drawn)
-                    if keep is not None:
-                        keep(job.number, drawn)
+                    if on_picture is not None:
+                        on_picture(job.number, drawn)
         return images
 
     def _tell(self, jobs: Sequence[Job], settings: DrawSettings) -> None:
@@ -256,7 +257,7 @@ class Session:
         lanes += [self._of_tags(split_tags(region.prompt)[1]) for region in settings.regions]
         try:
             self._applied.apply(merged, 0, settings.steps)
-            start = None if source is None else start_of(self.base, source)
+            start = None if source is None else start_latents(self.base, source)
             channels = inpainting_channels(self.base, source)
             work = replace(work, jobs=jobs, start=start, channels=channels, lanes=lanes)
             latents = self.painter.sample(work, progress)

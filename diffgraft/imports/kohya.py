@@ -67,7 +67,7 @@ def _pictures(report: ImportReport, data: Data) -> None:
         if subset.masks:
             why = "masks are read from beside their images: copy each there as NAME_mask.png."
             report.drop_part("conditioning_data_dir", subset.masks, why)
-    instances = data.instance
+    instances = data.image_subsets
     if data.parent:
         report.map("images", data.parent, "train_data_dir")
     elif len(instances) == 1:
@@ -107,7 +107,7 @@ def _words(report: ImportReport, data: Data, kind: str) -> None:
 def _prompts(report: ImportReport, data: Data) -> None:
     prefix, suffix = report.text("caption_prefix"), report.text("caption_suffix")
     around = " ".join(part for part in (prefix, "{caption}", suffix) if part)
-    instances = data.instance
+    instances = data.image_subsets
     trigger = (prefix or suffix).strip(" ,") or (instances[0].prompt if len(instances) == 1 else "")
     prompt = _prompt(instances[0].prompt if instances else "", around)
     report.recipe |= {"trigger": trigger, "caption": around, "prompt": prompt}
@@ -139,7 +139,7 @@ def _word(report: ImportReport, data: Data) -> None:
     if template != "none":
         report.map("templates", template, f"use_{template}_template", remark="instead of captions")
         report.recipe["captions.use"] = False
-    elif len(data.instance) == 1 and (prompt := data.instance[0].prompt):
+    elif len(data.image_subsets) == 1 and (prompt := data.image_subsets[0].prompt):
         report.recipe["prompt"] = prompt.replace(word, "{trigger}")
     for key in ("caption_prefix", "caption_suffix"):
         if report.text(key):
@@ -166,7 +166,7 @@ def _method(report: ImportReport, kind: str) -> bool:
 
 def _prior(report: ImportReport, data: Data, kind: str) -> bool:
     """Map class images; return whether there are any."""
-    parent, subsets = data.class_parent, data.of_class
+    parent, subsets = data.class_parent, data.class_subsets
     if not parent and not subsets:
         if kind != "word":
             report.recipe["prior.weight"] = 0.0

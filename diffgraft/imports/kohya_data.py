@@ -58,21 +58,21 @@ class Data:
     """The folder that contains those of class images, in kohya's layout"""
 
     @property
-    def instance(self) -> list[Subset]:
+    def image_subsets(self) -> list[Subset]:
         """The subsets of training images."""
         return [subset for subset in self.subsets if not subset.is_class]
 
     @property
-    def of_class(self) -> list[Subset]:
+    def class_subsets(self) -> list[Subset]:
         """The subsets of class images."""
         return [subset for subset in self.subsets if subset.is_class]
 
     def pictures(self, config: Path) -> int | None:
         """Number of images in an epoch, with as many class images as others; None if a folder was not found."""
-        counts = [subset.count(config) for subset in self.instance]
+        counts = [subset.count(config) for subset in self.image_subsets]
         if not counts or any(count is None for count in counts):
             return None
-        has_class = bool(self.of_class or self.class_parent)
+        has_class = bool(self.class_subsets or self.class_parent)
         return sum(count for count in counts if count is not None) * (2 if has_class else 1)
 
 

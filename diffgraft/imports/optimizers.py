@@ -63,7 +63,7 @@ SCHEDULE_FREE = OptimizerRule("schedule-free", 0.0, _FREE)
 
 
 def paged(rule: OptimizerRule) -> OptimizerRule:
-    """The rule for the paged version of an optimizer."""
+    """Return the rule for the paged version of the optimizer that `rule` maps to settings of this project."""
     return OptimizerRule(rule.name, rule.weight_decay, rule.settings, _PAGED)
 
 

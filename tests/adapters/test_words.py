@@ -267,7 +267,7 @@ def test_a_long_prompt_is_cut_after_its_words_are_written_out(base: Base) -> Non
     assert not truncated_text(base.tokenizer, prompt)
     with graft(base, {adapter: 1.0}):
         assert truncated_text(base.tokenizer, prompt) == "at night"
-        pieces = token_ids(base.tokenizer, [prompt], whole=True)
+        pieces = token_ids(base.tokenizer, [prompt], all_chunks=True)
         assert pieces.shape == (1, 2, 77)
         assert int((pieces >= len(base.tokenizer) - 40).sum()) == 80
 

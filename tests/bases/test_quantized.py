@@ -17,7 +17,7 @@ from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.quantized import Quantized, held_bytes, weight_and_bias
+from diffgraft.bases.quantized import Quantized, bytes_when_quantized, weight_and_bias
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from diffgraft.generation.merge_checkpoint import merge_checkpoint
@@ -116,10 +116,10 @@ def test_each_weight_is_the_nearest_that_the_bits_can_say(held: Base, base: Base
 
 def test_it_takes_the_memory_that_was_said(held: Base, base: Base) -> None:
     for name, part in base.parts():
-        was = held_bytes(part, "none")
+        was = bytes_when_quantized(part, "none")
         assert was == sum(value.numel() * value.element_size() for value in part.parameters())
         if name != "vae":
-            said = held_bytes(part, held.quantize)  # type: ignore[arg-type]
+            said = bytes_when_quantized(part, held.quantize)  # type: ignore[arg-type]
             state = getattr(
                 held, name
             ).state_dict()  # scales stand there, too, and for each layer what they are read by

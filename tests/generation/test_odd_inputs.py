@@ -156,7 +156,7 @@ def test_pictures_of_webui_that_started_from_one_ask_for_it(base: Base, tmp_path
     image = Image.new("RGB", (64, 64))
     image.info = {PARAMETERS: "a dog\nSteps: 4, Seed: 9, CFG scale: 3, Denoising strength: 0.5, Eta: 0.5, VAE: x"}
     file = save_drawing(image, tmp_path / "a.png")
-    with pytest.raises(DiffgraftError, match="started from another picture: give it by --image"):
+    with pytest.raises(DiffgraftError, match=r"was drawn from a starting picture.* by --image"):
         regenerate(file, Sources(base))
     again = regenerate(file, Sources(base, image=source))
     settings = DrawSettings(steps=4, guidance=3.0, noise="gpu")

@@ -91,7 +91,7 @@ def test_edited_pictures_are_drawn_again(base: Base, library: Path, tmp_path: Pa
         assert again.differences == []
         assert again.has_same_pixels is True
     assert "Edit: \"prompt-to-prompt of 'a dog at night', cross 0.6, self 0.3\"" in pair[1].info[PARAMETERS]
-    with pytest.raises(DiffgraftError, match="started from another picture"):
+    with pytest.raises(DiffgraftError, match="was drawn from a starting picture"):
         regenerate(tmp_path / "3.png", Sources(None, (), library))
 
 
@@ -146,7 +146,7 @@ def test_sources_are_asked_for(base: Base, tmp_path: Path) -> None:
     (drawn,) = Session(base).draw("a dog", [3], STEPS, ImageInput(photo(), 0.9, masked()))
     file = save_drawing(drawn, tmp_path / "drawn.png")
     for sources, answer in (
-        (Sources(base), "started from another picture: give it by --image"),
+        (Sources(base), "was drawn from a starting picture, .* by --image"),
         (Sources(base, image=photo()), "painted into a mask: give it by --mask"),
         (Sources(base, image=Image.new("RGB", (64, 64)), mask=masked()), "another picture than the one given"),
         (Sources(base, image=photo(), mask=Image.new("L", (64, 64), 255)), "another mask than the one given"),

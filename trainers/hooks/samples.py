@@ -33,7 +33,7 @@ def draw_samples(
     """Generate `count` square images of `side` pixels for each of `prompts`, with the same seeds in every call."""
     repeated = [prompt for prompt in prompts for _ in range(count)]
     seeds = [_FIRST_SEED + number for _ in prompts for number in range(count)]
-    images = Session(base).draw_each(repeated, seeds, DrawSettings(size=(side, side)), title=title)
+    images = Session(base).draw_each(repeated, seeds, DrawSettings(size=(side, side)), phase_title=title)
     return {prompt: images[row * count : (row + 1) * count] for row, prompt in enumerate(prompts)}
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
-from diffgraft.bases.quantized import Quantize, held_bytes
+from diffgraft.bases.quantized import Quantize, bytes_when_quantized
 from diffgraft.third_party import quiet_libraries
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.recipe.groups import OptimSettings
@@ -95,7 +95,7 @@ def estimate_cost(
         quantize: the quantization of the base's weights.
         whole: whether long prompts are encoded in chunks.
     """
-    sizes = {name: held_bytes(part, quantize if name != "vae" else "none") for name, part in base.parts()}
+    sizes = {name: bytes_when_quantized(part, quantize if name != "vae" else "none") for name, part in base.parts()}
     dtype, live = base.denoiser.dtype, attach()
     trainable = {name: value for name, value in live.trainable().items() if value.requires_grad}
     trained = sum(value.numel() for value in trainable.values())
@@ -134,7 +134,7 @@ def estimate_cost(
 
 def denoiser_speed(base: Base, device: torch.device) -> float:
     """FLOPs a second that a block of the denoiser, with random weights, reaches on `device`."""
-    block, shapes, width = base.family.timing_block(base)
+    block, shapes, width = base.family.block_for_timing(base)
     with quiet_libraries():
         block = copy.deepcopy(block).to_empty(device=device)
     for value in block.parameters():

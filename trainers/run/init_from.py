@@ -13,7 +13,7 @@ from diffgraft.adapters.method import Attached, Options, strip_text_model
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.bases.layers import LAYERS, choose_layers, is_of_text, parts_of
-from diffgraft.bases.ldm_keys import layers_in_block
+from diffgraft.bases.ldm_keys import layers_per_block_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import AdapterSettings
 
@@ -44,7 +44,7 @@ def read_init_adapter(path: str, base: Base) -> InitAdapter:
         DiffgraftError: there is no file at `path`, or it is not an adapter.
     """
     location = Path(path).expanduser()
-    adapter = load_adapter(location, layers_in_block(base))
+    adapter = load_adapter(location, layers_per_block_of(base))
     run_file = location / "adapter.safetensors"
     if run_file.is_file():
         files = [run_file]

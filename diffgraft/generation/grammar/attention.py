@@ -138,7 +138,7 @@ def _groups(text: str) -> list[str]:
 
 
 def as_number(text: str | None) -> float | None:
-    """Return a finite number, or None if `text` is None or none."""
+    """Return `text` as a finite number; None if it is None, or no such number."""
     try:
         value = float(text or "")
     except ValueError:

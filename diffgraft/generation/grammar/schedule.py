@@ -82,7 +82,11 @@ def is_literal(prompt: str) -> bool:
 
 
 def unused_texts(prompt: str, steps: int) -> Iterator[tuple[str, str]]:
-    """Yield each change of which one side is in no step, as written here, and the words of that side."""
+    """Yield each prompt edit ``[a:b:when]`` of which ``a`` or ``b`` is in none of the steps.
+
+    Yields:
+        The words "The change at ‹when›", and the words that are in no step.
+    """
     read = _read(prompt)
     for node in _nodes(read or ()):
         if not isinstance(node, _Change):

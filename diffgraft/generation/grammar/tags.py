@@ -69,7 +69,7 @@ def split_tags(prompt: str) -> tuple[str, tuple[AdapterTag, ...]]:
 def _read(source: str, kind: str, arguments: str) -> AdapterTag:
     if kind not in KINDS:
         raise DiffgraftError(
-            f"The prompt has {source}, which is no kind of adapter: {did_you_mean(kind, KINDS)} In a prompt that means "
+            f"The prompt has {source}, which names an unknown kind of adapter: {did_you_mean(kind, KINDS)} If you mean "
             "no adapter, write it without < and >."
         )
     name, *rest = (argument.strip() for argument in arguments.split(":"))
@@ -153,7 +153,7 @@ def _blocks(source: str, named: Mapping[str, str]) -> dict[str, float]:
             if len(numbers) not in BLOCK_LISTS or None in numbers:
                 raise DiffgraftError(
                     f"lbw={text} in {source} must be a block such as M00, or a list of "
-                    f"{', '.join(map(str, BLOCK_LISTS))} numbers."
+                    f"{' or '.join(map(str, BLOCK_LISTS))} numbers."
                 )
             factors = {
                 block: number

@@ -34,12 +34,12 @@ class NoiseLevels:
     """Whether the base is of the family of Stable Diffusion XL, for which some tables differ"""
 
     @property
-    def least(self) -> float:
+    def smallest(self) -> float:
         """Smallest noise level."""
         return float(self.sigmas[0])
 
     @property
-    def most(self) -> float:
+    def largest(self) -> float:
         """Largest noise level."""
         return float(self.sigmas[-1])
 
@@ -68,7 +68,7 @@ def _sgm_uniform(steps: int, levels: NoiseLevels) -> list[float]:
 
 
 def _exponential(steps: int, levels: NoiseLevels) -> list[float]:
-    return [*np.exp(np.linspace(math.log(levels.most), math.log(levels.least), steps)).tolist(), 0.0]
+    return [*np.exp(np.linspace(math.log(levels.largest), math.log(levels.smallest), steps)).tolist(), 0.0]
 
 
 def _simple(steps: int, levels: NoiseLevels) -> list[float]:
@@ -89,13 +89,13 @@ def _beta(steps: int, levels: NoiseLevels) -> list[float]:
     density = (np.sin(angles) * np.cos(angles)) ** (2 * alpha - 1) * nodes * (1 - nodes)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     shares = np.sin(np.interp(1 - np.linspace(0, 1, steps), below / below[-1], angles)) ** 2
-    return [*(levels.least + shares * (levels.most - levels.least)).tolist(), 0.0]
+    return [*(levels.smallest + shares * (levels.largest - levels.smallest)).tolist(), 0.0]
 
 
 def _kl_optimal(steps: int, levels: NoiseLevels) -> list[float]:
     """Sabour et al. 2024, arXiv:2404.14507, appendix; its last noise level is the smallest, not 0."""
     shares = np.arange(steps + 1) / steps
-    return [*np.tan(shares * math.atan(levels.least) + (1 - shares) * math.atan(levels.most)).tolist()]
+    return [*np.tan(shares * math.atan(levels.smallest) + (1 - shares) * math.atan(levels.largest)).tolist()]
 
 
 def _turbo(steps: int, levels: NoiseLevels) -> list[float]:
@@ -120,7 +120,7 @@ Schedule = Callable[[int, NoiseLevels], list[float]]
 """(number of steps, noise levels of the base) → σ before each step, and σ after the last"""
 SCHEDULES: Mapping[str, Schedule] = {
     "uniform": _uniform,
-    "karras": lambda steps, levels: karras(steps, levels.least, levels.most),
+    "karras": lambda steps, levels: karras(steps, levels.smallest, levels.largest),
     "exponential": _exponential,
     "polyexponential": _exponential,
     "sgm uniform": _sgm_uniform,

@@ -187,7 +187,7 @@ def test_tags() -> None:
 @pytest.mark.parametrize(
     ("tag", "answer"),
     [
-        ("<loar:dog:1>", "no kind of adapter"),
+        ("<loar:dog:1>", "unknown kind of adapter"),
         ("<lora:dog:much>", "'much' in <lora:dog:much> is not a number"),
         ("<lora:dog:nan>", "is not a number"),
         ("<lora:dog:1:x=2>", "unknown setting x"),

@@ -91,7 +91,7 @@ def test_schedules_of_any_length_fall_to_their_end(name: str, steps: int) -> Non
     sigmas = schedule_sigmas(name, steps, LEVELS)
     assert all(np.isfinite(sigmas))
     assert all(before >= after for before, after in pairwise(sigmas))
-    assert sigmas[-1] == pytest.approx(0 if name != "kl optimal" else LEVELS.least)
+    assert sigmas[-1] == pytest.approx(0 if name != "kl optimal" else LEVELS.smallest)
 
 
 def test_turbo_takes_the_ends_of_equal_parts() -> None:

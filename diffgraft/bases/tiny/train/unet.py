@@ -101,7 +101,7 @@ class DenoiserData:
     """ᾱ of each timestep, [1000]"""
 
     def loss(self, unet: UNet2DConditionModel, count: int, seed: tuple[int, int]) -> Tensor:
-        """Return the mean loss of `count` pictures, which `seed` decides, as step and process do."""
+        """Return the mean loss of `count` pictures; `seed` (step, process) decides pictures, noise and timesteps."""
         rng = np.random.default_rng([4, *seed])
         rows, wording = rng.integers(0, len(self.z), count), rng.integers(0, WORDINGS, count)
         x, batch = self.z[rows].float(), self.ids[rows, wording]
