@@ -28,6 +28,8 @@ from diffgraft.adapters.factors import (
 )
 from diffgraft.adapters.method import Attached, Method, Spec
 from diffgraft.adapters.patch import AdapterLayer, run_layer
+from diffgraft.adapters.principal import PrincipalLayer, Start
+from diffgraft.errors import DiffgraftError
 
 
 class LowRank(Factors):
@@ -140,6 +142,9 @@ class LoraOptions(RankOptions):
     """Learn the norm of each output apart from its direction (DoRA)"""
     rslora: bool = False
     """Scale by alpha / √rank instead of alpha / rank"""
+    init: Start = "zero"
+    """Start from zero, or from a part of the base's weight, which learns faster and makes files of twice the rank: its
+    largest singular values (pissa), or the first columns of its QR decomposition (olora)"""
     loraplus_ratio: float = Field(1.0, gt=0)
     """Factor on the learning rate of `up` (LoRA+, Hayou et al. 2024, arXiv:2402.12354, uses 16)"""
 
@@ -159,8 +164,34 @@ def lora_layer(
     rank, alpha = options.size(path, rank, alpha)
     if options.rslora:
         alpha *= math.sqrt(rank)  # the saved alpha gives the rsLoRA scale by the usual alpha / rank
+    if options.init != "zero":
+        return _principal_layer(path, layer, generator, options, (rank, alpha), tucker)
     lora = FactorLayer(LowRank(tucker), layer, rank, alpha, generator, {"lora_up": options.loraplus_ratio})
     return DoraLayer(lora, layer) if options.dora else lora
+
+
+def _principal_layer(
+    path: str,
+    layer: nn.Module,
+    generator: torch.Generator,
+    options: LoraOptions,
+    size: tuple[float, float],
+    tucker: bool,
+) -> AdapterLayer:
+    """Create LoRA that starts from the weight; `size` is rank and alpha.
+
+    Raises:
+        DiffgraftError: it cannot be combined with the other options, or the layer is quantized by another tool.
+    """
+    for name, is_on in (("dora", options.dora), ("tucker", tucker)):
+        if is_on:
+            raise DiffgraftError(f"options.init={options.init} cannot be combined with options.{name}=true.")
+    rank, alpha = size
+    lr_scales = {"lora_up": options.loraplus_ratio}
+    try:
+        return PrincipalLayer(LOW_RANK, layer, int(rank), alpha, generator, lr_scales, options.init)
+    except ValueError as error:
+        raise DiffgraftError(f"options.init={options.init} cannot start at {path}: {error}.") from error
 
 
 def attach(target: Any, spec: Spec) -> Attached:

@@ -148,7 +148,8 @@ def test_only_the_adapter_gets_gradients_and_they_are_those_of_the_plain_formula
             assert leaf.grad is not None
             gradient = found[f"{path}.{name}"]
             assert gradient is not None
-            assert (gradient - leaf.grad).norm() < 1e-4 * leaf.grad.norm()
+            trained = leaf.grad[tuple(slice(side) for side in gradient.shape)]  # the rest is a fixed start
+            assert (gradient - trained).norm() < 1e-4 * trained.norm()
 
 
 @every
@@ -217,7 +218,8 @@ def test_the_seed_decides_the_start_and_leaves_the_global_generator_alone(method
     first, again, other = start(5), start(5), start(6)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     # what starts at zero throughout starts without chance
-    assert any(not torch.equal(value, other[name]) or not value.any() for name, value in first.items())
+    starts_with_chance = any(not torch.equal(value, other[name]) or not value.any() for name, value in first.items())
+    assert starts_with_chance != ("init" in options)  # from the weight
     net = Net()
     torch.manual_seed(3)
     wanted = torch.rand(3)
@@ -379,8 +381,9 @@ def test_it_trains_beside_quantised_layers(method: str, options: dict[str, Any],
     kind.load_state_dict(whole["layer"].state_dict())
     options = {key: value for key, value in options.items() if key not in ("ranks", "alphas")}  # of other layers
     packed = nn.ModuleDict({"layer": kind.to("cpu")})
-    if options.get("dora"):
-        with pytest.raises(DiffgraftError, match=r"unquantized weights of the base: set options\.dora=false"):
+    if options.get("dora") or options.get("init"):
+        answer = r"unquantized weights of the base: set options\.dora=false|cannot start at unet.layer: its weight is"
+        with pytest.raises(DiffgraftError, match=answer):
             attach(packed, method, options, ["layer"])
         return
     lives = [attach(net, method, options, ["layer"]) for net in (whole, packed)]

@@ -31,7 +31,12 @@ class Net(nn.Module):
 PATHS = ["wide", "narrow", "strided", "grouped", "out"]
 
 _MORE: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"rslora": True, "ranks": {"*.out": 5}, "alphas": {"unet.w*": 7}}, {"dora": True}],
+    "lora": [
+        {"rslora": True, "ranks": {"*.out": 5}, "alphas": {"unet.w*": 7}},
+        {"dora": True},
+        {"init": "pissa"},
+        {"init": "olora"},
+    ],
     "locon": [{"conv_rank": 2, "conv_alpha": 1}, {"tucker": True}, {"tucker": True, "dora": True}],
     "loha": [
         {"conv_rank": 2, "ranks": {"*.out": 4, "unet.narrow": 1}, "alphas": {"unet.w*": 7}},

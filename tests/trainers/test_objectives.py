@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from diffgraft.trainers.objectives.batch import SampleStream
 from diffgraft.trainers.objectives.captioned import Captioned
 from diffgraft.trainers.objectives.dreambooth import DreamBooth
 from diffgraft.trainers.objectives.objective import ObjectiveInputs
+from diffgraft.trainers.objectives.registry import check_objective, new_objective
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.training_data.examples import Example, Examples
 
@@ -224,3 +226,75 @@ def test_timesteps_lie_in_their_range_and_follow_their_spread(base: Base) -> Non
     for broken in ({"timesteps.max": 1000}, {"timesteps.min": 30, "timesteps.max": 20}):
         with pytest.raises(DiffgraftError, match="between 0 and 999"):
             settled(base, **broken)
+
+
+def test_consistency_is_its_formula(base: Base) -> None:
+    """Luo et al. 2023: both ends of a guided step of DDIM, with a denoiser that is known in numpy."""
+    process, data = forward_process(base), examples(5, 1, weight=0.5)
+
+    def predicted(noisy: Any, times: Any, words: Any, factor: float) -> Any:
+        return factor * noisy + times / 1000 + 0.1 * words
+
+    def predict_by(factor: float) -> Any:
+        def predict(noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning]) -> Tensor:
+            assert len(prompts) == len(frames) == len(noisy)
+            words = torch.tensor([float(prompt[-1]) if prompt else 0.0 for prompt in prompts])
+            return predicted(noisy, times.view(-1, 1, 1, 1), words.view(-1, 1, 1, 1), factor)
+
+        return predict
+
+    stream = SampleStream(data, process, 9, CPU)
+    given = ObjectiveInputs(stream, None, 0.0, predict_by(0.2))
+    found = new_objective("consistency", given, {"guidance": 4.0, "step": 30}).losses(predict_by(0.3), 21, 3)["loss"]
+    batch = stream.batch(21, 3)
+    a = alphas(base)
+    x = batch.noisy.double().numpy()
+    t = batch.times.numpy()
+    s = np.maximum(t - 30, 0)
+    words = np.array([float(prompt[-1]) for prompt in batch.prompts])[:, None, None, None]
+
+    def at(times: Any) -> Any:
+        return times[:, None, None, None]
+
+    def x0(noisy: Any, times: Any, prediction: Any) -> Any:  # of v
+        return np.sqrt(at(a[times])) * noisy - np.sqrt(1 - at(a[times])) * prediction
+
+    def f(noisy: Any, times: Any) -> Any:
+        scaled = 10.0 * at(times)
+        clean = x0(noisy, times, predicted(noisy, at(times), words, 0.3))
+        return 0.25 / (scaled**2 + 0.25) * noisy + scaled / np.sqrt(scaled**2 + 0.25) * clean
+
+    own, empty = (x0(x, t, predicted(x, at(t), w, 0.2)) for w in (words, 0 * words))
+    clean = empty + 4.0 * (own - empty)
+    noise = (x - np.sqrt(at(a[t])) * clean) / np.sqrt(1 - at(a[t]))
+    stepped = np.sqrt(at(a[s])) * clean + np.sqrt(1 - at(a[s])) * noise
+    wanted = 0.5 * (np.sqrt((f(x, t) - f(stepped, s)) ** 2 + 1e-6) - 1e-3).mean()
+    assert base.prediction_type == "v_prediction"
+    assert found.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_consistency_teaches_the_student_at_the_noisier_end_alone(base: Base) -> None:
+    factor = torch.tensor(0.3, requires_grad=True)
+    asked: list[bool] = []
+
+    def predict(noisy: Tensor, *_: object) -> Tensor:
+        asked.append(torch.is_grad_enabled())
+        return factor * noisy
+
+    given = ObjectiveInputs(SampleStream(examples(5), forward_process(base), 9, CPU), None, 0.0, predict)
+    new_objective("consistency", given).losses(predict, 0, 3)["loss"].backward()
+    assert asked == [True, False, False]
+    assert factor.grad is not None
+
+
+def test_options_of_objectives_are_checked() -> None:
+    for name, options, answer in (
+        ("consistency", {"gidance": 3}, "has no option 'gidance': did you mean 'guidance'"),
+        ("consistency", {"guidance": 0}, "Invalid value loss.options.guidance=0"),
+        ("captioned", {"guidance": 3}, "it has no options"),
+        ("", {"guidance": 3}, "set loss.objective as well"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            check_objective(name, options)
+    recipe = load_recipe("style", {"loss.objective": "consistency", "loss.options.guidance": "3"})
+    check_objective(recipe.loss.objective, recipe.loss.options)

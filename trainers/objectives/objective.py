@@ -5,16 +5,19 @@ A new objective is one module of this package, or of an outside package that reg
 
     OBJECTIVE = ObjectiveKind("mine", "one line on what it does", build=MyObjective)
 
-where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objective=mine`` in a recipe
-selects it.
+where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objective=mine`` in a recipe selects it. If it
+has settings, ``options=MyOptions`` names a pydantic model of them: ``loss.options.NAME=VALUE``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.strict import Strict
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 
 GROUP = "diffgraft.objectives"
@@ -33,6 +36,8 @@ class ObjectiveInputs:
     """Weight λ of prior preservation by prediction; 0 without it"""
     bare: Predict
     """The denoiser without the adapter"""
+    options: Any = None
+    """Options of the objective, an instance of its `ObjectiveKind.options`"""
 
 
 class Objective(Protocol):
@@ -51,6 +56,10 @@ class Objective(Protocol):
         """Return the names of the pictures of these samples, for messages."""
 
 
+class NoOptions(Strict):
+    """Options of an objective that has none."""
+
+
 @dataclass(frozen=True)
 class ObjectiveKind:
     """Registry entry of an objective."""
@@ -60,3 +69,25 @@ class ObjectiveKind:
     """Description in one line"""
     build: Callable[[ObjectiveInputs], Objective]
     """Builds the objective; raises DiffgraftError if the inputs lack what it needs"""
+    options: type[BaseModel] = NoOptions
+    """Class of its options"""
+
+    def read_options(self, values: Mapping[str, Any]) -> BaseModel:
+        """Validate the values of the recipe's `loss.options`.
+
+        Raises:
+            DiffgraftError: an option is unknown, or its value is invalid.
+        """
+        known = self.options.model_fields
+        for key in values:
+            if key not in known:
+                hint = did_you_mean(key, known) if known else "it has no options."
+                raise DiffgraftError(f"The objective {self.name!r} has no option {key!r}: {hint}")
+        try:
+            return self.options.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DiffgraftError(
+                f"Invalid value loss.options.{where}={short_repr(first['input'])}: {first['msg'].lower()}."
+            ) from error

@@ -1,6 +1,9 @@
 """Registry of objectives, and the default objective of a run."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.plugins import discover
@@ -13,18 +16,27 @@ def objectives() -> dict[str, ObjectiveKind]:
     return discover(ObjectiveKind, "diffgraft.trainers.objectives", "OBJECTIVE", GROUP)
 
 
-def check_objective(name: str) -> None:
-    """Raise DiffgraftError if there is no objective `name`, naming the nearest one; empty stands for the default."""
+def check_objective(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Check the name and options of an objective; an empty name stands for the default, which has no options.
+
+    Raises:
+        DiffgraftError: there is no such objective (the message names the nearest one), or no such option.
+    """
     if name and name not in objectives():
         raise DiffgraftError(f"Unknown loss.objective={name!r}: {did_you_mean(name, objectives())}")
+    if options and not name:
+        raise DiffgraftError("loss.options are those of an objective: set loss.objective as well.")
+    if name:
+        objectives()[name].read_options(options or {})
 
 
-def new_objective(name: str, inputs: ObjectiveInputs) -> Objective:
+def new_objective(name: str, inputs: ObjectiveInputs, options: Mapping[str, Any] | None = None) -> Objective:
     """Build the objective called `name`; if empty, the one that fits the prior preservation of `inputs`.
 
     Raises:
-        DiffgraftError: there is no such objective, or `inputs` lack what it needs.
+        DiffgraftError: there is no such objective or option, or `inputs` lack what it needs.
     """
-    check_objective(name)
+    check_objective(name, options)
     default = "dreambooth" if inputs.classes else "prior-prediction" if inputs.prior_weight else "captioned"
-    return objectives()[name or default].build(inputs)
+    kind = objectives()[name or default]
+    return kind.build(replace(inputs, options=kind.read_options(options or {})))

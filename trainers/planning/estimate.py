@@ -42,6 +42,8 @@ class Cost:
 
     trained: int
     """Number of trainable parameters"""
+    stored: int
+    """Number of values in the adapter's file: the trainable ones, and those that a start fixes"""
     entries: int
     """Approximate number of tensors in the adapter's file: the trainable ones, and an alpha for each module"""
     weights: int
@@ -58,7 +60,7 @@ class Cost:
     @property
     def file(self) -> int:
         """Approximate bytes of the adapter's file: its tensors in float32, and a header with an entry for each."""
-        return 4 * self.trained + _HEADER_BYTES + _TENSOR_BYTES * self.entries
+        return 4 * self.stored + _HEADER_BYTES + _TENSOR_BYTES * self.entries
 
     @property
     def memory(self) -> int:
@@ -99,6 +101,7 @@ def estimate_cost(
     dtype, live = base.denoiser.dtype, attach()
     trainable = {name: value for name, value in live.trainable().items() if value.requires_grad}
     trained = sum(value.numel() for value in trainable.values())
+    stored = trained + sum(buffer.numel() for buffer in live.buffers())
     entries = len(trainable) + len({name.rpartition(".")[0] for name in trainable} - {""})
     in_memory = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
     weights = sum(size for name, size in sizes.items() if name in in_memory)
@@ -129,7 +132,7 @@ def estimate_cost(
     live.detach()
     step = both_passes.get_total_flops() * work.accumulate
     training, activations = int(trained * bytes_per_parameter), saved.peak + recomputed
-    return Cost(trained, entries, weights, training, activations, step, forward.get_total_flops())
+    return Cost(trained, stored, entries, weights, training, activations, step, forward.get_total_flops())
 
 
 def denoiser_speed(base: Base, device: torch.device) -> float:

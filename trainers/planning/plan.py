@@ -175,7 +175,9 @@ def _class_image_facts(concepts: ConceptImages) -> Iterator[tuple[str, str]]:
         if (prior := concept.prior_preservation) is None:
             continue
         if prior.by == "prediction":
-            yield "class", f"preserved by the frozen base's own prediction for: {concept.class_text(None)}"
+            prompts = list(dict.fromkeys(concept.class_variants(concept.class_text(None))))
+            others = f" and {pluralize(len(prompts) - 1, 'other prompt')}" if len(prompts) > 1 else ""
+            yield "class", f"preserved by the frozen base's own prediction for: {shorten(prompts[0])}{others}"
         elif prior.folder:
             yield "class", f"images of {prior.folder}"
         else:

@@ -250,6 +250,10 @@ def _merge_override(kind: type[Recipe], values: dict[str, Any], key: str, value:
         if not isinstance(nested := values.get(level), dict):
             values[level] = {"use": nested} if isinstance(nested, bool) else {}
         values, model = values[level], inner
+        field, dot, rest = rest.partition(".")
+        if dot and field in model.model_fields and get_origin(model.model_fields[field].annotation) is dict:
+            values[field] = _with_key(values.get(field), rest, value, deep=False)
+            return
     if last not in model.model_fields:
         raise DiffgraftError(_unknown_key(key, kind))
     if isinstance(value, str) and model.model_fields[last].annotation == list[str]:

@@ -1,6 +1,6 @@
 """Nested settings of a recipe: prior preservation, concepts, validation, the loss."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -71,3 +71,5 @@ class Loss(LossOfErrors):
     objective: str = ""
     """Objective: captioned, dreambooth, prior-prediction, or one of an outside package; unset: the one that fits the
     task and its prior preservation"""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the objective, as its page lists them"""

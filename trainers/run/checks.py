@@ -43,7 +43,7 @@ def check_settings(
     """
     get_method(adapter.method).read_options(adapter.options)
     check_format(outputs.format, adapter)
-    check_objective(objective.loss.objective)
+    check_objective(objective.loss.objective, objective.loss.options)
     check_optimizer(optim, [])
     check_compatible(runtime, model.quantize)
     check_speed(runtime, device)

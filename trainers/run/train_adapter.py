@@ -178,7 +178,8 @@ class AdapterTraining:
         process = forward_process(base, self.recipe.objective)
         instances = SampleStream(data.instances, process, seed, base.device)
         classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
-        return new_objective(self.recipe.loss.objective, ObjectiveInputs(instances, classes, data.prior_weight, bare))
+        loss = self.recipe.loss
+        return new_objective(loss.objective, ObjectiveInputs(instances, classes, data.prior_weight, bare), loss.options)
 
     def _validation(
         self, data: TrainingData, predict: Predict, metrics: Metrics, export: "Export"

@@ -1,0 +1,116 @@
+"""LoRA that starts from the base's own weight: PiSSA and OLoRA.
+
+The start up₀ · down₀ is a part of the weight W, and what is trained is the change of this part:
+
+    W' = W + (alpha / r) · (up · down − up₀ · down₀)
+
+The base stays as it is, and the adapter is an ordinary LoRA of rank 2 r, as in peft's conversion. PiSSA (Meng et al.
+2024, arXiv:2404.02948, section 3) takes the r largest singular values, the root of each in both factors; OLoRA
+(Büyükakyüz 2024, arXiv:2406.01775) the first r columns of Q and rows of R.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.adapters.adapter import Delta
+from diffgraft.adapters.factors import FactorDelta, FactorLayer, Factors, Leaves
+from diffgraft.adapters.patch import to_cpu_float32, weight_shape
+from diffgraft.bases.quantized import weight_and_bias
+
+Start = Literal["zero", "pissa", "olora"]
+"""``zero``: random `down`, and `up` of zeros, as LoRA was published"""
+
+
+def principal_factors(weight: Tensor, rank: int, scale: float, start: Start) -> tuple[Tensor, Tensor]:
+    """Return up₀ [out, r] and down₀ [r, in] of a weight [out, in].
+
+    Args:
+        weight: weight as a matrix.
+        rank: r, at most as large as both sides.
+        scale: alpha / r, by which PiSSA divides the singular values.
+        start: ``pissa`` or ``olora``.
+    """
+    if start == "olora":
+        q, r = torch.linalg.qr(weight.float())
+        return q[:, :rank], r[:rank]
+    u, values, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    roots = (values[:rank] / scale).sqrt()
+    return u[:, :rank] * roots, roots[:, None] * v[:rank]
+
+
+class PrincipalLayer(FactorLayer):
+    """LoRA on a live layer that starts from a part of its weight."""
+
+    def __init__(
+        self,
+        factors: Factors,
+        layer: nn.Module,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator,
+        lr_scales: dict[str, float],
+        start: Start,
+    ) -> None:
+        """Start without an effect; for layers with a side smaller than `rank`, the rank is that side.
+
+        Raises:
+            ValueError: the layer does not give its weight, as those quantized by other tools.
+        """
+        shape, scale = weight_shape(layer), alpha / rank
+        rank = min(rank, shape[0], math.prod(shape[1:]))
+        super().__init__(factors, layer, rank, scale * rank, generator, lr_scales)
+        weight, _ = weight_and_bias(layer)
+        if not weight.is_floating_point() or tuple(weight.shape) != shape:
+            raise ValueError("its weight is quantized")
+        if not weight.is_meta:  # plans need the shapes alone
+            up, down = principal_factors(weight.detach().flatten(1), rank, scale, start)
+            for name, value in (("lora_up", up), ("lora_down", down)):
+                self.leaves[name].data.copy_(value.reshape(self.leaves[name].shape))
+        for name in ("lora_up", "lora_down"):
+            self.register_buffer(f"start_{name}", self.leaves[name].detach().clone(), persistent=False)
+
+    def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+        return torch.add(out, self.contribution(layer, x).to(out.dtype))
+
+    def contribution(self, layer: nn.Module, x: Tensor) -> Tensor:
+        leaves, x = self._leaves_and_input(x)
+        now, before = (self._factors.forward(own, layer, x) for own in (leaves, self._start))
+        return self._scale * (now - before)
+
+    def weight(self, layer: nn.Module) -> Tensor:
+        shape = weight_shape(layer)
+        return super().weight(layer) - self._scale * self._factors.weight(self._start, shape)
+
+    @property
+    def _start(self) -> Leaves:
+        return {name: self.get_buffer(f"start_{name}") for name in ("lora_up", "lora_down")}
+
+    def load(self, delta: Delta, layer: nn.Module) -> None:
+        """Take the values of a LoRA of rank 2 r that was trained with the same start.
+
+        Raises:
+            ValueError: it has another start, or is no LoRA.
+        """
+        rank, start = self.leaves["lora_down"].shape[0], to_cpu_float32(self._start)
+        is_doubled = isinstance(delta, FactorDelta) and delta.is_lora and delta.rank == 2 * rank
+        if (
+            not is_doubled
+            or not delta.fits(weight_shape(layer))
+            or not torch.allclose(delta.leaves["lora_down"][rank:].float(), start["lora_down"], atol=1e-4)
+        ):
+            raise ValueError("does not start from this base's weights with the same options.init and rank")
+        with torch.no_grad():
+            self.leaves["lora_up"].copy_(delta.leaves["lora_up"][:, :rank])
+            self.leaves["lora_down"].copy_(delta.leaves["lora_down"][:rank])
+
+    def delta(self) -> FactorDelta:
+        """Return the change as a LoRA of rank 2 r."""
+        now, start = to_cpu_float32(dict(self.leaves.items())), to_cpu_float32(self._start)
+        leaves = {
+            "lora_up": torch.cat([now["lora_up"], -start["lora_up"]], 1),
+            "lora_down": torch.cat([now["lora_down"], start["lora_down"]]),
+        }
+        return FactorDelta(self._factors, leaves, 2 * self._alpha)
