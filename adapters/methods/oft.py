@@ -111,7 +111,7 @@ class RotationLayer(AdapterLayer):
         self._alpha = options.constraint
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        rotations = cayley(self.leaves["oft_blocks"], self._alpha * weight_shape(layer)[0]).to(out.dtype)
+        rotations = cayley(self.leaves["oft_blocks"].float(), self._alpha * weight_shape(layer)[0]).to(out.dtype)
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # rows of other groups see other inputs
             rotated = run_layer(layer, x, rotate(rotations, weight_and_bias(layer)[0]))
         else:

@@ -82,7 +82,7 @@ def test_training_goes_on_from_a_file_of_the_same_start_alone() -> None:
         torch.testing.assert_close(value, first.trainable()[name])
     again.detach()
     other = attached(net, "olora")
-    with pytest.raises(ValueError, match="with the same options.init and rank"):
+    with pytest.raises(ValueError, match=r"with the same options\.init and rank"):
         other.load(adapter)
     other.detach()
 
