@@ -5,6 +5,7 @@ alpha · out. A strength interpolates each R with I, as in LyCORIS. `boft.py` ha
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,14 @@ from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.factors import add_to_scaled, without_bias
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.methods.lokr import factorize
-from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, run_layer, to_cpu_float32, weight_shape
+from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, is_autocast, run_layer, to_cpu_float32, weight_shape
 from diffgraft.bases.quantized import weight_and_bias
 
 
 def cayley(blocks: Tensor, bound: float) -> Tensor:
     """Rotations [..., b, b] from ``oft_blocks`` [..., b, b]; the norm of all Q is at most `bound` (0: no limit)."""
-    with torch.autocast(blocks.device.type, enabled=False):  # rounded to half precision they are no rotations
+    exactly = torch.autocast(blocks.device.type, enabled=False) if is_autocast(blocks.device) else nullcontext()
+    with exactly:  # rounded to half precision they are no rotations
         q = blocks - blocks.transpose(-1, -2)
         if bound > 0:
             q = q * (bound / (q.norm() + 1e-8)).clamp(max=1)
