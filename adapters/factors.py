@@ -253,11 +253,9 @@ def without_bias(layer: nn.Module, out: Tensor) -> Tensor:
     return out if bias is None else out - _in_shape(layer, bias, out)
 
 
-def add_to_scaled(layer: nn.Module, out: Tensor, factors: Tensor | None) -> Tensor:
-    """Return `out`, an output without bias, times a factor for each channel (None: 1), plus the layer's bias."""
-    bias = getattr(layer, "bias", None)
-    scaled = out if factors is None else out * _in_shape(layer, factors, out)
-    return scaled if bias is None else scaled + _in_shape(layer, bias, out)
+def scaled(layer: nn.Module, out: Tensor, factors: Tensor) -> Tensor:
+    """Return `out`, of the layer's output shape, times a factor for each channel."""
+    return out * _in_shape(layer, factors, out)
 
 
 def _in_shape(layer: nn.Module, values: Tensor, out: Tensor) -> Tensor:

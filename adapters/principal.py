@@ -18,10 +18,15 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Delta
 from diffgraft.adapters.factors import FactorDelta, FactorLayer, Factors, Leaves
 from diffgraft.adapters.patch import to_cpu_float32, weight_shape
+from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.bases.quantized import weight_and_bias
 
 Start = Literal["zero", "pissa", "olora"]
 """``zero``: random `down`, and `up` of zeros, as LoRA was published"""
+
+
+_SAME_START = 0.999
+"""Cosine from which two starts count as the same; files may hold them in half precision"""
 
 
 def principal_factors(weight: Tensor, rank: int, scale: float, start: Start) -> tuple[Tensor, Tensor]:
@@ -76,9 +81,12 @@ class PrincipalLayer(FactorLayer):
         return torch.add(out, self.contribution(layer, x).to(out.dtype))
 
     def contribution(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return what is added to the output, from differences of the factors: those of products would be rounded."""
         leaves, x = self._leaves_and_input(x)
-        now, before = (self._factors.forward(own, layer, x) for own in (leaves, self._start))
-        return self._scale * (now - before)
+        start = self._start
+        moved_down = {"lora_up": leaves["lora_up"], "lora_down": leaves["lora_down"] - start["lora_down"]}
+        moved_up = {"lora_up": leaves["lora_up"] - start["lora_up"], "lora_down": start["lora_down"]}
+        return self._scale * (self._factors.forward(moved_down, layer, x) + self._factors.forward(moved_up, layer, x))
 
     def weight(self, layer: nn.Module) -> Tensor:
         shape = weight_shape(layer)
@@ -89,22 +97,33 @@ class PrincipalLayer(FactorLayer):
         return {name: self.get_buffer(f"start_{name}") for name in ("lora_up", "lora_down")}
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
-        """Take the values of a LoRA of rank 2 r that was trained with the same start.
+        """Take the values, the start and the scale of a LoRA of rank 2 r that began with the same part of the weight.
 
         Raises:
-            ValueError: it has another start, or is no LoRA.
+            ValueError: it began with another part, or is no such LoRA.
         """
-        rank, start = self.leaves["lora_down"].shape[0], to_cpu_float32(self._start)
-        is_doubled = isinstance(delta, FactorDelta) and delta.is_lora and delta.rank == 2 * rank
+        rank = self.leaves["lora_down"].shape[0]
         if (
-            not is_doubled
+            not isinstance(delta, FactorDelta)
+            or not (delta.is_lora and delta.rank == 2 * rank)
             or not delta.fits(weight_shape(layer))
-            or not torch.allclose(delta.leaves["lora_down"][rank:].float(), start["lora_down"], atol=1e-4)
         ):
-            raise ValueError("does not start from this base's weights with the same options.init and rank")
+            raise ValueError(f"is no LoRA of rank {2 * rank} that started from this base's weights with options.init")
+        given = match_conv_axes(delta.leaves, weight_shape(layer))
+        up, down = given["lora_up"].float(), given["lora_down"].float()
+        device = self.leaves["lora_up"].device
+        if device.type == "meta":
+            return
+        begun = {"lora_up": -up[:, rank:].to(device), "lora_down": down[rank:].to(device)}
+        own, theirs = (self._factors.weight(start, weight_shape(layer)).flatten() for start in (self._start, begun))
+        if torch.cosine_similarity(own, theirs, 0) < _SAME_START:  # scales may differ
+            raise ValueError("did not start from this base's weights with the same options.init and rank")
+        self._alpha, self._scale = delta.alpha / 2, delta.scale
         with torch.no_grad():
-            self.leaves["lora_up"].copy_(delta.leaves["lora_up"][:, :rank])
-            self.leaves["lora_down"].copy_(delta.leaves["lora_down"][:rank])
+            self.leaves["lora_up"].copy_(up[:, :rank])
+            self.leaves["lora_down"].copy_(down[:rank])
+            for name, value in begun.items():
+                self.get_buffer(f"start_{name}").copy_(value)
 
     def delta(self) -> FactorDelta:
         """Return the change as a LoRA of rank 2 r."""

@@ -83,12 +83,19 @@ def read(leaves: Mapping[str, Tensor], alpha: float | None) -> Delta:
 
 
 class GloraLayer(AdapterLayer):
-    """GLoRA on a live layer: W · (A · x) and B · x beside its output."""
+    """GLoRA on a live layer: W · (A · x) and B · x beside its output.
+
+    W is the base's own weight, without what adapters that were attached before add to it.
+    """
 
     def __init__(self, layer: nn.Module, rank: int, alpha: float, generator: torch.Generator) -> None:
-        """Start without an effect: the first factors as PyTorch initializes layers, the second ones with zero."""
+        """Start without an effect: the first factors as PyTorch initializes layers, the second ones with zero.
+
+        The rank is at most the number of inputs, as the order of a file's factors is told by their sides.
+        """
         super().__init__()
         out, width, *kernel = weight_shape(layer)
+        rank, alpha = min(rank, width), alpha / rank * min(rank, width)
         ones = [1] * len(kernel)
         leaves = {
             "a1": kaiming((width, rank, *ones), generator),

@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import add_to_scaled, without_bias
+from diffgraft.adapters.factors import scaled, without_bias
 from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, strip_text_model
 from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, weight_shape
-from diffgraft.adapters.patterns import last_matching_value
+from diffgraft.adapters.patterns import check_pattern_keys, last_matching_value
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +65,10 @@ class Ia3Options(Options):
 
 
 class Ia3Layer(AdapterLayer):
-    """Factors on the inputs or the outputs of a live layer; its bias is unchanged."""
+    """Factors on the inputs or the outputs of a live layer; its bias is unchanged.
+
+    Factors on inputs see the base's own weight, without what adapters that were attached before add to it.
+    """
 
     def __init__(self, layer: nn.Module, on_input: bool) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class Ia3Layer(AdapterLayer):
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         if not self._on_input:
-            return add_to_scaled(layer, without_bias(layer, out), 1 + self.weight)
+            return out + scaled(layer, without_bias(layer, out), self.weight)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         factors = self.weight.repeat(1, groups, 1, 1) if groups > 1 else self.weight
         return out + without_bias(layer, layer.forward(x * factors.to(x.dtype)))
@@ -93,7 +96,11 @@ class Ia3Layer(AdapterLayer):
 
 
 def attach(target: Any, spec: Spec) -> Attached:
-    patterns = dict.fromkeys(spec.options.on_input, True)
+    options: Ia3Options = spec.options
+    patterns = dict.fromkeys(options.on_input, True)
+    if "on_input" in options.model_fields_set:
+        paths = [strip_text_model(f"{part}.{path}") for part, layers in spec.paths.items() for path in layers]
+        check_pattern_keys("options.on_input", patterns, paths)
 
     def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:  # noqa: ARG001  (zeros)
         return Ia3Layer(layer, last_matching_value(patterns, strip_text_model(path), False))

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Delta
-from diffgraft.adapters.factors import add_to_scaled, without_bias
+from diffgraft.adapters.factors import scaled, without_bias
 from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.methods.lokr import factorize
 from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, is_autocast, run_layer, to_cpu_float32, weight_shape
@@ -22,15 +22,18 @@ from diffgraft.bases.quantized import weight_and_bias
 
 
 def cayley(blocks: Tensor, bound: float) -> Tensor:
-    """Rotations [..., b, b] from ``oft_blocks`` [..., b, b]; the norm of all Q is at most `bound` (0: no limit)."""
+    """Return R − I for the rotations R of ``oft_blocks`` [..., b, b]; the norm of all Q is at most `bound` (0: any).
+
+    R − I = 2 Q (I − Q)⁻¹, as precise for small rotations as for large ones.
+    """
     exactly = torch.autocast(blocks.device.type, enabled=False) if is_autocast(blocks.device) else nullcontext()
     with exactly:  # rounded to half precision they are no rotations
         q = blocks - blocks.transpose(-1, -2)
         if bound > 0:
             q = q * (bound / (q.norm() + 1e-8)).clamp(max=1)
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        rotations: Tensor = (identity + q) @ torch.linalg.inv(identity - q)
-    return rotations
+        turned: Tensor = 2 * q @ torch.linalg.inv(identity - q)
+    return turned
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,39 +52,42 @@ class OftDelta(Delta):
     def apply(self, weight: Tensor, bias: Tensor | None, strength: float) -> tuple[Tensor, Tensor | None]:
         weight = weight.float()
         blocks = self.leaves["oft_blocks"].float().to(weight.device)
-        rotations = cayley(blocks, self.alpha * weight.shape[0])
-        identity = torch.eye(rotations.shape[-1], device=weight.device)
-        rotated = rotate(strength * rotations + (1 - strength) * identity, weight)
+        turned = cayley(blocks, self.alpha * weight.shape[0])
+        rotated = weight + rotation_change(strength * turned, weight)
         if "rescale" in self.leaves:
             rotated = rotated * self.leaves["rescale"].float().to(weight.device).view(-1, *[1] * (weight.ndim - 1))
         return rotated, bias
 
     def fits(self, weight_shape: tuple[int, ...]) -> bool:
-        *_, count, size, _ = self.leaves["oft_blocks"].shape
+        *stages, count, size, _ = self.leaves["oft_blocks"].shape
         scale = self.leaves.get("rescale")
         return (
             len(weight_shape) > 1
+            and all(size * 2 ** (stage - 1) <= weight_shape[0] and count.bit_count() == 1 for stage in stages)
             and count * size == weight_shape[0]
             and (scale is None or scale.numel() == weight_shape[0])
         )
 
 
-def rotate(rotations: Tensor, rows: Tensor) -> Tensor:
-    """Rotate rows [out, …], of a weight or of outputs, by rotations [n, b, b] (OFT) or [stages, n, b, b] (BOFT).
+def rotation_change(turned: Tensor, rows: Tensor) -> Tensor:
+    """Return what rotations R add to rows [out, …], of a weight or of outputs.
 
-    Files of kind OFT hold Rᵀ. Stage i of BOFT mixes rows at a distance of 2^i · b / 2.
+    Args:
+        turned: R − I, [n, b, b] (OFT; files of this kind hold Rᵀ), or [stages, n, b, b] (BOFT).
+        rows: rows that are rotated; stage i of BOFT mixes those at a distance of 2^i · b / 2.
     """
-    if rotations.ndim == 3:
-        flat = rows.reshape(*rotations.shape[:2], -1)
-        return (rotations.transpose(1, 2) @ flat).view(rows.shape)
-    rotated = rows.flatten(1)
-    size = rotations.shape[-1]
-    for stage, blocks in enumerate(rotations):
+    if turned.ndim == 3:
+        flat = rows.reshape(*turned.shape[:2], -1)
+        return (turned.transpose(1, 2) @ flat).view(rows.shape)
+    now = rows.flatten(1)
+    change = torch.zeros_like(now)
+    size = turned.shape[-1]
+    for stage, blocks in enumerate(turned):
         step = 2**stage * (size // 2)
-        mixed = rotated.view(-1, 2, step, rotated.shape[1]).transpose(1, 2).reshape(-1, size, rotated.shape[1])
-        mixed = blocks @ mixed
-        rotated = mixed.view(-1, step, 2, rotated.shape[1]).transpose(1, 2).reshape(rotated.shape)
-    return rotated.view(rows.shape)
+        mixed = now.view(-1, 2, step, now.shape[1]).transpose(1, 2).reshape(-1, size, now.shape[1])
+        moved = (blocks @ mixed).view(-1, step, 2, now.shape[1]).transpose(1, 2).reshape(now.shape)
+        now, change = now + moved, change + moved
+    return change.view(rows.shape)
 
 
 class OftOptions(Options):
@@ -109,31 +115,39 @@ class RotationLayer(AdapterLayer):
         out, *rest = weight_shape(layer)
         self.leaves = nn.ParameterDict({"oft_blocks": nn.Parameter(torch.zeros(blocks))})
         if options.rescaled:
-            self.leaves["rescale"] = nn.Parameter(torch.ones(out, *[1] * len(rest)))
+            self.leaves["rescale"] = nn.Parameter(torch.zeros(out, *[1] * len(rest)))  # less 1, where decay leads to
         self._alpha = options.constraint
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        rotations = cayley(self.leaves["oft_blocks"].float(), self._alpha * weight_shape(layer)[0]).to(out.dtype)
+        turned = cayley(self.leaves["oft_blocks"].float(), self._alpha * weight_shape(layer)[0]).to(out.dtype)
+        plain = without_bias(layer, out)
         if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # rows of other groups see other inputs
-            rotated = run_layer(layer, x, rotate(rotations, weight_and_bias(layer)[0]))
+            change = run_layer(layer, x, rotation_change(turned, weight_and_bias(layer)[0]))
         else:
             axis = 1 if isinstance(layer, nn.Conv2d) else -1
-            rotated = rotate(rotations, without_bias(layer, out).transpose(0, axis)).transpose(0, axis)
-        rescale = dict(self.leaves.items()).get("rescale")
-        return add_to_scaled(layer, rotated, rescale)
+            change = rotation_change(turned, plain.transpose(0, axis)).transpose(0, axis)
+        if "rescale" in self.leaves:
+            change = change + scaled(layer, plain + change, self.leaves["rescale"])
+        return out + change
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
         if not isinstance(delta, OftDelta):
             raise ValueError(f"is a {delta.kind}, but this run trains rotations of outputs")
-        if not delta.fits(weight_shape(layer)) or delta.leaves["oft_blocks"].ndim != self.leaves["oft_blocks"].ndim:
-            raise ValueError(f"is a {delta.kind} that does not fit this layer or this method")
-        device = self.leaves["oft_blocks"].device
-        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in delta.leaves.items()}
-        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in values.items()})
+        if not delta.fits(weight_shape(layer)) or delta.leaves["oft_blocks"].shape != self.leaves["oft_blocks"].shape:
+            raise ValueError(f"is a {delta.kind} whose blocks are not those of this layer, method and rank")
+        with torch.no_grad():
+            self.leaves["oft_blocks"].copy_(delta.leaves["oft_blocks"])
+            if "rescale" in delta.leaves and "rescale" not in self.leaves:
+                raise ValueError("learned a factor for each output: set options.rescaled=true")
+            if "rescale" in delta.leaves:
+                self.leaves["rescale"].copy_(delta.leaves["rescale"].float().view(self.leaves["rescale"].shape) - 1)
         self._alpha = delta.alpha
 
     def delta(self) -> OftDelta:
-        return OftDelta(to_cpu_float32(dict(self.leaves.items())), self._alpha)
+        leaves = to_cpu_float32(dict(self.leaves.items()))
+        if "rescale" in leaves:
+            leaves["rescale"] = 1 + leaves["rescale"]
+        return OftDelta(leaves, self._alpha)
 
 
 def attach(target: Any, spec: Spec) -> Attached:

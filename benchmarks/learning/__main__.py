@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.learning --jobs 2`` takes more than an hour on two cores. It may be stopped at any time: the
 figures of each finished run are appended to a record, and runs in the record are skipped. ``--photos FOLDER`` adds the
-photographs of the DreamBooth data set, with one folder for each subject.
+photographs of the DreamBooth data set, with one folder for each subject. Delete the record where a recipe has changed.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.learning.cases import Case, cases, work
+from benchmarks.learning.cases import VARIANTS, Case, cases, work
 from benchmarks.learning.report import RESULTS, write_page
 
 
@@ -31,7 +31,10 @@ def main() -> None:
     )
     options = parser.parse_args()
     lines = options.record.read_text("utf-8").splitlines() if options.record.exists() else []
-    done = {Case(row["target"], row["variant"], row["seed"]) for row in map(json.loads, lines)}
+    rows = [json.loads(line) for line in lines]
+    if unknown := {row["variant"] for row in rows} - set(VARIANTS):
+        sys.exit(f"{options.record} has runs of {', '.join(sorted(unknown))}, which are no cases any more: delete it.")
+    done = {Case(row["target"], row["variant"], row["seed"]) for row in rows}
     todo = [case for case in cases(options.seeds, options.photos) if case not in done]
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
     options.record.parent.mkdir(parents=True, exist_ok=True)

@@ -22,13 +22,13 @@ SHEETS = FOLDER / "pictures"
 HEAD = """# How well each method learns
 
 `python -m benchmarks.learning --photos PHOTOS` wrote this page. PHOTOS contains the folders `backpack`, `cat`, `dog`,
-`red_cartoon`, `teapot` and `vase` of the [DreamBooth data set](https://github.com/google/dreambooth). Every method is
-trained with its settings in the recipe, on the embedded base `tiny` at 64 × 64 pixels. Figures are means over the
+`red_cartoon`, `teapot` and `vase` of the [DreamBooth data set](https://github.com/google/dreambooth). Methods are
+trained with their settings in the recipes, on the embedded base `tiny` at 64 × 64 pixels. Figures are means over the
 seeds, ± the standard deviation.
 
 - *processor time*: time of the training loop, summed over the cores.
 - *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
-  and noise; for the poodle and the alien only on the pixels of the subject. *reduction*: decrease of this loss, as a
+  and noise; for subjects only on their own pixels. *reduction*: decrease of this loss, as a
   share of the loss before training.
 - *gap closed* (subjects): decrease of the held-out loss, as a share of its excess over the loss on things that the base
   knows.
@@ -161,6 +161,8 @@ def part_of_unseen(by_variant: dict[str, list[Row]]) -> str:
         title: {key: statistics.mean(own[title][key] for own in each.values()) for key in figures}
         for title, figures in next(iter(each.values())).items()
     }
+    if "lora" not in by_variant:
+        return ""
     of_lora = grouped(by_variant["lora"], "target")
     lines = ["| `lora` | gap closed | gain without trigger | both | shape |", "|-|-|-|-|-|"]
     for name, rows in of_lora.items():

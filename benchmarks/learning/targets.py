@@ -1,4 +1,4 @@
-"""Targets of the benchmark: two made-up subjects, a made-up style, and folders of photographs.
+"""Targets of the benchmark: made-up subjects, unseen glyphs, a made-up style, and folders of photographs.
 
 Each target has training pictures and held-out pictures to measure on. Made-up targets also have references: drawings of
 new scenes with the subject or style, and of similar scenes without it.

@@ -5,6 +5,8 @@ steps the edited picture takes the source's attention maps: those of cross-atten
 have, or that were exchanged, and those of self-attention. Tokens of the edited prompt may also be weighted.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +30,8 @@ from diffgraft.generation.metadata import RECORD, DrawingRecord, EditRecord, tol
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 
+_CHOICE = re.compile(r"(?<!\\)\{")
+"""Beginning of a choice in a prompt, such as {a|b}"""
 _MOST_PLACES = 16 * 16
 """Places of a layer up to which self-attention is taken over: finer maps hold details, and not composition"""
 
@@ -49,6 +53,9 @@ class Edit:
         for name, share in (("cross", self.cross), ("self", self.self)):
             if not 0 <= share <= 1:
                 raise DiffgraftError(f"Invalid value {name}={share:g}: must be from 0 to 1.")
+        for word, factor in self.weights.items():
+            if not math.isfinite(factor):
+                raise DiffgraftError(f"Invalid weight {factor:g} of {word!r}: must be a finite number.")
 
 
 def edit(
@@ -104,10 +111,15 @@ def control_of(base: Base, source: str, edited: str, change: Edit, steps: int) -
         DiffgraftError: a prompt is too long, or a word to weigh is not in the edited one.
     """
     tokenizer = next(iter(base.tokenizers().values()))
+    tags = [[tag for tag in split_tags(prompt)[1] if tag.kind == "hypernet"] for prompt in (source, edited)]
+    if tags[0] != tags[1]:
+        raise DiffgraftError("Source and edited prompt must name the same hypernetworks, to be drawn side by side.")
     source, edited = (split_tags(prompt)[0] for prompt in (source, edited))
     for prompt in (source, edited):
-        if len(split_parts(prompt)) > 1 or len(schedule_of(prompt, steps)) > 1:
-            raise DiffgraftError(f"The prompt {prompt!r} has parts or changes between steps: edits need plain ones.")
+        if len(split_parts(prompt)) > 1 or len(schedule_of(prompt, steps)) > 1 or _CHOICE.search(prompt):
+            raise DiffgraftError(
+                f"The prompt {prompt!r} has parts, choices or changes between steps: edits need plain ones."
+            )
     ids = [one_chunk(base, prompt) for prompt in (source, edited)]
     return Control(change, steps, token_map(*ids), token_weights(tokenizer, edited, ids[1], change.weights))
 

@@ -7,6 +7,7 @@ recognise generated pictures.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -83,6 +84,12 @@ class EditRecord:
     """These three as in `diffgraft.generation.attention_control.Edit`"""
     inner: int | None = None
     """Optimizer steps of the null-text inversion that the pair starts from; None: the source was drawn from noise"""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError or TypeError for values of other types, as in a damaged file."""
+        numbers = [self.cross, self.self, *self.weights.values(), 0 if self.inner is None else self.inner]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise TypeError("an edit has values that are no numbers")
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,9 @@ def parameters(record: DrawingRecord) -> str:
     if settings.encoding.emphasis != "original":
         values["Emphasis"] = settings.encoding.emphasis.capitalize().replace("-", " ")
     if edit := record.edit:
-        values["Edit"] = f"prompt-to-prompt of {record.batch[0][0]!r}, cross {edit.cross:g}, self {edit.self:g}"
+        source = record.batch[0][0]
+        shares = f", prompt-to-prompt with cross {edit.cross:g} and self {edit.self:g}" if len(record.batch) > 1 else ""
+        values["Edit"] = f"{'source' if edit.inner is None else 'inversion'} {source!r}{shares}"
     hashes = {adapter.name: adapter.hash[:12] for adapter in record.adapters if adapter.hash}
     values["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items()) or None
     values["Version"] = f"diffgraft {record.version}"

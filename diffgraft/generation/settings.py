@@ -15,7 +15,7 @@ from diffgraft.generation.samplers.schedules import SCHEDULES
 Upscaler = Literal["latent", "latent nearest", "latent bicubic", "latent antialiased", "lanczos", "nearest"]
 """How the first pass of a hires fix is enlarged: its latents, or its decoded pixels"""
 
-_MOST_STEPS, _MOST_SIDE, _MOST_GUIDANCE = 1000, 8192, 100
+_MOST_STEPS, _MOST_SIDE, _MOST_GUIDANCE, _MOST_DELTA = 1000, 8192, 100, 2**62
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,11 @@ class DrawSettings:
         object.__setattr__(self, "regions", tuple(self.regions))
         if self.variation_seed is not None:
             checked_seeds([self.variation_seed])
-        checked_seeds([self.noise_seed_delta])
+        if not isinstance(self.noise_seed_delta, int) or abs(self.noise_seed_delta) >= _MOST_DELTA:
+            raise DiffgraftError(
+                f"Invalid value noise_seed_delta={self.noise_seed_delta!r}: must be a whole number between "
+                f"-{_MOST_DELTA} and {_MOST_DELTA}."
+            )
 
     def changed(self) -> dict[str, Any]:
         """Return the settings that differ from the defaults, as JSON has them."""
@@ -159,7 +163,9 @@ class DrawSettings:
                     given[name] = kind(**given[name])
             given["regions"] = tuple(Region.from_json(region) for region in given.get("regions", ()))
             return cls(**given)
-        except (TypeError, ValueError, KeyError, OSError, AttributeError) as error:
+        except DiffgraftError:
+            raise
+        except Exception as error:  # decoders of masks raise many kinds of exceptions for damaged ones
             raise DiffgraftError(f"The settings {short_repr(values)} cannot be read: {error}.") from error
 
 

@@ -18,6 +18,7 @@ from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.boft import butterfly_blocks
 from diffgraft.adapters.patch import run_layer
 from diffgraft.adapters.registry import get_method, read_delta
+from diffgraft.errors import DiffgraftError
 
 LAYERS = {
     "linear": lambda: nn.Linear(10, 32),
@@ -197,3 +198,52 @@ def test_blocks_of_boft_are_those_of_lycoris_where_it_has_any() -> None:
                 assert own > side
     with pytest.raises(ValueError, match="blocks of an even size"):
         butterfly_blocks(15, 4)
+
+
+@pytest.mark.parametrize("name", ["ia3", "oft, bound, rescaled", "boft"])
+def test_small_changes_survive_half_precision(name: str) -> None:
+    """And without any change every bit of the output is that of the base."""
+    method, options = TRAINED[name]
+    chosen = get_method(method)
+    net = nn.Module()
+    torch.manual_seed(3)
+    net.proj = nn.Linear(10, 32).bfloat16().requires_grad_(False)
+    x = torch.randn(50, 10).bfloat16()
+    bare = net.proj(x)
+    live = chosen.attach(SimpleNamespace(unet=net), Spec({"unet": ["proj"]}, 4, 4.0, 0, chosen.read_options(options)))
+    assert torch.equal(net.proj(x), bare)
+    with torch.no_grad():
+        for value in live.trainable().values():
+            value.add_(3e-2 * torch.randn(value.shape))
+    found = (net.proj(x) - bare).float()
+    (delta,) = (delta for (delta,) in live.adapter({}).deltas.values())
+    weight = net.proj.weight.float()
+    wanted = run_layer(net.proj, x.float(), delta.apply(weight, None, 1.0)[0] - weight)
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_the_rank_of_glora_is_at_most_the_number_of_inputs() -> None:
+    net = nn.Module()
+    net.proj = nn.Linear(8, 8).requires_grad_(False)
+    chosen = get_method("glora")
+    live = chosen.attach(SimpleNamespace(unet=net), Spec({"unet": ["proj"]}, 16, 16.0, 0, chosen.read_options({})))
+    with torch.no_grad():
+        for value in live.trainable().values():
+            value.add_(0.1 * torch.randn(value.shape))
+    x = torch.randn(5, 8)
+    found = net.proj(x)
+    ((delta,),) = live.adapter({}).deltas.values()
+    live.detach()
+    assert delta.fits((8, 8))
+    torch.testing.assert_close(
+        run_layer(net.proj, x, delta.apply(net.proj.weight, None, 1.0)[0]) + net.proj.bias, found
+    )
+
+
+def test_patterns_of_inputs_that_match_nothing_are_refused() -> None:
+    net = nn.Module()
+    net.proj = nn.Linear(8, 12)
+    chosen = get_method("ia3")
+    spec = Spec({"unet": ["proj"]}, 4, 4.0, 0, chosen.read_options({"on_input": ["*.prj"]}))
+    with pytest.raises(DiffgraftError, match=r"options\.on_input"):
+        chosen.attach(SimpleNamespace(unet=net), spec)

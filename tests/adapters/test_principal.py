@@ -1,5 +1,6 @@
 """PiSSA and OLoRA, held to peft, which changes the base's weights instead."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.method import Attached, Spec
 from diffgraft.adapters.registry import get_method
 from diffgraft.errors import DiffgraftError
@@ -81,10 +83,55 @@ def test_training_goes_on_from_a_file_of_the_same_start_alone() -> None:
     for name, value in again.trainable().items():
         torch.testing.assert_close(value, first.trainable()[name])
     again.detach()
+    half = Adapter({path: (stored(delta, torch.bfloat16),) for path, (delta,) in adapter.deltas.items()})
+    once_more = attached(net, "pissa")
+    assert once_more.load(half) == {"unet.wide"}
+    once_more.detach()
     other = attached(net, "olora")
     with pytest.raises(ValueError, match=r"with the same options\.init and rank"):
         other.load(adapter)
     other.detach()
+
+
+def stored(delta: Delta, dtype: torch.dtype) -> Delta:
+    """The delta as a file of this dtype has it, with the signs of its singular vectors the other way round."""
+    assert isinstance(delta, FactorDelta)
+    signs = torch.ones(2 * RANK)
+    signs[:: RANK + 1] = -1
+    leaves = {
+        "lora_up": (delta.leaves["lora_up"] * signs).to(dtype),
+        "lora_down": (delta.leaves["lora_down"] * signs[:, None]).to(dtype),
+    }
+    return replace(delta, leaves=leaves)
+
+
+def test_the_scale_of_a_file_is_kept() -> None:
+    net = Net().requires_grad_(False)
+    first = attached(net, "olora", alphas={"*": 12.0})
+    with torch.no_grad():
+        for value in first.trainable().values():
+            value.add_(0.1)
+    wanted = net(torch.ones(2, 14))
+    adapter = Adapter({path: (delta,) for path, delta in deltas_of(first).items()})
+    first.detach()
+    again = attached(net, "olora")
+    again.load(adapter)
+    torch.testing.assert_close(net(torch.ones(2, 14)), wanted)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_small_updates_survive_half_precision(init: str) -> None:
+    net, x = Net().requires_grad_(False), torch.randn(9, 14)
+    live = attached(net, init)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in live.trainable().values():
+            value.add_(1e-4 * torch.randn(value.shape, generator=generator))
+    layer = live.adapter_layers()["unet.wide"]  # type: ignore[operator]
+    exact = layer.contribution(net.wide, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer.contribution(net.wide, x)
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_what_cannot_start_so_is_refused() -> None:

@@ -90,7 +90,7 @@ def test_edited_pictures_are_drawn_again(base: Base, library: Path, tmp_path: Pa
         again = regenerate(file, Sources(None, (), library, photo()))
         assert again.differences == []
         assert again.has_same_pixels is True
-    assert "Edit: \"prompt-to-prompt of 'a dog at night', cross 0.6, self 0.3\"" in pair[1].info[PARAMETERS]
+    assert "Edit: \"source 'a dog at night', prompt-to-prompt with cross 0.6 and self 0.3\"" in pair[1].info[PARAMETERS]
     with pytest.raises(DiffgraftError, match="was drawn from a starting picture"):
         regenerate(tmp_path / "3.png", Sources(None, (), library))
 

@@ -59,7 +59,11 @@ def ddim_step(parameterization: Parameterization, x: Tensor, x0: Tensor, timeste
 
 
 class Consistency:
-    """E √(‖f_θ(x_t, t, prompt) − f_θ(x_s, s, prompt)‖² + c²) − c, where x_s is a guided step of the base from x_t."""
+    """E √((f_θ(x_t, t, prompt) − f_θ(x_s, s, prompt))² + c²) − c, where x_s is a guided step of the base from x_t.
+
+    No gradient flows through the second term. It is computed by the adapter as it is, as in diffusers' script for LCM-
+    LoRA, and not by a moving average of it.
+    """
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
         self.stream, self.bare, self.options = inputs.instances, inputs.bare, inputs.options
@@ -69,8 +73,6 @@ class Consistency:
         batch = self.stream.batch(sample_index, count)
         parameterization = self.stream.process.parameterization
         noisy, times, prompts, frames = batch.noisy, batch.times, batch.prompts, batch.frames
-        prediction = predict(noisy, times, prompts, frames)
-        ours = self._consistent(noisy, prediction, times)
         with torch.no_grad():
             both = self.bare(noisy.repeat(2, 1, 1, 1), times.repeat(2), [*prompts, *[""] * count], [*frames, *frames])
             own, empty = (parameterization.x0(noisy, half, times) for half in both.chunk(2))
@@ -78,6 +80,7 @@ class Consistency:
             x0 = empty + self.options.guidance * (own - empty)
             stepped = ddim_step(parameterization, noisy, x0, times, earlier)
             theirs = self._consistent(stepped, predict(stepped, earlier, prompts, frames), earlier)
+        ours = self._consistent(noisy, predict(noisy, times, prompts, frames), times)
         error = ((ours - theirs).square() + _HUBER**2).sqrt() - _HUBER
         if batch.mask is not None:
             error = error * batch.mask
@@ -94,5 +97,11 @@ class Consistency:
 
 
 OBJECTIVE = ObjectiveKind(
-    "consistency", "Drawing in a few steps, without guidance.", Consistency, options=ConsistencyOptions
+    "consistency",
+    "Drawing in a few steps, without guidance.",
+    Consistency,
+    options=ConsistencyOptions,
+    prompts=("",),
+    has_own_error=True,
+    uses_prior=False,
 )

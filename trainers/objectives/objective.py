@@ -71,6 +71,12 @@ class ObjectiveKind:
     """Builds the objective; raises DiffgraftError if the inputs lack what it needs"""
     options: type[BaseModel] = NoOptions
     """Class of its options"""
+    prompts: tuple[str, ...] = ()
+    """Prompts that it asks for beside those of the pictures, to be encoded before training"""
+    has_own_error: bool = False
+    """Whether it has an error of its own, so that `loss.kind`, `loss.snr_gamma` and `loss.debiased` have no effect"""
+    uses_prior: bool = True
+    """Whether prior preservation has an effect with it"""
 
     def read_options(self, values: Mapping[str, Any]) -> BaseModel:
         """Validate the values of the recipe's `loss.options`.

@@ -30,6 +30,11 @@ def check_objective(name: str, options: Mapping[str, Any] | None = None) -> None
         objectives()[name].read_options(options or {})
 
 
+def objective_prompts(name: str) -> tuple[str, ...]:
+    """Return the prompts that the objective called `name` asks for beside those of the pictures."""
+    return objectives()[name].prompts if name else ()
+
+
 def new_objective(name: str, inputs: ObjectiveInputs, options: Mapping[str, Any] | None = None) -> Objective:
     """Build the objective called `name`; if empty, the one that fits the prior preservation of `inputs`.
 

@@ -19,9 +19,12 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
     names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
     has_rank = "rank" not in unsupported_keys(recipe)
     concepts = [{"trigger": concept.trigger, "class": getattr(concept, "subject", None)} for concept in recipe.parts()]
+    # a start from the weight is part of the file's factors
+    doubled = 2 if recipe.options.get("init", "zero") != "zero" else 1
+    size = {"rank": doubled * recipe.rank, "alpha": doubled * recipe.alpha_or_rank()}
     return {
         "method": recipe.method,
-        **({"rank": recipe.rank, "alpha": recipe.alpha_or_rank()} if has_rank else {}),
+        **(size if has_rank else {}),
         **({"options": recipe.options} if recipe.options else {}),
         "trigger": recipe.trigger,
         "class": getattr(recipe, "subject", None),

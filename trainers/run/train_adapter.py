@@ -30,7 +30,7 @@ from diffgraft.trainers.hooks.validation import ValidationHook, held_out
 from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 from diffgraft.trainers.objectives.objective import Objective, ObjectiveInputs
-from diffgraft.trainers.objectives.registry import new_objective
+from diffgraft.trainers.objectives.registry import new_objective, objective_prompts
 from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import new_optimizer
 from diffgraft.trainers.planning.prediction_check import prediction_warning
@@ -145,7 +145,7 @@ class AdapterTraining:
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
-                texts.prepare(data.prompts)
+                texts.prepare([*data.prompts, *objective_prompts(recipe.loss.objective)])
             denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)
             if not live.trains_text:
                 denoiser.freeze_text()
