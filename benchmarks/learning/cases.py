@@ -9,7 +9,20 @@ from benchmarks.learning.measure import measure, save_new
 from benchmarks.learning.targets import made_up, of_held_back, of_photographs
 from diffgraft.bases.tiny.world.glyphs import HELD_BACK_FOR_TESTS
 
-METHODS = ("lora", "locon", "loha", "lokr", "full", "textual-inversion", "pivotal", "hypernetwork")
+METHODS = (
+    "lora",
+    "locon",
+    "loha",
+    "lokr",
+    "full",
+    "textual-inversion",
+    "pivotal",
+    "hypernetwork",
+    "oft",
+    "boft",
+    "glora",
+    "ia3",
+)
 NO_PRIOR = "lora, without prior preservation"
 BY_PICTURES = "lora, prior preservation by class pictures"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -28,8 +28,8 @@ seeds, ± the standard deviation.
 
 - *processor time*: time of the training loop, summed over the cores.
 - *held-out loss*: loss before → after training, of pictures that were not trained on, over 256 fixed pairs of timestep
-  and noise; for subjects only on their own pixels. *reduction*: decrease of this loss, as a
-  share of the loss before training.
+  and noise; for subjects only on their own pixels. *reduction*: decrease of this loss, as a share of the loss before
+  training.
 - *gap closed* (subjects): decrease of the held-out loss, as a share of its excess over the loss on things that the base
   knows.
 - *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
