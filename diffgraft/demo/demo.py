@@ -29,7 +29,8 @@ def run_demo(output: Path) -> Iterator[str]:
     pictures = [picture.image for picture in read_folder(ALIEN.folder / "learn")]
     yield f"Training an adapter on {len(pictures)} pictures of a made-up {ALIEN.noun} that the base has never seen …"
     base = load_base("tiny")
-    run = train("subject", base=base, images=ALIEN.folder / "learn", subject=ALIEN.noun, output=folder)
+    learn = ALIEN.folder / "learn"
+    run = train("subject", base=base, images=learn, subject=ALIEN.noun, output=folder, previews=False)
 
     prompts = [f"a sks {ALIEN.noun} {setting}" for setting in NEW_SETTINGS]
     repeated = [prompt for prompt in prompts for _ in range(COUNT)]
