@@ -102,6 +102,7 @@ OBJECTIVE = ObjectiveKind(
     Consistency,
     options=ConsistencyOptions,
     prompts=("",),
+    bare_predictions=3,
     has_own_error=True,
     uses_prior=False,
 )

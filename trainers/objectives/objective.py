@@ -73,6 +73,8 @@ class ObjectiveKind:
     """Class of its options"""
     prompts: tuple[str, ...] = ()
     """Prompts that it asks for beside those of the pictures, to be encoded before training"""
+    bare_predictions: int = 0
+    """Number of predictions without gradients that it takes for each sample"""
     has_own_error: bool = False
     """Whether it has an error of its own, so that `loss.kind`, `loss.snr_gamma` and `loss.debiased` have no effect"""
     uses_prior: bool = True

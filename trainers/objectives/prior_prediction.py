@@ -42,5 +42,8 @@ class PriorPrediction:
 
 
 OBJECTIVE = ObjectiveKind(
-    "prior-prediction", "A subject, with the class preserved by the prediction of the base.", PriorPrediction
+    "prior-prediction",
+    "A subject, with the class preserved by the prediction of the base.",
+    PriorPrediction,
+    bare_predictions=1,
 )

@@ -35,6 +35,11 @@ def objective_prompts(name: str) -> tuple[str, ...]:
     return objectives()[name].prompts if name else ()
 
 
+def default_objective(has_class_images: bool, is_by_prediction: bool) -> str:
+    """Return the name of the objective that fits the prior preservation of a recipe."""
+    return "dreambooth" if has_class_images else "prior-prediction" if is_by_prediction else "captioned"
+
+
 def new_objective(name: str, inputs: ObjectiveInputs, options: Mapping[str, Any] | None = None) -> Objective:
     """Build the objective called `name`; if empty, the one that fits the prior preservation of `inputs`.
 
@@ -42,6 +47,5 @@ def new_objective(name: str, inputs: ObjectiveInputs, options: Mapping[str, Any]
         DiffgraftError: there is no such objective or option, or `inputs` lack what it needs.
     """
     check_objective(name, options)
-    default = "dreambooth" if inputs.classes else "prior-prediction" if inputs.prior_weight else "captioned"
-    kind = objectives()[name or default]
+    kind = objectives()[name or default_objective(bool(inputs.classes), bool(inputs.prior_weight))]
     return kind.build(replace(inputs, options=kind.read_options(options or {})))

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from diffgraft.disk import format_bytes
 from diffgraft.errors import DiffgraftError, shorten
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
+from diffgraft.trainers.objectives.objective import ObjectiveKind
+from diffgraft.trainers.objectives.registry import default_objective, objectives
 from diffgraft.trainers.planning.advice import advice
 from diffgraft.trainers.planning.estimate import Cost, Workload, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.pitfalls import (
@@ -101,6 +103,8 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
     estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
+    bare = _objective_kind(recipe, concepts).bare_predictions * optim.batch * optim.accumulate
+    estimate = replace(estimate, step=estimate.step + bare * estimate.image)
     facts = [
         (
             "recipe",
@@ -168,6 +172,13 @@ def _prompt_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
         f"{captioned} of {pluralize(len(samples), 'image')}; {pluralize(len(prompts), 'prompt')}, such as: "
         f"{shorten(first)}",
     )
+
+
+def _objective_kind(recipe: Recipe, concepts: ConceptImages) -> ObjectiveKind:
+    """Return the objective that the recipe names, or the one that fits its prior preservation."""
+    priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
+    by_prediction = any(prior.by == "prediction" for prior in priors)
+    return objectives()[recipe.loss.objective or default_objective(bool(priors) and not by_prediction, by_prediction)]
 
 
 def _class_image_facts(concepts: ConceptImages) -> Iterator[tuple[str, str]]:
