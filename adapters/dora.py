@@ -134,7 +134,7 @@ class DoraLayer(AdapterLayer):
         return (factor * (out - bias + self.direction.contribution(layer, x).to(out.dtype)) + bias).to(out.dtype)
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
-        """Take the values of `delta`; a LoRA without norms gets those of the layer with the LoRA merged."""
+        """Copy the values of `delta` into this layer. A LoRA has no norms: they are those of the merged W + ΔW."""
         if isinstance(delta, DoraDelta) and delta.has_input_norms:
             raise ValueError("is a DoRA with norms of the inputs; only DoRA with norms of the outputs can be trained")
         if isinstance(delta, DoraDelta) and not delta.fits(weight_shape(layer)):

@@ -52,7 +52,7 @@ class Factors(ABC):
         """Inner dimension of the factors, by which alpha is divided."""
 
     def scale(self, leaves: Leaves, alpha: float) -> float:
-        """Scale by which f(leaves) is multiplied."""
+        """Return the factor on the result of `weight`: alpha / rank, unless a method defines another."""
         return alpha / self.rank(leaves)
 
     @abstractmethod

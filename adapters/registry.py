@@ -102,10 +102,10 @@ def written_dialects() -> dict[str, Dialect]:
 
 
 def get_written_dialect(name: str) -> Dialect:
-    """Return the dialect called `name`, if adapters can be saved in it.
+    """Return the dialect (format of adapter files) called `name`, for writing.
 
     Raises:
-        DiffgraftError: there is no such dialect; the message names the nearest one.
+        DiffgraftError: there is no such dialect, or its files are only read; the message names the nearest one.
     """
     if name not in written_dialects():
         raise DiffgraftError(f"There is no adapter format {name!r} to write: {did_you_mean(name, written_dialects())}")

@@ -19,7 +19,9 @@ Uses = list[tuple[int, Tensor, Tensor]]
 
 
 class DeferredGradLinear(nn.Linear):
-    """A linear layer that sums the weight gradients of all its uses since `begin_pass` in one product.
+    """A linear layer that computes its weight gradient once for all its uses since `begin_pass`.
+
+    Inputs and output gradients of the uses are collected, and multiplied when the backward pass has reached the last.
 
     Without a call of `begin_pass` it behaves like `nn.Linear`.
     """

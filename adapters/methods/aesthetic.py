@@ -31,7 +31,7 @@ class AestheticEmbedding(Network):
 
 
 def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:
-    """Build the network from its single tensor. Raises ValueError if it is not a single row of numbers."""
+    """Build the embedding from its single tensor. Raises ValueError if that is not a single row of numbers."""
     embedding = tensors.get("embedding")
     if embedding is None or len(tensors) > 1 or embedding.ndim not in (1, 2) or embedding.shape[:-1].numel() != 1:
         raise ValueError("expected an aesthetic embedding, which is a single row of numbers")

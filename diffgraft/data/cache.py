@@ -33,7 +33,11 @@ def read_tensors(file: Path) -> dict[str, Tensor] | None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], source: str) -> bool:
-    """Write tensors with their checksum, and a text that names their source; return whether they were written."""
+    """Write tensors to `file` with their checksum and `source`, a text that says what they were computed from.
+
+    Returns:
+        Whether they were written; False, after a warning, where the file cannot be written.
+    """
     on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
     with optional_write() as written:
         write_safetensors(file, on_cpu, {"of": source, _SUM: checksum(on_cpu)})

@@ -22,7 +22,7 @@ def mentions(text: str, word: str) -> bool:
 
 
 def without_word(text: str, word: str, suffix: str = "") -> str:
-    """Return `text` without each whole word `word`, and what the pattern `suffix` matches behind it."""
+    """Return `text` with every whole word `word` removed, along with what the pattern `suffix` matches behind it."""
     return _whole_word(word, suffix).sub("", text)
 
 

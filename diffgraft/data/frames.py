@@ -52,7 +52,9 @@ class Crop:
 
 
 def bucket_sizes(side: int, settings: Buckets, step: int) -> tuple[Size, ...]:
-    """Return all bucket sizes of at most side² pixels, with sides that are multiples of `step`, sorted.
+    """Return all bucket sizes (width, height) of at most side² pixels, sorted.
+
+    Sides are multiples of `step`, and within the limits of `settings`.
 
     The sizes are those of NovelAI's and kohya's buckets (`make_bucket_resolutions` of sd-scripts): for each width the
     largest height, and the same with width and height swapped.

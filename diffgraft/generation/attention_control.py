@@ -74,9 +74,9 @@ def edit(
         source: prompt of the picture to edit.
         edited: prompt with words exchanged (as many tokens as in `source`) or added.
         seed: seed of both.
-        change: how much of the source is kept.
+        change: shares of the steps in which the source's attention maps are kept, and weights of words.
         settings: how they are drawn.
-        image: picture that both start from.
+        image: picture that both start from; None: noise.
 
     Returns:
         The picture of the source prompt, and the edited one.

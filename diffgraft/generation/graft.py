@@ -234,7 +234,7 @@ class Graft:
     def _check_newest(self, paths: Iterable[str]) -> None:
         """Raise DiffgraftError if a newer graft changes one of the modules at `paths`."""
         if any(path in self._saved and _GRAFTS[self._saved[path][0]][-1] is not self for path in paths):
-            raise DiffgraftError("A newer graft changes the same modules: remove that one first.")
+            raise DiffgraftError("Adapters that were applied later change the same modules: remove those first.")
 
     def remove(self) -> None:
         """Restore the target's original weights; calling it again does nothing.

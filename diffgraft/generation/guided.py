@@ -32,7 +32,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Guide:
-    """The parts of one picture's prompt, and its negative prompt."""
+    """The encoded prompt of one picture, in parts and by step, and its negative prompt."""
 
     parts: Sequence[tuple[float, Sequence[Told]]]
     """Weight of each part, and what it tells, by step"""
@@ -109,7 +109,9 @@ def noise_levels(base: Base) -> NoiseLevels:
 
 
 class GuidedDenoiser:
-    """Predicts clean latents of n pictures, each with its own prompt; `step` says which texts count.
+    """Predicts clean latents of n pictures, each with its own prompt.
+
+    Prompts may change between steps: set `step`, counted from 0, before the predictions of a step.
 
     Several parts of a prompt are composed (Liu et al. 2022, arXiv:2206.01714, equation 11); one part of weight 1 is
     classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, equation 6).

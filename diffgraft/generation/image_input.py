@@ -78,8 +78,8 @@ class Start:
     """1 where the latents are redrawn and 0 where they stay, [1, 1, h, w]"""
 
     @property
-    def is_lost(self) -> bool:
-        """Whether nothing of the latents is left in the noise."""
+    def starts_from_pure_noise(self) -> bool:
+        """Whether the picture is drowned in noise at the start, at denoise = 1, so that its latents do not matter."""
         return self.denoise == 1
 
 

@@ -134,7 +134,9 @@ def _edited(
         inversion = invert(session, image.image, source, settings, record.inner)
         return redraw(session, inversion, next(iter(edited), None), change)
     if record.inner is not None or len(edited) != 1:
-        raise DiffgraftError("The picture's record has an edit without a source and an edited prompt.")
+        raise DiffgraftError(
+            "The picture's record tells of an edit, but has not both its prompts: it cannot be drawn again."
+        )
     return edit(session, source, edited[0], seed, change, settings, image)
 
 
@@ -201,7 +203,9 @@ def _image_input(path: Path, record: DrawingRecord, sources: Sources) -> ImageIn
     given = ImageInput(sources.image, record.image.denoise, sources.mask if record.image.mask else None)
     resized = given.resized(record.size)
     if pixel_hash(resized.image) != record.image.pixels:
-        raise DiffgraftError(f"{path} started from another picture than the one given by --image.")
+        raise DiffgraftError(
+            f"{path} was drawn from another picture than the one given by --image: give the original one."
+        )
     if resized.mask is not None and pixel_hash(resized.mask) != record.image.mask:
         raise DiffgraftError(f"{path} was painted into another mask than the one given by --mask.")
     return given

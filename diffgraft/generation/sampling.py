@@ -121,7 +121,7 @@ class Painter:
         seed = settings.variation_seed
         variations = None if seed is None else [noise_stream(settings.noise, seed) for _ in work.jobs]
         x = start_noise(streams, shape, variations, settings.variation_strength).to(self.device) * sigmas[0]
-        if start is not None and not start.is_lost:
+        if start is not None and not start.starts_from_pure_noise:
             x = x + start.latents.to(x)
 
         seeds = [job.seed for job in work.jobs]

@@ -53,7 +53,7 @@ class Axis:
 
     @classmethod
     def read(cls, text: str) -> "Axis":
-        """Read ``name=value,value``; values with commas are quoted.
+        """Parse one axis of a sheet, ``name=value,value``; values with commas are quoted, and ``1-5`` is a range.
 
         Raises:
             DiffgraftError: there is no name, no value, or a range of more than 1,000 values.

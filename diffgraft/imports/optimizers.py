@@ -75,13 +75,13 @@ def map_optimizer(
     settings: Mapping[str, Any],
     prefix: str,
 ) -> str:
-    """Map an optimizer and its settings; return the recipe's optimizer.
+    """Translate an optimizer of another tool and its settings; return its name in a recipe.
 
     Args:
         report: the report to add to.
         key: the tool's key with the optimizer's name.
         name: the optimizer's name.
-        table: rules by the optimizer's name in lower case.
+        table: the tool's name of an optimizer in lower case → how name and settings are translated.
         settings: the optimizer's settings in the file.
         prefix: prefix of the settings' names in the report.
     """

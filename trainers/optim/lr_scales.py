@@ -39,7 +39,9 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, keep: Collection
         value.requires_grad_(paths[name] not in frozen)
     trained = set(paths.values()) - frozen
     if not trained:
-        raise DiffgraftError("No module would train: `lr_scale` is 0 for every module of the adapter.")
+        raise DiffgraftError(
+            "No module would train: `lr_scale` is 0 for every module of the adapter. Leave one above 0."
+        )
     if optim.text_encoder_stop is None:
         return
     setting = f"text_encoder_stop={optim.text_encoder_stop}"

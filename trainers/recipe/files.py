@@ -177,7 +177,9 @@ def _read(name: str | Path) -> dict[str, Any]:
 def _text_of(path: Path) -> str:
     """Return the text of a recipe, which must be UTF-8: another encoding would change its words."""
     if path.stat().st_size > _LARGEST:
-        raise DiffgraftError(f"The recipe {path} is larger than {_LARGEST:,} bytes, the maximum size of a recipe.")
+        raise DiffgraftError(
+            f"The recipe {path} is larger than {_LARGEST:,} bytes, the largest that a recipe may be: give another file."
+        )
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -213,7 +215,7 @@ class _Loader(yaml.SafeLoader):
     """The safe loader of YAML, which refuses duplicate keys; the original keeps the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build the mapping of a node."""
+        """Build a dict from a mapping of YAML; raise for a key that occurs twice, which PyYAML accepts."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:

@@ -48,7 +48,7 @@ class Judge(nn.Module):
         return features
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Map pictures [n, 3, 64, 64] in -1..1 to the logits [n, classes] of each label kind."""
+        """Return the logits [n, classes] of thing, setting, style and colour for pictures [n, 3, 64, 64] in -1..1."""
         features = torch.relu(self.features(pictures))
         return {kind: head(features) for kind, head in self.heads.items()}
 

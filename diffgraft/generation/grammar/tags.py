@@ -164,6 +164,8 @@ def _blocks(source: str, named: Mapping[str, str]) -> dict[str, float]:
         if key in named:
             number = as_number(named[key])
             if number is None:
-                raise DiffgraftError(f"The factor {named[key]!r} in {source} is not a number.")
+                raise DiffgraftError(
+                    f"The strength {named[key]!r} of {key} in {source} is not a number: write {key}=0.8, for example."
+                )
             factors |= {block: number for block in BLOCKS if block.startswith(prefix)}
     return factors
