@@ -70,7 +70,7 @@ def read_table(folder: Path, caption_column: str = "", *, outside: bool = False)
         warnings.warn(f"The table in {folder} names files that do not exist: {missing[0]}{more}.", stacklevel=3)
     if others:
         warnings.warn(
-            f"The table in {folder} names files that are missing, no pictures, or masks; they are left out: "
+            f"The table in {folder} names files that are no pictures, or masks; they are left out: "
             f"{list_names(others)}.",
             stacklevel=3,
         )

@@ -143,7 +143,7 @@ def test_a_row_that_names_no_picture_to_learn_from_is_told(tmp_path: Path, name:
     for each in ("a.png", "deep/b.png", name):
         picture(tmp_path / each) if each.endswith("png") else (tmp_path / each).write_text("x", "utf-8")
     table(tmp_path, *({"file_name": each, "text": "a dog"} for each in ("a.png", "deep/b.png", name)))
-    with pytest.warns(UserWarning, match=f"files that are missing, no pictures, or masks; they are left out: {name}"):
+    with pytest.warns(UserWarning, match=f"files that are no pictures, or masks; they are left out: {name}"):
         assert [one.name for one in read_folder(tmp_path)] == ["a.png", "deep/b.png"]
 
 
