@@ -15,6 +15,7 @@ from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.optim.optimizers import lr_warning
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.settings import Loss, Prior
 from diffgraft.trainers.training_data.build import Sample
 from diffgraft.trainers.training_data.prompts import captions_of
 
@@ -76,7 +77,7 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
         yield "prior.folder does nothing with prior.by=prediction."
     if prior is not None and "images" in prior.model_fields_set and prior.by == "prediction":
         yield "prior.images does nothing with prior.by=prediction, which uses no class images."
-    yield from _objective_conflicts(recipe)
+    yield from _objective_conflicts(recipe.loss, prior)
     triggers = [concept.trigger for concept in recipe.concepts]
     if triggers and "trigger" in recipe.model_fields_set and all(triggers) and recipe.trigger not in triggers:
         yield f"trigger={recipe.trigger} is the trigger of no concept: only samples are generated with it."
@@ -87,15 +88,14 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
         yield "caption_dropout drops the trained token as well, so that nothing is learned from such samples."
 
 
-def _objective_conflicts(recipe: Recipe) -> Iterator[str]:
-    """Yield a sentence for each setting that has no effect with the recipe's objective."""
-    if not (name := recipe.loss.objective):
+def _objective_conflicts(loss: Loss, prior: Prior | None) -> Iterator[str]:
+    """Yield a sentence for each setting that has no effect with the chosen objective."""
+    if not (name := loss.objective):
         return
     kind = objectives()[name]
     for key in ("kind", "snr_gamma", "debiased") if kind.has_own_error else ():
-        if key in recipe.loss.model_fields_set:
+        if key in loss.model_fields_set:
             yield f"loss.{key} does nothing with loss.objective={name}, which has an error of its own."
-    prior = getattr(recipe, "prior", None)
     if not kind.uses_prior and prior is not None and prior.weight:
         yield f"prior preservation does nothing with loss.objective={name}: set prior.weight=0."
 

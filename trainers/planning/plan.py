@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
     estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
-    bare = _objective_kind(recipe, concepts).bare_predictions * optim.batch * optim.accumulate
+    bare = _objective_kind(recipe.loss.objective, concepts).bare_predictions * optim.batch * optim.accumulate
     estimate = replace(estimate, step=estimate.step + bare * estimate.image)
     facts = [
         (
@@ -174,11 +174,11 @@ def _prompt_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
     )
 
 
-def _objective_kind(recipe: Recipe, concepts: ConceptImages) -> ObjectiveKind:
-    """Return the objective that the recipe names, or the one that fits its prior preservation."""
+def _objective_kind(name: str, concepts: ConceptImages) -> ObjectiveKind:
+    """Return the objective of that name; for an empty one, the one that fits the prior preservation of the concepts."""
     priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
     by_prediction = any(prior.by == "prediction" for prior in priors)
-    return objectives()[recipe.loss.objective or default_objective(bool(priors) and not by_prediction, by_prediction)]
+    return objectives()[name or default_objective(bool(priors) and not by_prediction, by_prediction)]
 
 
 def _class_image_facts(concepts: ConceptImages) -> Iterator[tuple[str, str]]:
