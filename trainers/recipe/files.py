@@ -105,6 +105,9 @@ def _describe(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[st
             defaults = dict(default) if isinstance(default, BaseModel) else {}
             inner_values = {**defaults, **(value if isinstance(value, Mapping) else {})}
             rows += [(f"{key}.{name}", text, meaning) for name, text, meaning in _describe(inner, inner_values)]
+        elif isinstance(value, Mapping) and value:
+            meaning = " ".join((info.description or "").split())
+            rows += [(f"{key}.{name}", _as_text(entry), meaning) for name, entry in value.items()]
         else:
             choices = f" ({', '.join(adapter_formats())})" if key == "format" else _allowed_values(inner)
             rows.append((key, _as_text(value), " ".join((info.description or "").split()) + choices))
