@@ -46,6 +46,13 @@ def principal_factors(weight: Tensor, rank: int, scale: float, start: Start) -> 
     return u[:, :rank] * roots, roots[:, None] * v[:rank]
 
 
+def _product(layer: nn.Module, rank: int, start: Start) -> Tensor:
+    """Return up₀ · down₀ of a live layer, [out, in · height · width]."""
+    weight, _ = weight_and_bias(layer)
+    up, down = principal_factors(weight.detach().flatten(1), rank, 1.0, start)
+    return up @ down
+
+
 class PrincipalLayer(FactorLayer):
     """LoRA on a live layer that starts from a part of its weight."""
 
@@ -67,6 +74,7 @@ class PrincipalLayer(FactorLayer):
         shape, scale = weight_shape(layer), alpha / rank
         rank = min(rank, shape[0], math.prod(shape[1:]))
         super().__init__(factors, layer, rank, scale * rank, generator, lr_scales)
+        self._start_kind = start
         weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or tuple(weight.shape) != shape:
             raise ValueError("its weight is quantized")
@@ -102,28 +110,22 @@ class PrincipalLayer(FactorLayer):
         Raises:
             ValueError: it began with another part, or is no such LoRA.
         """
-        rank = self.leaves["lora_down"].shape[0]
-        if (
-            not isinstance(delta, FactorDelta)
-            or not (delta.is_lora and delta.rank == 2 * rank)
-            or not delta.fits(weight_shape(layer))
-        ):
-            raise ValueError(f"is no LoRA of rank {2 * rank} that started from this base's weights with options.init")
-        given = match_conv_axes(delta.leaves, weight_shape(layer))
-        up, down = given["lora_up"].float(), given["lora_down"].float()
+        shape = weight_shape(layer)
+        if not isinstance(delta, FactorDelta) or not delta.is_lora or delta.rank % 2 or not delta.fits(shape):
+            raise ValueError("is no LoRA that started from this base's weights with options.init")
+        given, rank = match_conv_axes(delta.leaves, shape), delta.rank // 2
         device = self.leaves["lora_up"].device
-        if device.type == "meta":
-            return
-        begun = {"lora_up": -up[:, rank:].to(device), "lora_down": down[rank:].to(device)}
-        own, theirs = (self._factors.weight(start, weight_shape(layer)).flatten() for start in (self._start, begun))
-        if torch.cosine_similarity(own, theirs, 0) < _SAME_START:  # scales may differ
-            raise ValueError("did not start from this base's weights with the same options.init and rank")
+        up, down = (given[name].to(device, torch.float32) for name in ("lora_up", "lora_down"))
+        if device.type != "meta":
+            begun = self._factors.weight({"lora_up": -up[:, rank:], "lora_down": down[rank:]}, shape).flatten()
+            own = _product(layer, rank, self._start_kind).flatten()
+            if torch.cosine_similarity(begun, own, 0) < _SAME_START:  # scales may differ
+                raise ValueError("did not start from this base's weights with the same options.init")
         self._alpha, self._scale = delta.alpha / 2, delta.scale
-        with torch.no_grad():
-            self.leaves["lora_up"].copy_(up[:, :rank])
-            self.leaves["lora_down"].copy_(down[:rank])
-            for name, value in begun.items():
-                self.get_buffer(f"start_{name}").copy_(value)
+        trained = {"lora_up": up[:, :rank].clone(), "lora_down": down[:rank].clone()}
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in trained.items()})
+        for name, start in (("lora_up", -up[:, rank:]), ("lora_down", down[rank:])):
+            self.register_buffer(f"start_{name}", start.clone(), persistent=False)
 
     def delta(self) -> FactorDelta:
         """Return the change as a LoRA of rank 2 r."""

@@ -50,6 +50,16 @@ INSTANCE, CLASS = POODLE.folder / "learn", POODLE.folder / "held-out"
 _SHARED = {"steps": 20, "batch": 4, "seed": 10, "checkpoint_every": 0, "sample_every": 0}
 _SUBJECT = {**_SHARED, "subject": "dog", "rank": 2, "lr": 1e-3}
 _WORD = {**_SHARED, "method": "textual-inversion", "subject": "dog", "trigger": "<zorp>", "lr": 5e-3}
+PLAIN: dict[str, Any] = {
+    "layers": "attention",
+    "crop": "center",
+    "lr_schedule": "constant",
+    "warmup": 0,
+    "attention": "default",
+    "timesteps": {"distribution": "uniform"},
+    "prior": {"by": "pictures", "prompts": []},
+}
+"""What the scripts do, in the place of what the recipe `subject` is tuned to"""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dreambooth-lora": ("subject", {**_SUBJECT, "prior": {"weight": 0}}),
     # the bound is so small that the gradient is clipped
@@ -100,7 +110,8 @@ def run_ours(recipe: str, base: Base, folder: Path, settings: Mapping[str, Any])
         patch("diffgraft.trainers.run.train_adapter.new_optimizer", watched),
         patch("diffgraft.trainers.training_data.build.class_images", given_class),
     ):
-        run = train(recipe, base=base, images=INSTANCE, output=folder, **settings)
+        plain = {**PLAIN, "prior": {**PLAIN["prior"], **settings["prior"]}} if recipe == "subject" else {}
+        run = train(recipe, base=base, images=INSTANCE, output=folder, **{**settings, **plain})
     record.losses = [entry["loss"] for entry in run.metrics]
     return run, record
 

@@ -133,14 +133,14 @@ class RotationLayer(AdapterLayer):
     def load(self, delta: Delta, layer: nn.Module) -> None:
         if not isinstance(delta, OftDelta):
             raise ValueError(f"is a {delta.kind}, but this run trains rotations of outputs")
-        if not delta.fits(weight_shape(layer)) or delta.leaves["oft_blocks"].shape != self.leaves["oft_blocks"].shape:
-            raise ValueError(f"is a {delta.kind} whose blocks are not those of this layer, method and rank")
-        with torch.no_grad():
-            self.leaves["oft_blocks"].copy_(delta.leaves["oft_blocks"])
-            if "rescale" in delta.leaves and "rescale" not in self.leaves:
-                raise ValueError("learned a factor for each output: set options.rescaled=true")
-            if "rescale" in delta.leaves:
-                self.leaves["rescale"].copy_(delta.leaves["rescale"].float().view(self.leaves["rescale"].shape) - 1)
+        if not delta.fits(weight_shape(layer)) or delta.leaves["oft_blocks"].ndim != self.leaves["oft_blocks"].ndim:
+            raise ValueError(f"is a {delta.kind} that does not fit this layer or this method")
+        device = self.leaves["oft_blocks"].device
+        values = {name: leaf.to(device, torch.float32, copy=True) for name, leaf in delta.leaves.items()}
+        if "rescale" in values:
+            values["rescale"] -= 1
+        own = {name: leaf.detach() for name, leaf in self.leaves.items()}
+        self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in {**own, **values}.items()})
         self._alpha = delta.alpha
 
     def delta(self) -> OftDelta:

@@ -201,10 +201,10 @@ def test_captions_replace_the_prompt_and_style_learns_from_them(base: Base, pict
 
     assert prompts("style")[:2] == [["a dog on the grass, sks style"], ["a picture, sks style"]]
     with pytest.warns(UserWarning, match=r"caption of 01.png lacks the trigger 'sks'"):
-        assert prompts("subject", subject="dog")[:2] == [["a dog on the grass"], ["a sks dog"]]
-    told = prompts("subject", subject="dog", insert_trigger=True)
+        assert prompts(SUBJECT, subject="dog")[:2] == [["a dog on the grass"], ["a sks dog"]]
+    told = prompts(SUBJECT, subject="dog", insert_trigger=True)
     assert told[:2] == [["sks, a dog on the grass"], ["a sks dog"]]
-    assert prompts("subject", subject="dog", captions=False) == [["a sks dog"]] * 5
+    assert prompts(SUBJECT, subject="dog", captions=False) == [["a sks dog"]] * 5
     (data / "02.txt").write_text("a " + "very " * 90 + "good dog", "utf-8")
     with pytest.warns(UserWarning, match=r"02.png is too long.*good dog, sks style"):
         run = train("style", base=base, images=data, output=tmp_path / "run", steps=2, flip=True, prior={"images": 3})
