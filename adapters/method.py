@@ -202,6 +202,11 @@ class Method:
             known = [f"options.{key}" for key in self.options.model_fields]
             hint = did_you_mean(f"options.{unknown[0]}", known) if known else "the method has no options."
             raise DiffgraftError(f"The method {self.name!r} has no option {unknown[0]!r}: {hint}")
+        for key, value in values.items():
+            if isinstance(value, str) and get_origin(self.options.model_fields[key].annotation) is dict:
+                raise DiffgraftError(
+                    f"Invalid value options.{key}={short_repr(value)}: set its entries, as in options.{key}.NAME=VALUE."
+                )
         try:
             return self.options.model_validate({key: self._parse_list(key, value) for key, value in values.items()})
         except ValidationError as error:

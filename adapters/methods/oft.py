@@ -19,6 +19,7 @@ from diffgraft.adapters.method import Attached, Method, Options, Spec
 from diffgraft.adapters.methods.lokr import factorize
 from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, is_autocast, run_layer, to_cpu_float32, weight_shape
 from diffgraft.bases.quantized import weight_and_bias
+from diffgraft.errors import DiffgraftError
 
 
 def cayley(blocks: Tensor, bound: float) -> Tensor:
@@ -117,6 +118,7 @@ class RotationLayer(AdapterLayer):
         if options.rescaled:
             self.leaves["rescale"] = nn.Parameter(torch.zeros(out, *[1] * len(rest)))  # less 1, where decay leads to
         self._alpha = options.constraint
+        self._has_own_bound = "constraint" in options.model_fields_set
 
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         turned = cayley(self.leaves["oft_blocks"].float(), self._alpha * weight_shape(layer)[0]).to(out.dtype)
@@ -141,7 +143,8 @@ class RotationLayer(AdapterLayer):
             values["rescale"] -= 1
         own = {name: leaf.detach() for name, leaf in self.leaves.items()}
         self.leaves = nn.ParameterDict({name: nn.Parameter(leaf) for name, leaf in {**own, **values}.items()})
-        self._alpha = delta.alpha
+        if not self._has_own_bound:
+            self._alpha = delta.alpha
 
     def delta(self) -> OftDelta:
         leaves = to_cpu_float32(dict(self.leaves.items()))
@@ -153,6 +156,11 @@ class RotationLayer(AdapterLayer):
 def attach(target: Any, spec: Spec) -> Attached:
     def make(path: str, layer: nn.Module, generator: torch.Generator) -> AdapterLayer:  # noqa: ARG001  (zeros)
         side, count = factorize(weight_shape(layer)[0], spec.rank)
+        if side == 1:
+            raise DiffgraftError(
+                f"OFT cannot adapt {path}: with rank={spec.rank} its {count} outputs are in blocks of one, which cannot "
+                "be rotated. Set a larger rank, such as 8."
+            )
         return RotationLayer(layer, (count, side, side), spec.options)
 
     return AttachedLayers(target, spec, make)

@@ -5,7 +5,7 @@ al. 2020, arXiv:2010.02502, section 4.3). With guidance the way back would end e
 empty negative prompt are optimized until it meets the first way again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
 from diffgraft.errors import DiffgraftError
@@ -49,6 +50,8 @@ class Inversion:
     """The picture at the size at which it is drawn"""
     inner: int
     """Number of optimizer steps in each step at most"""
+    adapters: Mapping[str, Strength]
+    """Adapters that were in use, and their strengths"""
 
 
 def invert(
@@ -94,7 +97,7 @@ def invert(
                 x = way.lowered(x, before, after, negative)
             negatives.append(negative)
             tracker.advance()
-    return Inversion(prompt, points[0], negatives, settings, source, inner)
+    return Inversion(prompt, points[0], negatives, settings, source, inner, _strengths(session))
 
 
 def redraw(
@@ -142,8 +145,13 @@ def redraw(
     edit = record_of(change or Edit() if edited_prompt is not None else Edit(0, 0), inversion.inner)
     records = session.records(work, inversion.source, list(session.adapters.items()))
     for picture, record in zip(pictures, records, strict=True):
-        picture.info |= told_by(replace(record, edit=edit))
+        is_complete = record.is_complete and inversion.adapters == _strengths(session)
+        picture.info |= told_by(replace(record, edit=edit, is_complete=is_complete))
     return pictures
+
+
+def _strengths(session: Session) -> dict[str, Strength]:
+    return {name: item.strength for name, item in session.adapters.items()}
 
 
 def _no_noise(_before: float, _after: float) -> Tensor:

@@ -90,7 +90,9 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
     """Draw the batch of a picture again, and return the picture and what differs."""
     differences: list[str] = []
     if not record.is_complete:
-        differences.append("The base had been changed outside of its session, which the picture does not tell.")
+        differences.append(
+            "The base had been changed outside of its session, or after an inversion, which the picture does not tell."
+        )
     base = _base_of(record, sources)
     if base.generation_hash != record.base_hash:
         differences.append(f"It was drawn with {record.base}, and {base.name} is another base.")

@@ -77,7 +77,7 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
         yield "prior.folder does nothing with prior.by=prediction."
     if prior is not None and "images" in prior.model_fields_set and prior.by == "prediction":
         yield "prior.images does nothing with prior.by=prediction, which uses no class images."
-    yield from _objective_conflicts(recipe.loss, prior)
+    yield from _objective_conflicts(recipe.loss, prior, is_validated=recipe.validation.is_on)
     triggers = [concept.trigger for concept in recipe.concepts]
     if triggers and "trigger" in recipe.model_fields_set and all(triggers) and recipe.trigger not in triggers:
         yield f"trigger={recipe.trigger} is the trigger of no concept: only samples are generated with it."
@@ -88,7 +88,7 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
         yield "caption_dropout drops the trained token as well, so that nothing is learned from such samples."
 
 
-def _objective_conflicts(loss: Loss, prior: Prior | None) -> Iterator[str]:
+def _objective_conflicts(loss: Loss, prior: Prior | None, *, is_validated: bool) -> Iterator[str]:
     """Yield a sentence for each setting that has no effect with the chosen objective."""
     if not (name := loss.objective):
         return
@@ -96,6 +96,8 @@ def _objective_conflicts(loss: Loss, prior: Prior | None) -> Iterator[str]:
     for key in ("kind", "snr_gamma", "debiased") if kind.has_own_error else ():
         if key in loss.model_fields_set:
             yield f"loss.{key} does nothing with loss.objective={name}, which has an error of its own."
+    if kind.has_own_error and is_validated:
+        yield f"validation measures the error of the prediction, and not what loss.objective={name} minimizes."
     if not kind.uses_prior and prior is not None and prior.weight:
         yield f"prior preservation does nothing with loss.objective={name}: set prior.weight=0."
 

@@ -21,7 +21,9 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
     concepts = [{"trigger": concept.trigger, "class": getattr(concept, "subject", None)} for concept in recipe.parts()]
     # a start from the weight is part of the file's factors
     doubled = 2 if recipe.options.get("init", "zero") != "zero" else 1
-    size = {"rank": doubled * recipe.rank, "alpha": doubled * recipe.alpha_or_rank()}
+    size: dict[str, float] = {"rank": doubled * recipe.rank}
+    if "alpha" not in unsupported_keys(recipe):
+        size["alpha"] = doubled * recipe.alpha_or_rank()
     return {
         "method": recipe.method,
         **(size if has_rank else {}),

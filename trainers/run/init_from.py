@@ -125,7 +125,7 @@ def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, unmatched: 
     if adapter.tokens and settings.method not in ("pivotal", "" if kinds else "textual-inversion"):
         return f" Set method={'pivotal' if kinds else 'textual-inversion'}."
     if kinds not in ([], [trained]) and trained != "full":
-        as_lora = f"convert it to a LoRA: diffgraft resize {start.path} -o lora.safetensors"
+        as_lora = f"convert it to a LoRA: diffgraft resize {start.path} --rank 8 --base BASE -o lora.safetensors"
         if len(kinds) > 1 or kinds[0] not in methods():
             return f" You can {as_lora}"
         return f" Set method={kinds[0]}" + ("." if kinds == ["lora"] else f", or {as_lora}")

@@ -11,6 +11,7 @@ from diffgraft.data.inventory import detect_layout
 from diffgraft.data.pictures import Picture
 from diffgraft.data.tables import check_inside
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -53,7 +54,10 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
             the method trains a single token.
     """
     used = [Path(path) for path in (recipe.output, *recipe.folders()) if path]
-    concept_images = _read_all(recipe.parts(), recipe.adapter, recipe.trigger, used)
+    parts = recipe.parts()
+    if recipe.loss.objective and not objectives()[recipe.loss.objective].uses_prior:
+        parts = [part.model_copy(update={"prior": None}) for part in parts]
+    concept_images = _read_all(parts, recipe.adapter, recipe.trigger, used)
     triggers = list(dict.fromkeys(settings.trigger for settings, _ in concept_images))
     if recipe.concepts or triggers == [recipe.trigger]:
         return recipe, concept_images
