@@ -87,7 +87,7 @@ class Ia3Layer(AdapterLayer):
     def load(self, delta: Delta, layer: nn.Module) -> None:
         if not isinstance(delta, Ia3Delta) or delta.on_input != self._on_input or not delta.fits(weight_shape(layer)):
             raise ValueError(
-                f"is of the method {delta.kind} and does not fit this layer, or scales its other side (options.on_input)"
+                f"is of the method {delta.kind}; does not fit this layer, or scales its other side (options.on_input)"
             )
         with torch.no_grad():
             self.weight.copy_(delta.leaves["weight"].float().view(self.weight.shape))

@@ -141,7 +141,11 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
 @pytest.mark.parametrize(
     ("made", "settings", "answer"),
     [
-        ({"method": "loha"}, {}, r"Set method=loha, or convert it to a LoRA: diffgraft resize \S+made\.safetensors -o"),
+        (
+            {"method": "loha"},
+            {},
+            r"Set method=loha, or convert it to a LoRA: diffgraft resize \S+made\.safetensors --rank 8",
+        ),
         ({"method": "loha", "layers": "attention"}, {}, r"is a loha, but this run trains a lora\. Set method=loha"),
         ({}, {"method": "lokr"}, r"is a lora, but this run trains a lokr\. Set method=lora\.$"),
         ({"method": "full", "lr": 1e-4}, {}, "Set method=full, or convert it to a LoRA"),

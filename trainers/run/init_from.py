@@ -105,7 +105,8 @@ def with_init_metadata(adapter: Adapter, start: InitAdapter | None) -> Adapter:
     if "rank" in metadata:
         factors = [getattr(delta, "direction", delta) for deltas in adapter.deltas.values() for delta in deltas]
         sizes = {(delta.rank, delta.alpha) for delta in factors if isinstance(delta, FactorDelta)}
-        del metadata["rank"], metadata["alpha"]
+        metadata.pop("rank", None)
+        metadata.pop("alpha", None)
         if len(sizes) == 1:
             ((metadata["rank"], metadata["alpha"]),) = sizes
     return replace(adapter, metadata=metadata)
