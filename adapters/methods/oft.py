@@ -158,8 +158,8 @@ def attach(target: Any, spec: Spec) -> Attached:
         side, count = factorize(weight_shape(layer)[0], spec.rank)
         if side == 1:
             raise DiffgraftError(
-                f"OFT cannot adapt {path}: with rank={spec.rank} its {count} outputs are blocks of one, which cannot be "
-                "rotated. Set a larger rank, such as 8."
+                f"OFT cannot adapt {path}: with rank={spec.rank} its {count} outputs are blocks of one, which cannot "
+                "be rotated. Set a larger rank, such as 8."
             )
         return RotationLayer(layer, (count, side, side), spec.options)
 
