@@ -36,6 +36,8 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         reason = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
+        if (path / "recipe.yaml").is_file():
+            reason = f"the run has not finished; continue it with `diffgraft train --resume {path}`"
         raise DiffgraftError(f"No adapter was loaded: {reason}.")
     with path.open("rb") as file:
         start = file.read(9)

@@ -209,7 +209,9 @@ def generate(
         raise DiffgraftError(f"Invalid value format={format!r}: {did_you_mean(format, _FORMATS)}")
     axes = _axes(x, y, z)
     if axes and (len(texts) > 1 or count > 1):
-        raise DiffgraftError("A sheet is of one prompt, and an axis has its seeds: leave out --prompts and -n.")
+        raise DiffgraftError(
+            "A sheet is of one prompt: leave out -n and other prompts. For several seeds, add --z seed=0,1."
+        )
     check_folder(output)
     first = _random_seed() if seed == -1 else seed
     options: dict[str, Any] = {

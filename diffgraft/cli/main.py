@@ -260,9 +260,13 @@ def demo(
 ) -> None:
     """Train on five pictures of a made-up subject, and draw it in three settings."""
     from diffgraft.demo.demo import run_demo
+    from diffgraft.errors import DiffgraftError
 
-    for line in run_demo(output):
-        say(line)
+    try:
+        for line in run_demo(output):
+            say(line)
+    except KeyboardInterrupt:
+        raise DiffgraftError("Interrupted. Another `diffgraft demo` starts afresh, in a folder of its own.") from None
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ from diffgraft.trainers.training_data.prompts import captions_of
 
 _MUCH_CUT = 0.3
 """Share of an image's area that is cropped, above which the image is counted as cropped heavily"""
+_BUSY = 2e9
+"""Operations per second below which a device is taken to be busy with something else"""
 _GENERATION_PASSES = 25 * 2
 """Denoiser passes for a generated image: sampling steps, each with and without the prompt"""
 
@@ -119,7 +121,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         ("sizes", ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(sizes.items()))),
         *_crop_facts(samples),
         *_prompt_facts(samples),
-        ("trigger", ", ".join(dict.fromkeys(concept.trigger for concept, _ in concepts))),
+        *([("trigger", ", ".join(triggers))] if (triggers := _triggers(concepts)) else []),
         *_class_image_facts(concepts),
         ("steps", _epochs(optim, samples)),
         *_cost_facts(optim.steps, base, estimate, concepts, device),
@@ -181,6 +183,10 @@ def _objective_kind(name: str, concepts: ConceptImages) -> ObjectiveKind:
     return objectives()[name or default_objective(bool(priors) and not by_prediction, by_prediction)]
 
 
+def _triggers(concepts: ConceptImages) -> list[str]:
+    return list(dict.fromkeys(concept.trigger for concept, _ in concepts if concept.trigger))
+
+
 def _class_image_facts(concepts: ConceptImages) -> Iterator[tuple[str, str]]:
     for concept, pictures in concepts:
         if (prior := concept.prior_preservation) is None:
@@ -225,7 +231,9 @@ def _cost_facts(
     if generated:
         seconds = generated * _GENERATION_PASSES * estimate.image / rate
         text += f", {_format_seconds(seconds)} for class images"
-    yield "time", f"{text} ({device.type}, {rate / 1e9:,.0f} GFLOP/s on a part of this denoiser)"
+    if rate < _BUSY:
+        text += "; a rough figure, as this machine seems to be busy"
+    yield "time", f"{text} ({device.type}, {rate / 1e9:,.1f} GFLOP/s on a part of this denoiser)"
 
 
 def _format_seconds(seconds: float) -> str:

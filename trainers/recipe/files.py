@@ -93,7 +93,19 @@ def described_keys(name: str) -> list[tuple[str, str, str]]:
     task = TASKS.get(str(values.get("task")), Recipe)
     method = get_method(values.get("method", task.model_fields["method"].default))
     unsupported = {"task", *method.unsupported_under(method.read_options(values.get("options") or {}))}
-    return [row for row in _describe(task, values) if row[0].partition(".")[0] not in unsupported]
+    rows = [row for row in _describe(task, values) if row[0].partition(".")[0] not in unsupported]
+    meanings = _meanings_of_options(values.get("loss") or {})
+    return [(key, text, meanings.get(key, meaning)) for key, text, meaning in rows]
+
+
+def _meanings_of_options(loss: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key of each option of the objective that a recipe's `loss` names → its meaning."""
+    if not (name := loss.get("objective")):
+        return {}
+    from diffgraft.trainers.objectives.registry import objectives  # imports torch, as `get_method` does
+
+    fields = objectives()[name].options.model_fields
+    return {f"loss.options.{key}": " ".join((field.description or "").split()) for key, field in fields.items()}
 
 
 def _describe(kind: type[BaseModel], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
