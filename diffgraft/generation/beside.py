@@ -1,6 +1,6 @@
 """LoRAs beside the layers of a processor: their thin products are added to the outputs, and no weight is written.
 
-On Stable Diffusion 1.5 this takes up to 7 % of a step (`benchmarks.session`), and the strength can change at once,
+On Stable Diffusion 1.5 this takes up to 5 % of a step (`benchmarks.session`), and the strength can change at once,
 while merging reads and writes most of the model. On GPUs, and for small layers, merging is the faster way.
 """
 
