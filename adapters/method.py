@@ -44,12 +44,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Delta, Network
 from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
+from diffgraft.strict import validated
 
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
@@ -207,14 +208,8 @@ class Method:
                 raise DiffgraftError(
                     f"Invalid value options.{key}={short_repr(value)}: set its entries, as in options.{key}.NAME=VALUE."
                 )
-        try:
-            return self.options.model_validate({key: self._parse_list(key, value) for key, value in values.items()})
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise DiffgraftError(
-                f"Invalid value options.{key}={short_repr(first['input'])}: {first['msg'].lower()}."
-            ) from error
+        parsed = {key: self._parse_list(key, value) for key, value in values.items()}
+        return validated(self.options, parsed, "options")
 
     def _nested(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Nest dotted option names, as command lines have them: {"ranks.BASE": 4} becomes {"ranks": {"BASE": 4}}."""

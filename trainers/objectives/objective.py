@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
-from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
-from diffgraft.strict import Strict
+from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.strict import Strict, validated
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 
 GROUP = "diffgraft.objectives"
@@ -91,11 +91,4 @@ class ObjectiveKind:
             if key not in known:
                 hint = did_you_mean(key, known) if known else "it has no options."
                 raise DiffgraftError(f"The objective {self.name!r} has no option {key!r}: {hint}")
-        try:
-            return self.options.model_validate(dict(values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise DiffgraftError(
-                f"Invalid value loss.options.{where}={short_repr(first['input'])}: {first['msg'].lower()}."
-            ) from error
+        return validated(self.options, values, "loss.options")

@@ -255,22 +255,18 @@ def _by_method(name: str | Path, keys_by_method: Any) -> dict[str, dict[str, Any
 
 def _merge_override(kind: type[Recipe], values: dict[str, Any], key: str, value: Any) -> None:
     model: type[BaseModel] = kind
-    *outer, last = key.split(".")
-    field, dot, rest = key.partition(".")
-    if dot and field in kind.model_fields and get_origin(kind.model_fields[field].annotation) is dict:
-        values[field] = _with_key(values.get(field), rest, value, deep=field == "options")
-        return
-    for level in outer:
+    last = key
+    while "." in last:
+        level, _, last = last.partition(".")
         inner = model.model_fields[level].annotation if level in model.model_fields else None
+        if get_origin(inner) is dict:
+            values[level] = _with_key(values.get(level), last, value, deep=level == "options")
+            return
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             raise DiffgraftError(_unknown_key(key, kind))
         if not isinstance(nested := values.get(level), dict):
             values[level] = {"use": nested} if isinstance(nested, bool) else {}
         values, model = values[level], inner
-        field, dot, rest = rest.partition(".")
-        if dot and field in model.model_fields and get_origin(model.model_fields[field].annotation) is dict:
-            values[field] = _with_key(values.get(field), rest, value, deep=False)
-            return
     if last not in model.model_fields:
         raise DiffgraftError(_unknown_key(key, kind))
     if isinstance(value, str) and model.model_fields[last].annotation == list[str]:
