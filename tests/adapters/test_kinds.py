@@ -247,3 +247,11 @@ def test_patterns_of_inputs_that_match_nothing_are_refused() -> None:
     spec = Spec({"unet": ["proj"]}, 4, 4.0, 0, chosen.read_options({"on_input": ["*.prj"]}))
     with pytest.raises(DiffgraftError, match=r"options\.on_input"):
         chosen.attach(SimpleNamespace(unet=net), spec)
+
+
+def test_blocks_of_one_are_refused() -> None:
+    net = nn.Module()
+    net.proj = nn.Linear(8, 12)
+    chosen = get_method("oft")
+    with pytest.raises(DiffgraftError, match=r"with rank=1 its 12 outputs are blocks of one"):
+        chosen.attach(SimpleNamespace(unet=net), Spec({"unet": ["proj"]}, 1, 1.0, 0, chosen.read_options({})))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
@@ -198,3 +199,10 @@ def test_words_in_another_order_than_they_are_read_are_told(
 ) -> None:
     assert call(monkeypatch, *words) == 1
     assert answer in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_finished_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("task: subject\n", "utf-8")
+    with pytest.raises(DiffgraftError, match=r"has not finished; continue it with `diffgraft train --resume"):
+        load_adapter(tmp_path / "run")

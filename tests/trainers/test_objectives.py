@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffgraft.trainers.objectives.dreambooth import DreamBooth
 from diffgraft.trainers.objectives.objective import ObjectiveInputs
 from diffgraft.trainers.objectives.registry import check_objective, new_objective
 from diffgraft.trainers.recipe.files import load_recipe
+from diffgraft.trainers.training_data.concepts import read_concepts
 from diffgraft.trainers.training_data.examples import Example, Examples
 
 CPU = torch.device("cpu")
@@ -298,3 +300,10 @@ def test_options_of_objectives_are_checked() -> None:
             check_objective(name, options)
     recipe = load_recipe("style", {"loss.objective": "consistency", "loss.options.guidance": "3"})
     check_objective(recipe.loss.objective, recipe.loss.options)
+
+
+def test_without_use_for_a_prior_no_class_image_is_drawn(pictures: Path) -> None:
+    plain = {"images": str(pictures), "prior.weight": 1}
+    for settings, count in ((plain, 1), ({**plain, "loss.objective": "consistency"}, 0)):
+        _, concepts = read_concepts(load_recipe("style", settings))
+        assert [concept.prior_preservation is not None for concept, _ in concepts].count(True) == count
