@@ -39,6 +39,8 @@ class Base:
     """
     quantize: str = field(default="none", init=False)
     """Quantization of its linear layers: `none`, `int8` or `nf4`"""
+    under: str = field(default="", init=False)
+    """Hash and strength of the adapter that is merged into it for a training; part of the keys of cached results"""
 
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
     """Size (height, width) of latents → latents of a grey picture, for inpainting"""

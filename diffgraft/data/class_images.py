@@ -100,5 +100,5 @@ def _round_up_to_batches(missing: Set[int], count: int, size: int) -> list[int]:
 
 
 def _folder(base: Base, prompt: str, settings: DrawSettings, seed: int) -> Path:
-    key = f"{base.generation_hash} {prompt} {settings} {seed}"
+    key = f"{base.generation_hash}{base.under} {prompt} {settings} {seed}"
     return cache_folder() / "class-images" / hashlib.sha256(key.encode()).hexdigest()[:20]

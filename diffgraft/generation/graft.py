@@ -144,6 +144,14 @@ class Graft:
             raise
         self._merged = merged
 
+    def check(self, adapter: Adapter, name: str) -> None:
+        """Check that an adapter fits the target, which may be on the device ``meta``; nothing is applied.
+
+        Raises:
+            DiffgraftError: it does not fit; the message begins with `name`.
+        """
+        self._resolve(name, adapter)
+
     def _set_extras(
         self, words: Sequence[tuple[str, WordVectors]], networks: Sequence[tuple[str, Network, float]]
     ) -> None:

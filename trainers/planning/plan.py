@@ -16,6 +16,7 @@ from diffgraft.data.inventory import pluralize
 from diffgraft.data.picture_lists import save_picture_lists
 from diffgraft.disk import format_bytes
 from diffgraft.errors import DiffgraftError, shorten
+from diffgraft.generation.graft import Graft
 from diffgraft.terminal import printable
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.objectives.objective import ObjectiveKind
@@ -31,10 +32,10 @@ from diffgraft.trainers.planning.pitfalls import (
 )
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.adapter_file import read_adapter_file
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
-from diffgraft.trainers.run.init_from import read_init_adapter
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
@@ -100,7 +101,9 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     largest = max(sizes, key=math.prod)
     longest_prompt = sorted({prompt for sample in samples for prompt in sample.prompt_builder.prompts()}, key=len)[-1:]
     passes = 2 if any(concept.prior_preservation for concept, _ in concepts) else 1
-    start = read_init_adapter(recipe.init_from, base) if recipe.init_from else None
+    start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
+    if recipe.under.adapter:
+        Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, field_validator
 from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
 from diffgraft.diffusion.settings import Noise, Timesteps
 from diffgraft.strict import Strict
-from diffgraft.trainers.recipe.settings import Loss, Prior, Validation
+from diffgraft.trainers.recipe.settings import Loss, Prior, UnderSettings, Validation
 
 if TYPE_CHECKING:  # listing recipes does without torch
     from diffgraft.bases.loading import LoadOptions
@@ -68,6 +68,8 @@ class AdapterSettings(Group):
     init_from: str = ""
     """Adapter file of any tool, or folder of a run, that training starts from; its ranks, scales and values are used
     for the modules that it has"""
+    under: UnderSettings = Field(default_factory=lambda: UnderSettings.model_validate({}))
+    """Adapter under the training"""
 
     def alpha_or_rank(self) -> float:
         """Return alpha, or the rank where alpha is unset."""

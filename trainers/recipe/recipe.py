@@ -113,6 +113,7 @@ class Recipe(
         if self.lr_schedule == "constant":  # the learning rate does not depend on the number of steps
             paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
+        paths |= {"under": {"adapter"}}
         options = {f"options.{name}": value for name, value in self.options.items() if isinstance(value, dict)}
         orders = {name: [*keys] for name, keys in {"lr_scale": self.lr_scale, **options}.items() if len(keys) > 1}
         return {
@@ -126,6 +127,7 @@ class Recipe(
             ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
+        paths |= {"under": {"adapter"}}
         keys = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **keys}
 
@@ -142,7 +144,8 @@ class Recipe(
         return self.model_copy(
             update={
                 **absolute_paths(self),
-                "init_from": absolute_path(self.init_from) if self.init_from else "",
+                "init_from": absolute_path(self.init_from),
+                "under": self.under.model_copy(update={"adapter": absolute_path(self.under.adapter)}),
                 "output": str(folder),
                 "base": self.base if self.base == "tiny" else absolute_path(self.base),
                 "concepts": [concept.model_copy(update=absolute_paths(concept)) for concept in self.concepts],
@@ -153,6 +156,8 @@ class Recipe(
 
 def absolute_path(path: str) -> str:
     """Return the absolute path of an existing folder or file; other text, such as a hub id, is returned as it is."""
+    if not path:
+        return ""
     local = Path(path).expanduser()
     return str(local.resolve()) if local.exists() else path
 

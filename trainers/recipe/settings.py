@@ -46,6 +46,18 @@ class Concept(Strict):
     """Prior preservation of the concept"""
 
 
+class UnderSettings(Strict):
+    """An adapter under the training: merged into the base while another one is trained on top of it."""
+
+    adapter: str = ""
+    """Adapter file of any tool, or folder of a run, that is merged into the base while training"""
+    strength: float = Field(1.0, ge=-100, le=100)
+    """Strength of the adapter under the training"""
+    when: Literal["training", "always"] = "training"
+    """Whether samples and before/after pictures are drawn without it (training), as with the training adapter of a
+    distilled base, or with it (always), as with an adapter that the new one will be used with"""
+
+
 class Validation(Strict):
     """Held-out images, and what their loss decides."""
 

@@ -8,10 +8,11 @@ from diffgraft.bases.layers import choose_layers
 from diffgraft.trainers.optim.lr_scales import check_attached, freeze
 from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.init_from import InitAdapter, load_init_weights
+from diffgraft.trainers.run.adapter_file import AdapterFile
+from diffgraft.trainers.run.init_from import load_init_weights
 
 
-def attach(recipe: Recipe, base: Base, start: InitAdapter | None = None) -> Attached:
+def attach(recipe: Recipe, base: Base, start: AdapterFile | None = None) -> Attached:
     """Attach the recipe's method to a base, with the initial values of `start` if given.
 
     Raises:

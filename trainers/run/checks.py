@@ -21,6 +21,7 @@ from diffgraft.trainers.recipe.groups import (
     RuntimeSettings,
 )
 from diffgraft.trainers.run.attach import check_format
+from diffgraft.trainers.run.under import check_under
 from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
 from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, size_step, user_class_images
@@ -47,6 +48,7 @@ def check_settings(
     check_optimizer(optim, [])
     check_compatible(runtime, model.quantize)
     check_speed(runtime, device)
+    check_under(adapter, runtime, outputs)
 
 
 def check_pictures(read: ConceptImages) -> None:

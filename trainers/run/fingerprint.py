@@ -13,6 +13,7 @@ Fingerprint = Mapping[str, Any]
 - `base`: the base's hash
 - `data`: digest of the images and their captions
 - `start`: hash of the adapter file of `init_from`
+- `under`: hash of the adapter file of `under.adapter`
 - `processes`: number of processes that share a step
 - `changes`: changes accepted when resuming, each with the step after which it was made; missing if there are none
 - `paths`: paths of base, images and adapter file; not compared, but shown in messages
@@ -21,12 +22,13 @@ _HASHED = {
     "base": ("base", "the base differs"),
     "data": ("images", "the pictures or their captions differ"),
     "start": ("init_from", "the file of init_from differs"),
+    "under": ("under.adapter", "the file of under.adapter differs"),
 }
 """Hashed entry of a fingerprint → its key in a recipe, and the message if it differs"""
 
 
 def run_fingerprint(
-    recipe: Recipe, base: str, data: str = "", start: str | None = "", processes: int = 1
+    recipe: Recipe, base: str, data: str = "", files: Mapping[str, str | None] | None = None, processes: int = 1
 ) -> Fingerprint:
     """Fingerprint of a run.
 
@@ -34,14 +36,16 @@ def run_fingerprint(
         recipe: the recipe.
         base: the base's hash.
         data: digest of the training data; empty before it is known, and then left out.
-        start: hash of the adapter file of `init_from`; empty without one, None if unknown, and then left out.
+        files: `start` and `under` → hash of the adapter file; empty without one, None if unknown, and then left out.
         processes: number of processes that share a step.
     """
-    known = {**({"data": data} if data else {}), **({} if start is None else {"start": start})}
+    hashes = {"data": data or None, "start": "", "under": "", **(files or {})}
+    known = {name: value for name, value in hashes.items() if value is not None}
     paths = {
         "base": recipe.base,
         "images": ", ".join(concept.images for concept in recipe.parts()),
         "init_from": recipe.init_from,
+        "under.adapter": recipe.under.adapter,
     }
     return {"recipe": recipe.fingerprint(), "base": base, "processes": processes, **known, "paths": paths}
 

@@ -34,11 +34,12 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
         "base": {
             "name": Path(recipe.base).name,
             "family": base.family.name,
-            "hash": base.hash,
+            "hash": fingerprint["base"],
             PREDICTION_KEY: base.parameterization.name,
             **base.family.header(base),
         },
         "recipe": recipe.header(),
+        **({"under": fingerprint["under"]} if recipe.under.adapter else {}),
         "seed": recipe.seed,
         "data": fingerprint["data"],
         **({"changes": fingerprint["changes"]} if "changes" in fingerprint else {}),

@@ -1,68 +1,21 @@
 """Starting a run from an adapter file (`init_from`): its values become the attached method's initial values."""
 
-import hashlib
-import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.factors import FactorDelta
-from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached, Options, strip_text_model
 from diffgraft.adapters.registry import get_method, methods
 from diffgraft.bases import Base
 from diffgraft.bases.layers import LAYERS, choose_layers, is_of_text, parts_of
-from diffgraft.bases.ldm_keys import layers_per_block_of
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import AdapterSettings
-
-
-@dataclass(frozen=True)
-class InitAdapter:
-    """The adapter that a run starts from."""
-
-    path: Path
-    adapter: Adapter
-    hash: str
-    """SHA-256 of the file's bytes; for a folder, of its files' bytes, concatenated"""
-    _warned: set[str] = field(default_factory=set, repr=False)
-
-    def warn_once(self, message: str) -> None:
-        """Issue a warning, unless the same one was issued before."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=5)
-
-
-def read_init_adapter(path: str, base: Base) -> InitAdapter:
-    """Load the adapter at `path`: a file, a folder of peft, or the folder of a run.
-
-    `base` decides how the blocks in the adapter's keys are numbered.
-
-    Raises:
-        DiffgraftError: there is no file at `path`, or it is not an adapter.
-    """
-    location = Path(path).expanduser()
-    adapter = load_adapter(location, layers_per_block_of(base))
-    run_file = location / "adapter.safetensors"
-    if run_file.is_file():
-        files = [run_file]
-    else:
-        files = sorted(location.rglob("adapter_*")) if location.is_dir() else [location]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return InitAdapter(location, adapter, digest.hexdigest())
-
-
-def init_hash(init_from: str, start: InitAdapter | None) -> str | None:
-    """Hash of the adapter that a run starts from; empty if it starts from none, None if the file no longer exists."""
-    return start.hash if start else None if init_from else ""
+from diffgraft.trainers.run.adapter_file import AdapterFile
 
 
 def load_init_weights(
-    adapter: AdapterSettings, trigger: str, base: Base, live: Attached, start: InitAdapter
+    adapter: AdapterSettings, trigger: str, base: Base, live: Attached, start: AdapterFile
 ) -> set[str]:
     """Load the values of `start` into the attached method; return the paths of the modules that received some.
 
@@ -97,7 +50,7 @@ def load_init_weights(
     return loaded
 
 
-def with_init_metadata(adapter: Adapter, start: InitAdapter | None) -> Adapter:
+def with_init_metadata(adapter: Adapter, start: AdapterFile | None) -> Adapter:
     """Return a trained adapter with the hash of the adapter it started from, and its rank, in the header."""
     if start is None:
         return adapter
@@ -112,7 +65,7 @@ def with_init_metadata(adapter: Adapter, start: InitAdapter | None) -> Adapter:
     return replace(adapter, metadata=metadata)
 
 
-def _hint(settings: AdapterSettings, base: Base, start: InitAdapter, unmatched: Collection[str]) -> str:
+def _hint(settings: AdapterSettings, base: Base, start: AdapterFile, unmatched: Collection[str]) -> str:
     """Advice on settings under which all of the adapter `start` can be loaded; empty if there are none.
 
     `unmatched` are paths of modules in the adapter that the recipe does not adapt.

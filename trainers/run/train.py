@@ -23,12 +23,13 @@ from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
 from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.adapter_file import file_hash, read_adapter_file
 from diffgraft.trainers.run.attach import attach, check_format
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, finished_run, new_run, resumed_run
-from diffgraft.trainers.run.init_from import init_hash, read_init_adapter
 from diffgraft.trainers.run.train_adapter import AdapterTraining, Setup
+from diffgraft.trainers.run.under import Under
 from diffgraft.trainers.runtime.processes import new_accelerator, shared_folder
 from diffgraft.trainers.runtime.shards import check_frozen, check_shards
 from diffgraft.trainers.training_data.build import resolution_of
@@ -111,23 +112,27 @@ def _train(
     recipe = recipe.model_copy(update={"quantize": held.quantize})
     check_family(recipe.groups(), held)
     check_base(recipe.data, recipe.objective, held)
-    is_done = (folder / "adapter.safetensors").exists()  # a finished run no longer needs the file it started from
-    needs_start = recipe.init_from and not (is_done and not Path(recipe.init_from).exists())
-    start = read_init_adapter(recipe.init_from, held) if needs_start else None
+    is_done = (folder / "adapter.safetensors").exists()  # a finished run no longer needs the files it was made with
+    start, file = (
+        None if not path or (is_done and not Path(path).exists()) else read_adapter_file(path, held)
+        for path in (recipe.init_from, recipe.under.adapter)
+    )
+    under = Under(recipe.under, held, file)
     was_on = held.device
     held.to(accelerator.device)
     try:
         if not held.family.blocks:  # `check_settings` checked the format on `tiny`, a UNet
             check_format(recipe.format, recipe.adapter, held)
-        live = attach(recipe, held, start)  # refuse what does not fit before anything is generated or written
-        try:
-            check_frozen(recipe.shard, held, live)
-        finally:
-            live.detach()
-        with exclusive_lock(folder) if accelerator.is_main_process else nullcontext():
+        with under.always(), under.while_training():
+            live = attach(recipe, held, start)  # refuse what does not fit before anything is generated or written
+            try:
+                check_frozen(recipe.shard, held, live)
+            finally:
+                live.detach()
+        with exclusive_lock(folder) if accelerator.is_main_process else nullcontext(), under.always():
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
-            begun_with = init_hash(recipe.init_from, start)
-            fingerprint = run_fingerprint(recipe, held.hash, "", begun_with, accelerator.num_processes)
+            hashes = {"start": file_hash(recipe.init_from, start), "under": file_hash(recipe.under.adapter, file)}
+            fingerprint = run_fingerprint(recipe, held.hash, "", hashes, accelerator.num_processes)
             done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
             if done > recipe.steps:
                 raise DiffgraftError(f"The run {folder} has finished step {done} already, beyond steps={recipe.steps}.")
@@ -139,7 +144,7 @@ def _train(
                     accelerator.is_main_process and not done
                 ):  # a resumed run keeps its recipe until everything is checked
                     save_recipe(recipe, folder / "recipe.yaml")
-                setup = Setup(held, folder, accelerator, read, start, control, allow_changes)
+                setup = Setup(held, folder, accelerator, read, start, under, hashes, control, allow_changes)
                 run = AdapterTraining(recipe, setup).run()
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(loss_curves(run.metrics), folder / "loss.png")

@@ -36,11 +36,13 @@ from diffgraft.trainers.optim.optimizers import new_optimizer
 from diffgraft.trainers.planning.prediction_check import prediction_warning
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.run.adapter_file import AdapterFile
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.fingerprint import flatten, run_fingerprint
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.header import adapter_header
-from diffgraft.trainers.run.init_from import InitAdapter, init_hash, with_init_metadata
+from diffgraft.trainers.run.init_from import with_init_metadata
+from diffgraft.trainers.run.under import Under
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 from diffgraft.trainers.runtime.processes import check_same_step
 from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
@@ -60,8 +62,12 @@ class Setup:
     accelerator: Any
     read: ConceptImages
     """Settings and pictures of each concept"""
-    start: InitAdapter | None
+    start: AdapterFile | None
     """Adapter that training starts from; None: initial weights"""
+    under: Under
+    """Adapter under the training"""
+    hashes: Mapping[str, str | None]
+    """`start` and `under` → hash of the file, as in a fingerprint"""
     control: Control
     """Requests of other threads: stop, sample, save"""
     allow_changes: bool
@@ -90,9 +96,12 @@ class AdapterTraining:
             data = build_training_data(recipe.data, recipe.validation, recipe.seed, setup.base, setup.read)
         if setup.is_main and (message := prediction_warning(setup.base, data.instances)):
             warnings.warn(message, stacklevel=3)
-        with denoiser_copy(recipe.shard, setup.base), self._attached(data) as (live, denoiser, offloaded):
-            start = init_hash(recipe.init_from, setup.start)
-            fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, start, accelerator.num_processes)
+        with (
+            denoiser_copy(recipe.shard, setup.base),
+            setup.under.while_training(),
+            self._attached(data) as (live, denoiser, offloaded),
+        ):
+            fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, setup.hashes, accelerator.num_processes)
             state = self._new_state(live)
             restore(setup.folder, fingerprint, state, allow_changes=setup.allow_changes)
             check_same_step(accelerator, setup.folder, state.step)
@@ -195,7 +204,11 @@ class AdapterTraining:
         def sample(step: int, file: Path) -> None:
             base.denoiser.eval()
             live.eval()
-            with loaded(base, offloaded), warn_of_overflow(f"Samples of step {step} are missing."):
+            with (
+                loaded(base, offloaded),
+                self.setup.under.lifted(),
+                warn_of_overflow(f"Samples of step {step} are missing."),
+            ):
                 side = resolution_of(recipe.data, base)
                 sheet = grid(draw_samples(recipe.samples(), side, base, f"samples at step {step}", count=2))
                 if self.setup.is_main:
@@ -219,7 +232,7 @@ class Export:
 
     live: Attached
     metadata: Mapping[str, Any]
-    start: InitAdapter | None
+    start: AdapterFile | None
     format: str
     writes: bool
 
