@@ -29,7 +29,7 @@ class LaneError(DiffgraftError):
     """An adapter cannot differ between the rows of a batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Thin:
     """What all lanes add to a layer, as products of thin matrices; the last lane is zero."""
 
@@ -37,6 +37,11 @@ class _Thin:
     """[lanes + 1, r, in · height · width]"""
     up: Tensor
     """[lanes + 1, out, r]"""
+
+    def at(self, lanes: Sequence[int], dtype: torch.dtype) -> "_Thin":
+        """Return the factors of some lanes, as many as are named; -1 names the last one."""
+        index = torch.tensor(lanes, device=self.down.device) % len(self.down)
+        return _Thin(self.down[index].to(dtype), self.up[index].to(dtype))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Lanes:
         self._name, self._denoiser = denoiser_name, denoiser
         self._count = 0
         self._hooks: list[Any] = []
+        self._of_rows: dict[_Thin, tuple[tuple[int, ...], _Thin]] = {}
+        """Factors of a layer → the rows of the last forward pass, and the factors of each row"""
 
     def set(self, lanes: Sequence[LaneAdapters]) -> None:
         """Replace the adapters of all lanes.
@@ -92,6 +99,7 @@ class Lanes:
 
     def remove(self) -> None:
         """Remove all adapters."""
+        self._of_rows.clear()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -121,8 +129,8 @@ class Lanes:
         return _Thin(downs, ups)
 
     def _add_thin(self, change: _Thin, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
-        index = torch.tensor([row % (self._count + 1) for row in self.rows], device=out.device)
-        down, up = change.down[index].to(x.dtype), change.up[index].to(x.dtype)
+        factors = self._at_rows(change, x.dtype)
+        down, up = factors.down, factors.up
         if isinstance(layer, nn.Conv2d):
             count, channels, height, width = x.shape
             kernel = down.view(-1, channels, *layer.kernel_size)
@@ -130,10 +138,18 @@ class Lanes:
                 x.reshape(1, count * channels, height, width), kernel, None, layer.stride, layer.padding,
                 layer.dilation, count,
             )  # fmt: skip
-            added = up @ small.view(count, down.shape[1], -1)
-            return out + added.view_as(out)
+            return torch.baddbmm(out.flatten(2), up, small.view(count, down.shape[1], -1)).view_as(out)
         flat = x.reshape(len(x), -1, x.shape[-1])
-        return out + (flat @ down.mT @ up.mT).view_as(out)
+        return torch.baddbmm(out.reshape(len(out), -1, out.shape[-1]), flat @ down.mT, up.mT).view_as(out)
+
+    def _at_rows(self, change: _Thin, dtype: torch.dtype) -> _Thin:
+        """Return the factors of each row; they are kept, as the rows stay the same through most of the passes."""
+        rows = tuple(self.rows)
+        kept, factors = self._of_rows.get(change, ((), change))
+        if kept != rows or factors.down.dtype != dtype:
+            factors = change.at(rows, dtype)
+            self._of_rows[change] = rows, factors
+        return factors
 
     def _replace(self, change: _Whole, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Compute the rows of each lane again with its weights."""
