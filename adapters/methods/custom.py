@@ -1,4 +1,4 @@
-"""Custom Diffusion (Kumari et al. 2023, arXiv:2212.04488, section 3.2): keys and values of the text, and a new word.
+"""Custom Diffusion (Kumari et al. 2023, arXiv:2212.04488, section 3.1): keys and values of the text, and a new word.
 
 The cross-attention's projections of the text to keys and values are trained as whole matrices, W' = W + ΔW, together
 with the embedding of a new word. They are a small part of the denoiser, and the only one through which it sees the
