@@ -92,7 +92,10 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         if match is None or (match["layer"] == "out") != bool(match["zero"]):
             raise ValueError(f"it changes {path}, but such files hold only projections of cross-attention")
         if len(deltas) != 1 or deltas[0].kind != "replacement":
-            raise ValueError(f"{path} holds a delta of kind {deltas[0].kind}, but such files hold new weights")
+            raise ValueError(
+                f"{path} holds a delta of kind {deltas[0].kind}, but such files hold new weights: make them by "
+                "`diffgraft convert --to custom-diffusion --base BASE`"
+            )
         start, zero = f"{match['block']}.attn2.processor.to_{match['layer']}", match["zero"] or ""
         for name, leaf in deltas[0].leaves.items():
             tensors[f"{start}_custom_diffusion{zero}.{name}"] = leaf.contiguous()

@@ -75,7 +75,7 @@ def convert(
     """
     path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
-    if getattr(written_dialects().get(dialect), "holds_new_weights", False):
+    if (target := written_dialects().get(dialect)) is not None and target.holds_new_weights:
         adapter = with_new_weights(adapter, weights, device)
     rounded = in_precision(adapter, precision) if precision else adapter
     approximation: ReducedAdapter | None = None
@@ -190,4 +190,5 @@ def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:
     """Whether replacing its modules by LoRAs can make the adapter one that the dialect can hold."""
     plain = {"lora_down", "lora_up"}
     others = any(len(deltas) > 1 or set(deltas[0].leaves) != plain for deltas in adapter.deltas.values())
-    return others and dialect in written_dialects() and not adapter.networks
+    target = written_dialects().get(dialect)
+    return others and target is not None and not target.holds_new_weights and not adapter.networks

@@ -159,6 +159,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
         ({"options": {"dora": True}}, {}, r"is a DoRA \(options\.dora=true of lora and locon\)"),
         ({"method": "pivotal"}, {}, r"Set method=pivotal\."),
         ({"method": "pivotal"}, {"method": "textual-inversion"}, r"Set method=pivotal\."),
+        ({"method": "custom"}, {}, r"Set method=custom\."),
         ({"method": "textual-inversion"}, {}, r"it holds a word, .*\. Set method=textual-inversion\."),
         ({}, {"method": "textual-inversion"}, r"it holds weights of layers, .*\. Set method=lora\."),
         ({"method": "hypernetwork"}, {"method": "lora"}, r"it holds a network, .*\. Set method=hypernetwork\."),
