@@ -58,7 +58,7 @@ def sha(path: Path) -> str:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_the_first_loss_is_that_of_the_grafted_file(method: str, go: Any, base: Base, tmp_path: Path) -> None:
     """A first run's file goes on: at its first step the UNet says what it says with the file grafted."""
-    text = {} if method in ("hypernetwork", "textual-inversion") else {"text_encoder": True}
+    text = {} if method in ("hypernetwork", "textual-inversion", "custom") else {"text_encoder": True}
     settings: dict[str, Any] = {"method": method, "lr": 1e-4 if method == "full" else 1e-2, **text}
     first = go(steps=3, **settings)
     file = first.adapter.save(tmp_path / "elsewhere.safetensors", "diffgraft")
