@@ -147,6 +147,7 @@ def test_what_cannot_be_attached_leaves_no_folder(base: Base, pictures: Path, tm
         ({"method": "pivotal", "trigger": "dog"}, "The word 'dog' is already known"),
         ({"method": "hypernetwork", "options": {"dropout": "0.3"}}, "expected 3 probabilities"),
         ({"options": {"ranks": {"*": 0}}}, "Invalid value options.ranks"),
+        ({"layers": "context", "text_encoder": True}, "the text_encoder of this base has no such layers. Set text_en"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})

@@ -46,12 +46,10 @@ def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
     targets = {name: choose_layers(name, network, layers) for name, network in networks.items()}
     for name, paths in targets.items():
         if not paths:
-            fix = (
-                "set text_encoder=false, or choose other layers"
-                if name in tokenizers()
-                else "choose other layers or another method"
+            fix = "Set text_encoder=false" if name in tokenizers() else "Choose another method"
+            raise DiffgraftError(
+                f"Invalid value layers={layers!r}: the {name} of this base has no such layers. {fix}, or other layers."
             )
-            raise DiffgraftError(f"The layers={layers} to adapt do not exist in the {name} of this base: {fix}.")
     return targets
 
 
