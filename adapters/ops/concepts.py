@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.adapters.ops.combine import combined_metadata
-from diffgraft.adapters.ops.effect import WeightedDeltas, shapes_of, total_delta
+from diffgraft.adapters.ops.effect import WeightedDeltas, total_delta
 from diffgraft.adapters.ops.resize import ReducedAdapter, resize
+from diffgraft.adapters.patch import weight_shape
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base, load_base
-from diffgraft.bases.registry import layer_name_suffixes
+from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import track
@@ -72,11 +74,9 @@ def merge_concepts(
             few captions.
     """
     inputs = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
-    for name, adapter, _ in inputs:
-        _check_layers(name, adapter, base)
+    shapes = {path: shape for name, adapter, _ in inputs for path, shape in _shapes(name, adapter, base).items()}
     combined = combined_metadata(inputs)
     states = concept_states(base, [(name, adapter) for name, adapter, _ in inputs], captions)
-    shapes = {path: shape for _, adapter, _ in inputs for path, shape in shapes_of(adapter, weights).items()}
     deltas: dict[str, tuple[Delta, ...]] = {}
     for path in track(sorted(shapes), "modules", min_items=20):
         changes = []
@@ -125,9 +125,8 @@ def constrained_change(changes: Sequence[Tensor], states: ConceptStates) -> tupl
             "The concepts cannot be merged, as their words have the same states, or states that depend on one another: "
             "train them with different triggers, as trigger=<new2>."
         )
-    return torch.linalg.solve_triangular(half, targets, upper=False).T, torch.linalg.solve_triangular(
-        half, down, upper=False
-    )
+    up, down = (torch.linalg.solve_triangular(half, value, upper=False) for value in (targets, down))
+    return up.T, down
 
 
 @torch.no_grad()
@@ -159,14 +158,25 @@ def concept_states(base: Base, adapters: Sequence[tuple[str, Adapter]], captions
     return ConceptStates(words, gram + ridge)
 
 
-def _check_layers(name: str, adapter: Adapter, base: Base) -> None:
-    """Raise DiffgraftError if the adapter changes anything but keys and values that are computed from text."""
-    endings = tuple(f".{ending}" for ending in layer_name_suffixes(base.family.denoiser, "context"))
-    if others := [path for path in adapter.deltas if not path.endswith(endings)]:
-        raise DiffgraftError(
-            f"{name} changes {others[0]}, but concepts are merged in the keys and values of cross-attention: train it "
-            "with method=custom, or with layers=context, or choose another algorithm."
-        )
+def _shapes(name: str, adapter: Adapter, base: Base) -> dict[str, Shape]:
+    """Shapes of the weights that an adapter changes, by path.
+
+    Raises:
+        DiffgraftError: one is none of the base's keys and values that are computed from text, or has another shape.
+    """
+    part = base.family.denoiser
+    layers = {
+        f"{part}.{path}": base.denoiser.get_submodule(path) for path in choose_layers(part, base.denoiser, "context")
+    }
+    for path, deltas in adapter.deltas.items():
+        if path not in layers:
+            raise DiffgraftError(
+                f"{name} changes {path}, but concepts are merged in this base's keys and values of cross-attention: "
+                "train it with method=custom, or with layers=context, or choose another algorithm."
+            )
+        if not all(delta.fits(weight_shape(layers[path])) for delta in deltas):
+            raise DiffgraftError(f"{name} does not fit {path} of this base: name the base that it is for (--base).")
+    return {path: weight_shape(layers[path]) for path in adapter.deltas}
 
 
 def _phrase(name: str, adapter: Adapter) -> str:

@@ -123,8 +123,11 @@ def test_what_cannot_be_merged_is_refused_by_name(folders: Path, tmp_path: Path)
         merge(first, replace(plain, metadata={}))
     path = next(iter(first.deltas)).replace("attn2", "attn1")
     other = replace(plain, deltas={path: (FullDelta({"diff": torch.ones(3, 2)}),)})
-    with pytest.raises(DiffgraftError, match=r"attn1.*, but concepts are merged in the keys and values of cross-att"):
+    with pytest.raises(DiffgraftError, match=r"attn1.*, but concepts are merged in this base's keys and values of"):
         merge(first, other)
+    wide = replace(plain, deltas=dict.fromkeys(first.deltas, (FullDelta({"diff": torch.ones(3, 2)}),)))
+    with pytest.raises(DiffgraftError, match=r"adapter 1 does not fit unet\..* of this base"):
+        merge(first, wide)
     file = first.save(tmp_path / "a.safetensors")
     with pytest.raises(DiffgraftError, match=r"needs the text encoder of the base \(--base\), and a text file"):
         dg.combine({file: 1.0}, algorithm="concepts", base="tiny")
