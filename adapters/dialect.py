@@ -93,6 +93,8 @@ class Dialect:
     """Position in the order in which the format ``auto`` tries dialects, the most widely read first; None: not tried"""
     is_preferred: Callable[[Adapter], bool] | None = None
     """``is_preferred(adapter)``: whether ``auto`` tries this dialect before all others"""
+    holds_new_weights: bool = False
+    """Whether the files hold new weights of layers, and not differences; `convert` then needs the base's weights"""
     holds_networks: bool = False
     """Whether the files can hold networks, such as hypernetworks"""
     keeps_metadata: bool = True

@@ -5,6 +5,7 @@ An adapter of every kind, with layers of every shape, is saved in every format, 
 
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ and read again bit for bit. – means that the format cannot hold it: `diffgraft
 
 `kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `webui`
 contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
-for each part of the base. `diffgraft` is this project's own layout, described in `adapters/formats/native.py`.
+for each part of the base, `custom-diffusion` one with a file for each word; it holds new weights, so `convert` needs
+`--base` for differences. `diffgraft` is this project's own layout, described in `adapters/formats/native.py`.
 
 """
 TAIL = """
@@ -45,7 +47,7 @@ Files of other tools that can be read. `diffgraft convert` writes them in any of
 | LyCORIS on modules of any type | everything in the table above | `lycoris_….lora_down.weight` |
 | kohya's OFT | OFT with a bounded norm | `oft_unet_….oft_blocks` |
 | cloneofsimo, `.safetensors` and `.pt` | LoRA, with words | `unet:0:up`, `<word>` |
-| Custom Diffusion of diffusers | replacement weights | `….processor.to_k_custom_diffusion.weight` |
+| Custom Diffusion of diffusers, a file or a folder | new weights, with words | `….processor.to_k_custom_diffusion.weight` |
 | webui's and kohya's words, `.pt` and `.safetensors` | textual inversion | `string_to_param.*`, `emb_params` |
 | webui's hypernetworks, `.pt` | hypernetwork | `768` |
 | webui's aesthetic embeddings, `.pt` | aesthetic embedding, which has no effect on generation | one row of 768 numbers |
@@ -106,6 +108,11 @@ def samples() -> dict[str, Adapter]:
     both = {"<zorp>": {"text_encoder": drawn(2, 768), "text_encoder_2": drawn(2, 1280)}}
     adapters["textual inversion, XL"] = Adapter({}, {"method": "textual-inversion", "trigger": "<zorp>"}, tokens=both)
     adapters["pivotal"] = Adapter(adapters["lora, locon"].deltas, {"method": "pivotal"}, tokens=words)
+    keys = {path: drawn(*shapes[path]) for path in LAYERS[:1]}
+    custom = on_all("full", {path: {"diff": value} for path, value in keys.items()}, None)
+    adapters["custom"] = replace(custom, metadata={**custom.metadata, "method": "custom"}, tokens=words)
+    new = on_all("replacement", {path: {"weight": value} for path, value in keys.items()}, None)
+    adapters["custom, new weights"] = replace(new, metadata={**new.metadata, "method": "custom"}, tokens=words)
     adapters["hypernetwork"] = _hypernetwork(drawn)
     return adapters
 

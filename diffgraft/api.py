@@ -96,15 +96,17 @@ def combine(
     algorithm: str = "sum",
     density: float = 0.5,
     seed: int = 0,
+    captions: str | Path | None = None,
     **approximation: Unpack[Approximation],
 ) -> Adapter:
     """Combine several adapters into one adapter made of LoRAs.
 
     Args:
         adapters: file, run or `Adapter` → its strength, or its strengths by part or block.
-        algorithm: ``sum``, ``ties`` or ``dare``.
+        algorithm: ``sum``, ``ties``, ``dare``, or ``concepts``, which keeps the words of each adapter apart.
         density: with ``ties`` and ``dare``, the share of entries to keep, 0 to 1.
         seed: with ``dare``, the seed for choosing those entries.
+        captions: with ``concepts``, a text file of captions of pictures that are to stay the same, one a line.
         approximation: options of `Approximation`; without rank and energy the ranks are large enough to be exact.
 
     Raises:
@@ -121,6 +123,10 @@ def combine(
     with _weights(approximation.get("base")) as weights:
         named = [(_name(file), _loaded(file, weights), strength) for file, strength in adapters.items()]
         size = _size(approximation.get("rank"), approximation.get("energy"))
+        if algorithm == "concepts":
+            from diffgraft.adapters.ops.concepts import merge_concepts, open_text
+
+            return merge_concepts(named, *open_text(approximation.get("base"), captions), size, weights).adapter
         return combine_adapters(named, size, algorithm, density, seed, weights, device).adapter
 
 

@@ -107,6 +107,7 @@ class MixerFamily(Family):
     text = (TextSlot("text_encoder", "tokenizer"),)
     layers = {  # noqa: RUF012
         "mixer": {
+            "context": ("add_k", "add_v"),
             "attention": ("to_q", "to_k", "to_v", "add_k", "add_v", "to_out.0"),
             "feedforward": ("fc_in", "fc_out"),
         },

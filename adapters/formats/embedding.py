@@ -90,6 +90,16 @@ def read(
     return Adapter({}, read_metadata(header, method="textual-inversion", trigger=next(iter(tokens))), tokens=tokens)
 
 
+def bundle(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the embeddings of words by their keys inside an adapter file, for which `is_bundled` is true."""
+    tensors: dict[str, Tensor] = {}
+    for word, vectors in tokens.items():
+        only_first = set(vectors) == {"text_encoder"}
+        keys = {"text_encoder": "string_to_param.*"} if only_first else {part: key for key, part in PARTS.items()}
+        tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
+    return tensors
+
+
 def is_bundled(key: str) -> bool:
     """Whether `key` is that of a word inside an adapter file."""
     return _BUNDLED.fullmatch(key) is not None

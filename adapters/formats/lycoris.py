@@ -193,13 +193,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
                 tensors[key + (".weight" if name in LAYERS else "")] = value.contiguous()
             if delta.alpha is not None:
                 tensors[f"{start}.alpha"] = torch.tensor(_written_alpha(adapter, delta))
-    for word, vectors in adapter.tokens.items():
-        if set(vectors) == {"text_encoder"}:
-            tensors[f"bundle_emb.{word}.string_to_param.*"] = vectors["text_encoder"].contiguous()
-        else:
-            keys = {part: key for key, part in embedding.PARTS.items()}
-            tensors |= {f"bundle_emb.{word}.{keys[part]}": value.contiguous() for part, value in vectors.items()}
-    return tensors, {"format": "pt", **write_metadata(adapter)}
+    return tensors | embedding.bundle(adapter.tokens), {"format": "pt", **write_metadata(adapter)}
 
 
 DIALECT = Dialect(

@@ -19,29 +19,30 @@ from diffgraft.adapters.registry import get_method
 from diffgraft.errors import DiffgraftError
 
 
-class PivotalOptions(WordOptions):
+class JointOptions(WordOptions):
+    """Options of a word that is trained together with weights."""
+
+    token_lr_scale: float = Field(1.0, gt=0)
+    """Factor on the learning rate of the word's embeddings"""
+
+
+class PivotalOptions(JointOptions):
     """Options of the word, and of the method that trains the weights."""
 
     weights: str = "lora"
     """Method that trains the weights, on its default layers; a recipe's settings for that method do not apply"""
     weights_options: dict[str, Any] = Field(default_factory=dict)
     """Options of the method that trains the weights: {"dora": true}"""
-    token_lr_scale: float = Field(1.0, gt=0)
-    """Factor on the learning rate of the word's embeddings"""
 
 
-class AttachedPivotal(Attached):
+class WeightsAndWord(Attached):
     """A new word and a method that trains weights, on the same live base."""
 
-    def __init__(self, target: Any, spec: Spec) -> None:
+    def __init__(self, weights: Attached, target: Any, spec: Spec) -> None:
+        """Add the word of `spec` to `target`, to which `weights` are attached; if that fails they are detached."""
         super().__init__()
-        options: PivotalOptions = spec.options
-        if options.weights in ("pivotal", "textual-inversion"):
-            raise DiffgraftError(
-                f"Invalid value options.weights={options.weights!r}: must be a method that trains weights, as lora."
-            )
-        method = get_method(options.weights)
-        self.weights = method.attach(target, replace(spec, options=method.read_options(options.weights_options)))
+        options: JointOptions = spec.options
+        self.weights = weights
         try:
             self.word = AttachedWord(target, spec)
         except BaseException:
@@ -85,6 +86,17 @@ class AttachedPivotal(Attached):
         self.weights.detach()
 
 
+def attach(target: Any, spec: Spec) -> Attached:
+    options: PivotalOptions = spec.options
+    method = get_method(options.weights)
+    if method.learns_token:
+        raise DiffgraftError(
+            f"Invalid value options.weights={options.weights!r}: must be a method that trains weights, as lora."
+        )
+    weights = method.attach(target, replace(spec, options=method.read_options(options.weights_options)))
+    return WeightsAndWord(weights, target, spec)
+
+
 def _layers(options: PivotalOptions) -> str:
     method = get_method(options.weights)
     return method.layers_under(method.read_options(options.weights_options))
@@ -100,7 +112,7 @@ def _unsupported(options: PivotalOptions) -> Mapping[str, str]:
 METHOD = Method(
     name="pivotal",
     summary="a new word and weights together; the word is also saved in its own file",
-    attach=AttachedPivotal,
+    attach=attach,
     options=PivotalOptions,
     learns_token=True,
     layers=_layers,

@@ -1,7 +1,7 @@
-"""A weight that replaces another, as in Custom Diffusion (Kumari et al. 2022, arXiv:2212.04488, section 3.1).
+"""A weight that replaces another, as in files of Custom Diffusion (Kumari et al. 2023, arXiv:2212.04488, section 3.1).
 
-Custom Diffusion trains the keys and values of the cross-attention, and its files hold the new weights, not the
-differences. They are read, merged and converted; here the method `full` trains such weights.
+They hold the new keys and values of the cross-attention, not the differences, and are read, merged and converted; here
+the method `custom` trains differences, from which such files are written with the weights of the base.
 """
 
 from collections.abc import Mapping

@@ -27,7 +27,8 @@ from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.progress import track
 
-ALGORITHMS = ("sum", "ties", "dare")
+ALGORITHMS = ("sum", "ties", "dare", "concepts")
+"""Names of algorithms; `combine` has all but the last, which needs text encoders and is in `ops.concepts`"""
 
 
 def combine(
@@ -60,6 +61,8 @@ def combine(
         raise DiffgraftError(
             f"Unknown algorithm {algorithm!r} to combine adapters: {did_you_mean(algorithm, ALGORITHMS)}"
         )
+    if algorithm == "concepts":
+        raise DiffgraftError("Concepts are merged by `merge_concepts`, with the base's text encoders and captions.")
     if not 0 < density <= 1:
         raise DiffgraftError(f"Invalid value density={density}: must be above 0 and at most 1.")
     inputs = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
@@ -71,7 +74,7 @@ def combine(
                     f"{path} has shape {list(shape)} in {name}, but {list(shapes[path])} in an earlier adapter: the "
                     "adapters are for different bases."
                 )
-    combined = _combine_metadata(inputs)
+    combined = combined_metadata(inputs)
     steps_by_adapter: dict[str, list[WeightedDeltas]] = {}
     for _, adapter, strengths in inputs:
         for path, deltas in adapter.deltas.items():
@@ -112,8 +115,12 @@ def dare(changes: Sequence[Tensor], density: float, generator: torch.Generator) 
     return torch.stack([change * mask / density for change, mask in zip(changes, masks, strict=True)]).sum(0)
 
 
-def _combine_metadata(inputs: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
-    """An adapter without deltas that has the words, networks and metadata of all adapters."""
+def combined_metadata(inputs: Sequence[tuple[str, Adapter, Strengths]]) -> Adapter:
+    """Return an adapter without deltas that has the words, networks and metadata of all adapters.
+
+    Raises:
+        DiffgraftError: two adapters have the same word, or a network has a strength other than 1.
+    """
     tokens: dict[str, dict[str, Tensor]] = {}
     networks: list[Network] = []
     for name, adapter, strengths in inputs:

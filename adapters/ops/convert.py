@@ -15,6 +15,7 @@ from diffgraft.adapters.formats.compatibility import compatibility_notes
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.compare import AdapterComparison, compare
+from diffgraft.adapters.ops.effect import shapes_of
 from diffgraft.adapters.ops.resize import ReducedAdapter, resize
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
 from diffgraft.bases.weights import Weights
@@ -63,7 +64,8 @@ def convert(
         path: path of the new file.
         dialect: name of a dialect in `registry.written_dialects()`, or ``auto``.
         approximate: size of the LoRAs that replace modules if the dialect cannot hold them; None: raise an error.
-        weights: weights of the base, needed to approximate methods that are functions of them.
+        weights: weights of the base, needed to approximate methods that are functions of them, and for dialects that
+            hold new weights.
         device: device on which approximations and errors are computed.
         precision: key of `PRECISIONS` to which all values are rounded; empty: they are not rounded.
 
@@ -73,6 +75,8 @@ def convert(
     """
     path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
+    if (target := written_dialects().get(dialect)) is not None and target.holds_new_weights:
+        adapter = with_new_weights(adapter, weights, device)
     rounded = in_precision(adapter, precision) if precision else adapter
     approximation: ReducedAdapter | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +130,29 @@ def part_of(adapter: Adapter, only: str) -> Adapter:
     return only_word(adapter, only)
 
 
+def with_new_weights(adapter: Adapter, weights: Weights | None, device: str = "cpu") -> Adapter:
+    """Replace the deltas of each module by the weight and bias that they make of those of the base.
+
+    Raises:
+        DiffgraftError: the adapter needs the base's weights, and `weights` is None or of another base.
+    """
+    changed = {path: deltas for path, deltas in adapter.deltas.items() if [d.kind for d in deltas] != ["replacement"]}
+    if not changed:
+        return adapter
+    if weights is None:
+        raise DiffgraftError("Files of this format hold new weights, not differences: name the base (--base).")
+    shapes_of(replace(adapter, deltas=changed), weights)  # raises if the adapter does not fit
+    replacements: dict[str, tuple[Delta, ...]] = {}
+    for path, deltas in changed.items():
+        weight = weights[f"{path}.weight"].float().to(device)
+        bias = weights[f"{path}.bias"].float().to(device) if f"{path}.bias" in weights else None
+        for delta in deltas:
+            weight, bias = delta.apply(weight, bias, 1.0)
+        leaves = {"weight": weight.cpu(), **({"bias": bias.cpu()} if bias is not None else {})}
+        replacements[path] = (read_delta("replacement", leaves, None),)
+    return replace(adapter, deltas={**adapter.deltas, **replacements})
+
+
 def in_precision(adapter: Adapter, precision: str) -> Adapter:
     """Round all values of an adapter to a key of `PRECISIONS`.
 
@@ -163,4 +190,5 @@ def _can_be_approximated(adapter: Adapter, dialect: str) -> bool:
     """Whether replacing its modules by LoRAs can make the adapter one that the dialect can hold."""
     plain = {"lora_down", "lora_up"}
     others = any(len(deltas) > 1 or set(deltas[0].leaves) != plain for deltas in adapter.deltas.values())
-    return others and dialect in written_dialects() and not adapter.networks
+    target = written_dialects().get(dialect)
+    return others and target is not None and not target.holds_new_weights and not adapter.networks

@@ -22,6 +22,7 @@ METHODS = (
     "boft",
     "glora",
     "ia3",
+    "custom",
 )
 NO_PRIOR = "lora, without prior preservation"
 BY_PICTURES = "lora, prior preservation by class pictures"

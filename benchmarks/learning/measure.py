@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.learning.shape import shape_score, silhouette
 from benchmarks.learning.targets import BACKDROPS, REFERENCES, NewPrompt, Target, known_things, plain_drawings
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import LABELS, Judge, load_judge
@@ -69,7 +70,7 @@ def recipe_and_words(target: Target, method: str) -> tuple[str, str]:
     """Return the recipe for a target and method, and the words for the target in prompts, such as `sks dog`."""
     if method == "textual-inversion" and target.recipe == "subject":
         return "concept", NEW_WORD
-    trigger = NEW_WORD if method in ("textual-inversion", "pivotal") else TRIGGER
+    trigger = NEW_WORD if get_method(method).learns_token else TRIGGER
     return target.recipe, f"{trigger} {target.noun}".strip()
 
 

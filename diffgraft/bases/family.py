@@ -88,7 +88,8 @@ class Family(ABC):
     text: Sequence[TextSlot]
     """Text encoders, in order"""
     layers: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Network → group (`attention`, `feedforward`, `convolution`) → endings of the paths of its layers"""
+    """Network → group (`attention`, `feedforward`, `convolution`) → endings of the paths of its layers; `context` are
+    those of the attention that compute keys and values from the hidden states of text encoders alone"""
     blocks: bool = False
     """Whether the denoiser has the block names IN00 … M00 … OUT11; if not, strengths only know BASE"""
     checkpointed: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ from torch import nn
 from diffgraft.bases.registry import layer_name_suffixes, part_names, tokenizers
 
 LAYERS = {
+    "context": ("context",),
     "attention": ("attention",),
     "attention+feedforward": ("attention", "feedforward"),
     "all": ("attention", "feedforward", "convolution"),

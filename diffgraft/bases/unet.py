@@ -27,6 +27,7 @@ class UNetFamily(Family):
     denoiser = "unet"
     layers: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "unet": {
+            "context": ("attn2.to_k", "attn2.to_v"),
             "attention": ("to_q", "to_k", "to_v", "to_out.0"),
             "feedforward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
             "convolution": (

@@ -128,9 +128,12 @@ def combine(
     output: Annotated[Path, OUTPUT],
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
-    algorithm: Annotated[str, typer.Option(help="How weights are combined: sum, ties or dare.")] = "sum",
+    algorithm: Annotated[str, typer.Option(help="How weights are combined: sum, ties, dare or concepts.")] = "sum",
     density: Annotated[float, typer.Option(help="With ties and dare: share of entries to keep, 0 to 1.")] = 0.5,
     seed: Annotated[int, typer.Option(help="With dare: seed for choosing the entries to drop.")] = 0,
+    captions: Annotated[
+        Path | None, typer.Option(help="With concepts: text file of captions that are to stay the same, one a line.")
+    ] = None,
     to: Annotated[str, FORMAT] = "auto",
     base: Annotated[str | None, BASE] = None,
     device: Annotated[str, DEVICE] = "cpu",
@@ -140,6 +143,9 @@ def combine(
     Without --rank and --energy, LoRAs and LoHas are summed exactly, at the sum of their ranks; of other methods 0.999
     of the squared norm is kept. For a small file, give --rank.
     For example: diffgraft combine dog.safetensors:0.8 ink.safetensors:0.5 -o dog-in-ink.safetensors
+
+    Adapters of the method custom are merged so that each keeps its own words, and captions stay as they are:
+    diffgraft combine dog.safetensors mug.safetensors -o both.safetensors --algorithm concepts --captions FILE --base B
     """
     from diffgraft.adapters.formats import load_for_base
     from diffgraft.adapters.lowrank import RankBudget
@@ -151,7 +157,12 @@ def combine(
     size = RankBudget(rank, energy) if rank is not None or energy is not None else None
     with opened(base) as weights:
         given = [(file, load_for_base(file, weights), strength) for file, strength in parse_strengths(adapter).items()]
-        _save(together(given, size, algorithm, density, seed, weights, device), output, to)
+        if algorithm == "concepts":
+            from diffgraft.adapters.ops.concepts import merge_concepts, open_text
+
+            _save(merge_concepts(given, *open_text(base, captions), size, weights), output, to)
+        else:
+            _save(together(given, size, algorithm, density, seed, weights, device), output, to)
 
 
 def extract(

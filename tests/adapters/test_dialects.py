@@ -297,7 +297,7 @@ def test_custom_diffusion_as_diffusers_does_it(folders: Path, tmp_path: Path) ->
     other.unet.set_attn_processor(processors)
     torch.save(held, tmp_path / "pytorch_custom_diffusion_weights.bin")
     found = load_adapter(tmp_path / "pytorch_custom_diffusion_weights.bin")
-    assert found.method == "custom-diffusion"
+    assert found.method == "custom"
     wanted = said(other)
     assert (wanted - bare).abs().max() > 1e-3
     with graft(base, {found: 1.0}):

@@ -54,7 +54,7 @@ def test_every_method_trains_and_grafts_on_every_family(
     chosen = get_method(method)
     options = chosen.read_options({})
     paths = {part: choose_layers(part, module, chosen.layers_under(options)) for part, module in parts_of(base).items()}
-    assert all(paths.values())
+    assert all(paths.values()) or "text_encoder" in chosen.unsupported_under(options)
     bare = said(base)
     live = chosen.attach(base, Spec(paths, 2, 2.0, 0, options, trigger="<zorp>", noun="dog"))
     prompts = ["a <zorp>", "a <zorp> dog"]

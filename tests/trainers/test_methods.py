@@ -58,8 +58,8 @@ def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Pa
         first[method] = run.metrics[0]["loss"]
     near = first.pop("hypernetwork")  # it starts with small random weights
     assert near == pytest.approx(first["lora"], rel=1e-2)
-    words = [first.pop(method) for method in ("textual-inversion", "pivotal")]  # theirs starts as another word
-    assert words[0] == pytest.approx(words[1], rel=1e-5)
+    words = [first.pop(method) for method in ("textual-inversion", "pivotal", "custom")]
+    assert words == pytest.approx([words[0]] * 3, rel=1e-5)  # theirs starts as another word
     assert list(first.values()) == pytest.approx([first["lora"]] * len(first), rel=1e-5)
 
 
@@ -110,7 +110,13 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(base: Base, pictures: Pa
 
 
 @pytest.mark.parametrize(
-    ("method", "beside"), [("pivotal", ["adapter.zorp.safetensors"]), ("textual-inversion", []), ("lora", [])]
+    ("method", "beside"),
+    [
+        ("pivotal", ["adapter.zorp.safetensors"]),
+        ("custom", ["adapter.zorp.safetensors"]),
+        ("textual-inversion", []),
+        ("lora", []),
+    ],
 )
 def test_a_word_that_was_trained_with_weights_lies_beside_them_as_well(
     method: str, beside: list[str], base: Base, pictures: Path, tmp_path: Path
@@ -141,6 +147,7 @@ def test_what_cannot_be_attached_leaves_no_folder(base: Base, pictures: Path, tm
         ({"method": "pivotal", "trigger": "dog"}, "The word 'dog' is already known"),
         ({"method": "hypernetwork", "options": {"dropout": "0.3"}}, "expected 3 probabilities"),
         ({"options": {"ranks": {"*": 0}}}, "Invalid value options.ranks"),
+        ({"layers": "context", "text_encoder": True}, "the text_encoder of this base has no such layers. Set text_en"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **{**FAST, **settings})

@@ -88,6 +88,7 @@ def test_a_loha_is_twice_as_large_as_its_summary_says() -> None:
         ("lokr", {}),
         ("loha", {"rank": 2}),
         ("pivotal", {"trigger": "<zorp>"}),
+        ("custom", {"trigger": "<zorp>"}),
         ("hypernetwork", {}),
     ],
 )

@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "prodigy": {"optimizer": "prodigy", "lr": 1.0},
     "adafactor": {"optimizer": "adafactor", "method": "lokr"},
     "pivotal": {"method": "pivotal", "trigger": "<zorp>", "options": {"token_lr_scale": 4}},
+    "custom": {"method": "custom", "trigger": "<zorp>", "lr": 5e-3},
     "dropout": {"method": "hypernetwork", "options": {"dropout": [0, 0.3, 0]}, "gradient_checkpointing": True},
     "many": {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 2, "noise": {"pyramid": 0.3}},
 }

@@ -58,7 +58,7 @@ def sha(path: Path) -> str:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_the_first_loss_is_that_of_the_grafted_file(method: str, go: Any, base: Base, tmp_path: Path) -> None:
     """A first run's file goes on: at its first step the UNet says what it says with the file grafted."""
-    text = {} if method in ("hypernetwork", "textual-inversion") else {"text_encoder": True}
+    text = {} if method in ("hypernetwork", "textual-inversion", "custom") else {"text_encoder": True}
     settings: dict[str, Any] = {"method": method, "lr": 1e-4 if method == "full" else 1e-2, **text}
     first = go(steps=3, **settings)
     file = first.adapter.save(tmp_path / "elsewhere.safetensors", "diffgraft")
@@ -159,6 +159,7 @@ def lines(path: str, kind: str = "lora", width: int = 128) -> Adapter:
         ({"options": {"dora": True}}, {}, r"is a DoRA \(options\.dora=true of lora and locon\)"),
         ({"method": "pivotal"}, {}, r"Set method=pivotal\."),
         ({"method": "pivotal"}, {"method": "textual-inversion"}, r"Set method=pivotal\."),
+        ({"method": "custom"}, {}, r"Set method=custom\."),
         ({"method": "textual-inversion"}, {}, r"it holds a word, .*\. Set method=textual-inversion\."),
         ({}, {"method": "textual-inversion"}, r"it holds weights of layers, .*\. Set method=lora\."),
         ({"method": "hypernetwork"}, {"method": "lora"}, r"it holds a network, .*\. Set method=hypernetwork\."),

@@ -113,11 +113,11 @@ def test_the_best_is_the_least_and_ties_are_no_gain() -> None:
     assert (best.step, best.loss, best.since) == (4, 1.0, 0)
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal"])
+@pytest.mark.parametrize("method", ["lora", "loha", "full", "hypernetwork", "pivotal", "custom"])
 def test_bare_is_the_base_without_the_adapter(base: Base, method: str) -> None:
     from diffgraft.trainers.run.attach import attach
 
-    trigger = {"trigger": "<zorp>"} if method == "pivotal" else {}
+    trigger = {"trigger": "<zorp>"} if method in ("pivotal", "custom") else {}
     plan = load_recipe(SUBJECT, {"subject": "dog", "method": method, **trigger})
     noisy, times, prompts = torch.randn(2, 4, 16, 12), torch.tensor([90, 700]), ["a dog", "a cat"]
     with torch.no_grad():

@@ -58,9 +58,9 @@ class AdapterSettings(Group):
     """Inner dimension of the low-rank factors"""
     alpha: float | None = Field(None, gt=0, le=1_000_000)
     """Numerator of the scale alpha / rank of the adapter; unset: alpha = rank, a scale of 1"""
-    layers: Literal["attention", "attention+feedforward", "all", None] = None
-    """Layers that are adapted: the projections of attention, those and the feed-forward layers, or also the
-    convolutions; unset: the default of the method"""
+    layers: Literal["context", "attention", "attention+feedforward", "all", None] = None
+    """Layers that are adapted: the keys and values of cross-attention, all projections of attention, those and the
+    feed-forward layers, or also the convolutions; unset: the default of the method"""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the method itself, such as options.dora=true; `diffgraft methods NAME` lists them"""
     text_encoder: bool = False

@@ -5,6 +5,8 @@ from diffgraft.adapters.method import Attached, Spec
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
+from diffgraft.bases.registry import tokenizers
+from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optim.lr_scales import check_attached, freeze
 from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -33,11 +35,22 @@ def attach(recipe: Recipe, base: Base, start: AdapterFile | None = None) -> Atta
 
 
 def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
-    """Name of each adapted part of the base → paths, inside that part, of the adapted layers."""
+    """Name of each adapted part of the base → paths, inside that part, of the adapted layers.
+
+    Raises:
+        DiffgraftError: a part has none of the layers.
+    """
     method = get_method(adapter.method)
     layers = adapter.layers or method.layers_under(method.read_options(adapter.options))
     networks = {base.family.denoiser: base.denoiser, **(base.text_encoders() if adapter.text_encoder else {})}
-    return {name: choose_layers(name, network, layers) for name, network in networks.items()}
+    targets = {name: choose_layers(name, network, layers) for name, network in networks.items()}
+    for name, paths in targets.items():
+        if not paths:
+            fix = "Set text_encoder=false" if name in tokenizers() else "Choose another method"
+            raise DiffgraftError(
+                f"Invalid value layers={layers!r}: the {name} of this base has no such layers. {fix}, or other layers."
+            )
+    return targets
 
 
 def check_format(dialect: str, adapter: AdapterSettings, base: Base | None = None) -> None:

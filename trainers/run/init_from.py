@@ -73,11 +73,13 @@ def _hint(settings: AdapterSettings, base: Base, start: AdapterFile, unmatched: 
     adapter = start.adapter
     kinds = sorted({delta.kind for deltas in adapter.deltas.values() for delta in deltas})
     method = str(settings.options.get("weights", "lora")) if settings.method == "pivotal" else settings.method
-    trained = "lora" if method == "locon" else method  # locon's deltas are of the kind lora
+    trained = {"locon": "lora", "custom": "full"}.get(method, method)  # kind of the method's deltas
     if adapter.networks:
         return "" if settings.method == "hypernetwork" else " Set method=hypernetwork."
-    if adapter.tokens and settings.method not in ("pivotal", "" if kinds else "textual-inversion"):
-        return f" Set method={'pivotal' if kinds else 'textual-inversion'}."
+    with_weights = "custom" if adapter.method == "custom" else "pivotal"
+    with_words = with_weights if kinds else "textual-inversion"
+    if adapter.tokens and settings.method not in ("pivotal", "custom", with_words):
+        return f" Set method={with_words}."
     if kinds not in ([], [trained]) and trained != "full":
         as_lora = f"convert it to a LoRA: diffgraft resize {start.path} --rank 8 --base BASE -o lora.safetensors"
         if len(kinds) > 1 or kinds[0] not in methods():
