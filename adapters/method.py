@@ -124,6 +124,11 @@ class Attached(nn.Module):
         """Called after each optimizer step, for example to rescale parameters."""
 
     @property
+    def control(self) -> nn.Module | None:
+        """Network that steers the denoiser by condition pictures (`Family.control_network`); None without one."""
+        return None
+
+    @property
     def affects_text_encoder(self) -> bool:
         """Whether the method changes the outputs of text encoders: it adapts their modules, or adds tokens."""
         return any(is_of_text(path) for path in self.paths().values())
@@ -173,6 +178,8 @@ class Method:
     mapping. A recipe that sets such a key is refused with the reason"""
     learns_token: bool = False
     """Whether the method learns the trigger word as a new token, with or without weights"""
+    needs_conditions: bool = False
+    """Whether it trains `Attached.control`, and so needs condition pictures, which the task `control` provides"""
     read: ReadDelta | None = None
     """Function of leaves by canonical name, and alpha, that builds the delta. Raises ValueError if they do not fit"""
     read_network: ReadNetwork | None = None

@@ -1,10 +1,14 @@
 """The module that the training loop runs: text encoders and denoiser of a base in one forward pass."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
+from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base, Conditioning, SizeConditioning
+from diffgraft.bases.family import ControlSignal
 from diffgraft.data.text_embeddings import TextEmbeddingCache
 from diffgraft.diffusion.forward import ForwardProcess
 from diffgraft.trainers.recipe.groups import ObjectiveSettings
@@ -16,7 +20,7 @@ class Denoiser(nn.Module):
     def __init__(
         self,
         base: Base,
-        adapter: nn.Module | None = None,
+        adapter: Attached | None = None,
         text_is_trained: bool = False,
         texts: TextEmbeddingCache | None = None,
         whole: bool = False,
@@ -48,7 +52,17 @@ class Denoiser(nn.Module):
             conditioning = self._base.family.encode(self._base, prompts, self._whole)
         else:
             conditioning = self._texts[getattr(self.adapter, "is_disabled", False)](prompts)
-        return conditioning.with_size(self._base.family.size_conditioning(frames))
+        return replace(
+            conditioning.with_size(self._base.family.size_conditioning(frames)), control=self._control_signal(frames)
+        )
+
+    def _control_signal(self, frames: Sequence[SizeConditioning]) -> ControlSignal | None:
+        """Return what a control network gets for n frames of one size; None if the adapter has none, or is disabled."""
+        if self.adapter is None or self.adapter.control is None or self.adapter.is_disabled:
+            return None
+        pictures = [frame.control for frame in frames if frame.control is not None]
+        assert len(pictures) == len(frames), "a sample has no condition picture"
+        return ControlSignal(self.adapter.control, torch.stack(pictures))
 
     def freeze_text(self) -> None:
         """Cache text embeddings from now on, with and without the adapter, as text encoders and words train no more."""

@@ -6,7 +6,8 @@ A new family is one module of `diffgraft.bases.families`, or of an outside packa
 
 Who calls what: loading asks `matches`; text encoding `encode` and `size_conditioning`; every training step and the
 measurements `denoise`; the loss `parameterization`; attaching adapters `layers`; strengths and learning rates `blocks`;
-estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse what is in `unsupported`.
+condition pictures `control_network`; estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse what
+is in `unsupported`.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +28,10 @@ GROUP = "diffgraft.families"
 
 
 class SizeConditioning(NamedTuple):
-    """Size and crop of a picture in pixels, for denoisers with micro-conditioning such as SDXL's."""
+    """Frame of a picture: size and crop in pixels, for denoisers with micro-conditioning such as SDXL's.
+
+    It goes with its sample through every objective, and so does the condition picture of the crop.
+    """
 
     original: tuple[int, int]
     """(height, width) of the picture before scaling"""
@@ -35,6 +39,20 @@ class SizeConditioning(NamedTuple):
     """(top, left) of the crop in the scaled picture"""
     target: tuple[int, int]
     """(height, width) of the crop"""
+    control: Tensor | None = None
+    """Condition picture of the crop, [3, height, width] with values from 0 to 1; None without a control network"""
+
+
+@dataclass(frozen=True)
+class ControlSignal:
+    """Condition pictures of n samples, and the network that steers the denoiser by them."""
+
+    network: nn.Module
+    """Result of `Family.control_network`"""
+    pictures: Tensor
+    """[n, 3, height, width] in pixels, with values from 0 to 1"""
+    strength: float = 1.0
+    """Factor on what the network adds to the denoiser"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,8 @@ class Conditioning:
     """Further tensors [n, …] by name, such as pooled embeddings, as `Family.denoise` takes them"""
     channels: Tensor | None = None
     """Further channels of the denoiser's input [n, c, h, w], such as the mask and picture of an inpainting denoiser"""
+    control: ControlSignal | None = None
+    """What steers the denoiser by condition pictures; None without a control network"""
 
     def with_size(self, more: Mapping[str, Tensor]) -> "Conditioning":
         """Return a copy with the tensors of `Family.size_conditioning` added, on the device of the hidden states."""
@@ -152,8 +172,28 @@ class Family(ABC):
             denoiser: `base.denoiser`, or a compiled or sharded copy of it.
             noisy: noisy latents of the family's forward process.
             timesteps: indices into the schedule of `parameterization`; samplers also ask for fractions between two.
-            conditioning: result of `encode` and `size_conditioning` for n prompts.
+            conditioning: result of `encode` and `size_conditioning` for n prompts. Its `control` is None, or has a
+                network that this family's `control_network` made.
         """
+
+    def control_network(self, base: "Base", settings: Mapping[str, Any] | None = None) -> nn.Module:  # noqa: ARG002
+        """Build the network that steers the denoiser of `base` by condition pictures, in float32 on the CPU.
+
+        Args:
+            base: base that it is for; on the device ``meta``, the network is there as well.
+            settings: the network's settings in a file, for a network on the device ``meta`` whose weights are loaded
+                afterwards. None: a new network, which does not change any prediction yet. Its random values are those
+                of PyTorch's own generator.
+
+        Raises:
+            DiffgraftError: the family has no such networks, or weights of the base that it copies are quantized.
+            ValueError: `settings` are for a base of other widths, or not for such a network.
+        """
+        raise DiffgraftError(f"Bases of the family {self.name} have no control networks: use Stable Diffusion.")
+
+    def control_settings(self, network: nn.Module) -> dict[str, Any]:
+        """Return the settings of a control network, as `control_network` takes them and files have them."""
+        raise NotImplementedError(f"the family {self.name} has no control_settings")
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""

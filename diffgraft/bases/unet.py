@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.family import Conditioning, Family
+from diffgraft.bases.family import Conditioning, ControlSignal, Family
 from diffgraft.bases.prediction import ddpm_parameterization
 from diffgraft.diffusion.parameterizations import Parameterization
+from diffgraft.errors import DiffgraftError, short_repr
 
 _TEXT = {
     "attention": (
@@ -19,6 +21,11 @@ _TEXT = {
 }
 _USUAL_LAYERS = 2
 """Layers per block in all UNets of Stable Diffusion; headers give other numbers, as some names depend on them"""
+_CONTROL_WIDTHS = (16, 32, 96, 256)
+"""Widths of the convolutions that read a condition picture, each after the first with half of its sides (Zhang et al.
+2023, arXiv:2302.05543, section 3.3): three halvings for latents of an eighth, fewer for other VAEs"""
+_SHARED_WIDTHS = ("block_out_channels", "layers_per_block", "cross_attention_dim")
+"""Settings that a control network must have in common with the UNet"""
 
 
 class UNetFamily(Family):
@@ -52,8 +59,42 @@ class UNetFamily(Family):
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         given = base.denoiser_input(noisy, conditioning.channels)
-        prediction: Tensor = denoiser(given, timesteps, **unet_arguments(conditioning)).sample
+        arguments = unet_arguments(conditioning)
+        if conditioning.control is not None:
+            arguments |= _residuals(conditioning.control, given, timesteps, conditioning)
+        prediction: Tensor = denoiser(given, timesteps, **arguments).sample
         return prediction
+
+    def control_network(self, base: Base, settings: Mapping[str, Any] | None = None) -> nn.Module:
+        """Build a ControlNet (Zhang et al. 2023, arXiv:2302.05543): a copy of the UNet's encoder with zero outputs."""
+        from diffusers import ControlNetModel
+
+        if settings is not None:
+            if settings.get("_class_name", "ControlNetModel") != "ControlNetModel":
+                raise ValueError(f"it is a {short_repr(settings['_class_name'])}, and not a ControlNetModel")
+            for key in _SHARED_WIDTHS:
+                own, needed = (_plain(config.get(key)) for config in (settings, base.unet.config))
+                if own != needed:
+                    raise ValueError(f"it is for a base with {key} {short_repr(own)}, and this one has {needed}")
+            with torch.device("meta"):
+                network: nn.Module = ControlNetModel.from_config(dict(settings))
+            return network
+        if base.quantize != "none":
+            raise DiffgraftError(
+                f"A control network begins as a copy of the base, which is quantized to {base.quantize}: set "
+                "quantize=none."
+            )
+        halvings = (base.vae_scale_factor - 1).bit_length()
+        with torch.device("meta" if base.device.type == "meta" else "cpu"):
+            network = ControlNetModel.from_unet(
+                base.unet, conditioning_embedding_out_channels=_CONTROL_WIDTHS[: halvings + 1]
+            )
+        return network
+
+    def control_settings(self, network: nn.Module) -> dict[str, Any]:
+        """Return the configuration of a ``ControlNetModel`` as its ``config.json`` has it."""
+        config = {key: _plain(value) for key, value in dict(network.config).items()}  # type: ignore[arg-type]
+        return {"_class_name": "ControlNetModel", **config}
 
     def header(self, base: Base) -> dict[str, Any]:
         """Return ``layers_per_block``, unless it is the usual 2."""
@@ -101,6 +142,38 @@ def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
     """Return the keyword arguments of a UNet's forward for a conditioning."""
     more = {"added_cond_kwargs": conditioning.added} if conditioning.added else {}
     return {"encoder_hidden_states": conditioning.hidden_states, **more}
+
+
+def _residuals(
+    control: ControlSignal, given: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> dict[str, Any]:
+    """Return what a ControlNet adds to the UNet's skip connections and middle, as keyword arguments of its forward.
+
+    Args:
+        control: the ControlNet with n condition pictures.
+        given: the UNet's input [n, c, h, w]; a ControlNet of fewer channels takes the first ones, which are the latents.
+        timesteps: timesteps [n].
+        conditioning: hidden states and further tensors of n prompts.
+    """
+    network: Any = control.network
+    dtype = network.dtype
+    arguments = unet_arguments(conditioning)
+    arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"].to(dtype)
+    down, middle = network(
+        given[:, : network.config.in_channels].to(dtype),
+        timesteps,
+        controlnet_cond=control.pictures.to(given.device, dtype),
+        conditioning_scale=control.strength,
+        return_dict=False,
+        **arguments,
+    )
+    added = [residual.to(given.dtype) for residual in down]
+    return {"down_block_additional_residuals": added, "mid_block_additional_residual": middle.to(given.dtype)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it: lists in the place of tuples."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def inpainting(pipeline_class: str) -> str:

@@ -1,4 +1,4 @@
-"""Groups of recipe settings for images and captions: buckets, masks, captions, tags."""
+"""Groups of recipe settings for images and captions: buckets, masks, condition pictures, captions, tags."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -36,6 +36,16 @@ class Masks(Strict):
     """Weight of the loss outside the mask, 0 to 1"""
     normalize: bool = True
     """Whether an image's loss is averaged over its mask, so that small subjects count as much as large ones"""
+
+
+class Conditions(Strict):
+    """Condition pictures, by which a control network learns to steer."""
+
+    by: Literal["edges"] = "edges"
+    """What the condition picture of an image is made of: its edges"""
+    images: str = ""
+    """Folder of condition pictures of your own (depth, poses, sketches …), which are used instead of edges: for each
+    image one of the same name, with any suffix"""
 
 
 class Captions(Strict):

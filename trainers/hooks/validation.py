@@ -62,7 +62,8 @@ def held_out(process: ForwardProcess, data: Examples, pairs: int) -> HeldOut:
         count = pairs_per_image * len(same_size)
         validation_set = validation_set_from_latents(process, latents, weight, count, _SEED)
         prompts = [example.prompt_builder.prompts()[0] for example in same_size]
-        groups.append((validation_set, prompts, [encoded.frames[row].size_conditioning() for row in rows]))
+        frames = [data.frame_of(example, row) for example, row in zip(same_size, rows, strict=True)]
+        groups.append((validation_set, prompts, frames))
     return HeldOut(groups)
 
 

@@ -49,8 +49,10 @@ def advice(
             "no image has a caption, so that the content of the images becomes part of the style: "
             "write captions with `diffgraft caption FOLDER`."
         )
-    if not data.trigger.strip() and task != "style":
+    if not data.trigger.strip() and task not in ("style", "control"):
         yield "the trigger is empty: without a word of its own, the subject appears in every image of its class."
+    if task == "control":
+        return
     yield from _backdrop_advice([fingerprint for _, fingerprint in fingerprints])
 
 

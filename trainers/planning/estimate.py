@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
-from diffgraft.bases import Base
+from diffgraft.bases import Base, SizeConditioning
 from diffgraft.bases.quantized import Quantize, bytes_when_quantized
 from diffgraft.third_party import quiet_libraries
 from diffgraft.trainers.denoiser import Denoiser
@@ -112,21 +112,24 @@ def estimate_cost(
     width, height = (side // base.vae_scale_factor for side in work.size)
     channels = base.latents.channels
 
-    def inputs(count: int) -> tuple[Tensor, Tensor, list[str]]:
+    def inputs(count: int) -> tuple[Tensor, Tensor, list[str], list[SizeConditioning]]:
         noisy = torch.empty(count, channels, height, width, device=base.device)
         times = torch.zeros(count, dtype=torch.long, device=base.device)
-        return noisy, times, [work.prompts[number % len(work.prompts)] for number in range(count)]
+        size = work.size[1], work.size[0]
+        frame = SizeConditioning(size, (0, 0), size, torch.empty(3, *size, device=base.device))
+        return noisy, times, [work.prompts[number % len(work.prompts)] for number in range(count)], [frame] * count
 
     with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
         denoiser(*inputs(1))
     fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
     recomputed = 0
     if work.checkpointing:
-        with _fused_attention(), _saved_bytes(fixed) as saved, _growth(base, saved) as grown:
+        with _fused_attention(), _saved_bytes(fixed) as saved, _growth(denoiser, base, saved) as grown:
             denoiser(*inputs(work.images))
         recomputed = max(grown)  # in the backward pass one checkpointed block at a time has its activations again
-        base.denoiser.enable_gradient_checkpointing()
-        base.denoiser.train()
+        for network in filter(None, (base.denoiser, live.control)):
+            network.enable_gradient_checkpointing()
+            network.train()
     with _fused_attention(), FlopCounterMode(display=False) as both_passes, _saved_bytes(fixed) as saved:
         denoiser(*inputs(work.images)).square().mean().backward()
     live.detach()
@@ -179,12 +182,12 @@ def _fused_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _growth(base: Base, saved: "_SavedBytes") -> Iterator[list[int]]:
-    """Yield a list that collects the bytes that each checkpointed block of the denoiser adds to `saved`."""
+def _growth(denoiser: Denoiser, base: Base, saved: "_SavedBytes") -> Iterator[list[int]]:
+    """Yield a list that collects the bytes that each checkpointed block of the networks adds to `saved`."""
     grown: list[int] = []
     before: list[int] = []
     hooks = []
-    for module in base.denoiser.modules():
+    for module in denoiser.modules():
         if type(module).__name__ in base.family.checkpointed:
             hooks.append(module.register_forward_pre_hook(lambda *_: before.append(saved.now)))
             hooks.append(module.register_forward_hook(lambda *_: grown.append(saved.now - before.pop())))

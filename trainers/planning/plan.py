@@ -151,6 +151,8 @@ def _image_facts(
     yield "images", f"{len(samples)}{f' of {concepts} concepts' if concepts > 1 else ''}{suffix}"
     if held_out:
         yield "held out", f"{len(held_out)}, every {every} steps"
+    if conditions := samples[0].concept.conditions:
+        yield "conditions", f"files of {conditions.images}" if conditions.images else f"{conditions.by} of the images"
     if masked:
         count = sum(sample.picture.has_mask for sample in samples)
         yield "masks", f"{count} of {pluralize(len(samples), 'image')} with one"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,9 @@ from diffgraft.trainers.recipe.recipe import TASKS, ConceptRecipe, Recipe, Subje
 from diffgraft.trainers.recipe.renamed import plain_value, with_current_keys
 from diffgraft.trainers.recipe.settings import Concept, Prior
 from diffgraft.trainers.recipe.synonyms import synonym
+
+if TYPE_CHECKING:  # listing recipes does without torch
+    from diffgraft.adapters.method import Method
 
 _LARGEST = 2**20
 """Bytes of a recipe's file"""
@@ -67,6 +70,7 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         raise DiffgraftError(_validation_message(error, kind, name)) from error
     if recipe.format not in (formats := adapter_formats()):
         raise DiffgraftError(f"Invalid value format={short_repr(recipe.format)}: must be one of {', '.join(formats)}.")
+    _check_task(task, method)
     known = {"{trigger}", "{subject}"} if isinstance(recipe, SubjectRecipe | ConceptRecipe) else {"{trigger}"}
     _check_templates([recipe.data, *recipe.parts(), recipe.outputs], known)
     for key, reason in unsupported.items():
@@ -75,6 +79,21 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         if key in recipe.model_fields_set and not off:
             raise DiffgraftError(f"{key} is not supported by method={method.name}: {reason}. Remove it.")
     return recipe
+
+
+def _check_task(task: str, method: "Method") -> None:
+    """Raise DiffgraftError if the method needs condition pictures and the task has none, or the other way round."""
+    has_conditions = "control" in TASKS[task].model_fields
+    if method.needs_conditions and not has_conditions:
+        raise DiffgraftError(
+            f"method={method.name} needs condition pictures, which a {task} recipe does not have: use the recipe "
+            "control."
+        )
+    if has_conditions and not method.needs_conditions:
+        raise DiffgraftError(
+            f"method={method.name} does not use condition pictures, which a {task} recipe is about: set "
+            f"method={TASKS[task].model_fields['method'].default}."
+        )
 
 
 def adapter_formats() -> list[str]:

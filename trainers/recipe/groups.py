@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, field_validator
 
-from diffgraft.data.settings import Buckets, Captions, FolderLayout, Masks, Tags
+from diffgraft.data.settings import Buckets, Captions, Conditions, FolderLayout, Masks, Tags
 from diffgraft.diffusion.settings import Noise, Timesteps
 from diffgraft.strict import Strict
 from diffgraft.trainers.recipe.settings import Loss, Prior, UnderSettings, Validation
@@ -136,6 +136,12 @@ class DataSettings(Group):
         """Settings of prior preservation; None where it is off."""
         prior: Prior | None = getattr(self, "prior", None)
         return None if prior is None or prior.weight == 0 else prior
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """Settings of condition pictures; None for tasks without them."""
+        conditions: Conditions | None = getattr(self, "control", None)
+        return conditions
 
     def fill(self, template: str) -> str:
         """Return `template` with {trigger} and {subject} filled in."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from diffgraft.data.captions import without_word
+from diffgraft.data.settings import Conditions
 from diffgraft.trainers.recipe.groups import (
     AdapterSettings,
     DataSettings,
@@ -39,7 +40,7 @@ class Recipe(
     """Keys of every recipe."""
 
     task: str
-    """Task of the recipe: subject, style or concept; fixed by its file"""
+    """Task of the recipe: subject, style, concept or control; fixed by its file"""
     concepts: list[Concept] = Field(default_factory=list)
     """Several concepts learned at once, each with its own images and words; used instead of `images`"""
 
@@ -104,6 +105,7 @@ class Recipe(
             *(part.images for part in parts),
             self.validation.images,
             *(prior.folder for prior in priors),
+            *(part.conditions.images for part in parts if part.conditions is not None),
         )
         return [folder for folder in dict.fromkeys(named) if folder]
 
@@ -113,7 +115,7 @@ class Recipe(
         if self.lr_schedule == "constant":  # the learning rate does not depend on the number of steps
             paths["steps"] = True
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images", "every", "pairs", "patience"}}
-        paths |= {"under": {"adapter"}}
+        paths |= {"under": {"adapter"}, "control": {"images"}}
         options = {f"options.{name}": value for name, value in self.options.items() if isinstance(value, dict)}
         orders = {name: [*keys] for name, keys in {"lr_scale": self.lr_scale, **options}.items() if len(keys) > 1}
         return {
@@ -127,7 +129,7 @@ class Recipe(
             ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
-        paths |= {"under": {"adapter"}}
+        paths |= {"under": {"adapter"}, "control": {"images"}}
         keys = self.model_dump(mode="json", exclude=paths, exclude_defaults=True)
         return {"task": self.task, **keys}
 
@@ -139,6 +141,9 @@ class Recipe(
             prior = getattr(group, "prior", None)
             if prior is not None and prior.folder:
                 update["prior"] = prior.model_copy(update={"folder": absolute_path(prior.folder)})
+            conditions = getattr(group, "control", None)
+            if conditions is not None and conditions.images:
+                update["control"] = conditions.model_copy(update={"images": absolute_path(conditions.images)})
             return update
 
         return self.model_copy(
@@ -182,7 +187,7 @@ class SubjectRecipe(SubjectData, Recipe):
     """DreamBooth: a subject from a few images of it."""
 
     task: Literal["subject"] = "subject"
-    """Task of the recipe: subject, style or concept; fixed by its file"""
+    """Task of the recipe: subject, style, concept or control; fixed by its file"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a {trigger} {subject}",
@@ -224,7 +229,7 @@ class StyleRecipe(StyleData, Recipe):
     """A style from captioned images."""
 
     task: Literal["style"] = "style"
-    """Task of the recipe: subject, style or concept; fixed by its file"""
+    """Task of the recipe: subject, style, concept or control; fixed by its file"""
 
     default_samples: ClassVar[tuple[str, ...]] = (
         "a dog on the grass, {trigger} style",
@@ -252,7 +257,7 @@ class ConceptRecipe(ConceptData, Recipe):
     """A new word for an object or a style, by textual inversion or pivotal tuning."""
 
     task: Literal["concept"] = "concept"
-    """Task of the recipe: subject, style or concept; fixed by its file"""
+    """Task of the recipe: subject, style, concept or control; fixed by its file"""
     method: str = "textual-inversion"
     """Method: `textual-inversion` trains the word alone, `pivotal` weights as well"""
     lr: float = Field(5e-3, gt=0)
@@ -267,4 +272,35 @@ class ConceptRecipe(ConceptData, Recipe):
     data_group: ClassVar[type[DataSettings]] = ConceptData
 
 
-TASKS: dict[str, type[Recipe]] = {"subject": SubjectRecipe, "style": StyleRecipe, "concept": ConceptRecipe}
+class ControlData(DataSettings):
+    """Images with condition pictures."""
+
+    control: Conditions = Field(default_factory=lambda: Conditions.model_validate({}))
+    """Condition pictures: edges of the images, or files of your own"""
+    trigger: str = ""
+    """Word that calls what was learned; a control network needs none"""
+    prompt: str = "a picture"
+    """Prompt of images without a caption"""
+
+
+class ControlRecipe(ControlData, Recipe):
+    """A network that steers drawing by condition pictures."""
+
+    task: Literal["control"] = "control"
+    """Task of the recipe: subject, style, concept or control; fixed by its file"""
+    method: str = "controlnet"
+    """Method; `controlnet` trains a network beside the denoiser"""
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate"""
+    previews: bool = False
+    """Whether any images are generated: not with a control network, as samples have no condition pictures"""
+
+    data_group: ClassVar[type[DataSettings]] = ControlData
+
+
+TASKS: dict[str, type[Recipe]] = {
+    "subject": SubjectRecipe,
+    "style": StyleRecipe,
+    "concept": ConceptRecipe,
+    "control": ControlRecipe,
+}

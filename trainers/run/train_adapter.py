@@ -151,6 +151,8 @@ class AdapterTraining:
             if recipe.gradient_checkpointing:
                 base.denoiser.enable_gradient_checkpointing()
                 base.denoiser.train()  # checkpointing works in training mode only; these denoisers have no dropout
+                if live.control is not None:
+                    live.control.enable_gradient_checkpointing()
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:

@@ -12,6 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
+from diffgraft.data.conditions import ConditionPicture, condition_pictures
 from diffgraft.data.frames import Crop, RandomCrops, frames, with_mirrored
 from diffgraft.data.inventory import list_names, pluralize
 from diffgraft.data.latents import encode_pictures
@@ -43,6 +44,8 @@ class Sample:
     """Builds the class prompt for each of its texts"""
     frames: list[Crop]
     """Its crops, with mirrored ones if the recipe has `flip`"""
+    condition: ConditionPicture | None = None
+    """Its condition picture; None without a control network"""
 
 
 @dataclass(frozen=True)
@@ -89,16 +92,18 @@ def collect_samples(data: DataSettings, concepts: ConceptImages, base: Base) -> 
     """All training images with their prompts and crops; likely mistakes are issued as warnings.
 
     Raises:
-        DiffgraftError: a prompt is too long and `long_prompts=refuse`; or an epoch is too large; or a mask is black.
+        DiffgraftError: a prompt is too long and `long_prompts=refuse`; or an epoch is too large; or a mask is black; or
+            condition pictures are missing or do not fit.
     """
     samples = []
     for concept, pictures in concepts:
-        for picture in pictures:
+        known = concept.conditions
+        conditions = [None] * len(pictures) if known is None else condition_pictures(pictures, known)
+        for picture, condition in zip(pictures, conditions, strict=True):
             prompts, class_prompts = prompt_builders(concept, picture)
             crops = _frames(data, picture, base)
-            samples.append(
-                Sample(concept, picture, prompts, class_prompts, with_mirrored(crops) if data.flip else crops)
-            )
+            crops = with_mirrored(crops) if data.flip else crops
+            samples.append(Sample(concept, picture, prompts, class_prompts, crops, condition))
     _check_repeats(samples)
     prompts_by_image = [(sample.concept, sample.picture, sample.prompt_builder) for sample in samples]
     check_prompts(data.long_prompts, prompts_by_image, base.tokenizer)
@@ -201,7 +206,10 @@ def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], ti
             sample.class_prompt_builder,
             sample.concept.repeats,
             sample.concept.weight,
-            sample.picture.content + (sample.picture.mask_content if data.masks.use else ""),
+            sample.picture.content
+            + (sample.picture.mask_content if data.masks.use else "")
+            + ("" if sample.condition is None else sample.condition.content),
+            None if sample.condition is None else sample.condition.crop,
         )
         for index, sample in enumerate(samples)
         if index in encoded.rows

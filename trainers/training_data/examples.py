@@ -1,6 +1,6 @@
 """Training examples in the order in which steps see them: a function of seed and sample index, not of earlier steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffgraft.bases import SizeConditioning
 from diffgraft.data.captions import PromptBuilder
+from diffgraft.data.frames import Crop
 from diffgraft.data.latents import Encoded
 from diffgraft.data.settings import Masks, Tags
 from diffgraft.rng import numpy_generator, permutation
@@ -33,7 +34,9 @@ class Example:
     weight: float = 1.0
     """Factor on its loss"""
     content: str = ""
-    """SHA-256 of its file, followed by that of its mask if masks are used"""
+    """SHA-256 of its file, followed by those of its mask if masks are used, and of the file of its condition picture"""
+    condition: Callable[[Crop], Tensor] | None = None
+    """Function that returns its condition picture in a frame, [3, height, width]; None without a control network"""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,13 @@ class Examples:
 
     def size_conditioning(self, variants: Sequence[ExampleVariant]) -> list[SizeConditioning]:
         """Size conditioning of each sample: its image's original size and crop."""
-        return [self.encoded.frames[variant.row].size_conditioning() for variant in variants]
+        return [self.frame_of(variant.example, variant.row) for variant in variants]
+
+    def frame_of(self, example: Example, row: int) -> SizeConditioning:
+        """Size conditioning of an example in one of its rows, with its condition picture if it has one."""
+        crop = self.encoded.frames[row]
+        control = None if example.condition is None else example.condition(crop)
+        return crop.size_conditioning()._replace(control=control)
 
     def weight_map(self, variants: Sequence[ExampleVariant]) -> Tensor | None:
         """Factor on the error at each latent position of n samples, [n, 1, h, w]; None if no sample has a mask."""
