@@ -20,6 +20,7 @@ from diffgraft.devices import device_of, dtype_of, warn_of_slow_bfloat16
 from diffgraft.errors import DiffgraftError, check_options, did_you_mean, short_repr, wrap_system_errors
 from diffgraft.generation.adapter_library import usual_name
 from diffgraft.generation.checks import checked_seeds
+from diffgraft.generation.control import ControlInput, Maker
 from diffgraft.generation.graft import AdapterStrengths
 from diffgraft.generation.grammar.attention import Style
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
@@ -107,6 +108,18 @@ class DrawingOptions(LoadOptions, total=False):
     """With `image`, how much noise is added to it, above 0 and at most 1; 0.7 by default"""
     mask: Picture | None
     """With `image`, a mask of the same size, white where the picture is redrawn (inpainting)"""
+    control: Picture | None
+    """Condition picture that steers drawing: a path or a PIL image; needs `control_net`"""
+    control_net: str | PathLike[str] | Adapter | None
+    """Control network: a run of the recipe `control`, its file, or a ControlNet folder of diffusers"""
+    control_by: Maker | None
+    """``edges`` where `control` is a picture whose edges steer; by default it is the condition picture itself"""
+    control_strength: float
+    """Factor on what the control network adds; 1 by default"""
+    control_start: float
+    """Share of the steps after which it begins to steer; 0 by default"""
+    control_end: float
+    """Share of the steps after which it no longer steers; 1 by default"""
     precision: str
     """``float32``, ``float16`` or ``bfloat16``; by default float16 on a GPU and float32 on the CPU"""
     device: str
@@ -119,6 +132,8 @@ _LOADING = {"precision": "", "device": "", "offload": "none"}
 """Options for holding a base → their defaults"""
 _HIRES = {"hires": "scale", "hires_denoise": "denoise", "hires_steps": "steps", "upscaler": "upscaler"}
 """Option → field of `Hires`"""
+_CONTROL = {"control_by": "by", "control_strength": "strength", "control_start": "start", "control_end": "end"}
+"""Option → field of `ControlInput`"""
 
 
 @wrap_system_errors
@@ -207,6 +222,7 @@ def _opened(
     check_options(name, options, DrawingOptions)
     settings = _settings(options)
     image_input = _image_input(options.get("image"), options.get("denoise"), options.get("mask"))
+    control = _control_input(options)
     strengths = _by_file(adapters)
     for file in strengths:
         if not isinstance(file, Adapter) and not Path(file).expanduser().exists() and not options.get("library"):
@@ -218,6 +234,8 @@ def _opened(
             session.use(
                 file, strength, _free_name(file.method if isinstance(file, Adapter) else usual_name(file), taken)
             )
+        if control is not None:
+            session.steer(_network(options["control_net"]), control)
         pipe = target.pipeline() if options.get("offload", "none") == "model" else None
         try:
             if pipe is not None:
@@ -308,3 +326,28 @@ def _image_input(image: Picture | None, denoise: float | None, mask: Picture | N
     picture = image if isinstance(image, Image.Image) else read_picture(image)
     mask = mask if mask is None or isinstance(mask, Image.Image) else read_picture(mask, "black")
     return ImageInput(picture, 0.7 if denoise is None else denoise, mask)
+
+
+def _control_input(options: Mapping[str, Any]) -> ControlInput | None:
+    """Return the condition picture in the options; None if there is none."""
+    given = {name: options[name] for name in ("control", "control_net", *_CONTROL) if options.get(name) is not None}
+    if not given:
+        return None
+    for name, meaning in (("control", "condition picture"), ("control_net", "control network")):
+        if name not in given:
+            other = next(iter(given))
+            raise DiffgraftError(f"{other} needs a {meaning}, but {name} is missing: give {name} as well.")
+    picture = given["control"]
+    if not isinstance(picture, str | Path | Image.Image):
+        raise DiffgraftError(f"Invalid value control={short_repr(picture)}: must be a path or a picture (PIL).")
+    image = picture if isinstance(picture, Image.Image) else read_picture(picture, "black")
+    return ControlInput(image, **{own: given[name] for name, own in _CONTROL.items() if name in given})
+
+
+def _network(given: Any) -> str | Adapter:
+    """Return the control network of the option `control_net`, which may also be a `Run`."""
+    if isinstance(given, Adapter):
+        return given
+    if not isinstance(given, str | PathLike):
+        raise DiffgraftError(f"Invalid value control_net={short_repr(given)}: must be a run, a file or an adapter.")
+    return os.fspath(given)

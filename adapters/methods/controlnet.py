@@ -19,7 +19,7 @@ from diffgraft.bases.loading import base_of
 from diffgraft.errors import one_line
 
 PART = "control"
-"""First part of the paths of a control network's modules"""
+"""Path of a control network, and first part of the names of its parameters"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,6 +72,13 @@ class AttachedControl(Attached):
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
         settings = self._base.family.control_settings(self.network)
         return Adapter({}, metadata, (ControlNetwork(to_cpu_float32(self.network.state_dict()), settings),))
+
+    def paths(self) -> dict[str, str]:
+        """Path of each parameter's module: the network counts as one, as only its last layers have gradients at first.
+
+        They begin at zero, so that nothing flows through them before the first update.
+        """
+        return dict.fromkeys(self.trainable(), PART)
 
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:

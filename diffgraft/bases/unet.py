@@ -10,7 +10,7 @@ from diffgraft.bases.base import Base
 from diffgraft.bases.family import Conditioning, ControlSignal, Family
 from diffgraft.bases.prediction import ddpm_parameterization
 from diffgraft.diffusion.parameterizations import Parameterization
-from diffgraft.errors import DiffgraftError, short_repr
+from diffgraft.errors import DiffgraftError, one_line, short_repr
 
 _TEXT = {
     "attention": (
@@ -76,8 +76,12 @@ class UNetFamily(Family):
                 own, needed = (_plain(config.get(key)) for config in (settings, base.unet.config))
                 if own != needed:
                     raise ValueError(f"it is for a base with {key} {short_repr(own)}, and this one has {needed}")
-            with torch.device("meta"):
-                network: nn.Module = ControlNetModel.from_config(dict(settings))
+            try:
+                with torch.device("meta"):
+                    network: nn.Module = ControlNetModel.from_config(dict(settings))
+            except Exception as error:  # diffusers raises many kinds of exceptions for wrong settings
+                reason = one_line(error, 200).rstrip(".")
+                raise ValueError(f"its settings are not those of a ControlNet ({reason})") from error
             return network
         if base.quantize != "none":
             raise DiffgraftError(
@@ -86,10 +90,10 @@ class UNetFamily(Family):
             )
         halvings = (base.vae_scale_factor - 1).bit_length()
         with torch.device("meta" if base.device.type == "meta" else "cpu"):
-            network = ControlNetModel.from_unet(
+            new: nn.Module = ControlNetModel.from_unet(
                 base.unet, conditioning_embedding_out_channels=_CONTROL_WIDTHS[: halvings + 1]
             )
-        return network
+        return new
 
     def control_settings(self, network: nn.Module) -> dict[str, Any]:
         """Return the configuration of a ``ControlNetModel`` as its ``config.json`` has it."""
@@ -144,14 +148,12 @@ def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
     return {"encoder_hidden_states": conditioning.hidden_states, **more}
 
 
-def _residuals(
-    control: ControlSignal, given: Tensor, timesteps: Tensor, conditioning: Conditioning
-) -> dict[str, Any]:
+def _residuals(control: ControlSignal, given: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
     """Return what a ControlNet adds to the UNet's skip connections and middle, as keyword arguments of its forward.
 
     Args:
         control: the ControlNet with n condition pictures.
-        given: the UNet's input [n, c, h, w]; a ControlNet of fewer channels takes the first ones, which are the latents.
+        given: the UNet's input [n, c, h, w]; a ControlNet of fewer channels takes the first ones, the latents.
         timesteps: timesteps [n].
         conditioning: hidden states and further tensors of n prompts.
     """

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from diffgraft.generation.regions import Region
     from diffgraft.generation.sheets import Axis
 
-_SAMPLING, _PROMPTS, _SECOND, _SOURCE, _LOADING, _FILES = (
+_SAMPLING, _PROMPTS, _SECOND, _SOURCE, _CONTROL, _LOADING, _FILES = (
     "Sampling",
     "How prompts are read",
     "Second pass at a larger size",
     "Picture to start from",
+    "Condition picture",
     "Holding the base",
     "Files",
 )
@@ -138,6 +139,32 @@ def generate(
         Path | None,
         typer.Option(help="With --image: mask of its size, white where it is redrawn.", rich_help_panel=_SOURCE),
     ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="Condition picture that steers; needs --control-net.", rich_help_panel=_CONTROL),
+    ] = None,
+    control_net: Annotated[
+        str | None,
+        typer.Option(
+            help="Control network: a run of the recipe control, its file, or a ControlNet folder of diffusers.",
+            rich_help_panel=_CONTROL,
+        ),
+    ] = None,
+    control_by: Annotated[
+        str | None,
+        typer.Option(help="edges: steer by the edges of the picture --control.", rich_help_panel=_CONTROL),
+    ] = None,
+    control_strength: Annotated[
+        float | None, typer.Option(help="Factor on its effect. [default: 1]", rich_help_panel=_CONTROL)
+    ] = None,
+    control_start: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps after which it begins. [default: 0]", rich_help_panel=_CONTROL),
+    ] = None,
+    control_end: Annotated[
+        float | None,
+        typer.Option(help="Share of the steps after which it ends. [default: 1]", rich_help_panel=_CONTROL),
+    ] = None,
     predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
     quantize: Annotated[
@@ -242,6 +269,12 @@ def generate(
         "image": image,
         "denoise": denoise,
         "mask": mask,
+        "control": control,
+        "control_net": control_net,
+        "control_by": control_by,
+        "control_strength": control_strength,
+        "control_start": control_start,
+        "control_end": control_end,
         "precision": precision,
         "device": device,
         "offload": offload,
@@ -280,6 +313,7 @@ def regenerate(
     library: Annotated[Path | None, LIBRARY] = None,
     image: Annotated[Path | None, typer.Option(help="Picture that it started from.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask of that picture.")] = None,
+    control: Annotated[Path | None, typer.Option(help="Picture that it was steered by.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the picture.")] = Path("pictures"),
     progress: Annotated[str, PROGRESS] = "auto",
 ) -> None:
@@ -300,6 +334,7 @@ def regenerate(
         library,
         None if image is None else read_picture(image),
         None if mask is None else read_picture(mask, "black"),
+        None if control is None else read_picture(control, "black"),
     )
     with shown_progress(progress):
         drawn = draw_again(picture, sources)

@@ -84,8 +84,10 @@ def condition_pictures(pictures: Sequence[Picture], settings: Conditions) -> lis
         )
     found = [ConditionPicture(picture, files[name]) for picture, name in zip(pictures, named, strict=True)]
     for condition in found:
-        if condition.picture.file is not None and condition.file is not None and condition.file.samefile(
-            condition.picture.file
+        if (
+            condition.picture.file is not None
+            and condition.file is not None
+            and condition.file.samefile(condition.picture.file)
         ):
             raise DiffgraftError(
                 f"control.images={folder} is the folder of the training images: give a folder of condition pictures, "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base
 from diffgraft.bases.family import Conditioning
+from diffgraft.generation.control import StepControl
 from diffgraft.generation.lanes import Lanes
 from diffgraft.generation.samplers.schedules import NoiseLevels
 
@@ -93,6 +94,18 @@ class Kept:
     """1 where the picture is redrawn, [1, 1, h, w]"""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of the denoiser besides latents and prompts, the same for all pictures of a batch."""
+
+    size: Tensor | None = None
+    """Micro-conditioning of one picture [6], for families with it"""
+    channels: Tensor | None = None
+    """Further channels of an inpainting denoiser's input [1, c, h, w]"""
+    control: StepControl | None = None
+    """Condition picture with its control network"""
+
+
 Window = tuple[slice, slice]
 """Rows and columns of latents"""
 _GRID = 8
@@ -122,8 +135,7 @@ class GuidedDenoiser:
         base: Base,
         guides: Sequence[Guide],
         guidance: Guidance,
-        size: Tensor | None = None,
-        channels: Tensor | None = None,
+        inputs: Inputs = Inputs(),
         kept: Kept | None = None,
         lanes: Lanes | None = None,
     ) -> None:
@@ -133,8 +145,7 @@ class GuidedDenoiser:
             base: base that draws.
             guides: prompts of each picture.
             guidance: how the predictions are put together.
-            size: micro-conditioning of one picture [6], for families with it.
-            channels: further channels of an inpainting denoiser's input [1, c, h, w].
+            inputs: inputs of the denoiser besides latents and prompts.
             kept: latents that stay as they are, for other denoisers.
             lanes: adapters of single guides.
         """
@@ -143,7 +154,7 @@ class GuidedDenoiser:
         """The last prediction"""
         self.levels, self._parameterization = noise_levels(base), base.parameterization
         self._base, self._guidance = base, guidance
-        self._size, self._channels, self._kept, self._lanes = size, channels, kept, lanes
+        self._inputs, self._kept, self._lanes = inputs, kept, lanes
         self._layers = [(row, *layer) for row, guide in enumerate(guides) for layer in _layers(guide)]
         """Picture, guide, its weight at each place, and its region, of everything that is predicted"""
         weights = [weight for _, guide, _, _ in self._layers for weight, _ in guide.parts]
@@ -188,12 +199,15 @@ class GuidedDenoiser:
             told = [asked[place].told for place in places]
             latents = torch.stack([_inside(x[asked[place].row], asked[place].window) for place in places])
             added = {name: torch.stack([item.added[name] for item in told]) for name in told[0].added}
-            if self._size is not None:
-                added["time_ids"] = self._size.expand(len(places), -1)
-            channels = self._channels
+            inputs, window, control = self._inputs, asked[places[0]].window, None
+            if inputs.size is not None:
+                added["time_ids"] = inputs.size.expand(len(places), -1)
+            channels = inputs.channels
             if channels is not None:
-                channels = _inside(channels, asked[places[0]].window).expand(len(places), -1, -1, -1)
-            states = Conditioning(torch.stack([item.states for item in told]), added, channels)
+                channels = _inside(channels, window).expand(len(places), -1, -1, -1)
+            if inputs.control is not None:
+                control = inputs.control.signal(self.step, window, len(places))
+            states = Conditioning(torch.stack([item.states for item in told]), added, channels, control)
             times = torch.full((len(places),), self.levels.timestep(sigma), device=x.device)
             if self._lanes is not None:
                 self._lanes.rows = [asked[place].lane for place in places]

@@ -75,6 +75,23 @@ class InputRecord:
 
 
 @dataclass(frozen=True)
+class ControlRecord:
+    """The control network and the condition picture that a picture was steered by."""
+
+    name: str
+    """Name of the network's file; empty if it has none"""
+    hash: str
+    """`diffgraft.generation.adapter_library.content_hash` of its file; empty if it has none"""
+    pixels: str
+    """Hash of the pixels of the given picture at the size that was drawn"""
+    by: str | None = None
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    """These four as in `diffgraft.generation.control.ControlInput`"""
+
+
+@dataclass(frozen=True)
 class EditRecord:
     """How a pair of pictures was edited by attention control; the batch is the source prompt and the edited one."""
 
@@ -113,6 +130,7 @@ class DrawingRecord:
     adapters: Sequence[AdapterRecord] = ()
     image: InputRecord | None = None
     edit: EditRecord | None = None
+    control: ControlRecord | None = None
     is_complete: bool = True
     """Whether nothing else changed the base; adapters that were merged outside of the session are not known"""
     version: str = field(default_factory=lambda: version("diffgraft"))
@@ -145,17 +163,19 @@ class DrawingRecord:
             prompts = [str(prompt) for prompt in given.pop("prompts")]
             batch = [(prompts[index(number)], index(seed)) for number, seed in given.pop("batch")]
             width, height = given.pop("size")
-            image, edit = given.pop("image", None), given.pop("edit", None)
+            image, edit, control = given.pop("image", None), given.pop("edit", None), given.pop("control", None)
             adapters = [AdapterRecord(**adapter) for adapter in given.pop("adapters", ())]
             record = cls(
                 batch=batch,
                 size=(int(width), int(height)),
                 image=None if image is None else InputRecord(**image),
                 edit=None if edit is None else EditRecord(**edit),
+                control=None if control is None else ControlRecord(**control),
                 adapters=adapters,
                 **given,
             )
             names = [record.base, record.base_hash, *(text for own in adapters for text in (own.name, own.hash))]
+            names += [] if record.control is None else [record.control.name, record.control.hash]
             if not all(isinstance(name, str) for name in names) or not isinstance(record.settings, Mapping):
                 raise TypeError("names and settings have other types")
             record.loading["dtype"]
@@ -226,6 +246,12 @@ def parameters(record: DrawingRecord) -> str:
         source = record.batch[0][0]
         shares = f", prompt-to-prompt with cross {edit.cross:g} and self {edit.self:g}" if len(record.batch) > 1 else ""
         values["Edit"] = f"{'source' if edit.inner is None else 'inversion'} {source!r}{shares}"
+    if control := record.control:
+        model = f"{control.name} [{control.hash[:8]}]" if control.hash else control.name
+        values["ControlNet 0"] = (
+            f"Module: {'canny' if control.by == 'edges' else 'none'}, Model: {model}, Weight: {control.strength:g}, "
+            f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
+        )
     hashes = {adapter.name: adapter.hash[:12] for adapter in record.adapters if adapter.hash}
     values["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items()) or None
     values["Version"] = f"diffgraft {record.version}"

@@ -16,6 +16,7 @@ from diffgraft.errors import DiffgraftError, wrap_system_errors
 from diffgraft.generation.adapter_library import as_path, usual_name
 from diffgraft.generation.attention_control import Edit, edit
 from diffgraft.generation.checks import check_prompt
+from diffgraft.generation.control import ControlInput, Maker
 from diffgraft.generation.grammar.encode import Emphasis, Encoding
 from diffgraft.generation.grammar.tags import split_tags
 from diffgraft.generation.image_input import ImageInput
@@ -51,6 +52,8 @@ class Sources:
     """Picture that it started from"""
     mask: Image.Image | None = None
     """Mask of that picture"""
+    control: Image.Image | None = None
+    """Picture that it was steered by"""
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,38 @@ def _from_record(path: Path, record: DrawingRecord, sources: Sources) -> tuple[I
             session.library.names[adapter.name] = found
             if adapter.strength is not None:
                 session.use(adapter.name, adapter.strength, adapter.name)
+        if record.control is not None:
+            differences += _steer(path, record, session, sources)
         prompts = [_without_choices(prompt) for prompt, _ in record.batch]
         seeds = [seed for _, seed in record.batch]
         if record.edit is not None:
             return _edited(session, record.edit, prompts, seeds[0], settings, image)[record.place], differences
         return session.draw_each(prompts, seeds, settings, image)[record.place], differences
+
+
+def _steer(path: Path, record: DrawingRecord, session: Session, sources: Sources) -> list[str]:
+    """Steer the session by the control network and condition picture of a record, and return what differs.
+
+    Raises:
+        DiffgraftError: the picture is missing or another one, the network is missing, or the record is damaged.
+    """
+    told, differences = record.control, []
+    assert told is not None
+    if sources.control is None:
+        raise DiffgraftError(
+            f"{path} was steered by a condition picture, which it does not contain: give that picture by --control."
+        )
+    given = ControlInput(sources.control, cast(Maker, told.by), told.strength, told.start, told.end)
+    if pixel_hash(given.resized(record.size)) != told.pixels:
+        raise DiffgraftError(
+            f"{path} was steered by another picture than the one given by --control: give the original one."
+        )
+    found = _adapter_file(session, told.name, told.hash, sources)
+    if told.hash and session.library.hash_of(found) != told.hash:
+        differences.append(f"{found} is another file than the control network {told.name} that it was drawn with.")
+    session.library.names[told.name] = found
+    session.steer(told.name, given)
+    return differences
 
 
 def _edited(

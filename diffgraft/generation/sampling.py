@@ -10,11 +10,12 @@ from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
 from diffgraft.bases.family import SizeConditioning
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.control import Steering
 from diffgraft.generation.grammar.composition import split_parts
 from diffgraft.generation.grammar.encode import encode_texts
 from diffgraft.generation.grammar.schedule import schedule_of
 from diffgraft.generation.grammar.tags import AdapterTag, split_tags
-from diffgraft.generation.guided import Area, Guidance, Guide, GuidedDenoiser, Kept, Told
+from diffgraft.generation.guided import Area, Guidance, Guide, GuidedDenoiser, Inputs, Kept, Told, noise_levels
 from diffgraft.generation.image_input import ImageInput, Start, first_step
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneAdapters, Lanes
@@ -92,6 +93,8 @@ class Pass:
     """Further channels of an inpainting denoiser"""
     lanes: Sequence[Mapping[str, InUse]] = ()
     """Adapters that act on single pictures or regions"""
+    steering: Steering | None = None
+    """Control network with its condition picture"""
 
 
 class Painter:
@@ -111,11 +114,13 @@ class Painter:
         if start is not None and start.mask is not None and work.channels is None:
             kept = Kept(start.latents, start.mask)
         lanes = Lanes(self._base.family.denoiser, self._base.denoiser) if any(work.lanes) else None
-        denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), micro, work.channels, kept, lanes)
         sampler = named_sampler(settings.sampler)
-        sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, denoise.levels)
+        sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, noise_levels(self._base))
         sigmas = sigmas if start is None else sigmas[first_step(start.denoise, work.steps) :]
         factor = self._base.vae_scale_factor
+        steered = None if work.steering is None else work.steering.for_pass(work.size, len(sigmas) - 1, factor)
+        inputs = Inputs(micro, work.channels, steered)
+        denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), inputs, kept, lanes)
         shape = (self._base.latents.channels, height // factor, width // factor)
         streams = [noise_stream(settings.noise, job.seed) for job in work.jobs]
         seed = settings.variation_seed

@@ -26,6 +26,7 @@ from diffgraft.bases.loading import base_of
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 from diffgraft.generation.adapter_library import AdapterLibrary, usual_name
 from diffgraft.generation.checks import check_prompt, checked_seeds
+from diffgraft.generation.control import ControlInput, Steering, build_network
 from diffgraft.generation.enlarge import enlarged, hires_size
 from diffgraft.generation.graft import has_other_grafts
 from diffgraft.generation.grammar.choices import WILDCARD, draw_choices
@@ -37,6 +38,7 @@ from diffgraft.generation.lanes import LaneError
 from diffgraft.generation.latents import decode
 from diffgraft.generation.metadata import (
     AdapterRecord,
+    ControlRecord,
     DrawingRecord,
     InputRecord,
     loading_of,
@@ -80,6 +82,7 @@ class Session:
         self._applied = AppliedAdapters(target)
         self.painter = Painter(self.base, self._applied)
         """Runs samplers with the adapters in use"""
+        self._steering: Steering | None = None
 
     @property
     def adapters(self) -> Mapping[str, InUse]:
@@ -115,8 +118,31 @@ class Session:
             raise DiffgraftError(f"No adapter {name!r} is in use: {did_you_mean(str(name), self._applied.in_use)}")
         self._applied.apply({key: value for key, value in self._applied.in_use.items() if key != name}, 0, 1)
 
+    def steer(self, network: str | Path | Adapter, control: ControlInput) -> None:
+        """Steer all pictures from now on by a condition picture; an earlier one no longer steers.
+
+        Args:
+            network: control network: a run of the recipe `control`, its file, its name in the library, or a ControlNet
+                folder of diffusers.
+            control: the condition picture, and how much it steers.
+
+        Raises:
+            DiffgraftError: there is no such network, or it does not fit the base; nothing has changed.
+        """
+        name, adapter, digest = "", network, ""
+        if not isinstance(adapter, Adapter):
+            loaded, name = self.library.load(str(network)), usual_name(str(network))
+            adapter, digest = loaded.adapter, loaded.hash
+        built = build_network(adapter, self.base, name or f"The {adapter.method} adapter", self.painter.device)
+        self._steering = Steering(built, control, name, digest)
+
+    def stop_steering(self) -> None:
+        """Draw without a condition picture from now on."""
+        self._steering = None
+
     def close(self) -> None:
-        """Remove all adapters; the base's weights are the same bits as before the session."""
+        """Remove all adapters and the control network; the base's weights are the same bits as before the session."""
+        self._steering = None
         self._applied.apply({}, 0, 1)
 
     @contextmanager
@@ -212,7 +238,7 @@ class Session:
         with phase(phase_title, len(batches) * count_sampled_steps(settings, source)) as tracker:
             progress = Progress(tracker, on_step)
             for each in batches:
-                work = Pass(each, settings, size, settings.steps)
+                work = Pass(each, settings, size, settings.steps, steering=self._steering)
                 for job, drawn in zip(each, self._draw_mixed(work, source, progress), strict=True):
                     images.append(drawn)
                     if on_picture is not None:
@@ -290,6 +316,8 @@ class Session:
         native = (self.base.resolution, self.base.resolution)
         if image is not None:
             native = native_size(self.base, image.image)
+        elif self._steering is not None:
+            native = native_size(self.base, self._steering.control.image)
         width, height = settings.size or native
         step = math.lcm(self.base.vae_scale_factor, 8)
         if width % step or height % step:
@@ -314,6 +342,11 @@ class Session:
         if source is not None:
             mask = "" if source.mask is None else pixel_hash(source.mask)
             image = InputRecord(pixel_hash(source.image), source.denoise, mask)
+        control = None
+        if (steering := work.steering) is not None:
+            own = steering.control
+            pixels = pixel_hash(own.resized(work.size))
+            control = ControlRecord(steering.name, steering.hash, pixels, own.by, own.strength, own.start, own.end)
         adapters = [
             AdapterRecord(name, item.hash, item.strength)
             if name in self._applied.in_use
@@ -330,6 +363,7 @@ class Session:
             loading_of(self.base, self.painter.device),
             adapters,
             image,
+            control=control,
             is_complete=not has_other_grafts(self.base, self._applied.graft),
         )
         yield from (replace(record, place=place) for place in range(len(work.jobs)))

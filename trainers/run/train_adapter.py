@@ -149,10 +149,9 @@ class AdapterTraining:
             live = attach(recipe, base, self.setup.start)
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
-                base.denoiser.enable_gradient_checkpointing()
-                base.denoiser.train()  # checkpointing works in training mode only; these denoisers have no dropout
-                if live.control is not None:
-                    live.control.enable_gradient_checkpointing()
+                for network in filter(None, (base.denoiser, live.control)):
+                    network.enable_gradient_checkpointing()
+                    network.train()  # checkpointing works in training mode only; these networks have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
