@@ -29,8 +29,8 @@ from diffgraft.trainers.run.train import train
 
 PAGE = Path(__file__).parent / "results" / "control.md"
 PICTURE = Path(__file__).parent / "pictures" / "control.png"
-SCENES, SHOWN = 48, 8
-STRENGTHS = (0.0, 0.5, 1.0)
+SCENES, SHOWN = 32, 8
+STRENGTHS = (0.0, 1.0)
 HEAD = f"""# Steered by edges
 
 `python -m benchmarks.control` wrote this page. The recipe `control` was trained on {PICTURES} captioned pictures of the

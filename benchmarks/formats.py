@@ -20,6 +20,7 @@ from diffgraft.adapters.methods.lokr import Kronecker
 from diffgraft.adapters.methods.lora import LowRank
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.registry import read_delta, read_network, written_dialects
+from diffgraft.bases import load_base
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
@@ -34,7 +35,8 @@ and read again bit for bit. – means that the format cannot hold it: `diffgraft
 `kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `webui`
 contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
 for each part of the base, `custom-diffusion` one with a file for each word; it holds new weights, so `convert` needs
-`--base` for differences. `diffgraft` is this project's own layout, described in `adapters/formats/native.py`.
+`--base` for differences. `controlnet` is diffusers' ControlNets. `diffgraft` is this project's own layout, described in
+`adapters/formats/native.py`.
 
 """
 TAIL = """
@@ -114,6 +116,7 @@ def samples() -> dict[str, Adapter]:
     new = on_all("replacement", {path: {"weight": value} for path, value in keys.items()}, None)
     adapters["custom, new weights"] = replace(new, metadata={**new.metadata, "method": "custom"}, tokens=words)
     adapters["hypernetwork"] = _hypernetwork(drawn)
+    adapters["controlnet"] = _control_network()
     return adapters
 
 
@@ -141,6 +144,13 @@ def _hypernetwork(drawn: Callable[..., Tensor]) -> Adapter:
             }
     network = read_network("hypernetwork", tensors, settings.model_dump())
     return Adapter({}, {"method": "hypernetwork"}, (network,))
+
+
+def _control_network() -> Adapter:
+    base = load_base("tiny")
+    network = base.family.control_network(base)
+    read = read_network("controlnet", network.state_dict(), base.family.control_settings(network))
+    return Adapter({}, {"method": "controlnet"}, (read,))
 
 
 def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:

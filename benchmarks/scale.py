@@ -129,7 +129,7 @@ def measure(family: str, file: Path) -> Iterator[Loaded | Row]:
     assert base.family.name == family
     numbers = sum(value.numel() for _, part in base.parts() for value in part.parameters())
     yield Loaded(family, numbers, file.stat().st_size / 1e9, took, _peak())
-    for method in methods().values():
+    for method in (own for own in methods().values() if not own.needs_conditions):
         yield _one(base, method, file.parent)
 
 

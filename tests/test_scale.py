@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.file_work import on_adapters, on_checkpoints
 from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
-from diffgraft.adapters.registry import methods
+from tests.recipes import ON_PICTURES
 
 PARAMETERS = {"sd1": 1_066_235_307, "sd2": 1_289_952_427, "sdxl": 3_468_837_867}
 """Of UNet, text encoders and VAE; the published models have as many"""
@@ -21,7 +21,7 @@ def test_every_method_at_the_real_size(family: str, tmp_path: Path) -> None:
     assert isinstance(loaded, Loaded)
     assert loaded.parameters == PARAMETERS[family]
     assert loaded.gigabytes < GIGABYTES
-    assert {row.method for row in rows if isinstance(row, Row)} == set(methods())
+    assert {row.method for row in rows if isinstance(row, Row)} == set(ON_PICTURES)
     for row in rows:
         assert isinstance(row, Row)
         # rounding: weights in bfloat16 have eight bits

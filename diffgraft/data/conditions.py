@@ -1,10 +1,13 @@
 """Condition pictures of training images: their edges, or files with the same names in another folder."""
 
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from diffgraft.data.frames import Crop
@@ -18,12 +21,18 @@ from diffgraft.pixels import to_tensor
 
 @dataclass(frozen=True)
 class ConditionPicture:
-    """The condition picture of a training image; it is made anew at each access, so that thousands need no memory."""
+    """The condition picture of a training image.
+
+    Files are read anew at each access, so that thousands need no memory; edges are made once, and kept in a few
+    kilobytes.
+    """
 
     picture: Picture
     """The training image"""
     file: Path | None = None
     """File of the condition picture, of the same aspect ratio; None: the edges of the training image"""
+    _made: dict[Crop, bytes] = field(default_factory=dict, repr=False)
+    """Crop → its edges, one bit for each pixel, compressed"""
 
     def crop(self, frame: Crop) -> Tensor:
         """Return the same crop as of the training image, mirrored as it is: [3, height, width], values from 0 to 1.
@@ -34,11 +43,19 @@ class ConditionPicture:
             DiffgraftError: the picture cannot be read.
         """
         if self.file is None:
-            condition = edges(frame.crop(self.picture.image))
-        else:
-            image = read_picture(self.file, "black")
-            condition = frame.crop(image if image.size == frame.original else image.resize(frame.original))
+            return self._edges(frame).expand(3, -1, -1)
+        image = read_picture(self.file, "black")
+        condition = frame.crop(image if image.size == frame.original else image.resize(frame.original))
         return to_tensor([condition])[0] / 2 + 0.5
+
+    def _edges(self, frame: Crop) -> Tensor:
+        """Return the edges of a crop, [height, width] with the values 0 and 1."""
+        if frame not in self._made:
+            lines = np.asarray(edges(frame.crop(self.picture.image)).convert("L")) > 0
+            self._made[frame] = zlib.compress(np.packbits(lines).tobytes())
+        width, height = frame.size
+        packed = np.frombuffer(zlib.decompress(self._made[frame]), np.uint8)
+        return torch.from_numpy(np.unpackbits(packed, count=width * height).reshape(height, width)).float()
 
     @property
     def content(self) -> str:

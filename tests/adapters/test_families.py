@@ -13,7 +13,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.lora import low_rank
-from diffgraft.adapters.registry import get_method, methods
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers, parts_of
 from diffgraft.bases.loading import CONFIGS
@@ -22,6 +22,7 @@ from diffgraft.bases.unet import unet_arguments
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from tests.conftest import UNETS, fresh
+from tests.recipes import ON_PICTURES
 
 
 def random_lora(base: Base, layers: str) -> Adapter:
@@ -45,7 +46,7 @@ def said(base: Base) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", ON_PICTURES)
 @pytest.mark.parametrize("family", sorted(UNETS))
 def test_every_method_trains_and_grafts_on_every_family(
     family: str, method: str, folders: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import Attached
-from diffgraft.adapters.registry import get_method, methods
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.quantized import Quantized, bytes_when_quantized, weight_and_bias
 from diffgraft.errors import DiffgraftError
@@ -26,7 +26,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
-from tests.recipes import SUBJECT
+from tests.recipes import ON_PICTURES, SUBJECT
 
 KINDS = ("int8", "nf4")
 # Dettmers et al. 2023, arXiv:2305.14314, appendix E
@@ -165,7 +165,7 @@ def gradients(base: Base, plan: Any) -> tuple[Tensor, dict[str, Tensor], Adapter
         live.detach()
 
 
-PLANS: dict[str, Any] = {name: (name, {"text_encoder": True}) for name in methods() if name != "full"}
+PLANS: dict[str, Any] = {name: (name, {"text_encoder": True}) for name in ON_PICTURES if name != "full"}
 PLANS["dora"] = ("lora", {"text_encoder": True, "options": {"dora": True}})
 PLANS["locon with dora"] = ("locon", {"options": {"dora": True}})
 PLANS["pivotal with dora"] = ("pivotal", {"options": {"weights_options": {"dora": True}}})

@@ -64,7 +64,7 @@ def test_small_pictures_are_not_enlarged_where_that_is_off() -> None:
 def test_without_buckets_pictures_are_squares() -> None:
     (found,) = frames((300, 200), 64, SQUARE, 8)
     assert found == Crop((300, 200), (96, 64), (16, 0), (64, 64))
-    assert found.size_conditioning() == ((200, 300), (0, 16), (64, 64))
+    assert found.size_conditioning() == ((200, 300), (0, 16), (64, 64), None)
 
 
 def test_random_cuts_are_the_pictures_own_and_stay_inside() -> None:

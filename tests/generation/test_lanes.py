@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.method import Spec
-from diffgraft.adapters.registry import get_method, methods
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError
@@ -23,6 +23,7 @@ from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 from tests.adapters.toys import shake
 from tests.generation.test_session import bits, pixels, same
+from tests.recipes import ON_PICTURES
 
 FEW = DrawSettings(steps=3)
 
@@ -49,7 +50,7 @@ def library(base: Base, tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not change M00")
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", ON_PICTURES)
 def test_each_row_gets_what_graft_merges_for_it(method: str, base: Base) -> None:
     """On a denoiser with one adapter merged already; the second row has no lane."""
     first, second = (made(base, method, seed) for seed in (1, 2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffgraft.adapters.formats import load_adapter
-from diffgraft.adapters.registry import get_method, methods
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.unet import unet_arguments
 from diffgraft.devices import has_bfloat16
@@ -21,13 +21,13 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from tests.conftest import SHORT
 from tests.drawing import generate
-from tests.recipes import SUBJECT
+from tests.recipes import ON_PICTURES, SUBJECT
 
 FAST: dict[str, Any] = {**SHORT, "steps": 2, "checkpoint_every": 0, "sample_prompts": "a dog", "prior": {"weight": 0}}
 FAST["trigger"] = "<zorp>"  # a word that the base does not know, as some of the methods need it
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", ON_PICTURES)
 def test_a_method_trains_and_what_it_leaves_is_what_was_trained(
     method: str, base: Base, pictures: Path, tmp_path: Path
 ) -> None:
@@ -52,7 +52,7 @@ def test_a_method_trains_and_what_it_leaves_is_what_was_trained(
 def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Path, tmp_path: Path) -> None:
     """All of them start at the base, or near it, and see the same noise."""
     first = {}
-    for method in methods():
+    for method in ON_PICTURES:
         settings = {**FAST, "steps": 1, "method": method}
         run = train(SUBJECT, base=base, images=pictures, output=tmp_path / method, **settings)
         first[method] = run.metrics[0]["loss"]
@@ -79,7 +79,7 @@ def test_options_that_are_none_are_refused_before_anything_is_written(pictures: 
     assert not output.exists()
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", ON_PICTURES)
 def test_every_method_on_stable_diffusion_xl(method: str, sdxl_folder: Path, pictures: Path, tmp_path: Path) -> None:
     """Two text encoders and what the UNet is told besides; the file does on a fresh base what was trained."""
     base, fresh = load_base(sdxl_folder), load_base(sdxl_folder)
@@ -177,7 +177,7 @@ OTHER: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("options", [ONE, OTHER], ids=["one", "other"])
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", ON_PICTURES)
 def test_every_option_of_the_loop_goes_with_every_method(
     method: str, options: dict[str, Any], pictures: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.settings import DrawSettings
-from tests.recipes import SUBJECT
+from tests.recipes import ON_PICTURES, SUBJECT
 
 DIGESTS = Path(__file__).parent / "digests.json"
 """Version of PyTorch, vector instructions and processor → run → digests of its adapter file, as `digests` takes them.
@@ -38,7 +38,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (SUBJECT, {"method": name})
         for name, method in methods().items()
-        if name not in ("lora", "textual-inversion") and method.attach.__module__.startswith("diffgraft.")
+        if name in ON_PICTURES
+        and name not in ("lora", "textual-inversion")
+        and method.attach.__module__.startswith("diffgraft.")
     },
 }
 """Name → recipe and settings; `subject` trains a LoRA, `concept` a word by textual inversion"""

@@ -75,7 +75,8 @@ def _hint(settings: AdapterSettings, base: Base, start: AdapterFile, unmatched: 
     method = str(settings.options.get("weights", "lora")) if settings.method == "pivotal" else settings.method
     trained = {"locon": "lora", "custom": "full"}.get(method, method)  # kind of the method's deltas
     if adapter.networks:
-        return "" if settings.method == "hypernetwork" else " Set method=hypernetwork."
+        kind = adapter.networks[0].kind
+        return "" if settings.method == kind else f" Set method={kind}."
     with_weights = "custom" if adapter.method == "custom" else "pivotal"
     with_words = with_weights if kinds else "textual-inversion"
     if adapter.tokens and settings.method not in ("pivotal", "custom", with_words):
