@@ -232,10 +232,15 @@ def test_exported_it_gives_the_same_residuals_in_diffusers(base: Base, drawings:
         again = load_adapter(path).networks[0]
         assert all(torch.equal(value, source.tensors[name]) for name, value in again.tensors.items())
     started = dg.train(
-        "control", base=base, images=drawings, output=tmp_path / "more", init_from=str(tmp_path / "theirs"), **QUICK
+        "control",
+        base=base,
+        images=drawings,
+        output=tmp_path / "more",
+        init_from=str(tmp_path / "theirs"),
+        **{**QUICK, "lr": 1e-5},
     )
     moved = started.adapter.networks[0].tensors
-    assert max(float((moved[name] - value).abs().max()) for name, value in source.tensors.items()) < 1e-3
+    assert max(float((moved[name] - value).abs().max()) for name, value in source.tensors.items()) < 1e-4
 
 
 def test_stopped_and_resumed_it_is_never_stopped(base: Base, drawings: Path, tmp_path: Path) -> None:
