@@ -107,7 +107,7 @@ METHOD = Method(
         **NO_FACTORS,
         "layers": "it is a network beside the denoiser",
         "text_encoder": "it is a network beside the denoiser",
-        "previews": "samples have no condition pictures: draw with the network after the run",
+        "sample_prompts": "samples have the prompts and condition pictures of training images",
     },
     needs_conditions=True,
     read_network=read_network,

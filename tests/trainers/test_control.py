@@ -20,8 +20,10 @@ from diffgraft.adapters.methods.controlnet import AttachedControl, ControlNetwor
 from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
+from diffgraft.data.frames import Crop
 from diffgraft.edges import edges
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.session import Session
 from diffgraft.rng import normal
 from diffgraft.trainers.denoiser import Denoiser
 from diffgraft.trainers.hooks.health import GradMonitor
@@ -31,7 +33,7 @@ from tests.conftest import fresh
 from tests.trainers.interrupt_helpers import interrupted_after
 
 WIDTH, HEIGHT = 80, 48
-QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "seed": 5, "checkpoint_every": 0, "warmup": 0, "flip": False}
+QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "seed": 5, "checkpoint_every": 0, "previews": False, "flip": False}
 
 
 def drawing(number: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
@@ -243,6 +245,30 @@ def test_exported_it_gives_the_same_residuals_in_diffusers(base: Base, drawings:
     assert max(float((moved[name] - value).abs().max()) for name, value in source.tensors.items()) < 1e-4
 
 
+def test_samples_are_steered_by_conditions_of_the_training_images(
+    base: Base, drawings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool, bytes]] = []
+    draw = Session.draw
+
+    def watched(session: Session, prompts: Any, *rest: Any) -> Any:
+        steering = session._steering
+        asked.append((prompts, steering is not None, steering.control.image.tobytes() if steering else b""))
+        return draw(session, prompts, *rest)
+
+    monkeypatch.setattr(Session, "draw", watched)
+    settings = {**QUICK, "previews": True, "sample_every": 2, "lr": 1e-2}
+    run = dg.train("control", base=base, images=drawings, output=tmp_path / "run", **settings)
+    assert run.before_after.is_file()
+    assert (run.folder / "samples" / "step-000002.png").is_file()
+    prompts = [f"a picture of {number} dogs" for number in range(4)]
+    assert [prompt for prompt, _, _ in asked] == prompts * 3
+    assert [is_steered for _, is_steered, _ in asked] == [True] * 4 + [False] * 4 + [True] * 4
+    square = Crop((WIDTH, HEIGHT), (107, 64), (21, 0), (64, 64))
+    squares = [edges(square.crop(drawing(number))) for number in range(4)]
+    assert [content for _, _, content in asked[:4]] == [own.tobytes() for own in squares]
+
+
 def test_stopped_and_resumed_it_is_never_stopped(base: Base, drawings: Path, tmp_path: Path) -> None:
     settings = {**QUICK, "steps": 5, "ema": 0.9, "gradient_checkpointing": True, "caption_dropout": 0.3, "flip": True}
     settings |= {"validation": {"share": 0.4, "every": 2, "pairs": 4}}
@@ -321,7 +347,7 @@ def test_conditions_that_do_not_fit_are_refused_before_training(
     [
         ("control", {"method": "lora"}, "method=lora does not use condition pictures.*set method=controlnet"),
         ("style", {"method": "controlnet"}, "method=controlnet needs condition pictures.*use the recipe control"),
-        ("control", {"previews": True}, "previews is not supported by method=controlnet: samples have no condition"),
+        ("control", {"sample_prompts": "a dog"}, "sample_prompts is not supported by method=controlnet: samples have"),
         ("control", {"rank": 4}, "rank is not supported by method=controlnet"),
         ("control", {"control": {"by": "depth"}}, "Invalid value control.by='depth'"),
         ("control", {"control": "edges"}, r"control is a group; set one of its keys: control\.by, control\.images"),

@@ -292,8 +292,6 @@ class ControlRecipe(ControlData, Recipe):
     """Method; `controlnet` trains a network beside the denoiser"""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate"""
-    previews: bool = False
-    """Whether any images are generated: not with a control network, as samples have no condition pictures"""
 
     data_group: ClassVar[type[DataSettings]] = ControlData
 

@@ -18,7 +18,7 @@ from diffgraft.progress import Artifact, Control, StoppedError, emit, phase, rep
 from diffgraft.progress import control as current_control
 from diffgraft.trainers.hooks.checkpoint import check_same
 from diffgraft.trainers.hooks.metrics import loss_curves
-from diffgraft.trainers.hooks.samples import before_after, warn_of_overflow
+from diffgraft.trainers.hooks.samples import before_after, steered_samples, warn_of_overflow
 from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
@@ -151,7 +151,8 @@ def _train(
                 if recipe.previews:
                     side = resolution_of(recipe.data, held)
                     with warn_of_overflow("before-after.png is missing."):
-                        sheet = before_after(recipe.samples(), side, held, run.adapter, _shown(read))
+                        steered = steered_samples(read, side)
+                        sheet = before_after(recipe.samples(), side, held, run.adapter, _shown(read), steered)
                         emit(Artifact("samples", save_image(sheet, run.before_after), run.steps))
             accelerator.wait_for_everyone()
     finally:

@@ -23,7 +23,7 @@ from diffgraft.trainers.hooks.ema import Ema
 from diffgraft.trainers.hooks.health import GradMonitor
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics, by_step
-from diffgraft.trainers.hooks.samples import draw_samples, warn_of_overflow
+from diffgraft.trainers.hooks.samples import draw_samples, draw_steered, steered_samples, warn_of_overflow
 from diffgraft.trainers.hooks.text_encoder_stop import TextEncoderStopHook
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.hooks.validation import ValidationHook, held_out
@@ -211,9 +211,12 @@ class AdapterTraining:
                 warn_of_overflow(f"Samples of step {step} are missing."),
             ):
                 side = resolution_of(recipe.data, base)
-                sheet = grid(draw_samples(recipe.samples(), side, base, f"samples at step {step}", count=2))
+                if steered := steered_samples(self.setup.read, side):
+                    images = draw_steered(steered, live.adapter({}), base, count=2)
+                else:
+                    images = draw_samples(recipe.samples(), side, base, f"samples at step {step}", count=2)
                 if self.setup.is_main:
-                    save_image(sheet, file)
+                    save_image(grid(images), file)
             base.denoiser.train(recipe.gradient_checkpointing)
             live.train()
 
