@@ -117,6 +117,24 @@ def condition_pictures(pictures: Sequence[Picture], settings: Conditions) -> lis
     return found
 
 
+def check_unshared(conditions: Sequence[ConditionPicture]) -> None:
+    """Check that no file is the condition picture of different training images, as of folders with the same names.
+
+    Raises:
+        DiffgraftError: one is.
+    """
+    owners: dict[Path, Picture] = {}
+    for condition in conditions:
+        if condition.file is None:
+            continue
+        other = owners.setdefault(condition.file, condition.picture)
+        if other.content != condition.picture.content:
+            raise DiffgraftError(
+                f"{condition.file} would be the condition picture of two different training images: give the images of "
+                "different folders different names."
+            )
+
+
 def _by_name(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield path inside the folder without suffix, and path, of each picture file below a folder."""
     for path in sorted(folder.rglob("*"), reverse=True):  # the first of several suffixes counts

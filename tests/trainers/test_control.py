@@ -21,6 +21,7 @@ from diffgraft.adapters.ops.convert import convert
 from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.data.frames import Crop
+from diffgraft.devices import has_bfloat16
 from diffgraft.edges import edges
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.session import Session
@@ -376,6 +377,38 @@ def test_a_family_without_control_networks_says_so(drawings: Path, tmp_path: Pat
 
     with installed(), pytest.raises(DiffgraftError, match="family mixer have no control networks"):
         dg.train("control", base=mixer_base(), images=drawings, output=tmp_path / "run", steps=1)
+
+
+def test_images_of_two_folders_do_not_share_a_condition(tmp_path: Path) -> None:
+    (tmp_path / "conditions").mkdir()
+    for number in range(5):
+        edges(drawing(number)).save(tmp_path / "conditions" / f"{number}.png")
+    (tmp_path / "both" / "1_dogs").mkdir(parents=True)
+    (tmp_path / "both" / "2_cats").mkdir()
+    drawing(3).save(tmp_path / "both" / "1_dogs" / "3.png")
+    drawing(4).save(tmp_path / "both" / "2_cats" / "3.png")
+    control = {"images": str(tmp_path / "conditions")}
+    with pytest.raises(DiffgraftError, match=r"3\.png would be the condition picture of two different training images"):
+        dg.train("control", images=tmp_path / "both", output=tmp_path / "run", control=control)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": {"objective": "consistency", "options": {"guidance": 3}}},
+        {"loss": {"snr_gamma": 5}, "accumulate": 2, "optimizer": "adamw8bit"},
+        {"precision": "bfloat16" if has_bfloat16() else "float32", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_objectives_and_options_of_the_loop_go_with_it(
+    settings: dict[str, Any], drawings: Path, tmp_path: Path
+) -> None:
+    run = dg.train("control", images=drawings, output=tmp_path / "run", **{**QUICK, "lr": 1e-3, "steps": 3, **settings})
+    assert all(np.isfinite(entry["loss"]) for entry in run.metrics)
+    network = run.adapter.networks[0]
+    assert isinstance(network, ControlNetwork)
+    assert float(network.tensors["controlnet_cond_embedding.conv_out.weight"].abs().max()) > 0
 
 
 def test_it_trains_on_stable_diffusion_xl(sdxl_folder: Path, drawings: Path, tmp_path: Path) -> None:

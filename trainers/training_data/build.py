@@ -12,7 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base
 from diffgraft.data.captions import PromptBuilder, is_fixed
 from diffgraft.data.class_images import class_images
-from diffgraft.data.conditions import ConditionPicture, condition_pictures
+from diffgraft.data.conditions import ConditionPicture, check_unshared, condition_pictures
 from diffgraft.data.frames import Crop, RandomCrops, frames, with_mirrored
 from diffgraft.data.inventory import list_names, pluralize
 from diffgraft.data.latents import encode_pictures
@@ -104,6 +104,7 @@ def collect_samples(data: DataSettings, concepts: ConceptImages, base: Base) -> 
             crops = _frames(data, picture, base)
             crops = with_mirrored(crops) if data.flip else crops
             samples.append(Sample(concept, picture, prompts, class_prompts, crops, condition))
+    check_unshared([sample.condition for sample in samples if sample.condition is not None])
     _check_repeats(samples)
     prompts_by_image = [(sample.concept, sample.picture, sample.prompt_builder) for sample in samples]
     check_prompts(data.long_prompts, prompts_by_image, base.tokenizer)
