@@ -70,6 +70,8 @@ class Picture:
     """Mask of the same size, white where the picture counts"""
     file: Path | None = None
     """Path of the picture if it is a file of its own; the size can then be read without the rest"""
+    rejected: "Picture | None" = None
+    """Picture of the same size that this one is preferred to, for training on pairs"""
 
     @property
     def image(self) -> Image.Image:

@@ -36,6 +36,8 @@ class ObjectiveInputs:
     """Weight λ of prior preservation by prediction; 0 without it"""
     bare: Predict
     """The denoiser without the adapter"""
+    rejected: SampleStream | None = None
+    """Rejected pictures of pairs: sample by sample those of `instances`, with the same crop, noise and timestep"""
     options: Any = None
     """Options of the objective, an instance of its `ObjectiveKind.options`"""
 
@@ -73,12 +75,16 @@ class ObjectiveKind:
     """Class of its options"""
     prompts: tuple[str, ...] = ()
     """Prompts that it asks for beside those of the pictures, to be encoded before training"""
+    predictions: int = 1
+    """Number of predictions with gradients that it takes for each sample"""
     bare_predictions: int = 0
     """Number of predictions without gradients that it takes for each sample"""
     has_own_error: bool = False
     """Whether it has an error of its own, so that `loss.kind`, `loss.snr_gamma` and `loss.debiased` have no effect"""
     uses_prior: bool = True
     """Whether prior preservation has an effect with it"""
+    needs_pairs: bool = False
+    """Whether it trains on pairs of a preferred and a rejected picture"""
 
     def read_options(self, values: Mapping[str, Any]) -> BaseModel:
         """Validate the values of the recipe's `loss.options`.

@@ -100,7 +100,8 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     sizes = Counter(sample.frames[0].size for sample in samples)
     largest = max(sizes, key=math.prod)
     longest_prompt = sorted({prompt for sample in samples for prompt in sample.prompt_builder.prompts()}, key=len)[-1:]
-    passes = 2 if any(concept.prior_preservation for concept, _ in concepts) else 1
+    kind = _objective_kind(recipe.loss.objective, concepts)
+    passes = kind.predictions + any(concept.prior_preservation is not None for concept, _ in concepts)
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
     if recipe.under.adapter:
         Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
@@ -108,7 +109,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
     estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
-    bare = _objective_kind(recipe.loss.objective, concepts).bare_predictions * optim.batch * optim.accumulate
+    bare = kind.bare_predictions * optim.batch * optim.accumulate
     estimate = replace(estimate, step=estimate.step + bare * estimate.image)
     facts = [
         (
@@ -148,6 +149,7 @@ def _image_facts(
     variants = " or ".join(str(count) for count in sorted(crops))
     suffix = "" if set(crops) == {1} else f", each in {variants} variants (crops, mirrored)"
     concepts = len({id(sample.concept) for sample in samples})
+    suffix += ", each preferred to a rejected one" if samples[0].picture.rejected else ""
     yield "images", f"{len(samples)}{f' of {concepts} concepts' if concepts > 1 else ''}{suffix}"
     if held_out:
         yield "held out", f"{len(held_out)}, every {every} steps"

@@ -188,8 +188,9 @@ class AdapterTraining:
         process = forward_process(base, self.recipe.objective)
         instances = SampleStream(data.instances, process, seed, base.device)
         classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
-        loss = self.recipe.loss
-        return new_objective(loss.objective, ObjectiveInputs(instances, classes, data.prior_weight, bare), loss.options)
+        rejected = SampleStream(data.rejected, process, seed, base.device) if data.rejected else None
+        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, rejected)
+        return new_objective(self.recipe.loss.objective, inputs, self.recipe.loss.options)
 
     def _validation(
         self, data: TrainingData, predict: Predict, metrics: Metrics, export: "Export"

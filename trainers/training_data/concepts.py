@@ -16,6 +16,7 @@ from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Concept
+from diffgraft.trainers.training_data.pairs import rejected_folders, with_rejected
 
 ConceptImages = list[tuple[DataSettings, list[Picture]]]
 """For each concept its settings and its images"""
@@ -51,13 +52,17 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
 
     Raises:
         DiffgraftError: a folder or data set is missing, ambiguous or without images; or there are several triggers, but
-            the method trains a single token.
+            the method trains a single token; or the objective needs pairs, and an image has no partner.
     """
     used = [Path(path) for path in (recipe.output, *recipe.folders()) if path]
-    parts = recipe.parts()
-    if recipe.loss.objective and not objectives()[recipe.loss.objective].uses_prior:
+    parts, objective = recipe.parts(), objectives().get(recipe.loss.objective)
+    if objective is not None and not objective.uses_prior:
         parts = [part.model_copy(update={"prior": None}) for part in parts]
+    is_paired = objective is not None and objective.needs_pairs
+    used += rejected_folders(recipe.folders()) if is_paired else ()
     concept_images = _read_all(parts, recipe.adapter, recipe.trigger, used)
+    if is_paired:
+        concept_images = [(settings, with_rejected(settings, pictures)) for settings, pictures in concept_images]
     triggers = list(dict.fromkeys(settings.trigger for settings, _ in concept_images))
     if recipe.concepts or triggers == [recipe.trigger]:
         return recipe, concept_images
