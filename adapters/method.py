@@ -99,7 +99,7 @@ class Attached(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Switch the method off within the block; added tokens stay, for prompts that contain them."""
+        """Switch the method off within the block; added words stay, with their initial embeddings."""
         self.is_disabled = True
         try:
             yield

@@ -75,7 +75,7 @@ class WeightsAndWord(Attached):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        with super().disabled(), self.weights.disabled():
+        with super().disabled(), self.weights.disabled(), self.word.disabled():
             yield
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:

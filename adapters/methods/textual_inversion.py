@@ -4,7 +4,8 @@ The word has one or more embeddings in the table of each text encoder. They star
 the norm that they start with, so that the word does not dominate the others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,21 @@ class AttachedWord(Attached):
         }
         self._tokens = AddedTokens(target, {self._word: vectors})
         self.rows = nn.ParameterDict(self._tokens.rows)
-        self._norms = {part: rows.detach().norm(dim=1, keepdim=True) for part, rows in self.rows.items()}
+        self._initial = {part: rows.detach().clone() for part, rows in self.rows.items()}
+        self._norms = {part: rows.norm(dim=1, keepdim=True) for part, rows in self._initial.items()}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Give the word its initial embeddings within the block, so that prompts with it have a meaning to the base."""
+        current = {part: rows.data for part, rows in self.rows.items()}
+        with super().disabled():
+            for part, rows in self.rows.items():
+                rows.data = self._initial[part].to(rows)
+            try:
+                yield
+            finally:
+                for part, rows in self.rows.items():
+                    rows.data = current[part]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"{part}.{self._word}": rows for part, rows in self.rows.items()}

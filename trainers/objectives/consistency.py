@@ -101,7 +101,7 @@ OBJECTIVE = ObjectiveKind(
     "Drawing in a few steps, without guidance.",
     Consistency,
     options=ConsistencyOptions,
-    prompts=("",),
+    prompts=lambda *_: ("",),
     bare_predictions=3,
     has_own_error=True,
     uses_prior=False,

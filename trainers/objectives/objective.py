@@ -9,7 +9,7 @@ where ``MyObjective(inputs: ObjectiveInputs)`` is an `Objective`. ``loss.objecti
 has settings, ``options=MyOptions`` names a pydantic model of them: ``loss.options.NAME=VALUE``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,8 +73,9 @@ class ObjectiveKind:
     """Builds the objective; raises DiffgraftError if the inputs lack what it needs"""
     options: type[BaseModel] = NoOptions
     """Class of its options"""
-    prompts: tuple[str, ...] = ()
-    """Prompts that it asks for beside those of the pictures, to be encoded before training"""
+    prompts: Callable[[Any, Sequence[str]], Sequence[str]] = lambda options, prompts: ()  # noqa: ARG005
+    """Function of its options and the prompts of the pictures: further prompts that it asks for, to be encoded before
+    training"""
     predictions: int = 1
     """Number of predictions with gradients that it takes for each sample"""
     bare_predictions: int = 0
@@ -85,6 +86,8 @@ class ObjectiveKind:
     """Whether prior preservation has an effect with it"""
     needs_pairs: bool = False
     """Whether it trains on pairs of a preferred and a rejected picture"""
+    draws_pictures: bool = False
+    """Whether the base draws the pictures where the recipe has no `images`"""
 
     def read_options(self, values: Mapping[str, Any]) -> BaseModel:
         """Validate the values of the recipe's `loss.options`.

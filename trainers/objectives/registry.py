@@ -1,6 +1,6 @@
 """Registry of objectives, and the default objective of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -30,9 +30,9 @@ def check_objective(name: str, options: Mapping[str, Any] | None = None) -> None
         objectives()[name].read_options(options or {})
 
 
-def objective_prompts(name: str) -> tuple[str, ...]:
-    """Return the prompts that the objective called `name` asks for beside those of the pictures."""
-    return objectives()[name].prompts if name else ()
+def objective_prompts(name: str, options: Mapping[str, Any], prompts: Sequence[str]) -> Sequence[str]:
+    """Return the prompts that the objective called `name` asks for beside those of the pictures, `prompts`."""
+    return objectives()[name].prompts(objectives()[name].read_options(options), prompts) if name else ()
 
 
 def default_objective(has_class_images: bool, is_by_prediction: bool) -> str:

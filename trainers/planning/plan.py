@@ -39,7 +39,14 @@ from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
-from diffgraft.trainers.training_data.build import Sample, collect_samples, resolution_of, split_samples
+from diffgraft.trainers.training_data.build import (
+    DRAWN,
+    Sample,
+    collect_samples,
+    resolution_of,
+    split_samples,
+    with_drawn_pictures,
+)
 from diffgraft.trainers.training_data.concepts import ConceptImages, read_concepts
 from diffgraft.trainers.training_data.prompts import captions_of
 
@@ -91,9 +98,9 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         warnings.simplefilter("always")
         recipe, concepts = read_concepts(recipe)
         check_pictures(concepts)
-        data = recipe.data
-        samples, held_out = split_samples(data, recipe.validation, collect_samples(data, concepts, base), base)
-    fingerprints, unreadable = compute_fingerprints(samples)
+        data, shown = recipe.data, with_drawn_pictures(concepts, recipe.seed, base)
+        samples, held_out = split_samples(data, recipe.validation, collect_samples(data, shown, base), base)
+    fingerprints, unreadable = compute_fingerprints(samples) if all(pictures for _, pictures in concepts) else ([], {})
     samples = [sample for index, sample in enumerate(samples) if index not in unreadable]
     if not samples:
         raise DiffgraftError(f"None of the {len(unreadable)} images can be opened. Save them again as JPEG or PNG.")
@@ -234,10 +241,11 @@ def _cost_facts(
     rate = denoiser_speed(base, device)
     priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
     generated = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
+    drawn = sum(DRAWN for _, pictures in concepts if not pictures)
     text = f"about {_format_seconds(steps * estimate.step / rate)} for the steps"
-    if generated:
-        seconds = generated * _GENERATION_PASSES * estimate.image / rate
-        text += f", {_format_seconds(seconds)} for class images"
+    for count, what in ((generated, "class images"), (drawn, "the pictures that the base draws")):
+        if count:
+            text += f", {_format_seconds(count * _GENERATION_PASSES * estimate.image / rate)} for {what}"
     if rate < _BUSY:
         text += "; a rough figure, as this machine seems to be busy"
     yield "time", f"{text} ({device.type}, {rate / 1e9:,.1f} GFLOP/s on a part of this denoiser)"

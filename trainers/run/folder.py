@@ -15,6 +15,7 @@ from diffgraft.data.inventory import NUMBERED
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import PARTIAL
 from diffgraft.trainers.hooks.metrics import by_step, read_metrics
+from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.recipe.files import is_saved, load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 
@@ -70,7 +71,8 @@ def recipe_with(recipe: str | Path, settings: dict[str, Any]) -> Recipe:
     loaded = load_recipe(recipe, overrides)
     if (prompts := read_prompts(loaded.sample_prompts)) is not loaded.sample_prompts:
         loaded = loaded.model_copy(update={"sample_prompts": prompts})
-    if not loaded.images and not loaded.concepts:
+    objective = objectives().get(loaded.loss.objective)
+    if not loaded.images and not loaded.concepts and not (objective is not None and objective.draws_pictures):
         raise DiffgraftError(f"The recipe {recipe} has no images: add images=FOLDER (with JPEG, PNG or WebP files).")
     if loaded.images and loaded.concepts and all(concept.images for concept in loaded.concepts):
         raise DiffgraftError(

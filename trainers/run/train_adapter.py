@@ -155,7 +155,8 @@ class AdapterTraining:
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
-                texts.prepare([*data.prompts, *objective_prompts(recipe.loss.objective)])
+                loss = recipe.loss
+                texts.prepare([*data.prompts, *objective_prompts(loss.objective, loss.options, data.prompts)])
             denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)
             if not live.trains_text:
                 denoiser.freeze_text()

@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 
 import torch
 from PIL import Image
@@ -28,6 +29,8 @@ from diffgraft.trainers.training_data.holdout import read_held_out, rows_held_ou
 from diffgraft.trainers.training_data.prompts import captions_of, check_prompts, prompt_builders
 
 _MAX_EPOCH = 5_000_000
+DRAWN = 64
+"""Number of pictures that the base draws where an objective needs none of the user's"""
 _BLACK = 4
 """Largest value, of 255, that counts as black; JPEG compression does not keep 0"""
 
@@ -76,6 +79,7 @@ def build_training_data(
     Raises:
         DiffgraftError: as in `collect_samples`, `split_samples` and `encode_samples`.
     """
+    concepts = with_drawn_pictures(concepts, seed, base)
     samples, held_out = split_samples(data, validation, collect_samples(data, concepts, base), base)
     instances = encode_samples(data, base, samples, "encoding pictures")
     rejected = rejected_examples(data, base, samples, instances)
@@ -84,6 +88,24 @@ def build_training_data(
     prompts = all_prompts(data, instances, classes, validation_examples)
     weight, digest = prior_prediction_weight(concepts), data_digest(instances, classes, rejected)
     return TrainingData(instances, classes, weight, validation_examples, rejected, prompts, digest)
+
+
+def with_drawn_pictures(concepts: ConceptImages, seed: int, base: Base) -> ConceptImages:
+    """Return the concepts, with pictures of its prompt that the base draws, or has in the cache, for one without any.
+
+    On the meta device, where nothing can be drawn, they are blank.
+    """
+    return [(concept, pictures or _drawn_pictures(concept, seed, base)) for concept, pictures in concepts]
+
+
+def _drawn_pictures(concept: DataSettings, seed: int, base: Base) -> list[Picture]:
+    side, prompt = resolution_of(concept, base), concept.fill(concept.prompt)
+    if base.device.type == "meta":
+        Image.new("RGB", (side, side)).save(blank := BytesIO(), "PNG")
+        drawn = [Picture(f"picture {number}", blank.getvalue) for number in range(DRAWN)]
+    else:
+        drawn = [picture for _, picture in class_images(base, [prompt], DRAWN, DrawSettings(size=(side, side)), seed)]
+    return [replace(picture, captions=(prompt,)) for picture in drawn]
 
 
 def resolution_of(data: DataSettings, base: Base) -> int:

@@ -19,7 +19,7 @@ from diffgraft.trainers.recipe.settings import Concept
 from diffgraft.trainers.training_data.pairs import rejected_folders, with_rejected
 
 ConceptImages = list[tuple[DataSettings, list[Picture]]]
-"""For each concept its settings and its images"""
+"""For each concept its settings and its images; none where the base is to draw them"""
 _FILLER_WORDS = frozenset(
     [
         "a",
@@ -119,6 +119,9 @@ def read_concept(
         used: folders that the run uses otherwise, for which there are no such warnings.
         has_setting: whether the recipe's key `layout` applies to the folder, as it does to `images`.
     """
+    if not concept.images:  # the base is to draw them
+        yield concept, []
+        return
     root = Path(concept.images).expanduser()
     layout = detect_layout(root, concept.layout, used, has_setting=has_setting)
     for remark in layout.remarks:
