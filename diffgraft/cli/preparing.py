@@ -13,14 +13,15 @@ def import_config(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Configuration of sd-scripts or OneTrainer, and its dataset_config or concepts if in separate files.",
+            help="Configuration of sd-scripts, OneTrainer, LECO or ai-toolkit (sliders), and its dataset_config, "
+            "concepts or prompts if in separate files.",
         ),
     ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The recipe. [default: the first file's name, in .yaml]")
     ] = None,
 ) -> None:
-    """Convert a configuration of kohya's sd-scripts (TOML), its GUI or OneTrainer (JSON) to a recipe.
+    """Convert a configuration of sd-scripts (TOML), its GUI, OneTrainer (JSON), LECO or ai-toolkit (YAML) to a recipe.
 
     A report lists every key: those that were converted, those without a counterpart, and those with default values.
     For example: diffgraft import-config config.toml dataset.toml -o dog.yaml

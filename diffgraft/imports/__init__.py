@@ -1,4 +1,4 @@
-"""Conversion of other tools' configurations to recipes: kohya's sd-scripts, its GUI, and OneTrainer.
+"""Conversion of other tools' configurations to recipes: kohya's sd-scripts, its GUI, OneTrainer, and text sliders.
 
 Each tool has tables of its keys with their defaults and the recipe keys they map to; keys that have a meaning only
 together are converted by small functions. Every key of a file is listed in the `ImportReport`: mapped, dropped with a
@@ -13,7 +13,7 @@ import yaml
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import atomic_write, write_text
-from diffgraft.imports import kohya, kohya_gui, onetrainer
+from diffgraft.imports import kohya, kohya_gui, onetrainer, sliders
 from diffgraft.imports.import_report import ImportReport
 from diffgraft.imports.kohya_keys import DEFAULTS
 from diffgraft.imports.reading import read_config
@@ -22,7 +22,7 @@ from diffgraft.trainers.recipe.recipe import TASKS, Recipe
 
 
 def convert_config(files: Sequence[Path]) -> ImportReport:
-    """Convert a configuration and, optionally, its data set (sd-scripts' dataset_config, or OneTrainer's concepts).
+    """Convert a configuration and, optionally, its data set: a dataset_config, concepts, or the prompts of LECO.
 
     Raises:
         DiffgraftError: a file cannot be read, is of an unknown tool, or is for an unsupported model family.
@@ -40,12 +40,18 @@ def convert_config(files: Sequence[Path]) -> ImportReport:
     if kohya_gui.is_gui(config):
         report = kohya_gui.as_arguments(config)
         kohya.convert(report, file, data_file)
+    elif sliders.is_leco(config, concepts):
+        report = sliders.convert_leco(config, file, concepts)
+    elif sliders.is_ai_toolkit(config):
+        report = sliders.convert_ai_toolkit(config, file)
     elif concepts is not None or {"training_method", "model_type", "base_model_name"} & config.keys():
         report = onetrainer.convert(config, file, concepts)
     else:
         flat = {key: value for name, section in config.items() for key, value in _section_keys(name, section).items()}
         if config and not flat.keys() & DEFAULTS.keys():
-            raise DiffgraftError(f"{file} is not a known configuration of sd-scripts, kohya_ss or OneTrainer.")
+            raise DiffgraftError(
+                f"{file} is not a known configuration of sd-scripts, kohya_ss, OneTrainer, LECO or ai-toolkit."
+            )
         report = ImportReport("sd-scripts", flat, DEFAULTS)
         kohya.convert(report, file, data_file)
     report.finalize(_defaults(report.recipe))
@@ -70,7 +76,7 @@ def write_recipe(report: ImportReport, path: Path, source: str) -> Recipe:
 
 
 def _is_data_set(config: Any) -> bool:
-    """Whether a configuration is a dataset_config of sd-scripts, or a list of OneTrainer's concepts."""
+    """Whether a configuration is a dataset_config of sd-scripts, or a list: OneTrainer's concepts or LECO's prompts."""
     return isinstance(config, list) or (bool(config) and config.keys() <= {"general", "datasets"})
 
 

@@ -1,4 +1,4 @@
-"""Reading of other tools' configurations from TOML or JSON; nothing in them is executed."""
+"""Reading of other tools' configurations from TOML, JSON or YAML; nothing in them is executed."""
 
 import json
 import tomllib
@@ -6,29 +6,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffgraft.errors import DiffgraftError
 
 
 def read_config(path: Path) -> Any:
-    """Content of a TOML or JSON file: a mapping or, in JSON, a list.
+    """Content of a TOML, JSON or YAML file: a mapping or, in the latter two, a list.
 
     Raises:
         DiffgraftError: the file does not exist, or cannot be parsed.
     """
     if not path.is_file():
-        raise DiffgraftError(f"There is no file {path}. Give a configuration in a .toml or .json file.")
+        raise DiffgraftError(f"There is no file {path}. Give a configuration in a .toml, .json or .yaml file.")
     try:
         text = read_text(path)
         if path.suffix.lower() == ".toml":
             return tomllib.loads(text)
-        if path.suffix.lower() == ".json":
-            config = json.loads(text)
+        if path.suffix.lower() in (".json", ".yaml", ".yml"):
+            config = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
             if isinstance(config, dict | list):
                 return config
             raise DiffgraftError(f"{path} holds {str(config)[:80]}, but a configuration needs keys and values.")
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
         raise DiffgraftError(f"{path} cannot be read as {path.suffix.lstrip('.').upper()}: {error}.") from error
-    raise DiffgraftError(f"{path} is not a configuration, whose name ends in .toml or .json.")
+    raise DiffgraftError(f"{path} is not a configuration, whose name ends in .toml, .json or .yaml.")
 
 
 def read_text(path: Path) -> str:
