@@ -171,7 +171,9 @@ def convert_ai_toolkit(config: Mapping[str, Any], file: Path) -> ImportReport:
     if kind == "concept_slider":
         _map_option(report, "guidance", report.number("target.guidance_strength"), "target.guidance_strength")
     else:
-        report.recipe["loss.options.guidance"] = 1.0  # that of its sliders, which it does not let one set
+        report.recipe["loss.options.guidance"] = 1.0  # it cannot be set there
+        if report.text("target.target_class"):
+            report.drop("target.target_class", "the shift is added to its prediction, not to that of no prompt.")
     return _finish(report, len(targets))
 
 

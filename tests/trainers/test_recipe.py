@@ -23,7 +23,7 @@ def test_every_recipe_that_ships_is_sound(name: str) -> None:
     assert len(recipe_names()[name]) < 100
     given = dict(word.split("=") for word in first.split()[4:])
     recipe = load_recipe(name, given)
-    assert recipe.images == given["images"]
+    assert recipe.images == given.get("images", "")
     for prompt in recipe.samples():
         assert "{" not in prompt
 

@@ -141,7 +141,7 @@ def test_a_slider_of_ai_toolkit_becomes_a_recipe(make: Make) -> None:
     assert (recipe.resolution, recipe.sample_every, recipe.adapter_every) == (640, 20, 50)
     said = told(report)
     assert "preserve" in said["slider.anchors"]
-    assert {"weight", "shuffle", "sample.prompts"} <= said.keys()
+    assert {"weight", "shuffle", "target_class", "sample.prompts"} <= said.keys()
 
 
 def test_its_newer_sliders_have_a_strength_of_their_own(make: Make) -> None:
