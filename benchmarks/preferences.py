@@ -75,15 +75,13 @@ def shares(adapter: Path | None) -> tuple[float, float]:
 
 def remark(run: Run) -> str:
     """Return a sentence on the errors of the pictures in training."""
-    first, last = (
-        {name: np.mean([entry[name] for entry in part]) for name in ("preferred", "rejected", "accuracy")}
-        for part in (run.metrics[:10], run.metrics[-10:])
-    )
-    was, now = ((f"{part['preferred']:.2f}", f"{part['rejected']:.2f}") for part in (first, last))
+    parts = (run.metrics[:10], run.metrics[-10:])
+    names = ("preferred", "rejected", "accuracy")
+    first, last = ({name: np.mean([entry[name] for entry in part]) for name in names} for part in parts)
     return (
-        f"\nFrom the first ten steps to the last ten, the error of preferred pictures went from {was[0]} to {now[0]}, that "
-        f"of\nrejected ones from {was[1]} to {now[1]}; in the end, the adapter tells {100 * last['accuracy']:.0f} % of the "
-        "pairs apart.\n"
+        "\nFrom the first ten steps to the last ten, the error of preferred pictures went from "
+        f"{first['preferred']:.2f} to {last['preferred']:.2f}, that\nof rejected ones from {first['rejected']:.2f} to "
+        f"{last['rejected']:.2f}; in the end, the adapter tells {100 * last['accuracy']:.0f} % of the pairs apart.\n"
     )
 
 
