@@ -38,6 +38,11 @@ probabilities of night and snow, and the share in which the thing is right; brig
 | strength | night | snow | brightness | thing |
 |-|-|-|-|-|
 """
+TAIL = """
+The axis was learned on dogs alone. It carries over to other things, though not to all of them: see the house.
+
+![Six things at seven strengths, from a snowy day to night](../pictures/slider.png)
+"""
 
 
 def row(strength: float, pictures: Tensor, answers: dict[str, Tensor]) -> str:
@@ -78,8 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapter = train("slider", base=load_base("tiny"), output=Path(folder) / "run").adapter_file
         lines = table(adapter, SHEET)
-    picture = "![Six things at seven strengths, from a snowy day to night](../pictures/slider.png)"
-    write_text(PAGE, "".join([HEAD, *lines, f"\n{picture}\n"]))
+    write_text(PAGE, "".join([HEAD, *lines, TAIL]))
 
 
 if __name__ == "__main__":
