@@ -22,6 +22,12 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.recipes import SUBJECT
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than processors, as some tests wait for disks and other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 # a job in the background ignores Ctrl-C, and so does what it starts: here it is meant
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
