@@ -43,7 +43,7 @@ def test_judge_and_autoencoder_on_pictures_never_seen(base: Base) -> None:
 
 def test_pictures_show_what_the_words_say(base: Base) -> None:
     prompts, scenes = prompts_and_scenes(64)
-    images = generate(base, prompts, DrawSettings(steps=25, batch=32), range(64))
+    images = generate(base, prompts, DrawSettings(steps=15, batch=32), range(64))
     right = verdicts(load_judge(TINY / "judge"), to_tensor(images), scenes)
     share = {kind: float(right[kind].float().mean()) for kind in LABELS}
     assert share["thing"] > 0.85

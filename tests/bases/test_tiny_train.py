@@ -98,7 +98,7 @@ def test_a_dry_run_writes_a_base_that_draws(tmp_path: Path) -> None:
     images = base.pipeline()("a zorb toy", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert images[0].size == (64, 64)
     weights = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    main(arguments)  # everything is done: the stages are read back
+    main(arguments[:-2])  # everything is done: the stages are read back, whatever the number of processes
     assert (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
 
 

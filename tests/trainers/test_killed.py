@@ -32,7 +32,6 @@ METHODS = {
     "lora": ["method=lora", "trigger=sks"],
     "textual-inversion": ["method=textual-inversion", "trigger=<zorp>"],
     "hypernetwork": ["method=hypernetwork", "options.dropout=0,0.3,0"],
-    "full": ["method=full", "lr=1e-5"],
 }
 TRIES = 9
 """Chains of kills that are begun at most, until each moment was hit in one chain"""
@@ -42,8 +41,6 @@ IDENTITY = run_fingerprint(load_recipe("style", {}), "a base", "pictures")
 def phases_of(said: list[Said], chain: int) -> list[str]:
     """What a run is killed in, in this order; the chain of each method has another kind of saving."""
     saving = SAVES[chain % len(SAVES)]
-    if chain == list(METHODS).index("full"):  # what it saves is large, and each of its runs takes long
-        return ["step", saving]
     drawn = ["class images"] if any(phase == "class images" for phase, _ in said) else []
     return [*drawn, "encoding", "step", saving, *([] if drawn else ["drawing"])]
 
@@ -89,14 +86,13 @@ def lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.usefixtures("good_class_images")
 def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, tmp_path: Path) -> None:
     """Killed, taken up at once, refused to another process meanwhile, stopped by Ctrl-C, and taken up again.
 
     Each process has a hash seed of its own, and their result is that of a single one.
     """
     settings: dict[str, Any] = {"subject": "dog", "steps": 20, "checkpoint_every": 3, "batch": 2, "sample_every": 0}
-    settings |= {"sample_prompts": "a dog", "prior.images": 4, "images": str(pictures)}
+    settings |= {"sample_prompts": "a dog", "prior.weight": 0, "images": str(pictures)}
     folder, whole = tmp_path / "run", tmp_path / "whole"
 
     def started(seed: int, *words: object) -> subprocess.Popen[str]:
