@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("page", ["sessions", "prompts", "samplers", "regions", "editing"])
 def test_the_examples_run(page: str, short_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (DOCS / f"{page}.md").read_text("utf-8")
-    folder = tmp_path / "runs" / "poodle"
+    folder = tmp_path / "runs" / "alien"
     folder.mkdir(parents=True)
     (folder / "adapter.safetensors").write_bytes(short_run.adapter_file.read_bytes())
     monkeypatch.chdir(tmp_path)
