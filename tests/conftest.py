@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
@@ -14,9 +14,11 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several at once, e
 
 import pytest
 import torch
+from PIL import Image
 
 from diffgraft.bases import Base, load_base
 from diffgraft.demo.subject import POODLE
+from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
@@ -47,6 +49,29 @@ def _few_denoising_steps() -> Iterator[None]:
         for place in ("hooks.samples", "training_data.build"):
             patch.setattr(f"diffgraft.trainers.{place}.DrawSettings", partial(DrawSettings, steps=2))
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_plots() -> Iterator[None]:
+    """A loss plot takes a fifth of a short run, and is tested by itself."""
+
+    def save(_: object, path: Path) -> Path:
+        return save_image(Image.new("RGB", (8, 8)), path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        _plot_by(save, patch)
+        yield
+
+
+def _plot_by(save: Callable[..., Path], patch: pytest.MonkeyPatch) -> None:
+    for place in ("hooks.artifacts", "run.train"):
+        patch.setattr(f"diffgraft.trainers.{place}.save_loss_plot", save)
+
+
+@pytest.fixture
+def real_loss_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs plot their losses as users' do."""
+    _plot_by(save_loss_plot, monkeypatch)
 
 
 @pytest.fixture
@@ -90,7 +115,9 @@ SHORT = {
 def short_run(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Six steps of DreamBooth: enough for a file with non-zero deltas, not enough to have learnt."""
     settings = {**SHORT, "previews": True}
-    return train(SUBJECT, base=base, images=pictures, output=tmp_path_factory.mktemp("runs") / "short", **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        _plot_by(save_loss_plot, patch)
+        return train(SUBJECT, base=base, images=pictures, output=tmp_path_factory.mktemp("runs") / "short", **settings)
 
 
 @pytest.fixture(scope="session")

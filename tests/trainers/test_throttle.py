@@ -33,6 +33,7 @@ def test_it_takes_a_hundredth_of_the_time(step: float, cost: float, growth: floa
     assert times > 20
 
 
+@pytest.mark.usefixtures("real_loss_plots")
 def test_the_curves_of_a_run_are_there_while_it_runs(
     base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
