@@ -17,7 +17,7 @@ from diffgraft.bases.tiny.world.things import COLOURS, THINGS, recolour
 
 Rng = np.random.Generator
 
-OWN, BY_NAME = 0.35, 0.33
+OWN, BY_NAME = 0.5, 0.25
 """Shares of the tiny world's things and of things drawn from glyphs; all other samples are made-up subjects."""
 NAMED_CREATURES = 768
 """Number of made-up subjects with a fixed rare word each; all others appear once, with a random rare word."""
