@@ -192,8 +192,11 @@ class Family(ABC):
         raise DiffgraftError(f"Bases of the family {self.name} have no control networks: use Stable Diffusion.")
 
     def control_settings(self, network: nn.Module) -> dict[str, Any]:
-        """Return the settings of a control network, as `control_network` takes them and files have them."""
-        raise NotImplementedError(f"the family {self.name} has no control_settings")
+        """Return the settings of a control network, as `control_network` takes them and files have them.
+
+        By default they are the network's configuration, as diffusers' models have one.
+        """
+        return dict(network.config)  # type: ignore[arg-type]
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""
