@@ -24,9 +24,15 @@ def check_speed(runtime: RuntimeSettings, device: torch.device) -> None:
     """Check that the recipe's attention can run on this machine; warn if its precision is slow on it.
 
     Raises:
-        DiffgraftError: `attention=xformers` is set, but the package or an NVIDIA GPU is missing.
+        DiffgraftError: `attention=xformers` is set, but the package or an NVIDIA GPU is missing; or the denoiser would
+            be compiled in bfloat16 on a CPU.
     """
     warn_of_slow_bfloat16(runtime.precision, device)
+    if runtime.compile and runtime.precision == "bfloat16" and device.type == "cpu":
+        # found with PyTorch 2.13: most gradients of a small UNet came out as 0, without an error; float32 is right
+        raise DiffgraftError(
+            "On CPUs, PyTorch's compiler computes wrong gradients in bfloat16: set compile=false or precision=float32."
+        )
     if runtime.attention != "xformers":
         return
     from diffusers.utils import is_xformers_available
