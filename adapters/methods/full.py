@@ -65,7 +65,11 @@ class FullOptions(Options):
 
 
 class AttachedFull(Attached):
-    """Trainable copies in place of the parameters of whole parts of a base."""
+    """Trainable copies in place of the weights and biases of whole parts of a base.
+
+    Parameters of other names, such as the embedding of padding in some transformers, stay frozen: files of adapters
+    have no place for them.
+    """
 
     def __init__(self, target: Any, spec: Spec) -> None:
         super().__init__()
@@ -80,7 +84,8 @@ class AttachedFull(Attached):
             )
         for part in spec.paths:
             for path, module in parts[part].named_modules():
-                for name, original in list(module.named_parameters(recurse=False)):
+                own = {name: value for name, value in module.named_parameters(recurse=False) if name in NAMES}
+                for name, original in own.items():
                     full_name = ".".join(word for word in (part, path, name) if word)
                     copy = nn.Parameter(original.detach().float().clone())
                     self._originals[full_name], self._copies[full_name] = (module, name, original), copy

@@ -1,6 +1,7 @@
 """A frozen base: the parts of a text-to-image diffusion model, and their properties."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,7 +151,12 @@ class Base:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along one side, 8 for Stable Diffusion."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return self.family.pixels_per_latent(self)
+
+    @property
+    def size_step(self) -> int:
+        """Number of pixels that both sides of pictures are multiples of, at least 8."""
+        return math.lcm(self.vae_scale_factor * self.family.patch, 8)
 
     @property
     def resolution(self) -> int:

@@ -32,13 +32,13 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**22)] | None
 
 
-class _Config(BaseModel):
+class Config(BaseModel):
     """Known fields of a configuration; missing ones keep the library's defaults."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
 
-class UNetConfig(_Config):
+class UNetConfig(Config):
     """Configuration of a ``UNet2DConditionModel``; that of SDXL also has pooled embeddings and size conditioning."""
 
     sample_size: Side
@@ -66,7 +66,7 @@ class UNetConfig(_Config):
     encoder_hid_dim_type: None = None
 
 
-class VAEConfig(_Config):
+class VAEConfig(Config):
     """An ``AutoencoderKL`` of RGB pictures, with scaled but not shifted latents."""
 
     in_channels: Literal[3] = 3
@@ -83,7 +83,49 @@ class VAEConfig(_Config):
     latents_std: None = None
 
 
-class ClipConfig(_Config):
+class FlowVAEConfig(VAEConfig):
+    """An autoencoder of a flow-matching base, whose latents may be shifted."""
+
+    shift_factor: Annotated[float, Field(ge=-1000, le=1000)] | None = None  # type: ignore[assignment]
+
+
+class VideoVAEConfig(Config):
+    """An ``AutoencoderKLQwenImage``, an autoencoder of videos, of which pictures are single frames."""
+
+    base_dim: Width = 96
+    z_dim: Annotated[int, Field(ge=1, le=128)] = 16
+    dim_mult: Levels = []
+    num_res_blocks: Layers = 2
+    temperal_downsample: Annotated[list[bool], Field(min_length=1, max_length=8)] = []
+    latents_mean: Annotated[list[float], Field(min_length=1, max_length=128)] = []
+    latents_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=128)] = []
+
+
+class TransformerConfig(Config):
+    """A transformer that predicts the flow; sizes are bounded, and all else has the types of the library's defaults."""
+
+    sample_size: Side | None = None
+    patch_size: Side | None = None
+    in_channels: Side = 16
+    out_channels: Side | None = None
+    num_layers: Layers = 1
+    num_single_layers: Depth = 0
+    num_refiner_layers: Depth = 0
+    n_layers: Layers = 1
+    n_refiner_layers: Depth = 0
+    attention_head_dim: Width = 64
+    num_attention_heads: Width = 8
+    dim: Width = 64
+    n_heads: Width = 8
+    n_kv_heads: Width = 8
+    joint_attention_dim: Width = 64
+    pooled_projection_dim: Width = 64
+    caption_projection_dim: Width = 64
+    pos_embed_max_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    all_patch_size: Annotated[list[Side], Field(min_length=1, max_length=4)] = []
+
+
+class ClipConfig(Config):
     """A ``CLIPTextConfig``, without fields that only the library's own loading uses, such as `model_type`."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -105,7 +147,7 @@ class ClipConfig(_Config):
     eos_token_id: TokenId = 49407
 
 
-class BertConfig(_Config):
+class BertConfig(Config):
     """A ``BertConfig`` of an encoder with absolute position embeddings."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
@@ -128,7 +170,37 @@ class BertConfig(_Config):
     add_cross_attention: Literal[False] = False
 
 
-class SchedulerConfig(_Config):
+class LanguageModelConfig(Config):
+    """A T5 encoder or a language model, whose hidden states tell a denoiser about a prompt."""
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 32128
+    num_layers: Layers | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=256)] | None = None
+    depth: Annotated[int, Field(ge=1, le=256)] | None = None
+    d_model: Width | None = None
+    d_ff: Annotated[int, Field(ge=1, le=2**18)] | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Annotated[int, Field(ge=1, le=2**18)] | None = None
+    num_heads: Width | None = None
+    num_attention_heads: Width | None = None
+    num_key_value_heads: Width | None = None
+
+
+class FlowSchedulerConfig(Config):
+    """A ``FlowMatchEulerDiscreteScheduler``."""
+
+    num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
+    shift: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: Annotated[float, Field(ge=0, le=20)] | None = 0.5
+    max_shift: Annotated[float, Field(ge=0, le=20)] | None = 1.15
+    base_image_seq_len: Annotated[int, Field(ge=1, le=2**20)] = 256
+    max_image_seq_len: Annotated[int, Field(ge=2, le=2**20)] = 4096
+    invert_sigmas: Literal[False] = False
+    stochastic_sampling: Literal[False] = False
+
+
+class SchedulerConfig(Config):
     """A scheduler of a diffusion model that predicts ε or v."""
 
     num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
@@ -167,7 +239,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def validated(path: Path, config: Mapping[str, Any], model: type[_Config], kind: type | None = None) -> dict[str, Any]:
+def validated(path: Path, config: Mapping[str, Any], model: type[Config], kind: type | None = None) -> dict[str, Any]:
     """Validate a configuration, and return the values that may be passed to the library.
 
     Args:
@@ -203,6 +275,44 @@ def validated(path: Path, config: Mapping[str, Any], model: type[_Config], kind:
         if key not in fields and not _has_type_of(value, defaults[key]):
             raise DiffgraftError(f"{path} has {key}={short(value)}, but needs a value like {defaults[key]!r}.")
     return {key: value for key, value in values.items() if key in defaults or kind is None}
+
+
+def validated_language_model(path: Path, config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
+    """Validate the configuration of a transformers model, and return the values that may be passed to its class.
+
+    Names of attention kernels, code and quantization never reach the library.
+
+    Args:
+        path: file of the configuration, for messages.
+        config: the JSON object in it.
+        kind: the library's configuration class; a model that has others in it has a nested object for each.
+
+    Raises:
+        DiffgraftError: a value is of another type, out of bounds or not supported.
+    """
+    nested = {name: own for name, own in kind.sub_configs.items() if isinstance(config.get(name), dict)}
+    own = {key: value for key, value in config.items() if key not in nested and not isinstance(value, dict)}
+    values = validated(path, own, LanguageModelConfig, kind)
+    if theta := _rope_theta(config):
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **_rope_sections(config)}
+    return values | {name: validated_language_model(path, config[name], part) for name, part in nested.items()}
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float | None:
+    """Return the base of a model's rotary positions, from today's field or from that of earlier versions."""
+    rope = config.get("rope_parameters")
+    theta = config.get("rope_theta", rope.get("rope_theta") if isinstance(rope, dict) else None)
+    return float(theta) if isinstance(theta, int | float) and 1 <= theta <= 1e9 else None
+
+
+def _rope_sections(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the share of each axis in the rotary positions of a vision-language model; empty for others."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        sections = rope.get("mrope_section") if isinstance(rope, dict) else None
+        if isinstance(sections, list) and len(sections) == 3 and all(type(share) is int for share in sections):
+            return {"mrope_section": sections}
+    return {}
 
 
 def _reason(error: Any) -> str:

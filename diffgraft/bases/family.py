@@ -4,14 +4,15 @@ A new family is one module of `diffgraft.bases.families`, or of an outside packa
 ``diffgraft.families``. The module holds ``FAMILY``, an instance of a subclass of `Family`. Code outside of `bases` and
 `adapters.formats` asks the family instead of assuming a kind of denoiser, text encoder, prediction or noise schedule.
 
-Who calls what: loading asks `matches`; text encoding `encode` and `size_conditioning`; every training step and the
-measurements `denoise`; the loss `parameterization`; attaching adapters `layers`; strengths and learning rates `blocks`;
-condition pictures `control_network`; estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse what
-is in `unsupported`.
+Who calls what: loading asks `components` and `matches`; text encoding `encode` and `size_conditioning`; latents
+`posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`; samplers
+`sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
+`control_network`; estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse what is in
+`unsupported`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,6 +97,16 @@ class TextSlot:
     """Prefix of its weights' names in single-file checkpoints; empty for families without such files"""
 
 
+class Component(NamedTuple):
+    """Classes that a component of a pipeline may have, as the index of a diffusers folder names them."""
+
+    library: str
+    """`diffusers` or `transformers`"""
+    classes: tuple[str, ...]
+    required: bool = True
+    """Whether a folder must have it"""
+
+
 class Family(ABC):
     """An architecture of bases; each is one file in `diffgraft.bases.families`."""
 
@@ -107,9 +118,16 @@ class Family(ABC):
     """Name of the denoiser in pipelines, adapter paths and strengths, such as `unet`"""
     text: Sequence[TextSlot]
     """Text encoders, in order"""
+    components: Mapping[str, Component] = {}
+    """Component of its pipelines → what it may be, for bases that are loaded from a diffusers folder"""
+    patch: int = 1
+    """Side of the patches of latents that the denoiser reads as one token; both sides of latents are multiples of it"""
+    guidance: float | None = None
+    """Usual scale of classifier-free guidance; None: that of Stable Diffusion"""
     layers: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Network → group (`attention`, `feedforward`, `convolution`) → endings of the paths of its layers; `context` are
-    those of the attention that compute keys and values from the hidden states of text encoders alone"""
+    """Network → group (`attention`, `feedforward`, `convolution`, `modulation`) → endings of the paths of its layers,
+    in which ``*`` stands for one step; `context` are those of the attention that compute keys and values from the
+    hidden states of text encoders alone"""
     blocks: bool = False
     """Whether the denoiser has the block names IN00 … M00 … OUT11; if not, strengths only know BASE"""
     checkpointed: tuple[str, ...] = ()
@@ -211,6 +229,39 @@ class Family(ABC):
         config = base.vae.config
         return LatentSpec(int(config.latent_channels), config.scaling_factor, getattr(config, "shift_factor", 0) or 0.0)
 
+    def pixels_per_latent(self, base: "Base") -> int:
+        """Return the number of pixels per latent along one side."""
+        return int(2 ** (len(base.vae.config.block_out_channels) - 1))
+
+    def posterior(self, base: "Base", pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode pictures to mean and standard deviation of their latents, both [n, c, h, w] in float32.
+
+        Args:
+            base: base of the VAE.
+            pixels: n pictures [n, 3, height, width] with values from -1 to 1.
+        """
+        found = base.vae.encode(pixels.to(base.vae.device, base.vae.dtype)).latent_dist
+        return base.scaled(found.mean.float()), found.std.float() * self.latents(base).scale
+
+    def decode(self, base: "Base", latents: Tensor) -> Tensor:
+        """Decode latents [n, c, h, w] to pictures [n, 3, height, width] with values from about -1 to 1."""
+        spec = self.latents(base)
+        pixels: Tensor = base.vae.decode((latents / spec.scale + spec.shift).to(base.vae.dtype)).sample
+        return pixels
+
+    def sampling_sigmas(self, base: "Base", tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
+        """Return the family's own noise levels for drawing, or None if each sampler has its own.
+
+        Args:
+            base: base that draws.
+            tokens: number of patches in the latents of the picture.
+            steps: number of steps.
+
+        Returns:
+            σ / α before each step and 0 after the last, `steps` + 1 of them.
+        """
+        return None
+
     def native_size(self, base: "Base") -> int:
         """Return the native side of pictures, in latents."""
         return int(base.denoiser.config.sample_size)
@@ -227,8 +278,11 @@ class Family(ABC):
         """
         raise NotImplementedError(f"the family {self.name} has no block_for_timing")
 
-    def set_attention(self, denoiser: Any, kind: str) -> None:
-        """Set how attention is computed: the recipe key ``attention``; families without it list it in `unsupported`."""
+    def set_attention(self, denoiser: Any, kind: str) -> Callable[[], None]:
+        """Set how attention is computed, and return a function that sets it back.
+
+        `kind` is a value of the recipe key ``attention``; families without it list the key in `unsupported`.
+        """
         raise NotImplementedError(f"the family {self.name} does not support attention={kind}")
 
     def pipeline(self, base: "Base") -> Any:

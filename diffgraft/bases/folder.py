@@ -19,13 +19,21 @@ from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part
 from diffgraft.bases.configs import (
     BertConfig,
     ClipConfig,
+    Config,
+    FlowSchedulerConfig,
+    FlowVAEConfig,
     SchedulerConfig,
+    TransformerConfig,
     UNetConfig,
     VAEConfig,
+    VideoVAEConfig,
     read_object,
     short,
     validated,
+    validated_language_model,
 )
+from diffgraft.bases.family import Component
+from diffgraft.bases.registry import denoisers
 from diffgraft.bases.unet import inpainting
 from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
@@ -33,38 +41,17 @@ from diffgraft.errors import DiffgraftError
 WeightsFrom = Literal["files", "headers", "nowhere"]
 """Whether weights are read from files, only compared with the files' headers, or neither"""
 
-_TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast")
-_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-)
-KNOWN_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "scheduler": ("diffusers", _SCHEDULERS),
-    "text_encoder": ("transformers", _TEXT_ENCODERS),
-    "tokenizer": ("transformers", _TOKENIZERS),
-    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
-    "tokenizer_2": ("transformers", _TOKENIZERS),
-}
-"""Part → library and permitted classes; a pipeline must have all the parts that it takes"""
 _CLIP = Path(__file__).parent / "tiny" / "model" / "tokenizer"
 """CLIP's own tokenizer, which the embedded base uses"""
+_CONFIGS: Mapping[str, type[Config]] = {
+    "UNet2DConditionModel": UNetConfig,
+    "AutoencoderKL": VAEConfig,
+    "AutoencoderKLFlux2": FlowVAEConfig,
+    "AutoencoderKLQwenImage": VideoVAEConfig,
+}
+"""Class of a network → known fields of its configuration; all others are transformers"""
+Components = Mapping[str, Component]
+"""Component of a pipeline → what it may be"""
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts that the index may list, but that are never loaded"""
 
@@ -79,12 +66,12 @@ _RENAMED = {
 """Names in files of earlier versions of the libraries, and their names now"""
 
 
-def read_index(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[str, str]]:
+def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, tuple[str, str]]:
     """Read the index of a diffusers folder and return part → library and class; ``""`` stands for the pipeline.
 
     Args:
         folder: a diffusers folder.
-        pipelines: class name of a known pipeline → whether it has two text encoders.
+        pipelines: class name of a known pipeline → its components.
 
     Raises:
         DiffgraftError: the index is missing or damaged, lacks a part, or names an unknown class.
@@ -97,15 +84,17 @@ def read_index(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[s
         )
     index = read_object(path)
     kind = index.get("_class_name", "model without a class")
-    known = {name: has_two for plain, has_two in pipelines.items() for name in (plain, inpainting(plain))}
+    known = {name: parts for plain, parts in pipelines.items() for name in (plain, inpainting(plain))}
     if not isinstance(kind, str) or kind not in known:
         named = kind if isinstance(kind, str) and len(kind) < 60 else short(kind)
         raise DiffgraftError(f"{folder} is a {named}; supported pipelines are: {', '.join(sorted(pipelines))}.")
-    needed = {name for name in KNOWN_PARTS if known[kind] or not name.endswith("_2")}
+    components = known[kind]
     classes_of: dict[str, tuple[str, str]] = {"": ("diffusers", kind)}
     for name, entry in index.items():
-        if name in needed:
-            library, classes = KNOWN_PARTS[name]
+        if entry == [None, None] and (name not in components or not components[name].required):
+            continue
+        if name in components:
+            library, classes, _ = components[name]
             if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or entry[1] not in classes:
                 raise DiffgraftError(
                     f"{path} has {short(entry)} as its {name}; supported classes of {library}: {', '.join(classes)}."
@@ -113,6 +102,7 @@ def read_index(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[s
             classes_of[name] = (library, entry[1])
         elif isinstance(entry, list | dict) and name not in _LEFT_OUT:
             raise DiffgraftError(f"{path} lists a part {short(name)}, which a {kind} does not have: remove it.")
+    needed = {name for name, component in components.items() if component.required}
     for name in sorted(needed - set(classes_of)):
         raise DiffgraftError(f"{path} lists no {name}, which a {kind} needs: copy the model's folder again.")
     return classes_of
@@ -120,7 +110,7 @@ def read_index(folder: Path, pipelines: Mapping[str, bool]) -> dict[str, tuple[s
 
 def build_pipeline(
     folder: Path,
-    pipelines: Mapping[str, bool],
+    pipelines: Mapping[str, Components],
     weights: WeightsFrom,
     tokenizers: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -130,7 +120,7 @@ def build_pipeline(
 
     Args:
         folder: a diffusers folder.
-        pipelines: class name of a known pipeline → whether it has two text encoders.
+        pipelines: class name of a known pipeline → its components.
         weights: whether weights are read from files.
         tokenizers: tokenizers by name, instead of those in the folder.
 
@@ -143,8 +133,8 @@ def build_pipeline(
     parts: dict[str, Any] = {**(tokenizers or {})}
     for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # tokenizers last, as they take longest
         library, kind = index[name]
-        if name in ("unet", "vae") or name.startswith("text_encoder"):
-            parts[name] = _network(folder / name, name, library, kind)
+        if name in (*denoisers(), "vae") or name.startswith("text_encoder"):
+            parts[name] = _network(folder / name, library, kind, has_flow="transformer" in index)
             if weights != "nowhere":
                 _fill(parts[name], folder / name, name, is_read=weights == "files")
             parts[name].eval()
@@ -153,8 +143,8 @@ def build_pipeline(
         elif name and name not in parts:
             parts[name] = _tokenizer(folder / name, kind)
     _check_fit(folder, parts)
-    options: dict[str, Any] = {}
-    if "text_encoder_2" not in parts:
+    options: dict[str, Any] = {name: None for name in pipelines.get(index[""][1], {}) if name not in parts}
+    if "unet" in parts and "text_encoder_2" not in parts:
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with _library_errors(folder, "the parts do not make a pipeline"):
         return getattr(diffusers, index[""][1])(**parts, **options)
@@ -176,8 +166,8 @@ def _library_errors(path: Path, problem: str) -> Iterator[None]:
         raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.')}.") from error
 
 
-def _network(folder: Path, part: str, library: str, kind: str) -> Any:
-    """Create a network on the device ``meta`` from the configuration in `folder`."""
+def _network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
+    """Create a network from the configuration in `folder`; its parameters are on the device ``meta``."""
     import diffusers
     import transformers
 
@@ -185,10 +175,14 @@ def _network(folder: Path, part: str, library: str, kind: str) -> Any:
     config = read_object(path)
     if library == "diffusers":
         model: Any = getattr(diffusers, kind)
-        values = validated(path, config, UNetConfig if part == "unet" else VAEConfig, model)
-        with _library_errors(path, f"no {kind} can be built from it"), torch.device("meta"):
+        values = validated(path, config, _config_of(kind, has_flow=has_flow), model)
+        with _library_errors(path, f"no {kind} can be built from it"), _without_weights(has_flow):
             return model.from_config(values)
     model = getattr(transformers, kind)
+    if not kind.startswith(("CLIP", "Bert")):
+        values = validated_language_model(path, config, model.config_class)
+        with _library_errors(path, f"no {kind} can be built from it"), _without_weights(has_flow):
+            return model(model.config_class(**values))
     if config.get("model_type") == "clip" and isinstance(config.get("text_config"), dict):
         config = config["text_config"]
     values = validated(path, config, BertConfig if kind == "BertModel" else ClipConfig)
@@ -198,6 +192,31 @@ def _network(folder: Path, part: str, library: str, kind: str) -> Any:
         return model(model.config_class(**values))
 
 
+def _config_of(kind: str, *, has_flow: bool) -> type[Config]:
+    """Return the known fields of the configuration of a class of diffusers."""
+    if kind == "AutoencoderKL" and has_flow:
+        return FlowVAEConfig
+    return _CONFIGS.get(kind, TransformerConfig)
+
+
+@contextmanager
+def _without_weights(has_flow: bool) -> Iterator[None]:
+    """Create networks without weights within the block, on the device ``meta``.
+
+    Tensors that are no parameters, such as tables of positions, are in no file. Networks of flow-matching bases have
+    them computed; those of other bases are known, and filled in by `_fill_buffers`.
+    """
+    if not has_flow:
+        with torch.device("meta"):
+            yield
+        return
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        yield
+
+
 def _normalizer(part: str) -> Callable[[str], str]:
     """Return a function from names of weights to names that do not depend on the version of the libraries."""
     replacements = _RENAMED.get("vae" if part == "vae" else "text" if part.startswith("text") else "", ())
@@ -205,9 +224,15 @@ def _normalizer(part: str) -> Callable[[str], str]:
     def normalize(name: str) -> str:
         for old, new in replacements:
             name = name.replace(old, new)
-        return name if part in ("unet", "vae") else name.removeprefix("bert.").removeprefix("text_model.")
+        plain = name.removeprefix("bert.").removeprefix("text_model.")
+        return _of_language_model(plain) if part.startswith("text") else name
 
     return normalize
+
+
+def _of_language_model(name: str) -> str:
+    """Return the name of a weight without the levels that only newer versions of vision-language models have."""
+    return name.removeprefix("model.language_model.").removeprefix("model.")
 
 
 def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None:
@@ -250,14 +275,15 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
                             f"{file} holds {key} of shape {tensor.get_shape()}, but by {folder}/config.json it is "
                             f"{[*value.shape]}: the two belong to different models."
                         )
-                    if tensor.get_dtype() not in FLOAT_DTYPES:
+                    if tensor.get_dtype() not in FLOAT_DTYPES and value.is_floating_point():
                         raise DiffgraftError(
                             f"{file} holds {key} in {tensor.get_dtype()}; weights must be float32 or half precision."
                         )
                     state[name] = opened.get_tensor(key).clone() if is_read else value
         except (SafetensorError, OSError) as error:
             raise DiffgraftError(f"{file} is not a readable .safetensors file ({error}); copy it again.") from error
-    missing = [name for name, _ in wanted.values() if name not in state]
+    tied = getattr(network, "all_tied_weights_keys", {})  # a weight that another one stands for is in no file
+    missing = [name for name, _ in wanted.values() if name not in state and name not in tied]
     if missing:
         raise DiffgraftError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} weights that its config.json describes, such as "
@@ -265,7 +291,10 @@ def _fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None
         )
     if is_read:
         dtype = _most_common_dtype(state)
-        network.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+        network.load_state_dict(values, strict=not tied, assign=True)
+        if tied:
+            network.tie_weights()  # type: ignore[operator]
         _fill_buffers(network)
 
 
@@ -277,7 +306,7 @@ def _layer_beyond(name: str, layers: int) -> int | None:
 
 def _most_common_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
-    for value in state.values():
+    for value in filter(Tensor.is_floating_point, state.values()):
         counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
@@ -301,6 +330,10 @@ def _scheduler(folder: Path, kind: str) -> Any:
 
     model: Any = getattr(diffusers, kind)
     path = folder / "scheduler_config.json"
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        values = validated(path, read_object(path), FlowSchedulerConfig, model)
+        with _library_errors(path, f"no {kind} can be built from it"):
+            return model.from_config(values)
     values = validated(path, read_object(path), SchedulerConfig, model)
     if values.get("trained_betas") is not None and len(values["trained_betas"]) != values.get(
         "num_train_timesteps", 1000
@@ -328,7 +361,9 @@ def _tokenizer(folder: Path, kind: str) -> Any:
 
 
 def _check_fit(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Raise DiffgraftError if the parts of a folder do not belong together."""
+    """Raise DiffgraftError if the parts of a folder with a UNet do not belong together."""
+    if "unet" not in parts:
+        return
     unet, vae = parts["unet"].config, parts["vae"].config
     encoders = {name: part.config for name, part in parts.items() if name.startswith("text_encoder")}
     width = sum(config.hidden_size for config in encoders.values())

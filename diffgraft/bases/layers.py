@@ -1,5 +1,6 @@
 """Choosing the layers of a base that adapters are attached to."""
 
+import re
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ LAYERS = {
     "context": ("context",),
     "attention": ("attention",),
     "attention+feedforward": ("attention", "feedforward"),
-    "all": ("attention", "feedforward", "convolution"),
+    "all": ("attention", "feedforward", "convolution", "modulation"),
 }
 """Name of a choice of layers → groups of `Family.layers`"""
 
@@ -39,10 +40,11 @@ def choose_layers(part: str, module: nn.Module, layers: str) -> list[str]:
 
 
 def find_modules(root: nn.Module, endings: tuple[str, ...]) -> list[str]:
-    """Return the paths of linear and convolution layers inside `root` that end in one of `endings`."""
+    """Return the paths of linear and convolution layers inside `root` that end in one of `endings`.
+
+    In an ending, ``*`` stands for one step of a path, such as the number of a block.
+    """
     kinds = (nn.Linear, nn.Conv2d)
-    return [
-        path
-        for path, module in root.named_modules()
-        if isinstance(module, kinds) and any(path == end or path.endswith("." + end) for end in endings)
-    ]
+    any_ending = "|".join(re.escape(ending).replace(r"\*", r"[^.]+") for ending in endings)
+    pattern = re.compile(rf"(?:.+\.)?(?:{any_ending})")
+    return [path for path, module in root.named_modules() if isinstance(module, kinds) and pattern.fullmatch(path)]

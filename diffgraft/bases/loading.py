@@ -1,8 +1,8 @@
 """Loading bases: the embedded one, a diffusers folder, a model on the hub, or a single checkpoint file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict, get_args
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part, main_dtype
-from diffgraft.bases.family import Family
+from diffgraft.bases.family import Component, Family
 from diffgraft.bases.folder import build_pipeline
 from diffgraft.bases.header_config import ConfigOverrides, copy_config, read_config_overrides, write_config_overrides
 from diffgraft.bases.ldm_keys import UNET_PREFIX, VAE_PREFIX, is_open_clip, ldm_state_dict
@@ -25,9 +25,9 @@ from diffgraft.errors import DiffgraftError, did_you_mean, short_repr, wrap_syst
 from diffgraft.third_party import quiet_libraries
 
 
-def known_pipelines() -> dict[str, bool]:
-    """Return class name of a diffusers pipeline → whether it has two text encoders, for all families."""
-    return {family.pipeline_class: len(family.text) > 1 for family in families().values() if family.pipeline_class}
+def known_pipelines() -> dict[str, Mapping[str, Component]]:
+    """Return class name of a diffusers pipeline → its components, for all families that load from folders."""
+    return {family.pipeline_class: family.components for family in families().values() if family.pipeline_class}
 
 
 TINY = Path(__file__).parent / "tiny" / "model"
@@ -151,8 +151,10 @@ def _dtypes_on_disk(path: Path, family: Family | None = None) -> dict[str, torch
 
 def parts_of(pipe: Any) -> dict[str, Any]:
     """Return networks, tokenizers and scheduler of a pipeline as keyword arguments of `Base`."""
-    names = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    return {name: getattr(pipe, name, None) for name in names}
+    own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others"}
+    found = {name: getattr(pipe, name, None) for name in {*own, *known_pipelines().get(type(pipe).__name__, {})}}
+    others = {name: part for name, part in found.items() if name not in own}
+    return {name: part for name, part in found.items() if name in own} | {"others": others}
 
 
 def _has_full_precision(folder: Path) -> bool:
@@ -281,6 +283,11 @@ def config_folder(file: SingleFile) -> Iterator[Path]:
 
 def _family_of(path: Path, keys: set[str], wanted: str | None) -> str:
     """Return the family of a single file by the names of its text encoders; `wanted` is checked against them."""
+    if wanted is not None and not families()[wanted].single_file_prefixes:
+        raise DiffgraftError(
+            f"{path} is not a whole single-file checkpoint of {wanted}: such bases are loaded from diffusers folders "
+            "or hub ids."
+        )
     prefixes_of = {
         name: family.single_file_prefixes.values() for name, family in families().items() if family.single_file_prefixes
     }

@@ -1,13 +1,13 @@
 """Base class of the families whose denoiser is a diffusers UNet: layers, blocks, noise schedule, inpainting."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.family import Conditioning, ControlSignal, Family
+from diffgraft.bases.family import Component, Conditioning, ControlSignal, Family
 from diffgraft.bases.prediction import ddpm_parameterization
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError, one_line, short_repr
@@ -18,6 +18,32 @@ _TEXT = {
         *("self.query", "self.key", "self.value", "attention.output.dense"),  # of BERT
     ),
     "feedforward": ("fc1", "fc2", "intermediate.dense", "output.dense"),
+}
+_TOKENIZER = Component("transformers", ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast"))
+_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+_COMPONENTS: Mapping[str, Component] = {
+    "unet": Component("diffusers", ("UNet2DConditionModel",)),
+    "vae": Component("diffusers", ("AutoencoderKL",)),
+    "scheduler": Component("diffusers", _SCHEDULERS),
+    "text_encoder": Component("transformers", ("CLIPTextModel", "CLIPTextModelWithProjection", "BertModel")),
+    "tokenizer": _TOKENIZER,
 }
 _USUAL_LAYERS = 2
 """Layers per block in all UNets of Stable Diffusion; headers give other numbers, as some names depend on them"""
@@ -32,6 +58,7 @@ class UNetFamily(Family):
     """A family whose denoiser is a ``UNet2DConditionModel``."""
 
     denoiser = "unet"
+    components: Mapping[str, Component] = _COMPONENTS
     layers: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "unet": {
             "context": ("attn2.to_k", "attn2.to_v"),
@@ -114,19 +141,21 @@ class UNetFamily(Family):
             shapes["encoder_hidden_states"] = (1, 77, int(unet.config.cross_attention_dim))
         return block, shapes, width
 
-    def set_attention(self, denoiser: Any, kind: str) -> None:
+    def set_attention(self, denoiser: Any, kind: str) -> Callable[[], None]:
         """Set one of diffusers' attention processors: ``plain``, ``sliced`` or ``xformers``.
 
         A UNet's attentions are of the older kind, which diffusers' `set_attention_backend` does not affect.
         """
         from diffusers.models.attention_processor import AttnProcessor
 
+        before = dict(denoiser.attn_processors)
         if kind == "plain":
             denoiser.set_attn_processor(AttnProcessor())
         elif kind == "sliced":
             denoiser.set_attention_slice("max")  # "auto" halves the number of heads, which fails for one head
         elif kind == "xformers":
             denoiser.enable_xformers_memory_efficient_attention()
+        return lambda: denoiser.set_attn_processor(before)
 
     def pipeline(self, base: Base) -> Any:
         """Return the family's pipeline, or its inpainting pipeline, without safety checker and feature extractor."""

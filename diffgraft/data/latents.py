@@ -140,7 +140,7 @@ def encode_pictures(
 @contextmanager
 def _encoder(base: Base) -> Iterator[Any]:
     """Yield a function from an image to its distribution; the VAE runs in float32, as some overflow in float16."""
-    original_dtype, scale = base.vae.dtype, base.latents.scale
+    original_dtype = base.vae.dtype
     is_ready = False
 
     def distribution(image: Image.Image) -> Distribution:
@@ -149,9 +149,8 @@ def _encoder(base: Base) -> Iterator[Any]:
             with quiet_libraries():
                 base.vae.to(torch.float32)  # casting to float32 and back changes no bit
             is_ready = True
-        posterior = base.vae.encode(to_tensor([image]).to(base.vae.device)).latent_dist
-        mean, std = base.scaled(posterior.mean[0].float()).cpu(), (posterior.std[0].float() * scale).cpu()
-        return mean, std
+        mean, std = base.family.posterior(base, to_tensor([image]))
+        return mean[0].cpu(), std[0].cpu()
 
     try:
         yield distribution

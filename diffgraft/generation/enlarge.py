@@ -1,6 +1,5 @@
 """The step between both passes of a hires fix: latents, or decoded pixels, at a larger size."""
 
-import math
 from typing import Any
 
 from PIL import Image
@@ -23,7 +22,7 @@ _PIXELS = {"lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAR
 
 def hires_size(base: Base, size: tuple[int, int], hires: Hires) -> tuple[int, int]:
     """Return the (width, height) of the second pass in pixels, rounded to what the base can draw."""
-    step = math.lcm(base.vae_scale_factor, 8)
+    step = base.size_step
     width, height = (max(step, round(side * hires.scale / step) * step) for side in size)
     return width, height
 

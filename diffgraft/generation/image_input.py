@@ -1,7 +1,6 @@
 """Pictures as input of generation: image to image, inpainting, and the second pass of a hires fix."""
 
 from dataclasses import dataclass
-from math import lcm
 
 import torch
 from PIL import Image, ImageOps
@@ -118,7 +117,7 @@ def inpainting_channels(base: Base, resized: ImageInput | None) -> Tensor | None
 
 def native_size(base: Base, image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) with the picture's aspect ratio and about the base's native number of pixels."""
-    side, step = base.resolution, lcm(base.vae_scale_factor, 8)
+    side, step = base.resolution, base.size_step
     if max(image.size) > _MOST_RATIO * min(image.size):
         raise DiffgraftError(
             f"The picture is {image.width}x{image.height}: crop it, so that no side is {_MOST_RATIO} times the other."

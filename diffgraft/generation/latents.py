@@ -13,10 +13,7 @@ from diffgraft.pixels import to_image, to_tensor
 @torch.no_grad()
 def encode(base: Base, images: Sequence[Image.Image]) -> Tensor:
     """Return the latents [n, c, h, w] of RGB pictures of one size: the mean of what the VAE encodes, in float32."""
-    vae = base.vae
-    pixels = to_tensor(images).to(base.device, vae.dtype)
-    rows = [vae.encode(row.unsqueeze(0)).latent_dist.mode().float() for row in pixels]
-    return base.scaled(torch.cat(rows))
+    return torch.cat([base.family.posterior(base, row.unsqueeze(0))[0] for row in to_tensor(images)])
 
 
 @torch.no_grad()
@@ -28,12 +25,11 @@ def decode(base: Base, latents: Tensor, tiling: bool = False) -> Image.Image:
         latents: latents of one picture.
         tiling: whether it is decoded in overlapping tiles.
     """
-    spec, vae = base.latents, base.vae
     if tiling:
-        vae.enable_tiling()
+        base.vae.enable_tiling()
     try:
-        pixels = vae.decode((latents.unsqueeze(0) / spec.scale + spec.shift).to(vae.dtype)).sample[0]
+        pixels = base.family.decode(base, latents.unsqueeze(0))[0]
     finally:
         if tiling:
-            vae.disable_tiling()
+            base.vae.disable_tiling()
     return to_image(pixels)

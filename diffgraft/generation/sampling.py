@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -115,9 +116,11 @@ class Painter:
             kept = Kept(start.latents, start.mask)
         lanes = Lanes(self._base.family.denoiser, self._base.denoiser) if any(work.lanes) else None
         sampler = named_sampler(settings.sampler)
-        sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, noise_levels(self._base))
+        family, factor = self._base.family, self._base.vae_scale_factor
+        tokens = (height // factor // family.patch) * (width // factor // family.patch)
+        own = partial(family.sampling_sigmas, self._base, tokens)
+        sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, noise_levels(self._base), own)
         sigmas = sigmas if start is None else sigmas[first_step(start.denoise, work.steps) :]
-        factor = self._base.vae_scale_factor
         steered = None if work.steering is None else work.steering.for_pass(work.size, len(sigmas) - 1, factor)
         inputs = Inputs(micro, work.channels, steered)
         denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), inputs, kept, lanes)
@@ -182,7 +185,8 @@ class Painter:
 
     def guidance(self, settings: DrawSettings) -> Guidance:
         """Return the guidance of settings, with the base's own scale if they have none."""
-        usual = SMALL_GUIDANCE if self._base.family.native_size(self._base) <= SMALL else USUAL_GUIDANCE
+        small = self._base.family.native_size(self._base) <= SMALL
+        usual = self._base.family.guidance or (SMALL_GUIDANCE if small else USUAL_GUIDANCE)
         scale = usual if settings.guidance is None else settings.guidance
         return Guidance(scale, settings.rescale, settings.mimic, settings.percentile)
 

@@ -5,7 +5,6 @@ session.use("dog", 0.8)
 pictures = session.draw("a (sks dog:1.2) [in the snow:at night:0.5] <lora:ink:0.5>", seeds=[1, 2])
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -319,7 +318,7 @@ class Session:
         elif self._steering is not None:
             native = native_size(self.base, self._steering.control.image)
         width, height = settings.size or native
-        step = math.lcm(self.base.vae_scale_factor, 8)
+        step = self.base.size_step
         if width % step or height % step:
             nearest = "x".join(str(max(step, round(side / step) * step)) for side in (width, height))
             raise DiffgraftError(

@@ -152,7 +152,7 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders:
         ({"prediction_type": "velocity"}, "Invalid value prediction_type='velocity'"),
         ({"prediction_type": "epsilon", "zero_snr": True}, "predicts ε cannot have zero_snr=true"),
         ({"family": "taiyi"}, "is not a whole single-file checkpoint of taiyi"),
-        ({"family": "sd3"}, "Invalid value family='sd3'"),
+        ({"family": "sd3"}, "Invalid value family='sd9'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             load_base(file, **more)  # type: ignore[arg-type]
@@ -212,8 +212,8 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     assert "is not a readable .safetensors file" in answer(tmp_path / "cut.safetensors")
     (tmp_path / "model_index.json").write_text("{", "utf-8")
     assert "cannot be read as JSON" in answer(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', "utf-8")
-    assert "is a FluxPipeline" in answer(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}', "utf-8")
+    assert "is a SanaPipeline" in answer(tmp_path)
     shutil.copytree(loading.TINY, tmp_path / "torn")
     (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "unet has no weights in .safetensors" in answer(tmp_path / "torn")

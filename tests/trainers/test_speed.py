@@ -155,8 +155,8 @@ def test_pictures_of_many_sizes_are_two_graphs(sdxl_folder: Path, monkeypatch: p
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU")
 def test_on_a_cpu_nothing_is_compiled_in_bfloat16(base: Base, pictures: Path, tmp_path: Path) -> None:
     """There PyTorch's compiler makes most gradients 0."""
+    more = {"compile": True, "precision": "bfloat16"}
     with pytest.raises(DiffgraftError, match="wrong gradients in bfloat16: set compile=false or precision=float32"):
-        more = {"compile": True, "precision": "bfloat16"}
         train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **FAST, **more)
 
 

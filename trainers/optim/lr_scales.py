@@ -56,8 +56,7 @@ def freeze(optim: OptimSettings, base: Base, adapter: Attached, keep: Collection
 def _trains(scales: Mapping[str, float], base: Base, path: str) -> bool:
     """Whether the module at `path` affects the loss and has a learning-rate scale above 0."""
     part, _, inside = path.partition(".")
-    affects_loss = not is_of_text(path) or base.family.affects_output(base, part, inside)
-    return affects_loss and last_matching_value(scales, path, 1.0) > 0
+    return base.family.affects_output(base, part, inside) and last_matching_value(scales, path, 1.0) > 0
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from diffgraft.trainers.run.attach import check_format
 from diffgraft.trainers.run.under import check_under
 from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
-from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, size_step, user_class_images
+from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, user_class_images
 from diffgraft.trainers.training_data.concepts import ConceptImages
 
 
@@ -93,7 +93,7 @@ def check_base(data: DataSettings, objective: ObjectiveSettings, base: Base) -> 
     Raises:
         DiffgraftError: the resolution is not a multiple of the base's step, or the timesteps are not in its schedule.
     """
-    side, step = resolution_of(data, base), size_step(base)
+    side, step = resolution_of(data, base), base.size_step
     if side % step:
         nearest = max(step, round(side / step) * step)
         raise DiffgraftError(f"Invalid value resolution={side}: this base needs a multiple of {step}. Use {nearest}.")

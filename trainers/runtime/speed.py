@@ -4,7 +4,7 @@ Results differ by rounding only.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -56,19 +56,19 @@ def sped_up(runtime: RuntimeSettings, base: Base, denoiser: Denoiser) -> Iterato
     are compiled along with the network, and those added later are ignored.
     """
     network = denoiser.denoiser
-    processors = None if runtime.attention == "default" else dict(network.attn_processors)
+    set_back: Callable[[], None] | None = None
     strides = {value: value.stride() for value in network.parameters()} if runtime.channels_last else {}
     try:
-        if processors is not None:
-            base.family.set_attention(network, runtime.attention)
+        if runtime.attention != "default":
+            set_back = base.family.set_attention(network, runtime.attention)
         if runtime.channels_last:
             network.to(memory_format=torch.channels_last)
         with _compiled(network) if runtime.compile else nullcontext(network) as denoiser.denoiser:
             yield
     finally:
         denoiser.denoiser = network
-        if processors is not None:
-            network.set_attn_processor(processors)
+        if set_back is not None:
+            set_back()
         for value, stride in strides.items():
             value.data = value.new_empty_strided(value.shape, stride).copy_(value.data)
 

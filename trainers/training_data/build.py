@@ -152,7 +152,7 @@ def _frames(data: DataSettings, picture: Picture, base: Base) -> list[Crop]:
     random_crops = None
     if data.crop == "random":
         random_crops = RandomCrops(data.crops, data.crop_scale, seed=int(picture.content[:8], 16))
-    return frames(picture.size, resolution_of(data, base), data.buckets, size_step(base), random_crops)
+    return frames(picture.size, resolution_of(data, base), data.buckets, base.size_step, random_crops)
 
 
 def _check_masks(samples: Sequence[Sample]) -> None:
@@ -207,11 +207,6 @@ def split_samples(
     concept_indices = [[*concepts].index(id(sample.concept)) for sample in samples]
     rows = rows_held_out(validation.share, concept_indices, [sample.picture.content for sample in samples])
     return [sample for row, sample in enumerate(samples) if row not in rows], [samples[row] for row in sorted(rows)]
-
-
-def size_step(base: Base) -> int:
-    """Number of pixels that sides of training images have to be multiples of."""
-    return math.lcm(base.vae_scale_factor, 8)
 
 
 def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], title: str) -> Examples:
@@ -278,7 +273,7 @@ def class_examples(data: DataSettings, seed: int, base: Base, samples: Sequence[
         weighted = concept.model_copy(update={"weight": prior.weight})
         images = user_class_images(weighted, prior) if prior.folder else _generated_class(weighted, seed, base, members)
         for repeats, prompt, picture in images:
-            crops = frames(picture.size, resolution_of(data, base), data.buckets, size_step(base))
+            crops = frames(picture.size, resolution_of(data, base), data.buckets, base.size_step)
             builder = PromptBuilder((prompt,))
             repeated = weighted.model_copy(update={"repeats": repeats})
             class_samples.append(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.family import Conditioning, SizeConditioning, TextSlot
+from diffgraft.bases.family import Component, Conditioning, SizeConditioning, TextSlot
 from diffgraft.bases.tokens import check_clip_skip, token_ids
 from diffgraft.bases.unet import UNetFamily
 
@@ -16,6 +16,11 @@ class StableDiffusionXL(UNetFamily):
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
+    components = {  # noqa: RUF012
+        **UNetFamily.components,
+        "text_encoder_2": Component("transformers", ("CLIPTextModelWithProjection",)),
+        "tokenizer_2": UNetFamily.components["tokenizer"],
+    }
     text = (
         TextSlot("text_encoder", "tokenizer", "conditioner.embedders.0.transformer.text_model."),
         TextSlot("text_encoder_2", "tokenizer_2", "conditioner.embedders.1.model."),

@@ -1,6 +1,6 @@
 """Samplers by the names of webui, and what each of them is used with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from diffgraft.errors import DiffgraftError, did_you_mean
@@ -73,8 +73,24 @@ def named_sampler(name: str) -> NamedSampler:
     return known
 
 
-def sampler_sigmas(sampler: NamedSampler, schedule: str | None, steps: int, levels: NoiseLevels) -> list[float]:
-    """Return the noise levels that a sampler runs through, for a schedule or for its own; none comes twice in turn."""
-    sigmas = schedule_sigmas(schedule or sampler.schedule, steps + sampler.drops_second_last, levels)
+def sampler_sigmas(
+    sampler: NamedSampler,
+    schedule: str | None,
+    steps: int,
+    levels: NoiseLevels,
+    of_family: Callable[[int], list[float] | None] = lambda steps: None,  # noqa: ARG005
+) -> list[float]:
+    """Return the noise levels that a sampler runs through; none comes twice in turn.
+
+    Args:
+        sampler: the sampler.
+        schedule: name of a schedule; None: the one of the family, else the sampler's own.
+        steps: number of steps.
+        levels: noise levels of the base.
+        of_family: function from a number of steps to the noise levels of the base's family, if it has its own.
+    """
+    count = steps + sampler.drops_second_last
+    own = of_family(count) if schedule is None else None
+    sigmas = own or schedule_sigmas(schedule or sampler.schedule, count, levels)
     sigmas = [*sigmas[:-2], sigmas[-1]] if sampler.drops_second_last else sigmas
     return [sigma for place, sigma in enumerate(sigmas) if place == 0 or sigma != sigmas[place - 1]]

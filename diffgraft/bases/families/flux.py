@@ -1,0 +1,67 @@
+"""FLUX.1: a transformer of double and single blocks, told by CLIP's pooled embedding and T5."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.bases.base import Base
+from diffgraft.bases.family import Component, Conditioning, TextSlot
+from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, FlowFamily, grid_ids, packed, unpacked
+
+
+class Flux1(FlowFamily):
+    """The family of FLUX.1 dev and schnell (Black Forest Labs 2024), with 2 × 2 latents as a token."""
+
+    name = "flux1"
+    pipeline_class = "FluxPipeline"
+    guidance = 1.0
+    text = (TextSlot("text_encoder", "tokenizer"), TextSlot("text_encoder_2", "tokenizer_2"))
+    components = {  # noqa: RUF012
+        "transformer": Component("diffusers", ("FluxTransformer2DModel",)),
+        "vae": KL_VAE,
+        "scheduler": SCHEDULER,
+        "text_encoder": Component("transformers", ("CLIPTextModel",)),
+        "tokenizer": Component("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        "text_encoder_2": Component("transformers", ("T5EncoderModel",)),
+        "tokenizer_2": Component("transformers", ("T5Tokenizer", "T5TokenizerFast")),
+    }
+    layers = {  # noqa: RUF012
+        "transformer": {
+            "attention": JOINT_ATTENTION,
+            "feedforward": (
+                *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+                *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+            ),
+            "modulation": ("norm1.linear", "norm1_context.linear", "single_transformer_blocks.*.norm.linear"),
+        },
+        "text_encoder": CLIP_LAYERS,
+    }
+    checkpointed = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+
+    def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
+        """Return T5's states [n, 512, 4096] and CLIP's pooled embedding; longer prompts are truncated."""
+        states, pooled, _ = base.pipeline().encode_prompt(list(prompts), None)
+        return Conditioning(states, {"pooled_projections": pooled})
+
+    def denoise(
+        self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        dtype, (height, width) = base.denoiser.dtype, noisy.shape[-2:]
+        states, guidance = conditioning.hidden_states.to(dtype), None
+        if base.denoiser.config.guidance_embeds:
+            guidance = torch.ones(len(noisy), device=noisy.device)  # 1 in training, as in diffusers' script
+        tokens = denoiser(
+            hidden_states=packed(noisy).to(dtype),
+            timestep=self.sigmas(base, timesteps, noisy),
+            guidance=guidance,
+            pooled_projections=conditioning.added["pooled_projections"].to(dtype),
+            encoder_hidden_states=states,
+            txt_ids=states.new_zeros(states.shape[1], 3),
+            img_ids=grid_ids(height // 2, width // 2, noisy),
+            return_dict=False,
+        )[0]
+        return unpacked(tokens, height, width)
+
+
+FAMILY = Flux1()

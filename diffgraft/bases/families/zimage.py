@@ -1,0 +1,71 @@
+"""Z-Image: one stream of text and picture tokens, told by Qwen3."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffgraft.bases.base import Base
+from diffgraft.bases.family import Component, Conditioning, TextSlot
+from diffgraft.bases.flow import (
+    KL_VAE,
+    QWEN_LAYERS,
+    QWEN_TOKENIZER,
+    SCHEDULER,
+    FlowFamily,
+    as_message,
+    language_states,
+)
+
+_LENGTH = 512
+"""Tokens of a prompt at most"""
+
+
+class ZImage(FlowFamily):
+    """The family of Z-Image and Z-Image-Turbo (Tongyi 2025, arXiv:2511.22699).
+
+    The transformer takes 1 − σ in the place of a timestep, and returns x₀ − ε.
+    """
+
+    name = "zimage"
+    pipeline_class = "ZImagePipeline"
+    text = (TextSlot("text_encoder", "tokenizer"),)
+    components = {  # noqa: RUF012
+        "transformer": Component("diffusers", ("ZImageTransformer2DModel",)),
+        "vae": KL_VAE,
+        "scheduler": SCHEDULER,
+        "text_encoder": Component("transformers", ("Qwen3Model", "Qwen3ForCausalLM")),
+        "tokenizer": QWEN_TOKENIZER,
+    }
+    layers = {  # noqa: RUF012
+        "transformer": {
+            "attention": ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+            "feedforward": ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+            "modulation": ("layers.*.adaLN_modulation.0", "noise_refiner.*.adaLN_modulation.0"),
+        },
+        "text_encoder": QWEN_LAYERS,
+    }
+    checkpointed = ("ZImageTransformerBlock",)
+
+    def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
+        """Return the penultimate states of the encoder, [n, 512, width], and a mask of the tokens that are no padding.
+
+        Longer prompts are truncated.
+        """
+        texts = [as_message(base, prompt, thinking=True) for prompt in prompts]
+        states, mask = language_states(base, texts, _LENGTH)
+        return Conditioning(states[-2] * mask.unsqueeze(-1), {"mask": mask})
+
+    def denoise(
+        self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        dtype, mask = base.denoiser.dtype, conditioning.added["mask"]
+        rows = zip(conditioning.hidden_states.to(dtype), mask, strict=True)
+        texts = [row if mask.is_meta else row[kept] for row, kept in rows]  # which tokens count is unknown on `meta`
+        found = denoiser(
+            list(noisy.to(dtype).unsqueeze(2)), 1 - self.sigmas(base, timesteps, noisy), texts, return_dict=False
+        )[0]
+        return -torch.stack(list(found)).squeeze(2)
+
+
+FAMILY = ZImage()

@@ -1,0 +1,165 @@
+"""Base class of the families whose denoiser is a transformer that predicts the flow, ε − x₀."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffgraft.bases.base import Base
+from diffgraft.bases.family import Component, Family
+from diffgraft.diffusion.parameterizations import Flow, Parameterization
+from diffgraft.errors import DiffgraftError
+from diffgraft.third_party import quiet_libraries
+
+SCHEDULER = Component("diffusers", ("FlowMatchEulerDiscreteScheduler",))
+KL_VAE = Component("diffusers", ("AutoencoderKL",))
+CLIP_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "feedforward": ("fc1", "fc2"),
+}
+JOINT_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+"""Layers of attention over text and picture together: those of the picture, and those of the text"""
+QWEN_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "feedforward": ("gate_proj", "up_proj", "down_proj"),
+}
+QWEN_TOKENIZER = Component("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast"))
+_ALMOST_NOISE = 1 - 2.0**-12
+"""Largest σ that samplers use; at σ = 1 the level σ / (1 − σ) would be infinite"""
+_NATIVE_PIXELS = 1024
+
+
+class FlowFamily(Family):
+    """A family whose denoiser is a diffusers transformer, trained by flow matching (Esser et al. 2024, section 2)."""
+
+    denoiser = "transformer"
+    patch = 2
+    guidance = 4.0
+    unsupported: Mapping[str, str] = {
+        "channels_last": "a transformer has no convolutions that it would speed up",
+        "prediction_type": "it predicts the flow",
+        "zero_snr": "its schedule ends in pure noise",
+        "loss.snr_gamma": "min-SNR weighting is undefined for flow matching",
+        "loss.debiased": "debiased estimation is undefined for flow matching",
+        "noise.offset": "pure noise is part of its schedule, so that brightness needs no offset",
+        "noise.pyramid": "its forward process has noise of unit variance",
+    }
+
+    def matches(self, pipe: Any) -> bool:
+        """Whether the pipeline has the family's class."""
+        return type(pipe).__name__ == self.pipeline_class
+
+    def parameterization(self, scheduler: Any) -> Parameterization:
+        """Return the flow, with the scheduler's constant shift; shifts by the size of a picture are for drawing."""
+        config = scheduler.config
+        return Flow(config.num_train_timesteps, 1.0 if config.use_dynamic_shifting else config.shift)
+
+    def sigmas(self, base: Base, timesteps: Tensor, like: Tensor) -> Tensor:
+        """Return σ [n] at `timesteps` [n], with the dtype and device of `like`; between two timesteps, interpolated."""
+        table = base.parameterization.sigmas.to(like.device, torch.float32)
+        low = timesteps.long()
+        high = (low + 1).clamp_max(len(table) - 1)
+        return torch.lerp(table[low], table[high], (timesteps - low).to(table)).to(like)
+
+    def size_shift(self, base: Base, tokens: int, steps: int) -> float:  # noqa: ARG002
+        """Return μ, the logarithm of the shift for a picture of `tokens` patches, linear in them.
+
+        Esser et al. 2024, equation 23, with the ends of the scheduler's configuration.
+        """
+        config = base.scheduler.config
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+
+    def sampling_sigmas(self, base: Base, tokens: int, steps: int) -> list[float] | None:
+        """Return the noise levels of the family's pipeline in diffusers, computed by its scheduler."""
+        scheduler = type(base.scheduler).from_config(base.scheduler.config)
+        shift = {"mu": self.size_shift(base, tokens, steps)} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps).tolist(), **shift)
+        return levels(scheduler.sigmas)
+
+    def native_size(self, base: Base) -> int:
+        """Return the native side of pictures in latents: that of the configuration, else of 1024 pixels."""
+        side = getattr(base.denoiser.config, "sample_size", None)
+        return int(side or _NATIVE_PIXELS // self.pixels_per_latent(base))
+
+    def set_attention(self, denoiser: Any, kind: str) -> Callable[[], None]:
+        """Set the kernel of attention: ``plain`` for PyTorch's own products, or ``xformers``.
+
+        Raises:
+            DiffgraftError: a transformer's attention cannot be computed in slices.
+        """
+        if kind == "sliced":
+            raise DiffgraftError(
+                f"attention=sliced has no meaning for bases of the family {self.name}: set attention=default, which "
+                "needs as little memory."
+            )
+        with quiet_libraries():
+            denoiser.set_attention_backend({"plain": "_native_math"}.get(kind, kind))
+
+        def set_back() -> None:
+            with quiet_libraries():
+                denoiser.reset_attention_backend()
+
+        return set_back
+
+    def block_for_timing(self, base: Base) -> tuple[nn.Module, dict[str, tuple[int, ...]], int]:
+        """Return a layer that mixes channels as those of a transformer do, for latents of the base."""
+        channels = base.latents.channels
+        width = max(layer.out_features for layer in base.denoiser.modules() if isinstance(layer, nn.Linear))
+        return nn.Conv2d(channels, width, 1, device="meta", dtype=base.denoiser.dtype), {}, channels
+
+
+def levels(sigmas: Tensor) -> list[float]:
+    """Return the noise levels σ / (1 − σ) in the convention x₀ + level · ε for σ of flow matching, [steps + 1]."""
+    bounded = sigmas.double().clamp_max(_ALMOST_NOISE)
+    return [float(level) for level in bounded / (1 - bounded)]
+
+
+def language_states(base: Base, texts: Sequence[str], length: int) -> tuple[Sequence[Tensor], Tensor]:
+    """Run a language model on n texts, padded or truncated to `length` tokens.
+
+    Args:
+        base: base with a language model as its only text encoder.
+        texts: n texts, with the model's own words around the prompts.
+        length: number of tokens.
+
+    Returns:
+        Hidden states [n, length, width] before the first layer and after each, and a mask [n, length] of the tokens
+        that are no padding.
+    """
+    ids = base.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    mask = ids.attention_mask.to(base.device)
+    # the library looks into a mask of two axes, which has no values on `meta`
+    seen = mask.new_empty(len(mask), 1, length, length, dtype=base.text_encoder.dtype) if mask.is_meta else mask
+    out = base.text_encoder(ids.input_ids.to(base.device), seen, output_hidden_states=True, use_cache=False)
+    return out.hidden_states, mask.bool()
+
+
+def as_message(base: Base, prompt: str, *, thinking: bool) -> str:
+    """Return a prompt as the user's message in the tokenizer's chat template, up to where the answer begins."""
+    text: str = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    return text
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Return latents [n, c, h, w] as tokens [n, h / 2 · w / 2, 4 · c], each of 2 × 2 latents."""
+    return nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens [n, h / 2 · w / 2, 4 · c] as latents [n, c, h, w]: the inverse of `packed`."""
+    grid = tokens.transpose(1, 2).reshape(len(tokens), -1, height // 2, width // 2)
+    return nn.functional.pixel_shuffle(grid, 2)
+
+
+def grid_ids(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the positions of height × width tokens, [height · width, 3]: 0, row and column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(like)

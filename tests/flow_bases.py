@@ -1,0 +1,235 @@
+"""Small random bases of the flow-matching families, saved as diffusers folders."""
+
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from diffgraft.bases.loading import TINY
+
+WIDTH = 32
+"""Width of text states"""
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _clip(kind: type[nn.Module] = CLIPTextModelWithProjection, **settings: Any) -> nn.Module:
+    common = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"bos_token_id": 49406, "eos_token_id": 49407}
+    return kind(CLIPTextConfig(**{**common, **ends, "projection_dim": 16, "hidden_act": "gelu", **settings}))
+
+
+def _t5() -> nn.Module:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
+def _t5_tokenizer() -> Any:
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.punctuation]
+    return T5Tokenizer(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)], extra_ids=0)
+
+
+def _qwen3(kind: type[nn.Module]) -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return kind(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=300, tie_word_embeddings=True))
+
+
+def _qwen_vl() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = {**sizes, "num_key_value_heads": 2, "vocab_size": 300, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def _qwen_tokenizer() -> Any:
+    vocabulary = {character: place for place, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = _CHAT
+    return tokenizer
+
+
+def _kl_vae(channels: int = 4, **settings: Any) -> Any:
+    sides = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    scaling = {"scaling_factor": 1.5, "shift_factor": 0.1}
+    common = {"block_out_channels": [8, 12, 16], "layers_per_block": 1, "norm_num_groups": 4, **sides}
+    return diffusers.AutoencoderKL(latent_channels=channels, **{**common, **scaling, **settings})
+
+
+def _sd3() -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=24,
+        pooled_projection_dim=32,
+        pos_embed_max_size=12,
+        qk_norm="rms_norm",
+    )
+    tokenizers = {f"tokenizer{end}": CLIPTokenizer.from_pretrained(TINY / "tokenizer") for end in ("", "_2")}
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_kl_vae(),
+        text_encoder=_clip(),
+        text_encoder_2=_clip(),
+        text_encoder_3=_t5(),
+        tokenizer_3=_t5_tokenizer(),
+        **tokenizers,
+    )
+
+
+def _flux() -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=16,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_kl_vae(),
+        text_encoder=_clip(CLIPTextModel),
+        tokenizer=CLIPTokenizer.from_pretrained(TINY / "tokenizer"),
+        text_encoder_2=_t5(),
+        tokenizer_2=_t5_tokenizer(),
+    )
+
+
+def _flux2() -> Any:
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    sides = {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    vae = diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=[8, 12, 16], layers_per_block=1, norm_num_groups=4, **sides
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return diffusers.Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=_qwen3(Qwen3ForCausalLM),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+def _zimage() -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[1024, 64, 64],
+    )
+    return diffusers.ZImagePipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_kl_vae(),
+        text_encoder=_qwen3(Qwen3Model),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+def _qwen_image() -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return diffusers.QwenImagePipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=_qwen_vl(),
+        tokenizer=_qwen_tokenizer(),
+    )
+
+
+PIPELINES: Mapping[str, Callable[[], Any]] = {
+    "sd3": _sd3,
+    "flux1": _flux,
+    "flux2-klein": _flux2,
+    "zimage": _zimage,
+    "qwen-image": _qwen_image,
+}
+"""Name of a family → function that makes a random pipeline of it"""
+
+
+def flow_pipeline(family: str, seed: int = 0) -> Any:
+    """Make a random pipeline of a family; outputs that begin as zeros are random as well."""
+    torch.manual_seed(seed)
+    pipe = PIPELINES[family]()
+    for value in pipe.transformer.parameters():
+        if value.ndim > 1 and not value.any():
+            nn.init.normal_(value, std=0.05)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flow_folder(family: str, folder: Path) -> Path:
+    """Write a random pipeline of a family to `folder`, and return it."""
+    flow_pipeline(family).save_pretrained(folder)
+    return folder
