@@ -249,6 +249,10 @@ class Family(ABC):
         pixels: Tensor = base.vae.decode((latents / spec.scale + spec.shift).to(base.vae.dtype)).sample
         return pixels
 
+    def embeds_guidance(self, base: "Base") -> bool:  # noqa: ARG002
+        """Whether the denoiser is guidance-distilled: it reads the scale of guidance, in `Conditioning.added`."""
+        return False
+
     def sampling_sigmas(self, base: "Base", tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the family's own noise levels for drawing, or None if each sampler has its own.
 

@@ -66,6 +66,9 @@ def generate(
     noise: Annotated[
         str, typer.Option(help="cpu, or gpu for the random numbers of webui.", rich_help_panel=_SAMPLING)
     ] = "cpu",
+    embedded_guidance: Annotated[
+        float, typer.Option(help="Guidance told to a distilled base such as FLUX.1 dev.", rich_help_panel=_SAMPLING)
+    ] = 3.5,
     rescale: Annotated[float, typer.Option(help="Guidance rescale, 0 to 1.", rich_help_panel=_SAMPLING)] = 0.0,
     mimic: Annotated[
         float | None,
@@ -251,6 +254,7 @@ def generate(
         "schedule": schedule,
         "scheduler": scheduler,
         "noise": noise,
+        "embedded_guidance": embedded_guidance,
         "rescale": rescale,
         "mimic": mimic,
         "percentile": percentile,

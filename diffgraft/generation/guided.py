@@ -104,6 +104,8 @@ class Inputs:
     """Further channels of an inpainting denoiser's input [1, c, h, w]"""
     control: StepControl | None = None
     """Condition picture with its control network"""
+    guidance: Tensor | None = None
+    """Guidance that a distilled denoiser reads [1]"""
 
 
 Window = tuple[slice, slice]
@@ -202,6 +204,8 @@ class GuidedDenoiser:
             inputs, window, control = self._inputs, asked[places[0]].window, None
             if inputs.size is not None:
                 added["time_ids"] = inputs.size.expand(len(places), -1)
+            if inputs.guidance is not None:
+                added["guidance"] = inputs.guidance.expand(len(places))
             channels = inputs.channels
             if channels is not None:
                 channels = _inside(channels, window).expand(len(places), -1, -1, -1)

@@ -229,6 +229,7 @@ def parameters(record: DrawingRecord) -> str:
         "Denoising strength": record.image.denoise if record.image else settings.hires and settings.hires.denoise,
         "Clip skip": settings.encoding.clip_skip if settings.encoding.clip_skip > 1 else None,
         "RNG": "CPU" if settings.noise == "cpu" else None,
+        "Distilled CFG Scale": record.settings.get("embedded_guidance"),
         "CFG Rescale": settings.rescale or None,
         "Dynamic thresholding enabled": settings.mimic is not None or None,
         "Mimic scale": settings.mimic,

@@ -300,6 +300,7 @@ class _Settings:
             variation_seed=self._number("Variation seed", int),
             variation_strength=self._number("Variation seed strength", float) or 0.0,
             noise_seed_delta=self._number("ENSD", int) or 0,
+            embedded_guidance=self._number("Distilled CFG Scale", float) or DrawSettings.embedded_guidance,
             rescale=self._number("CFG Rescale", float) or 0.0,
             mimic=self._number("Mimic scale", float),
             percentile=(self._number("Threshold percentile", float) or 100.0) / 100,

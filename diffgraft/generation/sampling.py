@@ -122,7 +122,10 @@ class Painter:
         sigmas = sampler_sigmas(sampler, settings.schedule, work.steps, noise_levels(self._base), own)
         sigmas = sigmas if start is None else sigmas[first_step(start.denoise, work.steps) :]
         steered = None if work.steering is None else work.steering.for_pass(work.size, len(sigmas) - 1, factor)
-        inputs = Inputs(micro, work.channels, steered)
+        told_guidance = None
+        if family.embeds_guidance(self._base):
+            told_guidance = torch.tensor([settings.embedded_guidance], device=self.device)
+        inputs = Inputs(micro, work.channels, steered, told_guidance)
         denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), inputs, kept, lanes)
         shape = (self._base.latents.channels, height // factor, width // factor)
         streams = [noise_stream(settings.noise, job.seed) for job in work.jobs]

@@ -57,7 +57,10 @@ class DrawSettings:
     steps: int = 25
     """Number of steps of the sampler"""
     guidance: float | None = None
-    """Scale of classifier-free guidance; 1 turns it off. None: 7.5, or 3 for small bases"""
+    """Scale of classifier-free guidance; 1 turns it off. None: what is usual for the base's family, 7.5 for Stable
+    Diffusion and 3 for small bases"""
+    embedded_guidance: float = 3.5
+    """Guidance that is told to a guidance-distilled denoiser, such as that of FLUX.1 dev; others do not read it"""
     rescale: float = 0.0
     """Guidance rescale, from 0 to 1 (Lin et al. 2023, arXiv:2305.08891); 0.7 for bases with zero terminal SNR"""
     mimic: float | None = None
@@ -99,7 +102,8 @@ class DrawSettings:
             raise DiffgraftError(f"Invalid value schedule={self.schedule!r}: {did_you_mean(self.schedule, SCHEDULES)}")
         if not 1 <= self.steps <= _MOST_STEPS:
             raise DiffgraftError(f"Invalid value steps={self.steps}: must be 1 to {_MOST_STEPS}; 20 to 50 is usual.")
-        for name, scale in (("guidance", self.guidance), ("mimic", self.mimic)):
+        scales = {"guidance": self.guidance, "embedded_guidance": self.embedded_guidance, "mimic": self.mimic}
+        for name, scale in scales.items():
             if scale is not None and not 0 <= scale <= _MOST_GUIDANCE:
                 raise DiffgraftError(
                     f"Invalid value {name}={scale:g}: must be 0 to {_MOST_GUIDANCE}; 1 is off, 5 to 9 is usual."

@@ -152,7 +152,7 @@ def test_what_is_predicted_is_stated_and_can_be_overridden(family: str, folders:
         ({"prediction_type": "velocity"}, "Invalid value prediction_type='velocity'"),
         ({"prediction_type": "epsilon", "zero_snr": True}, "predicts ε cannot have zero_snr=true"),
         ({"family": "taiyi"}, "is not a whole single-file checkpoint of taiyi"),
-        ({"family": "sd3"}, "Invalid value family='sd9'"),
+        ({"family": "sd9"}, "Invalid value family='sd9'"),
     ):
         with pytest.raises(DiffgraftError, match=answer):
             load_base(file, **more)  # type: ignore[arg-type]

@@ -49,8 +49,9 @@ class Flux1(FlowFamily):
     ) -> Tensor:
         dtype, (height, width) = base.denoiser.dtype, noisy.shape[-2:]
         states, guidance = conditioning.hidden_states.to(dtype), None
-        if base.denoiser.config.guidance_embeds:
-            guidance = torch.ones(len(noisy), device=noisy.device)  # 1 in training, as in diffusers' script
+        if self.embeds_guidance(base):
+            # sd-scripts trains at 1, so that the distillation is kept
+            guidance = conditioning.added.get("guidance", torch.ones(len(noisy), device=noisy.device))
         tokens = denoiser(
             hidden_states=packed(noisy).to(dtype),
             timestep=self.sigmas(base, timesteps, noisy),
@@ -62,6 +63,10 @@ class Flux1(FlowFamily):
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
+
+    def embeds_guidance(self, base: Base) -> bool:
+        """Whether it is FLUX.1 dev; schnell reads no guidance."""
+        return bool(base.denoiser.config.guidance_embeds)
 
 
 FAMILY = Flux1()
