@@ -45,7 +45,8 @@ def extended_tokenizer(tokenizer: Any, words: Mapping[str, int]) -> Any:
     replacements = [
         normalizers.Replace(Regex(_pattern(word)), tokens[word]) for word in sorted(words, key=len, reverse=True)
     ]
-    steps = [normalizers.NFC(), *replacements, extended.backend_tokenizer.normalizer]
+    own = extended.backend_tokenizer.normalizer
+    steps = [normalizers.NFC(), *replacements, *([] if own is None else [own])]
     extended.backend_tokenizer.normalizer = normalizers.Sequence(steps)
     return extended
 
@@ -123,7 +124,7 @@ class AddedTokens:
         encoder, tokenizer = getattr(self._target, part, None), getattr(self._target, tokenizers()[part], None)
         if encoder is None or tokenizer is None:
             raise DiffgraftError(f"The adapter has words for {part}, but this base has no {part} with a tokenizer.")
-        width = encoder.config.hidden_size
+        width = encoder.config.get_text_config().hidden_size
         spellings = Counter(word.casefold() for word in words)
         for word, vectors in words.items():
             if part not in vectors:

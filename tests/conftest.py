@@ -17,12 +17,16 @@ import torch
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.flow import FlowFamily
+from diffgraft.bases.registry import families
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.recipes import SUBJECT
+
+FLOW_FAMILIES = [name for name, family in families().items() if isinstance(family, FlowFamily)]
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -286,3 +290,11 @@ def chinese(folder: Path) -> dict[str, object]:
     sizes = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2, "num_attention_heads": 4}
     encoder = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=24, **sizes))
     return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+@pytest.fixture(scope="session", params=FLOW_FAMILIES)
+def flow_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A small random base of each family of flow-matching transformers, loaded from a folder."""
+    from tests.flow_bases import flow_folder  # its imports take seconds
+
+    return load_base(flow_folder(request.param, tmp_path_factory.mktemp("flow") / request.param))

@@ -4,12 +4,15 @@ A file for one text encoder is ``{word: [n, width]}``, as diffusers writes it (`
 and ComfyUI read it. Other tools do not store the word, so that the file's name is the word: ``emb_params`` (sd-scripts,
 and the only key that InvokeAI reads), ``emp_params`` (OneTrainer), ``*``, and ``string_to_param.*`` (webui's ``.pt``).
 Files for two text encoders have a pair of keys: ``clip_l`` [n, 768] and ``clip_g`` [n, 1280], or ``text_encoders_0``
-and ``text_encoders_1`` (SDXL training scripts that write ``embeddings.pti``); one of the two may be missing.
+and ``text_encoders_1`` (SDXL training scripts that write ``embeddings.pti``); one of the two may be missing. T5's are
+``t5xxl`` [n, 4096], beside ``clip_l`` for FLUX.1 and beside both for Stable Diffusion 3 (ComfyUI,
+``comfy/text_encoders/sd3_clip.py``).
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -18,8 +21,9 @@ from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import DIFFGRAFT_KEY, read_json, read_metadata, write_metadata
 from diffgraft.adapters.formats.reader import FILE_STEM
 
-PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
-"""Key in files of two text encoders → text encoder"""
+_T5_KEY = "t5xxl"
+PARTS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", _T5_KEY: "text_encoder_3"}
+"""Key in files of several text encoders → text encoder; without CLIP's second one, T5 is the second"""
 NAMELESS: Mapping[str, str] = {
     "string_to_param.*": "text_encoder",
     "emb_params": "text_encoder",
@@ -69,6 +73,7 @@ def read(
     default_word = str(metadata.get("trigger") or header.get(FILE_STEM, "<word>"))
     tokens: dict[str, dict[str, Tensor]] = {}
     nameless = next((key for key in tensors if key in NAMELESS), None)
+    t5_is_second = _T5_KEY in tensors and "clip_g" not in tensors and _family(metadata) != "sd3"
     for key, value in tensors.items():
         if _IDS.fullmatch(key):
             continue
@@ -76,6 +81,8 @@ def read(
         if nameless and word == key and key not in NAMELESS and not _BRACKETED.fullmatch(key):
             raise ValueError(f"unknown key {key}: beside {nameless}, the known keys are {', '.join(NAMELESS)}")
         if part == "text_encoder" and value.shape[-1:] == (_BIG_G_WIDTH,) and not key.endswith(_FIRST_ENCODER_KEYS):
+            part = "text_encoder_2"
+        if key == _T5_KEY and t5_is_second:
             part = "text_encoder_2"
         if value.ndim not in (1, 2) or 0 in value.shape or not value.is_floating_point():
             raise ValueError(
@@ -172,10 +179,17 @@ def _only_word(adapter: Adapter) -> tuple[str, Mapping[str, Tensor]]:
 def _write_by_encoder(
     adapter: Adapter, word: str, vectors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if unknown := set(vectors) - set(PARTS.values()):
+    parts = {"clip_l": "text_encoder", _T5_KEY: "text_encoder_2"} if _family(adapter.metadata) == "flux1" else PARTS
+    if unknown := set(vectors) - set(parts.values()):
         raise ValueError(f"the word has embeddings for {', '.join(sorted(unknown))}, for which these files have no key")
-    tensors = {key: vectors[part].contiguous() for key, part in PARTS.items() if part in vectors}
+    tensors = {key: vectors[part].contiguous() for key, part in parts.items() if part in vectors}
     return tensors, {"format": "pt", **write_metadata(_with_trigger(adapter, word))}
+
+
+def _family(metadata: Mapping[str, Any]) -> Any:
+    """Return the family of the base that a file's metadata names, None without one."""
+    base = metadata.get("base")
+    return base.get("family") if isinstance(base, Mapping) else None
 
 
 def _with_trigger(adapter: Adapter, word: str) -> Adapter:

@@ -26,6 +26,8 @@ pooler LayerNorm
 """
 """Names of modules in the UNets and text encoders known here: those of CLIP, and of BERT"""
 _WORDS = frozenset(_NAMES.split())
+_PARTS = frozenset(("unet", "text_encoder", "text_encoder_2"))
+"""Networks of the bases whose names of modules these are"""
 _TRANSFORMERS = re.compile(
     r"(base_model\.model\.)?(transformer\.|diffusion_model\.(?!input_|output_|middle_block|time_embed|label_emb|out\.))"
     r"|lora_(transformer|te3)_"
@@ -95,7 +97,12 @@ def describe_fitting_bases(
 
 
 def describe_unknown_modules(paths: Sequence[str]) -> str:
-    """Sentence on modules with names that no known base has, if most modules have known names; else empty."""
+    """Sentence on modules with names that no known base has, if most modules have known names; else empty.
+
+    It is also empty for adapters of other denoisers than those of the known bases.
+    """
+    if not _PARTS.issuperset(path.partition(".")[0] for path in paths):
+        return ""
     unknown = [path for path in paths if not _WORDS.issuperset(_words(path))]
     if not unknown or 2 * len(unknown) > len(paths):
         return ""

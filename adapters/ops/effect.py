@@ -13,8 +13,8 @@ from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 
-LARGEST = 2**26
-"""Maximum number of entries of a weight; the largest known, of XL's second token table, has 2^25.9"""
+LARGEST = 2**29
+"""Maximum number of entries of a weight; the largest known, of the fused projections of FLUX.2 dev, has 2^28.4"""
 WeightedDeltas = Sequence[tuple[Delta, float]]
 """Deltas of one module in order, each with its strength"""
 

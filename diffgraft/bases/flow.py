@@ -1,5 +1,6 @@
 """Base class of the families whose denoiser is a transformer that predicts the flow, ε − x₀."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,13 @@ QWEN_LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "feedforward": ("gate_proj", "up_proj", "down_proj"),
 }
+T5_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+    "feedforward": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
+}
+_LANGUAGE_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
+_OUTSIDE = ("lm_head", "visual.", "model.visual.")
+"""Beginnings of paths in a language model that have no part in the hidden states of a text"""
 QWEN_TOKENIZER = Component("transformers", ("Qwen2Tokenizer", "Qwen2TokenizerFast"))
 _ALMOST_NOISE = 1 - 2.0**-12
 """Largest σ that samplers use; at σ = 1 the level σ / (1 − σ) would be infinite"""
@@ -138,6 +146,19 @@ def language_states(base: Base, texts: Sequence[str], length: int) -> tuple[Sequ
     seen = mask.new_empty(len(mask), 1, length, length, dtype=base.text_encoder.dtype) if mask.is_meta else mask
     out = base.text_encoder(ids.input_ids.to(base.device), seen, output_hidden_states=True, use_cache=False)
     return out.hidden_states, mask.bool()
+
+
+def affects_states(path: str, used: int, count: int) -> bool:
+    """Whether the module at `path` in a language model affects its hidden states after `used` of `count` layers.
+
+    The states after the last layer are those after the final norm.
+    """
+    if path.startswith(_OUTSIDE):
+        return False
+    layer = _LANGUAGE_LAYER.match(path)
+    if layer:
+        return int(layer[1]) < used
+    return used == count or path.rpartition(".")[2] != "norm"
 
 
 def as_message(base: Base, prompt: str, *, thinking: bool) -> str:

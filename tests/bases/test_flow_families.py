@@ -18,18 +18,11 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.samplers.noise import noise_stream, start_noise
 from diffgraft.pixels import to_image
 from diffgraft.rng import normal
-from tests.flow_bases import PIPELINES, flow_folder, flow_pipeline
+from tests.flow_bases import flow_folder, flow_pipeline
 from tests.recipes import SUBJECT
 
-FAMILIES = list(PIPELINES)
 SIZE = (64, 48)
 """(width, height) in pixels"""
-
-
-@pytest.fixture(scope="session", params=FAMILIES)
-def flow_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
-    """A small random base of each family, loaded from a folder."""
-    return dg.load_base(flow_folder(request.param, tmp_path_factory.mktemp("flow") / request.param))
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +70,13 @@ def test_pictures_are_those_of_the_pipeline(flow_base: Base) -> None:
     if name in ("sd3", "zimage"):
         settings["negative_prompt"] = "a dog"
     (theirs,) = pipe(
-        prompt="a cat", width=SIZE[0], height=SIZE[1], num_inference_steps=4, latents=given, output_type="pt", **settings
+        prompt="a cat",
+        width=SIZE[0],
+        height=SIZE[1],
+        num_inference_steps=4,
+        latents=given,
+        output_type="pt",
+        **settings,
     ).images
     negative = str(settings.get("negative_prompt", ""))
     drawn = dg.DrawSettings(

@@ -78,7 +78,10 @@ def load_recipe(name: str | Path, settings: Mapping[str, Any]) -> Recipe:
         off = value in (None, False, "none") or (isinstance(value, Prior) and value.weight == 0)
         if key in recipe.model_fields_set and not off:
             raise DiffgraftError(f"{key} is not supported by method={method.name}: {reason}. Remove it.")
-    return recipe
+    # a run's recipe has no keys without effect, so that those which are off must not differ from their defaults either
+    defaults = kind.model_construct()
+    changes = {key: getattr(defaults, key) for key in unsupported if key in recipe.model_fields_set}
+    return recipe.model_copy(update=changes) if changes else recipe
 
 
 def _check_task(task: str, method: "Method") -> None:

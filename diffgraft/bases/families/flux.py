@@ -7,7 +7,17 @@ from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
-from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, FlowFamily, grid_ids, packed, unpacked
+from diffgraft.bases.flow import (
+    CLIP_LAYERS,
+    JOINT_ATTENTION,
+    KL_VAE,
+    SCHEDULER,
+    T5_LAYERS,
+    FlowFamily,
+    grid_ids,
+    packed,
+    unpacked,
+)
 
 
 class Flux1(FlowFamily):
@@ -36,6 +46,7 @@ class Flux1(FlowFamily):
             "modulation": ("norm1.linear", "norm1_context.linear", "single_transformer_blocks.*.norm.linear"),
         },
         "text_encoder": CLIP_LAYERS,
+        "text_encoder_2": T5_LAYERS,
     }
     checkpointed = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 

@@ -13,6 +13,7 @@ from diffgraft.bases.flow import (
     QWEN_TOKENIZER,
     SCHEDULER,
     FlowFamily,
+    affects_states,
     as_message,
     grid_ids,
     language_states,
@@ -74,6 +75,11 @@ class Flux2Klein(FlowFamily):
             return_dict=False,
         )[0]
         return tokens.transpose(1, 2).reshape(noisy.shape)
+
+    def affects_output(self, base: Base, part: str, path: str) -> bool:
+        """Whether the module affects the picture: layers of the text encoder behind those that are used do not."""
+        used, count = self._text_layers(base)[-1], base.text_encoder.config.num_hidden_layers
+        return part == self.denoiser or affects_states(path, used, count)
 
     def pixels_per_latent(self, base: Base) -> int:
         """Return 16: the VAE's 8, twice, as 2 × 2 of its latents are one."""

@@ -13,6 +13,7 @@ from diffgraft.bases.flow import (
     QWEN_TOKENIZER,
     SCHEDULER,
     FlowFamily,
+    affects_states,
     language_states,
     packed,
     unpacked,
@@ -76,9 +77,15 @@ class QwenImage(FlowFamily):
         return unpacked(tokens, height, width)
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
-        """Whether the module affects the picture: the text side of the last block does not, after its keys."""
+        """Whether the module affects the picture: the text side of the last block does not, after its keys.
+
+        Neither do the parts of the text encoder that read pictures or write text.
+        """
+        if part != self.denoiser:
+            count = base.text_encoder.config.get_text_config().num_hidden_layers
+            return affects_states(path, count, count)
         last = f"transformer_blocks.{base.denoiser.config.num_layers - 1}."
-        return part != self.denoiser or path.removeprefix(last) not in _UNUSED or not path.startswith(last)
+        return not path.startswith(last) or path.removeprefix(last) not in _UNUSED
 
     def pixels_per_latent(self, base: Base) -> int:
         """Return the number of pixels per latent along one side, 8."""

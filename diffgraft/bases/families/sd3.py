@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
-from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, FlowFamily, levels
+from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, T5_LAYERS, FlowFamily, levels
 
 _CLIP = Component("transformers", ("CLIPTextModelWithProjection",))
 _TOKENIZER = Component("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
@@ -42,6 +42,7 @@ class StableDiffusion3(FlowFamily):
         },
         "text_encoder": CLIP_LAYERS,
         "text_encoder_2": CLIP_LAYERS,
+        "text_encoder_3": T5_LAYERS,
     }
     checkpointed = ("JointTransformerBlock",)
 

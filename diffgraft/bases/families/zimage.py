@@ -13,6 +13,7 @@ from diffgraft.bases.flow import (
     QWEN_TOKENIZER,
     SCHEDULER,
     FlowFamily,
+    affects_states,
     as_message,
     language_states,
 )
@@ -66,6 +67,11 @@ class ZImage(FlowFamily):
             list(noisy.to(dtype).unsqueeze(2)), 1 - self.sigmas(base, timesteps, noisy), texts, return_dict=False
         )[0]
         return -torch.stack(list(found)).squeeze(2)
+
+    def affects_output(self, base: Base, part: str, path: str) -> bool:
+        """Whether the module affects the picture: the last layer of the text encoder and its norm do not."""
+        count = base.text_encoder.config.num_hidden_layers
+        return part == self.denoiser or affects_states(path, count - 1, count)
 
 
 FAMILY = ZImage()
