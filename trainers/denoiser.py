@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -91,4 +92,6 @@ def forward_process(base: Base, settings: ObjectiveSettings | None = None) -> Fo
     """
     if settings is None:
         return ForwardProcess(base.parameterization)
-    return ForwardProcess(base.parameterization, settings.noise, settings.timesteps, settings.loss)
+    shift = base.family.timestep_shift if base.family.has_timestep_shift else None
+    size_shift = None if shift is None else partial(shift, base)
+    return ForwardProcess(base.parameterization, settings.noise, settings.timesteps, settings.loss, size_shift)

@@ -266,6 +266,15 @@ class Family(ABC):
         """
         return None
 
+    @property
+    def has_timestep_shift(self) -> bool:
+        """Whether the family implements `timestep_shift`."""
+        return type(self).timestep_shift is not Family.timestep_shift
+
+    def timestep_shift(self, base: "Base", height: int, width: int) -> float:
+        """Return the shift of training timesteps for latents of this size: the recipe's ``timesteps.shift=size``."""
+        raise NotImplementedError(f"the family {self.name} has no shift by size")
+
     def native_size(self, base: "Base") -> int:
         """Return the native side of pictures, in latents."""
         return int(base.denoiser.config.sample_size)

@@ -1,5 +1,6 @@
 """Base class of the families whose denoiser is a transformer that predicts the flow, ε − x₀."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -75,13 +76,16 @@ class FlowFamily(Family):
         return torch.lerp(table[low], table[high], (timesteps - low).to(table)).to(like)
 
     def size_shift(self, base: Base, tokens: int, steps: int) -> float:  # noqa: ARG002
-        """Return μ, the logarithm of the shift for a picture of `tokens` patches, linear in them.
+        """Return μ, the logarithm of the shift for drawing a picture of `tokens` patches in `steps`."""
+        return _linear_shift(base.scheduler.config, tokens)
 
-        Esser et al. 2024, equation 23, with the ends of the scheduler's configuration.
+    def timestep_shift(self, base: Base, height: int, width: int) -> float:
+        """Return eᵘ, where u is linear in the number of patches.
+
+        The ends of the line are those of the scheduler's configuration: for FLUX.1, 0.5 for 256 patches and 1.15 for
+        4096 (Black Forest Labs' code, ``sampling.py``, and sd-scripts' ``--timestep_sampling flux_shift``).
         """
-        config = base.scheduler.config
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+        return math.exp(_linear_shift(base.scheduler.config, (height // self.patch) * (width // self.patch)))
 
     def sampling_sigmas(self, base: Base, tokens: int, steps: int) -> list[float] | None:
         """Return the noise levels of the family's pipeline in diffusers, computed by its scheduler."""
@@ -120,6 +124,12 @@ class FlowFamily(Family):
         channels = base.latents.channels
         width = max(layer.out_features for layer in base.denoiser.modules() if isinstance(layer, nn.Linear))
         return nn.Conv2d(channels, width, 1, device="meta", dtype=base.denoiser.dtype), {}, channels
+
+
+def _linear_shift(config: Any, tokens: int) -> float:
+    """Return the value at `tokens` of the line between the two points of a scheduler's configuration."""
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
 
 
 def levels(sigmas: Tensor) -> list[float]:

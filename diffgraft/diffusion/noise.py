@@ -64,16 +64,20 @@ def check_timesteps(settings: Timesteps, num_timesteps: int) -> None:
         )
 
 
-def draw_timestep(num_timesteps: int, settings: Timesteps, rng_key: Sequence[int]) -> int:
+def draw_timestep(num_timesteps: int, settings: Timesteps, rng_key: Sequence[int], shift: float = 1.0) -> int:
     """Draw the timestep of the sample with this `rng_key` (seed and index), on a schedule of `num_timesteps`.
 
     ``logit-normal`` is the sigmoid of a normal number, scaled to the schedule (Esser et al. 2024, arXiv:2403.03206,
-    section 3.1).
+    section 3.1). The share of the schedule is then moved by `shift` (equation 23).
     """
     first = settings.min
     last = num_timesteps - 1 if settings.max is None else settings.max
     drawn = generator(*rng_key, _TIMES)
-    if settings.distribution == "uniform":
+    if settings.distribution == "logit-normal":
+        share = float(torch.sigmoid(settings.mean + settings.std * torch.randn(1, generator=drawn)))
+    elif shift == 1:
         return int(torch.randint(first, last + 1, (1,), generator=drawn))
-    share = float(torch.sigmoid(settings.mean + settings.std * torch.randn(1, generator=drawn)))
+    else:
+        share = float(torch.rand(1, generator=drawn))
+    share = shift * share / (1 + (shift - 1) * share)
     return min(last, first + int(share * (last + 1 - first)))

@@ -1,6 +1,6 @@
 """Settings of noise, timesteps and losses, as recipes have them."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,9 @@ class Timesteps(Strict):
     """Mean of that normal variable; above 0 noisier timesteps are more frequent"""
     std: float = Field(1.0, gt=0)
     """Standard deviation of that normal variable"""
+    shift: Literal["size"] | Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Shift s of the drawn share u of the schedule to s·u / (1 + (s − 1)·u); above 1 noisier timesteps are more
+    frequent. size: the family's own for the number of patches in the latents, for flow matching"""
 
 
 class Loss(Strict):
