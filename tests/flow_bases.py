@@ -64,7 +64,8 @@ def _qwen_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-def _qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> Any:
+    """A tokenizer of Qwen's class with a token for each byte, and a short chat template."""
     vocabulary = {character: place for place, character in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -152,7 +153,7 @@ def _flux2() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
         text_encoder=_qwen3(Qwen3ForCausalLM),
-        tokenizer=_qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(),
     )
 
 
@@ -173,7 +174,7 @@ def _zimage() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_kl_vae(),
         text_encoder=_qwen3(Qwen3Model),
-        tokenizer=_qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(),
     )
 
 
@@ -204,7 +205,7 @@ def _qwen_image() -> Any:
         scheduler=scheduler,
         vae=vae,
         text_encoder=_qwen_vl(),
-        tokenizer=_qwen_tokenizer(),
+        tokenizer=qwen_tokenizer(),
     )
 
 

@@ -77,9 +77,9 @@ def test_shift_by_size_is_the_familys(flow_base: Base) -> None:
 
 def test_a_shift_by_size_needs_a_family_that_has_one(base: Base) -> None:
     recipe = load_recipe(SUBJECT, {"subject": "dog", "timesteps.shift": "size"})
-    with pytest.raises(DiffgraftError, match="timesteps.shift=size has no meaning for this base"):
+    with pytest.raises(DiffgraftError, match=r"timesteps\.shift=size has no meaning for this base"):
         forward_process(base, recipe.objective)
-    with pytest.raises(DiffgraftError, match="timesteps.shift=size has no meaning"):
+    with pytest.raises(DiffgraftError, match=r"timesteps\.shift=size has no meaning"):
         ForwardProcess(Flow(), timesteps=Timesteps.model_validate({"shift": "size"}))
 
 

@@ -1,0 +1,45 @@
+"""Flow-matching bases at their real sizes, on the device ``meta``."""
+
+import re
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import diffgraft as dg
+from diffgraft.bases import Base
+from diffgraft.bases.layers import choose_layers
+from tests.real_bases import REAL, real_base
+
+BILLIONS = {"flux2-klein": 3.88, "zimage": 6.15, "qwen-image": 20.43}
+"""Parameters of the transformers"""
+LAYERS = {"flux2-klein": 5 * 12 + 20 * 2, "zimage": 34 * 7, "qwen-image": 60 * 12}
+"""Linear layers of attention and feed-forward networks in all blocks"""
+GIGABYTES = {"klein-subject": 8.0, "zimage-subject": 10.0}
+"""The most that training at 1024 px may take with 4-bit weights"""
+
+
+@pytest.fixture(scope="module", params=REAL)
+def real(request: pytest.FixtureRequest) -> Base:
+    return real_base(request.param)
+
+
+def test_it_has_the_published_number_of_parameters_and_layers(real: Base) -> None:
+    name = real.family.name
+    count = sum(value.numel() for value in real.denoiser.parameters())
+    assert count / 1e9 == pytest.approx(BILLIONS[name], abs=0.006)
+    layers = choose_layers("transformer", real.denoiser, "attention+feedforward")
+    assert len(layers) == LAYERS[name]
+    assert all(isinstance(real.denoiser.get_submodule(path), nn.Linear) for path in layers)
+    assert real.resolution == 1024
+    assert real.size_step == 16
+
+
+@pytest.mark.parametrize("recipe", GIGABYTES)
+def test_training_fits_small_gpus_by_plan(recipe: str, pictures: Path, tmp_path: Path) -> None:
+    family = {"klein": "flux2-klein", "zimage": "zimage"}[recipe.partition("-")[0]]
+    settings = {"subject": "dog", "quantize": "nf4", "previews": False, "sample_every": 0}
+    plan = str(dg.plan(recipe, base=real_base(family), images=pictures, output=str(tmp_path / "run"), **settings))
+    found = re.search(r"memory +about ([\d.]+) GB on each device", plan)
+    assert found, plan
+    assert float(found[1]) <= GIGABYTES[recipe]
