@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.family import Component, Conditioning, LatentSpec, TextSlot
+from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
     JOINT_ATTENTION,
     QWEN_LAYERS,
     QWEN_TOKENIZER,
     SCHEDULER,
-    FlowFamily,
     affects_states,
     language_states,
     packed,
     unpacked,
 )
+from diffgraft.bases.qwen_vae import QWEN_VAE, QwenVaeFamily
 
 _LENGTH = 512
 """Tokens of a prompt at most"""
@@ -25,7 +24,7 @@ _UNUSED = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.n
 """Layers of the last block that only change the text, which is not used after it"""
 
 
-class QwenImage(FlowFamily):
+class QwenImage(QwenVaeFamily):
     """The family of Qwen-Image (Wu et al. 2025, arXiv:2508.02324)."""
 
     name = "qwen-image"
@@ -33,7 +32,7 @@ class QwenImage(FlowFamily):
     text = (TextSlot("text_encoder", "tokenizer"),)
     components = {  # noqa: RUF012
         "transformer": Component("diffusers", ("QwenImageTransformer2DModel",)),
-        "vae": Component("diffusers", ("AutoencoderKLQwenImage",)),
+        "vae": QWEN_VAE,
         "scheduler": SCHEDULER,
         "text_encoder": Component("transformers", ("Qwen2_5_VLForConditionalGeneration",)),
         "tokenizer": QWEN_TOKENIZER,
@@ -86,38 +85,6 @@ class QwenImage(FlowFamily):
             return affects_states(path, count, count)
         last = f"transformer_blocks.{base.denoiser.config.num_layers - 1}."
         return not path.startswith(last) or path.removeprefix(last) not in _UNUSED
-
-    def pixels_per_latent(self, base: Base) -> int:
-        """Return the number of pixels per latent along one side, 8."""
-        return int(2 ** len(base.vae.temperal_downsample))
-
-    def latents(self, base: Base) -> LatentSpec:
-        """Return the channels of the VAE; `posterior` standardizes each of them."""
-        return LatentSpec(int(base.vae.config.z_dim), 1.0)
-
-    def posterior(self, base: Base, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode pictures [n, 3, height, width] to mean and standard deviation of their latents, in float32.
-
-        The VAE is one of videos, and a picture is a video of one frame.
-        """
-        found = base.vae.encode(pixels.to(base.vae.device, base.vae.dtype).unsqueeze(2)).latent_dist
-        mean, std = found.mean[:, :, 0].float(), found.std[:, :, 0].float()
-        center, spread = self._statistics(base, mean)
-        return (mean - center) / spread, std / spread
-
-    def decode(self, base: Base, latents: Tensor) -> Tensor:
-        """Decode latents [n, c, h, w] to pictures [n, 3, height, width] with values from about -1 to 1."""
-        center, spread = self._statistics(base, latents)
-        raw = (latents * spread + center).to(base.vae.dtype)
-        pixels: Tensor = base.vae.decode(raw.unsqueeze(2)).sample[:, :, 0]
-        return pixels
-
-    @staticmethod
-    def _statistics(base: Base, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of each channel, [1, c, 1, 1]."""
-        config = base.vae.config
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        return mean.to(like), std.to(like)
 
 
 FAMILY = QwenImage()
