@@ -20,6 +20,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -62,6 +64,15 @@ def _qwen_vl() -> nn.Module:
     text = {**sizes, "num_key_value_heads": 2, "vocab_size": 300, "rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def _qwen3_vl() -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 6, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
+    more = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
 
 
 def qwen_tokenizer() -> Any:
@@ -178,6 +189,47 @@ def _zimage() -> Any:
     )
 
 
+def _qwen_vae() -> Any:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    )
+
+
+def _krea2() -> Any:
+    transformer = diffusers.Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        timestep_embed_dim=32,
+        text_hidden_dim=WIDTH,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=48,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
+    return diffusers.Krea2Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=_qwen_vae(),
+        text_encoder=_qwen3_vl(),
+        tokenizer=qwen_tokenizer(),
+        text_encoder_select_layers=(1, 3, 5),
+    )
+
+
 def _qwen_image() -> Any:
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
@@ -188,22 +240,13 @@ def _qwen_image() -> Any:
         joint_attention_dim=WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
-    vae = diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.7, 1.1, 2.0],
-    )
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
     return diffusers.QwenImagePipeline(
         transformer=transformer,
         scheduler=scheduler,
-        vae=vae,
+        vae=_qwen_vae(),
         text_encoder=_qwen_vl(),
         tokenizer=qwen_tokenizer(),
     )
@@ -215,6 +258,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "flux2-klein": _flux2,
     "zimage": _zimage,
     "qwen-image": _qwen_image,
+    "krea2": _krea2,
 }
 """Name of a family → function that makes a random pipeline of it"""
 

@@ -100,12 +100,17 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
                     f"{path} has {short(entry)} as its {name}; supported classes of {library}: {', '.join(classes)}."
                 )
             classes_of[name] = (library, entry[1])
-        elif isinstance(entry, list | dict) and name not in _LEFT_OUT:
+        elif isinstance(entry, list | dict) and name not in _LEFT_OUT and not _is_setting(entry):
             raise DiffgraftError(f"{path} lists a part {short(name)}, which a {kind} does not have: remove it.")
     needed = {name for name, component in components.items() if component.required}
     for name in sorted(needed - set(classes_of)):
         raise DiffgraftError(f"{path} lists no {name}, which a {kind} needs: copy the model's folder again.")
     return classes_of
+
+
+def _is_setting(entry: list[Any] | dict[str, Any]) -> bool:
+    """Whether an entry of an index is a list of numbers, a setting of the pipeline, and not a part."""
+    return isinstance(entry, list) and all(type(value) is int for value in entry)
 
 
 def build_pipeline(

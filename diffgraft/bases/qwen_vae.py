@@ -1,4 +1,4 @@
-"""The autoencoder of Qwen-Image, which other families use as well: one of videos, of which pictures are single frames."""
+"""The autoencoder of Qwen-Image, which other families use as well; to it a picture is a video of a single frame."""
 
 import torch
 from torch import Tensor

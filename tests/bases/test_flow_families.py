@@ -57,6 +57,7 @@ PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "flux2-klein": {"guidance_scale": 3.0, "text_encoder_out_layers": (1, 2, 3)},
     "zimage": {"guidance_scale": 2.0},  # this pipeline counts from 0
     "qwen-image": {"true_cfg_scale": 1.0},
+    "krea2": {"guidance_scale": 2.0},  # and so does this one
 }
 GUIDANCE = {"flux1": 1.0, "qwen-image": 1.0}
 
@@ -64,10 +65,12 @@ GUIDANCE = {"flux1": 1.0, "qwen-image": 1.0}
 def test_pictures_are_those_of_the_pipeline(flow_base: Base) -> None:
     """From the same noise, by Euler's method on the family's own noise levels, with guidance."""
     name, pipe = flow_base.family.name, flow_base.pipeline()
+    if name == "krea2":
+        vars(pipe)["text_encoder_select_layers"] = (1, 3, 5)
     noise = start_noise([noise_stream("cpu", 7)], latent_shape(flow_base), None, 0.0)
-    given = packed(noise) if name in ("flux1", "qwen-image") else noise
+    given = packed(noise) if name in ("flux1", "qwen-image", "krea2") else noise
     settings = dict(PIPELINE_SETTINGS[name])
-    if name in ("sd3", "zimage"):
+    if name in ("sd3", "zimage", "krea2"):
         settings["negative_prompt"] = "a dog"
     (theirs,) = pipe(
         prompt="a cat",
@@ -127,6 +130,19 @@ def script_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: Any) -> T
     elif name == "zimage":
         rows = model(list(noisy.unsqueeze(2)), (1000 - times) / 1000, texts, return_dict=False)[0]
         found = -torch.stack(rows).squeeze(2)
+    elif name == "krea2":
+        states, mask = texts
+        pipe = base.pipeline()
+        tokens = model(
+            hidden_states=pipe._pack_latents(noisy, n, channels, height, width),
+            encoder_hidden_states=states,
+            timestep=times / 1000,
+            position_ids=pipe.prepare_position_ids(states.shape[1], height // 2, width // 2, "cpu"),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        factor = base.vae_scale_factor
+        found = pipe._unpack_latents(tokens, height * factor, width * factor)[:, :, 0]
     else:
         states, mask = texts
         tokens = model(
@@ -155,6 +171,8 @@ def script_texts(base: Base, prompts: list[str]) -> Any:
         return pipe.encode_prompt(prompts, text_encoder_out_layers=(1, 2, 3))[0]
     if name == "zimage":
         return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
+    if name == "krea2":
+        vars(pipe)["text_encoder_select_layers"] = (1, 3, 5)
     return pipe.encode_prompt(prompts)
 
 
@@ -209,7 +227,7 @@ def test_latents_are_scaled_as_the_pipeline_scales_them_back(flow_base: Base) ->
     with torch.no_grad():
         mean, std = flow_base.family.posterior(flow_base, pixels)
         decoded = flow_base.family.decode(flow_base, mean)
-        if flow_base.family.name == "qwen-image":
+        if flow_base.family.name in ("qwen-image", "krea2"):
             raw = flow_base.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
             wanted = flow_base.vae.decode(raw).sample[:, :, 0]
         else:
@@ -236,8 +254,7 @@ def test_layers_are_named_by_kind(flow_base: Base) -> None:
         for path, layer in flow_base.denoiser.named_modules()
         if isinstance(layer, nn.Linear) and ("blocks." in path or "layers." in path or "refiner." in path)
     }
-    others = {path for path in chosen["all"] - blocks if "modulation" not in path}
-    assert others == set()
+    assert all("mod" in path for path in chosen["all"] - blocks)
     assert blocks <= chosen["all"]
 
 
