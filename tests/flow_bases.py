@@ -7,7 +7,6 @@ from typing import Any
 
 import diffusers
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -16,7 +15,6 @@ from transformers import (
     CLIPTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -27,14 +25,11 @@ from transformers import (
     T5Tokenizer,
 )
 
+from benchmarks.flow_sizes import qwen_tokenizer
 from diffgraft.bases.loading import TINY
 
 WIDTH = 32
 """Width of text states"""
-_CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _clip(kind: type[nn.Module] = CLIPTextModelWithProjection, **settings: Any) -> nn.Module:
@@ -73,15 +68,6 @@ def _qwen3_vl() -> nn.Module:
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
     more = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
-
-
-def qwen_tokenizer() -> Any:
-    """A tokenizer of Qwen's class with a token for each byte, and a short chat template."""
-    vocabulary = {character: place for place, character in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = _CHAT
-    return tokenizer
 
 
 def _kl_vae(channels: int = 4, **settings: Any) -> Any:

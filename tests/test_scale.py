@@ -10,8 +10,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import diffgraft as dg
 from benchmarks.file_work import on_adapters, on_checkpoints
+from benchmarks.flow_sizes import qwen_tokenizer
 from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
-from tests.flow_bases import qwen_tokenizer
 from tests.recipes import ON_PICTURES
 
 PARAMETERS = {"sd1": 1_066_235_307, "sd2": 1_289_952_427, "sdxl": 3_468_837_867}
