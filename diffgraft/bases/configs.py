@@ -291,7 +291,8 @@ def validated_language_model(path: Path, config: Mapping[str, Any], kind: Any) -
         DiffgraftError: a value is of another type, out of bounds or not supported.
     """
     nested = {name: own for name, own in kind.sub_configs.items() if isinstance(config.get(name), dict)}
-    own = {key: value for key, value in config.items() if key not in nested and not isinstance(value, dict)}
+    plain = {key: value for key, value in config.items() if not isinstance(value, dict) or key == "quantization_config"}
+    own = {key: value for key, value in plain.items() if key not in nested}
     values = validated(path, own, LanguageModelConfig, kind)
     if theta := _rope_theta(config):
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, **_rope_sections(config)}

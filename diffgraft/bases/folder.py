@@ -168,7 +168,7 @@ def _library_errors(path: Path, problem: str) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0] if len(lines[0]) < 200 else f"{lines[0][:200]}…"
-        raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.')}.") from error
+        raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.:')}.") from error
 
 
 def _network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
@@ -365,9 +365,27 @@ def _tokenizer(folder: Path, kind: str) -> Any:
         return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _check_tokenizers(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raise DiffgraftError if a tokenizer returns no tokens, or some that its text encoder does not have."""
+    for name in (name for name in parts if name.startswith("text_encoder") and parts[name] is not None):
+        place = name.replace("text_encoder", "tokenizer")
+        with _library_errors(folder / place, "the tokenizer is damaged"):
+            tokenizer, config = parts[place], parts[name].config.get_text_config()
+            size, longest = config.vocab_size, tokenizer.model_max_length
+            if type(tokenizer).__name__.startswith("CLIP") and longest != config.max_position_embeddings:
+                raise ValueError(
+                    f"it returns {longest} tokens, but the text encoder has {config.max_position_embeddings} positions"
+                )
+            if not isinstance(longest, int) or tokenizer.pad_token_id is None:
+                raise ValueError("it has no number as model_max_length, or no token for padding")
+            if not 0 <= max(tokenizer("a photo").input_ids, default=size) < size:
+                raise ValueError(f"it returns no tokens, or tokens beyond the {size} of the text encoder")
+
+
 def _check_fit(folder: Path, parts: Mapping[str, Any]) -> None:
-    """Raise DiffgraftError if the parts of a folder with a UNet do not belong together."""
+    """Raise DiffgraftError if the parts of a folder do not belong together."""
     if "unet" not in parts:
+        _check_tokenizers(folder, parts)
         return
     unet, vae = parts["unet"].config, parts["vae"].config
     encoders = {name: part.config for name, part in parts.items() if name.startswith("text_encoder")}

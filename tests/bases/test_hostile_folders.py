@@ -407,3 +407,58 @@ def test_a_text_encoder_of_more_layers_than_are_used_is_told_as_clip_skip(folder
     assert "has num_hidden_layers=1, which may have been lowered for clip skip" in said
     change(folder / "text_encoder" / "config.json", num_hidden_layers=2)
     assert load_base(folder).text_encoder.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "key", "value", "why"),
+    [
+        ("flux1", "tokenizer/tokenizer_config.json", "model_max_length", 10**9, "the text encoder has 77 positions"),
+        ("flux1", "tokenizer_2/tokenizer_config.json", "model_max_length", "../..", "no number as model_max_length"),
+        ("zimage", "transformer/config.json", "n_layers", 10**6, "n_layers=1000000"),
+        ("zimage", "text_encoder/config.json", "hidden_size", -4, "hidden_size=-4"),
+        ("zimage", "text_encoder/config.json", "num_hidden_layers", 5, "no Qwen3Model can be built from it"),
+        ("qwen-image", "vae/config.json", "latents_std", [0.0], "latents_std"),
+        (
+            "qwen-image",
+            "text_encoder/config.json",
+            "quantization_config",
+            {"quant_method": "gptq"},
+            "already quantized",
+        ),
+        ("flux2-klein", "scheduler/scheduler_config.json", "shift", "3", "shift='3'"),
+        ("flux2-klein", "model_index.json", "text_encoder", ["transformers", "AutoModel"], "supported classes of"),
+        ("flux2-klein", "model_index.json", "text_encoder", None, "has None as its text_encoder"),
+        ("krea2", "transformer/config.json", "num_text_layers", 10**7, "num_text_layers"),
+        ("sd3", "model_index.json", "extra", ["diffusers", "UNet2DModel"], "lists a part 'extra'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_folders_of_transformers_are_not_trusted_either(
+    family: str, file: str, key: str, value: Any, why: str, tmp_path: Path
+) -> None:
+    from tests.flow_bases import flow_folder
+
+    folder = flow_folder(family, tmp_path / "base")
+    config = json.loads((folder / file).read_text("utf-8"))
+    (folder / file).write_text(json.dumps({**config, key: value}), "utf-8")
+    with pytest.raises(DiffgraftError) as caught:
+        load_base(folder)
+    assert why in str(caught.value)
+
+
+def test_nothing_in_a_transformers_configuration_names_code_or_kernels(tmp_path: Path) -> None:
+    """Such fields are dropped: neither is code loaded, nor a kernel fetched."""
+    from tests.flow_bases import flow_folder
+
+    folder = flow_folder("zimage", tmp_path / "base")
+    file = folder / "text_encoder" / "config.json"
+    more = {
+        "auto_map": {"AutoModel": "evil.Model"},
+        "_attn_implementation": "someone/kernel",
+        "attn_implementation": "someone/kernel",
+        "trust_remote_code": True,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **more}), "utf-8")
+    base = load_base(folder)
+    assert base.text_encoder.config._attn_implementation in ("sdpa", "eager")
+    assert not hasattr(base.text_encoder.config, "auto_map")
