@@ -11,7 +11,7 @@ BILLIONS = {"flux2-klein": 3.88, "zimage": 6.15, "qwen-image": 20.43, "krea2": 1
 """Parameters of the transformers"""
 LAYERS = {"flux2-klein": 5 * 12 + 20 * 2, "zimage": 34 * 7, "qwen-image": 60 * 12, "krea2": 32 * 8}
 """Linear layers of attention and feed-forward networks in all blocks"""
-GIGABYTES = {"klein-subject": 8.0, "zimage-subject": 10.0, "krea2-subject": 12.0}
+GIGABYTES = {"klein-subject": 8.0, "zimage-subject": 10.0}
 """The most that training at 1024 px may take with 4-bit weights"""
 
 

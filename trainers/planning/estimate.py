@@ -165,17 +165,19 @@ def denoiser_speed(base: Base, device: torch.device) -> float:
 def _fused_attention() -> Iterator[None]:
     """Within the block attention on the meta device is one fused operation, as on real devices.
 
-    PyTorch decomposes it on ``meta`` into products with square matrices, which would inflate the memory estimate. The
-    patch works because diffusers looks up ``F.scaled_dot_product_attention`` at each call.
+    PyTorch decomposes it on ``meta`` into products with square matrices, which would inflate the memory estimate. Masks
+    are left out, as they change neither memory nor time much. The patch works because diffusers looks up
+    ``F.scaled_dot_product_attention`` at each call.
     """
     original = F.scaled_dot_product_attention
 
-    def fused(*args: Any, **options: Any) -> Tensor:
-        is_plain = len(args) == 3 and options.get("attn_mask") is None and args[0].ndim == 4
-        if is_plain and args[0].is_meta:
-            out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
-            return out
-        return original(*args, **options)
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        if not query.is_meta or query.ndim != 4:
+            return original(query, key, value, *args, **options)
+        groups = query.shape[1] // key.shape[1]  # heads that share keys and values; real kernels do not repeat them
+        pair = (one.repeat_interleave(groups, 1) if groups > 1 else one for one in (key, value))
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, *pair)[0]
+        return out
 
     with patch.object(F, "scaled_dot_product_attention", fused):
         yield
