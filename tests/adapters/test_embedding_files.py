@@ -104,7 +104,7 @@ def test_words_that_an_adapter_file_brings_along(tmp_path: Path) -> None:
             r"emb_params has shape \[1, 2, 20\] and dtype torch.float32; expected float embeddings \[n, width\]",
         ),
         ({"emb_params": ONE.long()}, "holds emb_params as int64"),
-        ({"clip_l": ONE, "clip_g": TWO, "t5xxl": ONE + 1}, "unknown key t5xxl: beside clip_g, the known keys are"),
+        ({"clip_l": ONE, "clip_g": TWO, "t5small": ONE + 1}, "unknown key t5small: beside clip_g, the known keys are"),
         ({"emb_params": ONE, "unet.conv": ONE + 1}, "the key unet.conv is not one of textual inversion files"),
     ],
 )
