@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts to copy from the shipped base"
     )
+    parser.add_argument("--compile", action="store_true", help="translate the denoiser by torch.compile before training")
     parser.add_argument("--dry-run", action="store_true", help="two steps of every stage on a handful of pictures")
     options = parser.parse_args(arguments)
     size = replace(Size(), pool=options.pool, unet=replace(Size.unet, steps=options.steps))
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     z, ids = draw_pool(work, vae, tokenizer, size.pool, options.processes)
     scale = 1 / float(z[:5000].float().std())
     vae.register_to_config(scaling_factor=scale)
-    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet, options.processes)
+    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet, options.processes, options.compile)
 
     pipe = StableDiffusionPipeline(
         vae=vae,

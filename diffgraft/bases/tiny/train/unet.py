@@ -67,7 +67,13 @@ def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def train_unet(
-    work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: StagePlan, processes: int = 1
+    work: Path,
+    z: Tensor,
+    ids: Tensor,
+    text_encoder: CLIPTextModel,
+    plan: StagePlan,
+    processes: int = 1,
+    compiled: bool = False,
 ) -> UNet2DConditionModel:
     """Train the denoiser, or resume from the checkpoint in `work`.
 
@@ -78,13 +84,14 @@ def train_unet(
         text_encoder: Trained text encoder; it stays frozen.
         plan: Training schedule.
         processes: Number of processes that share each batch, one thread each.
+        compiled: Whether `torch.compile` translates the denoiser first, which takes minutes and shortens each step.
     """
     data = DenoiserData(z, ids, text_encoder, new_scheduler().alphas_cumprod)
     if processes > 1:
         with tempfile.TemporaryDirectory() as folder:
             address = f"file://{folder}/rendezvous"
-            spawn(_share_training, (processes, address, work, data, plan), processes)  # type: ignore[no-untyped-call]
-    return _train(work, data, plan)  # after other processes have trained it, this loads their checkpoint
+            spawn(_share_training, (processes, address, work, data, plan, compiled), processes)  # type: ignore[no-untyped-call]
+    return _train(work, data, plan, compiled=compiled)  # after other processes have trained it, this loads their checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,17 +124,22 @@ class DenoiserData:
         return total
 
 
-def _train(work: Path, data: DenoiserData, plan: StagePlan, rank: int = 0, processes: int = 1) -> UNet2DConditionModel:
+def _train(
+    work: Path, data: DenoiserData, plan: StagePlan, rank: int = 0, processes: int = 1, compiled: bool = False
+) -> UNet2DConditionModel:
     torch.manual_seed(4)
     unet = new_unet()
     unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
-    fit("unet", unet, lambda step: data.loss(unet, plan.batch // processes, (step, rank)), plan, work)
+    predict: UNet2DConditionModel = torch.compile(unet) if compiled else unet  # both have the same weights
+    fit("unet", unet, lambda step: data.loss(predict, plan.batch // processes, (step, rank)), plan, work)
     return unet
 
 
-def _share_training(rank: int, processes: int, address: str, work: Path, data: DenoiserData, plan: StagePlan) -> None:
+def _share_training(
+    rank: int, processes: int, address: str, work: Path, data: DenoiserData, plan: StagePlan, compiled: bool
+) -> None:
     """Train in one of several processes."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
-    _train(work, data, plan, rank, processes)
+    _train(work, data, plan, rank, processes, compiled)
     torch.distributed.destroy_process_group()
