@@ -6,7 +6,8 @@ picture is drawn towards its prompt in the space of CLIP:
 
     1 − cos(CLIP(decode(x̂₀)), CLIP(prompt)) + λ · ‖prediction(x_t) − base(x_t)‖²
 
-The second term bounds the distance from the base. Without it, pictures turn into patterns that please the CLIP alone.
+The second term bounds the distance from the base. Without it, pictures may turn into patterns that please the CLIP
+alone.
 """
 
 from collections.abc import Sequence
