@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -91,6 +91,8 @@ class Network(ABC):
     """Weights of the network, by name."""
     settings: Mapping[str, Any]
     """Further settings needed to build the network, as JSON types."""
+    acts_on: Literal["denoiser", "text_encoder"] = "denoiser"
+    """Part of the base whose strength applies to the network."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind}: {len(self.tensors)} tensors)"

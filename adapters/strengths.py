@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsFloat
 
-from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.adapter import Adapter, Network
 from diffgraft.bases.ldm_keys import BlockLayout
 from diffgraft.bases.registry import denoisers, has_blocks, part_names, tokenizers
 from diffgraft.errors import DiffgraftError, did_you_mean
@@ -69,6 +69,10 @@ class Strengths:
         """Strength of the denoiser, which also applies to networks hooked into it."""
         strengths = (self.parts[name] for name in denoisers())
         return next((value for value in strengths if value != 1), 1.0)  # a base has one denoiser, others are at 1
+
+    def for_network(self, network: Network) -> float:
+        """Strength of a network: that of the part that it acts on."""
+        return self.denoiser if network.acts_on == "denoiser" else self.parts[network.acts_on]
 
     def at(self, path: str) -> float:
         """Strength for the module at `path`: that of its part times that of its block."""

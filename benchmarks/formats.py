@@ -35,8 +35,8 @@ and read again bit for bit. – means that the format cannot hold it: `diffgraft
 `kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `webui`
 contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
 for each part of the base, `custom-diffusion` one with a file for each word; it holds new weights, so `convert` needs
-`--base` for differences. `controlnet` is diffusers' ControlNets. `diffgraft` is this project's own layout, described in
-`adapters/formats/native.py`.
+`--base` for differences. `controlnet` is diffusers' ControlNets, `aesthetic` webui's aesthetic embeddings. `diffgraft`
+is this project's own layout, described in `adapters/formats/native.py`.
 
 """
 TAIL = """
@@ -52,7 +52,7 @@ Files of other tools that can be read. `diffgraft convert` writes them in any of
 | Custom Diffusion of diffusers, a file or a folder | new weights, with words | `….processor.to_k_custom_diffusion.weight` |
 | webui's and kohya's words, `.pt` and `.safetensors` | textual inversion | `string_to_param.*`, `emb_params` |
 | webui's hypernetworks, `.pt` | hypernetwork | `768` |
-| webui's aesthetic embeddings, `.pt` | aesthetic embedding, which has no effect on generation | one row of 768 numbers |
+| webui's aesthetic embeddings, `.pt` | aesthetic embedding; to draw with it, add the [projection](../../docs/aesthetic.md) of a CLIP | one row of 768 numbers |
 | GLoRA from before May 2024 | GLoRA | as today; the factors are distinguished by their shapes |
 
 At strength 1, a DoRA is the same in every format. At other strengths LyCORIS, peft and webui differ; diffgraft computes
@@ -117,6 +117,8 @@ def samples() -> dict[str, Adapter]:
     adapters["custom, new weights"] = replace(new, metadata={**new.metadata, "method": "custom"}, tokens=words)
     adapters["hypernetwork"] = _hypernetwork(drawn)
     adapters["controlnet"] = _control_network()
+    embedding = read_network("aesthetic", {"embedding": drawn(1, 768)}, {})
+    adapters["aesthetic embedding"] = Adapter({}, {"method": "aesthetic"}, (embedding,))
     return adapters
 
 

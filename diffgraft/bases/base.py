@@ -59,7 +59,7 @@ class Base:
         for _, part in self.parts():
             part.requires_grad_(False).eval()
         is_meta = any(value.is_meta for value in self.denoiser.parameters())
-        self.hash = "" if is_meta else _digest((name, part) for name, part in self.parts() if name != "vae")
+        self.hash = "" if is_meta else weights_hash((name, part) for name, part in self.parts() if name != "vae")
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of each network: denoiser, text encoders and VAE."""
@@ -198,19 +198,20 @@ class Base:
     @property
     def vae_hash(self) -> str:
         """SHA-256 over names, shapes and current float32 values of the VAE."""
-        return _digest([("vae", self.vae)], torch.float32)
+        return weights_hash([("vae", self.vae)], torch.float32)
 
     @property
     def generation_hash(self) -> str:
         """SHA-256 over everything that affects pictures of the base: `hash`, `quantize`, VAE and noise schedule."""
         # keys with an underscore are private to diffusers, and differ between processes
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
-        key = f"{self.hash} {_digest([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
+        key = f"{self.hash} {weights_hash([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
         key += f" {self.quantize}" if self.quantize != "none" else ""
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-def _digest(parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16) -> str:
+def weights_hash(parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16) -> str:
+    """Return the SHA-256 over names, shapes and values, cast to `dtype`, of the parameters of named modules."""
     digest = hashlib.sha256()
     for part_name, part in parts:
         for name, value in sorted(part.named_parameters()):

@@ -1,4 +1,4 @@
-"""Commands before training: configurations of other tools, captions and masks."""
+"""Commands before training: configurations of other tools, captions, masks and aesthetic embeddings."""
 
 from pathlib import Path
 from typing import Annotated
@@ -90,9 +90,49 @@ def mask(
     _say(len(written), kept, "masks")
 
 
+def aesthetic(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures, or a file with an aesthetic embedding.")],
+    clip: Annotated[str, typer.Option(help="CLIP that embeds pictures: a hub id, a folder, or `tiny`.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="New file: .safetensors to draw with, or .pt for webui's extension.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="Base to draw with, if its text encoder is not the CLIP's own, such as `tiny`.")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="With --base: text file of captions, one a line, to fit a projection on.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam on the text encoder, for each prompt.")] = 5,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = 1e-4,
+) -> None:
+    """Make an aesthetic embedding of pictures, towards which prompts are tuned when they are drawn.
+
+    For example: diffgraft aesthetic my_drawings/ --clip openai/clip-vit-large-patch14 -o mine.safetensors, and then:
+    diffgraft generate "a castle" -a mine.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5
+    """
+    from diffgraft.adapters.methods.aesthetic import AestheticOptions
+    from diffgraft.bases import load_base
+    from diffgraft.bases.clip import load_clip
+    from diffgraft.data.aesthetic import aesthetic_adapter, projection_for, read_captions
+    from diffgraft.files import check_new
+    from diffgraft.strict import validated
+
+    check_new(output)
+    options = validated(AestheticOptions, {"steps": steps, "learning_rate": lr}, "aesthetic")
+    texts = [] if captions is None else read_captions(captions)
+    loaded = None if base is None else load_base(base)
+    model, projection = load_clip(clip), None
+    if output.suffix != ".pt":
+        projection = projection_for(model, loaded, texts)
+        if projection.cosine is not None:
+            say(f"projection fitted: cosine {projection.cosine:.3f} on captions that were left out of the fit")
+    adapter = aesthetic_adapter(source, model, projection, options, loaded)
+    say(adapter.save(output, "aesthetic" if output.suffix == ".pt" else "diffgraft"))
+
+
 def _say(written: int, kept: int, what: str) -> None:
     note = f", {kept} existing kept (--overwrite replaces them)" if kept else ""
     say(f"{written} {what} written{note}")
 
 
-COMMANDS = (import_config, caption, mask)
+COMMANDS = (import_config, caption, mask, aesthetic)

@@ -124,8 +124,9 @@ class Graft:
             for path, deltas in adapter.deltas.items():
                 if strength := strengths.at(path):
                     merged.setdefault(path, []).extend((delta, strength) for delta in deltas)
-            if strength := strengths.denoiser:
-                networks += [(name, network, strength) for network in adapter.networks]
+            for network in adapter.networks:
+                if strength := strengths.for_network(network):
+                    networks.append((name, network, strength))
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
         words = _without_duplicate_words(words)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffgraft.adapters.methods.aesthetic import without_tuning
 from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
 from diffgraft.bases.family import SizeConditioning
@@ -225,7 +226,8 @@ class Painter:
         try:
             if of_lane:
                 self._adapters.apply({**merged, **of_lane}, 0, work.steps)
-            negative = self._told(settings.negative, work)
+            with without_tuning():
+                negative = self._told(settings.negative, work)
             if not settings.negative.strip() and "text_embeds" in negative[0].added:  # as SDXL was trained
                 blank = {name: torch.zeros_like(value) for name, value in negative[0].added.items()}
                 negative = [replace(negative[0], states=torch.zeros_like(negative[0].states), added=blank)]

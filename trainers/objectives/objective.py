@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 from torch import Tensor
 
+from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.strict import Strict, validated
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
@@ -38,6 +39,8 @@ class ObjectiveInputs:
     """The denoiser without the adapter"""
     rejected: SampleStream | None = None
     """Rejected pictures of pairs: sample by sample those of `instances`, with the same crop, noise and timestep"""
+    base: Base | None = None
+    """The base with the adapter, for objectives that decode pictures; None where the VAE is not at hand"""
     options: Any = None
     """Options of the objective, an instance of its `ObjectiveKind.options`"""
 
@@ -76,6 +79,9 @@ class ObjectiveKind:
     prompts: Callable[[Any, Sequence[str]], Sequence[str]] = lambda options, prompts: ()  # noqa: ARG005
     """Function of its options and the prompts of the pictures: further prompts that it asks for, to be encoded before
     training"""
+    check: Callable[[Any, Base], None] = lambda options, base: None  # noqa: ARG005
+    """Function of its options and the base, which may be on the device ``meta``: raises DiffgraftError if the objective
+    has no meaning for this base, or something that the options name is missing"""
     predictions: int = 1
     """Number of predictions with gradients that it takes for each sample"""
     bare_predictions: int = 0
@@ -88,6 +94,10 @@ class ObjectiveKind:
     """Whether it trains on pairs of a preferred and a rejected picture"""
     draws_pictures: bool = False
     """Whether the base draws the pictures where the recipe has no `images`"""
+    uses_vae: bool = False
+    """Whether it decodes pictures, so that the VAE stays on the device"""
+    own_bytes: Callable[[Any], int] = lambda options: 0  # noqa: ARG005
+    """Function of its options: bytes of the networks that it loads beside the base"""
 
     def read_options(self, values: Mapping[str, Any]) -> BaseModel:
         """Validate the values of the recipe's `loss.options`.

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.plugins import discover
 from diffgraft.trainers.objectives.objective import GROUP, Objective, ObjectiveInputs, ObjectiveKind
@@ -30,9 +31,24 @@ def check_objective(name: str, options: Mapping[str, Any] | None = None) -> None
         objectives()[name].read_options(options or {})
 
 
+def check_objective_for(name: str, options: Mapping[str, Any], base: Base) -> None:
+    """Check that an objective has a meaning for a base, which may be on the device ``meta``.
+
+    Raises:
+        DiffgraftError: it has none, or something that its options name is missing.
+    """
+    if name:
+        objectives()[name].check(objectives()[name].read_options(options), base)
+
+
 def objective_prompts(name: str, options: Mapping[str, Any], prompts: Sequence[str]) -> Sequence[str]:
     """Return the prompts that the objective called `name` asks for beside those of the pictures, `prompts`."""
     return objectives()[name].prompts(objectives()[name].read_options(options), prompts) if name else ()
+
+
+def uses_vae(name: str) -> bool:
+    """Whether the objective called `name` decodes pictures; an empty name stands for the default, which does not."""
+    return bool(name) and objectives()[name].uses_vae
 
 
 def default_objective(has_class_images: bool, is_by_prediction: bool) -> str:

@@ -138,6 +138,19 @@ def estimate_cost(
     return Cost(trained, stored, entries, weights, training, activations, step, forward.get_total_flops())
 
 
+def decoding_flops(base: Base, size: tuple[int, int]) -> float:
+    """FLOPs of decoding a picture of (width, height) pixels with gradients to its latents, on a base on ``meta``.
+
+    With gradient checkpointing the decoder runs twice, and its backward pass, without gradients of weights, costs as
+    much as a forward pass.
+    """
+    width, height = (side // base.vae_scale_factor for side in size)
+    latents = torch.empty(1, base.latents.channels, height, width, device=base.device, dtype=base.vae.dtype)
+    with FlopCounterMode(display=False) as decoding, torch.no_grad(), _fused_attention():
+        base.vae.decode(latents)
+    return 3.0 * float(decoding.get_total_flops())
+
+
 def denoiser_speed(base: Base, device: torch.device) -> float:
     """FLOPs a second that a block of the denoiser, with random weights, reaches on `device`."""
     block, shapes, width = base.family.block_for_timing(base)

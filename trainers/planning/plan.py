@@ -22,7 +22,7 @@ from diffgraft.trainers.hooks.trackers import check_trackers
 from diffgraft.trainers.objectives.objective import ObjectiveKind
 from diffgraft.trainers.objectives.registry import default_objective, objectives
 from diffgraft.trainers.planning.advice import advice
-from diffgraft.trainers.planning.estimate import Cost, Workload, denoiser_speed, estimate_cost
+from diffgraft.trainers.planning.estimate import Cost, Workload, decoding_flops, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.pitfalls import (
     compute_fingerprints,
     crop_warnings,
@@ -56,6 +56,12 @@ _BUSY = 2e9
 """Operations per second below which a device is taken to be busy with something else"""
 _GENERATION_PASSES = 25 * 2
 """Denoiser passes for a generated image: sampling steps, each with and without the prompt"""
+
+
+_UNCOUNTED = (
+    "memory counts the weights of the networks that the objective uses beside the denoiser, and not their activations; "
+    "time counts the decoder of the VAE, and not the others."
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,13 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
     estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
-    bare = kind.bare_predictions * optim.batch * optim.accumulate
-    estimate = replace(estimate, step=estimate.step + bare * estimate.image)
+    pictures = optim.batch * optim.accumulate
+    step = estimate.step + kind.bare_predictions * pictures * estimate.image
+    if kind.uses_vae:
+        step += pictures * decoding_flops(base, largest)
+    own = kind.own_bytes(kind.read_options(recipe.loss.options))
+    own += sum(value.nbytes for value in base.vae.parameters()) if kind.uses_vae else 0
+    estimate = replace(estimate, step=step, weights=estimate.weights + own)
     facts = [
         (
             "recipe",
@@ -141,6 +152,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         *dict.fromkeys(str(warning.message) for warning in caught),
         *unreadable.values(),
         *setting_conflicts(recipe, samples),
+        *([_UNCOUNTED] if own else []),
         *trigger_word_warnings(base, samples),
         *duplicate_warnings(fingerprints),
         *crop_warnings(data, samples),

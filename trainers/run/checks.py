@@ -8,7 +8,7 @@ from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process
-from diffgraft.trainers.objectives.registry import check_objective
+from diffgraft.trainers.objectives.registry import check_objective, check_objective_for
 from diffgraft.trainers.optim.optimizers import check_optimizer
 from diffgraft.trainers.recipe.groups import (
     AdapterSettings,
@@ -88,13 +88,15 @@ def check_family(groups: Sequence[Group], base: Base) -> None:
 
 
 def check_base(data: DataSettings, objective: ObjectiveSettings, base: Base) -> None:
-    """Check that the base can be trained at the recipe's resolution and timesteps.
+    """Check that the base can be trained at the recipe's resolution and timesteps, and with its objective.
 
     Raises:
-        DiffgraftError: the resolution is not a multiple of the base's step, or the timesteps are not in its schedule.
+        DiffgraftError: the resolution is not a multiple of the base's step, the timesteps are not in its schedule, or
+            the objective has no meaning for the base.
     """
     side, step = resolution_of(data, base), base.size_step
     if side % step:
         nearest = max(step, round(side / step) * step)
         raise DiffgraftError(f"Invalid value resolution={side}: this base needs a multiple of {step}. Use {nearest}.")
     forward_process(base, objective)
+    check_objective_for(objective.loss.objective, objective.loss.options, base)

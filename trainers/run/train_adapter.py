@@ -30,7 +30,7 @@ from diffgraft.trainers.hooks.validation import ValidationHook, held_out
 from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 from diffgraft.trainers.objectives.objective import Objective, ObjectiveInputs
-from diffgraft.trainers.objectives.registry import new_objective, objective_prompts
+from diffgraft.trainers.objectives.registry import new_objective, objective_prompts, uses_vae
 from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import new_optimizer
 from diffgraft.trainers.planning.prediction_check import prediction_warning
@@ -161,7 +161,8 @@ class AdapterTraining:
             if not live.trains_text:
                 denoiser.freeze_text()
             ignore_in_ddp(recipe.shard, denoiser)
-            offloaded += offloadable(base, has_texts=data.prompts is not None and not live.affects_text_encoder)
+            has_texts = data.prompts is not None and not live.affects_text_encoder
+            offloaded += offloadable(base, has_texts=has_texts, uses_vae=uses_vae(recipe.loss.objective))
             offload(base, offloaded)
             with sped_up(recipe.runtime, base, denoiser):
                 yield live, denoiser, offloaded
@@ -190,7 +191,7 @@ class AdapterTraining:
         instances = SampleStream(data.instances, process, seed, base.device)
         classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
         rejected = SampleStream(data.rejected, process, seed, base.device) if data.rejected else None
-        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, rejected)
+        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, rejected, base)
         return new_objective(self.recipe.loss.objective, inputs, self.recipe.loss.options)
 
     def _validation(

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-EDGES = ("conv_in.weight", "conv_out.weight")
-"""Weights of the first and last layers, which Muon's authors advise to train with AdamW."""
+EDGES = ("conv_in.weight", "conv_out.weight", "patch_embedding.weight", "token_embedding.weight")
+"""Ends of the names of first and last layers' weights, which Muon's authors advise to train with AdamW."""
 
 
 class MuonAndAdamW:
     """Muon and AdamW behind one interface, with the methods of `torch.optim.Optimizer` that a training loop needs."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
-        inner = {name for name, p in model.named_parameters() if p.ndim > 1 and name not in EDGES}
+        inner = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(EDGES)}
         named = dict(model.named_parameters())
         # PyTorch's Muon accepts matrices only, so a convolution's weight is viewed as [out, in · height · width]
         self._views = [(named[name], nn.Parameter(named[name].detach().flatten(1))) for name in sorted(inner)]
