@@ -41,12 +41,11 @@ def decoded(base: Base, latents: Tensor) -> Tensor:
 
     The decoder keeps only the inputs of its blocks, and computes them again for gradients.
     """
-    spec, vae = base.latents, base.vae
-    vae.enable_gradient_checkpointing()
+    base.vae.enable_gradient_checkpointing()
     try:
-        pictures: Tensor = vae.decode((latents / spec.scale + spec.shift).to(vae.dtype)).sample
+        pictures = base.family.decode(base, latents)
     finally:
-        vae.disable_gradient_checkpointing()
+        base.vae.disable_gradient_checkpointing()
     return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -98,7 +97,7 @@ def _check(options: AlignOptions, base: Base) -> None:
     Raises:
         DiffgraftError: the CLIP does not exist, or pictures of the base's family cannot be aligned.
     """
-    if not hasattr(base.vae, "enable_gradient_checkpointing"):
+    if not getattr(base.vae, "_supports_gradient_checkpointing", False):
         raise DiffgraftError(
             f"loss.objective=align has no meaning for bases of the family {base.family.name}: it needs a VAE of "
             "diffusers, through whose decoder gradients flow. Choose another objective."
