@@ -43,6 +43,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.header import adapter_header
 from diffgraft.trainers.run.init_from import with_init_metadata
 from diffgraft.trainers.run.under import Under
+from diffgraft.trainers.runtime.checkpointing import recomputing
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 from diffgraft.trainers.runtime.processes import check_same_step
 from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
@@ -150,7 +151,8 @@ class AdapterTraining:
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
                 for network in filter(None, (base.denoiser, live.control)):
-                    network.enable_gradient_checkpointing()
+                    # compiled blocks keep what they need by themselves
+                    network.enable_gradient_checkpointing(None if recipe.compile else recomputing(network, live))
                     network.train()  # checkpointing works in training mode only; these networks have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
