@@ -191,8 +191,9 @@ class AdapterTraining:
         process = forward_process(base, self.recipe.objective)
         instances = SampleStream(data.instances, process, seed, base.device)
         classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
-        rejected = SampleStream(data.rejected, process, seed, base.device) if data.rejected else None
-        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, rejected)
+        partners = SampleStream(data.partners, process, seed, base.device) if data.partners else None
+        at_strength = live.at_strength if live.has_strength else None
+        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, partners, at_strength)
         return new_objective(self.recipe.loss.objective, inputs, self.recipe.loss.options)
 
     def _validation(
