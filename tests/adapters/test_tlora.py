@@ -129,6 +129,19 @@ def test_outputs_loss_and_gradients_are_those_of_the_formula_sample_by_sample(
     assert not torch.allclose(everywhere, found, rtol=1e-3)
 
 
+def test_a_compiled_net_has_the_ranks_of_each_call() -> None:
+    net = TimedNet().requires_grad_(False)
+    live = attach(net, {})
+    shake(live, size=0.2)
+    x, compiled = input_of(net), torch.compile(net, backend="aot_eager")
+    for times in (TIMES, TIMES.flip(0)):
+        found, wanted = compiled(x, times), net(x, times)
+        torch.testing.assert_close(found, wanted)
+        pairs = [torch.autograd.grad(out.square().mean(), [*live.trainable().values()]) for out in (found, wanted)]
+        for one, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("init", ["last", "middle", "first"])
 def test_the_start_is_orthogonal_and_does_nothing_at_any_timestep(init: str) -> None:
     net = TimedNet()
