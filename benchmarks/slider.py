@@ -74,6 +74,9 @@ larger thing than at the strength before.
 |-|-|-|-|
 """
 PAIRS_TAIL = """
+Captions of the world name no size, and yet strengths from −1 to 2 set it without changing the thing. At −2, twice what
+was trained, things become so small that some vanish.
+
 ![Six things at seven strengths, from small to large](../pictures/picture-slider.png)
 """
 
