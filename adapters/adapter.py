@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffgraft.adapters.rank_schedule import RankSchedule
 
 
 class Delta(ABC):
@@ -25,6 +28,8 @@ class Delta(ABC):
     """Alpha, from which the scale is computed; None if the delta has no scale."""
     strength_convention: str | None = None
     """Tool, such as `peft`, that defines what strengths other than 1 mean for this delta; None where tools agree."""
+    rank_schedule: "RankSchedule | None" = None
+    """How many ranks act at a timestep; None: all of them at all timesteps. `apply` always applies all of them."""
     is_lora: bool = False
     """Whether the leaves are those of LoRA (possibly with DoRA), which every tool reads."""
     is_low_rank: bool = False

@@ -116,6 +116,8 @@ def with_strength_convention(delta: Delta, tool: str) -> Delta:
 class DoraLayer(AdapterLayer):
     """DoRA on a live layer. As in section 4.3 of the paper, no gradient flows through the norm."""
 
+    has_strength = False
+
     def __init__(self, direction: FactorLayer, layer: nn.Module) -> None:
         super().__init__()
         weight, _ = weight_and_bias(layer)

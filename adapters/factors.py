@@ -27,6 +27,7 @@ from diffgraft.adapters.patch import (
 )
 from diffgraft.adapters.patterns import check_pattern_keys, last_matching_value
 from diffgraft.adapters.projections import match_conv_axes
+from diffgraft.adapters.rank_schedule import RankSchedule
 
 Leaves = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -90,6 +91,8 @@ class FactorDelta(LinearDelta):
     factors: Factors
     leaves: Leaves
     alpha: float
+    rank_schedule: RankSchedule | None = None
+    """Of a LoRA, how many ranks act at a timestep; all matrices here are those of all ranks"""
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -173,10 +176,15 @@ def attach_factors(target: Any, spec: Spec, make: Make) -> AttachedLayers:
     Raises:
         DiffgraftError: a key of the options `ranks` or `alphas` matches no adapted layer.
     """
+    check_patterns(spec)
+    return AttachedLayers(target, spec, make)
+
+
+def check_patterns(spec: Spec) -> None:
+    """Raise DiffgraftError if a key of the options `ranks` or `alphas` matches no layer of a `Spec`."""
     paths = [strip_text_model(f"{part}.{path}") for part, layers in spec.paths.items() for path in layers]
     check_pattern_keys("options.ranks", spec.options.ranks, paths)
     check_pattern_keys("options.alphas", spec.options.alphas, paths)
-    return AttachedLayers(target, spec, make)
 
 
 class FactorLayer(AdapterLayer):
@@ -217,6 +225,8 @@ class FactorLayer(AdapterLayer):
         return self._scale * self._factors.weight(dict(self.leaves.items()), weight_shape(layer))
 
     def load(self, delta: Delta, layer: nn.Module) -> None:
+        if delta.rank_schedule is not None:
+            raise ValueError("has ranks by timestep (T-LoRA), which only method=tlora trains")
         if not isinstance(delta, FactorDelta) or delta.kind != self._factors.kind:
             kind = delta.kind if delta.kind != self._factors.kind else "DoRA (options.dora=true of lora and locon)"
             raise ValueError(f"is a {kind}, but this run trains a {self._factors.kind}")

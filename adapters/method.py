@@ -40,7 +40,7 @@ Everything else (formats, merging, stacking, converting, the test matrices) find
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_origin
 
@@ -72,6 +72,8 @@ class Attached(nn.Module):
 
     is_disabled = False
     """Whether the method is switched off for now, within `disabled`"""
+    strength = 1.0
+    """Strength that the method acts with for now, within `at_strength`"""
 
     @abstractmethod
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -105,6 +107,33 @@ class Attached(nn.Module):
             yield
         finally:
             self.is_disabled = False
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether the method can act with other strengths while it is trained."""
+        return False
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Let the method act with a strength within the block, as a file of it does; needs `has_strength`."""
+        before, self.strength = self.strength, strength
+        try:
+            yield
+        finally:
+            self.strength = before
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """Return a block within which the method acts as it does now, for gradient checkpointing."""
+        return self._acting_as(self.is_disabled, self.strength)
+
+    @contextmanager
+    def _acting_as(self, is_disabled: bool, strength: float) -> Iterator[None]:
+        before = self.is_disabled, self.strength
+        self.is_disabled, self.strength = is_disabled, strength
+        try:
+            yield
+        finally:
+            self.is_disabled, self.strength = before
 
     def lr_scales(self) -> dict[str, float]:
         """Learning-rate scale by parameter name; parameters that are not listed have a scale of 1."""

@@ -25,6 +25,9 @@ Make = Callable[[str, nn.Module, torch.Generator], "AdapterLayer"]
 class AdapterLayer(nn.Module):
     """A method on one linear layer or convolution, with the parameters that are trained."""
 
+    has_strength = True
+    """Whether a strength s turns the output into out + s · (adapted − out), as merging does"""
+
     @abstractmethod
     def forward(self, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         """Return the adapted output of `layer`, given its input `x` and its own output `out`."""
@@ -61,6 +64,10 @@ class AttachedLayers(Attached):
     def adapter_layers(self) -> dict[str, AdapterLayer]:
         """Path of each adapted layer, with its part → its `AdapterLayer`."""
         return dict(zip(self._layers, self._adapter_layers, strict=True))  # type: ignore[arg-type]
+
+    @property
+    def has_strength(self) -> bool:
+        return all(layer.has_strength for layer in self.adapter_layers().values())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: value for name, _, value in self._parameters_with_paths()}
@@ -115,7 +122,10 @@ class AttachedLayers(Attached):
 
     def _hook(self, adapter_layer: AdapterLayer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-            return out if self.is_disabled else adapter_layer.forward(layer, args[0], out)
+            if self.is_disabled:
+                return out
+            adapted = adapter_layer.forward(layer, args[0], out)
+            return adapted if self.strength == 1 else torch.lerp(out, adapted, self.strength)
 
         return hook
 

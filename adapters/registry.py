@@ -5,6 +5,7 @@ theirs through entry points.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Delta, Network
 from diffgraft.adapters.dialect import Dialect
+from diffgraft.adapters.dora import with_strength_convention
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.groups import DIALECTS, METHODS
 from diffgraft.adapters.method import Method, ReadDelta, ReadNetwork
 from diffgraft.errors import DiffgraftError, did_you_mean
@@ -70,6 +73,20 @@ def read_delta(kind: str, leaves: Mapping[str, Tensor], alpha: float | None) -> 
     if kind not in kinds():
         raise ValueError(f"unknown kind {kind!r} of delta: {did_you_mean(kind, kinds())}")
     return kinds()[kind](leaves, alpha)
+
+
+def with_leaves(delta: Delta, leaves: Mapping[str, Tensor]) -> Delta:
+    """Return `delta` with other leaves; kind, alpha, strengths and ranks by timestep stay.
+
+    Raises:
+        ValueError: the leaves do not fit together.
+    """
+    changed = read_delta(delta.kind, leaves, delta.alpha)
+    if delta.strength_convention:
+        changed = with_strength_convention(changed, delta.strength_convention)
+    if isinstance(changed, FactorDelta) and delta.rank_schedule is not None:
+        changed = replace(changed, rank_schedule=delta.rank_schedule)
+    return changed
 
 
 def read_network(kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:

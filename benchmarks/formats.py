@@ -14,6 +14,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Factors
 from diffgraft.adapters.formats import load_adapter
+from diffgraft.adapters.formats.header import with_rank_schedule
 from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
 from diffgraft.adapters.methods.loha import HadamardProduct
 from diffgraft.adapters.methods.lokr import Kronecker
@@ -97,6 +98,10 @@ def samples() -> dict[str, Adapter]:
                     for path, own in filled.items()
                 }
                 adapters[f"{name}, DoRA by {side}"] = on_all(kind, dora, 1.0)
+    timed = replace(
+        adapters["lora, locon"], metadata={"method": "tlora", "rank_schedule": {}, "base": {"family": "sd1"}}
+    )
+    adapters["tlora"] = with_rank_schedule(timed)
     adapters["full"] = on_all("full", {p: {"diff": drawn(*s), "diff_b": drawn(s[0])} for p, s in shapes.items()}, None)
     norm = {"unet.conv_norm_out": {"diff": drawn(320), "diff_b": drawn(320)}}
     adapters["full, of norms"] = on_all("full", norm, None)

@@ -80,7 +80,7 @@ class Mixer(nn.Module):
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, _: object = None) -> None:
         self.is_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:

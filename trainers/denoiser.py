@@ -1,5 +1,6 @@
 """The module that the training loop runs: text encoders and denoiser of a base in one forward pass."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,15 +45,18 @@ class Denoiser(nn.Module):
         self._base = base
         self._whole = whole
         cache = texts or TextEmbeddingCache(base, whole=whole)
-        # whether the adapter is disabled → its cache
-        self._texts = None if text_is_trained else {False: cache, True: cache}
+        # strength of the adapter → its cache
+        self._texts: defaultdict[float, TextEmbeddingCache] | None = (
+            None if text_is_trained else defaultdict(lambda: cache)
+        )
 
     def condition(self, prompts: Sequence[str], frames: Sequence[SizeConditioning]) -> Conditioning:
         """Return the conditioning of n prompts, with the size conditioning of their n frames."""
         if self._texts is None:
             conditioning = self._base.family.encode(self._base, prompts, self._whole)
         else:
-            conditioning = self._texts[getattr(self.adapter, "is_disabled", False)](prompts)
+            adapter = self.adapter
+            conditioning = self._texts[0.0 if adapter is None or adapter.is_disabled else adapter.strength](prompts)
         return replace(
             conditioning.with_size(self._base.family.size_conditioning(frames)), control=self._control_signal(frames)
         )
@@ -68,7 +72,7 @@ class Denoiser(nn.Module):
     def freeze_text(self) -> None:
         """Cache text embeddings from now on, with and without the adapter, as text encoders and words train no more."""
         if self._texts is None:
-            self._texts = {disabled: TextEmbeddingCache(self._base, whole=self._whole) for disabled in (False, True)}
+            self._texts = defaultdict(lambda: TextEmbeddingCache(self._base, whole=self._whole))
 
     def forward(
         self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[SizeConditioning] | None = None

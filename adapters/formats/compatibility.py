@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats.families import family_of
+from diffgraft.adapters.ops.all_timesteps import excess_share
 from diffgraft.bases.layers import is_embedding, is_of_text
 
 _KOHYA_NAMED = ("kohya", "lycoris", "webui")
@@ -38,6 +39,11 @@ def compatibility_notes(adapter: Adapter, dialect: str, name: str = "") -> list[
     """
     all_deltas = [delta for deltas in adapter.deltas.values() for delta in deltas]
     notes: list[str] = []
+    if dialect != "diffgraft" and (share := excess_share(adapter)):
+        notes.append(
+            "Other programs apply all ranks of a T-LoRA at all timesteps, which at the noisiest one are "
+            f"{100 * share:.0f} % of its change too much."
+        )
     if dialect in _KOHYA_NAMED and all_deltas:
         notes += [*_dora(all_deltas), *_tucker(all_deltas), *_alphas(all_deltas)]
         notes += [*_text_without_output(adapter), *_full(adapter), *_other_kinds(all_deltas), *_misread(adapter)]

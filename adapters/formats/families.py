@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.projections import match_conv_axes
-from diffgraft.adapters.registry import read_delta
+from diffgraft.adapters.registry import with_leaves
 from diffgraft.bases.ldm_keys import MAX_LEVELS, BlockLayout
 from diffgraft.bases.shapes import FAMILY
 from diffgraft.bases.weights import Weights
@@ -240,6 +239,4 @@ def _with_axes(delta: Delta, linear: bool) -> Delta:
     leaves = match_conv_axes(delta.leaves, (1, 1) if linear else (1, 1, 1, 1))
     if all(leaf is delta.leaves[name] for name, leaf in leaves.items()):
         return delta
-    changed = read_delta(delta.kind, leaves, delta.alpha)
-    convention = delta.strength_convention
-    return with_strength_convention(changed, convention) if convention else changed
+    return with_leaves(delta, leaves)

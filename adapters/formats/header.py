@@ -4,19 +4,25 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats.reader import FILE_STEM
+from diffgraft.adapters.rank_schedule import RankSchedule
 from diffgraft.adapters.training_metadata import read_training
+from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import one_line
 
 DIFFGRAFT_KEY = "diffgraft"
 """Header key of the adapter's metadata, in all dialects that this project writes"""
 FOREIGN = "foreign"
 """Metadata key that keeps the header entries of other tools, verbatim"""
+RANK_SCHEDULE = "rank_schedule"
+"""Metadata key of a T-LoRA's `RankSchedule`; written from the LoRAs themselves"""
 _PLAIN_PATH = re.compile(r"[\w.\\]*")
 _OWN_KEYS = (DIFFGRAFT_KEY, FILE_STEM, "format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 
@@ -77,8 +83,51 @@ def parse_json(header: Mapping[str, str], key: str, default: str = "null") -> An
 
 
 def write_metadata(adapter: Adapter) -> dict[str, str]:
-    """Header entry with the adapter's metadata; empty if it has none."""
-    return {DIFFGRAFT_KEY: json.dumps(dict(adapter.metadata), sort_keys=True)} if adapter.metadata else {}
+    """Header entry with the adapter's metadata; empty if it has none.
+
+    Raises:
+        ValueError: LoRAs of the adapter differ in how many ranks act at a timestep.
+    """
+    metadata = {key: value for key, value in adapter.metadata.items() if key != RANK_SCHEDULE}
+    if (schedule := rank_schedule(adapter)) is not None:
+        metadata[RANK_SCHEDULE] = schedule.model_dump()
+    return {DIFFGRAFT_KEY: json.dumps(metadata, sort_keys=True)} if metadata else {}
+
+
+def rank_schedule(adapter: Adapter) -> RankSchedule | None:
+    """The schedule that all LoRAs of the denoiser have; None if none of them has one.
+
+    Raises:
+        ValueError: they have different schedules, or only some have one.
+    """
+    loras = [
+        delta for path, deltas in adapter.deltas.items() for delta in deltas if delta.is_lora and not is_of_text(path)
+    ]
+    schedules = {delta.rank_schedule for delta in loras}
+    if len(schedules) > 1:
+        raise ValueError("its LoRAs differ in how many ranks act at a timestep, and a file holds one such schedule")
+    return next(iter(schedules), None)
+
+
+def with_rank_schedule(adapter: Adapter) -> Adapter:
+    """Give the LoRAs of the denoiser the schedule in the metadata, if there is one.
+
+    Raises:
+        ValueError: the schedule is invalid.
+    """
+    if RANK_SCHEDULE not in adapter.metadata:
+        return adapter
+    schedule = RankSchedule.from_json(adapter.metadata[RANK_SCHEDULE])
+    deltas = {
+        path: tuple(
+            replace(delta, rank_schedule=schedule)
+            if isinstance(delta, FactorDelta) and delta.is_lora and not is_of_text(path)
+            else delta
+            for delta in module_deltas
+        )
+        for path, module_deltas in adapter.deltas.items()
+    }
+    return replace(adapter, deltas=deltas)
 
 
 def pattern_value(patterns: Any, path: str, default: Any) -> Any:

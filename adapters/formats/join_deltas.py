@@ -27,6 +27,8 @@ def join_deltas(path: str, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
         bias = (FullDelta({"diff_b": torch.stack([delta.leaves["diff_b"].float() for delta in bias_deltas]).sum(0)}),)
     if len(weight_deltas) < 2:
         return (*weight_deltas, *bias)
+    if any(delta.rank_schedule is not None for delta in weight_deltas):
+        raise ValueError(f"{path} holds {len(weight_deltas)} deltas, and a T-LoRA cannot be joined with others")
     loras = [delta for delta in weight_deltas if set(delta.leaves) == {"lora_down", "lora_up"}]
     if len(loras) == len(weight_deltas):
         return (_side_by_side(loras), *bias)

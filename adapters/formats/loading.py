@@ -13,6 +13,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.formats.families import with_base, with_diffusers_projections, with_family
+from diffgraft.adapters.formats.header import with_rank_schedule
 from diffgraft.adapters.formats.key_errors import (
     UnknownKeyError,
     describe_fitting_bases,
@@ -108,7 +109,7 @@ def read_contents(
         try:
             adapter = dialect.read(tensors, header, layers)
             _check(adapter)
-            adapter = with_family(_with_layers(_with_dora_convention(adapter), layers))
+            adapter = with_rank_schedule(with_family(_with_layers(_with_dora_convention(adapter), layers)))
             return with_diffusers_projections(adapter), dialect
         except UnknownKeyError as error:
             bases = describe_fitting_bases(dialect.read, tensors, header, error)

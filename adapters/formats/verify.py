@@ -57,6 +57,8 @@ def _missing(adapter: Adapter, again: Adapter, dialect: Any) -> Iterator[str]:
         structure = _structure(again.deltas.get(path, ()))
         if structure not in (_structure(deltas), _structure(_joined(path, deltas))):
             yield f"{path} is read again as {_describe(structure)} instead of {_describe(_structure(deltas))}"
+        elif {delta.rank_schedule for delta in again.deltas.get(path, ())} != {delta.rank_schedule for delta in deltas}:
+            yield f"the ranks by timestep of {path} are not read again"
     if unknown := again.deltas.keys() - expected.deltas.keys():
         yield f"{min(unknown)} is read again, which the adapter does not change"
     for word, vectors in expected.tokens.items():

@@ -104,6 +104,8 @@ class OftOptions(Options):
 class RotationLayer(AdapterLayer):
     """Rotations of a live layer's outputs, without their bias."""
 
+    has_strength = False
+
     def __init__(self, layer: nn.Module, blocks: tuple[int, ...], options: OftOptions) -> None:
         """Start without a rotation.
 

@@ -18,6 +18,7 @@ from diffgraft.adapters.formats.families import common_base_metadata
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.methods.full import FullDelta
+from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
 from diffgraft.adapters.ops.effect import WeightedDeltas, shapes_of, total_delta
 from diffgraft.adapters.ops.resize import ReducedAdapter, reduce_to_loras
 from diffgraft.adapters.projections import same_layer
@@ -65,7 +66,9 @@ def combine(
         raise DiffgraftError("Concepts are merged by `merge_concepts`, with the base's text encoders and captions.")
     if not 0 < density <= 1:
         raise DiffgraftError(f"Invalid value density={density}: must be above 0 and at most 1.")
-    inputs = [(name, adapter, strengths_of(name, strength)) for name, adapter, strength in adapters]
+    inputs = [
+        (name, at_all_timesteps(name, adapter), strengths_of(name, strength)) for name, adapter, strength in adapters
+    ]
     shapes: dict[str, Shape] = {}
     for name, adapter, _ in inputs:
         for path, shape in shapes_of(adapter, weights).items():

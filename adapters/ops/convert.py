@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta
-from diffgraft.adapters.dora import with_strength_convention
 from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.compatibility import compatibility_notes
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
 from diffgraft.adapters.ops.compare import AdapterComparison, compare
 from diffgraft.adapters.ops.effect import shapes_of
 from diffgraft.adapters.ops.resize import ReducedAdapter, resize
-from diffgraft.adapters.registry import read_delta, read_network, written_dialects
+from diffgraft.adapters.registry import read_delta, read_network, with_leaves, written_dialects
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.files import PARTIAL, check_new
@@ -141,6 +141,7 @@ def with_new_weights(adapter: Adapter, weights: Weights | None, device: str = "c
         return adapter
     if weights is None:
         raise DiffgraftError("Files of this format hold new weights, not differences: name the base (--base).")
+    changed = dict(at_all_timesteps("The adapter", replace(adapter, deltas=changed)).deltas)
     shapes_of(replace(adapter, deltas=changed), weights)  # raises if the adapter does not fit
     replacements: dict[str, tuple[Delta, ...]] = {}
     for path, deltas in changed.items():
@@ -174,9 +175,7 @@ def in_precision(adapter: Adapter, precision: str) -> Adapter:
         return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
 
     def rounded_delta(delta: Delta) -> Delta:
-        result = read_delta(delta.kind, rounded(delta.leaves), delta.alpha)
-        convention = delta.strength_convention
-        return with_strength_convention(result, convention) if convention else result
+        return with_leaves(delta, rounded(delta.leaves))
 
     return Adapter(
         {path: tuple(map(rounded_delta, deltas)) for path, deltas in adapter.deltas.items()},

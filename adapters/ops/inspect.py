@@ -74,6 +74,8 @@ class AdapterReport:
     """Word → text encoder → number and width of its embeddings"""
     strengths: str
     """Tools that define what strengths other than 1 mean for the adapter; empty if tools agree"""
+    schedule: str = ""
+    """How many ranks of a T-LoRA act at which timesteps; empty if all of them always do"""
     tags: Sequence[tuple[str, int]] = ()
     """Tags of the captions that the adapter was trained with, and their counts, from headers of other tools"""
     dead: list[str] = field(default_factory=list)
@@ -130,10 +132,28 @@ def inspect(adapter: Adapter, device: str = "cpu") -> AdapterReport:
         ],
         words={word: {part: [*rows.shape] for part, rows in own.items()} for word, own in adapter.tokens.items()},
         strengths=", ".join(sorted(conventions)),
+        schedule=_schedule(adapter),
         tags=tags(foreign),
         dead=[module.path for module in modules if module.is_dead],
         overflows=overflows,
     )
+
+
+def _schedule(adapter: Adapter) -> str:
+    """Tell the ranks of an adapter's largest T-LoRA at the first, the middle and the last timestep; empty without."""
+    timed = [
+        (delta.rank, delta.rank_schedule)
+        for deltas in adapter.deltas.values()
+        for delta in deltas
+        if isinstance(delta, FactorDelta) and delta.rank_schedule is not None
+    ]
+    if not timed:
+        return ""
+    rank, schedule = max(timed, key=lambda item: item[0])
+    last = schedule.timesteps - 1
+    ranks = [f"{schedule.active(rank, at)} ranks at {at}" for at in (0, last // 2, last)]
+    start = ", each with its start" if schedule.has_start else ""
+    return f"{', '.join(ranks)}{start}"
 
 
 def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[ModuleFigures, float]:
@@ -250,6 +270,8 @@ def _module_lines(report: AdapterReport) -> list[str]:
     kinds = Counter(module.kind for module in report.modules)
     lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")
     lines.append(f"kinds    {', '.join(f'{kind} × {count}' for kind, count in kinds.items())}")
+    if report.schedule:
+        lines.append(f"by timestep {report.schedule}")
     for name, values in (
         ("ranks", Counter(module.rank for module in report.modules if module.rank is not None)),
         ("alphas", Counter(module.alpha for module in report.modules if module.alpha is not None)),

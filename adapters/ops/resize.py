@@ -7,6 +7,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.lowrank import LowRankApproximation, RankBudget, approximate, approximate_product
+from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
 from diffgraft.adapters.ops.effect import WeightedDeltas, shapes_of, total_as_product, total_delta
 from diffgraft.adapters.training_metadata import entries_after_change
 from diffgraft.bases.layers import is_embedding
@@ -49,6 +50,7 @@ def resize(adapter: Adapter, size: RankBudget, weights: Weights | None = None, d
     """
     if not adapter.deltas:
         raise DiffgraftError("The adapter holds no weights of layers, so there is nothing to resize.")
+    adapter = at_all_timesteps("The adapter", adapter)
     shapes = shapes_of(adapter, weights)
     steps = {path: [(delta, 1.0) for delta in deltas] for path, deltas in adapter.deltas.items()}
     return reduce_to_loras(steps, shapes, size, adapter, weights, device)

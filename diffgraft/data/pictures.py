@@ -70,8 +70,8 @@ class Picture:
     """Mask of the same size, white where the picture counts"""
     file: Path | None = None
     """Path of the picture if it is a file of its own; the size can then be read without the rest"""
-    rejected: "Picture | None" = None
-    """Picture of the same size that this one is preferred to, for training on pairs"""
+    partner: "Picture | None" = None
+    """The other picture of a pair, of the same size, such as one that this one is preferred to"""
 
     @property
     def image(self) -> Image.Image:

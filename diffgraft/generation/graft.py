@@ -1,7 +1,7 @@
 """Adapters on a live pipeline: merged into its weights, and removed again so that every bit is as before.
 
 Adapters cannot be merged into quantized weights, as rounding would lose them. Quantized layers dequantize their weight
-and apply the adapters to it whenever they compute.
+and apply the adapters to it whenever they compute. T-LoRAs are not merged either, as they depend on the timestep.
 """
 
 import unicodedata
@@ -32,6 +32,7 @@ from diffgraft.bases.quantized import Quantized
 from diffgraft.bases.registry import part_names
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.generation.beside import lay_beside, thin_factors
+from diffgraft.generation.by_timestep import TimedLoras, by_timestep
 
 AdapterStrengths = Mapping[Any, Strength]
 """File, folder of a run, or `Adapter` → strength, or strengths by part or block (keys of `Mapping` are invariant)"""
@@ -92,6 +93,10 @@ class Graft:
         """Module path → what is merged into it now, or lies beside it"""
         self._beside_layers: dict[str, tuple[nn.Module, Callable[[], None]]] = {}
         """Module path → module, and a function that removes the LoRAs beside it"""
+        self._timed = TimedLoras(self._parts)
+        """T-LoRAs, which are added to the outputs of layers"""
+        self._timed_layers: dict[str, nn.Module] = {}
+        """Module path → module with T-LoRAs"""
         self._extras: list[tuple[object, float]] = []
         """Words and networks that are applied now, with their strengths"""
         self._undo: list[Callable[[], None]] = []
@@ -137,7 +142,7 @@ class Graft:
             self._set_extras(words, networks)
             for path in changed:
                 if path in merged:
-                    self._merge(path, modules[path], merged[path])
+                    self._apply(path, modules[path], merged[path])
                 else:
                     self._restore(path)
         except BaseException:
@@ -179,6 +184,25 @@ class Graft:
         while self._undo:
             self._undo[-1]()
             self._undo.pop()
+
+    def _apply(self, path: str, module: nn.Module, deltas: ModuleDeltas) -> None:
+        """Merge the deltas of one module, and add those by timestep to its outputs."""
+        self._remove_timed(path)
+        timed = [item for item in deltas if by_timestep(item[0])]
+        if plain := [item for item in deltas if not by_timestep(item[0])]:
+            self._merge(path, module, plain)
+        else:
+            self._restore(path)
+        if timed:
+            self._timed.add(path, module, timed)
+            self._timed_layers[path] = module
+            _GRAFTS.setdefault(module, []).append(self)
+
+    def _remove_timed(self, path: str) -> None:
+        if path in self._timed_layers:
+            self._timed.remove(path)
+            grafts = _GRAFTS[self._timed_layers.pop(path)]
+            del grafts[len(grafts) - 1 - grafts[::-1].index(self)]  # it may be there twice
 
     @torch.no_grad()
     def _merge(self, path: str, module: nn.Module, deltas: ModuleDeltas) -> None:
@@ -223,7 +247,8 @@ class Graft:
 
     @torch.no_grad()
     def _restore(self, path: str) -> None:
-        """Put back the original weight of one module, or remove what lies beside it."""
+        """Put back the original weight of one module, and remove what lies beside it."""
+        self._remove_timed(path)
         if path in self._beside_layers:
             module, remove = self._beside_layers.pop(path)
             _GRAFTS[module].remove(self)
@@ -253,7 +278,7 @@ class Graft:
         """
         self._check_newest(self._saved)
         self._remove_extras()
-        for path in [*self._saved, *self._beside_layers]:
+        for path in [*self._saved, *self._beside_layers, *self._timed_layers]:
             self._restore(path)
         self._merged = {}
 

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
+from diffgraft.adapters.rank_schedule import TimestepReader
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.bases.quantized import Quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.beside import whole_weight
+from diffgraft.generation.by_timestep import by_timestep, last_timesteps
 from diffgraft.generation.graft import find_module
 
 LaneAdapters = Sequence[tuple[Adapter, Strength]]
@@ -37,11 +39,18 @@ class _Thin:
     """[lanes + 1, r, in · height · width]"""
     up: Tensor
     """[lanes + 1, out, r]"""
+    last: Tensor
+    """Last timestep of each rank, [lanes + 1, r]; infinite for ranks that always act"""
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether some ranks depend on the timestep."""
+        return bool(self.last.isfinite().any())
 
     def at(self, lanes: Sequence[int], dtype: torch.dtype) -> "_Thin":
         """Return the factors of some lanes, as many as are named; -1 names the last one."""
         index = torch.tensor(lanes, device=self.down.device) % len(self.down)
-        return _Thin(self.down[index].to(dtype), self.up[index].to(dtype))
+        return _Thin(self.down[index].to(dtype), self.up[index].to(dtype), self.last[index])
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class Lanes:
         self._hooks: list[Any] = []
         self._of_rows: dict[_Thin, tuple[tuple[int, ...], _Thin]] = {}
         """Factors of a layer → the rows of the last forward pass, and the factors of each row"""
+        self._timesteps: TimestepReader | None = None
+        """Reads the timesteps of forward passes, if ranks of some adapters depend on them (T-LoRA)"""
 
     def set(self, lanes: Sequence[LaneAdapters]) -> None:
         """Replace the adapters of all lanes.
@@ -93,6 +104,8 @@ class Lanes:
             if layer is None:
                 raise LaneError(f"This base has no {path}.")
             changes.append((layer, self._thin(layer, of_lanes) or _whole(layer, path, of_lanes)))
+        if any(isinstance(change, _Thin) and change.is_timed for _, change in changes):
+            self._timesteps = TimestepReader(self._denoiser)
         for layer, change in changes:
             hook = self._add_thin if isinstance(change, _Thin) else self._replace
             self._hooks.append(layer.register_forward_hook(_bound(hook, change)))
@@ -102,13 +115,16 @@ class Lanes:
         self._of_rows.clear()
         while self._hooks:
             self._hooks.pop().remove()
+        if self._timesteps is not None:
+            self._timesteps.remove()
+            self._timesteps = None
 
     def _thin(self, layer: nn.Module, of_lanes: Mapping[int, _Weighed]) -> _Thin | None:
         """Return the factors of all lanes, zero where a lane has fewer; None if a change is not of low rank."""
         is_conv = isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros" and layer.groups == 1
         if not is_conv and not isinstance(layer, nn.Linear | Quantized):
             return None
-        factors: dict[int, tuple[Tensor, Tensor]] = {}
+        factors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for lane, deltas in of_lanes.items():
             pairs = [
                 delta.low_rank_factors(strength) if isinstance(delta, LinearDelta) else None
@@ -117,20 +133,30 @@ class Lanes:
             known = [pair for pair in pairs if pair is not None]
             if len(known) < len(pairs):
                 return None
-            factors[lane] = torch.cat([up for up, _ in known], 1), torch.cat([down for _, down in known])
-        rank = max(len(down) for _, down in factors.values())
-        up, down = next(iter(factors.values()))
+            factors[lane] = (
+                torch.cat([up for up, _ in known], 1),
+                torch.cat([down for _, down in known]),
+                torch.cat(
+                    [last_timesteps(delta, len(own)) for (delta, _), (_, own) in zip(deltas, known, strict=True)]
+                ),
+            )
+        rank = max(len(down) for _, down, _ in factors.values())
+        up, down, _ = next(iter(factors.values()))
         weight: Any = layer.weight
         device = weight.device
         downs = torch.zeros(self._count + 1, rank, down.shape[1], device=device)
         ups = torch.zeros(self._count + 1, len(up), rank, device=device)
-        for lane, (own_up, own_down) in factors.items():
+        lasts = torch.full((self._count + 1, rank), torch.inf, device=device)
+        for lane, (own_up, own_down, last) in factors.items():
             downs[lane, : len(own_down)], ups[lane, :, : own_up.shape[1]] = own_down, own_up
-        return _Thin(downs, ups)
+            lasts[lane, : len(last)] = last
+        return _Thin(downs, ups, lasts)
 
     def _add_thin(self, change: _Thin, layer: nn.Module, x: Tensor, out: Tensor) -> Tensor:
         factors = self._at_rows(change, x.dtype)
         down, up = factors.down, factors.up
+        if self._timesteps is not None and (mask := self._timesteps.mask(factors.last)) is not None:
+            down = down * mask.unsqueeze(-1).to(down.dtype)
         if isinstance(layer, nn.Conv2d):
             count, channels, height, width = x.shape
             kernel = down.view(-1, channels, *layer.kernel_size)
@@ -174,6 +200,8 @@ def _bound(hook: Callable[..., Tensor], change: _Thin | _Whole) -> Callable[...,
 
 def _whole(layer: nn.Module, path: str, of_lanes: Mapping[int, _Weighed]) -> _Whole:
     """Return the weights of each lane, on top of what is merged now."""
+    if any(by_timestep(delta) for deltas in of_lanes.values() for delta, _ in deltas):
+        raise LaneError(f"{path} has a T-LoRA and a change that is not of low rank: these cannot act on single rows.")
     if isinstance(layer, Quantized):
         raise LaneError(f"{path} is quantized, and a change that is not of low rank cannot act on a part of a batch.")
     dtype, bias = layer.get_parameter("weight").dtype, getattr(layer, "bias", None)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import add_text_model
+from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
 from diffgraft.bases import Base
 from diffgraft.bases.header_config import base_config_metadata
 from diffgraft.bases.ldm_keys import layers_per_block_of, ldm_state_dict
@@ -25,7 +26,8 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
     """Write a checkpoint of `base` with `adapters` merged into its weights, and return its path.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
-    Weights keep their dtype. `base` is left unchanged, and the checkpoint appears under its name only when complete.
+    Weights keep their dtype. T-LoRAs are merged with all of their ranks, with a warning. `base` is left unchanged, and
+    the checkpoint appears under its name only when complete.
 
     Raises:
         DiffgraftError: `path` exists, an adapter holds words or networks, the base is quantised, or its family has no
@@ -38,10 +40,11 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
             "load it without quantize."
         )
     layers = layers_per_block_of(base)
-    loaded = {
-        source if isinstance(source, Adapter) else load_adapter(source, layers): value
-        for source, value in adapters.items()
-    }
+    loaded = {}
+    for source, value in adapters.items():
+        is_adapter = isinstance(source, Adapter)
+        adapter = source if isinstance(source, Adapter) else load_adapter(source, layers)
+        loaded[at_all_timesteps("The adapter" if is_adapter else str(source), adapter)] = value
     for adapter in loaded:
         if adapter.tokens or adapter.networks:
             what = "words" if adapter.tokens else "networks"

@@ -168,6 +168,8 @@ def convert_ai_toolkit(config: Mapping[str, Any], file: Path) -> ImportReport:
         report.map("resolution", max(sizes[0]), "slider.resolutions", remark="squares of one size")
     ends = [(report.text(f"target.{key}"), f"target.{key}") for key in ("positive", "negative")]
     _map_axis(report, (report.text("target.target_class"), "target.target_class"), ends)
+    if kind == "slider" and all(end for end, _ in ends):
+        report.recipe["loss.options.both"] = True  # with both prompts, it trains at strengths 1 and −1
     if kind == "concept_slider":
         _map_option(report, "guidance", report.number("target.guidance_strength"), "target.guidance_strength")
     else:

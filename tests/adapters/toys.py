@@ -51,6 +51,7 @@ _MORE: dict[str, list[dict[str, Any]]] = {
     "oft": [{"constraint": 0.05, "rescaled": True}],
     "boft": [{"constraint": 0.05, "rescaled": True}],
     "ia3": [{"on_input": ["*"]}],
+    "tlora": [{"init": "zero"}, {"init": "middle", "init_matrix": "weight", "min_rank": 1, "exponent": 2}],
 }
 """Method → options under which it writes its deltas in another way than by default."""
 
@@ -71,6 +72,11 @@ VARIANTS = [
     for options in ({}, *_MORE.get(name, ()))
 ]
 """Method, options: every method that changes weights, found in the registry, in each of its ways of writing a delta."""
+
+
+def starts_from_weight(options: dict[str, Any]) -> bool:
+    """Whether the initial values are a part of the layer's weight."""
+    return options.get("init") in ("pissa", "olora") or options.get("init_matrix") == "weight"
 
 
 def name_of(variant: tuple[str, dict[str, Any]]) -> str:

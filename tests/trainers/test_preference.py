@@ -210,15 +210,15 @@ def gathered(base: Base, folder: Path, **settings: Any) -> TrainingData:
 
 def test_pairs_are_cropped_alike(base: Base, pairs: Path) -> None:
     data = gathered(base, pairs, crop="random", crop_scale=0.7, flip=True)
-    assert data.rejected is not None
-    ours, theirs = data.instances.encoded, data.rejected.encoded
+    assert data.partners is not None
+    ours, theirs = data.instances.encoded, data.partners.encoded
     assert ours.frames == theirs.frames
     assert ours.rows == theirs.rows
     assert not torch.equal(ours.latents[0][0], theirs.latents[0][0])
-    assert [one.name for one in data.rejected.examples] == [f"rejected/{number}.png" for number in range(3)]
+    assert [one.name for one in data.partners.examples] == [f"rejected/{number}.png" for number in range(3)]
     assert data.prompts == [f"a dog {number}" for number in range(3)]
     for at in range(12):
-        (variant,), (other,) = data.instances.at(4, at, 1), data.rejected.at(4, at, 1)
+        (variant,), (other,) = data.instances.at(4, at, 1), data.partners.at(4, at, 1)
         assert (variant.row, variant.text) == (other.row, other.text)
 
 
@@ -231,8 +231,8 @@ def test_another_rejected_picture_is_another_run(base: Base, pairs: Path) -> Non
 def test_numbered_folders_have_pairs_of_their_own(base: Base, pairs: Path, tmp_path: Path) -> None:
     pairs.rename(tmp_path / "2_a dog")
     data = gathered(base, tmp_path)
-    assert data.rejected is not None
-    assert [one.repeats for one in data.rejected.examples] == [2, 2, 2]
+    assert data.partners is not None
+    assert [one.repeats for one in data.partners.examples] == [2, 2, 2]
 
 
 def test_half_pairs_are_refused(base: Base, pairs: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_half_that_cannot_be_opened_is_refused(base: Base, pairs: Path) -> Non
 def test_other_objectives_leave_the_folder_alone(base: Base, pairs: Path) -> None:
     with pytest.warns(UserWarning, match="3 pictures in subfolders of .* are not used"):
         data = gathered(base, pairs, **{"loss.objective": "captioned"})
-    assert data.rejected is None
+    assert data.partners is None
 
 
 METHODS: Sequence[tuple[str, dict[str, Any]]] = (
@@ -301,6 +301,6 @@ def test_a_plan_counts_both_pictures_and_the_reference(pairs: Path) -> None:
         return str(plan_run("style", settings))
 
     paired, alone = step("preference"), step("captioned")
-    assert "3, each preferred to a rejected one" in paired
+    assert "3, each with a rejected one" in paired
     assert "not used" not in paired
     assert paired != alone

@@ -34,6 +34,12 @@ from tests.trainers.kill_helpers import check_whole
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "prior": {"images": 5}, "validation": HELD_OUT},
+    "tlora at both strengths": {
+        "method": "tlora",
+        "gradient_checkpointing": True,
+        "prior": {"weight": 0},
+        "loss": {"objective": "slider", "options": {"positive": "a dog at night", "both": True}},
+    },
     "textual-inversion": {"method": "textual-inversion", "trigger": "<zorp>", "templates": "object"},
 }
 OVER_SHARDS: dict[str, Any] = {

@@ -31,6 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor", "method": "lokr"},
     "pivotal": {"method": "pivotal", "trigger": "<zorp>", "options": {"token_lr_scale": 4}},
     "custom": {"method": "custom", "trigger": "<zorp>", "lr": 5e-3},
+    "tlora": {"method": "tlora", "gradient_checkpointing": True},
     "dropout": {"method": "hypernetwork", "options": {"dropout": [0, 0.3, 0]}, "gradient_checkpointing": True},
     "many": {"accumulate": 2, "flip": True, "lr_schedule": "cosine", "warmup": 2, "noise": {"pyramid": 0.3}},
 }

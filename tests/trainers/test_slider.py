@@ -1,6 +1,8 @@
 """Concept sliders: the loss against numpy in float64, attributes, and pictures that the base draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.parity import Draws
+from diffgraft.adapters.method import Spec
+from diffgraft.adapters.patch import AttachedLayers
+from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, SizeConditioning
+from diffgraft.bases.layers import choose_layers
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.denoiser import forward_process
+from diffgraft.generation.graft import graft
+from diffgraft.trainers.denoiser import Denoiser, forward_process
 from diffgraft.trainers.objectives.batch import SampleStream
 from diffgraft.trainers.objectives.objective import ObjectiveInputs
 from diffgraft.trainers.objectives.registry import check_objective, new_objective, objective_prompts
@@ -21,7 +29,9 @@ from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data import build
 from diffgraft.trainers.training_data.build import build_training_data
 from diffgraft.trainers.training_data.concepts import read_concepts
+from tests.adapters.toys import shake
 from tests.trainers.test_objectives import CPU, examples
+from tests.trainers.test_preference import drawn, of_type, picture, streams
 
 AXIS = {"positive": "night", "negative": "a snowy day", "guidance": 3.0}
 WORDS = ("prompt 0", "prompt 1", "prompt 2", "prompt 3", "prompt 4", "night", "a snowy day", "cat", "dog")
@@ -45,31 +55,199 @@ def predicting(factor: Any, asked: list[str]) -> Any:
     return predict
 
 
+@dataclass
+class Scaled:
+    """A denoiser known in closed form, whose adapter has a strength."""
+
+    factor: Tensor
+    strength: float = 1.0
+    asked: list[tuple[float, list[str]]] = field(default_factory=list)
+
+    @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        before, self.strength = self.strength, strength
+        yield
+        self.strength = before
+
+    def __call__(self, noisy: Tensor, times: Tensor, prompts: Sequence[str], frames: Sequence[Any]) -> Tensor:
+        self.asked.append((self.strength, [*prompts]))
+        prediction: Tensor = predicting(0.2, [])(noisy, times, prompts, frames) + self.strength * self.factor * noisy
+        return prediction
+
+
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("preserve", [[], ["cat", "dog"]])
-def test_the_loss_is_the_formula(base: Base, preserve: list[str]) -> None:
+def test_the_loss_is_the_formula(base: Base, preserve: list[str], both: bool) -> None:
     stream = SampleStream(examples(5, 1, weight=0.5), forward_process(base), 9, CPU)
-    factor = torch.tensor(0.3, requires_grad=True)
-    ours: list[str] = []
     theirs: list[str] = []
-    given = ObjectiveInputs(stream, None, 0.0, predicting(0.2, theirs))
-    objective = new_objective("slider", given, {**AXIS, "preserve": preserve})
-    found = objective.losses(predicting(factor, ours), 21, 3)
+    ours = Scaled(torch.tensor(0.1, requires_grad=True))
+    given = ObjectiveInputs(stream, None, 0.0, predicting(0.2, theirs), at_strength=ours.at)
+    objective = new_objective("slider", given, {**AXIS, "preserve": preserve, "both": both})
+    found = objective.losses(ours, 21, 3)
     batch = stream.batch(21, 3)
     attributes = [f", {preserve[index % 2]}" for index in (21, 22, 23)] if preserve else [""] * 3
     targets = [prompt + attribute for prompt, attribute in zip(batch.prompts, attributes, strict=True)]
     shifts = [meaning(f"night{attribute}") - meaning(f"a snowy day{attribute}") for attribute in attributes]
-    assert ours == targets
+    assert ours.asked == [(strength, targets) for strength in ((1, -1) if both else (1,))]
+    assert ours.strength == 1
     assert theirs[:3] == targets
     assert theirs[3:6] == [f"night{attribute}" for attribute in attributes]
     x = batch.noisy.double().numpy()
     shift = np.array(shifts)[:, None, None, None] * x**2  # of what the base predicts
-    error = 0.1 * x - 3.0 * shift
+    error = 0.1 * x - 3.0 * shift  # that at strength −1 is the opposite
     assert found["loss"].item() == pytest.approx(0.5 * (error**2).mean(), rel=1e-5)
     assert found["base"].item() == pytest.approx(0.5 * (9.0 * shift**2).mean(), rel=1e-5)
     found["loss"].backward()
-    assert factor.grad is not None
-    assert factor.grad.item() == pytest.approx(0.5 * (2 * error * x).mean(), rel=1e-5)
+    assert ours.factor.grad is not None
+    assert ours.factor.grad.item() == pytest.approx(0.5 * (2 * error * x).mean(), rel=1e-5)
     assert objective.names(21, 3) == stream.names(21, 3)
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.5])
+def test_the_loss_of_pairs_is_the_formula(base: Base, strength: float) -> None:
+    positive, negative = streams(base, 0.5)
+    masks = [torch.rand(6, 5, generator=torch.Generator().manual_seed(row)) for row in range(5)]
+    masked = replace(positive.examples, encoded=replace(positive.examples.encoded, masks=masks))
+    positive = replace(positive, examples=masked)
+    ours = Scaled(torch.tensor(0.1, requires_grad=True))
+    given = ObjectiveInputs(positive, None, 0.0, predicting(0.2, []), negative, ours.at)
+    objective = new_objective("picture-slider", given, {"strength": strength})
+    found = objective.losses(ours, 21, 3)
+    halves = positive.batch(21, 3), negative.batch(21, 3)
+    assert torch.equal(halves[0].times, halves[1].times)
+    assert not torch.equal(halves[0].noisy, halves[1].noisy)
+    assert ours.asked == [(own, halves[0].prompts) for own in (strength, -strength)]
+    assert halves[0].mask is not None
+    mask, words = halves[0].mask.double().numpy(), np.array([meaning(one) for one in halves[0].prompts])
+    losses, slopes = [], []
+    for half, own in zip(halves, (strength, -strength), strict=True):
+        x, target = half.noisy.double().numpy(), half.target.double().numpy()
+        at = half.times.double().numpy()[:, None, None, None] / 1000
+        error = (0.2 + own * 0.1) * x + at + words[:, None, None, None] * x**2 - target
+        losses.append(0.5 * (mask * error**2).mean())
+        slopes.append(0.5 * (mask * 2 * error * own * x).mean())
+    assert found["positive"].item() == pytest.approx(losses[0], rel=1e-5)
+    assert found["negative"].item() == pytest.approx(losses[1], rel=1e-5)
+    assert found["loss"].item() == pytest.approx(sum(losses), rel=1e-5)
+    found["loss"].backward()
+    assert ours.factor.grad is not None
+    assert ours.factor.grad.item() == pytest.approx(sum(slopes), rel=1e-4)
+    assert objective.names(21, 3) == positive.names(21, 3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_first_gradients_of_pairs_are_those_of_whole_weights(base: Base, predicts: str) -> None:
+    """Against the UNet with weights W + ΔW for positive pictures, and W − ΔW for negative ones."""
+    other = of_type(base, predicts)
+    positive, negative = streams(other)
+    paths = choose_layers("unet", base.unet, "attention")
+    live = get_method("lora").attach(base, Spec({"unet": paths}, 3, 4.5, 5, get_method("lora").read_options({})))
+    shake(live, size=0.05)
+    assert isinstance(live, AttachedLayers)
+    try:
+        inputs = ObjectiveInputs(positive, None, 0.0, lambda *_: torch.zeros(1), negative, live.at_strength)
+        draws = Draws()
+        with draws.watch():
+            terms = new_objective("picture-slider", inputs).losses(Denoiser(other, live), 20, 4)
+        terms["loss"].backward()
+        ours = {name: value.grad for name, value in live.trainable().items()}
+        noisy, target, times = drawn(other, positive, negative, draws)
+        tokens = base.tokenizer(draws.prompts[:4], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in live.trainable().items()}
+        with live.disabled():
+            with torch.no_grad():
+                states = base.text_encoder(tokens)[0]
+            loss = torch.zeros((), dtype=torch.float64)
+            for half, sign in ((slice(0, 4), 1.5), (slice(4, 8), -1.5)):  # times alpha / rank
+                weights = {
+                    f"{path}.weight": base.unet.get_submodule(path).weight
+                    + sign * leaves[f"unet.{path}.lora_up"] @ leaves[f"unet.{path}.lora_down"]
+                    for path in paths
+                }
+                given = noisy[half].float(), times[half], states
+                prediction = torch.func.functional_call(base.unet, weights, given).sample
+                loss = loss + (prediction.double() - target[half]).square().mean()
+        assert terms["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        loss.backward()
+        one, two = (torch.cat([each[name].flatten() for name in ours]) for each in (ours, grads(leaves)))  # type: ignore[union-attr]
+        assert float((one - two).norm() / two.norm()) < 1e-5
+    finally:
+        live.detach()
+
+
+def grads(leaves: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Three pairs of pictures: bright ones, and dark ones in the folder `negative`."""
+    folder = tmp_path / "pairs"
+    for number in range(3):
+        picture(folder / f"{number}.png", (210, 200, 20 * number), (64, 64))
+        picture(folder / "negative" / f"{number}.png", (10, 20, 20 * number), (64, 64))
+    return folder
+
+
+SHORT_PAIRS = {"steps": 8, "batch": 3, "lr": 5e-3, "warmup": 0, "checkpoint_every": 0}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("lora", {}), ("ia3", {}), ("tlora", {"gradient_checkpointing": True}), ("lora", {"text_encoder": True})],
+)
+def test_pairs_are_learned_at_opposite_strengths(
+    method: str, settings: dict[str, Any], base: Base, pairs: Path, tmp_path: Path
+) -> None:
+    run = train(
+        "picture-slider", base=base, images=pairs, output=tmp_path / "run", method=method, **SHORT_PAIRS, **settings
+    )
+    first, last = ([run.metrics[place][name] for name in ("positive", "negative")] for place in (0, -1))
+    assert run.metrics[0]["loss"] == pytest.approx(sum(first), rel=1e-5)
+    predict = Denoiser(base)
+    latents = torch.zeros(1, 4, 8, 8)
+
+    def prediction(strength: float) -> Tensor:
+        with graft(base, {run.adapter_file: strength}), torch.no_grad():
+            return predict(latents, torch.tensor([600]), [""])
+
+    x0 = [base.parameterization.x0(latents, prediction(strength), torch.tensor([600])) for strength in (1.0, 0.0, -1.0)]
+    assert not torch.allclose(x0[0], x0[1], atol=1e-3)
+    assert float(((x0[0] - x0[1]) * (x0[1] - x0[2])).sum()) > 0
+    assert len({round(value, 4) for value in (*first, *last)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "strength"),
+    [({"method": "textual-inversion", "trigger": "<sks>", "prompt": "<sks>"}, 1), ({"options.dora": True}, 2)],
+)
+def test_methods_without_strengths_are_refused(
+    settings: dict[str, Any], strength: int, base: Base, pairs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    given = {**SHORT_PAIRS, "loss.options.strength": strength, **settings}
+    answer = "trains at the strength (-1|2), but an adapter of method=.* with these options always has strength 1"
+    with pytest.raises(DiffgraftError, match=answer):
+        train("picture-slider", base=base, images=pairs, output=output, **given)
+    assert not output.exists()
+
+
+def test_half_pairs_of_a_slider_are_refused_in_its_words(pairs: Path, tmp_path: Path) -> None:
+    (pairs / "negative" / "1.png").rename(tmp_path / "1.png")
+    with pytest.raises(DiffgraftError, match=r"1\.png of .* has no negative picture: put one"):
+        plan_run("picture-slider", {"images": str(pairs)})
+    (pairs / "negative").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        DiffgraftError, match=r"has no folder negative\. Make one with a negative picture for each posi"
+    ):
+        plan_run("picture-slider", {"images": str(pairs)})
+
+
+def test_plans_count_both_strengths(pairs: Path) -> None:
+    plan = str(plan_run("picture-slider", {"images": str(pairs)}))
+    assert "3, each with a negative one" in plan
+    both, one = (str(plan_run("slider", {"loss.options.both": both})) for both in (True, False))
+    assert both != one
 
 
 def test_every_prompt_is_known_before_training() -> None:

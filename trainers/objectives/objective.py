@@ -10,6 +10,7 @@ has settings, ``options=MyOptions`` names a pydantic model of them: ``loss.optio
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,16 @@ GROUP = "diffgraft.objectives"
 
 
 @dataclass(frozen=True)
+class PairKind:
+    """What the two pictures of a pair are called."""
+
+    own: str
+    """Kind of the pictures in the image folder, such as preferred"""
+    other: str
+    """Kind of their partners, such as rejected, and the name of the folder with them"""
+
+
+@dataclass(frozen=True)
 class ObjectiveInputs:
     """Inputs that an objective is built from."""
 
@@ -37,8 +48,10 @@ class ObjectiveInputs:
     """Weight λ of prior preservation by prediction; 0 without it"""
     bare: Predict
     """The denoiser without the adapter"""
-    rejected: SampleStream | None = None
-    """Rejected pictures of pairs: sample by sample those of `instances`, with the same crop, noise and timestep"""
+    partners: SampleStream | None = None
+    """The other pictures of pairs: sample by sample those of `instances`, with the same crop, noise and timestep"""
+    at_strength: Callable[[float], AbstractContextManager[None]] | None = None
+    """Block within which the adapter acts with a strength; None if the method has no strength other than 1"""
     base: Base | None = None
     """The base with the adapter, for objectives that decode pictures; None where the VAE is not at hand"""
     options: Any = None
@@ -83,15 +96,17 @@ class ObjectiveKind:
     """Function of its options and the base, which may be on the device ``meta``: raises DiffgraftError if the objective
     has no meaning for this base, or something that the options name is missing"""
     predictions: int = 1
-    """Number of predictions with gradients that it takes for each sample"""
+    """Number of predictions with gradients that it takes for each sample, at each of its strengths"""
+    strengths: Callable[[Any], Sequence[float]] = lambda options: (1.0,)  # noqa: ARG005
+    """Function of its options: strengths of the adapter that it trains at"""
     bare_predictions: int = 0
     """Number of predictions without gradients that it takes for each sample"""
     has_own_error: bool = False
     """Whether it has an error of its own, so that `loss.kind`, `loss.snr_gamma` and `loss.debiased` have no effect"""
     uses_prior: bool = True
     """Whether prior preservation has an effect with it"""
-    needs_pairs: bool = False
-    """Whether it trains on pairs of a preferred and a rejected picture"""
+    pairs: PairKind | None = None
+    """Kinds of the pictures of the pairs that it trains on; None: it trains on single pictures"""
     draws_pictures: bool = False
     """Whether the base draws the pictures where the recipe has no `images`"""
     uses_vae: bool = False

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from diffgraft.errors import DiffgraftError
 from diffgraft.strict import Strict
 from diffgraft.trainers.objectives.batch import Predict
-from diffgraft.trainers.objectives.objective import ObjectiveInputs, ObjectiveKind
+from diffgraft.trainers.objectives.objective import ObjectiveInputs, ObjectiveKind, PairKind
 
 
 class PreferenceOptions(Strict):
@@ -34,12 +34,12 @@ class Preference:
     """
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
-        if inputs.rejected is None:
+        if inputs.partners is None:
             raise DiffgraftError(
                 "loss.objective=preference needs pairs: put a rejected picture for each preferred one, of the same "
                 "name, into the folder `rejected` beside them."
             )
-        self.preferred, self.rejected = inputs.instances, inputs.rejected
+        self.preferred, self.rejected = inputs.instances, inputs.partners
         self.bare, self.beta = inputs.bare, inputs.options.beta
 
     def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
@@ -86,5 +86,5 @@ OBJECTIVE = ObjectiveKind(
     bare_predictions=2,
     has_own_error=True,
     uses_prior=False,
-    needs_pairs=True,
+    pairs=PairKind("preferred", "rejected"),
 )

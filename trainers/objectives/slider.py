@@ -4,17 +4,20 @@ Gandikota et al. 2023, arXiv:2311.12092, equation 8, after LECO. Under the targe
 
     base(x_t, c) + η · (base(x_t, c₊) − base(x_t, c₋))
 
-so that strength 1 moves towards the positive prompt c₊, and strength −1 towards the negative one c₋. Training needs no
-pictures of the axis: x_t are noisy pictures of the target, which the base can draw itself.
+so that strength 1 moves towards the positive prompt c₊, and strength −1 towards the negative one c₋. With `both`, the
+adapter at strength −1 is to predict the same with −η as well, as ai-toolkit trains sliders. Training needs no pictures
+of the axis: x_t are noisy pictures of the target, which the base can draw itself.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from diffgraft.errors import DiffgraftError
 from diffgraft.strict import Strict
 from diffgraft.trainers.objectives.batch import Predict
 from diffgraft.trainers.objectives.objective import ObjectiveInputs, ObjectiveKind
@@ -29,6 +32,8 @@ class SliderOptions(Strict):
     """Prompt that strength −1 moves towards; unset: the empty prompt"""
     guidance: float = Field(4.0, gt=0, le=100)
     """Scale η of the shift that is learned at strength 1"""
+    both: bool = False
+    """Whether strength −1 is trained too, instead of strength 1 alone; takes a second prediction for each sample"""
     preserve: list[str] = Field(default_factory=list)
     """Attributes that must not change with the axis, such as "male|female": each sample has one of them after its
     prompts, in turn; separated by `|`, or a list in a file"""
@@ -46,17 +51,25 @@ class SliderOptions(Strict):
             raise ValueError("positive and negative must be prompts that differ")
         return self
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths that are trained."""
+        return (1.0, -1.0) if self.both else (1.0,)
+
     def with_attributes(self, prompt: str) -> list[str]:
         """Return a prompt with each of the attributes; without attributes, the prompt alone."""
         return [", ".join(part for part in (prompt, attribute) if part) for attribute in self.preserve] or [prompt]
 
 
 class Slider:
-    """E‖prediction(x_t, c) − base(x_t, c) − η · (base(x_t, c₊) − base(x_t, c₋))‖²."""
+    """E‖prediction(x_t, c; s) − base(x_t, c) − s · η · (base(x_t, c₊) − base(x_t, c₋))‖², averaged over strengths s."""
 
     def __init__(self, inputs: ObjectiveInputs) -> None:
         self.stream, self.bare = inputs.instances, inputs.bare
         self.options: SliderOptions = inputs.options
+        self.at_strength = inputs.at_strength
+        if self.options.both and self.at_strength is None:
+            raise DiffgraftError("loss.options.both=true needs a method whose adapter can act with the strength −1.")
 
     def losses(self, predict: Predict, sample_index: int, count: int) -> dict[str, Tensor]:
         """Return the mean loss of `count` samples as "loss", and that of the base without the adapter as "base"."""
@@ -69,13 +82,17 @@ class Slider:
         with torch.no_grad():
             three = self.bare(noisy.repeat(3, 1, 1, 1), times.repeat(3), [*target, *positive, *negative], [*frames] * 3)
             own, towards, away = three.chunk(3)
-            wanted = own + self.options.guidance * (towards - away)
+            shift = self.options.guidance * (towards - away)
 
-        def loss(prediction: Tensor) -> Tensor:
-            errors = self.stream.process.loss_per_sample(prediction, wanted, times, batch.mask)
+        def loss(prediction: Tensor, strength: float) -> Tensor:
+            errors = self.stream.process.loss_per_sample(prediction, own + strength * shift, times, batch.mask)
             return (errors * batch.weight).mean()
 
-        return {"loss": loss(predict(noisy, times, target, frames)), "base": loss(own)}
+        losses = []
+        for strength in self.options.strengths:
+            with nullcontext() if self.at_strength is None else self.at_strength(strength):
+                losses.append(loss(predict(noisy, times, target, frames), strength))
+        return {"loss": torch.stack(losses).mean(), "base": loss(own, 1.0)}
 
     def _in_turn(self, prompts: Sequence[str], sample_index: int) -> Iterator[str]:
         """Yield the prompts of consecutive samples, each with the next of the attributes."""
@@ -100,6 +117,7 @@ OBJECTIVE = ObjectiveKind(
     Slider,
     options=SliderOptions,
     prompts=_prompts,
+    strengths=lambda options: options.strengths,
     bare_predictions=3,
     uses_prior=False,
     draws_pictures=True,

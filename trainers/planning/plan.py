@@ -114,7 +114,8 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     largest = max(sizes, key=math.prod)
     longest_prompt = sorted({prompt for sample in samples for prompt in sample.prompt_builder.prompts()}, key=len)[-1:]
     kind = _objective_kind(recipe.loss.objective, concepts)
-    passes = kind.predictions + any(concept.prior_preservation is not None for concept, _ in concepts)
+    strengths = kind.strengths(kind.read_options(recipe.loss.options if recipe.loss.objective else {}))
+    passes = kind.predictions * len(strengths) + any(concept.prior_preservation is not None for concept, _ in concepts)
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
     if recipe.under.adapter:
         Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
@@ -168,7 +169,8 @@ def _image_facts(
     variants = " or ".join(str(count) for count in sorted(crops))
     suffix = "" if set(crops) == {1} else f", each in {variants} variants (crops, mirrored)"
     concepts = len({id(sample.concept) for sample in samples})
-    suffix += ", each preferred to a rejected one" if samples[0].picture.rejected else ""
+    if (partner := samples[0].picture.partner) is not None:
+        suffix += f", each with a {partner.name.partition('/')[0]} one"
     yield "images", f"{len(samples)}{f' of {concepts} concepts' if concepts > 1 else ''}{suffix}"
     if held_out:
         yield "held out", f"{len(held_out)}, every {every} steps"

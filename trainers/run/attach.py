@@ -7,8 +7,9 @@ from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.registry import tokenizers
 from diffgraft.errors import DiffgraftError
+from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.optim.lr_scales import check_attached, freeze
-from diffgraft.trainers.recipe.groups import AdapterSettings
+from diffgraft.trainers.recipe.groups import AdapterSettings, ObjectiveSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import AdapterFile
 from diffgraft.trainers.run.init_from import load_init_weights
@@ -28,10 +29,28 @@ def attach(recipe: Recipe, base: Base, start: AdapterFile | None = None) -> Atta
         loaded = load_init_weights(recipe.adapter, recipe.trigger, base, live, start) if start else set()
         freeze(recipe.optim, base, live, loaded)
         check_attached(recipe.optim, live)
+        check_strengths(recipe.objective, recipe.adapter, live)
     except BaseException:
         live.detach()
         raise
     return live
+
+
+def check_strengths(objective: ObjectiveSettings, adapter: AdapterSettings, live: Attached) -> None:
+    """Check that an attached method can act with the strengths that the objective trains at.
+
+    Raises:
+        DiffgraftError: the objective trains at strengths other than 1, and the method has none while it is trained.
+    """
+    if not (name := objective.loss.objective) or live.has_strength:
+        return
+    kind = objectives()[name]
+    others = [strength for strength in kind.strengths(kind.read_options(objective.loss.options)) if strength != 1]
+    if others:
+        raise DiffgraftError(
+            f"loss.objective={name} trains at the strength {others[0]:g}, but an adapter of method={adapter.method} "
+            "with these options always has strength 1 while it is trained: use another method, such as lora."
+        )
 
 
 def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:

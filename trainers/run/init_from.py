@@ -73,7 +73,7 @@ def _hint(settings: AdapterSettings, base: Base, start: AdapterFile, unmatched: 
     adapter = start.adapter
     kinds = sorted({delta.kind for deltas in adapter.deltas.values() for delta in deltas})
     method = str(settings.options.get("weights", "lora")) if settings.method == "pivotal" else settings.method
-    trained = {"locon": "lora", "custom": "full"}.get(method, method)  # kind of the method's deltas
+    trained = {"locon": "lora", "tlora": "lora", "custom": "full"}.get(method, method)  # kind of the method's deltas
     if adapter.networks:
         kind = adapter.networks[0].kind
         return "" if settings.method == kind else f" Set method={kind}."

@@ -43,6 +43,7 @@ from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.header import adapter_header
 from diffgraft.trainers.run.init_from import with_init_metadata
 from diffgraft.trainers.run.under import Under
+from diffgraft.trainers.runtime.checkpointing import recomputing
 from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
 from diffgraft.trainers.runtime.processes import check_same_step
 from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
@@ -150,7 +151,8 @@ class AdapterTraining:
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
                 for network in filter(None, (base.denoiser, live.control)):
-                    network.enable_gradient_checkpointing()
+                    # compiled blocks keep what they need by themselves
+                    network.enable_gradient_checkpointing(None if recipe.compile else recomputing(network, live))
                     network.train()  # checkpointing works in training mode only; these networks have no dropout
             whole = recipe.long_prompts == "chunk"
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
@@ -190,8 +192,9 @@ class AdapterTraining:
         process = forward_process(base, self.recipe.objective)
         instances = SampleStream(data.instances, process, seed, base.device)
         classes = SampleStream(data.class_images, process, seed, base.device, kind=1) if data.class_images else None
-        rejected = SampleStream(data.rejected, process, seed, base.device) if data.rejected else None
-        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, rejected, base)
+        partners = SampleStream(data.partners, process, seed, base.device) if data.partners else None
+        at_strength = live.at_strength if live.has_strength else None
+        inputs = ObjectiveInputs(instances, classes, data.prior_weight, bare, partners, at_strength, base)
         return new_objective(self.recipe.loss.objective, inputs, self.recipe.loss.options)
 
     def _validation(

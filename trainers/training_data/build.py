@@ -63,12 +63,12 @@ class TrainingData:
     """λ of prior preservation by prediction; 0 without it"""
     held_out: Examples | None
     """Images for validation, which are not trained on"""
-    rejected: Examples | None
-    """The rejected images of pairs, row by row those of `instances`; None without pairs"""
+    partners: Examples | None
+    """The other images of pairs, row by row those of `instances`; None without pairs"""
     prompts: list[str] | None
     """Every prompt that can occur; None if they cannot be listed, since tags are shuffled or dropped"""
     digest: str
-    """SHA-256 of the training, class and rejected images with their crops, masks and prompts"""
+    """SHA-256 of the training, class and partner images with their crops, masks and prompts"""
 
 
 def build_training_data(
@@ -82,12 +82,12 @@ def build_training_data(
     concepts = with_drawn_pictures(concepts, seed, base)
     samples, held_out = split_samples(data, validation, collect_samples(data, concepts, base), base)
     instances = encode_samples(data, base, samples, "encoding pictures")
-    rejected = rejected_examples(data, base, samples, instances)
+    partners = partner_examples(data, base, samples, instances)
     classes = class_examples(data, seed, base, samples)
     validation_examples = encode_samples(data, base, held_out, "encoding held-out pictures") if held_out else None
     prompts = all_prompts(data, instances, classes, validation_examples)
-    weight, digest = prior_prediction_weight(concepts), data_digest(instances, classes, rejected)
-    return TrainingData(instances, classes, weight, validation_examples, rejected, prompts, digest)
+    weight, digest = prior_prediction_weight(concepts), data_digest(instances, classes, partners)
+    return TrainingData(instances, classes, weight, validation_examples, partners, prompts, digest)
 
 
 def with_drawn_pictures(concepts: ConceptImages, seed: int, base: Base) -> ConceptImages:
@@ -238,23 +238,21 @@ def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], ti
     return Examples(encoded, examples, data.tags, data.caption_dropout, data.masks)
 
 
-def rejected_examples(
-    data: DataSettings, base: Base, samples: Sequence[Sample], instances: Examples
-) -> Examples | None:
-    """Encode the rejected images of pairs, in the crops of the preferred ones; None without pairs.
+def partner_examples(data: DataSettings, base: Base, samples: Sequence[Sample], instances: Examples) -> Examples | None:
+    """Encode the partners of images, in the crops of these; None without pairs.
 
     Raises:
         DiffgraftError: only one image of a pair can be opened.
     """
-    pairs = [(sample, sample.picture.rejected) for sample in samples if sample.picture.rejected is not None]
+    pairs = [(sample, sample.picture.partner) for sample in samples if sample.picture.partner is not None]
     if not pairs:
         return None
-    losing = [replace(sample, picture=rejected) for sample, rejected in pairs]
+    others = [replace(sample, picture=partner) for sample, partner in pairs]
     without_masks = data.model_copy(update={"masks": data.masks.model_copy(update={"use": False})})
-    rejected = encode_samples(without_masks, base, losing, "encoding rejected pictures")
-    if rejected.encoded.rows != instances.encoded.rows:
+    partners = encode_samples(without_masks, base, others, "encoding the other pictures of pairs")
+    if partners.encoded.rows != instances.encoded.rows:
         raise DiffgraftError("An image of a pair cannot be opened, while the other can: save it again, or remove both.")
-    return rejected
+    return partners
 
 
 def class_examples(data: DataSettings, seed: int, base: Base, samples: Sequence[Sample]) -> Examples | None:

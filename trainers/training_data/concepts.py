@@ -16,7 +16,7 @@ from diffgraft.trainers.recipe.files import unsupported_keys
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import Concept
-from diffgraft.trainers.training_data.pairs import rejected_folders, with_rejected
+from diffgraft.trainers.training_data.pairs import partner_folders, with_partners
 
 ConceptImages = list[tuple[DataSettings, list[Picture]]]
 """For each concept its settings and its images; none where the base is to draw them"""
@@ -58,11 +58,11 @@ def read_concepts(recipe: Recipe) -> tuple[Recipe, ConceptImages]:
     parts, objective = recipe.parts(), objectives().get(recipe.loss.objective)
     if objective is not None and not objective.uses_prior:
         parts = [part.model_copy(update={"prior": None}) for part in parts]
-    is_paired = objective is not None and objective.needs_pairs
-    used += rejected_folders(recipe.folders()) if is_paired else ()
+    pairs = None if objective is None else objective.pairs
+    used += [] if pairs is None else partner_folders(recipe.folders(), pairs)
     concept_images = _read_all(parts, recipe.adapter, recipe.trigger, used)
-    if is_paired:
-        concept_images = [(settings, with_rejected(settings, pictures)) for settings, pictures in concept_images]
+    if pairs is not None:
+        concept_images = [(settings, with_partners(settings, pictures, pairs)) for settings, pictures in concept_images]
     triggers = list(dict.fromkeys(settings.trigger for settings, _ in concept_images))
     if recipe.concepts or triggers == [recipe.trigger]:
         return recipe, concept_images

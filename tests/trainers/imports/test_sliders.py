@@ -132,7 +132,7 @@ config:
 
 def test_a_slider_of_ai_toolkit_becomes_a_recipe(make: Make) -> None:
     recipe, report = make(job_yaml=JOB)
-    axis = {"positive": "a tidy room", "negative": "a messy room", "guidance": 1.0}
+    axis = {"positive": "a tidy room", "negative": "a messy room", "both": True, "guidance": 1.0}
     assert (recipe.prompt, recipe.loss.objective, recipe.loss.options) == ("a room", "slider", axis)
     check_objective("slider", recipe.loss.options)
     assert (recipe.base, recipe.rank, recipe.alpha) == ("runwayml/stable-diffusion-v1-5", 8, 4.0)
