@@ -61,7 +61,7 @@ def compatibility_notes(adapter: Adapter, dialect: str, name: str = "") -> list[
 def _for_transformer(deltas: list[Delta]) -> Iterator[str]:
     """Notes on files of a transformer with names of the original layout."""
     if any(isinstance(delta, DoraDelta) for delta in deltas):
-        yield "ComfyUI reads its DoRA; diffusers refuses files with these names that hold norms."
+        yield "diffusers ignores the norms of its DoRA, and loads the LoRA alone: for diffusers use --to diffusers."
     if others := sorted({_DISPLAY_NAMES.get(delta.kind, delta.kind) for delta in deltas if not delta.is_lora}):
         yield f"diffusers reads only LoRA under these names, and not {' and '.join(others)}."
 
