@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.join_deltas import join_deltas
-from diffgraft.adapters.formats.row_blocks import join_rows, rows_and_columns, split_rows
+from diffgraft.adapters.formats.row_blocks import join_rows, rows_and_columns, split_fused, split_rows
 from diffgraft.adapters.methods.ia3 import Ia3Delta
 from diffgraft.bases.original_layout import NamedLayer, OriginalLayer, OriginalLayout
 from diffgraft.bases.registry import families
@@ -137,7 +137,7 @@ def _layers_of(named: NamedLayer, deltas: tuple[Delta, ...]) -> list[tuple[str, 
         return [(layer.layers[0], _with_halves_in_order(layer, deltas))]
     try:
         rows = _rows(layer, deltas)
-        blocks = [split_rows(delta, layer.bounds(rows)) for delta in deltas]
+        blocks = [split_fused(delta, layer.bounds(rows)) for delta in deltas]
     except ValueError as error:
         raise ValueError(
             f"{layer.path} is {len(layer.layers)} layers in diffusers, and what the file has for it cannot be divided "

@@ -65,28 +65,40 @@ def rows_and_columns(delta: Delta) -> tuple[int | None, int | None]:
     return (len(delta.leaves["diff_b"]) if isinstance(delta, FullDelta) else None), None
 
 
-def split_rows(delta: Delta, bounds: Bounds) -> list[tuple[Delta, ...]]:
-    """Split the delta of a fused layer into those of its parts; a part that is not changed has none.
+def split_fused(delta: Delta, bounds: Bounds) -> list[tuple[Delta, ...]]:
+    """Split the delta of a fused layer into those of its parts, as small as they can be.
+
+    A block-diagonal LoRA or LoHa becomes its blocks. A part that is not changed has no deltas, unless no part is.
 
     Args:
         delta: delta of a weight [out, in].
         bounds: rows of the parts, which follow one another and are all rows of the weight.
 
     Raises:
-        ValueError: the delta depends on all rows of the weight together.
+        ValueError: the delta depends on all rows of the weight together, or its leaves have different numbers of rows.
     """
-    if isinstance(delta, FactorDelta) and delta.kind == "lokr":
-        parts = _split_kronecker(delta, bounds)
-    else:
-        rows = _row_leaves(delta)
-        blocks = [{name: delta.leaves[name][start:stop] for name in rows} for start, stop in bounds]
-        shared = {name: leaf for name, leaf in delta.leaves.items() if name not in rows}
-        parts = [(_rebuilt(delta, {**shared, **block}),) for block in blocks]
-        if delta.kind in _BLOCK_LEAVES and (columns := _block_columns(delta, bounds)):
-            parts = [_narrowed(part, *own) for (part,), own in zip(parts, columns, strict=True)]
+    parts = split_rows(delta, bounds)
+    if delta.kind in _BLOCK_LEAVES and (columns := _block_columns(delta, bounds)):
+        parts = [_narrowed(part, *own) for (part,), own in zip(parts, columns, strict=True)]
     if all(adds_nothing(part) for block in parts for part in block):
         return parts
     return [tuple(part for part in block if not adds_nothing(part)) for block in parts]
+
+
+def split_rows(delta: Delta, bounds: Bounds) -> list[tuple[Delta, ...]]:
+    """Split a delta into those of the rows within each of `bounds`: one, or several if it is a LoKr.
+
+    Arguments and errors are those of `split_fused`.
+    """
+    if isinstance(delta, FactorDelta) and delta.kind == "lokr":
+        return _split_kronecker(delta, bounds)
+    names, count = _row_leaves(delta), bounds[-1][1]
+    if wrong := next((name for name in names if len(delta.leaves[name]) != count), None):
+        raise ValueError(f"its {wrong} has {len(delta.leaves[wrong])} rows instead of {count}")
+    return [
+        (_rebuilt(delta, {**delta.leaves, **{name: delta.leaves[name][start:stop] for name in names}}),)
+        for start, stop in bounds
+    ]
 
 
 def _row_leaves(delta: Delta) -> list[str]:

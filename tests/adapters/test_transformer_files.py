@@ -450,6 +450,10 @@ def test_unknown_and_damaged_names_are_refused_with_the_nearest(tmp_path: Path) 
             **good,
             "lora_unet_double_blocks_0_img_attn_qkv.lora_mild": drawn(1),
         },
+        "its diff_b has 25 rows instead of 24: convert it": {
+            "lora_unet_double_blocks_0_img_attn_qkv.diff": drawn(24, 8),
+            "lora_unet_double_blocks_0_img_attn_qkv.diff_b": drawn(25),
+        },
         "has 25 rows, which are not divisible by 3": {**good, next(key for key in good if "up" in key): drawn(25, 2)},
         "several families have layers with the names of its modules, such as time_in_in_layer": {
             "lora_unet_time_in_in_layer.lora_down.weight": drawn(2, 8),
