@@ -11,7 +11,7 @@ from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import with_strength_convention
-from diffgraft.adapters.formats.original_names import PART, families_with
+from diffgraft.adapters.formats.original_names import PART, families_with, family_of_layers
 from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.adapters.registry import read_delta
@@ -92,8 +92,7 @@ def base_entry(metadata: Mapping[str, Any], key: str) -> Any:
 
 def _family_by_names(deltas: Deltas) -> str | None:
     if of_transformer := _in_transformer(deltas):
-        fitting = families_with(of_transformer)
-        return fitting[0] if len(fitting) == 1 else None
+        return family_of_layers({path: deltas[f"{PART}.{path}"] for path in of_transformer})
     if not may_be_sdxl(deltas):
         widths = _families_by_width(deltas) & {"sd1", "sd2"}
         return widths.pop() if len(widths) == 1 else None

@@ -24,6 +24,9 @@ Modules = Mapping[str, tuple[str, Sequence[Delta]]]
 """Key of a module → its name in the file, without the prefix of its part, and its deltas"""
 
 
+_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
+
+
 class ReadLayers(NamedTuple):
     """Layers of diffusers that the modules of a file change."""
 
@@ -60,6 +63,22 @@ def families_with(paths: Iterable[str]) -> list[str]:
     """Names of the families whose denoiser has layers with all these `paths` in diffusers."""
     paths = list(paths)
     return [name for name, layout in layouts().items() if all(_part_at(layout, path) for path in paths)]
+
+
+def family_of_layers(deltas: Mapping[str, Sequence[Delta]]) -> str | None:
+    """Name of the family that the layers of an adapter tell, by their paths in diffusers, or by width and number.
+
+    A file for attentions alone fits several families, whose published bases differ in one of the two.
+
+    Args:
+        deltas: path in diffusers, inside the denoiser → deltas.
+    """
+    fitting = families_with(deltas)
+    numbers = [int(match[1]) for path in deltas if (match := _BLOCK.match(path))]
+    if len(fitting) > 1 and numbers:
+        widths = {_shape(own)[0] for path, own in deltas.items() if path.endswith(".attn.to_q")}
+        fitting = [name for name in fitting if {(width, max(numbers) + 1) for width in widths} & layouts()[name].sizes]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _part_at(layout: OriginalLayout, path: str) -> NamedLayer | None:

@@ -68,6 +68,9 @@ class OriginalLayout:
     """Original paths of layers with `OriginalLayer.swapped`"""
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Original path → `OriginalLayer.shape`"""
+    sizes: frozenset[tuple[int, int]] = frozenset()
+    """Width of each published base, and number of its blocks of the first kind: they tell what a file is for that has
+    only layers that several families have"""
 
     @cached_property
     def layers(self) -> list[OriginalLayer]:

@@ -521,10 +521,25 @@ def test_conversion_takes_the_family_from_the_base_and_approximates_on_request(t
     assert fine.comparison.worst[1] < 1e-4 < 0.05 < rough.comparison.worst[1] < 1
     assert load_adapter(rough.path).metadata["base"]["family"] == "sd3"
     assert not (tmp_path / "a.safetensors").exists()
+    flux = convert(made("flux1", "lokr"), tmp_path / "flux.safetensors", "comfyui", RankBudget(2))
+    assert flux.approximated
+    assert 0.05 < flux.comparison.worst[1] < 1
     plain = made("sd3", "lora", "attn.to_")
     exact = convert(Adapter(plain.deltas, plain.metadata), tmp_path / "exact.safetensors", "comfyui")
     assert not exact.approximated
     assert exact.comparison.worst[1] == 0
+
+
+def test_attentions_alone_tell_the_family_by_the_size_of_published_bases(tmp_path: Path) -> None:
+    for width, blocks, family in ((1536, 24, "sd3"), (2432, 38, "sd3"), (3072, 19, "flux1"), (3072, 60, "qwen-image")):
+        paths = [f"transformer.transformer_blocks.{place}.attn.to_q" for place in range(blocks)]
+        adapter = Adapter({path: (low_rank(drawn(1, width), drawn(width, 1)),) for path in paths})
+        again = load_adapter(written(adapter, tmp_path, "diffusers"))
+        assert again.metadata["base"]["family"] == family
+        if family != "qwen-image":
+            assert "_qkv.alpha" in str(load_file(written(again, tmp_path, "kohya")).keys())
+        few = Adapter(dict(list(adapter.deltas.items())[:-1]))
+        assert "base" not in load_adapter(written(few, tmp_path, "diffusers")).metadata
 
 
 @pytest.mark.parametrize("family", FAMILIES)

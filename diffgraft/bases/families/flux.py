@@ -57,6 +57,7 @@ _ORIGINAL = OriginalLayout(
         "single_blocks.*.linear1": (7, 1),
         "single_blocks.*.linear2": (1, 5),
     },
+    sizes=frozenset({(3072, 19)}),
 )
 """Names in black-forest-labs/flux, ``src/flux/model.py`` and ``modules/layers.py``"""
 

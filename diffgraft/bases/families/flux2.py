@@ -57,6 +57,7 @@ _ORIGINAL = OriginalLayout(
         "single_blocks.*.linear1": (9, 1),
         "single_blocks.*.linear2": (1, 4),
     },
+    sizes=frozenset({(3072, 5), (4096, 8)}),
 )
 """Names in black-forest-labs/flux2, ``src/flux2/model.py``"""
 

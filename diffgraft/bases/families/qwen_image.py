@@ -37,6 +37,7 @@ _ORIGINAL = OriginalLayout(
         ("", ""): {name: name for name in _ENDS},
         ("transformer_blocks.*.", "transformer_blocks.*."): {name: name for name in _BLOCK},
     },
+    sizes=frozenset({(3072, 60)}),
 )
 """Names in QwenLM/Qwen-Image, which are those of diffusers"""
 

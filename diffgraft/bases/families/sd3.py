@@ -46,6 +46,7 @@ _ORIGINAL = OriginalLayout(
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1", "joint_blocks.*.context_block.adaLN_modulation.1"}),
     shapes={"final_layer.adaLN_modulation.1": (2, 1)},
+    sizes=frozenset({(1536, 24), (2432, 38)}),
 )
 """Names in Stability-AI/sd3.5, ``mmditx.py``; in the last block, the text has only a shift and a scale"""
 
