@@ -97,6 +97,7 @@ def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool
 
 
 def _is_dotted(key: str) -> bool:
+    key = strip_adapter_name(key)
     parsed = _parse_key(key)
     if parsed is None or diffusers_legacy.parse_key(key):
         return False
@@ -151,7 +152,9 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         if part in _TEXT_PREFIXES.get(family or "", {}):
             named[f"{_TEXT_PREFIXES[family or ''][part]}{add_text_model(inside)}"] = join_deltas(path, deltas)
         elif part != PART:
-            raise ValueError(f"{path} is in {part}, which has no name in such files for a base of the family {family}")
+            raise ValueError(
+                f"{path} is in {part}, which has no name in such files for {family or 'an unknown family'}"
+            )
     tensors: dict[str, Tensor] = {}
     for path, deltas in named.items():
         for delta in deltas:

@@ -91,7 +91,13 @@ def _may_be_fused(path: str, deltas: Sequence[Delta], again: Sequence[Delta]) ->
 
 
 def _joined_values(path: str, deltas: Sequence[Delta]) -> Sequence[Delta]:
-    return deltas if len(deltas) < 2 or all(delta.kind == "lokr" for delta in deltas) else join_deltas(path, deltas)
+    """Deltas of one layer, joined where dialects with a single name per module join them."""
+    if len(deltas) < 2 or all(delta.kind == "lokr" for delta in deltas):
+        return deltas
+    try:
+        return join_deltas(path, deltas)
+    except ValueError:
+        return deltas
 
 
 def _structure(deltas: Sequence[Delta]) -> Counter[tuple[str, frozenset[tuple[str, int]]]]:

@@ -486,6 +486,36 @@ def test_a_fused_layer_that_is_also_stored_in_parts_counts_once(tmp_path: Path) 
         assert torch.equal(delta.leaves["lora_up"], part)
 
 
+def test_the_name_that_peft_gives_an_adapter_is_no_part_of_the_path(tmp_path: Path) -> None:
+    """musubi-tuner writes it on request; in diffusers' layout, the alpha in the header still counts."""
+    down, up = drawn(2, 32), drawn(96, 2)
+    start = "diffusion_model.layers.0.attention.qkv"
+    named = {f"{start}.lora_A.default.weight": down, f"{start}.lora_B.default.weight": up}
+    save_file(named, tmp_path / "a.safetensors")
+    paths = [f"transformer.layers.0.attention.to_{letter}" for letter in "qkv"]
+    assert list(load_adapter(tmp_path / "a.safetensors").deltas) == paths
+    header = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 6})}
+    start = "transformer.layers.0.attention.to_out.0"
+    named = {f"{start}.lora_A.default.weight": down, f"{start}.lora_B.default.weight": up[:32]}
+    save_file(named, tmp_path / "b.safetensors", header)
+    ((delta,),) = load_adapter(tmp_path / "b.safetensors").deltas.values()
+    assert delta.alpha == 6
+
+
+def test_several_deltas_of_a_layer_are_joined_before_its_parts_are(tmp_path: Path) -> None:
+    """LoRAs of one layer are added up, and the difference of a bias beside them stays one."""
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    for letter in "qk":
+        loras = [low_rank(drawn(rank, 32), drawn(32, rank), 1.0) for rank in (1, 2)]
+        deltas[f"transformer.transformer_blocks.0.attn.to_{letter}"] = (*loras, FullDelta({"diff_b": drawn(32)}))
+    adapter = Adapter(deltas, {"base": {"family": "flux1"}})
+    for dialect in ("kohya", "comfyui"):
+        again = load_adapter(written(adapter, tmp_path, dialect))
+        assert set(again.deltas) == set(deltas)
+        assert all(sorted(delta.kind for delta in own) == ["full", "lora"] for own in again.deltas.values())
+        assert distance(merged("flux1", again).state_dict(), merged("flux1", adapter).state_dict()) <= 1e-6
+
+
 def test_text_encoders_have_the_numbers_of_sd_scripts(tmp_path: Path) -> None:
     """T5 is the third text encoder in names, also for FLUX.1, where it is the second of the pipeline."""
     clip, t5 = "encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.1.DenseReluDense.wi_0"
