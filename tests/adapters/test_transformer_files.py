@@ -19,6 +19,7 @@ from diffgraft.adapters.methods.loha import HadamardProduct
 from diffgraft.adapters.methods.lokr import Kronecker
 from diffgraft.adapters.methods.lora import LowRank, low_rank
 from diffgraft.adapters.ops.convert import convert
+from diffgraft.adapters.ops.glance import glance
 from diffgraft.adapters.registry import read_delta
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
@@ -570,6 +571,15 @@ def test_attentions_alone_tell_the_family_by_the_size_of_published_bases(tmp_pat
             assert "_qkv.alpha" in str(load_file(written(again, tmp_path, "kohya")).keys())
         few = Adapter(dict(list(adapter.deltas.items())[:-1]))
         assert "base" not in load_adapter(written(few, tmp_path, "diffusers")).metadata
+
+
+def test_layers_are_counted_as_they_are_in_diffusers(tmp_path: Path) -> None:
+    """The header alone does not show how many layers a fused one is, so that `inspect` reads the file."""
+    adapter = made("flux1", "lora")
+    assert glance(written(adapter, tmp_path, "kohya")) is glance(written(adapter, tmp_path, "comfyui")) is None
+    lines = glance(written(adapter, tmp_path, "diffusers"))
+    assert lines is not None
+    assert f"modules  {len(adapter.deltas)} in transformer" in lines
 
 
 @pytest.mark.parametrize("family", FAMILIES)
