@@ -15,6 +15,7 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import Factors
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.header import with_rank_schedule
+from diffgraft.adapters.formats.original_names import layouts, read_layers
 from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
 from diffgraft.adapters.methods.loha import HadamardProduct
 from diffgraft.adapters.methods.lokr import Kronecker
@@ -33,20 +34,34 @@ HEAD = """# Which adapters fit into which format
 and read again bit for bit. – means that the format cannot hold it: `diffgraft convert` stops and says why, or, with
 `--rank` or `--energy`, approximates it by LoRAs (and also needs `--base` if it depends on the base's weights).
 
-`kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `webui`
+`kohya` and `lycoris` use the same key names; `kohya` adds the header that sd-scripts writes and webui reads. `comfyui`
+has ai-toolkit's names, and is only written for transformers, as ComfyUI reads kohya's names for all others. `webui`
 contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
 for each part of the base, `custom-diffusion` one with a file for each word; it holds new weights, so `convert` needs
 `--base` for differences. `controlnet` is diffusers' ControlNets, `aesthetic` webui's aesthetic embeddings. `diffgraft`
 is this project's own layout, described in `adapters/formats/native.py`.
 
 """
+TRANSFORMERS = """
+## Transformers
+
+The same for layers of FLUX.1, of which `kohya`, `lycoris` and `comfyui` join queries, keys and values to one layer, and
+in single blocks also the feed-forward layer. The layers here have factors of their own, as diffgraft trains them; a
+LoRA or LoHa is joined to one of the sum of their ranks. The rows *of a fused layer* are files of other tools with one
+delta for such a layer, read and written again: a LoKr becomes a sum of several LoKr, and one again. FLUX.2, SD 3 and
+Z-Image are like FLUX.1. In Qwen-Image no layers are joined, so that these files hold whatever those of a UNet hold.
+
+"""
 TAIL = """
+## Files of other tools
+
 Files of other tools that can be read. `diffgraft convert` writes them in any of the formats above that can hold them:
 
 | files | contents | keys such as |
 |-|-|-|
 | diffusers: older names, also mixed with current ones as its scripts write them | LoRA, DoRA | `….to_q.lora.down.weight`, `….attn1.processor.to_q_lora.down.weight` |
-| peft, LyCORIS, kohya, webui, ComfyUI | everything in the table above | with block names of diffusers or of the original Stable Diffusion |
+| peft, LyCORIS, kohya, webui, ComfyUI, ai-toolkit | everything in the tables above | with block names of diffusers or of the original layout |
+| OneTrainer, musubi-tuner, SimpleTuner, for transformers | everything in the tables above | `lora_transformer_….lora_down.weight`, `transformer.….qkv.0.lora_down.weight`, `diffusion_model.transformer_blocks.…`, `lycoris_…` |
 | LyCORIS on modules of any type | everything in the table above | `lycoris_….lora_down.weight` |
 | kohya's OFT | OFT with a bounded norm | `oft_unet_….oft_blocks` |
 | cloneofsimo, `.safetensors` and `.pt` | LoRA, with words | `unet:0:up`, `<word>` |
@@ -65,6 +80,14 @@ LAYERS = (
     "unet.up_blocks.1.resnets.0.conv1",
     "text_encoder.encoder.layers.3.mlp.fc1",
 )
+FLUX_LAYERS = {
+    **{f"double_blocks_0_{side}_attn_qkv": (144, 48) for side in ("img", "txt")},
+    "double_blocks_0_img_mlp_0": (192, 48),
+    "single_blocks_0_linear1": (336, 48),
+    "single_blocks_0_linear2": (48, 240),
+    "final_layer_adaLN_modulation_1": (96, 48),
+}
+"""Original name of a layer of FLUX.1, an eightieth as wide → shape of its weight"""
 _FACTORS: dict[str, tuple[str, Factors]] = {
     "lora, locon": ("lora", LowRank()),
     "locon, Tucker": ("lora", LowRank(True)),
@@ -160,6 +183,50 @@ def _control_network() -> Adapter:
     return Adapter({}, {"method": "controlnet"}, (read,))
 
 
+def transformer_samples() -> dict[str, Adapter]:
+    """Return the name of each kind → an adapter of that kind, on layers of FLUX.1 with their own factors, or fused."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(*sides: int) -> Tensor:
+        return 0.1 * torch.randn(*sides, generator=generator)
+
+    def leaves_of(kind: str, factors: Factors | None, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        if factors is not None:
+            zeros = factors.init_leaves(shape, 2, generator)
+            return {name: drawn(*leaf.shape) for name, leaf in zeros.items()}
+        return {
+            "full": lambda: {"diff": drawn(*shape), "diff_b": drawn(shape[0])},
+            "ia3": lambda: {"weight": drawn(shape[0]), "on_input": torch.tensor(0)},
+            "glora": lambda: _glora(shape, drawn),
+            "oft": lambda: {"oft_blocks": drawn(shape[0] // 8, 8, 8)},
+        }[kind]()
+
+    kinds = {kind: (kind, factors) for name, (kind, factors) in _FACTORS.items() if "Tucker" not in name}
+    kinds |= {kind: (kind, None) for kind in ("full", "ia3", "glora", "oft")}
+    adapters: dict[str, Adapter] = {}
+    for name, (kind, factors) in kinds.items():
+        alpha = None if kind in ("full", "ia3") else 0.0 if kind == "oft" else 1.0
+        fused = {path: (read_delta(kind, leaves_of(kind, factors, s), alpha),) for path, s in FLUX_LAYERS.items()}
+        own: dict[str, tuple[Delta, ...]] = {}
+        for path, shape in FLUX_LAYERS.items():
+            named = layouts()["flux1"].find(path)
+            assert named is not None
+            for layer, (start, stop) in zip(named.layer.layers, named.layer.bounds(shape[0]), strict=True):
+                leaves = leaves_of(kind, factors, (stop - start, shape[1]))
+                own[f"transformer.{layer}"] = (read_delta(kind, leaves, alpha),)
+        metadata = {"method": kind, "base": {"family": "flux1"}}
+        adapters[name] = Adapter(own, metadata)
+        if kind == "lora":
+            norms = {path: drawn(delta.leaves["lora_up"].shape[0]).abs() + 0.1 for path, (delta,) in own.items()}
+            dora = {p: (read_delta(kind, {**d.leaves, "dora_scale": norms[p]}, alpha),) for p, (d,) in own.items()}
+            adapters["lora, DoRA by outputs"] = Adapter(dora, metadata)
+        if kind != "oft":
+            split = read_layers({path: (path, deltas) for path, deltas in fused.items()}, "flux1").layers
+            parts = {f"transformer.{layer}": deltas for found in split.values() for layer, deltas in found}
+            adapters[f"{name}, of a fused layer"] = Adapter(parts, metadata)
+    return adapters
+
+
 def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:
     """Return ``↔`` (bit for bit), ``–`` (refused), or the largest error if the file differs from the adapter."""
     suffix = written_dialects()[dialect].suffix(adapter)
@@ -171,13 +238,13 @@ def outcome(adapter: Adapter, dialect: str, folder: Path) -> str:
     return "↔" if comparison.same else f"{comparison.worst[1]:.1g}"
 
 
-def table() -> str:
-    """Return a Markdown table with a row for each kind and a column for each format."""
+def table(adapters: Mapping[str, Adapter]) -> str:
+    """Return a Markdown table with a row for each of `adapters` and a column for each format."""
     lines = [
         f"| | {' | '.join(f'`{name}`' for name in written_dialects())} |",
         "|-" * (len(written_dialects()) + 1) + "|",
     ]
-    for name, adapter in samples().items():
+    for name, adapter in adapters.items():
         cells = []
         for dialect in written_dialects():
             with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +255,7 @@ def table() -> str:
 
 def page() -> str:
     """Return the text of the page."""
-    return HEAD + table() + TAIL
+    return HEAD + table(samples()) + TRANSFORMERS + table(transformer_samples()) + TAIL
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.formats.families import family_of
+from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.adapters.ops.all_timesteps import excess_share
 from diffgraft.bases.layers import is_embedding, is_of_text
 
@@ -38,6 +39,8 @@ def compatibility_notes(adapter: Adapter, dialect: str, name: str = "") -> list[
         name: name of the file without its extension, if it is known.
     """
     all_deltas = [delta for deltas in adapter.deltas.values() for delta in deltas]
+    if is_for_transformer(adapter):
+        return list(_for_transformer(all_deltas)) if dialect in (*_KOHYA_NAMED, "comfyui") else []
     notes: list[str] = []
     if dialect != "diffgraft" and (share := excess_share(adapter)):
         notes.append(
@@ -59,6 +62,14 @@ def compatibility_notes(adapter: Adapter, dialect: str, name: str = "") -> list[
     if dialect in ("embedding", "kohya", "webui") and not all_deltas:
         notes += _words(adapter, dialect, name)
     return notes
+
+
+def _for_transformer(deltas: list[Delta]) -> Iterator[str]:
+    """Notes on files of a transformer with names of the original layout."""
+    if any(isinstance(delta, DoraDelta) for delta in deltas):
+        yield "diffusers ignores the norms of its DoRA, and loads the LoRA alone: for diffusers use --to diffusers."
+    if others := sorted({_DISPLAY_NAMES.get(delta.kind, delta.kind) for delta in deltas if not delta.is_lora}):
+        yield f"diffusers reads only LoRA under these names, and not {' and '.join(others)}."
 
 
 def _words(adapter: Adapter, dialect: str, name: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import diffusers_legacy
 from diffgraft.adapters.formats.header import finite_number, pattern_value, read_json, read_metadata, write_metadata
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
+from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.methods.lora import read as build
 from diffgraft.adapters.methods.lora import with_alpha
@@ -186,10 +187,14 @@ def _rank_and_alpha(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, Any]:
     return {"rank": first.leaves["lora_down"].shape[0], "alpha": first.alpha}
 
 
-def holds_dora_lora(adapter: Adapter) -> bool:
-    """Whether an adapter is a LoRA with DoRA, by its first module; most programs misread it in kohya's names."""
+def is_best_in_diffusers(adapter: Adapter) -> bool:
+    """Whether other programs read an adapter best in this layout, as kohya's names would be worse.
+
+    Those are LoRAs with DoRA, told by the first module, which most programs misread in kohya's names, and adapters for
+    transformers: kohya's names join queries, keys and values, and ComfyUI reads both.
+    """
     first = next(iter(adapter.deltas.values()), (None,))[0]
-    return isinstance(first, DoraDelta) and first.is_lora
+    return (isinstance(first, DoraDelta) and first.is_lora) or is_for_transformer(adapter)
 
 
 DIALECT = Dialect(
@@ -200,6 +205,9 @@ DIALECT = Dialect(
     read=read,
     write=write,
     auto=30,
-    is_preferred=holds_dora_lora,
-    note="webui, ComfyUI, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya.",
+    is_preferred=is_best_in_diffusers,
+    note=(
+        "webui, Forge, InvokeAI and sd-scripts do not read diffusers' layout: they need --to kohya. ComfyUI reads it "
+        "only for transformers."
+    ),
 )

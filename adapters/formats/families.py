@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffgraft.adapters.adapter import Adapter, Delta
+from diffgraft.adapters.formats.original_names import PART, families_with, family_of_layers
 from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.adapters.registry import with_leaves
@@ -35,18 +36,20 @@ def family_of(adapter: Adapter) -> str | None:
 
     The shapes of all known bases may have to be computed for that, which takes seconds the first time.
     """
-    return _base_entry(adapter, "family") or _family_by_names(adapter.deltas) or _family_by_shapes(adapter.deltas)
+    return (
+        base_entry(adapter.metadata, "family") or _family_by_names(adapter.deltas) or _family_by_shapes(adapter.deltas)
+    )
 
 
 def with_family(adapter: Adapter) -> Adapter:
     """Add the family to the metadata, if module names and widths tell it without computing the shapes of bases."""
-    family = None if _base_entry(adapter, "family") else _family_by_names(adapter.deltas)
+    family = None if base_entry(adapter.metadata, "family") else _family_by_names(adapter.deltas)
     return with_base(adapter, family=family) if family else adapter
 
 
 def with_inferred_family(adapter: Adapter) -> Adapter:
     """Add the family to the metadata, if `family_of` can infer it in any way."""
-    if _base_entry(adapter, "family"):
+    if base_entry(adapter.metadata, "family"):
         return adapter
     family = family_of(adapter)
     return with_base(adapter, family=family) if family else adapter
@@ -80,12 +83,15 @@ def common_base_metadata(adapters: Sequence[Adapter]) -> dict[str, Any]:
     }
 
 
-def _base_entry(adapter: Adapter, key: str) -> Any:
-    base = adapter.metadata.get("base")
+def base_entry(metadata: Mapping[str, Any], key: str) -> Any:
+    """Return a value of the metadata entry ``base``; None if there is no such value."""
+    base = metadata.get("base")
     return base.get(key) if isinstance(base, Mapping) else None
 
 
 def _family_by_names(deltas: Deltas) -> str | None:
+    if of_transformer := _in_transformer(deltas):
+        return family_of_layers({path: deltas[f"{PART}.{path}"] for path in of_transformer})
     if not may_be_sdxl(deltas):
         widths = _families_by_width(deltas) & {"sd1", "sd2"}
         return widths.pop() if len(widths) == 1 else None
@@ -94,6 +100,11 @@ def _family_by_names(deltas: Deltas) -> str | None:
             return "sdxl"
     widths = _families_by_width(deltas)
     return widths.pop() if len(widths) == 1 else None
+
+
+def _in_transformer(paths: Iterable[str]) -> list[str]:
+    """Paths inside a transformer, of those in it."""
+    return [path.removeprefix(f"{PART}.") for path in paths if path.startswith(f"{PART}.")]
 
 
 def _families_by_width(deltas: Deltas) -> set[str]:
@@ -118,8 +129,15 @@ def with_base_of(adapter: Adapter, weights: Weights) -> Adapter:
 
 
 def family_of_weights(weights: Weights) -> str | None:
-    """Family of a base, by the width of the text states that cross-attentions read, or by a second text encoder."""
+    """Family of a base; None for other bases than those known.
+
+    It is told by the names of a transformer's layers, and for UNets by a second text encoder, or by the width of the
+    text states that cross-attentions read.
+    """
     shapes = weights.shapes()
+    if of_transformer := _in_transformer(shapes):
+        fitting = families_with(of_transformer)
+        return fitting[0] if len(fitting) == 1 else None
     if any(path.startswith(("text_encoder_2.", "unet.add_embedding.")) for path in shapes):
         return "sdxl"
     widths = {_WIDTHS.get(shape[1]) for path, shape in shapes.items() if path.endswith(_CONTEXT_LAYERS)}
@@ -127,7 +145,7 @@ def family_of_weights(weights: Weights) -> str | None:
 
 
 def _family_by_shapes(deltas: Deltas) -> str | None:
-    families = {FAMILY[name] for name in fitting_bases(deltas)} if deltas else set()
+    families = {FAMILY[name] for name in fitting_bases(deltas)} if deltas and not _in_transformer(deltas) else set()
     return families.pop() if len(families) == 1 else None
 
 
@@ -211,7 +229,7 @@ def layers_of(adapter: Adapter) -> int:
 
 
 def _layers_in_metadata(adapter: Adapter) -> int | None:
-    count = _base_entry(adapter, "layers_per_block")
+    count = base_entry(adapter.metadata, "layers_per_block")
     if count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
         return count
     raise ValueError(f"its header has layers_per_block={count!r}; expected a whole number of at least 1")
@@ -219,7 +237,7 @@ def _layers_in_metadata(adapter: Adapter) -> int | None:
 
 def with_diffusers_projections(adapter: Adapter) -> Adapter:
     """Give the projections around attentions the axes that they have in diffusers, if the family is known."""
-    linear = _LINEAR.get(str(_base_entry(adapter, "family")))
+    linear = _LINEAR.get(str(base_entry(adapter.metadata, "family")))
     return adapter if linear is None else replace(adapter, deltas=_with_projections(adapter.deltas, linear))
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
+from functools import cache
 
 from torch import Tensor
 
 from diffgraft.adapters.dialect import Read
+from diffgraft.adapters.formats.original_names import is_known, layouts
 from diffgraft.adapters.ops.effect import fitting_bases
-from diffgraft.bases.registry import part_names
+from diffgraft.bases.registry import families
 from diffgraft.errors import did_you_mean
 
 _SIMILAR = 0.7
@@ -23,17 +25,22 @@ embeddings token_embedding position_embedding encoder layers self_attn q_proj k_
 layer_norm1 layer_norm2 final_layer_norm text_projection
 word_embeddings position_embeddings token_type_embeddings layer attention self query key value output dense intermediate
 pooler LayerNorm
+block SelfAttention DenseReluDense q k v o wi wi_0 wi_1 wo shared relative_attention_bias layer_norm
 """
-"""Names of modules in the UNets and text encoders known here: those of CLIP, and of BERT"""
-_WORDS = frozenset(_NAMES.split())
+"""Names of modules in the UNets and text encoders known here: those of CLIP, BERT and T5"""
 _PARTS = frozenset(("unet", "text_encoder", "text_encoder_2"))
-"""Networks of the bases whose names of modules these are"""
+"""Networks of the bases whose names of modules these are; names of transformers are known by their layouts"""
 _TRANSFORMERS = re.compile(
     r"(base_model\.model\.)?(transformer\.|diffusion_model\.(?!input_|output_|middle_block|time_embed|label_emb|out\.))"
     r"|lora_(transformer|te3)_"
     r"|(lora_unet|lycoris)_(double|single|joint)_blocks?_"
 )
 """Beginnings of keys in adapters for transformers: Stable Diffusion 3, Flux, and video models"""
+_PREFIX = re.compile(
+    r"(transformer\.)?base_model\.model\.((transformer|diffusion_model)\.)?"
+    r"|(lora_)?transformer[._]|(model\.)?diffusion_model\.|lora_unet[._]|lycoris_"
+)
+"""Beginning of a key, before the name of a layer in a transformer"""
 
 
 class UnknownKeyError(ValueError):
@@ -99,22 +106,38 @@ def describe_fitting_bases(
 def describe_unknown_modules(paths: Sequence[str]) -> str:
     """Sentence on modules with names that no known base has, if most modules have known names; else empty.
 
-    It is also empty for adapters of other denoisers than those of the known bases.
+    It is also empty for adapters of denoisers whose original layout is not known.
     """
+    known = _known_words()
+    unknown = [path for path in paths if not known.issuperset(_words(path))]
     if not _PARTS.issuperset(path.partition(".")[0] for path in paths):
         return ""
-    unknown = [path for path in paths if not _WORDS.issuperset(_words(path))]
     if not unknown or 2 * len(unknown) > len(paths):
         return ""
-    word = next(word for word in _words(unknown[0]) if word not in _WORDS)
-    return f"no known base has {len(unknown)} of its modules, such as {unknown[0]}; {did_you_mean(word, _WORDS)}"
+    word = next(word for word in _words(unknown[0]) if word not in known)
+    return f"no known base has {len(unknown)} of its modules, such as {unknown[0]}; {did_you_mean(word, known)}"
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    """Names of modules in all known bases."""
+    layers = (path for layout in layouts().values() for layer in layout.layers for path in layer.layers)
+    return frozenset(_NAMES.split()).union(word for path in layers for word in _words(f".{path}"))
 
 
 def _words(path: str) -> list[str]:
     return [word for word in path.split(".")[1:] if not word.isdecimal()]
 
 
-def is_for_transformer(keys: Iterable[str]) -> bool:
-    """Whether the keys are for a base with a transformer as denoiser, and not for a network of a known family."""
-    known = tuple(f"{name}." for name in part_names())
-    return any(_TRANSFORMERS.match(key) and not key.startswith(known) for key in keys)
+def is_for_unknown_transformer(keys: Iterable[str]) -> bool:
+    """Whether the keys are for a base with a transformer as denoiser, and none is that of a layer in a known family."""
+    keys = list(keys)
+    without_table = tuple(f"{family.denoiser}." for family in families().values() if family.original is None)
+    if not any(_TRANSFORMERS.match(key) and not key.startswith(without_table) for key in keys):
+        return False
+    return not any(is_known(name) for key in keys for name in _beginnings(_PREFIX.sub("", key, count=1)))
+
+
+def _beginnings(key: str) -> Iterable[str]:
+    """What precedes each of the dots in a key."""
+    return (key[: dot.start()] for dot in re.finditer(r"\.", key))

@@ -21,6 +21,14 @@ _SGM = "https://github.com/Stability-AI/generative-models"
 """``modelspec.implementation`` of adapters for XL; for 1.x and 2.x it is ``diffusers``"""
 _LORA_MODULE = "networks.lora"
 """Name of sd-scripts' network module for LoRA"""
+_LORA_MODULES = {
+    "sd3": "networks.lora_sd3",
+    "flux1": "networks.lora_flux",
+    "flux2-klein": "networks.lora_flux_2",
+    "zimage": "networks.lora_zimage",
+    "qwen-image": "networks.lora_qwen_image",
+}
+"""Family of a transformer → network module of sd-scripts or musubi-tuner for LoRA"""
 _ALGORITHMS = {"lora": "locon"}
 """Kind of delta → its name in LyCORIS, if it differs"""
 _LEGACY_HASH_RANGE = range(0x100000, 0x110000)
@@ -37,8 +45,8 @@ def kohya_header(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, s
     base = adapter.metadata.get("base") or {}
     family = base.get("family") if isinstance(base, Mapping) else None
     predicts_v = isinstance(base, Mapping) and base.get("prediction_type") == "v_prediction"
-    new = dict(_network_module(adapter))
-    if new["ss_network_module"] != _LORA_MODULE and entries.get("ss_network_module") == _LORA_MODULE:
+    new = dict(_network_module(adapter, _LORA_MODULES.get(str(family), _LORA_MODULE)))
+    if not _is_for_lora(new["ss_network_module"]) and _is_for_lora(entries.get("ss_network_module")):
         entries = {key: value for key, value in entries.items() if key not in new}
     for key, name in (("ss_network_dim", "rank"), ("ss_network_alpha", "alpha"), ("ss_seed", "seed")):
         if adapter.metadata.get(name) is not None:
@@ -68,16 +76,21 @@ def _resolution(family: str, predicts_v: bool) -> str:
     return f"{side}x{side}"
 
 
-def _network_module(adapter: Adapter) -> dict[str, str]:
+def _is_for_lora(network_module: str | None) -> bool:
+    return network_module in (_LORA_MODULE, *_LORA_MODULES.values())
+
+
+def _network_module(adapter: Adapter, for_lora: str) -> dict[str, str]:
     """The network module of sd-scripts or LyCORIS that reads everything the adapter holds, and its arguments.
 
+    `for_lora` is the one for plain LoRA, which depends on the family.
     sd-scripts' own module silently ignores the norms of DoRA and the core of a Tucker decomposition.
     """
     deltas = [delta for module_deltas in adapter.deltas.values() for delta in module_deltas]
     kinds = {delta.kind for delta in deltas}
     leaves = {leaf for delta in deltas for leaf in delta.leaves}
     if all(delta.is_lora for delta in deltas) and leaves <= {"lora_down", "lora_up"}:
-        return {"ss_network_module": _LORA_MODULE, "ss_network_args": json.dumps({})}
+        return {"ss_network_module": for_lora, "ss_network_args": json.dumps({})}
     kind = next(iter(kinds))
     arguments = {"algo": _ALGORITHMS.get(kind, kind)} if len(kinds) == 1 else {}
     if NORMS in leaves:

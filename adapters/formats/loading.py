@@ -18,12 +18,13 @@ from diffgraft.adapters.formats.key_errors import (
     UnknownKeyError,
     describe_fitting_bases,
     describe_unknown_modules,
-    is_for_transformer,
+    is_for_unknown_transformer,
 )
 from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.ops.effect import have_one_shape
 from diffgraft.adapters.registry import dialects
 from diffgraft.bases.checkpoint_files import is_checkpoint, is_checkpoint_key
+from diffgraft.bases.registry import families
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError, one_line, wrap_system_errors
 
@@ -58,11 +59,11 @@ def load_adapter(path: str | PathLike[str], layers: int | None = None) -> Adapte
             f"{path} is a whole checkpoint, not an adapter. It cannot be used as a base either, as {path.suffix} files "
             "can contain code: download it as .safetensors."
         )
-    if is_for_transformer(tensors):
+    if is_for_unknown_transformer(tensors):
+        supported = ", ".join(families())
         raise DiffgraftError(
-            f"{path} is for a base whose denoiser is a transformer, such as Flux or Stable Diffusion 3 (first key: "
-            f"{one_line(next(iter(tensors)), 100)}). "
-            "Supported are bases with a UNet: Stable Diffusion 1.x, 2.x and XL."
+            f"{path} is for a base of an unknown family, whose denoiser is a transformer (first key: "
+            f"{one_line(next(iter(tensors)), 100)}). Supported families are {supported}."
         )
     try:
         contents = read_contents(tensors, header, layers)

@@ -4,13 +4,21 @@ Prefixes are ``lora_unet``, ``lora_te`` (one text encoder) or ``lora_te1`` and `
 a 0-dimensional ``alpha``. Two more are read: ``oft_unet`` of kohya's OFT, and ``lycoris``, which LyCORIS uses for any
 single module that it wraps: a UNet, or a text encoder if the paths are those of one. Paths of the UNet are those of
 diffusers for Stable Diffusion 1 and 2, and those of the original layout for XL; both are read for all. Paths of text
-encoders have the level ``text_model``. Words inside an adapter file are ``bundle_emb.<word>.<key>``, with a key of
-`embedding`: ``string_to_param.*`` for one text encoder, ``clip_l`` and ``clip_g`` for two.
-Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``wrapper.py``; sd-scripts, ``networks/lora.py`` and ``oft.py``.
+encoders have the level ``text_model``.
+
+Denoisers that are transformers have the prefix ``lora_unet`` too, and the paths of the original layout, in which
+queries, keys and values are one layer. Both layouts are read, also under the prefixes ``lora_transformer`` of
+OneTrainer and ``lycoris`` of SimpleTuner. T5 is ``lora_te3``.
+
+Words inside an adapter file are ``bundle_emb.<word>.<key>``, with a key of `embedding`: ``string_to_param.*`` for one
+text encoder, ``clip_l`` and ``clip_g`` for two.
+Sources: LyCORIS 4.1.3, ``lycoris/modules`` and ``wrapper.py``; sd-scripts, ``networks/lora.py``, ``oft.py``,
+``lora_flux.py`` and ``lora_sd3.py``; musubi-tuner, ``networks/lora.py``; OneTrainer, ``convert_flux_lora.py``.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,8 +26,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.dora import LEAF, LYCORIS
-from diffgraft.adapters.formats import embedding
-from diffgraft.adapters.formats.families import family_of, layers_of, may_be_sdxl, with_base
+from diffgraft.adapters.formats import embedding, original_names
+from diffgraft.adapters.formats.families import base_entry, family_of, layers_of, may_be_sdxl, with_base
 from diffgraft.adapters.formats.header import read_metadata, write_metadata
 from diffgraft.adapters.formats.join_deltas import join_deltas
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
@@ -31,10 +39,16 @@ PREFIXES = {
     "lora_unet": "unet",
     "lora_te1": "text_encoder",
     "lora_te2": "text_encoder_2",
+    "lora_te3": "text_encoder_3",
     "lora_te": "text_encoder",
     "oft_unet": "unet",
     "lycoris": "unet",
+    "lora_transformer": original_names.PART,
 }
+_DENOISER_PREFIXES = ("lora_unet", "lycoris", "lora_transformer")
+"""Prefixes under which files also have the layers of a transformer"""
+_T5 = {"flux1": "text_encoder_2"}
+"""Family → its T5, for families in which it is not the third text encoder"""
 _BEGINS = [f"{prefix}_" for prefix in PREFIXES]
 _TEXT_PATHS = ("text_model.", "encoder.", "embeddings.", "final_layer_norm", "text_projection")
 """Beginnings of module paths inside text encoders"""
@@ -46,10 +60,10 @@ _SEGMENTS = """
 down_blocks up_blocks mid_block transformer_blocks proj_in proj_out to_q to_k to_v to_out time_emb_proj
 conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2 text_model self_attn q_proj
 k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
-token_embedding position_embedding
+token_embedding position_embedding wi_0 wi_1
 input_blocks output_blocks middle_block in_layers out_layers emb_layers skip_connection time_embed label_emb
 """
-_SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, reverse=True)) + r"|[a-z0-9]+)(?:_|$)")
+_SEGMENT = re.compile("(?:" + "|".join(sorted(_SEGMENTS.split(), key=len, reverse=True)) + r"|[a-zA-Z0-9]+)(?:_|$)")
 """A single level of a path; names that contain underscores themselves are tried first"""
 
 
@@ -81,6 +95,7 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layers: int |
     """
     modules: dict[str, Module] = {}
     bundled: dict[str, Tensor] = {}
+    in_transformer = _is_for_transformer(tensors)
     for key, value in tensors.items():
         if embedding.is_bundled(key):
             bundled[key] = value
@@ -90,10 +105,25 @@ def read(tensors: Mapping[str, Tensor], header: Mapping[str, str], layers: int |
         leaf = leaf_of(ending)
         if prefix is None or leaf is None:
             raise UnknownKeyError(key, f"<prefix>_<module>.<leaf> of {', '.join(KINDS)}", _BEGINS, ENDINGS)
-        module = modules.setdefault(name, Module(*_part_and_path(prefix, to_dots(name.removeprefix(f"{prefix}_")))))
+        inside = name.removeprefix(f"{prefix}_")
+        if in_transformer and prefix in _DENOISER_PREFIXES:
+            part, path = original_names.PART, inside
+        else:
+            part, path = _part_and_path(prefix, to_dots(inside))
+        module = modules.setdefault(name, Module(part, path))
         module.add_leaf(key, leaf, value)
         module.has_zero_bound |= prefix == "oft_unet" and leaf == "alpha" and not value.any()
     return read_adapter(modules, bundled, header, layers, has_kohya_names=True)
+
+
+def _is_for_transformer(keys: Iterable[str]) -> bool:
+    """Whether a key names a layer of a transformer; then all modules with the prefixes of denoisers are such layers."""
+    for key in keys:
+        name = key.partition(".")[0]
+        prefix = next((prefix for prefix in _DENOISER_PREFIXES if name.startswith(f"{prefix}_")), None)
+        if prefix is not None and original_names.is_known(name.removeprefix(f"{prefix}_")):
+            return True
+    return False
 
 
 def read_adapter(
@@ -119,13 +149,16 @@ def read_adapter(
     if not modules:
         raise ValueError("it holds only words, but such files hold words only beside weights")
     tokens = embedding.read(bundled, {}).tokens if bundled else {}
-    contents = read_modules(modules, layers)
+    metadata = read_metadata(header)
+    contents = read_modules(modules, layers, base_entry(metadata, "family"))
     inferred = {"method": _method(contents.deltas, bool(tokens))}
     if tokens:
         inferred["trigger"] = next(iter(tokens))
     if any(LEAF in delta.leaves for deltas in contents.deltas.values() for delta in deltas):
         inferred["dora"] = LYCORIS
     adapter = Adapter(contents.deltas, read_metadata(header, **inferred), tokens=tokens)
+    if contents.family is not None:
+        return with_base(_with_t5(adapter, contents.family), family=contents.family)
     has_original_names = contents.layers is not None
     if has_kohya_names and has_original_names and family_of(adapter) is None and may_be_sdxl(contents.deltas):
         adapter = with_base(adapter, family="sdxl")
@@ -138,6 +171,15 @@ def _part_and_path(prefix: str, inside: str) -> tuple[str, str]:
         return "text_encoder", inside.removeprefix("text_model.")
     part = PREFIXES[prefix]
     return part, inside if part == "unet" else inside.removeprefix("text_model.")
+
+
+def _with_t5(adapter: Adapter, family: str) -> Adapter:
+    """Rename the text encoder that ``lora_te3`` stands for, if it is not the third in the family."""
+    renamed = {
+        path.replace("text_encoder_3.", f"{_T5[family]}.", 1) if family in _T5 else path: deltas
+        for path, deltas in adapter.deltas.items()
+    }
+    return replace(adapter, deltas=renamed)
 
 
 def _method(deltas: Mapping[str, tuple[Delta, ...]], with_words: bool) -> str:
@@ -168,31 +210,63 @@ def _written_alpha(adapter: Adapter, delta: Delta) -> float:
     return float(rank) if is_whole and isinstance(rank, int) and rank > 0 else float(delta.alpha)
 
 
-def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors and header. Raises ValueError for contents that such files cannot hold."""
-    if not adapter.deltas:
-        raise ValueError("it has only token embeddings, and a LyCORIS file needs weights; convert to embedding instead")
-    is_sdxl = family_of(adapter) == "sdxl"
-    blocks = BlockLayout(layers_of(adapter), (False, True, True)) if is_sdxl else None
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te1" if is_sdxl else "lora_te", "text_encoder_2": "lora_te2"}
-    tensors: dict[str, Tensor] = {}
-    for path, module_deltas in adapter.deltas.items():
+def named_leaves(adapter: Adapter, path: str, delta: Delta) -> dict[str, Tensor]:
+    """Return the leaves of a delta, and its alpha, under their names in files.
+
+    Args:
+        adapter: adapter that the delta belongs to.
+        path: path of its module, for messages.
+        delta: the delta.
+
+    Raises:
+        ValueError: such files cannot hold deltas of its kind.
+    """
+    if delta.kind not in KINDS:
+        raise ValueError(f"{path} holds a delta of kind {delta.kind}; such files hold {', '.join(KINDS)}")
+    is_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
+    named: dict[str, Tensor] = {}
+    for name, leaf in delta.leaves.items():
+        value = _norms_as_in_lycoris(leaf, delta) if name == LEAF else leaf
+        key = _NORM_LEAVES[name] if is_norm else name
+        named[key + (".weight" if name in LAYERS else "")] = value.contiguous()
+    if delta.alpha is not None:
+        named["alpha"] = torch.tensor(_written_alpha(adapter, delta))
+    return named
+
+
+def _named_modules(adapter: Adapter) -> Iterator[tuple[str, str, Sequence[Delta]]]:
+    """Yield each module with deltas as files have it: beginning of its keys, path for messages, and deltas.
+
+    Raises:
+        ValueError: a module has no name in such files, or is a part of a layer that they cannot hold.
+    """
+    family = family_of(adapter)
+    has_transformer = original_names.is_for_transformer(adapter) or family in original_names.layouts()
+    blocks = BlockLayout(layers_of(adapter), (False, True, True)) if family == "sdxl" else None
+    first = "lora_te1" if blocks or has_transformer else "lora_te"
+    second = "lora_te3" if family in _T5 else "lora_te2"
+    prefixes = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": second, "text_encoder_3": "lora_te3"}
+    for path, deltas in adapter.deltas.items():
         part, _, inside = path.partition(".")
+        if part == original_names.PART:
+            continue
         if blocks is not None and part == "unet":
             inside = blocks.to_ldm(inside)
         if part not in prefixes or to_dots(to_underscores(inside)) != inside:
             raise ValueError(f"the path {path} is ambiguous when written with underscores")
-        start = f"{prefixes[part]}_{to_underscores(inside if part == 'unet' else add_text_model(inside))}"
+        yield f"{prefixes[part]}_{to_underscores(inside if part == 'unet' else add_text_model(inside))}", path, deltas
+    for path, deltas in original_names.write_layers(adapter, family).items():
+        yield f"lora_unet_{to_underscores(path)}", f"{original_names.PART}.{path}", deltas
+
+
+def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and header. Raises ValueError for contents that such files cannot hold."""
+    if not adapter.deltas:
+        raise ValueError("it has only token embeddings, and a LyCORIS file needs weights; convert to embedding instead")
+    tensors: dict[str, Tensor] = {}
+    for start, path, module_deltas in _named_modules(adapter):
         for delta in join_deltas(path, module_deltas):
-            if delta.kind not in KINDS:
-                raise ValueError(f"{path} holds a delta of kind {delta.kind}; such files hold {', '.join(KINDS)}")
-            is_norm = "diff" in delta.leaves and delta.leaves["diff"].ndim == 1
-            for name, leaf in delta.leaves.items():
-                value = _norms_as_in_lycoris(leaf, delta) if name == LEAF else leaf
-                key = f"{start}.{_NORM_LEAVES[name] if is_norm else name}"
-                tensors[key + (".weight" if name in LAYERS else "")] = value.contiguous()
-            if delta.alpha is not None:
-                tensors[f"{start}.alpha"] = torch.tensor(_written_alpha(adapter, delta))
+            tensors |= {f"{start}.{leaf}": value for leaf, value in named_leaves(adapter, path, delta).items()}
     return tensors | embedding.bundle(adapter.tokens), {"format": "pt", **write_metadata(adapter)}
 
 

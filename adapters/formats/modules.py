@@ -18,6 +18,7 @@ from diffgraft.adapters.adapter import Delta, LinearDelta
 from diffgraft.adapters.dora import LEAF
 from diffgraft.adapters.formats.families import to_diffusers_names
 from diffgraft.adapters.formats.header import finite_number
+from diffgraft.adapters.formats.original_names import PART, read_layers
 from diffgraft.adapters.ops.effect import LARGEST
 from diffgraft.adapters.projections import match_conv_axes
 from diffgraft.adapters.registry import read_delta
@@ -68,7 +69,7 @@ class Module:
     """A module of a file, with its leaves."""
 
     part: str
-    """`unet`, `text_encoder` or `text_encoder_2`"""
+    """`unet`, `transformer`, `text_encoder`, `text_encoder_2` or `text_encoder_3`"""
     inside: str
     """Path inside the part, with dots, in diffusers' names or in those of the original layout"""
     leaves: dict[str, Tensor] = field(default_factory=dict)
@@ -90,17 +91,20 @@ class ModuleDeltas:
     """Module path, as in `Adapter.deltas` → its deltas"""
     layers: int | None
     """Layers per block of the UNet by which names of the original layout count; None if there are no such names"""
+    family: str | None
+    """Family of the transformer that the modules are of; None if they do not tell, or are of a UNet"""
 
 
-def read_modules(modules: Mapping[str, Module], layers: int | None) -> ModuleDeltas:
+def read_modules(modules: Mapping[str, Module], layers: int | None, family: str | None = None) -> ModuleDeltas:
     """Build the deltas of the modules of a file.
 
     Args:
         modules: module name in the file → its leaves.
         layers: layers per block of the base's UNet, if known.
+        family: family of the base, if the file's header names it.
 
     Raises:
-        ValueError: leaves do not fit together, or names match no known UNet, or more than one.
+        ValueError: leaves do not fit together, or names match no known UNet or transformer, or more than one.
     """
     built = {name: tuple(_deltas(module)) for name, module in modules.items()}
     original_names = {
@@ -109,13 +113,18 @@ def read_modules(modules: Mapping[str, Module], layers: int | None) -> ModuleDel
         if module.part == "unet" and module.inside.startswith(LDM_PREFIXES)
     }
     names, layers = to_diffusers_names(original_names, layers) if original_names else ({}, None)
+    of_transformer = {name: (module.inside, built[name]) for name, module in modules.items() if module.part == PART}
+    split = read_layers(of_transformer, family) if of_transformer else None
     copies: dict[str, list[tuple[Delta, ...]]] = {}
     for name, module in modules.items():
         inside = names.get(module.inside, module.inside) if module.part == "unet" else module.inside
-        earlier = copies.setdefault(f"{module.part}.{inside.removeprefix('text_model.')}", [])
-        if not any(_are_equal(built[name], other) for other in earlier):
-            earlier.append(built[name])
-    return ModuleDeltas({path: _combined(path, different) for path, different in copies.items()}, layers)
+        own = [(inside.removeprefix("text_model."), built[name])]
+        for path, deltas in split.layers[name] if split and module.part == PART else own:
+            earlier = copies.setdefault(f"{module.part}.{path}", [])
+            if not any(_are_equal(deltas, other) for other in earlier):
+                earlier.append(deltas)
+    combined = {path: _combined(path, different) for path, different in copies.items()}
+    return ModuleDeltas(combined, layers, split.family if split else None)
 
 
 def _combined(path: str, copies: Sequence[tuple[Delta, ...]]) -> tuple[Delta, ...]:

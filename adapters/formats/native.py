@@ -16,6 +16,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.dialect import Dialect
 from diffgraft.adapters.formats.header import DIFFGRAFT_KEY, finite_number, parse_json, read_json, write_metadata
+from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.adapters.registry import read_delta, read_network
 from diffgraft.errors import did_you_mean
 
@@ -108,6 +109,7 @@ DIALECT = Dialect(
     read=read,
     write=write,
     auto=40,
+    is_preferred=is_for_transformer,
     holds_networks=True,
     note="No other program reads diffgraft's own layout: for others use --to kohya or webui.",
 )

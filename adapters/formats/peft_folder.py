@@ -3,11 +3,13 @@
 Keys are ``base_model.model.<module path>.<leaf>``; rank and alpha are in the configuration, which is that of LoRA, LoHa
 or LoKr. Several parts are stored in subfolders ``unet``, ``text_encoder`` and ``text_encoder_2``. Text encoders have
 the names of transformers 5: the first without the level ``text_model``, the second with it. A folder that does not name
-its part belongs to the UNet if its layers are a UNet's, and otherwise to the (first) text encoder.
+its part belongs to the UNet or the transformer if its layers are those of one, and otherwise to the (first) text
+encoder. Layers of a transformer may have names of the original layout too.
 Source: peft 0.21.2, ``utils/save_and_load.py`` and ``tuners``.
 """
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from diffgraft.adapters.formats import peft_lokr
 from diffgraft.adapters.formats.diffusers_lora import UNET_STARTS, strip_adapter_name
 from diffgraft.adapters.formats.header import finite_number, pattern_value, read_json, read_metadata, write_metadata
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
+from diffgraft.adapters.formats.original_names import PART, is_known, is_of_diffusers, read_layers
 from diffgraft.adapters.formats.reader import open_file
 from diffgraft.adapters.method import add_text_model
 from diffgraft.adapters.registry import read_delta
@@ -35,6 +38,8 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _OLD_WEIGHTS = "adapter_model.bin"
 """Name of the weights in peft before 0.7, a pickle, which is opened with ``weights_only=True``"""
 _START = "base_model.model."
+_LEAF = re.compile(r"\.(?:lora|hada|lokr)_.+")
+"""End of a key, from its leaf on"""
 _KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 _LEAVES = {
     "lora_A.weight": "lora_down",
@@ -71,9 +76,20 @@ def _weights_in(folder: Path) -> Path:
     return old if old.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS
 
 
-def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:  # noqa: ARG001
-    """Whether a key contains peft's prefix ``base_model.model.``."""
-    return any(_START in key for key in tensors)
+def recognises(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+    """Whether a key contains peft's prefix ``base_model.model.``.
+
+    A file of a transformer's layers without a configuration is left to `dotted`: other tools write such files, in which
+    the scale is 1.
+    """
+    found = [key.partition(_START)[2] for key in tensors if _START in key]
+    has_config = any(key.endswith(CONFIG) for key in header)
+    return bool(found) and (has_config or not any(is_known(_layer_name(rest)) for rest in found))
+
+
+def _layer_name(rest: str) -> str:
+    """Name of a layer in a transformer, from a key without its prefix."""
+    return _LEAF.sub("", rest).removeprefix("diffusion_model.").removeprefix("transformer.")
 
 
 def read(
@@ -97,17 +113,37 @@ def read(
     deltas: dict[str, tuple[Delta, ...]] = {}
     configs = {part: _config(header, part) for part, _ in modules}
     for (part, inside), leaves in modules.items():
-        path = f"{part or ('unet.' if inside.startswith(UNET_STARTS) else 'text_encoder.')}{inside}"
-        path = path.replace(".text_model.", ".", 1)
+        path = f"{part or _part_of(inside)}{inside}".replace(".text_model.", ".", 1)
         if path in deltas:
             raise ValueError(f"it holds {path} twice, under two names")
         try:
             deltas[path] = (_read_module(inside, leaves, configs[part]),)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is invalid: {error}") from error
+    deltas = _with_diffusers_names(deltas)
     other_entries = {key: value for key, value in header.items() if not key.endswith(CONFIG)}
     kinds = {delta.kind for module_deltas in deltas.values() for delta in module_deltas}
     return Adapter(deltas, read_metadata(other_entries, method=next(iter(kinds)) if len(kinds) == 1 else "mixed"))
+
+
+def _part_of(inside: str) -> str:
+    """The part, with a dot, of a layer in a folder that does not name its part."""
+    if inside.startswith(UNET_STARTS):
+        return "unet."
+    return f"{PART}." if is_known(inside) else "text_encoder."
+
+
+def _with_diffusers_names(deltas: Mapping[str, tuple[Delta, ...]]) -> dict[str, tuple[Delta, ...]]:
+    """Rename, and split, layers of a transformer that have names of the original layout."""
+    inside = {path: path.removeprefix(f"{PART}.") for path in deltas if path.startswith(f"{PART}.")}
+    if all(map(is_of_diffusers, inside.values())):
+        return dict(deltas)
+    layers = read_layers({path: (name, deltas[path]) for path, name in inside.items()}).layers
+    renamed: dict[str, tuple[Delta, ...]] = {}
+    for path, own in deltas.items():
+        for name, changed in layers.get(path, [(path, own)]):
+            renamed[f"{PART}.{name}" if path in layers else name] = changed
+    return renamed
 
 
 def _config(header: Mapping[str, str], part: str) -> dict[str, Any]:

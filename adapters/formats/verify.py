@@ -16,6 +16,8 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.families import layers_of, with_diffusers_projections, with_family
 from diffgraft.adapters.formats.join_deltas import join_deltas
 from diffgraft.adapters.formats.loading import UnreadableError, read_contents
+from diffgraft.adapters.formats.original_names import PART
+from diffgraft.adapters.formats.row_blocks import adds_nothing
 from diffgraft.adapters.registry import read_delta
 from diffgraft.errors import DiffgraftError
 
@@ -55,7 +57,9 @@ def _missing(adapter: Adapter, again: Adapter, dialect: Any) -> Iterator[str]:
     expected = with_diffusers_projections(with_family(adapter))
     for path, deltas in expected.deltas.items():
         structure = _structure(again.deltas.get(path, ()))
-        if structure not in (_structure(deltas), _structure(_joined(path, deltas))):
+        if structure not in (_structure(deltas), _structure(_joined(path, deltas))) and not (
+            path.startswith(f"{PART}.") and _may_be_fused(path, deltas, again.deltas.get(path, ()))
+        ):
             yield f"{path} is read again as {_describe(structure)} instead of {_describe(_structure(deltas))}"
         elif {delta.rank_schedule for delta in again.deltas.get(path, ())} != {delta.rank_schedule for delta in deltas}:
             yield f"the ranks by timestep of {path} are not read again"
@@ -74,6 +78,28 @@ def _missing(adapter: Adapter, again: Adapter, dialect: Any) -> Iterator[str]:
         for key, value in json.loads(json.dumps(dict(adapter.metadata))).items():
             if not _contains(again.metadata.get(key), value):
                 yield f"the metadata entry {key!r} is not read again"
+
+
+def _may_be_fused(path: str, deltas: Sequence[Delta], again: Sequence[Delta]) -> bool:
+    """Whether the deltas of a layer may have become `again` by being joined with others of a fused layer, and split.
+
+    Ranks may have changed, zeros may have been added for a bias, and deltas that add nothing may be gone.
+    """
+    before, after = (
+        Counter((delta.kind, delta.matrix_shape) for delta in own if not adds_nothing(delta))
+        for own in (_joined_values(path, deltas), again)
+    )
+    return before == after
+
+
+def _joined_values(path: str, deltas: Sequence[Delta]) -> Sequence[Delta]:
+    """Deltas of one layer, joined where dialects with a single name per module join them."""
+    if len(deltas) < 2 or all(delta.kind == "lokr" for delta in deltas):
+        return deltas
+    try:
+        return join_deltas(path, deltas)
+    except ValueError:
+        return deltas
 
 
 def _structure(deltas: Sequence[Delta]) -> Counter[tuple[str, frozenset[tuple[str, int]]]]:

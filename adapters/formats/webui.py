@@ -13,6 +13,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.dialect import Dialect, store_safetensors
 from diffgraft.adapters.formats import embedding, kohya, webui_hypernetwork
 from diffgraft.adapters.formats.compatibility import incomplete_attention, webui_problem
+from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.files import atomic_write
 
 _LAST_NORM = "lora_unet_conv_norm_out."
@@ -40,6 +41,8 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         return webui_hypernetwork.write(adapter)
     if not adapter.deltas:
         return embedding.write_nameless(adapter)
+    if is_for_transformer(adapter):
+        raise ValueError("it is for a transformer, which webui does not draw with: use kohya, which ComfyUI reads")
     for path, deltas in adapter.deltas.items():
         for delta in deltas:
             if reason := webui_problem(path, delta):

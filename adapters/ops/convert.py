@@ -11,6 +11,8 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats import dialect_of, load_for_base, only_word, save_adapter
 from diffgraft.adapters.formats.compatibility import compatibility_notes
+from diffgraft.adapters.formats.families import with_base_of
+from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
 from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
@@ -75,6 +77,8 @@ def convert(
     """
     path = check_new(path)
     adapter = source if isinstance(source, Adapter) else load_for_base(source, weights)
+    if weights is not None and is_for_transformer(adapter):
+        adapter = with_base_of(adapter, weights)  # names in files depend on the family
     if (target := written_dialects().get(dialect)) is not None and target.holds_new_weights:
         adapter = with_new_weights(adapter, weights, device)
     rounded = in_precision(adapter, precision) if precision else adapter

@@ -9,6 +9,7 @@ from torch import Tensor
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import Shape
+from diffgraft.bases.registry import denoisers, layer_name_suffixes
 from diffgraft.bases.shapes import KNOWN, layer_shapes
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
@@ -57,7 +58,7 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
                     f"The adapter does not fit this base: {path} is {problem}. Name the base it is for (--base)."
                 )
         return {path: base_shapes[path] for path in adapter.deltas}
-    known = {path: _weight_shape(deltas) for path, deltas in adapter.deltas.items()}
+    known = {path: _weight_shape(deltas) or _linear_shape(path, deltas) for path, deltas in adapter.deltas.items()}
     if all(shape is not None for shape in known.values()):
         return {path: shape for path, shape in known.items() if shape is not None}
     for name in _bases_in_likely_order(adapter):
@@ -74,6 +75,13 @@ def shapes_of(adapter: Adapter, weights: Weights | None = None) -> dict[str, Sha
 def _weight_shape(deltas: Sequence[Delta]) -> Shape | None:
     """Shape of a module's weight, if one of its deltas tells; else None."""
     return next((shape for delta in deltas if (shape := delta.weight_shape) is not None), None)
+
+
+def _linear_shape(path: str, deltas: Sequence[Delta]) -> Shape | None:
+    """Shape of the weight of a module in a denoiser without convolutions, whose weights are matrices; else None."""
+    part = path.partition(".")[0]
+    is_linear = part in denoisers() and not layer_name_suffixes(part, "convolution")
+    return matrix_shape(deltas) if is_linear else None
 
 
 def _bases_in_likely_order(adapter: Adapter) -> list[str]:

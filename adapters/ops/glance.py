@@ -28,6 +28,12 @@ _TWO_NAMES = (
     *(("lora_te_", "lora_te1_"), ("lycoris_", "lora_unet_")),
 )
 """Pairs of names that one layer may have; a file with both can hold layers twice, which only reading it shows"""
+_TRANSFORMER = re.compile(
+    r"(?:lora_unet_|(?:model\.)?diffusion_model\.)"
+    r"(?!(?:down|up|mid|input|output|middle)_block|conv_|time_embed|add_embedding|label_emb|out[_.])"
+    r"|lora_transformer[_.]|base_model\."
+)
+"""Beginning of a key of a transformer's layer, which can stand for several layers, as only reading the file shows"""
 _WORDS = ("emb_params", "clip_l", "clip_g")
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 """Dtype of a single number → format of its bytes"""
@@ -65,6 +71,8 @@ def _lines(
     bundled = {key.split(".")[1] for key in entries if key.startswith("bundle_emb.")}
     words = {key: entry for key, entry in entries.items() if key in _WORDS or (len(entries) == 1 and "." not in key)}
     if not known or not (modules or words) or not isinstance(known.get("base", {}), Mapping):
+        return None
+    if any(_TRANSFORMER.match(key) for key in modules):
         return None
     if any(all(any(name in key for key in modules) for name in pair) for pair in _TWO_NAMES):
         return None

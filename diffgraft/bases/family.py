@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError
 
@@ -132,6 +133,8 @@ class Family(ABC):
     """Whether the denoiser has the block names IN00 … M00 … OUT11; if not, strengths only know BASE"""
     checkpointed: tuple[str, ...] = ()
     """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
+    original: OriginalLayout | None = None
+    """Names of the denoiser's layers in its authors' code, for files with them; None: see `diffgraft.bases.ldm_keys`"""
     unsupported: Mapping[str, str] = {}
     """Recipe key that this family does not support → reason; ``train`` and ``plan`` refuse such keys"""
 

@@ -212,12 +212,13 @@ def test_names_of_files_say_what_they_are(base: Base, tmp_path: Path) -> None:
 def test_what_is_for_something_else_is_said(base: Base, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for key in (
-        "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight",
-        "lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
-        "lora_transformer_single_transformer_blocks_0_attn_to_k.lora_down.weight",
+        "transformer.blocks.0.attn1.to_k.lora_A.weight",
+        "diffusion_model.blocks.0.self_attn.k.lora_A.weight",
+        "lora_unet_single_blocks_0_linear1_qkv.lora_down.weight",
+        "lora_transformer_single_stream_blocks_0_attn_to_k.lora_down.weight",
     ):
         save_file({key: torch.ones(2, 5), key.replace("_A", "_B").replace("down", "up"): torch.ones(7, 2)}, path)
-        assert "such as Flux or Stable Diffusion 3" in refused(path)
+        assert "is for a base of an unknown family, whose denoiser is a transformer" in refused(path)
     base.pipeline().save_pretrained(tmp_path / "folder")
     assert "is a whole checkpoint, not an adapter" in refused(tmp_path / "folder")
     save_file({"model.diffusion_model.out.2.bias": torch.ones(4)}, path)
@@ -233,7 +234,7 @@ def test_without_a_header_the_scale_is_one(base: Base, tmp_path: Path) -> None:
 
 def test_what_the_layout_cannot_say_is_refused_and_not_dropped(tmp_path: Path) -> None:
     delta = low_rank(torch.zeros(2, 5), torch.zeros(7, 2), 2.0)
-    with pytest.raises(DiffgraftError, match=r"vae\.decoder\.proj is not in unet, text_encoder"):
+    with pytest.raises(DiffgraftError, match=r"vae\.decoder\.proj is not in transformer, unet, text_encoder"):
         Adapter({"unet.proj": (delta,), "vae.decoder.proj": (delta,)}).save(tmp_path / "x.safetensors", "diffusers")
     with pytest.raises(DiffgraftError, match="the diffusers layout holds only one plain LoRA per module"):
         Adapter({"unet.proj": (delta, delta)}).save(tmp_path / "x.safetensors", "diffusers")

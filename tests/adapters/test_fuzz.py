@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load, save, save_file
 
-from benchmarks.formats import samples
+from benchmarks.formats import samples, transformer_samples
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.ops.inspect import inspect, summary
@@ -34,7 +34,8 @@ def small_files(folder: Path) -> list[Path]:
     """One healthy file of every dialect and container, a few kilobytes each."""
     folder.mkdir()
     found: list[Path] = []
-    for place, (name, adapter) in enumerate(samples().items()):
+    flux = {f"{name} for FLUX": adapter for name, adapter in transformer_samples().items()}
+    for place, (name, adapter) in enumerate({**samples(), **flux}.items()):
         little = {
             path: tuple(delta for delta in own if sum(leaf.numel() for leaf in delta.leaves.values()) < 40_000)
             for path, own in adapter.deltas.items()
@@ -43,7 +44,7 @@ def small_files(folder: Path) -> list[Path]:
         if not kept and not adapter.tokens:
             continue
         few = Adapter(kept, adapter.metadata, tokens=adapter.tokens)
-        for dialect in ("auto", "diffgraft", "lycoris"):
+        for dialect in ("auto", "diffgraft", "lycoris", "comfyui"):
             try:
                 found.append(few.save(folder / f"{place}-{dialect}.safetensors", dialect))
             except DiffgraftError:

@@ -9,6 +9,7 @@ from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
     CLIP_LAYERS,
+    FLUX_ATTENTION,
     JOINT_ATTENTION,
     KL_VAE,
     SCHEDULER,
@@ -18,6 +19,48 @@ from diffgraft.bases.flow import (
     packed,
     unpacked,
 )
+from diffgraft.bases.original_layout import OriginalLayout
+
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {
+            "img_in": "x_embedder",
+            "txt_in": "context_embedder",
+            "final_layer.linear": "proj_out",
+            "final_layer.adaLN_modulation.1": "norm_out.linear",
+        },
+        ("time_in.", "time_text_embed.timestep_embedder."): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        ("guidance_in.", "time_text_embed.guidance_embedder."): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        ("vector_in.", "time_text_embed.text_embedder."): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        ("double_blocks.*.", "transformer_blocks.*."): {
+            **FLUX_ATTENTION,
+            "img_mod.lin": "norm1.linear",
+            "img_mlp.0": "ff.net.0.proj",
+            "img_mlp.2": "ff.net.2",
+            "txt_mod.lin": "norm1_context.linear",
+            "txt_mlp.0": "ff_context.net.0.proj",
+            "txt_mlp.2": "ff_context.net.2",
+        },
+        ("single_blocks.*.", "single_transformer_blocks.*."): {
+            "modulation.lin": "norm.linear",
+            "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+            "linear2": "proj_out",
+            "norm.query_norm": "attn.norm_q",
+            "norm.key_norm": "attn.norm_k",
+        },
+    },
+    shares={"single_blocks.*.linear1": (1, 1, 1, 4)},
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    shapes={
+        "final_layer.adaLN_modulation.1": (2, 1),
+        **{f"double_blocks.*.{side}_mlp.0": (4, 1) for side in ("img", "txt")},
+        **{f"double_blocks.*.{side}_mlp.2": (1, 4) for side in ("img", "txt")},
+        "single_blocks.*.linear1": (7, 1),
+        "single_blocks.*.linear2": (1, 5),
+    },
+    sizes=frozenset({(3072, 19)}),
+)
+"""Names in black-forest-labs/flux, ``src/flux/model.py`` and ``modules/layers.py``"""
 
 
 class Flux1(FlowFamily):
@@ -49,6 +92,7 @@ class Flux1(FlowFamily):
         "text_encoder_2": T5_LAYERS,
     }
     checkpointed = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    original = _ORIGINAL
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return T5's states [n, 512, 4096] and CLIP's pooled embedding; longer prompts are truncated."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, LatentSpec, TextSlot
 from diffgraft.bases.flow import (
+    FLUX_ATTENTION,
     JOINT_ATTENTION,
     QWEN_LAYERS,
     QWEN_TOKENIZER,
@@ -18,9 +19,48 @@ from diffgraft.bases.flow import (
     grid_ids,
     language_states,
 )
+from diffgraft.bases.original_layout import OriginalLayout
 
 _LENGTH = 512
 """Tokens of a prompt, padding included"""
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {
+            "img_in": "x_embedder",
+            "txt_in": "context_embedder",
+            "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+            "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+            "single_stream_modulation.lin": "single_stream_modulation.linear",
+            "final_layer.linear": "proj_out",
+            "final_layer.adaLN_modulation.1": "norm_out.linear",
+        },
+        ("time_in.", "time_guidance_embed.timestep_embedder."): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        ("guidance_in.", "time_guidance_embed.guidance_embedder."): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        ("double_blocks.*.", "transformer_blocks.*."): {
+            **FLUX_ATTENTION,
+            "img_mlp.0": "ff.linear_in",
+            "img_mlp.2": "ff.linear_out",
+            "txt_mlp.0": "ff_context.linear_in",
+            "txt_mlp.2": "ff_context.linear_out",
+        },
+        ("single_blocks.*.", "single_transformer_blocks.*."): {
+            "linear1": "attn.to_qkv_mlp_proj",
+            "linear2": "attn.to_out",
+            "norm.query_norm": "attn.norm_q",
+            "norm.key_norm": "attn.norm_k",
+        },
+    },
+    swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    shapes={
+        "final_layer.adaLN_modulation.1": (2, 1),
+        **{f"double_blocks.*.{side}_mlp.0": (6, 1) for side in ("img", "txt")},
+        **{f"double_blocks.*.{side}_mlp.2": (1, 3) for side in ("img", "txt")},
+        "single_blocks.*.linear1": (9, 1),
+        "single_blocks.*.linear2": (1, 4),
+    },
+    sizes=frozenset({(3072, 5), (4096, 8)}),
+)
+"""Names in black-forest-labs/flux2, ``src/flux2/model.py``"""
 
 
 class Flux2Klein(FlowFamily):
@@ -53,6 +93,7 @@ class Flux2Klein(FlowFamily):
         "text_encoder": QWEN_LAYERS,
     }
     checkpointed = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
+    original = _ORIGINAL
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the states of three of Qwen3's layers beside one another, [n, 512, 3 · width], padding included."""

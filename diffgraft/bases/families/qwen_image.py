@@ -16,12 +16,30 @@ from diffgraft.bases.flow import (
     packed,
     unpacked,
 )
+from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.qwen_vae import QWEN_VAE, QwenVaeFamily
 
 _LENGTH = 512
 """Tokens of a prompt at most"""
 _UNUSED = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 """Layers of the last block that only change the text, which is not used after it"""
+_BLOCK = (
+    *JOINT_ATTENTION,
+    *("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k"),
+    *("img_mod.1", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mod.1", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+_ENDS = (
+    *("img_in", "txt_norm", "txt_in", "norm_out.linear", "proj_out"),
+    *("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"),
+)
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {name: name for name in _ENDS},
+        ("transformer_blocks.*.", "transformer_blocks.*."): {name: name for name in _BLOCK},
+    },
+    sizes=frozenset({(3072, 60)}),
+)
+"""Names in QwenLM/Qwen-Image, which are those of diffusers"""
 
 
 class QwenImage(QwenVaeFamily):
@@ -46,6 +64,7 @@ class QwenImage(QwenVaeFamily):
         "text_encoder": QWEN_LAYERS,
     }
     checkpointed = ("QwenImageTransformerBlock",)
+    original = _ORIGINAL
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the encoder's last states of the prompt, [n, 512, width] with zeros behind, and a mask of its tokens.

@@ -7,9 +7,48 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, T5_LAYERS, FlowFamily, levels
+from diffgraft.bases.original_layout import OriginalLayout
 
 _CLIP = Component("transformers", ("CLIPTextModelWithProjection",))
 _TOKENIZER = Component("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {
+            "x_embedder.proj": "pos_embed.proj",
+            "context_embedder": "context_embedder",
+            "final_layer.linear": "proj_out",
+            "final_layer.adaLN_modulation.1": "norm_out.linear",
+        },
+        ("t_embedder.mlp.", "time_text_embed.timestep_embedder."): {"0": "linear_1", "2": "linear_2"},
+        ("y_embedder.mlp.", "time_text_embed.text_embedder."): {"0": "linear_1", "2": "linear_2"},
+        ("joint_blocks.*.x_block.", "transformer_blocks.*."): {
+            "adaLN_modulation.1": "norm1.linear",
+            "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "attn.ln_q": "attn.norm_q",
+            "attn.ln_k": "attn.norm_k",
+            "attn.proj": "attn.to_out.0",
+            "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+            "attn2.ln_q": "attn2.norm_q",
+            "attn2.ln_k": "attn2.norm_k",
+            "attn2.proj": "attn2.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+        },
+        ("joint_blocks.*.context_block.", "transformer_blocks.*."): {
+            "adaLN_modulation.1": "norm1_context.linear",
+            "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "attn.ln_q": "attn.norm_added_q",
+            "attn.ln_k": "attn.norm_added_k",
+            "attn.proj": "attn.to_add_out",
+            "mlp.fc1": "ff_context.net.0.proj",
+            "mlp.fc2": "ff_context.net.2",
+        },
+    },
+    swapped=frozenset({"final_layer.adaLN_modulation.1", "joint_blocks.*.context_block.adaLN_modulation.1"}),
+    shapes={"final_layer.adaLN_modulation.1": (2, 1)},
+    sizes=frozenset({(1536, 24), (2432, 38)}),
+)
+"""Names in Stability-AI/sd3.5, ``mmditx.py``; in the last block, the text has only a shift and a scale"""
 
 
 class StableDiffusion3(FlowFamily):
@@ -45,6 +84,7 @@ class StableDiffusion3(FlowFamily):
         "text_encoder_3": T5_LAYERS,
     }
     checkpointed = ("JointTransformerBlock",)
+    original = _ORIGINAL
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the states of both CLIPs beside those of T5, [n, 77 + 256, 4096], and pooled embeddings.

@@ -17,9 +17,30 @@ from diffgraft.bases.flow import (
     as_message,
     language_states,
 )
+from diffgraft.bases.original_layout import OriginalLayout
 
 _LENGTH = 512
 """Tokens of a prompt at most"""
+_BLOCK = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.q_norm": "attention.norm_q",
+    "attention.k_norm": "attention.norm_k",
+    "attention.out": "attention.to_out.0",
+    **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0")},
+    **{name: name for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")},
+}
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {
+            "x_embedder": "all_x_embedder.2-1",
+            "final_layer.linear": "all_final_layer.2-1.linear",
+            "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+            **{name: name for name in ("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.0", "cap_embedder.1")},
+        },
+        **{(f"{blocks}.*.",) * 2: _BLOCK for blocks in ("layers", "noise_refiner", "context_refiner")},
+    },
+)
+"""Names in the checkpoints for ComfyUI, which are those of Alpha-VLLM/Lumina-Image-2.0, ``models/model.py``"""
 
 
 class ZImage(FlowFamily):
@@ -47,6 +68,7 @@ class ZImage(FlowFamily):
         "text_encoder": QWEN_LAYERS,
     }
     checkpointed = ("ZImageTransformerBlock",)
+    original = _ORIGINAL
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the penultimate states of the encoder, [n, 512, width], and a mask of the tokens that are no padding.
