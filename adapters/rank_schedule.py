@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffgraft.adapters.patch import run_layer
+from diffgraft.bases.registry import schedule_timesteps
 from diffgraft.errors import one_line
 
 _ROUNDING = 1e-5
@@ -66,6 +67,8 @@ class RankSchedule(BaseModel):
             raise ValueError(f"its schedule of ranks is invalid: {one_line(error)}") from error
 
 
+_ARGUMENTS = ("timestep", "t")
+"""Names of the timesteps among the arguments of denoisers; Z-Image has the second"""
 _READERS: WeakKeyDictionary[nn.Module, list["TimestepReader"]] = WeakKeyDictionary()
 """Network → the readers that watch it"""
 
@@ -81,15 +84,18 @@ class TimestepReader:
         self.timesteps: Tensor | None = None
         """Timesteps [n], or [1] for a whole batch, of the latest call"""
         parameters = list(inspect.signature(type(network).forward).parameters)[1:]
-        self._place = parameters.index("timestep") if "timestep" in parameters else None
+        self._name = next((name for name in _ARGUMENTS if name in parameters), None)
+        self._place = None if self._name is None else parameters.index(self._name)
+        self._to_schedule = schedule_timesteps(network)
         self._hook = network.register_forward_pre_hook(self._read, with_kwargs=True)
         self._others = _READERS.setdefault(network, [])
         self._others.append(self)
 
     def _read(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if self._place is not None:
-            value = args[self._place] if len(args) > self._place else kwargs.get("timestep")
-            self.timesteps = None if value is None else torch.as_tensor(value).reshape(-1)
+            value = args[self._place] if len(args) > self._place else kwargs.get(str(self._name))
+            given = None if value is None else torch.as_tensor(value).reshape(-1)
+            self.timesteps = None if given is None else self._to_schedule(given)
 
     @property
     def can_read(self) -> bool:
@@ -140,8 +146,11 @@ def masked_product(layer: nn.Module, x: Tensor, down: Tensor, up: Tensor, mask: 
         x: its input, [n, …, in] or [n, in, h, w].
         down: [r, in] or [r, in / groups, …kernel].
         up: [out, r] or [out, r, 1, 1].
-        mask: factor on each rank for each sample, [n, r] or [1, r]; None: all ranks act.
+        mask: factor on each rank for each sample, [n, r] or [1, r]; None: all ranks act. If the input has a multiple
+            of n rows, as in layers that see each token of a text by itself, those of a sample follow one another.
     """
+    if mask is not None and len(mask) not in (1, len(x)):
+        mask = mask.repeat_interleave(len(x) // len(mask), 0)
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         return _grouped_product(layer, x, down, up, mask)
     inner = run_layer(layer, x, down)

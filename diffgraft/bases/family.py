@@ -197,6 +197,10 @@ class Family(ABC):
                 network that this family's `control_network` made.
         """
 
+    def schedule_timesteps(self, given: Tensor) -> Tensor:
+        """Return timesteps from 0 to 1000 for the values that the denoiser takes as its argument ``timestep``, [n]."""
+        return given
+
     def control_network(self, base: "Base", settings: Mapping[str, Any] | None = None) -> nn.Module:  # noqa: ARG002
         """Build the network that steers the denoiser of `base` by condition pictures, in float32 on the CPU.
 

@@ -1,6 +1,9 @@
 """Registry of families, and the names of their networks."""
 
+from collections.abc import Callable
 from functools import cache
+
+from torch import Tensor, nn
 
 from diffgraft.bases.family import GROUP, Family
 from diffgraft.plugins import discover
@@ -15,6 +18,20 @@ def families() -> dict[str, Family]:
 def denoisers() -> tuple[str, ...]:
     """Return the names of denoisers in pipelines, adapter paths and strengths."""
     return tuple(dict.fromkeys(family.denoiser for family in families().values()))
+
+
+def schedule_timesteps(denoiser: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the `Family.schedule_timesteps` of a denoiser, found by its class; the identity for unknown classes."""
+    kind = type(denoiser).__name__
+    owners = (family for family in families().values() if kind in _classes(family))
+    family = next(owners, None)
+    return family.schedule_timesteps if family is not None else lambda given: given
+
+
+def _classes(family: Family) -> tuple[str, ...]:
+    """Return the class names of a family's denoisers."""
+    component = family.components.get(family.denoiser)
+    return () if component is None else component.classes
 
 
 def tokenizers() -> dict[str, str]:

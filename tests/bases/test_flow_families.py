@@ -11,6 +11,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 import diffgraft as dg
+from diffgraft.adapters.rank_schedule import TimestepReader
 from diffgraft.bases import Base
 from diffgraft.bases.flow import packed, unpacked
 from diffgraft.bases.layers import LAYERS, choose_layers
@@ -273,6 +274,18 @@ def test_layers_that_cannot_matter_are_known(flow_base: Base) -> None:
     moved = {path for path, own in zip(weights, gradients, strict=True) if own is not None and own.abs().max() > 0}
     known = {path for path in layers if flow_base.family.affects_output(flow_base, "transformer", path)}
     assert moved == known
+
+
+def test_timesteps_are_read_from_a_call_of_the_denoiser(flow_base: Base) -> None:
+    """By a T-LoRA, whose ranks depend on them: 1000 · σ, whatever the denoiser takes for it."""
+    reader = TimestepReader(flow_base.denoiser)
+    timesteps = torch.tensor([99, 899])
+    with torch.no_grad():
+        noisy = normal((2, *latent_shape(flow_base)), 1)
+        flow_base.denoise(noisy, timesteps, flow_base.condition(["a cat", "a dog"]))
+    reader.remove()
+    assert reader.timesteps is not None
+    torch.testing.assert_close(reader.timesteps, 1000 * flow_base.parameterization.sigmas[timesteps])
 
 
 @pytest.mark.parametrize(

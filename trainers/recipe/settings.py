@@ -81,7 +81,7 @@ class Loss(LossOfErrors):
     """Objective, loss function and loss weights."""
 
     objective: str = ""
-    """Objective: captioned, dreambooth, prior-prediction, consistency, preference, slider, picture-slider, align, or that
-    of an outside package; unset: the one that fits the task and its prior preservation"""
+    """Objective: captioned, dreambooth, prior-prediction, consistency, preference, slider, picture-slider, align, or
+    that of an outside package; unset: the one that fits the task and its prior preservation"""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the objective"""

@@ -108,6 +108,10 @@ class StableDiffusion3(FlowFamily):
         )[0]
         return prediction
 
+    def schedule_timesteps(self, given: Tensor) -> Tensor:
+        """Return `given` [n], which is 1000 · σ."""
+        return given
+
     def sampling_sigmas(self, base: Base, tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the noise levels of diffusers' scheduler, which are even in σ before its shift."""
         scheduler = type(base.scheduler).from_config(base.scheduler.config)

@@ -90,6 +90,10 @@ class ZImage(FlowFamily):
         )[0]
         return -torch.stack(list(found)).squeeze(2)
 
+    def schedule_timesteps(self, given: Tensor) -> Tensor:
+        """Return 1000 · σ, where `given` [n] is 1 − σ."""
+        return 1000 * (1 - given)
+
     def affects_output(self, base: Base, part: str, path: str) -> bool:
         """Whether the module affects the picture: the last layer of the text encoder and its norm do not."""
         count = base.text_encoder.config.num_hidden_layers
