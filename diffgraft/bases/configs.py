@@ -194,8 +194,8 @@ class FlowSchedulerConfig(Config):
     use_dynamic_shifting: bool = False
     base_shift: Annotated[float, Field(ge=0, le=20)] | None = 0.5
     max_shift: Annotated[float, Field(ge=0, le=20)] | None = 1.15
-    base_image_seq_len: Annotated[int, Field(ge=1, le=2**20)] = 256
-    max_image_seq_len: Annotated[int, Field(ge=2, le=2**20)] = 4096
+    base_image_seq_len: Annotated[int, Field(ge=1, le=2**16)] | None = 256
+    max_image_seq_len: Annotated[int, Field(gt=2**10, le=2**20)] | None = 4096
     invert_sigmas: Literal[False] = False
     stochastic_sampling: Literal[False] = False
 

@@ -142,9 +142,14 @@ class FlowFamily(Family):
 
 
 def _linear_shift(config: Any, tokens: int) -> float:
-    """Return the value at `tokens` of the line between the two points of a scheduler's configuration."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-    return float(config.base_shift + slope * (tokens - config.base_image_seq_len))
+    """Return the value at `tokens` of the line between the two points of a scheduler's configuration.
+
+    Where the configuration has none, they are those of FLUX.1.
+    """
+    low, high = config.base_image_seq_len or 256, config.max_image_seq_len or 4096
+    first = 0.5 if config.base_shift is None else config.base_shift
+    last = 1.15 if config.max_shift is None else config.max_shift
+    return float(first + (last - first) / (high - low) * (tokens - low))
 
 
 def levels(sigmas: Tensor) -> list[float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def logit_normal(share: float, mean: float, std: float) -> float:
         ),
         ({"distribution": "logit-normal"}, lambda share: logit_normal(share, 0.0, 1.0)),
     ],
-    ids=str,
+    ids=["uniform", "shifted up", "shifted down", "logit-normal and shifted", "logit-normal"],
 )
 def test_shares_are_distributed_as_they_should_be(settings: dict[str, Any], below: Callable[[float], float]) -> None:
     """The largest distance to the distribution function is one of 4000 draws by chance (Kolmogorov and Smirnov)."""
@@ -73,6 +74,14 @@ def test_shift_by_size_is_the_familys(flow_base: Base) -> None:
     shift = flow_base.family.timestep_shift(flow_base, 16, 8)
     rule = Timesteps.model_validate({"shift": shift})
     assert found.tolist() == [draw_timestep(1000, rule, seed, shift) for seed in seeds]
+
+
+def test_a_scheduler_without_shifts_has_those_of_flux(flow_base: Base) -> None:
+    config = {**flow_base.scheduler.config, "base_shift": None, "max_shift": None, "max_image_seq_len": None}
+    shift = math.exp(0.5 + 0.65 * (1024 - 256) / (4096 - 256))
+    patch = flow_base.family.patch
+    other: Any = SimpleNamespace(scheduler=flow_base.scheduler.from_config(config))
+    assert flow_base.family.timestep_shift(other, 32 * patch, 32 * patch) == pytest.approx(shift)
 
 
 def test_a_shift_by_size_needs_a_family_that_has_one(base: Base) -> None:
