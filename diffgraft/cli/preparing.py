@@ -13,7 +13,7 @@ def import_config(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="Configuration of sd-scripts, OneTrainer, LECO or ai-toolkit (sliders), and its dataset_config, "
+            help="Configuration of sd-scripts, OneTrainer, ai-toolkit or LECO, and its dataset_config, "
             "concepts or prompts if in separate files.",
         ),
     ],

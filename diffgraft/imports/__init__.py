@@ -1,4 +1,4 @@
-"""Conversion of other tools' configurations to recipes: kohya's sd-scripts, its GUI, OneTrainer, and text sliders.
+"""Conversion of other tools' configurations to recipes: kohya's sd-scripts, its GUI, OneTrainer, ai-toolkit, LECO.
 
 Each tool has tables of its keys with their defaults and the recipe keys they map to; keys that have a meaning only
 together are converted by small functions. Every key of a file is listed in the `ImportReport`: mapped, dropped with a

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, short_repr
+from diffgraft.imports.ai_toolkit import KINDS, convert_training
 from diffgraft.imports.import_report import ImportReport, KeyRule, defaults_of, map_table, unsupported
 from diffgraft.imports.reading import find_file, read_config
 
@@ -136,7 +137,7 @@ def convert_leco(config: Mapping[str, Any], file: Path, prompts: Sequence[Any] |
 
 
 def convert_ai_toolkit(config: Mapping[str, Any], file: Path) -> ImportReport:
-    """Convert a job of ai-toolkit whose first process is a slider.
+    """Convert a job of ai-toolkit, whose first process trains on pictures or is a slider.
 
     Raises:
         DiffgraftError: it is another kind of job, or has no targets.
@@ -145,9 +146,12 @@ def convert_ai_toolkit(config: Mapping[str, Any], file: Path) -> ImportReport:
     process = processes[0] if isinstance(processes, list) and processes else None
     process = process if isinstance(process, Mapping) else {}
     kind, slider = process.get("type"), process.get("slider")
+    if kind in KINDS:
+        return convert_training(process, file)
     if kind not in ("slider", "concept_slider") or not isinstance(slider, Mapping):
         raise DiffgraftError(
-            f"{file} is a job of ai-toolkit of type {kind!r}: of these, only text sliders can be read."
+            f"{file} is a job of ai-toolkit of type {short_repr(kind)}: only those of type "
+            f"{', '.join(KINDS)}, slider and concept_slider can be read."
         )
     targets = slider.get("targets") if kind == "slider" else [slider]
     if not isinstance(targets, list) or not targets or not isinstance(targets[0], Mapping):

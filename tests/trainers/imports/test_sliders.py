@@ -155,7 +155,7 @@ def test_its_newer_sliders_have_a_strength_of_their_own(make: Make) -> None:
 @pytest.mark.parametrize(
     ("content", "answer"),
     [
-        ("config: {process: [{type: sd_trainer}]}", "of type 'sd_trainer': of these, only text sliders can be read"),
+        ("config: {process: [{type: extract}]}", "of type 'extract': only those of type sd_trainer"),
         ("config: {process: []}", "of type None"),
         ("config: {process: [{type: slider, slider: {targets: []}}]}", "has no slider.targets"),
         ("a: [", "cannot be read as YAML"),
