@@ -56,6 +56,8 @@ class DrawingOptions(LoadOptions, total=False):
     """Number of denoising steps; 25 by default"""
     guidance: float | None
     """Scale of classifier-free guidance; 1 turns it off"""
+    embedded_guidance: float
+    """Guidance that is told to a distilled base, such as FLUX.1 dev; 3.5 by default"""
     rescale: float
     """Guidance rescale, 0 to 1"""
     mimic: float | None

@@ -166,7 +166,8 @@ def _shapes(name: str, adapter: Adapter, base: Base) -> dict[str, Shape]:
     """
     part = base.family.denoiser
     layers = {
-        f"{part}.{path}": base.denoiser.get_submodule(path) for path in choose_layers(part, base.denoiser, "context")
+        f"{part}.{path}": base.denoiser.get_submodule(path)
+        for path in choose_layers(part, base.denoiser, "context", base.family)
     }
     for path, deltas in adapter.deltas.items():
         if path not in layers:

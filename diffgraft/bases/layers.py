@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from diffgraft.bases.family import Family
 from diffgraft.bases.registry import layer_name_suffixes, part_names, tokenizers
 
 LAYERS = {
@@ -32,11 +33,21 @@ def is_embedding(path: str) -> bool:
     return is_of_text(path) and ".embeddings." in path
 
 
-def choose_layers(part: str, module: nn.Module, layers: str) -> list[str]:
-    """Return the paths, inside the network `module` called `part`, of the layers chosen by a key of `LAYERS`."""
-    return find_modules(
-        module, tuple(ending for group in LAYERS[layers] for ending in layer_name_suffixes(part, group))
-    )
+def choose_layers(part: str, module: nn.Module, layers: str, family: Family | None = None) -> list[str]:
+    """Return the paths, inside a network, of the layers chosen by a key of `LAYERS`.
+
+    Args:
+        part: name of the network.
+        module: the network.
+        layers: a key of `LAYERS`.
+        family: family of its base; None: the network may be of any family that has a network of this name.
+    """
+    groups = LAYERS[layers]
+    if family is None:
+        endings = [ending for group in groups for ending in layer_name_suffixes(part, group)]
+    else:
+        endings = [ending for group in groups for ending in family.layers.get(part, {}).get(group, ())]
+    return find_modules(module, tuple(endings))
 
 
 def find_modules(root: nn.Module, endings: tuple[str, ...]) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
-from diffgraft.bases.registry import denoisers
+from diffgraft.bases.registry import denoiser_name, denoisers
 
 
 def denoiser_of(pipe: Any) -> Any:
@@ -14,10 +14,11 @@ def denoiser_of(pipe: Any) -> Any:
 
 
 def as_denoiser(module: nn.Module) -> dict[str, nn.Module]:
-    """Return a bare denoiser under its name in adapter paths; modules with ``down_blocks`` are UNets."""
-    first, *others = denoisers()
-    name = first if hasattr(module, "down_blocks") or not others else others[0]
-    return {name: module}
+    """Return a bare denoiser under its name in adapter paths; modules with ``down_blocks`` are UNets.
+
+    Others have the name that `denoiser_name` finds by their class.
+    """
+    return {"unet" if hasattr(module, "down_blocks") else denoiser_name(module): module}
 
 
 def native_pixels(pipe: Any) -> int:

@@ -28,6 +28,17 @@ def schedule_timesteps(denoiser: nn.Module) -> Callable[[Tensor], Tensor]:
     return family.schedule_timesteps if family is not None else lambda given: given
 
 
+def denoiser_name(module: nn.Module) -> str:
+    """Return the name of a denoiser in pipelines, by its class.
+
+    A class that no family names is that of an outside family that names none, or a UNet.
+    """
+    kind = type(module).__name__
+    named = (family.denoiser for family in families().values() if kind in _classes(family))
+    unnamed = (family.denoiser for family in families().values() if not _classes(family))
+    return next(named, None) or next(unnamed, "unet")
+
+
 def _classes(family: Family) -> tuple[str, ...]:
     """Return the class names of a family's denoisers."""
     component = family.components.get(family.denoiser)

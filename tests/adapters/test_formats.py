@@ -212,7 +212,6 @@ def test_names_of_files_say_what_they_are(base: Base, tmp_path: Path) -> None:
 def test_what_is_for_something_else_is_said(base: Base, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for key in (
-        "transformer.blocks.0.attn1.to_k.lora_A.weight",
         "diffusion_model.blocks.0.self_attn.k.lora_A.weight",
         "lora_unet_single_blocks_0_linear1_qkv.lora_down.weight",
         "lora_transformer_single_stream_blocks_0_attn_to_k.lora_down.weight",

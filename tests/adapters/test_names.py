@@ -524,7 +524,7 @@ def test_nothing_is_written_before_all_is_checked(tmp_path: Path) -> None:
 
 def test_nothing_is_left_of_a_file_that_cannot_be_compared(tmp_path: Path) -> None:
     name = f"lora_unet_{to_underscores(MIDDLE)}"
-    vast = {f"{name}.lokr_w1": filled(1, 100, 99), f"{name}.lokr_w2": filled(2, 100, 98)}
+    vast = {f"{name}.lokr_w1": filled(1, 300, 99), f"{name}.lokr_w2": filled(2, 300, 98)}
     file = written(tmp_path / "vast.safetensors", vast)
     for target in ("half.safetensors", "new/half.safetensors"):
         with pytest.raises(DiffgraftError, match="larger than the layers of any known base"):

@@ -35,6 +35,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     """Everything in the file, or in the files of a folder, under names that say in which."""
     if path.suffix == ".pt":
         held = torch.load(path, weights_only=True)
+        if isinstance(held, torch.Tensor):  # an aesthetic embedding
+            return {"embedding": held}
         pairs = {width: pair for width, pair in held.items() if isinstance(width, int)}
         return {f"{w}.{i}.{k}": v for w, pair in pairs.items() for i, net in enumerate(pair) for k, v in net.items()}
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]

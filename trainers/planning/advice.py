@@ -73,7 +73,8 @@ def _rank_advice(adapter: AdapterSettings, base: Base) -> Iterator[str]:
     options = method.read_options(adapter.options)
     if "rank" in method.unsupported_under(options):
         return
-    layers = choose_layers(base.family.denoiser, base.denoiser, adapter.layers or method.layers_under(options))
+    kind = adapter.layers or method.layers_under(options)
+    layers = choose_layers(base.family.denoiser, base.denoiser, kind, base.family)
     shapes = [base.denoiser.get_submodule(path).weight.shape for path in layers]
     max_rank = max((min(shape[0], shape[1:].numel()) for shape in shapes), default=0)
     if max_rank and adapter.rank > max_rank:

@@ -62,7 +62,7 @@ def _targets(adapter: AdapterSettings, base: Base) -> dict[str, list[str]]:
     method = get_method(adapter.method)
     layers = adapter.layers or method.layers_under(method.read_options(adapter.options))
     networks = {base.family.denoiser: base.denoiser, **(base.text_encoders() if adapter.text_encoder else {})}
-    targets = {name: choose_layers(name, network, layers) for name, network in networks.items()}
+    targets = {name: choose_layers(name, network, layers, base.family) for name, network in networks.items()}
     for name, paths in targets.items():
         if not paths:
             fix = "Set text_encoder=false" if name in tokenizers() else "Choose another method"
@@ -86,7 +86,7 @@ def check_format(dialect: str, adapter: AdapterSettings, base: Base | None = Non
     method, base = get_method(adapter.method), base or load_base("tiny")
     options = method.read_options(adapter.options)
     layers = adapter.layers or method.layers_under(options)
-    paths = {base.family.denoiser: choose_layers(base.family.denoiser, base.denoiser, layers)}
+    paths = {base.family.denoiser: choose_layers(base.family.denoiser, base.denoiser, layers, base.family)}
     live = method.attach(base, Spec(paths, 1, 1.0, 0, options, "<checked>", ""))
     try:
         check_dialect(live.adapter({}), dialect)

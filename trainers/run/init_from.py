@@ -108,7 +108,9 @@ def _options(settings: AdapterSettings) -> Options:
 def _modules(base: Base, layers: str = "") -> set[str]:
     """Paths of all modules of a base, or of those that the recipe's `layers` selects."""
     selected = {
-        part: choose_layers(part, module, layers) if layers else [path for path, _ in module.named_modules()]
+        part: choose_layers(part, module, layers, base.family)
+        if layers
+        else [path for path, _ in module.named_modules()]
         for part, module in parts_of(base).items()
     }
     return {strip_text_model(f"{part}.{path}") for part, paths in selected.items() for path in paths}
