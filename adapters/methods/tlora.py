@@ -240,6 +240,12 @@ class AttachedTlora(AttachedLayers):
         """
         check_patterns(spec)
         networks = {part: network for part, network in parts_of(target).items() if part in spec.paths}
+        options: TloraOptions = spec.options
+        if options.min_rank is not None and options.min_rank >= spec.rank:
+            raise DiffgraftError(
+                f"Invalid value options.min_rank={options.min_rank}: must be below rank={spec.rank}, as otherwise all "
+                "ranks act at all timesteps."
+            )
         self._readers = {part: TimestepReader(network) for part, network in networks.items() if not is_of_text(part)}
         try:
             if isinstance(target, Base) and not all(reader.can_read for reader in self._readers.values()):

@@ -180,7 +180,10 @@ class Family(ABC):
         Raises:
             DiffgraftError: the family has no weights of words, or `clip_skip` is more than its layers.
         """
-        raise DiffgraftError(f"Bases of the family {self.name} have no weights of words: write the prompt without.")
+        raise DiffgraftError(
+            f"Bases of the family {self.name} have no weights of words and no chunks: write the prompt without "
+            "parentheses, brackets and BREAK, or set emphasis=none."
+        )
 
     @abstractmethod
     def denoise(

@@ -52,7 +52,8 @@ def meta_base(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {family.name}. "
             "Give a text-to-image model."
         )
-    return Base(name=str(source), family=family, **parts_of(pipe)).to(dtype=dtype)
+    base = Base(name=str(source), family=family, **parts_of(pipe))
+    return base.to("meta", dtype)  # tables of positions, which are in no file, have values until here
 
 
 def without_values(base: Base) -> Base:

@@ -59,6 +59,12 @@ def with_prediction_type(scheduler: Any, prediction_type: str | None = None, zer
         )
     if prediction_type is None and zero_snr is None:
         return scheduler
+    if PREDICTION_KEY not in scheduler.config:
+        given = f"zero_snr={zero_snr}" if prediction_type is None else f"prediction_type={prediction_type}"
+        raise DiffgraftError(
+            f"{given} has no meaning for this base: it predicts the flow, on a schedule that ends in pure noise. Leave "
+            "it out."
+        )
     options: dict[str, Any] = {} if prediction_type is None else {"prediction_type": prediction_type}
     kind = type(scheduler)
     if zero_snr is not None:

@@ -126,6 +126,11 @@ class Painter:
         told_guidance = None
         if family.embeds_guidance(self._base):
             told_guidance = torch.tensor([settings.embedded_guidance], device=self.device)
+        elif settings.embedded_guidance != DrawSettings.embedded_guidance:
+            raise DiffgraftError(
+                f"embedded_guidance={settings.embedded_guidance:g} has no meaning for this base, which is not "
+                "distilled from guidance: set guidance."
+            )
         inputs = Inputs(micro, work.channels, steered, told_guidance)
         denoise = GuidedDenoiser(self._base, guides, self.guidance(settings), inputs, kept, lanes)
         shape = (self._base.latents.channels, height // factor, width // factor)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.errors import DiffgraftError
-from diffgraft.imports.import_report import ImportReport, KeyRule, defaults_of, map_table, unsupported
+from diffgraft.imports.import_report import ImportReport, KeyRule, defaults_of, map_table, short, unsupported
 
 KINDS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
 """Types of the processes that train on pictures"""
@@ -109,6 +109,9 @@ def convert_training(process: Mapping[str, Any], file: Path) -> ImportReport:
     Raises:
         DiffgraftError: it names no data set with a folder of pictures.
     """
+    for name in ("network", "train", "model", "save", "sample"):
+        if not isinstance(process.get(name, {}), Mapping):
+            raise DiffgraftError(f"{file} has {name}={short(process[name])}: this section needs keys and values.")
     datasets = process.get("datasets")
     first = datasets[0] if isinstance(datasets, list) and datasets else None
     if not isinstance(first, Mapping) or not first.get("folder_path"):
@@ -120,6 +123,10 @@ def convert_training(process: Mapping[str, Any], file: Path) -> ImportReport:
     report.recipe["layers"] = "attention+feedforward" if is_transformer else "attention"
     if is_transformer:
         _map_timesteps(report)
+        for key in ("train.min_snr_gamma", "train.noise_offset"):
+            if report.recipe.pop(TABLE[key].recipe_key, None) is not None:
+                report.mapped = [entry for entry in report.mapped if entry[0] != TABLE[key].recipe_key]
+                report.drop(key, "it has no meaning for flow matching.")
     if word := report.text("trigger_word"):
         report.map("trigger", word, "trigger_word")
         report.recipe["insert_trigger"] = True
@@ -134,7 +141,8 @@ def convert_training(process: Mapping[str, Any], file: Path) -> ImportReport:
         report.map("resolution", max(sides), "dataset.resolution", remark=remark)
     prompts = report.get("sample.prompts")
     if isinstance(prompts, list) and prompts:
-        words = [str(prompt).replace("[trigger]", "{trigger}") for prompt in prompts]
+        plain = [str(prompt).replace("{", "(").replace("}", ")") for prompt in prompts]
+        words = [prompt.replace("[trigger]", "{trigger}") for prompt in plain]
         report.map("sample_prompts", words, "sample.prompts")
     if len(datasets or ()) > 1:
         report.drop_part("datasets", f"{len(datasets or ())} entries", "a recipe has one: the first is used.")

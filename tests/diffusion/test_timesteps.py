@@ -100,5 +100,5 @@ def test_a_shift_is_read_from_the_command_line(text: str, value: object) -> None
 
 @pytest.mark.parametrize("text", ["0", "-1", "large", "nan"])
 def test_a_shift_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(DiffgraftError, match="timesteps"):
+    with pytest.raises(DiffgraftError, match=r"Invalid value timesteps\.shift='.*': must be 'size' or "):
         load_recipe(SUBJECT, {"subject": "dog", "timesteps.shift": text})

@@ -10,6 +10,7 @@ from torch import Tensor
 import diffgraft as dg
 from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
 from tests.conftest import FLOW_FAMILIES, SHORT
 from tests.recipes import ON_PICTURES, SUBJECT
@@ -133,3 +134,48 @@ def test_every_family_and_method_is_in_these_tests() -> None:
     assert len(FLOW_FAMILIES) >= 5
     needs_conditions = {name for name, method in methods().items() if method.needs_conditions}
     assert set(METHODS) | set(CROSS_ATTENTION) | needs_conditions == set(methods())
+
+
+def test_a_base_that_is_named_is_planned_and_drawn_with(
+    flow_base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command line does, which plans from the headers of the files alone."""
+    plan = str(dg.plan(SUBJECT, base=flow_base.name, images=pictures, output=tmp_path / "run", **settings("lora")))
+    assert f"({flow_base.family.name}, 32 px)" in plan
+    more = settings("lora", loss={"objective": "align", "options": {"clip": "tiny"}})
+    try:
+        assert "decoder of the VAE" in str(
+            dg.plan(SUBJECT, base=flow_base.name, images=pictures, output=tmp_path / "run", **more)
+        )
+    except DiffgraftError as error:
+        assert "align has no meaning" in str(error)  # noqa: PT017  (an autoencoder without gradient checkpointing)
+    monkeypatch.chdir(tmp_path)
+    (picture,) = dg.generate("a dog", base=flow_base.name, size=(32, 48), steps=2)
+    assert picture.size == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "why"),
+    [
+        ("a (dog:1.3)", {}, "no weights of words and no chunks: write the prompt without parentheses"),
+        ("a dog", {"negative": "(bad:1.4)"}, "no weights of words"),
+        ("a dog BREAK a cat", {}, "no weights of words"),
+        ("a dog", {"clip_skip": 2}, "clip_skip has no meaning for bases of the family"),
+        ("a dog", {"zero_snr": True}, "zero_snr=True has no meaning for this base: it predicts the flow"),
+        ("a dog", {"prediction_type": "epsilon"}, "prediction_type=epsilon has no meaning for this base"),
+        ("a dog", {"embedded_guidance": 9.0}, "embedded_guidance=9 has no meaning for this base"),
+        ("a dog", {"size": (33, 48)}, "sides must be multiples of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_with_is_said(prompt: str, options: dict[str, Any], why: str, klein_folder: Path) -> None:
+    with pytest.raises(DiffgraftError, match=why):
+        dg.generate(prompt, base=klein_folder, **{"size": (32, 48), "steps": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random base of FLUX.2 klein."""
+    from tests.flow_bases import flow_folder
+
+    return flow_folder("flux2-klein", tmp_path_factory.mktemp("klein") / "base")

@@ -147,7 +147,7 @@ def decoding_flops(base: Base, size: tuple[int, int]) -> float:
     width, height = (side // base.vae_scale_factor for side in size)
     latents = torch.empty(1, base.latents.channels, height, width, device=base.device, dtype=base.vae.dtype)
     with FlopCounterMode(display=False) as decoding, torch.no_grad(), _fused_attention():
-        base.vae.decode(latents)
+        base.family.decode(base, latents)
     return 3.0 * float(decoding.get_total_flops())
 
 

@@ -351,9 +351,14 @@ def _unknown_key(key: str, kind: type[Recipe]) -> str:
     return f"Unknown setting {key!r} for a {kind.model_fields['task'].default} recipe: {hint}"
 
 
+_ALTERNATIVES = ("literal[", "constrained-", "function-", "float", "int", "str")
+"""Beginnings of what pydantic adds to the place of a value that may be of several types"""
+
+
 def _validation_message(error: ValidationError, kind: type[Recipe], name: str | Path) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    named = [str(part) for part in first["loc"] if not str(part).startswith(_ALTERNATIVES)]
+    key = ".".join(named)
     if first["type"] == "extra_forbidden":
         return _unknown_key(key, kind)
     if first["type"] == "missing":
@@ -366,7 +371,10 @@ def _validation_message(error: ValidationError, kind: type[Recipe], name: str | 
     if isinstance(inside, type) and issubclass(inside, BaseModel):
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
         return f"Invalid value {key}={short_repr(first['input'])}: {key} is a group; set one of its keys: {keys}."
-    reason = first["msg"].lower().replace("input should be", "must be").removeprefix("value error, ")
+    others = [item for item in error.errors() if [str(part) for part in item["loc"]][: len(named)] == named]
+    reasons = [item["msg"].lower().removeprefix("input should be ").removeprefix("value error, ") for item in others]
+    must = "must be " if first["msg"].startswith("Input should be ") else ""
+    reason = must + (" or ".join(dict.fromkeys(reasons)) if len(named) < len(first["loc"]) else reasons[0])
     return f"Invalid value {key}={short_repr(first['input'])}: {reason}. Meaning of {key}: {_meaning(kind, key)}."
 
 

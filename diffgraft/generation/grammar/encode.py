@@ -64,8 +64,12 @@ def encode_texts(base: Base, texts: Sequence[str], encoding: Encoding) -> Condit
         DiffgraftError: the family's text encoder has no weights of words, or too few layers for `clip_skip`.
     """
     pieces = [encoding.pieces(text) for text in texts]
-    if not base.family.has_token_weights and all(row == [Piece(row[0].text, 1.0)] for row in pieces):
-        return base.family.encode(base, [row[0].text for row in pieces], True)
+    if not base.family.has_token_weights:
+        if encoding.clip_skip > 1:
+            raise DiffgraftError(f"clip_skip has no meaning for bases of the family {base.family.name}: leave it out.")
+        if all(row == [Piece(row[0].text, 1.0)] for row in pieces):
+            return base.family.encode(base, [row[0].text for row in pieces], True)
+        base.family.text_states(base, [])  # says that there are none
     tokenizers = list(base.tokenizers().values())
     chunked = [[chunks_of(tokenizer, row, encoding.style) for row in pieces] for tokenizer in tokenizers]
     count = max(len(row) for rows in chunked for row in rows)

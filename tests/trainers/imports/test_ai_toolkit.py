@@ -117,3 +117,18 @@ def test_strange_values_are_answered_in_a_sentence(key: str, value: str, tmp_pat
     with suppress(DiffgraftError):
         report = convert_config([tmp_path / "config.yaml"])
         assert report.recipe["images"] == "/pictures/of/her"
+
+
+def test_what_has_no_meaning_for_a_transformer_is_dropped(make: Make) -> None:
+    job = JOB.replace("batch_size: 2", "min_snr_gamma: 5.0\n        noise_offset: 0.1\n        batch_size: 2")
+    recipe, report = make(config_yaml=job.replace("[trigger] holding", "[trigger] {in} holding"))
+    assert (recipe.loss.snr_gamma, recipe.noise.offset) == (None, 0.0)
+    assert "no meaning for flow matching" in told(report)["train.min_snr_gamma"]
+    assert "no meaning for flow matching" in told(report)["train.noise_offset"]
+    assert recipe.sample_prompts[0] == "{trigger} (in) holding a sign"
+
+
+def test_sections_need_keys_and_values(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("config: {process: [{type: sd_trainer, train: [1]}]}")
+    with pytest.raises(DiffgraftError, match=r"has train=\[1\]: this section needs keys and values"):
+        convert_config([tmp_path / "config.yaml"])
