@@ -253,7 +253,10 @@ def _named_modules(adapter: Adapter) -> Iterator[tuple[str, str, Sequence[Delta]
         if blocks is not None and part == "unet":
             inside = blocks.to_ldm(inside)
         if part not in prefixes or to_dots(to_underscores(inside)) != inside:
-            raise ValueError(f"the path {path} is ambiguous when written with underscores")
+            raise ValueError(
+                f"the path {path} is ambiguous when written with underscores: use the layout of diffusers, "
+                "or choose other layers by --only"
+            )
         yield f"{prefixes[part]}_{to_underscores(inside if part == 'unet' else add_text_model(inside))}", path, deltas
     for path, deltas in original_names.write_layers(adapter, family).items():
         yield f"lora_unet_{to_underscores(path)}", f"{original_names.PART}.{path}", deltas

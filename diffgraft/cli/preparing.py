@@ -113,11 +113,12 @@ def aesthetic(
     from diffgraft.adapters.methods.aesthetic import AestheticOptions
     from diffgraft.bases import load_base
     from diffgraft.bases.clip import load_clip
-    from diffgraft.data.aesthetic import aesthetic_adapter, projection_for, read_captions
+    from diffgraft.data.aesthetic import aesthetic_adapter, check_files, projection_for, read_captions
     from diffgraft.files import check_new
     from diffgraft.strict import validated
 
     check_new(output)
+    check_files(source, output)
     options = validated(AestheticOptions, {"steps": steps, "learning_rate": lr}, "aesthetic")
     texts = [] if captions is None else read_captions(captions)
     loaded = None if base is None else load_base(base)

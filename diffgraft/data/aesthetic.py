@@ -56,6 +56,23 @@ def mean_embedding(clip: Clip, folder: str | Path) -> tuple[Tensor, int]:
     return torch.cat(rows).mean(0, keepdim=True).cpu(), len(rows)
 
 
+def check_files(source: Path, output: Path) -> None:
+    """Check the names of files before networks are loaded, which takes seconds.
+
+    Raises:
+        DiffgraftError: `source` is no folder with pictures and no file of an embedding, or `output` has another suffix.
+    """
+    if output.suffix not in (".safetensors", ".pt"):
+        raise DiffgraftError(f"{output} should end in .safetensors, to draw with, or in .pt, for webui's extension.")
+    if source.is_dir():
+        pictures_with_paths(source)
+    elif source.suffix not in (".safetensors", ".pt", ".bin"):
+        raise DiffgraftError(
+            f"{source} is neither a folder of pictures nor a file with an aesthetic embedding, which ends in .pt or "
+            ".safetensors."
+        )
+
+
 def projection_for(clip: Clip, base: Base | None = None, captions: Sequence[str] = ()) -> Projection:
     """Return the projection with which prompts of a base are compared with embeddings of a CLIP.
 
