@@ -113,14 +113,9 @@ class Attached(nn.Module):
         """Whether the method can act with other strengths while it is trained."""
         return False
 
-    @contextmanager
-    def at_strength(self, strength: float) -> Iterator[None]:
-        """Let the method act with a strength within the block, as a file of it does; needs `has_strength`."""
-        before, self.strength = self.strength, strength
-        try:
-            yield
-        finally:
-            self.strength = before
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Return a block within which the method acts with a strength, as a file of it does; needs `has_strength`."""
+        return self._acting_as(self.is_disabled, strength)
 
     def as_now(self) -> AbstractContextManager[None]:
         """Return a block within which the method acts as it does now, for gradient checkpointing."""

@@ -4,7 +4,6 @@ Radford et al. 2021, arXiv:2103.00020. `load_clip` loads any CLIP of transformer
 of the embedded base by the name ``tiny``.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffgraft.bases.base import weights_hash
+from diffgraft.bases.configs import read_object
 from diffgraft.errors import DiffgraftError, short_repr, wrap_system_errors
 from diffgraft.third_party import quiet_libraries
 
@@ -134,7 +134,7 @@ def load_clip(source: str | Path = "tiny") -> Clip:
             "the model's folder again."
         )
     prepared = folder / "preprocessor_config.json"
-    values = _read_json(prepared) if prepared.is_file() else {}
+    values = read_object(prepared) if prepared.is_file() else {}
     mean, std = (_three(values.get(key, usual), key, prepared) for key, usual in _NORMALIZED)
     return Clip(str(source), model, tokenizer, mean, std)
 
@@ -178,21 +178,11 @@ def _locate(source: str | Path, *, weights: bool = True) -> tuple[Path, dict[str
             ) from error
     if not (folder / "config.json").is_file():
         raise DiffgraftError(f"{source} is not a folder of a CLIP: it has no config.json. {_ADVICE}")
-    config = _read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("model_type") != "clip" or "vision_config" not in config:
         kind = short_repr(config.get("model_type", "no model_type"))
         raise DiffgraftError(f"{source} is not a CLIP: its config.json has {kind}, expected 'clip'. {_ADVICE}")
     return folder, config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DiffgraftError(f"{path} is not valid JSON ({error}): copy the model's folder again.") from error
-    if not isinstance(values, dict):
-        raise DiffgraftError(f"{path} does not hold a JSON object: copy the model's folder again.")
-    return values
 
 
 def _three(values: Iterable[Any] | Any, key: str, path: Path) -> tuple[float, ...]:
