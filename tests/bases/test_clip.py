@@ -99,7 +99,7 @@ def test_wrong_folders_are_answered_in_sentences(folder: Path, tmp_path: Path) -
 
     assert "has no config.json" in answer(lambda: (other / "config.json").unlink())
     assert "expected 'clip'" in answer(lambda: write_config(model_type="bert"))
-    assert "is not valid JSON" in answer(lambda: (other / "config.json").write_text("{"))
+    assert "cannot be read as JSON" in answer(lambda: (other / "config.json").write_text("{"))
     assert "no weights in safetensors" in answer(lambda: (other / "model.safetensors").rename(other / "model.bin"))
     assert "has no tokenizer" in answer(lambda: (other / "vocab.json").unlink())
     assert "lacks 1 of the weights" in answer(cut_weights)
