@@ -23,6 +23,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from benchmarks.flow_sizes import qwen_tokenizer
@@ -41,6 +43,11 @@ def _clip(kind: type[nn.Module] = CLIPTextModelWithProjection, **settings: Any) 
 def _t5() -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
     return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
+
+
+def _umt5() -> nn.Module:
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    return UMT5EncoderModel(UMT5Config(**sizes))
 
 
 def _t5_tokenizer() -> Any:
@@ -216,6 +223,28 @@ def _krea2() -> Any:
     )
 
 
+def _auraflow() -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=24,
+        pos_embed_max_size=144,
+    )
+    return diffusers.AuraFlowPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+        vae=_kl_vae(shift_factor=None),
+        text_encoder=_umt5(),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
 def _qwen_image() -> Any:
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
@@ -245,6 +274,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "zimage": _zimage,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "auraflow": _auraflow,
 }
 """Name of a family → function that makes a random pipeline of it"""
 

@@ -31,6 +31,7 @@ def known_pipelines() -> dict[str, Mapping[str, Component]]:
 
 
 TINY = Path(__file__).parent / "tiny" / "model"
+TINY_FLOW = Path(__file__).parent / "tiny" / "flow"
 CONFIGS = Path(__file__).parent / "configs"
 _FIRST = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _ADVICE = "If it is an adapter, not a base: give it to `generate` with --adapter, or to `merge`."

@@ -60,6 +60,7 @@ PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "zimage": {"guidance_scale": 2.0},  # this pipeline counts from 0
     "qwen-image": {"true_cfg_scale": 1.0},
     "krea2": {"guidance_scale": 2.0},  # and so does this one
+    "auraflow": {"guidance_scale": 3.0},
 }
 GUIDANCE = {"flux1": 1.0, "qwen-image": 1.0}
 
@@ -72,7 +73,7 @@ def test_pictures_are_those_of_the_pipeline(flow_base: Base) -> None:
     noise = start_noise([noise_stream("cpu", 7)], latent_shape(flow_base), None, 0.0)
     given = packed(noise) if name in ("flux1", "qwen-image", "krea2") else noise
     settings = dict(PIPELINE_SETTINGS[name])
-    if name in ("sd3", "zimage", "krea2"):
+    if name in ("sd3", "zimage", "krea2", "auraflow"):
         settings["negative_prompt"] = "a dog"
     (theirs,) = pipe(
         prompt="a cat",
@@ -104,6 +105,8 @@ def script_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: Any) -> T
     if name == "sd3":
         states, pooled = texts
         found = model(noisy, states, pooled, times, return_dict=False)[0]
+    elif name == "auraflow":
+        found = model(noisy, texts, times / 1000, return_dict=False)[0]
     elif name == "flux1":
         states, pooled = texts
         tokens = model(
@@ -171,7 +174,7 @@ def script_texts(base: Base, prompts: list[str]) -> Any:
         return states, pooled
     if name == "flux2-klein":
         return pipe.encode_prompt(prompts, text_encoder_out_layers=(1, 2, 3))[0]
-    if name == "zimage":
+    if name in ("zimage", "auraflow"):
         return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
     if name == "krea2":
         vars(pipe)["text_encoder_select_layers"] = (1, 3, 5)

@@ -8,20 +8,19 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from transformers import CLIPTokenizer
 
 from diffgraft.bases import load_base
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.train import pool as pool_module
 from diffgraft.bases.tiny.train.__main__ import main
-from diffgraft.bases.tiny.train.fit import fit
+from diffgraft.bases.tiny.train.fit import fit, train_stage
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.samples import END, captions_of, pad_ids, rare_words, sample_at, tokens
 from diffgraft.bases.tiny.train.text import ANSWERS, labels_of_caption
 from diffgraft.bases.tiny.train.unet import timesteps
-from tests.bases.shared_steps import PLAN, small_model, train, train_share
+from tests.bases.shared_steps import PLAN, SmallStage, small_model
 
 
 def loss_of(model: nn.Module, stop: int = 99) -> object:
@@ -57,10 +56,8 @@ def test_processes_that_share_steps_train_what_one_does(tmp_path: Path, muon: bo
     plan = replace(PLAN, muon=muon)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    alone = train(tmp_path / "one", plan)
-    address = f"file://{tmp_path}/rendezvous"
-    spawn(train_share, (2, address, tmp_path / "two", plan), 2)  # type: ignore[no-untyped-call]
-    together = train(tmp_path / "two", plan)  # finished: its checkpoint is loaded
+    alone = train_stage(SmallStage(), plan, tmp_path / "one")
+    together = train_stage(SmallStage(), plan, tmp_path / "two", processes=2)
     for (name, one), other in zip(alone.named_parameters(), together.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-5), name
         assert (one - small_model().get_parameter(name)).abs().max() > 1e-3

@@ -92,7 +92,7 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
     Each process has a hash seed of its own, and their result is that of a single one.
     """
     settings: dict[str, Any] = {"subject": "dog", "steps": 20, "checkpoint_every": 3, "batch": 2, "sample_every": 0}
-    settings |= {"sample_prompts": "a dog", "prior.weight": 0, "images": str(pictures)}
+    settings |= {"previews": False, "prior.weight": 0, "images": str(pictures)}
     folder, whole = tmp_path / "run", tmp_path / "whole"
 
     def started(seed: int, *words: object) -> subprocess.Popen[str]:

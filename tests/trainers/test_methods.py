@@ -251,7 +251,7 @@ from diffgraft.trainers.run.train import train
 
 pictures, folder = sys.argv[1:]
 base = load_base("tiny")
-settings = {"subject": "dog", "steps": 2, "prior": {"weight": 0}, "sample_prompts": "a dog", "sample_every": 0}
+settings = {"subject": "dog", "steps": 2, "prior": {"weight": 0}, "previews": False, "sample_every": 0}
 rows, lora = (
     train("subject", base=base, images=pictures, method=method, output=Path(folder) / method, **settings)
     for method in ("rows", "lora")

@@ -68,6 +68,7 @@ from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_denoiser
 sys.path.insert(0, sys.argv[1])
+from tests.drawing import draw_in
 from tests.trainers.test_processes import COMMON, SETTINGS, local
 from tests.recipes import SUBJECT
 
@@ -78,6 +79,7 @@ class TrainingLoop(learn.TrainingLoop):
         shares.append(sum(local(value).numel() for value in unet.parameters()) / whole)
 
 learn.TrainingLoop, shares = TrainingLoop, []
+draw_in(2)
 base, (pictures, folder) = load_base("tiny"), sys.argv[2:]
 unet, before = base.unet, {name: value.clone() for name, value in base.unet.state_dict().items()}
 whole = sum(value.numel() for value in unet.parameters())
@@ -122,7 +124,6 @@ def both(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("good_class_images")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_are_one_with_twice_the_batches(
     name: str, both: Path, base: Base, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +148,7 @@ def test_two_processes_are_one_with_twice_the_batches(
 
 def in_two(folder: Path, **settings: Any) -> Adapter:
     """What a run of two processes leaves in `folder`, by the command line."""
-    given = {"subject": "dog", "prior.weight": 0, "sample_every": 0, "sample_prompts": "a dog", "seed": 3, **settings}
+    given = {"subject": "dog", "prior.weight": 0, "sample_every": 0, "previews": False, "seed": 3, **settings}
     words = [f"{key}={value}" for key, value in given.items()]
     with launched(
         "-m", "diffgraft", "train", SUBJECT, *words, f"output={folder}", cache=folder.parent / "cache"
@@ -166,7 +167,7 @@ def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path
     before, after = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "two"))
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
-    more = {"subject": "dog", "prior": {"weight": 0}, "sample_every": 0, "sample_prompts": "a dog", "seed": 3}
+    more = {"subject": "dog", "prior": {"weight": 0}, "sample_every": 0, "previews": False, "seed": 3}
     alone = train(SUBJECT, base=base, output=tmp_path / "one", batch=2, **more, **settings, **rates).adapter
     assert set(found.modules) == set(alone.modules)
     for path, (delta,) in found.deltas.items():
@@ -267,7 +268,8 @@ def wait_for_line(number: int, folder: Path, run: subprocess.Popen[str]) -> None
 def test_where_one_process_dies_or_all_are_interrupted_none_is_left(pictures: Path, tmp_path: Path) -> None:
     """And what they leave is whole, and goes on with as many processes as before."""
     folder, cache = tmp_path / "run", tmp_path / "cache"
-    settings = {**COMMON, "steps": 500, "checkpoint_every": 4, "sample_every": 0, "prior.weight": 0, "images": pictures}
+    settings = {**COMMON, "steps": 500, "checkpoint_every": 4, "sample_every": 0, "prior.weight": 0}
+    settings |= {"previews": False, "images": pictures}
     words = [SUBJECT, *(f"{key}={value}" for key, value in settings.items()), f"output={folder}"]
     with launched("-m", "diffgraft", "train", *words, cache=cache) as run:
         wait_for_line(5, folder, run)

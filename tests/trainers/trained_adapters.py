@@ -99,8 +99,8 @@ def processor() -> str:
 def adapter_of(name: str, base: Base, folder: Path) -> Path:
     """The adapter file of a run of 30 steps at seed 0, by one thread."""
     recipe, settings = RUNS[name]
-    own = {"subject": "dog", "prior": {"images": 4}} if recipe == SUBJECT else {}
-    own |= {"subject": "dog"} if recipe == "concept" else {}
+    own: dict[str, Any] = {} if recipe == "style" else {"subject": "dog"}
+    own |= {} if recipe == "concept" else {"prior": {"images": 4}}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.judge import Judge, load_judge
-from diffgraft.bases.tiny.train.fit import StagePlan
+from diffgraft.bases.tiny.train.fit import StagePlan, train_stage
 from diffgraft.bases.tiny.train.judging import train_judge
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.text import train_text
-from diffgraft.bases.tiny.train.unet import new_scheduler, train_unet
+from diffgraft.bases.tiny.train.unet import UNetStage, new_scheduler
 from diffgraft.bases.tiny.train.vae import train_vae
 
 VAE = StagePlan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     z, ids = draw_pool(work, vae, tokenizer, size.pool, options.processes)
     scale = 1 / float(z[:5000].float().std())
     vae.register_to_config(scaling_factor=scale)
-    unet = train_unet(work, (z * scale).half(), ids, text_encoder, size.unet, options.processes)
+    stage = UNetStage((z * scale).half(), ids, text_encoder)
+    unet = train_stage(stage, size.unet, work, options.processes)
 
     pipe = StableDiffusionPipeline(
         vae=vae,

@@ -1,14 +1,17 @@
 """Resumable training loop shared by all stages: linear warm-up and decay of the learning rate, and a weight EMA."""
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
@@ -122,6 +125,50 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         save(plan.steps)
     model.load_state_dict(average)
     model.eval()
+
+
+class Stage(Protocol):
+    """A model and its loss, for training in one process or several."""
+
+    @property
+    def name(self) -> str:
+        """Name of the stage, for the checkpoint file and the progress bar."""
+
+    def new_model(self) -> nn.Module:
+        """Create the untrained model, with the same weights each time."""
+
+    def loss(self, model: nn.Module, count: int, seed: tuple[int, int]) -> Tensor:
+        """Return the mean loss of `count` samples; `seed` (step, process) decides all that is random."""
+
+
+def train_stage(stage: Stage, plan: StagePlan, work: Path, processes: int = 1) -> nn.Module:
+    """Train the model of a stage, or resume from its checkpoint in `work`; it returns in evaluation mode.
+
+    Args:
+        stage: Model and loss.
+        plan: Training schedule.
+        work: Folder for the checkpoint.
+        processes: Number of processes that share each batch, one thread each.
+    """
+    if processes > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            address = f"file://{folder}/rendezvous"
+            spawn(_train_share, (processes, address, stage, plan, work), processes)  # type: ignore[no-untyped-call]
+    return _train(stage, plan, work)  # after other processes have trained it, this loads their checkpoint
+
+
+def _train(stage: Stage, plan: StagePlan, work: Path, rank: int = 0, processes: int = 1) -> nn.Module:
+    model = stage.new_model()
+    fit(stage.name, model, lambda step: stage.loss(model, plan.batch // processes, (step, rank)), plan, work)
+    return model
+
+
+def _train_share(rank: int, processes: int, address: str, stage: Stage, plan: StagePlan, work: Path) -> None:
+    """Train in one of several processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
+    _train(stage, plan, work, rank, processes)
+    torch.distributed.destroy_process_group()
 
 
 def _average_gradients(model: nn.Module) -> None:

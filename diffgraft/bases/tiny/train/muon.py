@@ -10,16 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-EDGES = ("conv_in.weight", "conv_out.weight", "patch_embedding.weight", "token_embedding.weight")
+EDGES = (
+    "conv_in.weight",
+    "conv_out.weight",
+    "patch_embedding.weight",
+    "token_embedding.weight",
+    "pos_embed.proj.weight",
+)
 """Ends of the names of first and last layers' weights, which Muon's authors advise to train with AdamW."""
+LAST = "proj_out.weight"
+"""Name of the last layer's weight in transformers; blocks of UNets have layers that end in it"""
 
 
 class MuonAndAdamW:
     """Muon and AdamW behind one interface, with the methods of `torch.optim.Optimizer` that a training loop needs."""
 
     def __init__(self, model: nn.Module, lr: float) -> None:
-        inner = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(EDGES)}
         named = dict(model.named_parameters())
+        inner = {name for name, p in named.items() if p.ndim in (2, 4) and not name.endswith(EDGES) and name != LAST}
         # PyTorch's Muon accepts matrices only, so a convolution's weight is viewed as [out, in · height · width]
         self._views = [(named[name], nn.Parameter(named[name].detach().flatten(1))) for name in sorted(inner)]
         others = [p for name, p in named.items() if name not in inner]

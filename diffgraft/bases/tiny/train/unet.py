@@ -5,20 +5,17 @@ Diffusion's original schedule the last timestep still reveals the picture's mean
 setting from that mean instead of the prompt.
 """
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import torch
-import torch.distributed
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from diffgraft.bases.tiny.train.fit import StagePlan, autocast, fit
+from diffgraft.bases.tiny.train.fit import autocast
 from diffgraft.bases.tiny.train.samples import END, LENGTH, START, WORDINGS, pad_ids
 from diffgraft.bases.tiny.train.text import WIDTH
 
@@ -57,6 +54,13 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
+@cache
+def _alphas_cumprod() -> Tensor:
+    """Return ᾱ of each timestep, [1000]."""
+    alphas: Tensor = new_scheduler().alphas_cumprod
+    return alphas
+
+
 _EMPTY_PROMPT = torch.tensor([START] + [END] * (LENGTH - 1))
 
 
@@ -66,68 +70,51 @@ def timesteps(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.where(rng.random(count) < 0.5, rng.integers(0, 1000, count), middle)
 
 
-def train_unet(
-    work: Path, z: Tensor, ids: Tensor, text_encoder: CLIPTextModel, plan: StagePlan, processes: int = 1
-) -> UNet2DConditionModel:
-    """Train the denoiser, or resume from the checkpoint in `work`.
+def caption_batch(ids: Tensor, rng: np.random.Generator, rows: np.ndarray) -> Tensor:
+    """Return the token ids of one caption of each picture in `rows` [n], [n, `LENGTH`]; one in ten is empty.
 
     Args:
-        work: Folder for the checkpoint.
-        z: Latents [n, 4, 16, 16], scaled to a standard deviation of 1.
-        ids: Caption token ids [n, wordings, `LENGTH`].
-        text_encoder: Trained text encoder; it stays frozen.
-        plan: Training schedule.
-        processes: Number of processes that share each batch, one thread each.
+        ids: Caption token ids [pictures, wordings, `LENGTH`].
+        rng: Generator that chooses.
+        rows: Numbers of the pictures.
     """
-    data = DenoiserData(z, ids, text_encoder, new_scheduler().alphas_cumprod)
-    if processes > 1:
-        with tempfile.TemporaryDirectory() as folder:
-            address = f"file://{folder}/rendezvous"
-            spawn(_share_training, (processes, address, work, data, plan), processes)  # type: ignore[no-untyped-call]
-    return _train(work, data, plan)  # after other processes have trained it, this loads their checkpoint
+    wording = rng.integers(0, WORDINGS, len(rows))
+    batch = ids[rows, wording]
+    batch[rng.random(len(rows)) < 0.1] = _EMPTY_PROMPT.to(batch.dtype)
+    return batch
 
 
 @dataclass(frozen=True)
-class DenoiserData:
-    """Training data of the denoiser."""
+class UNetStage:
+    """Training of the denoiser on latents and captions."""
 
     z: Tensor
     """Latents [n, 4, 16, 16], scaled to a standard deviation of 1"""
     ids: Tensor
     """Caption token ids [n, wordings, `LENGTH`]"""
     text_encoder: CLIPTextModel
-    alphas_cumprod: Tensor
-    """ᾱ of each timestep, [1000]"""
+    """Trained text encoder; it stays frozen"""
+    name: str = "unet"
 
-    def loss(self, unet: UNet2DConditionModel, count: int, seed: tuple[int, int]) -> Tensor:
+    def new_model(self) -> UNet2DConditionModel:
+        """Create the untrained denoiser."""
+        torch.manual_seed(4)
+        unet = new_unet()
+        unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
+        return unet
+
+    def loss(self, model: nn.Module, count: int, seed: tuple[int, int]) -> Tensor:
         """Return the mean loss of `count` pictures; `seed` (step, process) decides pictures, noise and timesteps."""
         rng = np.random.default_rng([4, *seed])
-        rows, wording = rng.integers(0, len(self.z), count), rng.integers(0, WORDINGS, count)
-        x, batch = self.z[rows].float(), self.ids[rows, wording]
-        batch[rng.random(count) < 0.1] = _EMPTY_PROMPT.to(batch.dtype)
+        rows = rng.integers(0, len(self.z), count)
+        batch, x = caption_batch(self.ids, rng, rows), self.z[rows].float()
         times = torch.from_numpy(timesteps(rng, count))
-        a = self.alphas_cumprod[times].view(-1, 1, 1, 1)
+        a = _alphas_cumprod()[times].view(-1, 1, 1, 1)
         noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
         noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
         with autocast():
             with torch.no_grad():
                 embeddings = self.text_encoder(input_ids=pad_ids(batch)).last_hidden_state
-            prediction = unet(noisy, times, embeddings).sample
+            prediction = model(noisy, times, embeddings).sample
         total: Tensor = (prediction.float() - v).square().mean()
         return total
-
-
-def _train(work: Path, data: DenoiserData, plan: StagePlan, rank: int = 0, processes: int = 1) -> UNet2DConditionModel:
-    torch.manual_seed(4)
-    unet = new_unet()
-    unet.set_attn_processor(AttnProcessor())  # on CPUs, the fused kernel's backward pass takes three times as long
-    fit("unet", unet, lambda step: data.loss(unet, plan.batch // processes, (step, rank)), plan, work)
-    return unet
-
-
-def _share_training(rank: int, processes: int, address: str, work: Path, data: DenoiserData, plan: StagePlan) -> None:
-    """Train in one of several processes."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=processes)
-    _train(work, data, plan, rank, processes)
-    torch.distributed.destroy_process_group()
