@@ -152,8 +152,8 @@ class WeightPredictor(nn.Module):
 
 def _normal(shape: Sequence[int]) -> Tensor:
     """Return random values with the variance of one over the number of inputs."""
-    value = torch.randn(*shape)
-    return value / value[0].numel() ** 0.5
+    value: Tensor = torch.randn(*shape)
+    return value.div_(value[0].numel() ** 0.5)
 
 
 def _through(x: Tensor, layer: Any, down: Tensor, core: Tensor, up: Tensor) -> Tensor:
