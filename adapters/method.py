@@ -153,6 +153,11 @@ class Attached(nn.Module):
         return None
 
     @property
+    def network(self) -> nn.Module | None:
+        """Whole network that is trained, beside the denoiser or in its place; None for methods that adapt layers."""
+        return self.control
+
+    @property
     def affects_text_encoder(self) -> bool:
         """Whether the method changes the outputs of text encoders: it adapts their modules, or adds tokens."""
         return any(is_of_text(path) for path in self.paths().values())

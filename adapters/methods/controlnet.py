@@ -60,18 +60,18 @@ class AttachedControl(Attached):
         with torch.random.fork_rng(devices=[]):  # the first convolutions begin with random weights
             torch.manual_seed(spec.seed)
             network = base.family.control_network(base)
-        self.network = network.to(base.device).requires_grad_(True).train()
+        self._network = network.to(base.device).requires_grad_(True).train()
 
     @property
     def control(self) -> nn.Module:
-        return self.network
+        return self._network
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {f"{PART}.{name}": value for name, value in self.network.named_parameters()}
+        return {f"{PART}.{name}": value for name, value in self._network.named_parameters()}
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        settings = self._base.family.control_settings(self.network)
-        return Adapter({}, metadata, (ControlNetwork(to_cpu_float32(self.network.state_dict()), settings),))
+        settings = self._base.family.control_settings(self._network)
+        return Adapter({}, metadata, (ControlNetwork(to_cpu_float32(self._network.state_dict()), settings),))
 
     def paths(self) -> dict[str, str]:
         """Path of each parameter's module: the network counts as one, as only its last layers have gradients at first.
@@ -87,7 +87,7 @@ class AttachedControl(Attached):
         source = adapter.networks[0] if len(adapter.networks) == 1 else None
         if not isinstance(source, ControlNetwork):
             raise ValueError(f"it holds {len(adapter.networks)} networks, but exactly one control network is needed")
-        self.network = source.build(self._base).to(self._base.device).requires_grad_(True).train()
+        self._network = source.build(self._base).to(self._base.device).requires_grad_(True).train()
         return set(self.paths().values())
 
     def detach(self) -> None:

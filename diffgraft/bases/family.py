@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.student import StudentSize
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError
 
@@ -225,6 +226,14 @@ class Family(ABC):
         By default they are the network's configuration, as diffusers' models have one.
         """
         return dict(network.config)  # type: ignore[arg-type]
+
+    def student(self, base: "Base", size: StudentSize) -> nn.Module:  # noqa: ARG002
+        """Build a smaller denoiser of the same class as the base's, in float32 on the CPU, or on ``meta`` as the base.
+
+        Raises:
+            DiffgraftError: the family has no smaller denoisers, `size` is not smaller, or the base is quantized.
+        """
+        raise DiffgraftError(f"Bases of the family {self.name} have no students: use Stable Diffusion.")
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""

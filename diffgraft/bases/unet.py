@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, ControlSignal, Family
 from diffgraft.bases.prediction import ddpm_parameterization
+from diffgraft.bases.student import StudentSize, student_unet
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError, one_line, short_repr
 
@@ -126,6 +127,14 @@ class UNetFamily(Family):
         """Return the configuration of a ``ControlNetModel`` as its ``config.json`` has it."""
         config = {key: _plain(value) for key, value in dict(network.config).items()}  # type: ignore[arg-type]
         return {"_class_name": "ControlNetModel", **config}
+
+    def student(self, base: Base, size: StudentSize) -> nn.Module:
+        """Build a UNet with fewer or narrower layers, which begins with the base's weights."""
+        if base.quantize != "none":
+            raise DiffgraftError(
+                f"A student begins with weights of the base, which is quantized to {base.quantize}: set quantize=none."
+            )
+        return student_unet(base.unet, size)
 
     def header(self, base: Base) -> dict[str, Any]:
         """Return ``layers_per_block``, unless it is the usual 2."""

@@ -1,6 +1,7 @@
 """Writing a checkpoint: a base with adapters merged into its weights."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from safetensors.torch import load_file
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.method import add_text_model
+from diffgraft.adapters.methods.student import Student
 from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
+from diffgraft.adapters.strengths import Strength
 from diffgraft.bases import Base
 from diffgraft.bases.header_config import base_config_metadata
 from diffgraft.bases.ldm_keys import layers_per_block_of, ldm_state_dict
@@ -26,6 +29,7 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
     """Write a checkpoint of `base` with `adapters` merged into its weights, and return its path.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
+    A student takes the place of the denoiser.
     Weights keep their dtype. T-LoRAs are merged with all of their ranks, with a warning. `base` is left unchanged, and
     the checkpoint appears under its name only when complete.
 
@@ -40,11 +44,12 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
             "load it without quantize."
         )
     layers = layers_per_block_of(base)
-    loaded = {}
+    loaded: dict[Adapter, Strength] = {}
     for source, value in adapters.items():
         is_adapter = isinstance(source, Adapter)
         adapter = source if isinstance(source, Adapter) else load_adapter(source, layers)
         loaded[at_all_timesteps("The adapter" if is_adapter else str(source), adapter)] = value
+    base, loaded = _with_student(base, loaded)
     for adapter in loaded:
         if adapter.tokens or adapter.networks:
             what = "words" if adapter.tokens else "networks"
@@ -60,6 +65,30 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
             header = prediction_header(prediction) | base_config_metadata(base, CONFIGS / base.family.name)
             return write_safetensors(path, weights, {"format": "pt", **header})
         return _write_folder(base, path)
+
+
+def _with_student(base: Base, adapters: dict[Adapter, Strength]) -> tuple[Base, dict[Adapter, Strength]]:
+    """Return the base with a student of `adapters`, if they have one, in the place of its denoiser, and the others.
+
+    Raises:
+        DiffgraftError: the student has another strength than 1, or does not fit the base.
+    """
+    others = {}
+    for adapter, strength in adapters.items():
+        students = [network for network in adapter.networks if isinstance(network, Student)]
+        if not students:
+            others[adapter] = strength
+            continue
+        if strength != 1:
+            raise DiffgraftError("A student takes the place of the denoiser, and so is merged at the strength 1 alone.")
+        denoiser = base.denoiser
+        try:
+            student = students[0].build(type(denoiser)).to(denoiser.device, denoiser.dtype)
+        except ValueError as error:
+            raise DiffgraftError(f"The student does not fit this base: {error}.") from error
+        changed: dict[str, Any] = {base.family.denoiser: student}
+        base = replace(base, **changed)
+    return base, others
 
 
 def _write_folder(base: Base, folder: Path) -> Path:
