@@ -51,7 +51,7 @@ def _path(key: str, blocks: BlockLayout) -> str:
     module, dot, leaf = key.removeprefix(_PREFIX).partition(".")
     found = _MODULE.fullmatch(module)
     if found is None or not dot or not key.startswith(_PREFIX):
-        raise UnknownKeyError(key, f"{_PREFIX}<layer of an attention>.<leaf> of a ControlNet-LLLite", (_PREFIX,))
+        raise UnknownKeyError(key, f"{_PREFIX}<layer of an attention>.<leaf> of a ControlNet-LLLite")
     block = re.sub(r"_(?=\d)", ".", found["block"])
     inner = found["around"] or f"transformer_blocks.{found['number']}.{_DOTTED[found['inner']]}"
     return f"{blocks.to_diffusers(f'{block}.{inner}')}.{leaf}"

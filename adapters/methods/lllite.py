@@ -65,8 +65,10 @@ class LiteSize:
             kernels = tuple(leaves[name].shape[3] for name in names)
             mlp_dim, width = leaves["down.0.weight"].shape
             return cls(width, kernels, leaves[names[-1]].shape[0], mlp_dim)
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"{one_line(error)} is missing, or has other axes") from error
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]} is missing") from error
+        except IndexError as error:
+            raise ValueError("a weight of its convolutions has too few axes") from error
 
 
 def kernels_for(pixels: int) -> tuple[int, ...]:
