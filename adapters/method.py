@@ -153,7 +153,7 @@ class Attached(nn.Module):
         return None
 
     @property
-    def network(self) -> nn.Module | None:
+    def trained_network(self) -> nn.Module | None:
         """Whole network that is trained, beside the denoiser or in its place; None for methods that adapt layers."""
         return self.control
 

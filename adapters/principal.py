@@ -10,6 +10,7 @@ The base stays as it is, and the adapter is an ordinary LoRA of rank 2 r, as in 
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,28 +26,44 @@ Start = Literal["zero", "pissa", "olora"]
 """``zero``: random `down`, and `up` of zeros, as LoRA was published"""
 
 
+@dataclass(frozen=True)
+class Principal:
+    """How a LoRA starts from the weight."""
+
+    kind: Start
+    """``pissa`` or ``olora``"""
+    niter: int = 0
+    """Iterations of PiSSA's randomized SVD; 0: the exact one"""
+
+
 _SAME_START = 0.999
 """Cosine from which two starts count as the same; files may hold them in half precision"""
 
 
-def principal_factors(weight: Tensor, rank: int, scale: float, start: Start) -> tuple[Tensor, Tensor]:
+def principal_factors(weight: Tensor, rank: int, scale: float, start: Principal) -> tuple[Tensor, Tensor]:
     """Return up₀ [out, r] and down₀ [r, in] of a weight [out, in].
 
     Args:
         weight: weight as a matrix.
         rank: r, at most as large as both sides.
         scale: alpha / r, by which PiSSA divides the singular values.
-        start: ``pissa`` or ``olora``.
+        start: how. A randomized SVD is a function of the weight alone, so that a resumed run starts from the same.
     """
-    if start == "olora":
+    if start.kind == "olora":
         q, r = torch.linalg.qr(weight.float())
         return q[:, :rank], r[:rank]
-    u, values, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    if start.niter:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            u, values, vt = torch.svd_lowrank(weight.float(), rank, start.niter)
+        v = vt.T
+    else:
+        u, values, v = torch.linalg.svd(weight.float(), full_matrices=False)
     roots = (values[:rank] / scale).sqrt()
     return u[:, :rank] * roots, roots[:, None] * v[:rank]
 
 
-def _product(layer: nn.Module, rank: int, start: Start) -> Tensor:
+def _product(layer: nn.Module, rank: int, start: Principal) -> Tensor:
     """Return up₀ · down₀ of a live layer, [out, in · height · width]."""
     weight, _ = weight_and_bias(layer)
     up, down = principal_factors(weight.detach().flatten(1), rank, 1.0, start)
@@ -64,7 +81,7 @@ class PrincipalLayer(FactorLayer):
         alpha: float,
         generator: torch.Generator,
         lr_scales: dict[str, float],
-        start: Start,
+        start: Principal,
     ) -> None:
         """Start without an effect; for layers with a side smaller than `rank`, the rank is that side.
 
@@ -74,7 +91,7 @@ class PrincipalLayer(FactorLayer):
         shape, scale = weight_shape(layer), alpha / rank
         rank = min(rank, shape[0], math.prod(shape[1:]))
         super().__init__(factors, layer, rank, scale * rank, generator, lr_scales)
-        self._start_kind = start
+        self._begun_by = start
         weight, _ = weight_and_bias(layer)
         if not weight.is_floating_point() or tuple(weight.shape) != shape:
             raise ValueError("its weight is quantized")
@@ -118,7 +135,7 @@ class PrincipalLayer(FactorLayer):
         up, down = (given[name].to(device, torch.float32) for name in ("lora_up", "lora_down"))
         if device.type != "meta":
             begun = self._factors.weight({"lora_up": -up[:, rank:], "lora_down": down[rank:]}, shape).flatten()
-            own = _product(layer, rank, self._start_kind).flatten()
+            own = _product(layer, rank, self._begun_by).flatten()
             if torch.cosine_similarity(begun, own, 0) < _SAME_START:  # scales may differ
                 raise ValueError("did not start from this base's weights with the same options.init")
         self._alpha, self._scale = delta.alpha / 2, delta.scale

@@ -126,3 +126,24 @@ def _number(text: str | None) -> int | float | None:
     if value != value or abs(value) == float("inf"):
         return None
     return int(value) if value.is_integer() else value
+
+
+def recipe_lines(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a recipe in a header as lines of ``KEY=VALUE``, as a command line takes them.
+
+    A header has only what differs from the defaults. The first line begins with the topic.
+    """
+    settings = [line for key, value in recipe.items() for line in _settings(key, value)]
+    return [f"{'' if place else 'recipe':8} {line}" for place, line in enumerate(settings)]
+
+
+def _settings(key: str, value: Any) -> list[str]:
+    """Return a setting as ``KEY=VALUE``, one for each inner key."""
+    if isinstance(value, list) and any(isinstance(own, Mapping) for own in value):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        return [line for inner, own in value.items() for line in _settings(f"{key}.{inner}", own)]
+    if isinstance(value, list):
+        return [f"{key}={','.join(map(str, value))}"]
+    shown = str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
+    return [f"{key}={shown}"]

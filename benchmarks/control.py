@@ -1,13 +1,15 @@
-"""Pictures steered by edges on `tiny`, with a network of the recipe `control`: ``python -m benchmarks.control``.
+"""Pictures steered by edges on `tiny`, with networks of the recipe `control`: ``python -m benchmarks.control``.
 
-It draws captioned pictures of the world, trains on them, and draws unseen scenes with and without the edges of their
-pictures. It takes about five minutes on two cores; ``--network RUN`` measures an earlier run instead of training.
+It draws captioned pictures of the world, trains each method on them, and draws unseen scenes with and without the edges
+of their pictures. It takes about a quarter of an hour on two cores; ``--runs FOLDER`` keeps the runs in a folder, and
+measures those that are there already instead of training.
 """
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,26 +32,34 @@ from diffgraft.trainers.run.train import train
 PAGE = Path(__file__).parent / "results" / "control.md"
 PICTURE = Path(__file__).parent / "pictures" / "control.png"
 SCENES, SHOWN = 32, 8
-STRENGTHS = (0.0, 1.0)
+METHODS: dict[str, dict[str, Any]] = {
+    "controlnet": {},
+    "control-lora": {"rank": 16, "lr": 2e-3},
+    "lllite": {"lr": 2e-3},
+}
+"""Method → settings beside those of the recipe"""
 HEAD = f"""# Steered by edges
 
 `python -m benchmarks.control` wrote this page. The recipe `control` was trained on {PICTURES} captioned pictures of the
-world of `tiny`. Then {SCENES} unseen scenes were drawn from their prompts, each with the edges of its own picture as
-condition picture, in 25 steps.
+world of `tiny` by each method, with the settings in its row. Then {SCENES} unseen scenes were drawn from their prompts,
+each with the edges of its own picture as condition picture, in 25 steps, at strength 1.
 
 *Edge agreement* compares the edges of a drawn picture with the condition picture. A pixel of an edge is matched if the
 other picture has an edge at most one pixel away. Agreement is 2 · p · r / (p + r), where p is the share of the drawn
 edges that are matched, and r that of the condition's; its mean over the scenes is given. The last row is the most that
 the VAE lets through: the true picture, encoded and decoded. The other columns are what the judge finds right.
 
-| | edge agreement | {" | ".join(LABELS)} |
-|{"-|" * (2 + len(LABELS))}
+| | file | edge agreement | {" | ".join(LABELS)} |
+|{"-|" * (3 + len(LABELS))}
 """
 TAIL = """
-![Rows: pictures of unseen scenes, their edges, and pictures drawn with the prompt alone and with the edges](../pictures/control.png)
+`lllite` steers at attentions alone, which `tiny` has for tokens of 8 and 16 pixels, an eighth of the picture and more;
+`controlnet` and `control-lora` also add to the skip connections of finer levels.
+
+![Rows: pictures of unseen scenes, their edges, and pictures drawn with the prompt alone and with each method](../pictures/control.png)
 
 The first pictures, not chosen: the scene, its edges, and what was drawn from the same prompt and noise without and with
-the network.
+the networks.
 """  # noqa: E501
 
 
@@ -70,27 +80,27 @@ def _near(lines: np.ndarray) -> np.ndarray:
 
 
 def draw_steered(
-    base: Base, network: Path, prompts: Sequence[str], conditions: Sequence[Image.Image], strength: float
+    base: Base, network: Path | None, prompts: Sequence[str], conditions: Sequence[Image.Image]
 ) -> list[Image.Image]:
-    """Draw each prompt with its own condition picture; at strength 0 without the network."""
+    """Draw each prompt with its own condition picture; without a network, by the prompts alone."""
     with Session(base) as session:
-        if strength == 0:
+        if network is None:
             return session.draw_each(prompts, range(len(prompts)))
         images = []
         for seed, (prompt, condition) in enumerate(zip(prompts, conditions, strict=True)):
-            session.steer(network, ControlInput(condition, strength=strength))
+            session.steer(network, ControlInput(condition))
             images += session.draw(prompt, [seed])
         return images
 
 
-def measure(base: Base, network: Path) -> tuple[dict[str, list[float]], dict[str, list[Image.Image]]]:
-    """Return the figures of each row of the page, and pictures to show."""
+def measure(base: Base, networks: Mapping[str, Path]) -> tuple[dict[str, list[float]], dict[str, list[Image.Image]]]:
+    """Return the figures of each row of the page, and pictures to show, for networks by the names of their rows."""
     judge = load_judge(TINY / "judge")
     prompts, scenes = prompts_and_scenes(SCENES)
     pictures = [draw(scene)[0] for scene in scenes]
     conditions = [edges(picture) for picture in pictures]
-    names = {strength: f"with the network, strength {strength:g}" for strength in STRENGTHS} | {0.0: "the prompt alone"}
-    drawn = {names[own]: draw_steered(base, network, prompts, conditions, own) for own in STRENGTHS}
+    named: dict[str, Path | None] = {"the prompt alone": None, **networks}
+    drawn = {name: draw_steered(base, network, prompts, conditions) for name, network in named.items()}
     through = {
         "the true picture, through the VAE": [to_image(own) for own in through_vae(base.vae, to_tensor(pictures))]
     }
@@ -98,7 +108,7 @@ def measure(base: Base, network: Path) -> tuple[dict[str, list[float]], dict[str
     for name, images in {**drawn, **through}.items():
         agreed = [agreement(image, condition) for image, condition in zip(images, conditions, strict=True)]
         rows[name] = [float(np.mean(agreed)), *_right(judge, images, scenes)]
-    shown = {"scene": pictures, "edges": conditions, **{names[own]: drawn[names[own]] for own in (0.0, 1.0)}}
+    shown = {"scene": pictures, "edges": conditions, **drawn}
     return rows, {name: images[:SHOWN] for name, images in shown.items()}
 
 
@@ -109,21 +119,34 @@ def _right(judge: torch.nn.Module, images: Sequence[Image.Image], scenes: list[S
     return [float(right[label][named.get(label, slice(None))].float().mean()) for label in LABELS]
 
 
+def trained(base: Base, folder: Path) -> dict[str, Path]:
+    """Return the name of the row of each method → the folder of its run inside `folder`; missing ones are trained."""
+    runs = {}
+    for method, settings in METHODS.items():
+        run = folder / method
+        if not (run / "adapter.safetensors").is_file():
+            if not (folder / "pictures").is_dir():
+                (folder / "pictures").mkdir(parents=True)
+                write_pictures(folder / "pictures")
+            train("control", base=base, images=folder / "pictures", output=run, method=method, **settings)
+        told = " ".join(f"{key}={value:g}" for key, value in settings.items())
+        runs[" ".join(filter(None, (f"`{method}`", told)))] = run
+    return runs
+
+
 def main() -> None:
     """Train, measure, and write the page and its picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", type=Path, help="folder of a run to measure, instead of training")
-    network, base = parser.parse_args().network, load_base("tiny")
+    parser.add_argument("--runs", type=Path, help="folder with runs that are measured, and that others are kept in")
+    kept, base = parser.parse_args().runs, load_base("tiny")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if network is None:
-            (folder / "pictures").mkdir()
-            write_pictures(folder / "pictures")
-            network = train("control", base=base, images=folder / "pictures", output=folder / "run").folder
-        rows, shown = measure(base, network)
+        runs = trained(base, kept or Path(name))
+        sizes = {row: (run / "adapter.safetensors").stat().st_size / 1e6 for row, run in runs.items()}
+        rows, shown = measure(base, runs)
     lines = [HEAD]
-    for name, (agreed, *right) in rows.items():
-        lines.append(f"| {name} | {agreed:.2f} | {' | '.join(f'{100 * share:.0f} %' for share in right)} |\n")
+    for row, (agreed, *right) in rows.items():
+        size = f"{sizes[row]:.1f} MB" if row in sizes else ""
+        lines.append(f"| {row} | {size} | {agreed:.2f} | {' | '.join(f'{100 * share:.0f} %' for share in right)} |\n")
     save_image(grid(shown), PICTURE)
     write_text(PAGE, "".join([*lines, TAIL]))
 

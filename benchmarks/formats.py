@@ -16,13 +16,15 @@ from diffgraft.adapters.factors import Factors
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.formats.header import with_rank_schedule
 from diffgraft.adapters.formats.original_names import layouts, read_layers
+from diffgraft.adapters.method import Spec
 from diffgraft.adapters.methods.hypernetwork import HypernetworkOptions
 from diffgraft.adapters.methods.loha import HadamardProduct
 from diffgraft.adapters.methods.lokr import Kronecker
 from diffgraft.adapters.methods.lora import LowRank
 from diffgraft.adapters.ops.compare import compare
-from diffgraft.adapters.registry import read_delta, read_network, written_dialects
+from diffgraft.adapters.registry import get_method, read_delta, read_network, written_dialects
 from diffgraft.bases import load_base
+from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import write_text
@@ -38,8 +40,9 @@ and read again bit for bit. – means that the format cannot hold it: `diffgraft
 has ai-toolkit's names, and is only written for transformers, as ComfyUI reads kohya's names for all others. `webui`
 contains only what stable-diffusion-webui *and* ComfyUI read with the same meaning. `peft` is a folder with a subfolder
 for each part of the base, `custom-diffusion` one with a file for each word; it holds new weights, so `convert` needs
-`--base` for differences. `controlnet` is diffusers' ControlNets, `aesthetic` webui's aesthetic embeddings. `diffgraft`
-is this project's own layout, described in `adapters/formats/native.py`.
+`--base` for differences. `controlnet` is diffusers' ControlNets, `control-lora` and `lllite` are those of Stability AI
+and of kohya, `aesthetic` webui's aesthetic embeddings. `diffgraft` is this project's own layout, described in
+`adapters/formats/native.py`. `convert --to controlnet --base BASE` also writes a Control-LoRA, as a whole ControlNet.
 
 """
 TRANSFORMERS = """
@@ -145,6 +148,7 @@ def samples() -> dict[str, Adapter]:
     adapters["custom, new weights"] = replace(new, metadata={**new.metadata, "method": "custom"}, tokens=words)
     adapters["hypernetwork"] = _hypernetwork(drawn)
     adapters["controlnet"] = _control_network()
+    adapters["lllite"], adapters["control lora"] = _small_control("lllite"), _small_control("control-lora")
     embedding = read_network("aesthetic", {"embedding": drawn(1, 768)}, {})
     adapters["aesthetic embedding"] = Adapter({}, {"method": "aesthetic"}, (embedding,))
     return adapters
@@ -181,6 +185,16 @@ def _control_network() -> Adapter:
     network = base.family.control_network(base)
     read = read_network("controlnet", network.state_dict(), base.family.control_settings(network))
     return Adapter({}, {"method": "controlnet"}, (read,))
+
+
+def _small_control(name: str) -> Adapter:
+    """Return a new adapter of a method on the embedded base, with the layers per block by which its file is read."""
+    base, method = load_base("tiny"), get_method(name)
+    part = base.family.denoiser
+    paths = {part: choose_layers(part, base.denoiser, "attention", base.family)}
+    live = method.attach(base, Spec(paths, 2, 2.0, 1, method.read_options({})))
+    live.detach()
+    return live.adapter({"method": name, "base": {"family": base.family.name, **base.family.header(base)}})
 
 
 def transformer_samples() -> dict[str, Adapter]:

@@ -229,10 +229,23 @@ def layers_of(adapter: Adapter) -> int:
 
 
 def _layers_in_metadata(adapter: Adapter) -> int | None:
-    count = base_entry(adapter.metadata, "layers_per_block")
+    return _layers_of_metadata(adapter.metadata)
+
+
+def _layers_of_metadata(metadata: Mapping[str, Any]) -> int | None:
+    count = base_entry(metadata, "layers_per_block")
     if count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 1):
         return count
     raise ValueError(f"its header has layers_per_block={count!r}; expected a whole number of at least 1")
+
+
+def usual_layers(metadata: Mapping[str, Any]) -> int:
+    """Layers per block of the UNet in the metadata; without them those of Stable Diffusion.
+
+    Raises:
+        ValueError: the metadata has an invalid number of layers.
+    """
+    return _layers_of_metadata(metadata) or _LAYER_COUNTS[0]
 
 
 def with_diffusers_projections(adapter: Adapter) -> Adapter:

@@ -91,7 +91,8 @@ def write_metadata(adapter: Adapter) -> dict[str, str]:
     metadata = {key: value for key, value in adapter.metadata.items() if key != RANK_SCHEDULE}
     if (schedule := rank_schedule(adapter)) is not None:
         metadata[RANK_SCHEDULE] = schedule.model_dump()
-    return {DIFFGRAFT_KEY: json.dumps(metadata, sort_keys=True)} if metadata else {}
+    # settings keep the order of the recipe, in which they are shown, and by which the last of several patterns counts
+    return {DIFFGRAFT_KEY: json.dumps({key: metadata[key] for key in sorted(metadata)})} if metadata else {}
 
 
 def rank_schedule(adapter: Adapter) -> RankSchedule | None:

@@ -4,7 +4,7 @@ Zhang et al. 2023, arXiv:2302.05543, section 3: a trainable copy of the denoiser
 and condition picture, and its outputs, which begin at zero, are added to those of the frozen encoder.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Spec, refuse
+from diffgraft.adapters.control import PART, ConditionedNetwork, only_network
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Spec
 from diffgraft.adapters.patch import to_cpu_float32
 from diffgraft.bases import Base
 from diffgraft.bases.loading import base_of
 from diffgraft.errors import one_line
 
-PART = "control"
-"""Path of a control network, and first part of the names of its parameters"""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ControlNetwork(Network):
+class ControlNetwork(ConditionedNetwork):
     """A trained control network, in memory."""
 
     tensors: Mapping[str, Tensor]
@@ -33,15 +31,7 @@ class ControlNetwork(Network):
 
     kind = "controlnet"
 
-    def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:  # noqa: ARG002
-        raise ValueError("it is a control network, which needs a condition picture: give it as control_net instead")
-
     def build(self, base: Base) -> nn.Module:
-        """Build the network for `base`, frozen, in float32 on the CPU.
-
-        Raises:
-            ValueError: it was made for a base of other widths, or its tensors and settings do not fit together.
-        """
         try:
             network = base.family.control_network(base, self.settings)
             network.load_state_dict({name: value.float() for name, value in self.tensors.items()}, assign=True)
@@ -60,18 +50,18 @@ class AttachedControl(Attached):
         with torch.random.fork_rng(devices=[]):  # the first convolutions begin with random weights
             torch.manual_seed(spec.seed)
             network = base.family.control_network(base)
-        self._network = network.to(base.device).requires_grad_(True).train()
+        self.network = network.to(base.device).requires_grad_(True).train()
 
     @property
     def control(self) -> nn.Module:
-        return self._network
+        return self.network
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {f"{PART}.{name}": value for name, value in self._network.named_parameters()}
+        return {f"{PART}.{name}": value for name, value in self.network.named_parameters()}
 
     def adapter(self, metadata: Mapping[str, Any]) -> Adapter:
-        settings = self._base.family.control_settings(self._network)
-        return Adapter({}, metadata, (ControlNetwork(to_cpu_float32(self._network.state_dict()), settings),))
+        settings = self._base.family.control_settings(self.network)
+        return Adapter({}, metadata, (ControlNetwork(to_cpu_float32(self.network.state_dict()), settings),))
 
     def paths(self) -> dict[str, str]:
         """Path of each parameter's module: the network counts as one, as only its last layers have gradients at first.
@@ -83,11 +73,8 @@ class AttachedControl(Attached):
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:
         """Start from the only control network of `adapter`."""
-        refuse(adapter, "deltas", "tokens")
-        source = adapter.networks[0] if len(adapter.networks) == 1 else None
-        if not isinstance(source, ControlNetwork):
-            raise ValueError(f"it holds {len(adapter.networks)} networks, but exactly one control network is needed")
-        self._network = source.build(self._base).to(self._base.device).requires_grad_(True).train()
+        source = only_network(adapter, ControlNetwork)
+        self.network = source.build(self._base).to(self._base.device).requires_grad_(True).train()
         return set(self.paths().values())
 
     def detach(self) -> None:

@@ -118,7 +118,7 @@ class AttachedStudent(Attached):
         return {PART}
 
     @property
-    def network(self) -> nn.Module:
+    def trained_network(self) -> nn.Module:
         return self._student
 
     def detach(self) -> None:

@@ -15,13 +15,16 @@ from diffgraft.adapters.formats.families import with_base_of
 from diffgraft.adapters.formats.original_names import is_for_transformer
 from diffgraft.adapters.formats.verify import LossyWriteError
 from diffgraft.adapters.lowrank import RankBudget
+from diffgraft.adapters.methods.control_lora import ControlLora
+from diffgraft.adapters.methods.controlnet import ControlNetwork
 from diffgraft.adapters.ops.all_timesteps import at_all_timesteps
 from diffgraft.adapters.ops.compare import AdapterComparison, compare
 from diffgraft.adapters.ops.effect import shapes_of
 from diffgraft.adapters.ops.resize import ReducedAdapter, resize
 from diffgraft.adapters.registry import read_delta, read_network, with_leaves, written_dialects
+from diffgraft.bases.meta_base import meta_base
 from diffgraft.bases.weights import Weights
-from diffgraft.errors import DiffgraftError, did_you_mean
+from diffgraft.errors import DiffgraftError, did_you_mean, one_line
 from diffgraft.files import PARTIAL, check_new
 
 PRECISIONS = {
@@ -32,6 +35,9 @@ PRECISIONS = {
     "float8_e5m2": torch.float8_e5m2,
 }
 """Name of a precision → dtype"""
+
+
+_NEEDS_BASE = "Files of this format hold new weights, not differences: name the base (--base)."
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ def convert(
         adapter = with_base_of(adapter, weights)  # names in files depend on the family
     if (target := written_dialects().get(dialect)) is not None and target.holds_new_weights:
         adapter = with_new_weights(adapter, weights, device)
+    if dialect == ControlNetwork.kind and any(isinstance(network, ControlLora) for network in adapter.networks):
+        adapter = _with_merged_networks(adapter, weights)
     rounded = in_precision(adapter, precision) if precision else adapter
     approximation: ReducedAdapter | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ def with_new_weights(adapter: Adapter, weights: Weights | None, device: str = "c
     if not changed:
         return adapter
     if weights is None:
-        raise DiffgraftError("Files of this format hold new weights, not differences: name the base (--base).")
+        raise DiffgraftError(_NEEDS_BASE)
     changed = dict(at_all_timesteps("The adapter", replace(adapter, deltas=changed)).deltas)
     shapes_of(replace(adapter, deltas=changed), weights)  # raises if the adapter does not fit
     replacements: dict[str, tuple[Delta, ...]] = {}
@@ -156,6 +164,26 @@ def with_new_weights(adapter: Adapter, weights: Weights | None, device: str = "c
         leaves = {"weight": weight.cpu(), **({"bias": bias.cpu()} if bias is not None else {})}
         replacements[path] = (read_delta("replacement", leaves, None),)
     return replace(adapter, deltas={**adapter.deltas, **replacements})
+
+
+def _with_merged_networks(adapter: Adapter, weights: Weights | None) -> Adapter:
+    """Replace Control-LoRAs by ControlNets with whole weights.
+
+    Raises:
+        DiffgraftError: `weights` is None or of another base.
+    """
+    if weights is None:
+        raise DiffgraftError(_NEEDS_BASE)
+    base = meta_base(weights.source)
+
+    def value(name: str) -> Tensor:
+        return weights[f"{base.family.denoiser}.{name}"]
+
+    try:
+        merged = [own.merged(base, value) if isinstance(own, ControlLora) else own for own in adapter.networks]
+    except (ValueError, KeyError) as error:
+        raise DiffgraftError(f"The adapter does not fit this base: {one_line(error)}.") from error
+    return replace(adapter, metadata={**adapter.metadata, "method": merged[0].kind}, networks=tuple(merged))
 
 
 def in_precision(adapter: Adapter, precision: str) -> Adapter:

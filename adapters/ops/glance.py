@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from diffgraft.adapters.training_metadata import read_training, tags, training_settings
+from diffgraft.adapters.training_metadata import read_training, recipe_lines, tags, training_settings
 
 _MAX_HEADER = 100_000_000
 """Maximum length of a header in bytes; safetensors refuses longer headers as well"""
@@ -86,7 +86,7 @@ def _lines(
         details = ", ".join(str(word) for word in (base.get("family"), str(base.get("hash", ""))[:12]) if word)
         lines.append(f"base     {base.get('name', '–')} ({details})")
     if isinstance(known.get("recipe"), Mapping):
-        lines.append(f"recipe   {', '.join(f'{key}={value}' for key, value in known['recipe'].items())}")
+        lines += recipe_lines(known["recipe"])
     if modules:
         parts = Counter(_part(key) for key in modules)
         lines.append(f"modules  {', '.join(f'{count} in {part}' for part, count in parts.items())}")

@@ -15,7 +15,7 @@ from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.methods.lokr import Kronecker
 from diffgraft.adapters.ops.effect import fitting_bases, total_as_product, total_delta
-from diffgraft.adapters.training_metadata import tags, training_settings
+from diffgraft.adapters.training_metadata import recipe_lines, tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.progress import track
 from diffgraft.terminal import printable
@@ -241,7 +241,7 @@ def summary(report: AdapterReport) -> list[str]:
     lines.append(f"base     {base.get('name', '–')} ({', '.join(word for word in details if word)})")
     recipe = metadata.get("recipe")
     if isinstance(recipe, Mapping):
-        lines.append(f"recipe   {', '.join(f'{key}={value}' for key, value in recipe.items())}")
+        lines += recipe_lines(recipe)
     if report.fits and not base:
         lines.append(f"fits     {', '.join(report.fits)}")
     if report.modules:

@@ -7,8 +7,8 @@ A new family is one module of `diffgraft.bases.families`, or of an outside packa
 Who calls what: loading asks `components` and `matches`; text encoding `encode` and `size_conditioning`; latents
 `posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`; samplers
 `sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
-`control_network`; estimates, shards and checkpointing `checkpointed`; `train` and `plan` refuse what is in
-`unsupported`.
+`control_network`, `empty_control_network` and `picture_layers`; estimates, shards and checkpointing `checkpointed`;
+`train` and `plan` refuse what is in `unsupported`.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from diffgraft.bases.control import PictureLayer
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.student import StudentSize
 from diffgraft.diffusion.parameterizations import Parameterization
@@ -51,7 +52,7 @@ class ControlSignal:
     """Condition pictures of n samples, and the network that steers the denoiser by them."""
 
     network: nn.Module
-    """Result of `Family.control_network`"""
+    """Result of `Family.control_network`, or an `InputControl` of layers of `Family.picture_layers`"""
     pictures: Tensor
     """[n, 3, height, width] in pixels, with values from 0 to 1"""
     strength: float = 1.0
@@ -198,7 +199,7 @@ class Family(ABC):
             noisy: noisy latents of the family's forward process.
             timesteps: indices into the schedule of `parameterization`; samplers also ask for fractions between two.
             conditioning: result of `encode` and `size_conditioning` for n prompts. Its `control` is None, or has a
-                network that this family's `control_network` made.
+                network that this family's `control_network` made, or an `InputControl`.
         """
 
     def schedule_timesteps(self, given: Tensor) -> Tensor:
@@ -220,6 +221,20 @@ class Family(ABC):
         """
         raise DiffgraftError(f"Bases of the family {self.name} have no control networks: use Stable Diffusion.")
 
+    def empty_control_network(self, base: "Base", widths: Sequence[int] | None = None) -> nn.Module:  # noqa: ARG002
+        """Build a network as `control_network` does, but without values, on the device ``meta``.
+
+        Its modules with the names of modules of the denoiser are copies of those.
+
+        Args:
+            base: base that it is for; its weights are not read.
+            widths: widths of the convolutions that read the condition picture; None: as in new networks.
+
+        Raises:
+            DiffgraftError: the family has no such networks.
+        """
+        raise DiffgraftError(f"Bases of the family {self.name} have no control networks: use Stable Diffusion.")
+
     def control_settings(self, network: nn.Module) -> dict[str, Any]:
         """Return the settings of a control network, as `control_network` takes them and files have them.
 
@@ -234,6 +249,13 @@ class Family(ABC):
             DiffgraftError: the family has no smaller denoisers, `size` is not smaller, or the base is quantized.
         """
         raise DiffgraftError(f"Bases of the family {self.name} have no students: use Stable Diffusion.")
+
+    def picture_layers(self, base: "Base") -> list[PictureLayer]:  # noqa: ARG002
+        """Return the linear layers of the denoiser whose inputs are tokens of the picture, for an `InputControl`.
+
+        Empty, as by default, for families without such control networks.
+        """
+        return []
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""

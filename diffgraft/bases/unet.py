@@ -1,12 +1,15 @@
 """Base class of the families whose denoiser is a diffusers UNet: layers, blocks, noise schedule, inpainting."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
+from diffgraft.bases.control import InputControl, PictureLayer
 from diffgraft.bases.family import Component, Conditioning, ControlSignal, Family
 from diffgraft.bases.prediction import ddpm_parameterization
 from diffgraft.bases.student import StudentSize, student_unet
@@ -51,6 +54,12 @@ _USUAL_LAYERS = 2
 _CONTROL_WIDTHS = (16, 32, 96, 256)
 """Widths of the convolutions that read a condition picture, each after the first with half of its sides (Zhang et al.
 2023, arXiv:2302.05543, section 3.3): three halvings for latents of an eighth, fewer for other VAEs"""
+_PICTURE_LAYER = re.compile(
+    r"(?P<side>down|mid|up)_blocks?(?:\.(?P<number>\d+))?\.attentions\.\d+\."
+    r"(?:proj_in|proj_out|transformer_blocks\.\d+\.(?:attn1\..+|attn2\.to_(?:q|out\.0)|ff\.net\..+))"
+)
+"""Path of a layer with one input for each square of the picture, and the level of its block"""
+_USUAL_PICTURE_LAYERS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q")
 _SHARED_WIDTHS = ("block_out_channels", "layers_per_block", "cross_attention_dim")
 """Settings that a control network must have in common with the UNet"""
 
@@ -87,11 +96,31 @@ class UNetFamily(Family):
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         given = base.denoiser_input(noisy, conditioning.channels)
-        arguments = unet_arguments(conditioning)
-        if conditioning.control is not None:
-            arguments |= _residuals(conditioning.control, given, timesteps, conditioning)
-        prediction: Tensor = denoiser(given, timesteps, **arguments).sample
+        arguments, control = unet_arguments(conditioning), conditioning.control
+        acting: AbstractContextManager[None] = nullcontext()
+        if control is not None and isinstance(control.network, InputControl):
+            acting = control.network.acting(control.pictures.to(given.device), control.strength)
+        elif control is not None:
+            arguments |= _residuals(control, given, timesteps, conditioning)
+        with acting:
+            prediction: Tensor = denoiser(given, timesteps, **arguments).sample
         return prediction
+
+    def picture_layers(self, base: Base) -> list[PictureLayer]:
+        """Return the linear layers around and inside of attentions, but for keys and values of the text.
+
+        The usual ones are queries, keys and values of the encoder and the middle, as in kohya-ss' ControlNet-LLLite.
+        """
+        layers, last = [], len(base.unet.down_blocks) - 1
+        for path, module in base.unet.named_modules():
+            found = _PICTURE_LAYER.fullmatch(path)
+            if not found or not isinstance(module, nn.Linear):
+                continue
+            side, number = found["side"], int(found["number"] or 0)
+            level = {"down": number, "mid": last, "up": last - number}[side]
+            usual = side != "up" and path.endswith(_USUAL_PICTURE_LAYERS)
+            layers.append(PictureLayer(path, base.vae_scale_factor * 2**level, usual))
+        return layers
 
     def control_network(self, base: Base, settings: Mapping[str, Any] | None = None) -> nn.Module:
         """Build a ControlNet (Zhang et al. 2023, arXiv:2302.05543): a copy of the UNet's encoder with zero outputs."""
@@ -116,12 +145,22 @@ class UNetFamily(Family):
                 f"A control network begins as a copy of the base, which is quantized to {base.quantize}: set "
                 "quantize=none."
             )
-        halvings = (base.vae_scale_factor - 1).bit_length()
         with torch.device("meta" if base.device.type == "meta" else "cpu"):
             new: nn.Module = ControlNetModel.from_unet(
-                base.unet, conditioning_embedding_out_channels=_CONTROL_WIDTHS[: halvings + 1]
+                base.unet, conditioning_embedding_out_channels=_control_widths(base)
             )
         return new
+
+    def empty_control_network(self, base: Base, widths: Sequence[int] | None = None) -> nn.Module:
+        from diffusers import ControlNetModel
+
+        with torch.device("meta"):
+            network: nn.Module = ControlNetModel.from_unet(
+                base.unet,
+                conditioning_embedding_out_channels=tuple(widths or _control_widths(base)),
+                load_weights_from_unet=False,
+            )
+        return network
 
     def control_settings(self, network: nn.Module) -> dict[str, Any]:
         """Return the configuration of a ``ControlNetModel`` as its ``config.json`` has it."""
@@ -178,6 +217,12 @@ class UNetFamily(Family):
         pipe = getattr(diffusers, kind)(scheduler=scheduler, **shared)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def _control_widths(base: Base) -> tuple[int, ...]:
+    """Return the widths of the convolutions that read a condition picture; their strides lead to the latents."""
+    halvings = (base.vae_scale_factor - 1).bit_length()
+    return _CONTROL_WIDTHS[: halvings + 1]
 
 
 def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:

@@ -29,7 +29,9 @@ _LAYER = re.compile(r"unet\.down_blocks\.\d+\.resnets\.(\d+)\.")
 class Weights(Mapping[str, Tensor]):
     """A mapping of name → weight in the dtype of its file; a context manager that closes the files at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
+        """Begin without weights; `source` is the base's name or path."""
+        self.source = source
         self._open = ExitStack()
         self._readers: dict[str, Callable[[], Tensor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -101,7 +103,7 @@ def open_weights(source: str | Path) -> Weights:
         DiffgraftError: `source` is none of these, or a file cannot be read.
     """
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
-    weights = Weights()
+    weights = Weights(str(source))
     if path.is_dir():
         for part in part_names():
             for file in files_of_part(path / part):

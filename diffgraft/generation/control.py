@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
-from diffgraft.adapters.methods.controlnet import ControlNetwork
+from diffgraft.adapters.control import ConditionedNetwork
 from diffgraft.bases import Base
 from diffgraft.bases.family import ControlSignal
 from diffgraft.edges import edges
@@ -74,7 +74,7 @@ class Steering:
     """A control network in use by a session, and its condition picture."""
 
     network: nn.Module
-    """Result of `ControlNetwork.build`, on the device and in the precision of the denoiser"""
+    """Result of `ConditionedNetwork.build`, on the device and in the precision of the denoiser"""
     control: ControlInput
     name: str
     """Name by which its file is known; empty if it has none"""
@@ -120,6 +120,11 @@ class StepControl:
         return ControlSignal(self.network, pictures.expand(count, -1, -1, -1), self.control.strength)
 
 
+def reads_base(adapter: Adapter) -> bool:
+    """Whether the control network of an adapter is built from the weights of the base."""
+    return any(isinstance(network, ConditionedNetwork) and network.reads_base for network in adapter.networks)
+
+
 def build_network(adapter: Adapter, base: Base, name: str, device: torch.device) -> nn.Module:
     """Build the control network of an adapter for a base, on `device` and in the precision of the denoiser.
 
@@ -127,7 +132,7 @@ def build_network(adapter: Adapter, base: Base, name: str, device: torch.device)
         DiffgraftError: the adapter is not a control network, or was made for another base.
     """
     network = adapter.networks[0] if len(adapter.networks) == 1 else None
-    if not isinstance(network, ControlNetwork):
+    if not isinstance(network, ConditionedNetwork):
         raise DiffgraftError(
             f"{name} is not a control network, but an adapter of the method {adapter.method}: give a run of the recipe "
             "control, its file, or a ControlNet folder of diffusers."

@@ -6,7 +6,7 @@ pictures = session.draw("a (sks dog:1.2) [in the snow:at night:0.5] <lora:ink:0.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from diffgraft.bases.loading import base_of
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 from diffgraft.generation.adapter_library import AdapterLibrary, usual_name
 from diffgraft.generation.checks import check_prompt, checked_seeds
-from diffgraft.generation.control import ControlInput, Steering, build_network
+from diffgraft.generation.control import ControlInput, Steering, build_network, reads_base
 from diffgraft.generation.enlarge import enlarged, hires_size
 from diffgraft.generation.graft import has_other_grafts
 from diffgraft.generation.grammar.choices import WILDCARD, draw_choices
@@ -132,7 +132,9 @@ class Session:
         if not isinstance(adapter, Adapter):
             loaded, name = self.library.load(str(network)), usual_name(str(network))
             adapter, digest = loaded.adapter, loaded.hash
-        built = build_network(adapter, self.base, name or f"The {adapter.method} adapter", self.painter.device)
+        name_or_method = name or f"The {adapter.method} adapter"
+        with self._bare() if reads_base(adapter) else nullcontext():
+            built = build_network(adapter, self.base, name_or_method, self.painter.device)
         self._steering = Steering(built, control, name, digest)
 
     def stop_steering(self) -> None:
@@ -143,6 +145,13 @@ class Session:
         """Remove all adapters and the control network; the base's weights are the same bits as before the session."""
         self._steering = None
         self._applied.apply({}, 0, 1)
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """Take the session's adapters off the base within the block."""
+        with self.restored():
+            self._applied.apply({}, 0, 1)
+            yield
 
     @contextmanager
     def restored(self) -> Iterator[None]:

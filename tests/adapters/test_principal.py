@@ -36,15 +36,21 @@ def attached(net: nn.Module, init: str, **more: Any) -> Attached:
     return method.attach(SimpleNamespace(unet=net), spec)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_steps_are_those_of_peft(init: str) -> None:
+def seeded_svd(*given: Any, **named: Any) -> Any:
+    """The randomized SVD with the random matrix that ours has."""
+    torch.manual_seed(0)
+    return torch.svd_lowrank(*given, **named)
+
+
+@pytest.mark.parametrize(("init", "niter"), [("pissa", 0), ("pissa", 3), ("olora", 0)])
+def test_steps_are_those_of_peft(init: str, niter: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same outputs before and after ten steps of Adam, from peft's own initial factors up to their signs."""
+    monkeypatch.setattr("peft.tuners.lora.layer.svd_lowrank", seeded_svd)
+    by = f"pissa_niter_{niter}" if niter else init
     x, goal = torch.randn(9, 14), torch.randn(9, 3)
-    theirs = get_peft_model(
-        Net(), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["wide"], init_lora_weights=init)
-    )
+    theirs = get_peft_model(Net(), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["wide"], init_lora_weights=by))
     ours = Net().requires_grad_(False)
-    live = attached(ours, init)
+    live = attached(ours, init, pissa_niter=niter)
     found = dict(live.trainable())
     layer = theirs.base_model.model.wide
     wanted = {"lora_down": layer.lora_A.default.weight, "lora_up": layer.lora_B.default.weight}
@@ -134,6 +140,21 @@ def test_small_updates_survive_half_precision(init: str) -> None:
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
+def test_a_randomized_start_is_a_function_of_the_weight() -> None:
+    """So that a resumed run and a file go on from it; with many iterations it is the exact one."""
+    net = Net().requires_grad_(False)
+    starts, state = [], torch.get_rng_state()
+    for niter in (2, 2, 40, 0):
+        live = attached(net, "pissa", pissa_niter=niter)
+        starts.append(live.trainable()["unet.wide.lora_up"] @ live.trainable()["unet.wide.lora_down"])
+        live.detach()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(starts[0], starts[1])
+    assert (starts[2] - starts[3]).norm() < 1e-2 * starts[3].norm() < (starts[0] - starts[3]).norm()
+
+
 def test_what_cannot_start_so_is_refused() -> None:
+    with pytest.raises(DiffgraftError, match=r"options\.pissa_niter has no effect without options\.init=pissa"):
+        attached(Net(), "olora", pissa_niter=4)
     with pytest.raises(DiffgraftError, match=r"options\.init=pissa cannot be combined with options\.dora=true"):
         attached(Net(), "pissa", dora=True)

@@ -83,6 +83,19 @@ def test_one_picture_and_a_style_without_captions(pictures: Path) -> None:
     assert "no image has a caption" in plan(pictures, "style")
 
 
+def test_captions_are_advised_where_they_are_read(tmp_path: Path) -> None:
+    """A slider learns the axis that its recipe names, or its pairs, and not what pictures show."""
+    for folder in (tmp_path, tmp_path / "negative"):
+        folder.mkdir(exist_ok=True)
+        for number in range(3):
+            Image.new("RGB", (64, 64), (80 * number, 9, len(folder.name))).save(folder / f"{number}.png")
+    for recipe, settings in (("picture-slider", {}), ("slider", {"prompt": ""})):
+        said = plan(tmp_path, recipe, **settings)
+        assert "no image has a caption" not in said
+        assert "all prompts are empty" not in said
+    assert "all prompts are empty" in plan(tmp_path, "style", prompt="", trigger="")
+
+
 def test_triggers_that_folders_give_are_no_settings_of_the_recipe(tmp_path: Path) -> None:
     for number, name in enumerate(("10_ohwx man", "5_zwx man")):
         (tmp_path / name).mkdir()

@@ -1,5 +1,6 @@
 """Alignment by a CLIP: the loss against float64, resumed runs, and what is refused before anything is written."""
 
+import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from diffgraft.bases import Base, SizeConditioning
-from diffgraft.bases.clip import load_clip
+from diffgraft.bases.clip import TINY_CLIP, load_clip
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process
 from diffgraft.trainers.objectives.align import OBJECTIVE, AlignOptions, decoded
@@ -127,6 +129,37 @@ def test_a_plan_counts_the_vae_and_the_clip(pictures: Path, monkeypatch: pytest.
     assert dict(plain.facts)["memory"] != dict(aligned.facts)["memory"]
     assert any("not their activations" in text for text in aligned.pitfalls)
     assert not any("not their activations" in text for text in plain.pitfalls)
+
+
+def test_empty_prompts_are_refused(base: Base, pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    for settings, answer in (
+        ({"prompt": " ", "images": str(pictures)}, r"the prompt of .*1\.png, .* is empty: add captions, or set prompt"),
+        ({"prompt": ""}, "the prompt of the pictures that are drawn is empty"),
+        ({"caption_dropout": 0.1}, r"of which caption_dropout=0\.1 empties a share: set caption_dropout=0"),
+    ):
+        with pytest.raises(DiffgraftError, match=answer):
+            plan_run("align", settings)
+        with pytest.raises(DiffgraftError, match=answer):
+            train("align", base=base, output=output, **settings)
+    assert not output.exists()
+
+
+def test_a_run_goes_on_with_the_same_clip_alone(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """Its weights count, not the folder that they are in."""
+    clip, kept = tmp_path / "clip", tmp_path / "kept"
+    for folder in (clip, kept):
+        shutil.copytree(TINY_CLIP, folder)
+    settings = {"images": str(pictures), **SHORT, "steps": 2, "loss.options.clip": str(clip)}
+    train("align", base=base, output=tmp_path / "run", **settings)
+    tensors = load_file(clip / "model.safetensors")
+    tensors["visual_projection.weight"] *= 1.5
+    save_file(tensors, clip / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DiffgraftError, match=r"the network that loss\.objective judges by differs"):
+        train(resume=tmp_path / "run", base=base, steps=3)
+    shutil.rmtree(clip)
+    kept.rename(clip)
+    assert len(train(resume=tmp_path / "run", base=base, steps=3).metrics) == 3
 
 
 def test_what_cannot_be_aligned_is_refused(base: Base, pictures: Path, tmp_path: Path) -> None:

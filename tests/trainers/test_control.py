@@ -18,7 +18,6 @@ import diffgraft as dg
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.methods.controlnet import AttachedControl, ControlNetwork
 from diffgraft.adapters.ops.convert import convert
-from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base, load_base
 from diffgraft.data.frames import Crop
 from diffgraft.devices import has_bfloat16
@@ -424,7 +423,3 @@ def test_a_plan_counts_the_network(drawings: Path) -> None:
     assert facts["conditions"] == "edges of the images"
     live = attach(load_recipe("control", {}), load_base("tiny"))
     assert f"{sum(value.numel() for value in live.trainable().values()):,} parameters" in facts["trained"]
-
-
-def test_only_methods_of_control_networks_need_conditions() -> None:
-    assert [name for name, method in methods().items() if method.needs_conditions] == ["controlnet"]

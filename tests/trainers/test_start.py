@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import diffgraft as dg
 from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.factors import FactorDelta
 from diffgraft.adapters.formats import load_adapter
@@ -52,6 +53,17 @@ def go(base: Base, pictures: Path, tmp_path: Path) -> Any:
 
 def sha(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_plan_sees_another_start_from_the_weight(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """As `train` does, by one layer of the base; of one that is loaded and one that is not."""
+    settings: dict[str, Any] = {**SHORT, "images": str(pictures), "steps": 1, "prior": {"weight": 0}, "rank": 2}
+    first = train(SUBJECT, base=base, output=tmp_path / "run", **settings, options={"init": "pissa"})
+    started = {**settings, "init_from": str(first.adapter_file)}
+    dg.plan(SUBJECT, **started, options={"init": "pissa"})
+    for given in ({}, {"base": base}):
+        with pytest.raises(DiffgraftError, match=r"did not start from this base's weights with the same options\.init"):
+            dg.plan(SUBJECT, **given, **started, options={"init": "olora"})
 
 
 @pytest.mark.parametrize("method", ON_PICTURES)

@@ -113,7 +113,9 @@ OBJECTIVE = ObjectiveKind(
     check=_check,
     bare_predictions=1,
     uses_prior=False,
+    needs_prompts=True,
     draws_pictures=True,
     uses_vae=True,
     own_bytes=lambda options: clip_bytes(options.clip),
+    own_hash=lambda options: load_clip(options.clip).hash,
 )

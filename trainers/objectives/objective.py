@@ -107,12 +107,18 @@ class ObjectiveKind:
     """Whether prior preservation has an effect with it"""
     pairs: PairKind | None = None
     """Kinds of the pictures of the pairs that it trains on; None: it trains on single pictures"""
+    reads_captions: bool = True
+    """Whether what it learns depends on the captions of the pictures, so that `plan` advises to write missing ones"""
+    needs_prompts: bool = False
+    """Whether it has no meaning for a picture with an empty prompt, so that such pictures are refused"""
     draws_pictures: bool = False
     """Whether the base draws the pictures where the recipe has no `images`"""
     uses_vae: bool = False
     """Whether it decodes pictures, so that the VAE stays on the device"""
     own_bytes: Callable[[Any], int] = lambda options: 0  # noqa: ARG005
     """Function of its options: bytes of the networks that it loads beside the base"""
+    own_hash: Callable[[Any], str] = lambda options: ""  # noqa: ARG005
+    """Function of its options: hash over the contents of these networks, which a resumed run must have again"""
 
     def read_options(self, values: Mapping[str, Any]) -> BaseModel:
         """Validate the values of the recipe's `loss.options`.

@@ -66,5 +66,6 @@ OBJECTIVE = ObjectiveKind(
     options=PictureSliderOptions,
     strengths=lambda options: (options.strength, -options.strength),
     uses_prior=False,
+    reads_captions=False,
     pairs=PairKind("positive", "negative"),
 )

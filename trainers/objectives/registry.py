@@ -46,6 +46,16 @@ def objective_prompts(name: str, options: Mapping[str, Any], prompts: Sequence[s
     return objectives()[name].prompts(objectives()[name].read_options(options), prompts) if name else ()
 
 
+def reads_captions(name: str) -> bool:
+    """Whether what the objective called `name` learns depends on captions; an empty name stands for the default."""
+    return not name or objectives()[name].reads_captions
+
+
+def objective_hash(name: str, options: Mapping[str, Any]) -> str:
+    """Return the hash of the networks that the objective called `name` loads beside the base; empty without any."""
+    return objectives()[name].own_hash(objectives()[name].read_options(options)) if name else ""
+
+
 def uses_vae(name: str) -> bool:
     """Whether the objective called `name` decodes pictures; an empty name stands for the default, which does not."""
     return bool(name) and objectives()[name].uses_vae

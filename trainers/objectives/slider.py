@@ -120,5 +120,6 @@ OBJECTIVE = ObjectiveKind(
     strengths=lambda options: options.strengths,
     bare_predictions=3,
     uses_prior=False,
+    reads_captions=False,
     draws_pictures=True,
 )

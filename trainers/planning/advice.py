@@ -10,6 +10,7 @@ from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.data.near_duplicates import Fingerprint
+from diffgraft.trainers.objectives.registry import reads_captions
 from diffgraft.trainers.recipe.groups import AdapterSettings, DataSettings
 from diffgraft.trainers.training_data.build import Sample, resolution_of
 
@@ -29,6 +30,7 @@ def advice(
     base: Base,
     samples: Sequence[Sample],
     fingerprints: Sequence[tuple[str, Fingerprint]],
+    objective: str = "",
 ) -> Iterator[str]:
     """Yield a sentence for each thing that the user may want to change.
 
@@ -39,12 +41,13 @@ def advice(
         base: the base, which may be on the meta device.
         samples: the training images with their prompts.
         fingerprints: names and fingerprints of the images.
+        objective: name of the recipe's objective; empty for the default.
     """
     yield from _size_advice(task, resolution_of(data, base), base, samples)
     yield from _rank_advice(adapter, base)
     if len(samples) == 1:
         yield "there is one image: the run will learn that image rather than its subject. Three to six are better."
-    if task == "style" and not any(sample.picture.captions for sample in samples):
+    if task == "style" and reads_captions(objective) and not any(sample.picture.captions for sample in samples):
         yield (
             "no image has a caption, so that the content of the images becomes part of the style: "
             "write captions with `diffgraft caption FOLDER`."

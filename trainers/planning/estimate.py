@@ -127,7 +127,7 @@ def estimate_cost(
         with _fused_attention(), _saved_bytes(fixed) as saved, _growth(denoiser, base, saved) as grown:
             denoiser(*inputs(work.images))
         recomputed = max(grown)  # in the backward pass one checkpointed block at a time has its activations again
-        for network in filter(None, (base.denoiser, live.network)):
+        for network in filter(None, (base.denoiser, live.trained_network)):
             network.enable_gradient_checkpointing()
             network.train()
     with _fused_attention(), FlopCounterMode(display=False) as both_passes, _saved_bytes(fixed) as saved:

@@ -11,7 +11,7 @@ from diffgraft.data.inventory import list_names
 from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplicates
 from diffgraft.data.pictures import UnreadablePictureError
 from diffgraft.progress import track
-from diffgraft.trainers.objectives.registry import objectives
+from diffgraft.trainers.objectives.registry import objectives, reads_captions
 from diffgraft.trainers.optim.optimizers import lr_warning
 from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -82,7 +82,9 @@ def setting_conflicts(recipe: Recipe, samples: Sequence[Sample]) -> Iterator[str
     if triggers and "trigger" in recipe.model_fields_set and all(triggers) and recipe.trigger not in triggers:
         yield f"trigger={recipe.trigger} is the trigger of no concept: only samples are generated with it."
     yield from _noun_conflicts(recipe.noun, samples)
-    if not any(text.strip() for sample in samples for text in sample.prompt_builder.prompts()):
+    if reads_captions(recipe.loss.objective) and not any(
+        text.strip() for sample in samples for text in sample.prompt_builder.prompts()
+    ):
         yield "all prompts are empty: add captions, or set prompt."
     if recipe.caption_dropout and recipe.method == "textual-inversion":
         yield "caption_dropout drops the trained token as well, so that nothing is learned from such samples."

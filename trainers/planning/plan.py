@@ -30,11 +30,12 @@ from diffgraft.trainers.planning.pitfalls import (
     setting_conflicts,
     trigger_word_warnings,
 )
+from diffgraft.trainers.planning.start_check import check_start
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import read_adapter_file
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
+from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_prompts, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.runtime.processes import new_accelerator
@@ -104,6 +105,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         warnings.simplefilter("always")
         recipe, concepts = read_concepts(recipe)
         check_pictures(concepts)
+        check_prompts(recipe.objective, concepts)
         data, shown = recipe.data, with_drawn_pictures(concepts, recipe.seed, base)
         samples, held_out = split_samples(data, recipe.validation, collect_samples(data, shown, base), base)
     fingerprints, unreadable = compute_fingerprints(samples) if all(pictures for _, pictures in concepts) else ([], {})
@@ -117,6 +119,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     strengths = kind.strengths(kind.read_options(recipe.loss.options if recipe.loss.objective else {}))
     passes = kind.predictions * len(strengths) + any(concept.prior_preservation is not None for concept, _ in concepts)
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
+    check_start(recipe, base, start, loaded_base)
     if recipe.under.adapter:
         Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
@@ -157,7 +160,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         *trigger_word_warnings(base, samples),
         *duplicate_warnings(fingerprints),
         *crop_warnings(data, samples),
-        *advice(recipe.task, data, recipe.adapter, base, samples, fingerprints),
+        *advice(recipe.task, data, recipe.adapter, base, samples, fingerprints, recipe.loss.objective),
     ]
     return Plan(facts, pitfalls)
 

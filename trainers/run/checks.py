@@ -6,9 +6,10 @@ import torch
 
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base
+from diffgraft.data.inventory import list_names
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.denoiser import forward_process
-from diffgraft.trainers.objectives.registry import check_objective, check_objective_for
+from diffgraft.trainers.objectives.registry import check_objective, check_objective_for, objectives
 from diffgraft.trainers.optim.optimizers import check_optimizer
 from diffgraft.trainers.recipe.groups import (
     AdapterSettings,
@@ -26,6 +27,7 @@ from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
 from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, user_class_images
 from diffgraft.trainers.training_data.concepts import ConceptImages
+from diffgraft.trainers.training_data.prompts import prompt_builders
 
 
 def check_settings(
@@ -68,6 +70,31 @@ def check_pictures(read: ConceptImages) -> None:
         if prior is not None and prior.by == "pictures":
             for _ in user_class_images(concept, prior):
                 pass
+
+
+def check_prompts(objective: ObjectiveSettings, read: ConceptImages) -> None:
+    """Check that every picture has a prompt, if the objective has no meaning without one.
+
+    Raises:
+        DiffgraftError: the prompt of a picture is empty, or prompts are dropped.
+    """
+    name = objective.loss.objective
+    if not name or not objectives()[name].needs_prompts:
+        return
+    for concept, pictures in read:
+        if concept.caption_dropout:
+            raise DiffgraftError(
+                f"loss.objective={name} compares pictures with their prompts, of which caption_dropout="
+                f"{concept.caption_dropout:g} empties a share: set caption_dropout=0."
+            )
+        # without pictures, the base draws them of the prompt
+        texts = {own.name: prompt_builders(concept, own)[0].prompts() for own in pictures}
+        texts = texts or {"the pictures that are drawn": [concept.fill(concept.prompt)]}
+        if empty := [picture for picture, prompts in texts.items() if not all(text.strip() for text in prompts)]:
+            raise DiffgraftError(
+                f"loss.objective={name} compares pictures with their prompts, but the prompt of {list_names(empty)} is "
+                "empty: add captions, or set prompt."
+            )
 
 
 def check_family(groups: Sequence[Group], base: Base) -> None:

@@ -14,6 +14,7 @@ Fingerprint = Mapping[str, Any]
 - `data`: digest of the images and their captions
 - `start`: hash of the adapter file of `init_from`
 - `under`: hash of the adapter file of `under.adapter`
+- `objective`: hash of the networks that the objective loads beside the base
 - `processes`: number of processes that share a step
 - `changes`: changes accepted when resuming, each with the step after which it was made; missing if there are none
 - `paths`: paths of base, images and adapter file; not compared, but shown in messages
@@ -23,6 +24,7 @@ _HASHED = {
     "data": ("images", "the pictures or their captions differ"),
     "start": ("init_from", "the file of init_from differs"),
     "under": ("under.adapter", "the file of under.adapter differs"),
+    "objective": ("loss.objective", "the network that loss.objective judges by differs"),
 }
 """Hashed entry of a fingerprint → its key in a recipe, and the message if it differs"""
 
@@ -36,10 +38,11 @@ def run_fingerprint(
         recipe: the recipe.
         base: the base's hash.
         data: digest of the training data; empty before it is known, and then left out.
-        files: `start` and `under` → hash of the adapter file; empty without one, None if unknown, and then left out.
+        files: `start`, `under` and `objective` → hash of the file or network; empty without one, None if unknown, and
+            then left out.
         processes: number of processes that share a step.
     """
-    hashes = {"data": data or None, "start": "", "under": "", **(files or {})}
+    hashes = {"data": data or None, "start": "", "under": "", "objective": "", **(files or {})}
     known = {name: value for name, value in hashes.items() if value is not None}
     paths = {
         "base": recipe.base,

@@ -20,12 +20,13 @@ from diffgraft.trainers.hooks.checkpoint import check_same
 from diffgraft.trainers.hooks.metrics import loss_curves
 from diffgraft.trainers.hooks.samples import before_after, steered_samples, warn_of_overflow
 from diffgraft.trainers.hooks.trackers import check_trackers
+from diffgraft.trainers.objectives.registry import objective_hash
 from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.groups import ModelSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import file_hash, read_adapter_file
 from diffgraft.trainers.run.attach import attach, check_format
-from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_settings
+from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_prompts, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, finished_run, new_run, resumed_run
 from diffgraft.trainers.run.train_adapter import AdapterTraining, Setup
@@ -107,6 +108,7 @@ def _train(
     check_shards(recipe.shard, accelerator)
     recipe, read = read_concepts(recipe)
     check_pictures(read)
+    check_prompts(recipe.objective, read)
     held = _base(recipe.model, recipe.precision, base)
     # the written recipe states how a base given by the caller was loaded
     recipe = recipe.model_copy(update={"quantize": held.quantize})
@@ -131,7 +133,11 @@ def _train(
                 live.detach()
         with exclusive_lock(folder) if accelerator.is_main_process else nullcontext(), under.always():
             trained = {name: value for name, value in live.trainable().items() if value.requires_grad}
-            hashes = {"start": file_hash(recipe.init_from, start), "under": file_hash(recipe.under.adapter, file)}
+            hashes = {
+                "start": file_hash(recipe.init_from, start),
+                "under": file_hash(recipe.under.adapter, file),
+                "objective": objective_hash(recipe.loss.objective, recipe.loss.options),
+            }
             fingerprint = run_fingerprint(recipe, held.hash, "", hashes, accelerator.num_processes)
             done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
             if done > recipe.steps:

@@ -150,7 +150,7 @@ class AdapterTraining:
             live = attach(recipe, base, self.setup.start)
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
-                for network in filter(None, (base.denoiser, live.network)):
+                for network in filter(None, (base.denoiser, live.trained_network)):
                     # compiled blocks keep what they need by themselves
                     network.enable_gradient_checkpointing(None if recipe.compile else recomputing(network, live))
                     network.train()  # checkpointing works in training mode only; these networks have no dropout

@@ -62,6 +62,23 @@ def test_a_file_of_our_own(short_run: Run, dialect: str, tmp_path: Path) -> None
     assert {"method", "trigger", "base", "modules", "kinds", "ranks"} <= set(found)
 
 
+def test_settings_are_told_as_a_command_line_takes_them(tmp_path: Path) -> None:
+    """In the order of the recipe, an inner key by its path."""
+    recipe = {"task": "style", "lr": 1e-3, "flip": True, "loss": {"objective": "slider", "options": {"positive": "a"}}}
+    recipe |= {"alpha": None, "concepts": [{"trigger": "x"}, {"trigger": "y"}], "options": {"structure": [1, 2]}}
+    delta = low_rank(torch.ones(2, 6), torch.ones(4, 2))
+    adapter = Adapter({"unet.mid_block.attentions.0.proj_in": (delta,)}, {"method": "lora", "recipe": recipe})
+    path = adapter.save(tmp_path / "a.safetensors", "lycoris")
+    lines = glance(path)
+    assert lines is not None
+    start = lines.index("recipe   task=style")
+    assert [line.strip() for line in lines[start + 1 : start + 9]] == [
+        *("lr=0.001", "flip=true", "loss.objective=slider", "loss.options.positive=a", "alpha="),
+        *("concepts.0.trigger=x", "concepts.1.trigger=y", "options.structure=1,2"),
+    ]
+    assert set(lines[start : start + 9]) <= set(summary(inspect(load_adapter(path))))
+
+
 def test_a_word(tmp_path: Path) -> None:
     word = Adapter(
         {}, {"method": "textual-inversion", "trigger": "<x>"}, tokens={"<x>": {"text_encoder": torch.ones(2, 8)}}
