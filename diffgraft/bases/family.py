@@ -12,13 +12,14 @@ Who calls what: loading asks `components` and `matches`; text encoding `encode` 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError
 
@@ -135,6 +136,8 @@ class Family(ABC):
     """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
     original: OriginalLayout | None = None
     """Names of the denoiser's layers in its authors' code, for files with them; None: see `diffgraft.bases.ldm_keys`"""
+    published: str = ""
+    """Hub id of a published base, for advice; empty if there is none"""
     unsupported: Mapping[str, str] = {}
     """Recipe key that this family does not support → reason; ``train`` and ``plan`` refuse such keys"""
 
@@ -225,6 +228,25 @@ class Family(ABC):
         By default they are the network's configuration, as diffusers' models have one.
         """
         return dict(network.config)  # type: ignore[arg-type]
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return the fields of the denoiser's configuration that the shapes of its weights tell, for single files.
+
+        Args:
+            shapes: shapes of its weights, by their names in diffusers.
+            config: the configuration without these fields, as far as it is known.
+
+        Raises:
+            DiffgraftError: a weight that tells a size is missing.
+        """
+        return {}
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:  # noqa: ARG002
+        """Yield what the denoiser gets from the other parts, its width there, and the width of what they give.
+
+        A base whose denoiser is a single file is refused if one of the pairs differs.
+        """
+        yield from ()
 
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""

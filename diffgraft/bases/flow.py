@@ -37,6 +37,12 @@ FLUX_ATTENTION: Mapping[str, str | tuple[str, ...]] = {
     "txt_attn.proj": "attn.to_add_out",
 }
 """Attention in the double blocks of FLUX: name in the original layout → name in diffusers, or those of its parts"""
+FLUX_SCALES = frozenset(
+    f"{block}norm.{norm}_norm"
+    for block in ("double_blocks.*.img_attn.", "double_blocks.*.txt_attn.", "single_blocks.*.")
+    for norm in ("query", "key")
+)
+"""Norms of FLUX whose weight is named ``scale`` in the original layout"""
 QWEN_LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "feedforward": ("gate_proj", "up_proj", "down_proj"),
