@@ -29,6 +29,8 @@ class Base:
     tokenizer: Any = None
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    components_from: str = ""
+    """Folder or hub id that the other parts are from, if its denoiser is a single file"""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Networks and tokenizers of families with other names → the part; they are set as attributes, too"""
     hash: str = field(init=False)
@@ -173,9 +175,12 @@ class Base:
         return self.parameterization.name
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
-        """Return the options of `wanted` (`LoadOptions`) that this base was not loaded with, as "key=value"."""
+        """Return the options of `wanted` (`LoadOptions`) that this base was not loaded with, as "key=value".
+
+        Where its components are from is not compared.
+        """
         own = {"prediction_type": self.parameterization.name, "zero_snr": self.zero_snr, "quantize": self.quantize}
-        return [f"{key}={value}" for key, value in wanted.items() if value not in (None, "none", own[key])]
+        return [f"{key}={wanted[key]}" for key in own if wanted.get(key) not in (None, "none", own[key])]
 
     @property
     def parameterization(self) -> Parameterization:

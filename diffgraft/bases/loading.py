@@ -104,7 +104,9 @@ def load_base(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {detected.name}. "
             "Give a text-to-image model."
         )
-    base = Base(name=str(source), family=detected, **parts_of(pipe), digest=digest)
+    base = Base(
+        name=str(source), family=detected, **parts_of(pipe), components_from=str(components or ""), digest=digest
+    )
     dtypes = _dtypes_on_disk(path, components, detected) if dtype is None else {}
     with quiet_libraries():
         for name, part in base.parts():
@@ -211,7 +213,7 @@ def _dtypes_on_disk(path: Path, components: str | Path | None, family: Family) -
 
 def parts_of(pipe: Any) -> dict[str, Any]:
     """Return networks, tokenizers and scheduler of a pipeline as keyword arguments of `Base`."""
-    own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others"}
+    own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others", "components_from"}
     found = {name: getattr(pipe, name, None) for name in {*own, *known_pipelines().get(type(pipe).__name__, {})}}
     others = {name: part for name, part in found.items() if name not in own}
     return {name: part for name, part in found.items() if name in own} | {"others": others}
@@ -385,12 +387,11 @@ def _from_hub(name: str, weights: bool, unless: str) -> Path:
 
     wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
     unwanted += [f"{unless}/*.safetensors"] if unless else []
-    unwanted += [f"{unless}/*.safetensors"] if unless else []
     try:
         if not weights:
             return Path(snapshot_download(name, allow_patterns=wanted[:2], ignore_patterns=unwanted))
         folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*unwanted, "*/*.fp16.*"])
-        if not unless and not _has_full_precision(Path(folder)):  # some models only have fp16 weights
+        if not _has_full_precision(Path(folder)):  # some models only have fp16 weights
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)
     except (OSError, RuntimeError, HFValidationError) as error:
         raise DiffgraftError(

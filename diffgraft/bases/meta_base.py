@@ -57,7 +57,7 @@ def meta_base(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {family.name}. "
             "Give a text-to-image model."
         )
-    base = Base(name=str(source), family=family, **parts_of(pipe))
+    base = Base(name=str(source), family=family, **parts_of(pipe), components_from=str(components or ""))
     return base.to("meta", dtype)  # tables of positions, which are in no file, have values until here
 
 
@@ -88,7 +88,13 @@ def without_values(base: Base) -> Base:
     """Return a copy of a loaded base on the device ``meta``, with shapes but no values; tokenizers are shared."""
     copies = {name: copy.deepcopy(part).to("meta") for name, part in base.parts()}
     known = {field.name for field in fields(Base) if field.init}
-    shared = {"name": base.name, "family": base.family, "scheduler": base.scheduler, **base.tokenizers()}
+    shared = {
+        "name": base.name,
+        "family": base.family,
+        "components_from": base.components_from,
+        "scheduler": base.scheduler,
+        **base.tokenizers(),
+    }
     parts = {**shared, **copies}
     return Base(
         **{name: value for name, value in parts.items() if name in known},

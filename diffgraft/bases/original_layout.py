@@ -140,8 +140,7 @@ class OriginalLayout:
             for known in (theirs, ours):
                 if match := re.fullmatch(re.escape(known).replace(r"\*", r"(\d+)"), name):
                     number = match[1] if match.groups() else ""
-                    paths = (path.replace("*", number) for path in (theirs, ours))
-                    return Parameter(*paths, is_flat=theirs in self.flat)
+                    return Parameter(theirs.replace("*", number), ours.replace("*", number), theirs in self.flat)
         return None
 
 

@@ -30,9 +30,7 @@ _MAX_HEADER = 2**22
 """Characters of the header's entry at most"""
 
 
-def with_scales(
-    path: Path, tensors: Mapping[str, StoredTensor], header: Mapping[str, str]
-) -> dict[str, StoredTensor]:
+def with_scales(path: Path, tensors: Mapping[str, StoredTensor], header: Mapping[str, str]) -> dict[str, StoredTensor]:
     """Return the tensors of a file without its scales and markers; scaled weights are read multiplied, in float32.
 
     Args:
@@ -51,7 +49,9 @@ def with_scales(
                 "are read: take the file in bfloat16, float16 or float8."
             )
         if layer not in layers:
-            raise DiffgraftError(f"{path} has {layer}.weight in {form}, but no {layer}.weight_scale: download it again.")
+            raise DiffgraftError(
+                f"{path} has {layer}.weight in {form}, but no {layer}.weight_scale: download it again."
+            )
     for prefix in (name.removesuffix(_MARKER) for name in tensors if _is_marker(name)):
         for name, tensor in tensors.items():
             is_scaled = name.startswith(prefix) and len(tensor.shape) == 2 and tensor.kind in _FORMATS.values()
@@ -107,8 +107,8 @@ def _scaled(path: Path, tensors: Mapping[str, StoredTensor], layer: str, scale_n
     of_rows = (rows, *(1 for _ in weight.shape[1:]))
     if scale.shape not in ((), (1,), (1, 1), of_rows) or not weight.shape:
         raise DiffgraftError(
-            f"{path} has {scale_name} of shape {[*scale.shape]}; a scale is one number, or {[*of_rows]} for the rows of "
-            f"{layer}.weight."
+            f"{path} has {scale_name} of shape {[*scale.shape]}; a scale is one number, or {[*of_rows]} for the rows "
+            f"of {layer}.weight."
         )
     factor = scale.read().float()
     if not factor.isfinite().all():

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from diffgraft.errors import DiffgraftError
 
+
 class ShapeTable:
     """Name → shape of the weights that a file has, with the questions that configurations are made from."""
 

@@ -94,7 +94,9 @@ class TransformerFile:
         path = components / self.family.denoiser / "config.json"
         rest = read_object(path) if path.is_file() else {}
         rest.pop("quantization_config", None)  # those weights are not read
-        shapes = ShapeTable(str(self.file.path), {name: self._stored_shape(place) for name, place in self.places.items()})
+        shapes = ShapeTable(
+            str(self.file.path), {name: self._stored_shape(place) for name, place in self.places.items()}
+        )
         config = {**rest, **self.family.denoiser_config(shapes, rest)}
         kind = self.family.components[self.family.denoiser].classes[0]
         network: nn.Module = network_of(self.file.path, kind, config, has_flow=True)

@@ -193,6 +193,7 @@ def loading_of(base: Base, device: torch.device) -> dict[str, Any]:
         "quantize": base.quantize,
         PREDICTION_KEY: name if (name := base.parameterization.name) in PREDICTIONS else None,
         "zero_snr": base.zero_snr,
+        **({"components": base.components_from} if base.components_from else {}),
     }
 
 

@@ -10,6 +10,7 @@ from diffusers.loaders import single_file_utils as converters
 from torch import Tensor, nn
 
 from diffgraft.bases.original_layout import OriginalLayer, OriginalLayout
+from diffgraft.bases.original_weights import original_state_dict
 from diffgraft.bases.registry import families
 from tests.flow_bases import flow_pipeline
 
@@ -28,13 +29,15 @@ REAL: Mapping[str, Callable[[], nn.Module]] = {
     ),
     "zimage": diffusers.ZImageTransformer2DModel,
     "qwen-image": diffusers.QwenImageTransformer2DModel,
+    "krea2": diffusers.Krea2Transformer2DModel,
 }
-"""Family → its transformer, with the configuration of SD 3.5 medium, FLUX.1 dev, klein 4B, Z-Image and Qwen-Image"""
+"""Family → its transformer, as in SD 3.5 medium, FLUX.1 dev, klein 4B, Z-Image, Qwen-Image and Krea 2"""
 CONVERTERS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux1": converters.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2-klein": converters.convert_flux2_transformer_checkpoint_to_diffusers,
     "zimage": converters.convert_z_image_transformer_checkpoint_to_diffusers,
+    "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
 }
 LAYOUTS = {name: family.original for name, family in families().items() if family.original is not None}
 
@@ -48,26 +51,6 @@ def places(layout: OriginalLayout, network: nn.Module) -> dict[str, tuple[Origin
     found = {path: layout.find(path) for path in modules(network)}
     assert None not in found.values(), [path for path, place in found.items() if place is None]
     return {path: (place.layer, place.part or 0) for path, place in found.items() if place is not None}
-
-
-def original_state(layout: OriginalLayout, network: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network of diffusers under the names of the original layout."""
-    rows: dict[str, dict[int, Tensor]] = {}
-    names = places(layout, network)
-    swapped = set()
-    for name, value in network.state_dict().items():
-        path, _, end = name.rpartition(".")
-        if path not in names or end not in ("weight", "bias"):  # tokens and tables of positions
-            rows[name.replace("pos_embed.pos_embed", "pos_embed")] = {0: value}
-            continue
-        layer, part = names[path]
-        scale = "norm.query_norm" in layer.path or "norm.key_norm" in layer.path
-        key = f"{layer.path}.{'scale' if scale else end}"
-        rows.setdefault(key, {})[part] = value
-        if layer.swapped and modules(network)[path].weight.shape[0] == 2 * modules(network)[path].weight.shape[1]:
-            swapped.add(key)
-    state = {key: torch.cat([parts[place] for place in range(len(parts))]) for key, parts in rows.items()}
-    return {key: torch.cat(value.chunk(2)[::-1]) if key in swapped else value for key, value in state.items()}
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -100,7 +83,7 @@ def test_every_layer_of_a_real_base_has_one_place(family: str) -> None:
 def test_real_bases_are_converted_by_diffusers_to_the_same_names_and_shapes(family: str) -> None:
     with torch.device("meta"):
         network = REAL[family]()
-    state = original_state(LAYOUTS[family], network)
+    state = original_state_dict(LAYOUTS[family], network.state_dict())
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     assert {name: value.shape for name, value in CONVERTERS[family](state).items()} == wanted
 
@@ -108,7 +91,7 @@ def test_real_bases_are_converted_by_diffusers_to_the_same_names_and_shapes(fami
 @pytest.mark.parametrize("family", [name for name in CONVERTERS if name != "flux1"])
 def test_values_are_where_diffusers_has_them(family: str) -> None:
     network = flow_pipeline(family).transformer
-    back = CONVERTERS[family](original_state(LAYOUTS[family], network))
+    back = CONVERTERS[family](original_state_dict(LAYOUTS[family], network.state_dict()))
     wanted = network.state_dict()
     assert back.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in back.items())

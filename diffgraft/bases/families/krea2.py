@@ -54,7 +54,7 @@ _ORIGINAL = OriginalLayout(
             "last.linear": "final_layer.linear",
             "last.norm": "final_layer.norm",
         },
-        **{both: _BLOCK for both in _BLOCKS.items()},
+        **dict.fromkeys(_BLOCKS.items(), _BLOCK),
     },
     sizes=frozenset({(6144, 28)}),
     scales=frozenset({"txtmlp.0", "last.norm"})
