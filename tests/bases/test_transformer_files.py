@@ -1,8 +1,7 @@
 """Transformers in single files: every layout gives the weights of the folder, to the bit."""
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor, GGUFParameter
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import diffgraft as dg
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.gguf_files import open_gguf
 from diffgraft.bases.meta_base import meta_base
@@ -24,10 +22,8 @@ from diffgraft.bases.original_weights import find_weights, original_state_dict
 from diffgraft.bases.registry import families
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.transformer_files import open_transformer
-from diffgraft.errors import DiffgraftError
 from tests.bases.test_original_layout import REAL
 from tests.flow_bases import flow_folder
-from tests.recipes import SUBJECT
 
 SIZES: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
     **{family: (family, make) for family, make in REAL.items()},
@@ -120,3 +116,137 @@ def test_a_file_of_any_layout_gives_the_base_of_the_folder(flow_base: Base, tmp_
             str(files[0]), config=flow_base.name, subfolder="transformer", local_files_only=True
         )
         same_bits(theirs.state_dict(), wanted)
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return load_base(flow_folder("flux2-klein", tmp_path_factory.mktemp("klein") / "base"))
+
+
+def float8_values(kind: torch.dtype) -> np.ndarray[Any, Any]:
+    """The number of each byte by the definition of the format: sign, 4 or 5 bits of exponent, 3 or 2 of mantissa."""
+    mantissa = 3 if kind == torch.float8_e4m3fn else 2
+    bias, values = 2 ** (6 - mantissa) - 1, np.zeros(256, np.float32)
+    for byte in range(256):
+        exponent, rest = (byte & 127) >> mantissa, byte & (2**mantissa - 1)
+        size = (rest / 2**mantissa + (exponent > 0)) * 2.0 ** (max(exponent, 1) - bias)
+        values[byte] = -size if byte > 127 else size
+    return values
+
+
+class Scaled:
+    """The weights of a base in float8 with scales, as files of ComfyUI have them, and dequantized by numpy."""
+
+    def __init__(self, base: Base, kind: torch.dtype, scale: str, prefix: str = "", by_row: bool = False) -> None:
+        self.stored: dict[str, Tensor] = {}
+        self.dequantized: dict[str, Tensor] = {}
+        self.layers: list[str] = []
+        for name, value in original(base, prefix).items():
+            if value.ndim != 2:
+                self.stored[name] = self.dequantized[name] = value.to(torch.bfloat16)
+                continue
+            top = value.abs().amax(1, keepdim=True) if by_row else value.abs().max()
+            factor = (top / (57344.0 if kind == torch.float8_e5m2 else 448.0)).float()
+            numbers = (value / factor).to(kind)
+            layer = name.removesuffix(".weight")
+            self.layers.append(layer)
+            self.stored |= {name: numbers, f"{layer}.{scale}": factor}
+            exact = float8_values(kind)[numbers.view(torch.uint8).numpy()] * factor.numpy()
+            self.dequantized[name] = torch.from_numpy(exact)
+
+
+def text_tensor(content: object) -> Tensor:
+    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("generation", ["scaled_fp8", "comfy_quant", "header", "plain"])
+def test_float8_is_dequantized_as_by_its_definition(generation: str, klein: Base, tmp_path: Path) -> None:
+    kind = torch.float8_e5m2 if generation == "header" else torch.float8_e4m3fn
+    prefix = "model.diffusion_model." if generation == "scaled_fp8" else ""
+    scale = "scale_weight" if generation == "scaled_fp8" else "weight_scale"
+    scaled = Scaled(klein, kind, scale, prefix, by_row=generation == "comfy_quant")
+    stored, header = dict(scaled.stored), None
+    if generation == "scaled_fp8":
+        stored[f"{prefix}scaled_fp8"] = torch.zeros(2, dtype=kind)
+        stored |= {f"{layer}.scale_input": torch.ones(()) for layer in scaled.layers}
+    elif generation == "comfy_quant":
+        stored |= {f"{layer}.comfy_quant": text_tensor({"format": "float8_e4m3fn"}) for layer in scaled.layers}
+        stored |= {f"{layer}.input_scale": torch.ones(1) for layer in scaled.layers}
+    elif generation == "header":
+        formats = {layer: {"format": "float8_e5m2"} for layer in scaled.layers}
+        header = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": formats})}
+    else:
+        stored = {name: value for name, value in stored.items() if not name.endswith("weight_scale")}
+        scaled.dequantized = {name: value.float() for name, value in stored.items()}
+    file = write(tmp_path / "scaled.safetensors", stored, header)
+    wanted = write(tmp_path / "wanted.safetensors", {k: v.float() for k, v in scaled.dequantized.items()})
+    base, whole = (load_base(path, components=klein.name) for path in (file, wanted))
+    same_bits(base.denoiser.state_dict(), whole.denoiser.state_dict())
+    assert base.denoiser.dtype == torch.float32
+    assert base.hash == whole.hash != klein.hash
+    if generation == "scaled_fp8":
+        half = load_base(file, None, components=klein.name)
+        assert half.denoiser.dtype == torch.bfloat16
+        assert half.hash == base.hash
+        same_bits(half.denoiser.state_dict(), {k: v.bfloat16() for k, v in base.denoiser.state_dict().items()})
+
+
+def write_gguf(path: Path, state: Mapping[str, Tensor], kind: gguf.GGMLQuantizationType) -> Path:
+    """Write weights as ComfyUI's converter does: matrices in blocks, all else in float32 or bfloat16."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, value in state.items():
+        own = kind if value.ndim == 2 and value.shape[1] % 32 == 0 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(value.numpy(), own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+def test_gguf_is_dequantized_as_by_diffusers(kind: str, klein: Base, tmp_path: Path) -> None:
+    state, own = original(klein), gguf.GGMLQuantizationType[kind]
+    file = write_gguf(tmp_path / "model.gguf", state, own)
+    read = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        value = torch.from_numpy(tensor.data.copy())
+        is_plain = tensor.tensor_type == gguf.GGMLQuantizationType.F32
+        blocks = value if is_plain else dequantize_gguf_tensor(GGUFParameter(value, quant_type=tensor.tensor_type))
+        read[tensor.name] = blocks.float()
+    wanted = load_base(write(tmp_path / "wanted.safetensors", read), components=klein.name)
+    base = load_base(file, components=klein.name)
+    for name, value in base.denoiser.state_dict().items():
+        torch.testing.assert_close(value, wanted.denoiser.state_dict()[name], rtol=2e-3, atol=1e-7)  # theirs is float16
+    assert load_base(file, None, components=klein.name).denoiser.dtype == torch.bfloat16
+    assert meta_base(file, components=klein.name).family.name == "flux2-klein"
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_1", "Q5_0", "Q5_1"])
+def test_blocks_of_every_kind_have_the_values_of_diffusers(kind: str, tmp_path: Path) -> None:
+    """Random blocks with scales of a usual size; a weight whose rows no block divides has its shape beside it."""
+    own = gguf.GGMLQuantizationType[kind]
+    generator = np.random.default_rng(5)
+    size, width = gguf.GGML_QUANT_SIZES[own]
+    blocks = generator.integers(0, 256, (6, 2 * width), np.uint8)
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q5_0": (0,)}.get(kind, (0, 2))
+    for start in halves:
+        for block in (0, width):
+            scales = generator.uniform(0.001, 0.1, 6).astype(np.float16)
+            blocks[:, block + start : block + start + 2] = scales.view(np.uint8).reshape(6, 2)
+    writer = gguf.GGUFWriter(tmp_path / "blocks.gguf", "flux")
+    for name in ("plain", "reshaped"):
+        writer.add_tensor(name, blocks, raw_dtype=own)
+    writer.add_array("comfy.gguf.orig_shape.reshaped", [4, 3 * size])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = open_gguf(tmp_path / "blocks.gguf")
+    theirs = dequantize_gguf_tensor(GGUFParameter(torch.from_numpy(blocks.copy()), quant_type=own)).float()
+    assert tensors["plain"].shape == (6, 2 * size)
+    found = tensors["plain"].read()
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, theirs, rtol=4e-3, atol=2e-3 * float(found.abs().max()))
+    assert torch.equal(tensors["plain"].rows(2, 5), found[2:5])
+    assert torch.equal(tensors["reshaped"].rows(1, 3), found.reshape(4, 3 * size)[1:3])
