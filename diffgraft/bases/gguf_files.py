@@ -38,11 +38,12 @@ def open_gguf(path: Path) -> dict[str, StoredTensor]:
         tensors = {tensor.name: _stored(tensor, shapes.get(f"{_SHAPE}{tensor.name}")) for tensor in reader.tensors}
         for tensor in reader.tensors:  # an unknown quantization shows before anything is loaded
             dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
-    except NotImplementedError as error:
-        raise DiffgraftError(
-            f"{path} has weights in a quantization that is not supported: {one_line(error)}. Give the model in another."
-        ) from error
     except Exception as error:  # the reader raises many kinds of exceptions for damaged files
+        if isinstance(error, NotImplementedError) or "GGMLQuantizationType" in str(error):
+            raise DiffgraftError(
+                f"{path} has weights in a quantization that is not supported ({one_line(error)}): give the model in "
+                "another."
+            ) from error
         raise DiffgraftError(f"{path} is not a readable GGUF file: {one_line(error)}. Download it again.") from error
     return tensors
 

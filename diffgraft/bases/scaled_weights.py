@@ -43,7 +43,7 @@ def with_scales(path: Path, tensors: Mapping[str, StoredTensor], header: Mapping
     """
     layers = {name.removesuffix(end): name for end in _SCALES for name in tensors if name.endswith(end)}
     for layer, form in _formats(path, tensors, header):
-        if form not in _FORMATS:
+        if not isinstance(form, str) or form not in _FORMATS:
             raise DiffgraftError(
                 f"{path} has {layer} in the format {short(form)}; of quantized weights only {' and '.join(_FORMATS)} "
                 "are read: take the file in bfloat16, float16 or float8."

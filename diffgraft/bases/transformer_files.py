@@ -21,7 +21,7 @@ from diffgraft.bases.base import Digest, add_to_hash, new_digest
 from diffgraft.bases.checkpoint_files import FLOAT_DTYPES
 from diffgraft.bases.configs import read_object
 from diffgraft.bases.family import Family
-from diffgraft.bases.folder import Components, WeightsFrom, build_pipeline, network_of
+from diffgraft.bases.folder import WeightsFrom, build_pipeline, network_of, read_index
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.original_weights import Place, find_weights, is_weight, original_key
 from diffgraft.bases.registry import families
@@ -69,10 +69,10 @@ class TransformerFile:
             DiffgraftError: a weight is missing, or of another shape than the others tell, or the components are not
                 those of such a transformer.
         """
+        name, known = self.family.denoiser, {self.family.pipeline_class: self.family.components}
+        read_index(components, known)
         network = self._network(components)
         self._check(network)
-        name, kind = self.family.denoiser, self.family.pipeline_class
-        known: dict[str, Components] = {kind: self.family.components}
         pipe = build_pipeline(components, known, weights, {name: network})
         for what, wanted, given in self.family.fit(pipe.components):
             if wanted != given:
@@ -99,8 +99,16 @@ class TransformerFile:
         )
         config = {**rest, **self.family.denoiser_config(shapes, rest)}
         kind = self.family.components[self.family.denoiser].classes[0]
-        network: nn.Module = network_of(self.file.path, kind, config, has_flow=True)
-        return network
+        network: Any = network_of(self.file.path, kind, config, has_flow=True)
+        own = network.config
+        axes = own.get("axes_dims_rope") or own.get("axes_dims") or ()
+        head = own.get("attention_head_dim") or own["dim"] // own["n_heads"]
+        if axes and sum(axes) != head:
+            raise DiffgraftError(
+                f"{self.file.path} has attention heads of {head} channels, and no configuration tells how many of them "
+                f"are for which axis of positions: give components with {self.family.denoiser}/config.json."
+            )
+        return network  # type: ignore[no-any-return]
 
     def _stored_shape(self, place: Place) -> tuple[int, ...]:
         return (place.stop - place.start, *self.file.tensors[self.prefix + place.key].shape[1:])

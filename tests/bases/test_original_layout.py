@@ -53,6 +53,11 @@ def places(layout: OriginalLayout, network: nn.Module) -> dict[str, tuple[Origin
     return {path: (place.layer, place.part or 0) for path, place in found.items() if place is not None}
 
 
+def original_state(layout: OriginalLayout, network: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network of diffusers under the names of the original layout."""
+    return original_state_dict(layout, network.state_dict())
+
+
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_every_layer_of_a_real_base_has_one_place(family: str) -> None:
     layout = LAYOUTS[family]
@@ -83,7 +88,7 @@ def test_every_layer_of_a_real_base_has_one_place(family: str) -> None:
 def test_real_bases_are_converted_by_diffusers_to_the_same_names_and_shapes(family: str) -> None:
     with torch.device("meta"):
         network = REAL[family]()
-    state = original_state_dict(LAYOUTS[family], network.state_dict())
+    state = original_state(LAYOUTS[family], network)
     wanted = {name: value.shape for name, value in network.state_dict().items()}
     assert {name: value.shape for name, value in CONVERTERS[family](state).items()} == wanted
 
@@ -91,7 +96,7 @@ def test_real_bases_are_converted_by_diffusers_to_the_same_names_and_shapes(fami
 @pytest.mark.parametrize("family", [name for name in CONVERTERS if name != "flux1"])
 def test_values_are_where_diffusers_has_them(family: str) -> None:
     network = flow_pipeline(family).transformer
-    back = CONVERTERS[family](original_state_dict(LAYOUTS[family], network.state_dict()))
+    back = CONVERTERS[family](original_state(LAYOUTS[family], network))
     wanted = network.state_dict()
     assert back.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in back.items())

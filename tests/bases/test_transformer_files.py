@@ -1,6 +1,9 @@
 """Transformers in single files: every layout gives the weights of the folder, to the bit."""
 
 import json
+import math
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import diffgraft as dg
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.gguf_files import open_gguf
 from diffgraft.bases.meta_base import meta_base
@@ -22,8 +26,13 @@ from diffgraft.bases.original_weights import find_weights, original_state_dict
 from diffgraft.bases.registry import families
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.transformer_files import open_transformer
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.metadata import save_drawing
+from diffgraft.generation.regenerate import Sources, regenerate
 from tests.bases.test_original_layout import REAL
 from tests.flow_bases import flow_folder
+from tests.recipes import SUBJECT
+from tests.trainers.interrupt_helpers import interrupted_after
 
 SIZES: Mapping[str, tuple[str, Callable[[], nn.Module]]] = {
     **{family: (family, make) for family, make in REAL.items()},
@@ -250,3 +259,133 @@ def test_blocks_of_every_kind_have_the_values_of_diffusers(kind: str, tmp_path: 
     torch.testing.assert_close(found, theirs, rtol=4e-3, atol=2e-3 * float(found.abs().max()))
     assert torch.equal(tensors["plain"].rows(2, 5), found[2:5])
     assert torch.equal(tensors["reshaped"].rows(1, 3), found.reshape(4, 3 * size)[1:3])
+
+
+def refused(file: Path, components: str | Path | None, *, by_plan: bool = True) -> str:
+    """What loading says of a file, in a single line; laying it out says the same."""
+    with pytest.raises(DiffgraftError) as caught:
+        load_base(file, components=components)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert len(said) < 700
+    if by_plan:
+        with pytest.raises(DiffgraftError) as caught:
+            meta_base(file, components=components)
+        assert str(caught.value) == said
+    return said
+
+
+QKV, LAST, FIRST = "double_blocks.0.img_attn.qkv.weight", "single_blocks.1.linear2", "img_in.weight"
+WEIGHT, SCALE, FORMAT = f"{LAST}.weight", f"{LAST}.weight_scale", f"{LAST}.comfy_quant"
+EIGHTH = {WEIGHT: lambda value: value.to(torch.float8_e4m3fn)}
+Damage = Mapping[str, Tensor | Callable[[Tensor], Tensor] | None]
+
+
+@pytest.mark.parametrize(
+    ("damage", "answer"),
+    [
+        ({QKV: None}, f"it lacks 3 of the 33 weights that its sizes imply, such as {QKV}"),
+        ({FIRST: None}, "lacks x_embedder.weight, which tells the size"),
+        ({"single_blocks.1.linear_2.weight": torch.ones(2, 3)}, "did you mean 'single_blocks.1.linear2.weight'?"),
+        ({FIRST: None, "x_in.weight": torch.ones(2, 3)}, "holds x_in.weight, one of a weight that a transformer of"),
+        ({"time_in.in_layer.bias": torch.ones(32)}, "time_in.in_layer.bias does not belong to one of its sizes"),
+        ({"x_embedder.weight": torch.ones(32, 16)}, "both img_in.weight and x_embedder.weight hold x_embedder.weight"),
+        ({WEIGHT: lambda value: value[:, :-1]}, f"{WEIGHT} has the shape [32, 127]"),
+        ({QKV: lambda value: value[:-1]}, "img_attn.qkv has 95 rows, which are not divisible by 3"),
+        ({QKV: lambda value: value[:-3]}, f"{QKV} has the shape [31, 32] in the rows from 0 to 31"),
+        ({QKV: torch.ones(6)}, f"{QKV} has the shape [2]"),
+        ({QKV: torch.tensor(2.0)}, "img_attn.qkv has 1 rows, which are not divisible by 3"),
+        ({QKV: lambda value: value.to(torch.int8)}, f"{QKV} is I8; weights are floating-point"),
+        ({SCALE: torch.tensor(1.0)}, f"{WEIGHT} is F32; only weights in float8 have scales"),
+        ({"other.scale_weight": torch.tensor(1.0)}, "other.weight is missing"),
+        ({SCALE: torch.tensor(math.nan), **EIGHTH}, "weight_scale that is not finite"),
+        ({SCALE: torch.ones(5), **EIGHTH}, "weight_scale of shape [5]; a scale is one number, or [32, 1]"),
+        ({"scaled_fp8": torch.zeros(2), **EIGHTH}, f"no {LAST}.scale_weight"),
+        ({FORMAT: text_tensor({"format": "float8_e4m3fn"}), **EIGHTH}, f"no {SCALE}"),
+        ({FORMAT: text_tensor({"format": "nvfp4"})}, "in the format 'nvfp4'; of quantized weights only"),
+        ({FORMAT: text_tensor({"format": ["x"]})}, "in the format ['x']"),
+        ({FORMAT: text_tensor([])}, f"damaged {FORMAT}"),
+        ({FORMAT: torch.ones(3)}, "is not the format of a layer"),
+        ({f"single_blocks.{n}.linear1.weight": torch.ones(2) for n in range(2, 70)}, "num_single_layers=70"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_sentence(damage: Damage, answer: str, klein: Base, tmp_path: Path) -> None:
+    state = original(klein)
+    for name, change in damage.items():
+        if change is None:
+            del state[name]
+        else:
+            state[name] = change(state[name]) if callable(change) and not isinstance(change, Tensor) else change
+    assert answer in refused(write(tmp_path / "model.safetensors", state), klein.name)
+
+
+def test_a_header_of_formats_may_be_damaged(klein: Base, tmp_path: Path) -> None:
+    for text in ("[", "[]", '{"layers": 3}', '{"layers": {"img_in": 3}}', "[" * 5000):
+        file = write(tmp_path / "model.safetensors", original(klein), {"_quantization_metadata": text})
+        assert "_quantization_metadata" in refused(file, klein.name) or "in the format 3" in refused(file, klein.name)
+
+
+def test_cut_files_and_unknown_quantizations_are_refused(
+    klein: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = original(klein)
+    whole = write_gguf(tmp_path / "whole.gguf", state, gguf.GGMLQuantizationType.Q8_0).read_bytes()
+    plain = write(tmp_path / "whole.safetensors", state).read_bytes()
+    for content, end in ((whole, "gguf"), (plain, "safetensors")):
+        for length in (0, 3, 40, len(content) // 50, len(content) // 2, len(content) - 40):
+            file = tmp_path / f"cut.{end}"
+            file.write_bytes(content[:length])
+            assert f"cut.{end} is not a readable" in refused(file, klein.name)
+    name = b"double_blocks.0.img_attn.qkv.weight"
+    place = whole.index(name) + len(name) + 4 + 2 * 8  # behind the number of axes and both lengths
+    for number, said in ((24, "not supported (Dequantization for I8"), (99, "not supported (np.uint32(99) is")):
+        file = tmp_path / "kind.gguf"
+        file.write_bytes(whole[:place] + number.to_bytes(4, "little") + whole[place + 4 :])
+        assert said in refused(file, klein.name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "needs the package gguf: install it with `pip install gguf`" in refused(tmp_path / "whole.gguf", klein.name)
+
+
+def test_components_are_those_of_the_transformer(klein: Base, tmp_path: Path) -> None:
+    file = write(tmp_path / "model.safetensors", original(klein))
+    assert "such as components=black-forest-labs/FLUX.2-klein-base-4B" in refused(file, None)
+    assert "supported pipelines are: Flux2KleinPipeline" in refused(file, "tiny")
+    assert "model.safetensors is a file: give a diffusers folder" in refused(file, file)
+    assert "has components of its own" in refused(Path(klein.name), klein.name)
+    wider = original(klein)
+    wider["txt_in.weight"] = torch.ones(32, 120)
+    said = refused(write(tmp_path / "wide.safetensors", wider), klein.name)
+    assert "is a transformer for states of text of width 120, but those of" in said
+    assert "have 96: give the components of the model" in said
+    with pytest.raises(DiffgraftError, match="is not a transformer of zimage: it is one of flux2-klein"):
+        load_base(file, components=klein.name, family="zimage")
+    assert load_base(file, components=klein.name, family="flux2-klein").hash == klein.hash
+    bare = shutil.copytree(klein.name, tmp_path / "bare", ignore=shutil.ignore_patterns("transformer"))
+    assert "has attention heads of 16 channels, and no configuration tells how many" in refused(file, bare)
+
+
+def test_a_file_trains_draws_and_resumes_as_the_folder_does(klein: Base, pictures: Path, tmp_path: Path) -> None:
+    """A transformer in scaled float8 is another base; one in its own precision is the same, and its files say so."""
+    file = write(tmp_path / "model.safetensors", original(klein, "model.diffusion_model."))
+    settings: dict[str, Any] = {"images": pictures, "subject": "dog", "steps": 3, "resolution": 32, "previews": False}
+    settings |= {"prior": {"weight": 0}, "checkpoint_every": 2, "batch": 1, "sample_every": 0, "rank": 2}
+    named: dict[str, Any] = {"base": str(file), "components": klein.name}
+    assert "flux2-klein" in str(dg.plan(SUBJECT, **named, **settings))
+    whole = dg.train(SUBJECT, **named, **settings, output=tmp_path / "whole")
+    with interrupted_after(2):
+        dg.train(SUBJECT, **named, **settings, output=tmp_path / "cut")
+    again = dg.train(resume=tmp_path / "cut")
+    assert again.adapter_file.read_bytes() == whole.adapter_file.read_bytes()
+    folder = dg.train(SUBJECT, base=klein, **settings, output=tmp_path / "folder")
+    ours, theirs = (dg.load_adapter(run.adapter_file) for run in (whole, folder))
+    assert ours.metadata["base"] == {**theirs.metadata["base"], "name": "model.safetensors"}
+    assert ours.metadata["base"]["hash"] == klein.hash
+    ours.save(tmp_path / "ours.safetensors", format="comfyui")
+    theirs.save(tmp_path / "theirs.safetensors", format="comfyui")
+    same_bits(load_file(tmp_path / "ours.safetensors"), load_file(tmp_path / "theirs.safetensors"))
+    drawn: dict[str, Any] = {"size": (48, 32), "steps": 2}
+    (one,) = dg.generate("a sks dog", whole.adapter_file, **named, **drawn)
+    (other,) = dg.generate("a sks dog", folder.adapter_file, base=klein, **drawn)
+    assert one.tobytes() == other.tobytes()
+    save_drawing(one, tmp_path / "one.png")
+    assert regenerate(tmp_path / "one.png", Sources(adapters=[whole.adapter_file])).has_same_pixels
