@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.configs import read_object
+from diffgraft.bases.layout_names import is_transformer
 from diffgraft.bases.ldm_keys import UNET_PREFIX
 from diffgraft.errors import DiffgraftError
 
@@ -24,14 +25,17 @@ _MAX_INDEX = 2**26
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a whole base: a diffusers folder, or a single file in the original layout."""
+    """Whether `path` is a whole base: a diffusers folder, a single file, or the single file of its transformer."""
     if path.is_dir():
         return (path / "model_index.json").is_file()
+    if path.suffix == ".gguf" and path.is_file():
+        return True
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return any(map(is_checkpoint_key, file.keys()))
+            names = [*file.keys()]
+            return any(map(is_checkpoint_key, names)) or is_transformer(names)
     except (SafetensorError, OSError):
         return False
 

@@ -6,7 +6,7 @@ the components, if they have one, and else has the default of diffusers, which i
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,9 @@ from diffgraft.bases.checkpoint_files import FLOAT_DTYPES
 from diffgraft.bases.configs import read_object
 from diffgraft.bases.family import Family
 from diffgraft.bases.folder import WeightsFrom, build_pipeline, network_of, read_index
+from diffgraft.bases.layout_names import layouts, transformer_in
 from diffgraft.bases.original_layout import OriginalLayout
-from diffgraft.bases.original_weights import Place, find_weights, is_weight, original_key
+from diffgraft.bases.original_weights import Place, find_weights, original_key
 from diffgraft.bases.registry import families
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.tensor_files import TensorFile, open_tensors
@@ -31,8 +32,6 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 
 SUFFIXES = (".safetensors", ".gguf")
 """Suffixes of files that may hold a transformer"""
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
-"""Prefixes that the names of all weights of a transformer may have"""
 
 
 class Loaded(NamedTuple):
@@ -179,35 +178,25 @@ def open_transformer(path: Path, family: str | None = None) -> Iterator[Transfor
     Raises:
         DiffgraftError: it cannot be read, or holds weights that its family does not have.
     """
-    layouts = {name: own.original for name, own in families().items() if own.original is not None}
-    if path.suffix not in SUFFIXES or (family is not None and family not in layouts):
+    if path.suffix not in SUFFIXES or (family is not None and family not in layouts()):
         yield None
         return
     with open_tensors(path) as file:
-        names = [*file.tensors]
-        prefix = next((start for start in PREFIXES if any(name.startswith(start) for name in names)), "")
-        shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes().items() if name.startswith(prefix)}
-        told = _family_of(layouts, shapes)
+        prefix, told = transformer_in([*file.tensors])
         if told is None or (family is not None and family != told):
             if family is not None:
                 what = "the names of its weights are those of no known one" if told is None else f"it is one of {told}"
                 raise DiffgraftError(f"{path} is not a transformer of {family}: {what}.")
             yield None
             return
+        shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes().items() if name.startswith(prefix)}
         try:
-            places, unknown = find_weights(layouts[told], shapes)
+            places, unknown = find_weights(layouts()[told], shapes)
         except ValueError as error:
             raise DiffgraftError(f"{path} is not a whole transformer of {told}: {error}.") from error
         if unknown:
-            raise DiffgraftError(_describe_unknown(f"{path} holds {prefix}", told, layouts[told], unknown))
+            raise DiffgraftError(_describe_unknown(f"{path} holds {prefix}", told, layouts()[told], unknown))
         yield TransformerFile(file, prefix, families()[told], places)
-
-
-def _family_of(layouts: Mapping[str, OriginalLayout], names: Collection[str]) -> str | None:
-    """Return the family that has most of these names, if it has more than half of them."""
-    counts = {family: sum(is_weight(layout, name) for name in names) for family, layout in layouts.items()}
-    best = max(counts, key=lambda family: counts[family])
-    return best if 2 * counts[best] > len(names) else None
 
 
 def _describe_unknown(start: str, family: str, layout: OriginalLayout, unknown: Sequence[str]) -> str:

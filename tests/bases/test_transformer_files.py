@@ -16,9 +16,11 @@ import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import diffgraft as dg
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.checkpoint_files import is_checkpoint
 from diffgraft.bases.gguf_files import open_gguf
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.bases.original_layout import OriginalLayout
@@ -26,7 +28,10 @@ from diffgraft.bases.original_weights import find_weights, original_state_dict
 from diffgraft.bases.registry import families
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.transformer_files import open_transformer
+from diffgraft.bases.weights import open_weights
+from diffgraft.cli.main import app
 from diffgraft.errors import DiffgraftError
+from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.generation.metadata import save_drawing
 from diffgraft.generation.regenerate import Sources, regenerate
 from tests.bases.test_original_layout import REAL
@@ -362,6 +367,22 @@ def test_components_are_those_of_the_transformer(klein: Base, tmp_path: Path) ->
     assert load_base(file, components=klein.name, family="flux2-klein").hash == klein.hash
     bare = shutil.copytree(klein.name, tmp_path / "bare", ignore=shutil.ignore_patterns("transformer"))
     assert "has attention heads of 16 channels, and no configuration tells how many" in refused(file, bare)
+
+
+def test_files_are_merged_converted_and_opened_like_folders(klein: Base, tmp_path: Path) -> None:
+    file = merge_checkpoint(klein, {}, tmp_path / "model.safetensors")
+    same_bits(load_file(file), original(klein))
+    assert is_checkpoint(file)
+    with open_weights(file) as weights, open_weights(klein.name) as whole:
+        own = {name for name in whole if name.startswith("transformer.")}
+        same_bits({name: weights[name] for name in weights}, {name: whole[name] for name in own})
+        assert weights.shape("transformer.x_embedder.weight") == (32, 16)
+    result = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "folder"), "--components", klein.name])
+    assert result.exit_code == 0, result.output
+    assert load_base(tmp_path / "folder").hash == klein.hash
+    for state in (original(klein), klein.denoiser.state_dict(), original(klein, "diffusion_model.")):
+        with pytest.raises(DiffgraftError, match="is a whole checkpoint, not an adapter"):
+            dg.load_adapter(write(tmp_path / "again.safetensors", state))
 
 
 def test_a_file_trains_draws_and_resumes_as_the_folder_does(klein: Base, pictures: Path, tmp_path: Path) -> None:
