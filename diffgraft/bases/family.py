@@ -136,6 +136,8 @@ class Family(ABC):
     """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
     original: OriginalLayout | None = None
     """Names of the denoiser's layers in its authors' code, for files with them; None: see `diffgraft.bases.ldm_keys`"""
+    bundled: Mapping[str, tuple[str, ...]] = {}
+    """Part → prefixes that its weights may have in a single file that holds it beside a transformer"""
     published: str = ""
     """Hub id of a published base, for advice; empty if there is none"""
     unsupported: Mapping[str, str] = {}

@@ -51,6 +51,8 @@ T5_LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
     "feedforward": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
 }
+BUNDLED_VAE = ("first_stage_model.", "vae.")
+"""Prefixes of a VAE's weights in files that hold it beside a transformer"""
 _LANGUAGE_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
 _OUTSIDE = ("lm_head", "visual.", "model.visual.")
 """Beginnings of paths in a language model that have no part in the hidden states of a text"""

@@ -128,7 +128,7 @@ def build_pipeline(
         if name in parts:
             continue
         if name in (*denoisers(), "vae") or name.startswith("text_encoder"):
-            parts[name] = _network(folder / name, library, kind, has_flow="transformer" in index)
+            parts[name] = empty_network(folder / name, library, kind, has_flow="transformer" in index)
             if weights != "nowhere":
                 fill(parts[name], folder / name, name, is_read=weights == "files")
             parts[name].eval()
@@ -160,7 +160,7 @@ def _library_errors(path: Path, problem: str) -> Iterator[None]:
         raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.:')}.") from error
 
 
-def _network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
+def empty_network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
     """Create a network from the configuration in `folder`; its parameters are on the device ``meta``."""
     import transformers
 

@@ -107,7 +107,8 @@ def load_base(
     base = Base(
         name=str(source), family=detected, **parts_of(pipe), components_from=str(components or ""), digest=digest
     )
-    dtypes = _dtypes_on_disk(path, components, detected) if dtype is None else {}
+    # a transformer's file and its components are read in their dtypes
+    dtypes = _dtypes_on_disk(path, detected) if dtype is None and components is None else {}
     with quiet_libraries():
         for name, part in base.parts():
             part.to(dtypes.get(name, dtype))
@@ -136,7 +137,7 @@ def components_of(transformer: TransformerFile, components: str | Path | None, *
     if components is None:
         example = f", such as components={family.published}" if family.published else ""
         raise DiffgraftError(
-            f"{path} holds the transformer of a {family.name} alone: name a diffusers folder or hub id that has its "
+            f"{path} is the single file of a {family.name} transformer: name a diffusers folder or hub id that has its "
             f"text encoders, VAE and noise schedule{example}."
         )
     folder = locate_base(components, weights=weights, unless=family.denoiser)
@@ -196,15 +197,10 @@ def locate_base(source: str | Path, *, weights: bool = True, unless: str = "") -
     return _from_hub(str(source), weights, unless)
 
 
-def _dtypes_on_disk(path: Path, components: str | Path | None, family: Family) -> dict[str, torch.dtype]:
-    """Return network → dtype of its weights in a diffusers folder, in components, or in a single file of a family.
-
-    A transformer's own file is not among them, as it is read in its dtype.
-    """
-    if path.is_dir() or components is not None:
-        folder = path if components is None else locate_base(components, unless=family.denoiser)
-        names = [name for name in (*part_names(), "vae") if components is None or name != family.denoiser]
-        dtypes = {name: main_dtype(files_of_part(folder / name)) for name in names}
+def _dtypes_on_disk(path: Path, family: Family) -> dict[str, torch.dtype]:
+    """Return network → dtype of its weights in a diffusers folder, or in a single file of a family."""
+    if path.is_dir():
+        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
     else:
         prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
         dtypes = {name: main_dtype([path], prefix) for name, prefix in prefixes.items()}
@@ -280,7 +276,7 @@ def read_single_file(path: Path, family: str | None = None) -> SingleFile:
 
 def _from_file(path: Path, family: str | None) -> Any:
     file = read_single_file(path, family)
-    dtypes = {*_dtypes_on_disk(path, None, families()[file.family]).values()}
+    dtypes = {*_dtypes_on_disk(path, families()[file.family]).values()}
     arguments = file.tokenizers()
     if "safety_checker" in file.pipeline._optional_components:
         arguments["safety_checker"] = None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Digest, add_to_hash, new_digest
+from diffgraft.bases.bundled_parts import bundled_parts
 from diffgraft.bases.checkpoint_files import FLOAT_DTYPES
 from diffgraft.bases.configs import read_object
 from diffgraft.bases.family import Family
@@ -69,10 +70,12 @@ class TransformerFile:
                 those of such a transformer.
         """
         name, known = self.family.denoiser, {self.family.pipeline_class: self.family.components}
-        read_index(components, known)
+        index = read_index(components, known)
+        self._check_others()
         network = self._network(components)
         self._check(network)
-        pipe = build_pipeline(components, known, weights, {name: network})
+        parts = bundled_parts(self.file, self.family, components, index, is_read=weights == "files")
+        pipe = build_pipeline(components, known, weights, {**parts, name: network})
         for what, wanted, given in self.family.fit(pipe.components):
             if wanted != given:
                 raise DiffgraftError(
@@ -87,6 +90,16 @@ class TransformerFile:
         for name, place in self.places.items():
             shape = self._stored_shape(place)
             yield name, shape, partial(self._read, place, shape)
+
+    def _check_others(self) -> None:
+        """Raise DiffgraftError if the file has tensors of parts that are not read from such files."""
+        prefixes = (self.prefix, *(start for starts in self.family.bundled.values() for start in starts))
+        if others := [name for name in self.file.tensors if not name.startswith(prefixes)]:
+            raise DiffgraftError(
+                f"{self.file.path} holds {len(others)} tensors beside its transformer, such as {others[0]}, which are "
+                f"not read for bases of {self.family.name}: keep those that begin with {self.prefix} in the file, and "
+                "name components with the rest."
+            )
 
     def _network(self, components: Path) -> nn.Module:
         """Create the transformer on the device ``meta``."""

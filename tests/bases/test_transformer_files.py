@@ -22,6 +22,7 @@ import diffgraft as dg
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.checkpoint_files import is_checkpoint
 from diffgraft.bases.gguf_files import open_gguf
+from diffgraft.bases.ldm_keys import ldm_vae_key
 from diffgraft.bases.meta_base import meta_base
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.original_weights import find_weights, original_state_dict
@@ -130,6 +131,47 @@ def test_a_file_of_any_layout_gives_the_base_of_the_folder(flow_base: Base, tmp_
             str(files[0]), config=flow_base.name, subfolder="transformer", local_files_only=True
         )
         same_bits(theirs.state_dict(), wanted)
+
+
+def bundle(base: Base) -> dict[str, Tensor]:
+    """All networks of a base under the names of ComfyUI's files."""
+    state = original(base, "model.diffusion_model.")
+    for part, prefixes in base.family.bundled.items():
+        network = getattr(base, part)
+        for name, value in network.state_dict().items():
+            if part == "vae":
+                theirs = ldm_vae_key(name, len(network.config.block_out_channels))
+                is_convolution = ".attn_1." in theirs and value.ndim == 2
+                state[prefixes[0] + theirs] = value[:, :, None, None] if is_convolution else value
+            elif name != "encoder.embed_tokens.weight":
+                state[prefixes[0] + name] = value
+        if part == "text_encoder":
+            state[f"{prefixes[0]}logit_scale"] = torch.ones(())
+    return state
+
+
+def test_a_file_with_all_parts_needs_only_their_configurations(flow_base: Base, tmp_path: Path) -> None:
+    state = bundle(flow_base)
+    if not flow_base.family.bundled:
+        file = write(tmp_path / "all.safetensors", {**state, "vae.conv.weight": torch.ones(2, 3)})
+        assert "holds 1 tensors beside its transformer, such as vae.conv.weight" in refused(file, flow_base.name)
+        return
+    bare = shutil.copytree(flow_base.name, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    base = load_base(write(tmp_path / "all.safetensors", state), components=bare)
+    assert base.hash == flow_base.hash
+    assert base.vae_hash == flow_base.vae_hash
+    for damage, answer in (
+        ({"vae.conv.weight": torch.ones(2, 3)}, "vae.conv.weight, which is no weight of the vae"),
+        ({name: None for name in state if name.endswith("decoder.conv_out.bias")}, "without 1 of the weights of a vae"),
+        (
+            {name: torch.ones(2) for name in state if name.endswith("decoder.conv_out.bias")},
+            "conv_out.bias of shape [2]",
+        ),
+    ):
+        own = {name: value for name, value in {**state, **damage}.items() if value is not None}
+        if "vae.conv.weight" in damage:
+            own = {name.replace("first_stage_model.", "vae."): value for name, value in own.items()}
+        assert answer in refused(write(tmp_path / "all.safetensors", own), flow_base.name, by_plan=False)
 
 
 @pytest.fixture(scope="module")

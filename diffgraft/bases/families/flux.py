@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
+    BUNDLED_VAE,
     CLIP_LAYERS,
     FLUX_ATTENTION,
     FLUX_SCALES,
@@ -97,6 +98,11 @@ class Flux1(FlowFamily):
     }
     checkpointed = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.clip_l.transformer.",),
+        "text_encoder_2": ("text_encoders.t5xxl.transformer.",),
+    }
     published = "black-forest-labs/FLUX.1-dev"
 
     def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
-from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, T5_LAYERS, FlowFamily, levels
+from diffgraft.bases.flow import (
+    BUNDLED_VAE,
+    CLIP_LAYERS,
+    JOINT_ATTENTION,
+    KL_VAE,
+    SCHEDULER,
+    T5_LAYERS,
+    FlowFamily,
+    levels,
+)
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.shape_table import ShapeTable
 
@@ -89,6 +98,12 @@ class StableDiffusion3(FlowFamily):
     }
     checkpointed = ("JointTransformerBlock",)
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.clip_l.transformer.",),
+        "text_encoder_2": ("text_encoders.clip_g.transformer.",),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
+    }
     published = "stabilityai/stable-diffusion-3.5-medium"
 
     def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
+    BUNDLED_VAE,
     KL_VAE,
     QWEN_LAYERS,
     QWEN_TOKENIZER,
@@ -73,6 +74,10 @@ class ZImage(FlowFamily):
     }
     checkpointed = ("ZImageTransformerBlock",)
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.qwen3_4b.transformer.",),
+    }
     published = "Tongyi-MAI/Z-Image"
 
     def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
