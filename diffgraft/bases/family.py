@@ -287,6 +287,10 @@ class Family(ABC):
         """Whether the denoiser is guidance-distilled: it reads the scale of guidance, in `Conditioning.added`."""
         return False
 
+    def normed_guidance(self, guided: Tensor, plain: Tensor) -> Tensor:  # noqa: ARG002
+        """Return a guided prediction [c, h, w] in the size that the family draws with; `plain` is at a scale of 1."""
+        return guided
+
     def sampling_sigmas(self, base: "Base", tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the family's own noise levels for drawing, or None if each sampler has its own.
 

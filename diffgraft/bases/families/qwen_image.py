@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
@@ -116,6 +117,13 @@ class QwenImage(QwenVaeFamily):
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
+
+    def normed_guidance(self, guided: Tensor, plain: Tensor) -> Tensor:
+        """Return `guided` with the norm of `plain` in each token, as in diffusers' ``QwenImagePipeline``."""
+        height, width = guided.shape[-2:]
+        tokens, wanted = packed(guided.unsqueeze(0)), packed(plain.unsqueeze(0))
+        norms = tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
+        return unpacked(tokens * (wanted.norm(dim=-1, keepdim=True) / norms), height, width).squeeze(0)
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
         """Whether the module affects the picture: the text side of the last block does not, after its keys.
