@@ -1,6 +1,6 @@
 """Tensors of a checkpoint file, read by rows, whatever they are stored in: floats, scaled float8, or GGUF's blocks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +16,8 @@ from diffgraft.bases.gguf_files import open_gguf
 from diffgraft.bases.scaled_weights import with_scales
 from diffgraft.bases.stored_tensors import StoredTensor
 from diffgraft.errors import DiffgraftError, one_line
+
+_LONGEST_NAME = 250
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         DiffgraftError: the file is damaged, of another kind, or quantized in a way that is not supported.
     """
     if path.suffix == ".gguf":
-        yield TensorFile(path, open_gguf(path))
+        found = open_gguf(path)
+        _check_names(path, found)
+        yield TensorFile(path, found)
         return
     try:
         opened = safe_open(path, framework="pt")
@@ -57,8 +61,15 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         raise DiffgraftError(f"{path} is not a readable .safetensors file: {one_line(error)}.") from error
     with opened as file:
         tensors = {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        _check_names(path, tensors)
         header = file.metadata() or {}
         yield TensorFile(path, with_scales(path, tensors, header), header)
+
+
+def _check_names(path: Path, names: Collection[str]) -> None:
+    """Raise DiffgraftError if a tensor has a name that no message could show."""
+    if any(len(name) > _LONGEST_NAME or not name.isprintable() for name in names):
+        raise DiffgraftError(f"{path} has tensors whose names are not text of at most {_LONGEST_NAME} characters.")
 
 
 def _stored(file: Any, name: str) -> StoredTensor:
@@ -66,6 +77,6 @@ def _stored(file: Any, name: str) -> StoredTensor:
 
     def rows(start: int, stop: int) -> Tensor:
         value: Tensor = file.get_slice(name)[start:stop] if entry.get_shape() else file.get_tensor(name)
-        return value
+        return value.clone()  # tensors of the library may be views of the file
 
     return StoredTensor(tuple(entry.get_shape()), entry.get_dtype(), rows)

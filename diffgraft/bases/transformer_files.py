@@ -114,8 +114,8 @@ class TransformerFile:
         network: Any = network_of(self.file.path, kind, config, has_flow=True)
         own = network.config
         axes = own.get("axes_dims_rope") or own.get("axes_dims") or ()
-        head = own.get("attention_head_dim") or own["dim"] // own["n_heads"]
-        if axes and sum(axes) != head:
+        head = own.get("attention_head_dim") or own.get("dim", 0) // own.get("n_heads", 1)
+        if axes and head and sum(axes) != head:
             raise DiffgraftError(
                 f"{self.file.path} has attention heads of {head} channels, and no configuration tells how many of them "
                 f"are for which axis of positions: give components with {self.family.denoiser}/config.json."

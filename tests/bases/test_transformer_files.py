@@ -352,6 +352,7 @@ Damage = Mapping[str, Tensor | Callable[[Tensor], Tensor] | None]
         ({FORMAT: text_tensor({"format": "nvfp4"})}, "in the format 'nvfp4'; of quantized weights only"),
         ({FORMAT: text_tensor({"format": ["x"]})}, "in the format ['x']"),
         ({FORMAT: text_tensor([])}, f"damaged {FORMAT}"),
+        ({"\x1b]52;c;aGk=\x07.weight": torch.ones(3)}, "names are not text of at most 250 characters"),
         ({FORMAT: torch.ones(3)}, "is not the format of a layer"),
         ({f"single_blocks.{n}.linear1.weight": torch.ones(2) for n in range(2, 70)}, "num_single_layers=70"),
     ],
