@@ -412,6 +412,35 @@ def test_components_are_those_of_the_transformer(klein: Base, tmp_path: Path) ->
     assert "has attention heads of 16 channels, and no configuration tells how many" in refused(file, bare)
 
 
+def test_of_components_on_the_hub_the_transformer_stays_there(
+    klein: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, *, ignore_patterns: list[str], **_: list[str]) -> str:
+        asked.append(ignore_patterns)
+        assert name == "someone/klein"
+        return klein.name
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    file = write(tmp_path / "model.safetensors", original(klein))
+    base = load_base(file, components="someone/klein")
+    assert (base.hash, base.components_from) == (klein.hash, "someone/klein")
+    meta_base(file, components="someone/klein")
+    assert len(asked) == 2
+    assert all("transformer/*.safetensors" in ignored for ignored in asked)
+
+
+def test_a_folder_in_float8_keeps_the_precision_of_the_rest(klein: Base, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(klein.name, tmp_path / "folder"))
+    state = {name: value.clone() for name, value in klein.denoiser.state_dict().items()}
+    norms = {name: value + 0.01 for name, value in state.items() if value.ndim == 1}
+    numbers = {name: value.to(torch.float8_e4m3fn) for name, value in state.items() if value.ndim == 2}
+    write(folder / "transformer" / "diffusion_pytorch_model.safetensors", {**numbers, **norms})
+    base = load_base(folder)
+    same_bits(base.denoiser.state_dict(), {**{name: value.float() for name, value in numbers.items()}, **norms})
+
+
 def test_files_are_merged_converted_and_opened_like_folders(klein: Base, tmp_path: Path) -> None:
     file = merge_checkpoint(klein, {}, tmp_path / "model.safetensors")
     same_bits(load_file(file), original(klein))
