@@ -48,7 +48,8 @@ def with_scales(path: Path, tensors: Mapping[str, StoredTensor], header: Mapping
                 f"{path} has {layer} in the format {short(form)}; of quantized weights only {' and '.join(_FORMATS)} "
                 "are read: take the file in bfloat16, float16 or float8."
             )
-        if layer not in layers:
+        # a header may name layers without the prefix that their tensors have
+        if layer not in layers and not any(own.endswith(f".{layer}") for own in layers):
             raise DiffgraftError(
                 f"{path} has {layer}.weight in {form}, but no {layer}.weight_scale: download it again."
             )
