@@ -8,8 +8,9 @@ from functools import cache
 from torch import Tensor
 
 from diffgraft.adapters.dialect import Read
-from diffgraft.adapters.formats.original_names import is_known, layouts
+from diffgraft.adapters.formats.original_names import is_known
 from diffgraft.adapters.ops.effect import fitting_bases
+from diffgraft.bases.layout_names import layouts
 from diffgraft.bases.registry import families
 from diffgraft.errors import did_you_mean
 

@@ -33,6 +33,7 @@ from diffgraft.adapters.formats.join_deltas import join_deltas
 from diffgraft.adapters.formats.key_errors import UnknownKeyError
 from diffgraft.adapters.formats.modules import ENDINGS, KINDS, LAYERS, Module, leaf_of, read_modules
 from diffgraft.adapters.method import add_text_model
+from diffgraft.bases.layout_names import layouts
 from diffgraft.bases.ldm_keys import BlockLayout
 
 PREFIXES = {
@@ -241,7 +242,7 @@ def _named_modules(adapter: Adapter) -> Iterator[tuple[str, str, Sequence[Delta]
         ValueError: a module has no name in such files, or is a part of a layer that they cannot hold.
     """
     family = family_of(adapter)
-    has_transformer = original_names.is_for_transformer(adapter) or family in original_names.layouts()
+    has_transformer = original_names.is_for_transformer(adapter) or family in layouts()
     blocks = BlockLayout(layers_of(adapter), (False, True, True)) if family == "sdxl" else None
     first = "lora_te1" if blocks or has_transformer else "lora_te"
     second = "lora_te3" if family in _T5 else "lora_te2"

@@ -14,8 +14,8 @@ from diffgraft.adapters.adapter import Adapter, Delta
 from diffgraft.adapters.formats.join_deltas import join_deltas
 from diffgraft.adapters.formats.row_blocks import join_rows, rows_and_columns, split_fused, split_rows
 from diffgraft.adapters.methods.ia3 import Ia3Delta
+from diffgraft.bases.layout_names import layouts
 from diffgraft.bases.original_layout import NamedLayer, OriginalLayer, OriginalLayout
-from diffgraft.bases.registry import families
 from diffgraft.errors import did_you_mean
 
 PART = "transformer"
@@ -34,12 +34,6 @@ class ReadLayers(NamedTuple):
     """Key of a module → path inside the denoiser in diffusers, and deltas, of each layer that it stands for"""
     family: str | None
     """Family that the file is for; None if its modules are named alike in several"""
-
-
-@cache
-def layouts() -> dict[str, OriginalLayout]:
-    """Original layouts by family."""
-    return {name: family.original for name, family in families().items() if family.original is not None}
 
 
 @cache

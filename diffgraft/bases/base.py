@@ -3,8 +3,8 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Base:
     tokenizer: Any = None
     text_encoder_2: Any = None
     tokenizer_2: Any = None
+    components_from: str = ""
+    """Folder or hub id that the other parts are from, if its denoiser is a single file"""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Networks and tokenizers of families with other names → the part; they are set as attributes, too"""
     hash: str = field(init=False)
@@ -40,6 +42,8 @@ class Base:
     """
     quantize: str = field(default="none", init=False)
     """Quantization of its linear layers: `none`, `int8` or `nf4`"""
+    digest: InitVar["Digest | None"] = None
+    """Digest over the denoiser, if its weights were cast while they were read"""
     under: str = field(default="", init=False)
     """Hash and strength of the adapter that is merged into it for a training; part of the keys of cached results"""
 
@@ -53,13 +57,15 @@ class Base:
         dtypes = dtype if self.quantize == "none" else f"{dtype} and {self.quantize}"
         return f"Base({self.name!r}, {model}, {dtypes} on {self.device})"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, digest: "Digest | None") -> None:
         for name, part in self.others.items():
             setattr(self, name, part)
         for _, part in self.parts():
             part.requires_grad_(False).eval()
         is_meta = any(value.is_meta for value in self.denoiser.parameters())
-        self.hash = "" if is_meta else weights_hash((name, part) for name, part in self.parts() if name != "vae")
+        hashed = ("vae",) if digest is None else ("vae", self.family.denoiser)
+        parts = ((name, part) for name, part in self.parts() if name not in hashed)
+        self.hash = "" if is_meta else weights_hash(parts, start=digest)
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of each network: denoiser, text encoders and VAE."""
@@ -169,9 +175,12 @@ class Base:
         return self.parameterization.name
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
-        """Return the options of `wanted` (`LoadOptions`) that this base was not loaded with, as "key=value"."""
+        """Return the options of `wanted` (`LoadOptions`) that this base was not loaded with, as "key=value".
+
+        Where its components are from is not compared.
+        """
         own = {"prediction_type": self.parameterization.name, "zero_snr": self.zero_snr, "quantize": self.quantize}
-        return [f"{key}={value}" for key, value in wanted.items() if value not in (None, "none", own[key])]
+        return [f"{key}={wanted[key]}" for key in own if wanted.get(key) not in (None, "none", own[key])]
 
     @property
     def parameterization(self) -> Parameterization:
@@ -210,12 +219,38 @@ class Base:
         return hashlib.sha256(key.encode()).hexdigest()
 
 
-def weights_hash(parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16) -> str:
-    """Return the SHA-256 over names, shapes and values, cast to `dtype`, of the parameters of named modules."""
-    digest = hashlib.sha256()
+class Digest(Protocol):
+    """What `hashlib.sha256` returns."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+def weights_hash(
+    parts: Iterable[tuple[str, nn.Module]], dtype: torch.dtype = torch.float16, start: Digest | None = None
+) -> str:
+    """Return the SHA-256 over names, shapes and values, cast to `dtype`, of the parameters of named modules.
+
+    Args:
+        parts: name of each network, and the network.
+        dtype: dtype of the values that are hashed.
+        start: digest over the networks before them, which is continued.
+    """
+    digest = start or new_digest()
     for part_name, part in parts:
         for name, value in sorted(part.named_parameters()):
-            # newer versions of transformers have no level `text_model`; the weights are the same
-            digest.update(f"{part_name}.{name.removeprefix('text_model.')} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().to(dtype).contiguous().numpy().tobytes())
+            add_to_hash(digest, f"{part_name}.{name}", value, dtype)
     return digest.hexdigest()
+
+
+def new_digest() -> Digest:
+    """Return a digest for `add_to_hash` that has nothing in it."""
+    return hashlib.sha256()
+
+
+def add_to_hash(digest: Digest, name: str, value: Tensor, dtype: torch.dtype = torch.float16) -> None:
+    """Add a parameter to a digest; those of a network are added in the order of their names."""
+    # newer versions of transformers have no level `text_model`; the weights are the same
+    part, _, path = name.partition(".")
+    digest.update(f"{part}.{path.removeprefix('text_model.')} {tuple(value.shape)}".encode())
+    digest.update(value.detach().cpu().to(dtype).contiguous().numpy().tobytes())

@@ -10,11 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffgraft.bases.configs import read_object
+from diffgraft.bases.layout_names import is_transformer
 from diffgraft.bases.ldm_keys import UNET_PREFIX
 from diffgraft.errors import DiffgraftError
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FLOAT_DTYPES = (*_DTYPES, "F8_E4M3", "F8_E5M2")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOAT_DTYPES = (*DTYPES, "F8_E4M3", "F8_E5M2")
 """Names in safetensors of the dtypes that weights on disk may have"""
 
 _OF_LAYER = re.compile(r"(?<!\.lora_down)(?<!\.lora_up)(?<!\.lora_mid)(?<!\.lora_A)(?<!\.lora_B)\.(weight|bias)$")
@@ -24,14 +25,17 @@ _MAX_INDEX = 2**26
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a whole base: a diffusers folder, or a single file in the original layout."""
+    """Whether `path` is a whole base: a diffusers folder, a single file, or the single file of its transformer."""
     if path.is_dir():
         return (path / "model_index.json").is_file()
+    if path.suffix == ".gguf" and path.is_file():
+        return True
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            return any(map(is_checkpoint_key, file.keys()))
+            names = [*file.keys()]
+            return any(map(is_checkpoint_key, names)) or is_transformer(names)
     except (SafetensorError, OSError):
         return False
 
@@ -83,4 +87,4 @@ def main_dtype(files: Iterable[Path], prefix: str = "") -> torch.dtype | None:
                         counts[tensor.get_dtype()] += prod(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise DiffgraftError(f"{path} is not a readable .safetensors file ({error}); copy it again.") from error
-    return next((_DTYPES[name] for name, _ in counts.most_common() if name in _DTYPES), None)
+    return next((DTYPES[name] for name, _ in counts.most_common() if name in DTYPES), None)

@@ -12,7 +12,7 @@ Who calls what: loading asks `components` and `matches`; text encoding `encode` 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffgraft.bases.control import PictureLayer
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.student import StudentSize
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.errors import DiffgraftError
@@ -137,6 +138,10 @@ class Family(ABC):
     """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
     original: OriginalLayout | None = None
     """Names of the denoiser's layers in its authors' code, for files with them; None: see `diffgraft.bases.ldm_keys`"""
+    bundled: Mapping[str, tuple[str, ...]] = {}
+    """Part → prefixes that its weights may have in a single file that holds it beside a transformer"""
+    published: str = ""
+    """Hub id of a published base, for advice; empty if there is none"""
     unsupported: Mapping[str, str] = {}
     """Recipe key that this family does not support → reason; ``train`` and ``plan`` refuse such keys"""
 
@@ -257,6 +262,25 @@ class Family(ABC):
         """
         return []
 
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return the fields of the denoiser's configuration that the shapes of its weights tell, for single files.
+
+        Args:
+            shapes: shapes of its weights, by their names in diffusers.
+            config: the configuration without these fields, as far as it is known.
+
+        Raises:
+            DiffgraftError: a weight that tells a size is missing.
+        """
+        return {}
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:  # noqa: ARG002
+        """Yield what the denoiser gets from the other parts, its width there, and the width of what they give.
+
+        A base whose denoiser is a single file is refused if one of the pairs differs.
+        """
+        yield from ()
+
     def size_conditioning(self, frames: Sequence[SizeConditioning]) -> dict[str, Tensor]:  # noqa: ARG002
         """Return the micro-conditioning of n pictures, tensors [n, …] by name; empty for denoisers without it."""
         return {}
@@ -293,6 +317,10 @@ class Family(ABC):
     def embeds_guidance(self, base: "Base") -> bool:  # noqa: ARG002
         """Whether the denoiser is guidance-distilled: it reads the scale of guidance, in `Conditioning.added`."""
         return False
+
+    def normed_guidance(self, guided: Tensor, plain: Tensor) -> Tensor:  # noqa: ARG002
+        """Return a guided prediction [c, h, w] in the size that the family draws with; `plain` is at a scale of 1."""
+        return guided
 
     def sampling_sigmas(self, base: "Base", tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the family's own noise levels for drawing, or None if each sampler has its own.

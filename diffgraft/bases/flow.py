@@ -37,6 +37,12 @@ FLUX_ATTENTION: Mapping[str, str | tuple[str, ...]] = {
     "txt_attn.proj": "attn.to_add_out",
 }
 """Attention in the double blocks of FLUX: name in the original layout → name in diffusers, or those of its parts"""
+FLUX_SCALES = frozenset(
+    f"{block}norm.{norm}_norm"
+    for block in ("double_blocks.*.img_attn.", "double_blocks.*.txt_attn.", "single_blocks.*.")
+    for norm in ("query", "key")
+)
+"""Norms of FLUX whose weight is named ``scale`` in the original layout"""
 QWEN_LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "feedforward": ("gate_proj", "up_proj", "down_proj"),
@@ -45,6 +51,8 @@ T5_LAYERS: Mapping[str, tuple[str, ...]] = {
     "attention": ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
     "feedforward": ("DenseReluDense.wi", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
 }
+BUNDLED_VAE = ("first_stage_model.", "vae.")
+"""Prefixes of a VAE's weights in files that hold it beside a transformer"""
 _LANGUAGE_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
 _OUTSIDE = ("lm_head", "visual.", "model.visual.")
 """Beginnings of paths in a language model that have no part in the hidden states of a text"""

@@ -104,7 +104,7 @@ def build_pipeline(
     folder: Path,
     pipelines: Mapping[str, Components],
     weights: WeightsFrom,
-    tokenizers: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build the diffusers pipeline of a folder; its networks are on ``meta`` unless their weights are read.
 
@@ -114,7 +114,7 @@ def build_pipeline(
         folder: a diffusers folder.
         pipelines: class name of a known pipeline → its components.
         weights: whether weights are read from files.
-        tokenizers: tokenizers by name, instead of those in the folder.
+        given: parts by name, instead of those in the folder.
 
     Raises:
         DiffgraftError: a part of the folder is unknown, damaged or missing.
@@ -122,17 +122,19 @@ def build_pipeline(
     import diffusers
 
     index = read_index(folder, pipelines)
-    parts: dict[str, Any] = {**(tokenizers or {})}
+    parts: dict[str, Any] = {**(given or {})}
     for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # tokenizers last, as they take longest
         library, kind = index[name]
+        if name in parts:
+            continue
         if name in (*denoisers(), "vae") or name.startswith("text_encoder"):
-            parts[name] = _network(folder / name, library, kind, has_flow="transformer" in index)
+            parts[name] = empty_network(folder / name, library, kind, has_flow="transformer" in index)
             if weights != "nowhere":
                 fill(parts[name], folder / name, name, is_read=weights == "files")
             parts[name].eval()
         elif name == "scheduler":
             parts[name] = _scheduler(folder / name, kind)
-        elif name and name not in parts:
+        elif name:
             parts[name] = _tokenizer(folder / name, kind)
     _check_fit(folder, parts)
     options: dict[str, Any] = {name: None for name in pipelines.get(index[""][1], {}) if name not in parts}
@@ -158,19 +160,15 @@ def _library_errors(path: Path, problem: str) -> Iterator[None]:
         raise DiffgraftError(f"{path} cannot be used, as {problem}: {reason.rstrip('.:')}.") from error
 
 
-def _network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
+def empty_network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -> Any:
     """Create a network from the configuration in `folder`; its parameters are on the device ``meta``."""
-    import diffusers
     import transformers
 
     path = folder / "config.json"
     config = read_object(path)
     if library == "diffusers":
-        model: Any = getattr(diffusers, kind)
-        values = validated(path, config, _config_of(kind, has_flow=has_flow), model)
-        with _library_errors(path, f"no {kind} can be built from it"), _without_weights(has_flow):
-            return model.from_config(values)
-    model = getattr(transformers, kind)
+        return network_of(path, kind, config, has_flow=has_flow)
+    model: Any = getattr(transformers, kind)
     if not kind.startswith(("CLIP", "Bert")):
         values = validated_language_model(path, config, model.config_class)
         with _library_errors(path, f"no {kind} can be built from it"), _without_weights(has_flow):
@@ -182,6 +180,26 @@ def _network(folder: Path, library: str, kind: str, *, has_flow: bool = False) -
         if values["hidden_size"] % values["num_attention_heads"]:
             raise ValueError("hidden_size is not a multiple of num_attention_heads")
         return model(model.config_class(**values))
+
+
+def network_of(path: Path, kind: str, config: Mapping[str, Any], *, has_flow: bool) -> Any:
+    """Create a network of diffusers without weights.
+
+    Args:
+        path: file that the configuration is of, for messages.
+        kind: class of the network.
+        config: its configuration, which is not trusted.
+        has_flow: whether it is a part of a flow-matching base.
+
+    Raises:
+        DiffgraftError: no such network can be built.
+    """
+    import diffusers
+
+    model: Any = getattr(diffusers, kind)
+    values = validated(path, config, _config_of(kind, has_flow=has_flow), model)
+    with _library_errors(path, f"no {kind} can be built from it"), _without_weights(has_flow):
+        return model.from_config(values)
 
 
 def _config_of(kind: str, *, has_flow: bool) -> type[Config]:

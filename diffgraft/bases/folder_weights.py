@@ -1,7 +1,7 @@
 """Weights of a network, from the files in its folder: each of them, in the right shape, and none beyond."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part
 from diffgraft.bases.configs import short
 from diffgraft.errors import DiffgraftError
 
-_UNREAD = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "cls.", "position_ids")
+UNREAD = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "cls.", "position_ids")
 """Weights that files of text encoders may have in addition: CLIP's vision model, heads of BERT"""
 _LAYER = re.compile(r"encoder\.layers?\.(\d{1,3})\.")
 """A layer of a text encoder; files of bases with clip skip have more layers than their configurations"""
@@ -23,7 +23,7 @@ _RENAMED = {
 """Names in files of earlier versions of the libraries, and their names now"""
 
 
-def _normalizer(part: str) -> Callable[[str], str]:
+def normalizer(part: str) -> Callable[[str], str]:
     """Return a function from names of weights to names that do not depend on the version of the libraries."""
     replacements = _RENAMED.get("vae" if part == "vae" else "text" if part.startswith("text") else "", ())
 
@@ -53,7 +53,7 @@ def fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None:
             f"{folder} has no weights in .safetensors; other files may hold code and are not opened: convert them, "
             "or copy the model's folder again."
         )
-    normalize = _normalizer(part)
+    normalize = normalizer(part)
     wanted = {normalize(name): (name, value) for name, value in network.state_dict().items()}
     state: dict[str, Tensor] = {}
     layers = int(getattr(getattr(network, "config", None), "num_hidden_layers", 0))
@@ -62,7 +62,7 @@ def fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  (not a mapping)
                     if normalize(key) not in wanted:
-                        if part.startswith("text") and (key.endswith(_UNREAD) or normalize(key).startswith(_UNREAD)):
+                        if part.startswith("text") and (key.endswith(UNREAD) or normalize(key).startswith(UNREAD)):
                             continue
                         if part.startswith("text") and (layer := _layer_beyond(normalize(key), layers)) is not None:
                             raise DiffgraftError(
@@ -88,20 +88,31 @@ def fill(network: nn.Module, folder: Path, part: str, *, is_read: bool) -> None:
                     state[name] = opened.get_tensor(key).clone() if is_read else value
         except (SafetensorError, OSError) as error:
             raise DiffgraftError(f"{file} is not a readable .safetensors file ({error}); copy it again.") from error
-    tied = getattr(network, "all_tied_weights_keys", {})  # a weight that another one stands for is in no file
-    missing = [name for name, _ in wanted.values() if name not in state and name not in tied]
+    missing = [name for name, _ in wanted.values() if name not in state and name not in tied_names(network)]
     if missing:
         raise DiffgraftError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} weights that its config.json describes, such as "
             f"{missing[0]}: copy the model's folder again."
         )
     if is_read:
-        dtype = _most_common_dtype(state)
-        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-        network.load_state_dict(values, strict=not tied, assign=True)
-        if tied:
-            network.tie_weights()  # type: ignore[operator]
-        _fill_buffers(network)
+        assign(network, state)
+
+
+def tied_names(network: nn.Module) -> Collection[str]:
+    """Return the names of weights that another one stands for, which files do not have."""
+    names: Collection[str] = getattr(network, "all_tied_weights_keys", ())
+    return names
+
+
+def assign(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a network on ``meta`` its weights, all in the dtype of most of them."""
+    dtype = _most_common_dtype(state)
+    values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    tied = tied_names(network)
+    network.load_state_dict(values, strict=not tied, assign=True)
+    if tied:
+        network.tie_weights()  # type: ignore[operator]
+    _fill_buffers(network)
 
 
 def _layer_beyond(name: str, layers: int) -> int | None:
@@ -111,9 +122,11 @@ def _layer_beyond(name: str, layers: int) -> int | None:
 
 
 def _most_common_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    counts: dict[torch.dtype, int] = {}
+    """Return the dtype of most numbers, apart from those in float8, which every other dtype holds exactly."""
+    counts: dict[torch.dtype, int] = {torch.bfloat16: 0}
     for value in filter(Tensor.is_floating_point, state.values()):
-        counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+        if value.element_size() > 1:
+            counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
 

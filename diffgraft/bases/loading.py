@@ -10,7 +10,7 @@ from typing import Any, TypedDict, get_args
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffgraft.bases.base import Base
+from diffgraft.bases.base import Base, Digest
 from diffgraft.bases.checkpoint_files import FLOAT_DTYPES, files_of_part, main_dtype
 from diffgraft.bases.family import Component, Family
 from diffgraft.bases.folder import build_pipeline
@@ -20,6 +20,7 @@ from diffgraft.bases.prediction import detect_prediction_type, with_prediction_t
 from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
+from diffgraft.bases.transformer_files import TransformerFile, open_transformer
 from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr, wrap_system_errors
 from diffgraft.third_party import quiet_libraries
@@ -44,13 +45,18 @@ class LoadOptions(TypedDict, total=False):
     """Prediction type, ``epsilon`` or ``v_prediction``, if the files lack it or it is wrong"""
     zero_snr: bool | None
     """Whether the noise schedule has zero terminal SNR, if the files lack it or it is wrong"""
+    components: str | None
+    """Diffusers folder or hub id with the text encoders, VAE and noise schedule of a transformer in a single file"""
     quantize: Quantize
     """``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per weight"""
 
 
-def load_options(prediction_type: str | None, zero_snr: bool | None, quantize: str = "none") -> LoadOptions:
+def load_options(
+    prediction_type: str | None, zero_snr: bool | None, components: str | None, quantize: str = "none"
+) -> LoadOptions:
     """Return `LoadOptions` from options of the command line."""
-    return {"prediction_type": prediction_type, "zero_snr": zero_snr, "quantize": quantize}  # type: ignore[typeddict-item]
+    schedule: LoadOptions = {"prediction_type": prediction_type, "zero_snr": zero_snr}
+    return {**schedule, "components": components, "quantize": quantize}  # type: ignore[typeddict-item]
 
 
 @wrap_system_errors
@@ -61,17 +67,21 @@ def load_base(
     family: str | None = None,
     prediction_type: str | None = None,
     zero_snr: bool | None = None,
+    components: str | Path | None = None,
     quantize: Quantize = "none",
 ) -> Base:
     """Load a base and freeze it.
 
     Args:
         source: ``tiny`` (the embedded base), a diffusers folder, a single ``.safetensors`` checkpoint in the original
-            layout, or a model's id on the Hugging Face hub.
+            layout, a single ``.safetensors`` or ``.gguf`` file of a transformer, or a model's id on the Hugging Face
+            hub.
         dtype: dtype of the weights; None: for each network that of its files.
         family: a key of `diffgraft.bases.registry.families`; by default the family is detected.
         prediction_type: ``epsilon`` or ``v_prediction``, if the files lack it or it is wrong.
         zero_snr: whether the noise schedule has zero terminal SNR, if the files lack it or it is wrong.
+        components: diffusers folder or hub id with the text encoders, VAE and noise schedule of a base, if `source` is
+            the single file of a transformer, which lacks them.
         quantize: ``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per
             weight. Such a base needs less memory, and can train adapters and draw.
 
@@ -87,7 +97,7 @@ def load_base(
         raise DiffgraftError(f"Invalid value quantize={quantize!r}: {hint}")
     with quiet_libraries():
         path = locate_base(source)
-        pipe = _from_file(path, family) if path.is_file() else build_pipeline(path, known_pipelines(), "files")
+        pipe, digest = _read(path, components, family, dtype)
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     detected = families()[family] if family else next(item for item in families().values() if item.matches(pipe))
     if type(pipe).__name__ not in (detected.pipeline_class, inpainting(detected.pipeline_class)):
@@ -95,12 +105,55 @@ def load_base(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {detected.name}. "
             "Give a text-to-image model."
         )
-    base = Base(name=str(source), family=detected, **parts_of(pipe))
-    dtypes = _dtypes_on_disk(path, detected) if dtype is None else {}
+    base = Base(
+        name=str(source), family=detected, **parts_of(pipe), components_from=str(components or ""), digest=digest
+    )
+    # a transformer's file and its components are read in their dtypes
+    dtypes = _dtypes_on_disk(path, detected) if dtype is None and components is None else {}
     with quiet_libraries():
         for name, part in base.parts():
             part.to(dtypes.get(name, dtype))
         return quantized(base, quantize)
+
+
+def _read(
+    path: Path, components: str | Path | None, family: str | None, dtype: torch.dtype | None
+) -> tuple[Any, Digest | None]:
+    """Return the pipeline of a folder or file, and the digest over its denoiser if that was cast while it was read."""
+    if path.is_file():
+        with open_transformer(path, family) as transformer:
+            if transformer is not None:
+                return transformer.load(components_of(transformer, components), "files", dtype)
+    refuse_components(path, components)
+    return (_from_file(path, family) if path.is_file() else build_pipeline(path, known_pipelines(), "files")), None
+
+
+def components_of(transformer: TransformerFile, components: str | Path | None, *, weights: bool = True) -> Path:
+    """Return the folder with the other components of a transformer; those on the hub are downloaded.
+
+    Raises:
+        DiffgraftError: none are named, or there is no such folder.
+    """
+    path, family = transformer.file.path, transformer.family
+    if components is None:
+        example = f", such as components={family.published}" if family.published else ""
+        raise DiffgraftError(
+            f"{path} is the single file of a {family.name} transformer: name a diffusers folder or hub id that has its "
+            f"text encoders, VAE and noise schedule{example}."
+        )
+    folder = locate_base(components, weights=weights, unless=family.denoiser)
+    if not folder.is_dir():
+        raise DiffgraftError(f"components={components} is a file: give a diffusers folder, or a hub id.")
+    return folder
+
+
+def refuse_components(path: Path, components: str | Path | None) -> None:
+    """Raise DiffgraftError if components are named for a base that is no transformer's single file."""
+    if components is not None:
+        raise DiffgraftError(
+            f"components={components} is for the single file of a transformer, and {path} has components of its own, "
+            "or is none of a known family: leave it out."
+        )
 
 
 def base_of(pipe: Any) -> Base:
@@ -126,8 +179,13 @@ def base_of(pipe: Any) -> Base:
     return Base(name=name, family=detected, **parts_of(plain))
 
 
-def locate_base(source: str | Path, *, weights: bool = True) -> Path:
-    """Return the path of a base on disk; a base on the hub is downloaded, without its weights unless `weights` is set.
+def locate_base(source: str | Path, *, weights: bool = True, unless: str = "") -> Path:
+    """Return the path of a base on disk; a base on the hub is downloaded.
+
+    Args:
+        source: name, path or hub id of the base.
+        weights: whether weights are downloaded.
+        unless: name of a network whose weights are not.
 
     Raises:
         DiffgraftError: the base does not exist, or the hub cannot be reached.
@@ -135,14 +193,14 @@ def locate_base(source: str | Path, *, weights: bool = True) -> Path:
     path = TINY if str(source) == "tiny" else Path(source).expanduser()
     if path.exists():
         return path
-    if path.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+    if path.suffix in (".safetensors", ".gguf", ".ckpt", ".pt", ".bin"):
         raise DiffgraftError(f"The base {source} was not found: there is no such file.")
-    return _from_hub(str(source), weights)
+    return _from_hub(str(source), weights, unless)
 
 
-def _dtypes_on_disk(path: Path, family: Family | None = None) -> dict[str, torch.dtype]:
+def _dtypes_on_disk(path: Path, family: Family) -> dict[str, torch.dtype]:
     """Return network → dtype of its weights in a diffusers folder, or in a single file of a family."""
-    if family is None or path.is_dir():
+    if path.is_dir():
         dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
     else:
         prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
@@ -152,14 +210,15 @@ def _dtypes_on_disk(path: Path, family: Family | None = None) -> dict[str, torch
 
 def parts_of(pipe: Any) -> dict[str, Any]:
     """Return networks, tokenizers and scheduler of a pipeline as keyword arguments of `Base`."""
-    own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others"}
+    own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others", "components_from"}
     found = {name: getattr(pipe, name, None) for name in {*own, *known_pipelines().get(type(pipe).__name__, {})}}
     others = {name: part for name, part in found.items() if name not in own}
     return {name: part for name, part in found.items() if name in own} | {"others": others}
 
 
 def _has_full_precision(folder: Path) -> bool:
-    return any(".fp16." not in path.name for path in folder.glob("unet/*.safetensors"))
+    files = [*folder.glob("unet/*.safetensors")] or [*folder.glob("*/*.safetensors")]
+    return any(".fp16." not in path.name for path in files)
 
 
 @dataclass(frozen=True)
@@ -315,12 +374,16 @@ def clip_tokenizer(padding: str) -> Any:
     return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=padding)
 
 
-def _from_hub(name: str, weights: bool = True) -> Path:
-    """Download a model from the hub and return its folder; without `weights` only its configuration."""
+def _from_hub(name: str, weights: bool, unless: str) -> Path:
+    """Download a model from the hub and return its folder; without `weights` only its configuration.
+
+    Weights of the network `unless` are left out.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
+    unwanted += [f"{unless}/*.safetensors"] if unless else []
     try:
         if not weights:
             return Path(snapshot_download(name, allow_patterns=wanted[:2], ignore_patterns=unwanted))

@@ -3,14 +3,24 @@
 import copy
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffgraft.bases.base import Base
-from diffgraft.bases.folder import build_pipeline
-from diffgraft.bases.loading import config_folder, known_pipelines, locate_base, parts_of, read_single_file
+from diffgraft.bases.folder import WeightsFrom, build_pipeline
+from diffgraft.bases.loading import (
+    components_of,
+    config_folder,
+    known_pipelines,
+    locate_base,
+    parts_of,
+    read_single_file,
+    refuse_components,
+)
 from diffgraft.bases.prediction import with_prediction_type
 from diffgraft.bases.registry import families
+from diffgraft.bases.transformer_files import open_transformer
 from diffgraft.bases.unet import inpainting
 from diffgraft.errors import DiffgraftError
 from diffgraft.third_party import quiet_libraries
@@ -22,6 +32,7 @@ def meta_base(
     *,
     prediction_type: str | None = None,
     zero_snr: bool | None = None,
+    components: str | Path | None = None,
 ) -> Base:
     """Load a base on the device ``meta``: its weights have shapes and dtypes but no values; its tokenizers are real.
 
@@ -31,20 +42,14 @@ def meta_base(
         dtype: dtype of the weights.
         prediction_type: as in `load_base`.
         zero_snr: as in `load_base`.
+        components: as in `load_base`.
 
     Raises:
         DiffgraftError: as in `load_base`.
     """
     path = locate_base(source, weights=False)
     with quiet_libraries():
-        if path.is_file():
-            file = read_single_file(path)
-            with config_folder(file) as folder:
-                pipe = build_pipeline(folder, known_pipelines(), "nowhere", tokenizers=file.tokenizers())
-            pipe.scheduler = with_prediction_type(pipe.scheduler, **file.prediction)
-        else:
-            is_local = str(source) == "tiny" or Path(source).expanduser().exists()
-            pipe = build_pipeline(path, known_pipelines(), "headers" if is_local else "nowhere")
+        pipe = _layout(path, source, components)
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     family = next(family for family in families().values() if family.matches(pipe))
     if type(pipe).__name__ not in (family.pipeline_class, inpainting(family.pipeline_class)):
@@ -52,15 +57,44 @@ def meta_base(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {family.name}. "
             "Give a text-to-image model."
         )
-    base = Base(name=str(source), family=family, **parts_of(pipe))
+    base = Base(name=str(source), family=family, **parts_of(pipe), components_from=str(components or ""))
     return base.to("meta", dtype)  # tables of positions, which are in no file, have values until here
+
+
+def _layout(path: Path, source: str | Path, components: str | Path | None) -> Any:
+    """Return the pipeline of a folder or file, with networks on the device ``meta``."""
+    if not path.is_file():
+        refuse_components(path, components)
+        return build_pipeline(path, known_pipelines(), _compared(source))
+    with open_transformer(path) as transformer:
+        if transformer is not None:
+            folder = components_of(transformer, components, weights=False)
+            return transformer.load(folder, _compared(components or "")).pipe
+    refuse_components(path, components)
+    file = read_single_file(path)
+    with config_folder(file) as folder:
+        pipe = build_pipeline(folder, known_pipelines(), "nowhere", given=file.tokenizers())
+    pipe.scheduler = with_prediction_type(pipe.scheduler, **file.prediction)
+    return pipe
+
+
+def _compared(source: str | Path) -> WeightsFrom:
+    """Return what the weights of a base are compared with: headers of files on this machine; others are not there."""
+    is_local = str(source) == "tiny" or Path(source).expanduser().exists()
+    return "headers" if is_local else "nowhere"
 
 
 def without_values(base: Base) -> Base:
     """Return a copy of a loaded base on the device ``meta``, with shapes but no values; tokenizers are shared."""
     copies = {name: copy.deepcopy(part).to("meta") for name, part in base.parts()}
     known = {field.name for field in fields(Base) if field.init}
-    shared = {"name": base.name, "family": base.family, "scheduler": base.scheduler, **base.tokenizers()}
+    shared = {
+        "name": base.name,
+        "family": base.family,
+        "components_from": base.components_from,
+        "scheduler": base.scheduler,
+        **base.tokenizers(),
+    }
     parts = {**shared, **copies}
     return Base(
         **{name: value for name, value in parts.items() if name in known},

@@ -30,6 +30,8 @@ class OriginalLayer(NamedTuple):
     """Whether shift and scale are the other way around in diffusers, if the layer has only those: 2 · in rows"""
     shape: tuple[int, int] | None = None
     """Rows and columns in proportion to one another, where they tell what a layer is; None: not needed"""
+    weight: str = "weight"
+    """Name of its weight in the original layout"""
 
     def bounds(self, rows: int) -> list[tuple[int, int]]:
         """Return the first row of each of `layers` in the original layer, and the row after its last.
@@ -55,6 +57,17 @@ class NamedLayer(NamedTuple):
     """Index into ``layer.layers`` of the single layer of diffusers that is meant; None: the whole original layer"""
 
 
+class Parameter(NamedTuple):
+    """A parameter that is no layer's weight or bias."""
+
+    original: str
+    """Name in the original layout"""
+    name: str
+    """Name in diffusers"""
+    is_flat: bool
+    """Whether it has one axis in the original layout, and two in diffusers"""
+
+
 @dataclass(frozen=True)
 class OriginalLayout:
     """The table of a family: every module of its denoiser that has a weight, in both layouts."""
@@ -71,6 +84,14 @@ class OriginalLayout:
     sizes: frozenset[tuple[int, int]] = frozenset()
     """Width of each published base, and number of its blocks of the first kind: they tell what a file is for that has
     only layers that several families have"""
+    scales: frozenset[str] = frozenset()
+    """Original paths of norms whose weight is named ``scale`` there"""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Original name → name in diffusers of parameters that are no layer's weight or bias, with ``*`` as in paths"""
+    flat: frozenset[str] = frozenset()
+    """Original names of those `parameters` that have one axis there and two in diffusers"""
+    unused: frozenset[str] = frozenset()
+    """Original names of weights that the denoiser of diffusers does not have, as they change nothing"""
 
     @cached_property
     def layers(self) -> list[OriginalLayer]:
@@ -83,7 +104,8 @@ class OriginalLayout:
 
     def _layer(self, path: str, layers: list[str]) -> OriginalLayer:
         shares = self.shares.get(path, (1,) * len(layers))
-        return OriginalLayer(path, tuple(layers), shares, path in self.swapped, self.shapes.get(path))
+        weight = "scale" if path in self.scales else "weight"
+        return OriginalLayer(path, tuple(layers), shares, path in self.swapped, self.shapes.get(path), weight)
 
     @cached_property
     def _named(self) -> dict[str, list[tuple[re.Pattern[str], NamedLayer]]]:
@@ -110,6 +132,15 @@ class OriginalLayout:
                 number = match[1] if match.groups() else ""
                 path, *layers = (path.replace("*", number) for path in (layer.path, *layer.layers))
                 return NamedLayer(layer._replace(path=path, layers=tuple(layers)), part)
+        return None
+
+    def find_parameter(self, name: str) -> Parameter | None:
+        """Find the parameter that is no layer's weight or bias and has this name in one of both layouts."""
+        for theirs, ours in self.parameters.items():
+            for known in (theirs, ours):
+                if match := re.fullmatch(re.escape(known).replace(r"\*", r"(\d+)"), name):
+                    number = match[1] if match.groups() else ""
+                    return Parameter(theirs.replace("*", number), ours.replace("*", number), theirs in self.flat)
         return None
 
 

@@ -7,9 +7,9 @@ Names are module paths of adapters with the name of the parameter: ``unet.mid_bl
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,8 +19,10 @@ from diffgraft.bases.header_config import read_config_overrides
 from diffgraft.bases.ldm_keys import MAX_LEVELS, UNET_PREFIX, BlockLayout, clip_names_from_open_clip, is_open_clip
 from diffgraft.bases.loading import CONFIGS, TINY
 from diffgraft.bases.registry import families, part_names
+from diffgraft.bases.transformer_files import TransformerFile, open_transformer
 from diffgraft.errors import DiffgraftError
 
+T = TypeVar("T")
 _COUNTS = (2, 1, 3, 4)
 """Possible numbers of layers per block of a UNet, the usual one first"""
 _LAYER = re.compile(r"unet\.down_blocks\.\d+\.resnets\.(\d+)\.")
@@ -95,9 +97,19 @@ class Weights(Mapping[str, Tensor]):
         self._readers[name] = read
         self._shapes[name] = shape[::-1] if transposed else shape
 
+    def add_transformer(self, transformer: TransformerFile) -> None:
+        """Add the weights of a transformer's single file, which stays open as long as this object."""
+        for name, shape, read in transformer.weights():
+            path = f"{transformer.family.denoiser}.{name}"
+            self._readers[path], self._shapes[path] = read, shape
+
+    def enter(self, context: AbstractContextManager[T]) -> T:
+        """Enter a context that is left together with this object."""
+        return self._open.enter_context(context)
+
 
 def open_weights(source: str | Path) -> Weights:
-    """Open the weights of ``tiny``, of a diffusers folder, or of a single ``.safetensors`` checkpoint.
+    """Open the weights of ``tiny``, of a diffusers folder, or of a single file; that of a transformer may be GGUF.
 
     Raises:
         DiffgraftError: `source` is none of these, or a file cannot be read.
@@ -124,6 +136,9 @@ def open_weights(source: str | Path) -> Weights:
 
 
 def _add_single_file(weights: Weights, path: Path) -> None:
+    if (transformer := weights.enter(open_transformer(path))) is not None:
+        weights.add_transformer(transformer)
+        return
     file = weights.open(path)
     keys = list(file.keys())
     for key, name in _unet_names(path, [key for key in keys if key.startswith(UNET_PREFIX)]).items():

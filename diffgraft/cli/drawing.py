@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffgraft.cli.console import say, shown_progress
-from diffgraft.cli.options import PREDICTION, PROGRESS, ZERO_SNR
+from diffgraft.cli.options import COMPONENTS, PREDICTION, PROGRESS, ZERO_SNR
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -170,6 +170,7 @@ def generate(
     ] = None,
     predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
+    components: Annotated[str | None, COMPONENTS] = None,
     quantize: Annotated[
         str,
         typer.Option(
@@ -284,7 +285,7 @@ def generate(
         "offload": offload,
         "tiling": tiling,
         "regions": tuple(map(_region, region or [])),
-        **load_options(predicts, zero_snr, quantize),
+        **load_options(predicts, zero_snr, components, quantize),
     }
 
     strengths = "".join(_strength_in_name(file, value) for file, value in adapters.items())
@@ -310,6 +311,7 @@ def generate(
 def regenerate(
     picture: Annotated[Path, typer.Argument(help="A picture that diffgraft or webui has drawn.")],
     base: Annotated[str, typer.Option(help="The base. [default: the one that the picture names]")] = "",
+    components: Annotated[str | None, COMPONENTS] = None,
     adapter: Annotated[
         list[Path] | None,
         typer.Option("--adapter", "-a", help="Adapter file, recognised by its content; again for more."),
@@ -339,6 +341,7 @@ def regenerate(
         None if image is None else read_picture(image),
         None if mask is None else read_picture(mask, "black"),
         None if control is None else read_picture(control, "black"),
+        components,
     )
     with shown_progress(progress):
         drawn = draw_again(picture, sources)

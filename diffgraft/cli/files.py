@@ -9,6 +9,7 @@ import typer
 
 from diffgraft.adapters.listing import format_summaries
 from diffgraft.cli.console import say, say_json, warn
+from diffgraft.cli.options import COMPONENTS
 
 if TYPE_CHECKING:
     from diffgraft.adapters.lowrank import RankBudget
@@ -64,6 +65,7 @@ def convert(
     rank: Annotated[int | None, RANK] = None,
     energy: Annotated[float | None, ENERGY] = None,
     base: Annotated[str | None, BASE] = None,
+    components: Annotated[str | None, COMPONENTS] = None,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
     """Write an adapter in the format of another tool, and report the error.
@@ -77,7 +79,7 @@ def convert(
     from diffgraft.bases.checkpoint_files import is_checkpoint
 
     if is_checkpoint(source):
-        _convert_checkpoint(source, output, to)
+        _convert_checkpoint(source, output, to, components)
         return
 
     from diffgraft.adapters.lowrank import RankBudget
@@ -104,7 +106,7 @@ def convert(
         say(f"note: {remark}")
 
 
-def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
+def _convert_checkpoint(source: Path, output: Path, to: str, components: str | None) -> None:
     from diffgraft.errors import DiffgraftError
 
     if to != "auto":
@@ -118,7 +120,7 @@ def _convert_checkpoint(source: Path, output: Path, to: str) -> None:
     from diffgraft.generation.merge_checkpoint import merge_checkpoint
 
     check_new(output)
-    say(merge_checkpoint(load_base(source, None), {}, output))
+    say(merge_checkpoint(load_base(source, None, components=components), {}, output))
 
 
 def combine(

@@ -11,7 +11,7 @@ import typer
 from diffgraft.cli import drawing, files, pictures, preparing
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
-from diffgraft.cli.options import PREDICTION, PROGRESS, ZERO_SNR
+from diffgraft.cli.options import COMPONENTS, PREDICTION, PROGRESS, ZERO_SNR
 from diffgraft.cli.renamed import Command
 from diffgraft.terminal import printable
 
@@ -170,6 +170,7 @@ def merge(
     ] = "",
     predicts: Annotated[str | None, PREDICTION] = None,
     zero_snr: Annotated[bool | None, ZERO_SNR] = None,
+    components: Annotated[str | None, COMPONENTS] = None,
     device: Annotated[str, files.DEVICE] = "cpu",
 ) -> None:
     """Write a checkpoint: a base with adapters merged into its weights.
@@ -189,7 +190,7 @@ def merge(
     check_new(output)
     place = device_of(device)
     dtype = dtype_of(precision, place) if precision else None
-    base = load_base(into, dtype, **load_options(predicts, zero_snr))
+    base = load_base(into, dtype, **load_options(predicts, zero_snr, components))
     say(merge_checkpoint(base.to(place), adapters, output))
 
 

@@ -225,7 +225,7 @@ class GuidedDenoiser:
         for (weight, _), prediction in zip(guide.parts, of_parts, strict=True):
             towards = towards + weight * (prediction - negative)
         rule = self._guidance
-        guided: Tensor = negative + rule.scale * towards
+        guided = self._base.family.normed_guidance(negative + rule.scale * towards, negative + towards)
         if rule.mimic is not None:
             guided = with_range_of(guided, negative + rule.mimic * towards, rule.percentile)
         if rule.rescale:

@@ -17,6 +17,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.header_config import base_config_metadata
 from diffgraft.bases.ldm_keys import layers_per_block_of, ldm_state_dict
 from diffgraft.bases.loading import CONFIGS
+from diffgraft.bases.original_weights import original_state_dict
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import check_new, write_safetensors
@@ -28,7 +29,8 @@ from diffgraft.third_party import quiet_libraries
 def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -> Path:
     """Write a checkpoint of `base` with `adapters` merged into its weights, and return its path.
 
-    A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder.
+    A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder. The
+    file of a base whose denoiser is a transformer holds that alone, under the names of its authors' code.
     A student takes the place of the denoiser.
     Weights keep their dtype. T-LoRAs are merged with all of their ranks, with a warning. `base` is left unchanged, and
     the checkpoint appears under its name only when complete.
@@ -58,6 +60,10 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
                 "give it when drawing."
             )
     with graft(base, loaded):
+        if path.suffix == ".safetensors" and base.family.original is not None:
+            original = original_state_dict(base.family.original, base.denoiser.state_dict())
+            weights = {name: value.detach().contiguous() for name, value in original.items()}
+            return write_safetensors(path, weights, {"format": "pt"})
         if path.suffix == ".safetensors":
             weights = {name: value.detach().contiguous() for name, value in ldm_state_dict(base).items()}
             prediction = base.parameterization.name

@@ -187,12 +187,14 @@ class DrawingRecord:
 
 def loading_of(base: Base, device: torch.device) -> dict[str, Any]:
     """Return how a base is loaded: kind of the device that computes, `dtype`, and the options of `load_base`."""
+    name = base.parameterization.name
     return {
         "device": device.type,
         "dtype": str(base.denoiser.dtype).removeprefix("torch."),
         "quantize": base.quantize,
-        PREDICTION_KEY: name if (name := base.parameterization.name) in PREDICTIONS else None,
-        "zero_snr": base.zero_snr,
+        PREDICTION_KEY: name if name in PREDICTIONS else None,
+        "zero_snr": base.zero_snr if name in PREDICTIONS else None,
+        **({"components": base.components_from} if base.components_from else {}),
     }
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
 from diffgraft.devices import device_of, dtype_of
-from diffgraft.errors import DiffgraftError, wrap_system_errors
+from diffgraft.errors import DiffgraftError, short_repr, wrap_system_errors
 from diffgraft.generation.adapter_library import as_path, usual_name
 from diffgraft.generation.attention_control import Edit, edit
 from diffgraft.generation.checks import check_prompt
@@ -54,6 +54,8 @@ class Sources:
     """Mask of that picture"""
     control: Image.Image | None = None
     """Picture that it was steered by"""
+    components: str | Path | None = None
+    """Other components of the base, if it is the single file of a transformer; None: those that the picture names"""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,15 @@ def _base_of(record: DrawingRecord, sources: Sources) -> Base:
             f"The picture was drawn with the base {record.base}, which is not here: give it by --base."
         )
     options: Any = {name: value for name, value in record.loading.items() if name in LoadOptions.__annotations__}
+    if "components" in options and sources.components is None and as_path(str(options["components"])) is None:
+        raise DiffgraftError(
+            f"The picture was drawn with components of {short_repr(options['components'])}, which are not here: give "
+            "them by --components."
+        )
+    if sources.components is not None:
+        options["components"] = sources.components
+    elif sources.base is not None and not Path(sources.base).expanduser().is_file():
+        options.pop("components", None)
     dtype = dtype_of(str(record.loading["dtype"]), device_of())
     return load_base(record.base if sources.base is None else sources.base, dtype, **options).to(device_of())
 
@@ -254,7 +265,11 @@ def _from_parameters(path: Path, told: str, sources: Sources) -> tuple[Image.Ima
         )
     reader = _Settings(path, dict(given))
     settings, image = reader.read(negative), reader.image_input(sources)
-    base = sources.base if isinstance(sources.base, Base) else load_base(sources.base).to(device_of())
+    base = (
+        sources.base
+        if isinstance(sources.base, Base)
+        else load_base(sources.base, components=sources.components).to(device_of())
+    )
     differences = [f"It was drawn by another program with the model {given.get('Model', 'unknown')}."]
     differences += [f"{name}: {value} is not read." for name, value in reader.unread()]
     check_prompt(prompt)

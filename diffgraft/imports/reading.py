@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, one_line
 
 
 def read_config(path: Path) -> Any:
@@ -28,8 +28,14 @@ def read_config(path: Path) -> Any:
             if isinstance(config, dict | list):
                 return config
             raise DiffgraftError(f"{path} holds {str(config)[:80]}, but a configuration needs keys and values.")
+    except yaml.MarkedYAMLError as error:
+        at = error.problem_mark or error.context_mark
+        where = f" (line {at.line + 1}, column {at.column + 1})" if at else ""
+        what = one_line(error.problem or error.context or "it cannot be parsed", 200)
+        raise DiffgraftError(f"{path} cannot be read as YAML{where}: {what}.") from error
     except (tomllib.TOMLDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise DiffgraftError(f"{path} cannot be read as {path.suffix.lstrip('.').upper()}: {error}.") from error
+        kind = path.suffix.lstrip(".").upper()
+        raise DiffgraftError(f"{path} cannot be read as {kind}: {one_line(error, 200).rstrip('.')}.") from error
     raise DiffgraftError(f"{path} is not a configuration, whose name ends in .toml, .json or .yaml.")
 
 

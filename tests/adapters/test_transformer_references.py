@@ -36,6 +36,7 @@ UNREAD = {
     ("zimage", "kohya"): ("2-1", "embedder"),
     ("qwen-image", "kohya"): (),
     ("qwen-image", "comfyui"): (),
+    ("krea2", "comfyui"): (),
     **{(family, "diffusers"): () for family in FAMILIES},
 }
 """Family and dialect → parts of paths of layers that diffusers' own conversion of such files leaves out, or misreads"""

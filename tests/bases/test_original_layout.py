@@ -10,6 +10,7 @@ from diffusers.loaders import single_file_utils as converters
 from torch import Tensor, nn
 
 from diffgraft.bases.original_layout import OriginalLayer, OriginalLayout
+from diffgraft.bases.original_weights import original_state_dict
 from diffgraft.bases.registry import families
 from tests.flow_bases import flow_pipeline
 
@@ -28,13 +29,15 @@ REAL: Mapping[str, Callable[[], nn.Module]] = {
     ),
     "zimage": diffusers.ZImageTransformer2DModel,
     "qwen-image": diffusers.QwenImageTransformer2DModel,
+    "krea2": diffusers.Krea2Transformer2DModel,
 }
-"""Family → its transformer, with the configuration of SD 3.5 medium, FLUX.1 dev, klein 4B, Z-Image and Qwen-Image"""
+"""Family → its transformer, as in SD 3.5 medium, FLUX.1 dev, klein 4B, Z-Image, Qwen-Image and Krea 2"""
 CONVERTERS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux1": converters.convert_flux_transformer_checkpoint_to_diffusers,
     "flux2-klein": converters.convert_flux2_transformer_checkpoint_to_diffusers,
     "zimage": converters.convert_z_image_transformer_checkpoint_to_diffusers,
+    "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
 }
 LAYOUTS = {name: family.original for name, family in families().items() if family.original is not None}
 
@@ -52,22 +55,7 @@ def places(layout: OriginalLayout, network: nn.Module) -> dict[str, tuple[Origin
 
 def original_state(layout: OriginalLayout, network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network of diffusers under the names of the original layout."""
-    rows: dict[str, dict[int, Tensor]] = {}
-    names = places(layout, network)
-    swapped = set()
-    for name, value in network.state_dict().items():
-        path, _, end = name.rpartition(".")
-        if path not in names or end not in ("weight", "bias"):  # tokens and tables of positions
-            rows[name.replace("pos_embed.pos_embed", "pos_embed")] = {0: value}
-            continue
-        layer, part = names[path]
-        scale = "norm.query_norm" in layer.path or "norm.key_norm" in layer.path
-        key = f"{layer.path}.{'scale' if scale else end}"
-        rows.setdefault(key, {})[part] = value
-        if layer.swapped and modules(network)[path].weight.shape[0] == 2 * modules(network)[path].weight.shape[1]:
-            swapped.add(key)
-    state = {key: torch.cat([parts[place] for place in range(len(parts))]) for key, parts in rows.items()}
-    return {key: torch.cat(value.chunk(2)[::-1]) if key in swapped else value for key, value in state.items()}
+    return original_state_dict(layout, network.state_dict())
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

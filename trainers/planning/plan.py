@@ -98,7 +98,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     """
     check_settings(recipe.model, recipe.adapter, recipe.optim, recipe.objective, recipe.runtime, recipe.outputs, device)
     model, data = recipe.model, recipe.data
-    base = without_values(loaded_base) if loaded_base else meta_base(model.base, dtype, **model.schedule_options())
+    base = without_values(loaded_base) if loaded_base else meta_base(model.base, dtype, **model.layout_options())
     check_family(recipe.groups(), base)
     check_base(data, recipe.objective, base)
     with warnings.catch_warnings(record=True) as caught:

@@ -25,7 +25,10 @@ class ModelSettings(Group):
     """The base: which one, and how its files are read."""
 
     base: str = "tiny"
-    """`tiny`, a diffusers folder, a single .safetensors checkpoint, or a hub id"""
+    """`tiny`, a diffusers folder, a single .safetensors checkpoint (of a transformer also .gguf), or a hub id"""
+    components: str = ""
+    """Diffusers folder or hub id with the text encoders, VAE and noise schedule, if `base` is the single file of a
+    transformer"""
     prediction_type: Literal["epsilon", "v_prediction", None] = None
     """What the denoiser predicts; unset: what the files of the base say"""
     zero_snr: bool | None = None
@@ -40,13 +43,15 @@ class ModelSettings(Group):
         """Whether the recipe sets the prediction type, instead of the files of the base."""
         return self.prediction_type is not None
 
-    def schedule_options(self) -> dict[str, Any]:
-        """Return the settings of the prediction type and the noise schedule."""
-        return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
+    def layout_options(self) -> dict[str, Any]:
+        """Return the options of `meta_base`, without the dtype."""
+        schedule = {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
+        return {**schedule, "components": self.components or None}
 
     def load_options(self) -> "LoadOptions":
         """Return the options of `load_base`, without the dtype."""
-        return {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr, "quantize": self.quantize}
+        options: LoadOptions = {"prediction_type": self.prediction_type, "zero_snr": self.zero_snr}
+        return {**options, "components": self.components or None, "quantize": self.quantize}
 
 
 class AdapterSettings(Group):

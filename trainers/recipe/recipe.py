@@ -27,7 +27,7 @@ from diffgraft.trainers.recipe.settings import Concept, Prior
 G = TypeVar("G", bound=Group)
 
 FREE = (
-    *("images", "layout", "outside", "base", "init_from", "output", "cache"),
+    *("images", "layout", "outside", "base", "components", "init_from", "output", "cache"),
     *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format", "previews"),
 )
 """Keys that do not affect training steps, or whose files enter the fingerprint through hashes"""
@@ -126,7 +126,7 @@ class Recipe(
     def header(self) -> dict[str, Any]:
         """Return the keys for the header of the adapter file, without times and paths: equal runs give equal files."""
         paths: dict[str, Any] = dict.fromkeys(
-            ("images", "output", "base", "init_from", "cache", "trackers", "format", "previews"), True
+            ("images", "output", "base", "components", "init_from", "cache", "trackers", "format", "previews"), True
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         paths |= {"under": {"adapter"}, "control": {"images"}}
@@ -153,6 +153,7 @@ class Recipe(
                 "under": self.under.model_copy(update={"adapter": absolute_path(self.under.adapter)}),
                 "output": str(folder),
                 "base": self.base if self.base == "tiny" else absolute_path(self.base),
+                "components": absolute_path(self.components),
                 "concepts": [concept.model_copy(update=absolute_paths(concept)) for concept in self.concepts],
                 "validation": self.validation.model_copy(update=absolute_paths(self.validation)),
             }

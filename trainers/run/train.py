@@ -77,8 +77,7 @@ def train(
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
         recipe, folder = resumed_run(Path(resume).expanduser(), {**settings, **other})
     else:
-        named = base.name if isinstance(base, Base) else str(base)
-        recipe, folder = new_run(name, {**settings, "base": named} if named else settings)
+        recipe, folder = new_run(name, settings | _names_of(base))
     check_trackers(recipe.trackers)  # the message of accelerate for missing trackers says less
     accelerator = new_accelerator(recipe.runtime, recipe.outputs, text_stops=recipe.text_encoder_stop is not None)
     folder = shared_folder(accelerator, folder)
@@ -164,6 +163,13 @@ def _train(
     finally:
         held.to(was_on)
     return run
+
+
+def _names_of(base: str | Path | Base) -> dict[str, str]:
+    """Return the recipe keys that name a base; none if `base` is empty."""
+    if not isinstance(base, Base):
+        return {"base": str(base)} if str(base) else {}
+    return {"base": base.name, **({"components": base.components_from} if base.components_from else {})}
 
 
 def _shown(read: ConceptImages) -> list[Image.Image]:

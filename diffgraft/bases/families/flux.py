@@ -1,6 +1,7 @@
 """FLUX.1: a transformer of double and single blocks, told by CLIP's pooled embedding and T5."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
+    BUNDLED_VAE,
     CLIP_LAYERS,
     FLUX_ATTENTION,
+    FLUX_SCALES,
     JOINT_ATTENTION,
     KL_VAE,
     SCHEDULER,
@@ -20,6 +23,7 @@ from diffgraft.bases.flow import (
     unpacked,
 )
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 
 _ORIGINAL = OriginalLayout(
     {
@@ -51,6 +55,7 @@ _ORIGINAL = OriginalLayout(
     },
     shares={"single_blocks.*.linear1": (1, 1, 1, 4)},
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    scales=FLUX_SCALES,
     shapes={
         "final_layer.adaLN_modulation.1": (2, 1),
         **{f"double_blocks.*.{side}_mlp.0": (4, 1) for side in ("img", "txt")},
@@ -93,6 +98,35 @@ class Flux1(FlowFamily):
     }
     checkpointed = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.clip_l.transformer.",),
+        "text_encoder_2": ("text_encoders.t5xxl.transformer.",),
+    }
+    published = "black-forest-labs/FLUX.1-dev"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return depths and widths, and whether it is FLUX.1 dev, which reads the scale of guidance."""
+        head = max(1, shapes.size("transformer_blocks.0.attn.norm_q.weight"))
+        return {
+            "patch_size": 1,
+            "in_channels": shapes.size("x_embedder.weight", 1),
+            "out_channels": shapes.size("proj_out.weight"),
+            "num_layers": shapes.count("transformer_blocks"),
+            "num_single_layers": shapes.count("single_transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": shapes.size("x_embedder.weight") // head,
+            "joint_attention_dim": shapes.size("context_embedder.weight", 1),
+            "pooled_projection_dim": shapes.size("time_text_embed.text_embedder.linear_1.weight", 1),
+            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare 2 × 2 latents, the states of T5 and the pooled embedding of CLIP."""
+        config = parts["transformer"].config
+        yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.latent_channels
+        yield "states of text", config.joint_attention_dim, parts["text_encoder_2"].config.d_model
+        yield "pooled text", config.pooled_projection_dim, parts["text_encoder"].config.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return T5's states [n, 512, 4096] and CLIP's pooled embedding; longer prompts are truncated."""

@@ -1,6 +1,7 @@
 """FLUX.2 klein: a transformer of double and single blocks over latents of 16 pixels, told by Qwen3."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, LatentSpec, TextSlot
 from diffgraft.bases.flow import (
     FLUX_ATTENTION,
+    FLUX_SCALES,
     JOINT_ATTENTION,
     QWEN_LAYERS,
     QWEN_TOKENIZER,
@@ -20,6 +22,7 @@ from diffgraft.bases.flow import (
     language_states,
 )
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 
 _LENGTH = 512
 """Tokens of a prompt, padding included"""
@@ -51,6 +54,7 @@ _ORIGINAL = OriginalLayout(
         },
     },
     swapped=frozenset({"final_layer.adaLN_modulation.1"}),
+    scales=FLUX_SCALES,
     shapes={
         "final_layer.adaLN_modulation.1": (2, 1),
         **{f"double_blocks.*.{side}_mlp.0": (6, 1) for side in ("img", "txt")},
@@ -94,6 +98,31 @@ class Flux2Klein(FlowFamily):
     }
     checkpointed = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     original = _ORIGINAL
+    published = "black-forest-labs/FLUX.2-klein-base-4B"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return depths and widths."""
+        head = max(1, shapes.size("transformer_blocks.0.attn.norm_q.weight"))
+        width = max(1, shapes.size("x_embedder.weight"))
+        return {
+            "patch_size": 1,
+            "in_channels": shapes.size("x_embedder.weight", 1),
+            "out_channels": shapes.size("proj_out.weight"),
+            "num_layers": shapes.count("transformer_blocks"),
+            "num_single_layers": shapes.count("single_transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes.size("context_embedder.weight", 1),
+            "timestep_guidance_channels": shapes.size("time_guidance_embed.timestep_embedder.linear_1.weight", 1),
+            "mlp_ratio": shapes.size("transformer_blocks.0.ff.linear_out.weight", 1) / width,
+            "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare 2 × 2 latents, and the states of three layers of Qwen3."""
+        config = parts["transformer"].config
+        yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.latent_channels
+        yield "states of text", config.joint_attention_dim, 3 * parts["text_encoder"].config.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the states of three of Qwen3's layers beside one another, [n, 512, 3 · width], padding included."""

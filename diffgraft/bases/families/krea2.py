@@ -1,6 +1,7 @@
 """Krea 2: one stream of text and picture tokens, told by twelve layers of Qwen3-VL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,59 @@ from diffgraft.bases.flow import (
     packed,
     unpacked,
 )
+from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.qwen_vae import QWEN_VAE, QwenVaeFamily
+from diffgraft.bases.shape_table import ShapeTable
 
 _LENGTH = 512
 """Tokens of a prompt with the end of its template, padding included"""
+_BLOCK = {
+    "attn.wq": "attn.to_q",
+    "attn.wk": "attn.to_k",
+    "attn.wv": "attn.to_v",
+    "attn.gate": "attn.to_gate",
+    "attn.wo": "attn.to_out.0",
+    "attn.qknorm.qnorm": "attn.norm_q",
+    "attn.qknorm.knorm": "attn.norm_k",
+    "prenorm": "norm1",
+    "postnorm": "norm2",
+    **{f"mlp.{name}": f"ff.{name}" for name in ("gate", "up", "down")},
+}
+_BLOCKS = {
+    "blocks.*.": "transformer_blocks.*.",
+    **{f"txtfusion.{name}_blocks.*.": f"text_fusion.{name}_blocks.*." for name in ("layerwise", "refiner")},
+}
+"""Beginnings of paths in both layouts, original → diffusers"""
+_ORIGINAL = OriginalLayout(
+    {
+        ("", ""): {
+            "first": "img_in",
+            "tmlp.0": "time_embed.linear_1",
+            "tmlp.2": "time_embed.linear_2",
+            "tproj.1": "time_mod_proj",
+            "txtmlp.0": "txt_in.norm",
+            "txtmlp.1": "txt_in.linear_1",
+            "txtmlp.3": "txt_in.linear_2",
+            "txtfusion.projector": "text_fusion.projector",
+            "last.linear": "final_layer.linear",
+            "last.norm": "final_layer.norm",
+        },
+        **dict.fromkeys(_BLOCKS.items(), _BLOCK),
+    },
+    sizes=frozenset({(6144, 28)}),
+    scales=frozenset({"txtmlp.0", "last.norm"})
+    | {
+        f"{block}{norm}"
+        for block in _BLOCKS
+        for norm in ("prenorm", "postnorm", "attn.qknorm.qnorm", "attn.qknorm.knorm")
+    },
+    parameters={
+        "blocks.*.mod.lin": "transformer_blocks.*.scale_shift_table",
+        "last.modulation.lin": "final_layer.scale_shift_table",
+    },
+    flat=frozenset({"blocks.*.mod.lin"}),
+)
+"""Names in the files that Krea publishes, which ComfyUI and the trainers use"""
 
 
 class Krea2(QwenVaeFamily):
@@ -45,6 +95,35 @@ class Krea2(QwenVaeFamily):
         "text_encoder": QWEN_LAYERS,
     }
     checkpointed = ("Krea2TransformerBlock", "Krea2TextFusionBlock")
+    original = _ORIGINAL
+    published = "krea/Krea-2-Raw"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return depths and widths, those of its blocks over text included."""
+        first, text = "transformer_blocks.0", "text_fusion.refiner_blocks.0"
+        head, text_head = (max(1, shapes.size(f"{block}.attn.norm_q.weight")) for block in (first, text))
+        return {
+            "in_channels": shapes.size("img_in.weight", 1),
+            "num_layers": shapes.count("transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": shapes.size(f"{first}.attn.to_q.weight") // head,
+            "num_key_value_heads": shapes.size(f"{first}.attn.to_k.weight") // head,
+            "intermediate_size": shapes.size(f"{first}.ff.gate.weight"),
+            "timestep_embed_dim": shapes.size("time_embed.linear_1.weight", 1),
+            "text_hidden_dim": shapes.size("txt_in.linear_1.weight", 1),
+            "num_text_layers": shapes.size("text_fusion.projector.weight", 1),
+            "text_num_attention_heads": shapes.size(f"{text}.attn.to_q.weight") // text_head,
+            "text_num_key_value_heads": shapes.size(f"{text}.attn.to_k.weight") // text_head,
+            "text_intermediate_size": shapes.size(f"{text}.ff.gate.weight"),
+            "num_layerwise_text_blocks": shapes.count("text_fusion.layerwise_blocks"),
+            "num_refiner_text_blocks": shapes.count("text_fusion.refiner_blocks"),
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare 2 × 2 latents, and the states of Qwen3-VL."""
+        config = parts["transformer"].config
+        yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.z_dim
+        yield "states of text", config.text_hidden_dim, parts["text_encoder"].config.get_text_config().hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return states of several layers beside one another, [n, 512, layers · width], and a mask of their tokens.

@@ -1,7 +1,9 @@
 """Qwen-Image: a transformer of double blocks over 2 × 2 latents, told by Qwen2.5-VL."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
@@ -18,6 +20,7 @@ from diffgraft.bases.flow import (
 )
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.qwen_vae import QWEN_VAE, QwenVaeFamily
+from diffgraft.bases.shape_table import ShapeTable
 
 _LENGTH = 512
 """Tokens of a prompt at most"""
@@ -65,6 +68,27 @@ class QwenImage(QwenVaeFamily):
     }
     checkpointed = ("QwenImageTransformerBlock",)
     original = _ORIGINAL
+    published = "Qwen/Qwen-Image"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return depth and widths."""
+        head = max(1, shapes.size("transformer_blocks.0.attn.norm_q.weight"))
+        return {
+            "patch_size": 2,
+            "in_channels": shapes.size("img_in.weight", 1),
+            "out_channels": shapes.size("proj_out.weight") // 4,
+            "num_layers": shapes.count("transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": shapes.size("img_in.weight") // head,
+            "joint_attention_dim": shapes.size("txt_in.weight", 1),
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare 2 × 2 latents, and the states of Qwen2.5-VL."""
+        config = parts["transformer"].config
+        yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.z_dim
+        text = parts["text_encoder"].config.get_text_config()
+        yield "states of text", config.joint_attention_dim, text.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the encoder's last states of the prompt, [n, 512, width] with zeros behind, and a mask of its tokens.
@@ -93,6 +117,13 @@ class QwenImage(QwenVaeFamily):
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)
+
+    def normed_guidance(self, guided: Tensor, plain: Tensor) -> Tensor:
+        """Return `guided` with the norm of `plain` in each token, as in diffusers' ``QwenImagePipeline``."""
+        height, width = guided.shape[-2:]
+        tokens, wanted = packed(guided.unsqueeze(0)), packed(plain.unsqueeze(0))
+        norms = tokens.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(tokens.dtype).tiny)
+        return unpacked(tokens * (wanted.norm(dim=-1, keepdim=True) / norms), height, width).squeeze(0)
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
         """Whether the module affects the picture: the text side of the last block does not, after its keys.

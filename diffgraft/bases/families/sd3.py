@@ -1,13 +1,25 @@
 """Stable Diffusion 3 and 3.5: a transformer over text and picture, told by two CLIPs and T5."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
-from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, T5_LAYERS, FlowFamily, levels
+from diffgraft.bases.flow import (
+    BUNDLED_VAE,
+    CLIP_LAYERS,
+    JOINT_ATTENTION,
+    KL_VAE,
+    SCHEDULER,
+    T5_LAYERS,
+    FlowFamily,
+    levels,
+)
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 
 _CLIP = Component("transformers", ("CLIPTextModelWithProjection",))
 _TOKENIZER = Component("transformers", ("CLIPTokenizer", "CLIPTokenizerFast"))
@@ -47,6 +59,7 @@ _ORIGINAL = OriginalLayout(
     swapped=frozenset({"final_layer.adaLN_modulation.1", "joint_blocks.*.context_block.adaLN_modulation.1"}),
     shapes={"final_layer.adaLN_modulation.1": (2, 1)},
     sizes=frozenset({(1536, 24), (2432, 38)}),
+    parameters={"pos_embed": "pos_embed.pos_embed"},
 )
 """Names in Stability-AI/sd3.5, ``mmditx.py``; in the last block, the text has only a shift and a scale"""
 
@@ -85,6 +98,45 @@ class StableDiffusion3(FlowFamily):
     }
     checkpointed = ("JointTransformerBlock",)
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.clip_l.transformer.",),
+        "text_encoder_2": ("text_encoders.clip_g.transformer.",),
+        "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
+    }
+    published = "stabilityai/stable-diffusion-3.5-medium"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return depth and widths, which blocks have a second attention, and whether queries and keys are normed.
+
+        Without norms no weight has the width of a head, which is 64 in Stable Diffusion 3.
+        """
+        width, norm = shapes.size("pos_embed.proj.weight"), "transformer_blocks.0.attn.norm_q.weight"
+        head = shapes.size(norm) if norm in shapes else int(config.get("attention_head_dim", 64))
+        patch = shapes.size("pos_embed.proj.weight", 2)
+        return {
+            "patch_size": patch,
+            "in_channels": shapes.size("pos_embed.proj.weight", 1),
+            "out_channels": shapes.size("proj_out.weight") // max(1, patch) ** 2,
+            "num_layers": shapes.count("transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": width // max(1, head),
+            "joint_attention_dim": shapes.size("context_embedder.weight", 1),
+            "caption_projection_dim": shapes.size("context_embedder.weight"),
+            "pooled_projection_dim": shapes.size("time_text_embed.text_embedder.linear_1.weight", 1),
+            "pos_embed_max_size": math.isqrt(shapes.size("pos_embed.pos_embed", 1)),
+            "dual_attention_layers": shapes.indices("transformer_blocks.*.attn2."),
+            "qk_norm": "rms_norm" if norm in shapes else None,
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare latents, the states of T5, and the pooled embeddings of both CLIPs."""
+        config = parts["transformer"].config
+        yield "latents", config.in_channels, parts["vae"].config.latent_channels
+        if parts["text_encoder_3"] is not None:
+            yield "states of text", config.joint_attention_dim, parts["text_encoder_3"].config.d_model
+        pooled = sum(parts[name].config.projection_dim for name in ("text_encoder", "text_encoder_2"))
+        yield "pooled text", config.pooled_projection_dim, pooled
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the states of both CLIPs beside those of T5, [n, 77 + 256, 4096], and pooled embeddings.

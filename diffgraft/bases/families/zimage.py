@@ -1,6 +1,7 @@
 """Z-Image: one stream of text and picture tokens, told by Qwen3."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import (
+    BUNDLED_VAE,
     KL_VAE,
     QWEN_LAYERS,
     QWEN_TOKENIZER,
@@ -18,6 +20,7 @@ from diffgraft.bases.flow import (
     language_states,
 )
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 
 _LENGTH = 512
 """Tokens of a prompt at most"""
@@ -39,6 +42,8 @@ _ORIGINAL = OriginalLayout(
         },
         **{(f"{blocks}.*.",) * 2: _BLOCK for blocks in ("layers", "noise_refiner", "context_refiner")},
     },
+    parameters={name: name for name in ("x_pad_token", "cap_pad_token")},
+    unused=frozenset({"norm_final.weight"}),
 )
 """Names in the checkpoints for ComfyUI, which are those of Alpha-VLLM/Lumina-Image-2.0, ``models/model.py``"""
 
@@ -69,6 +74,33 @@ class ZImage(FlowFamily):
     }
     checkpointed = ("ZImageTransformerBlock",)
     original = _ORIGINAL
+    bundled = {  # noqa: RUF012
+        "vae": BUNDLED_VAE,
+        "text_encoder": ("text_encoders.qwen3_4b.transformer.",),
+    }
+    published = "Tongyi-MAI/Z-Image"
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Return depths and widths."""
+        embedder, norm = "all_x_embedder.2-1.weight", "layers.0.attention.norm_q.weight"
+        width, head = shapes.size(embedder), max(1, shapes.size(norm))
+        return {
+            "all_patch_size": [2],
+            "all_f_patch_size": [1],
+            "in_channels": shapes.size(embedder, 1) // 4,
+            "dim": width,
+            "n_layers": shapes.count("layers"),
+            "n_refiner_layers": shapes.count("noise_refiner"),
+            "n_heads": width // head,
+            "n_kv_heads": shapes.size("layers.0.attention.to_k.weight") // head,
+            "cap_feat_dim": shapes.size("cap_embedder.0.weight"),
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare latents, and the states of Qwen3."""
+        config = parts["transformer"].config
+        yield "latents", config.in_channels, parts["vae"].config.latent_channels
+        yield "states of text", config.cap_feat_dim, parts["text_encoder"].config.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the penultimate states of the encoder, [n, 512, width], and a mask of the tokens that are no padding.

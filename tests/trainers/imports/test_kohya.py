@@ -421,6 +421,7 @@ def test_other_tabs_of_the_gui(make: Make) -> None:
     [
         ("a.toml", "a = [", "cannot be read as TOML"),
         ("a.json", "{", "cannot be read as JSON"),
+        ("a.yaml", "a: [1, 2\nb: 3\n", r"cannot be read as YAML \(line 2, column 2\): expected ',' or ']', but got"),
         ("a.json", "3", "but a configuration needs keys and values"),
         ("a.ini", "a: 3", "is not a configuration, whose name"),
         ("a.toml", "some = 3", "not a known configuration of sd-scripts"),
