@@ -1,7 +1,7 @@
 """AuraFlow: a transformer over text and picture, first in two streams and then in one, told by a T5."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from diffgraft.bases.base import Base
 from diffgraft.bases.family import Component, Conditioning, TextSlot
 from diffgraft.bases.flow import CLIP_LAYERS, JOINT_ATTENTION, KL_VAE, SCHEDULER, T5_LAYERS, FlowFamily, levels
 from diffgraft.bases.original_layout import OriginalLayout
+from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.errors import DiffgraftError
 
 _LENGTH = 256
@@ -47,6 +48,7 @@ _ORIGINAL = OriginalLayout(
     },
     swapped=frozenset({"modF.1"}),
     shapes={"modF.1": (2, 1)},
+    parameters={"positional_encoding": "pos_embed.pos_embed", "register_tokens": "register_tokens"},
 )
 """Names in cloneofsimo/lavender-flow and the checkpoints of fal, as ComfyUI's ``ldm/aura/mmdit.py`` has them"""
 
@@ -83,10 +85,34 @@ class AuraFlow(FlowFamily):
     }
     checkpointed = ("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock")
     original = _ORIGINAL
+    published = "fal/AuraFlow-v0.3"
     unsupported: Mapping[str, str] = {
         **FlowFamily.unsupported,
         "attention": "diffusers has one kernel for its attention, PyTorch's own",
     }
+
+    def denoiser_config(self, shapes: ShapeTable, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return depth and widths; no weight has the width of a head, which is 256 in AuraFlow."""
+        width, head = shapes.size("pos_embed.proj.weight"), int(config.get("attention_head_dim", 256))
+        patch = int(config.get("patch_size", 2))
+        channels = shapes.size("pos_embed.proj.weight", 1) // max(1, patch) ** 2
+        return {
+            "in_channels": channels,
+            "out_channels": shapes.size("proj_out.weight") // max(1, patch) ** 2,
+            "num_mmdit_layers": shapes.count("joint_transformer_blocks"),
+            "num_single_dit_layers": shapes.count("single_transformer_blocks"),
+            "attention_head_dim": head,
+            "num_attention_heads": width // max(1, head),
+            "joint_attention_dim": shapes.size("context_embedder.weight", 1),
+            "caption_projection_dim": shapes.size("context_embedder.weight"),
+            "pos_embed_max_size": shapes.size("pos_embed.pos_embed", 1),
+        }
+
+    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+        """Compare latents and the states of the text encoder."""
+        config, encoder = parts["transformer"].config, parts["text_encoder"].config
+        yield "latents", config.in_channels, parts["vae"].config.latent_channels
+        yield "states of text", config.joint_attention_dim, getattr(encoder, "d_model", None) or encoder.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
         """Return the last states of the encoder, [n, 256, width], with zeros for padding.
