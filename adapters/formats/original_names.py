@@ -99,6 +99,7 @@ def read_layers(modules: Modules, family: str | None = None) -> ReadLayers:
         raise ValueError(_describe_unknown(found, [module for module, _ in modules.values()]))
     if family in fitting:
         fitting = {family: fitting[family]}
+    named = fitting
     if len({tuple(map(_meaning, layers)) for layers in fitting.values()}) > 1:
         fitting = {
             name: layers
@@ -106,7 +107,7 @@ def read_layers(modules: Modules, family: str | None = None) -> ReadLayers:
             if all(_fits(layer, own) for layer, (_, own) in zip(layers, modules.values(), strict=True) if layer)
         }
     if len({tuple(map(_meaning, layers)) for layers in fitting.values()}) != 1:
-        first, among = next(iter(modules.values()))[0], ", ".join(fitting or found)
+        first, among = next(iter(modules.values()))[0], ", ".join(fitting or named)
         raise ValueError(
             f"several families have layers with the names of its modules, such as {first}, and by shape they are those "
             f"of {'more than one' if fitting else 'none'} of {among}: convert it with the program that it is from"

@@ -39,10 +39,12 @@ def transformer_in(names: Collection[str]) -> NamedTransformer:
 def is_transformer(names: Collection[str]) -> bool:
     """Whether these are the names of a whole transformer, and not those of an adapter with weights of some layers.
 
-    All of its layers outside of blocks have to be among them.
+    All of its layers outside of blocks have to be among them, with a weight each; those of (IA)³ are none of layers.
     """
     prefix = _prefix(names)
-    found = {name.removeprefix(prefix).rpartition(".")[0] for name in names}
+    found = {name.removeprefix(prefix).removesuffix(".weight") for name in names if name.endswith(".weight")}
+    if any(name.endswith(".on_input") for name in names):
+        return False
     for layout in layouts().values():
         tables = (table.items() for (theirs, _), table in layout.blocks.items() if not theirs)
         if all(theirs in found or ours in found for table in tables for theirs, ours in table):

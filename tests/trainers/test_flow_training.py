@@ -29,10 +29,10 @@ QUICK: dict[str, Any] = {
     "text_encoder": False,
     "lr": 1e-2,
 }
-CROSS_ATTENTION = ("custom", "hypernetwork")
-"""Methods that change cross-attentions, which these transformers do not have"""
+OF_UNETS = ("custom", "hypernetwork", "student")
+"""Methods that change cross-attentions, which these transformers do not have, or build smaller UNets"""
 WORDS = {"textual-inversion": "<sks>", "pivotal": "<sks>"}
-METHODS = [name for name in ON_PICTURES if name not in CROSS_ATTENTION]
+METHODS = [name for name in ON_PICTURES if name not in OF_UNETS]
 
 
 def settings(method: str, **more: Any) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_what_a_run_needs_is_planned(flow_base: Base, pictures: Path, tmp_path: 
 def test_every_family_and_method_is_in_these_tests() -> None:
     assert len(FLOW_FAMILIES) >= 5
     needs_conditions = {name for name, method in methods().items() if method.needs_conditions}
-    assert set(METHODS) | set(CROSS_ATTENTION) | needs_conditions == set(methods())
+    assert set(METHODS) | set(OF_UNETS) | needs_conditions == set(methods())
 
 
 def test_a_base_that_is_named_is_planned_and_drawn_with(
