@@ -1,0 +1,92 @@
+"""Candidates: the adapters that are compared, such as those that a run saved on its way."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.bases import Base
+from diffgraft.errors import DiffgraftError
+from diffgraft.generation.adapter_library import usual_name
+from diffgraft.trainers.run.adapter_file import read_adapter_file
+
+_STEP = re.compile(r"step-(\d{6,12})")
+FINAL = "adapter.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An adapter that is evaluated."""
+
+    name: str
+    """Name for tables: ``step 200``, ``final``, or the file's name"""
+    path: Path
+    adapter: Adapter
+    hash: str
+    """SHA-256 of its file"""
+    step: int | None = None
+    """Step of the run that saved it; None if it is not known"""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata of the file's header."""
+        return self.adapter.metadata
+
+
+def run_folder(source: str | Path) -> Path | None:
+    """Return the folder of a run that `source` is, or None if it is something else."""
+    folder = Path(source).expanduser()
+    return folder if folder.is_dir() and (folder / "recipe.yaml").is_file() else None
+
+
+def adapter_paths(source: str | Path) -> list[tuple[str, int | None, Path]]:
+    """Return name, step and path of the adapters of a run, oldest first, or of a file.
+
+    Of a run these are the adapters in its folder `adapters/` (recipe key `adapter_every`), the final one, and the one
+    with the lowest held-out loss if the run had not ended with it.
+
+    Raises:
+        DiffgraftError: the run has no adapter, or there is nothing at `source`.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DiffgraftError(f"There is no run and no adapter at {source}: give the folder of a run, or adapter files.")
+    folder = run_folder(path)
+    if folder is None:
+        return [(usual_name(str(path)), None, path)]
+    found: list[tuple[str, int | None, Path]] = []
+    for file in sorted((folder / "adapters").glob("step-*")):
+        if (step := _STEP.fullmatch(file.stem)) is not None and not file.name.startswith("."):
+            found.append((f"step {int(step[1])}", int(step[1]), file))
+    found.sort(key=lambda item: item[1] or 0)
+    if (folder / "best.safetensors").is_file():
+        found.append(("best", None, folder / "best.safetensors"))
+    if (folder / FINAL).is_file():
+        found.append(("final", None, folder / FINAL))
+    if not found:
+        raise DiffgraftError(
+            f"The run in {folder} has saved no adapter yet: wait until it ends, or set adapter_every=100 to save one "
+            "every 100 steps."
+        )
+    return found
+
+
+def read_candidates(sources: Sequence[str | Path], base: Base) -> list[Candidate]:
+    """Load all adapters of runs and files; those with the same content are one candidate, under the last name.
+
+    Raises:
+        DiffgraftError: a file is not an adapter of this base, or there is none.
+    """
+    by_hash: dict[str, Candidate] = {}
+    runs = [source for source in sources if run_folder(source) is not None]
+    for source in sources:
+        for name, step, path in adapter_paths(source):
+            file = read_adapter_file(str(path), base)
+            title = f"{Path(source).name} {name}" if len(sources) > 1 and source in runs else name
+            earlier = by_hash.pop(file.hash, None)
+            if step is None and earlier is not None:
+                step = earlier.step
+            by_hash[file.hash] = Candidate(title, path, file.adapter, file.hash, step)
+    return list(by_hash.values())

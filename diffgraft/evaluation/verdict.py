@@ -1,0 +1,118 @@
+"""The verdict on an adapter at a strength, the Pareto front, and the recommended one of several.
+
+All figures are first brought to shares that mean the same for every base and encoder, with the base alone as one end.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["too little", "good", "overcooked"]
+
+LEAST_LIKENESS = 0.35
+"""Share of the references' likeness below which an adapter has learned too little"""
+LEAST_FOLLOWING = 0.5
+"""Share of the base's prompt following below which an adapter is overcooked"""
+LEAST_DIVERSITY = 0.35
+"""Share of the base's diversity below which an adapter is overcooked"""
+MOST_LEAK = 0.6
+"""Share of the gained likeness that pictures of the class show too, above which an adapter is overcooked"""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What was learned, and what was kept, as shares."""
+
+    likeness: float
+    """Gain in likeness: 0 for the base alone, 1 for the references compared with one another"""
+    following: float
+    """Prompt following: 0 for pictures that do not depend on the prompt, 1 for the base alone"""
+    diversity: float
+    """Diversity of pictures of one prompt: 1 for the base alone; NaN with too few seeds"""
+    drift: float
+    """Movement of pictures of the class: 0 for the base alone, 1 where they are as far off as those of other seeds"""
+    leak: float
+    """Likeness that pictures of the class gain: 0 for none, 1 for as much as with the trigger"""
+
+    @property
+    def score(self) -> float:
+        """Harmonic mean of likeness and following, both within 0 and 1, less what leaks beyond the limit."""
+        learned, followed = (min(1.0, max(0.0, value)) for value in (self.likeness, self.following))
+        balanced = 2 * learned * followed / (learned + followed) if learned + followed else 0.0
+        return balanced * (1 - min(1.0, max(0.0, _known(self.leak, 0.0) - MOST_LEAK)))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether an adapter is overcooked, has learned too little, or is good."""
+        is_lost = self.following < LEAST_FOLLOWING
+        is_uniform = _known(self.diversity, 1.0) < LEAST_DIVERSITY
+        leaks = _known(self.leak, 0.0) > MOST_LEAK
+        if is_lost or is_uniform or leaks:
+            return "overcooked"
+        return "too little" if self.likeness < LEAST_LIKENESS else "good"
+
+    @property
+    def reason(self) -> str:
+        """Why the verdict is as it is, in a few words."""
+        if self.following < LEAST_FOLLOWING:
+            return f"it follows prompts {_percent(self.following)} as well as the base alone"
+        if _known(self.diversity, 1.0) < LEAST_DIVERSITY:
+            return f"pictures of one prompt have {_percent(self.diversity)} of the base's diversity"
+        if _known(self.leak, 0.0) > MOST_LEAK:
+            return f"pictures without the trigger show {_percent(self.leak)} of the likeness too"
+        return f"it reaches {_percent(self.likeness)} of the likeness that your pictures have to one another"
+
+
+def _known(value: float, otherwise: float) -> float:
+    return otherwise if math.isnan(value) else value
+
+
+def _percent(share: float) -> str:
+    return f"{max(0.0, share):.0%}".replace("%", " %")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The recommended adapter and strength."""
+
+    index: int
+    """Its place among those that were compared"""
+    reason: str
+    """Why, in a sentence"""
+
+
+def recommend(names: Sequence[str], shares: Sequence[Shares]) -> Choice:
+    """Choose the one with the best score among those that are good; among all if none is.
+
+    Args:
+        names: name and strength of each, for the reason.
+        shares: shares of each.
+    """
+    places = range(len(shares))
+    good = [place for place in places if shares[place].verdict == "good"]
+    best = max(good or places, key=lambda place: shares[place].score)
+    own = shares[best]
+    facts = (
+        f"{names[best]} reaches {_percent(own.likeness)} of the likeness that your pictures have to one another, and "
+        f"follows prompts {_percent(own.following)} as well as the base alone"
+    )
+    if not good:
+        return Choice(best, f"None is good; the best compromise: {facts}, but it is {own.verdict}, as {own.reason}.")
+    if len(good) == 1:
+        return Choice(best, f"{facts}; it is the only good one.")
+    return Choice(best, f"{facts}: the best balance of the {len(good)} good ones.")
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the places of the points that no other point exceeds in one coordinate without falling short in the other.
+
+    They are ordered by the first coordinate. Of equal points the first is kept.
+    """
+    front: list[int] = []
+    highest = -math.inf
+    for place in sorted(range(len(points)), key=lambda place: (-points[place][0], -points[place][1], place)):
+        if points[place][1] > highest:
+            front.append(place)
+            highest = points[place][1]
+    return front[::-1]
