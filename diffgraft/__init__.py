@@ -13,8 +13,8 @@ safetensors file, and applied to a diffusers pipeline when pictures are generate
     with dg.graft(pipe, {"dog.safetensors": 0.8, "ink.safetensors": 0.5}):
         pipe("a sks dog in the snow")  # afterwards the weights are the same bits as before
 
-The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `evaluate`, `convert`, `combine`, `merge`, `inspect`,
-`resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
+The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `evaluate`, `convert`, `combine`, `merge`,
+`inspect`, `resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
 """
 
 from importlib import import_module

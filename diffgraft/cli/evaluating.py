@@ -1,7 +1,7 @@
 """The command `evaluate`: which of a run's adapters to use, and at which strength."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,15 +113,16 @@ def evaluate(
     }
     options = {name: value for name, value in given.items() if value}
     options |= {"strengths": _numbers(strengths), "seeds": seeds}
-    drawing = {"size": width_height(size), "steps": steps, "guidance": guidance}
+    width_and_height = width_height(size)
 
     from diffgraft.evaluation.evaluate import evaluate as compare
     from diffgraft.evaluation.page import render
     from diffgraft.files import write_text
     from diffgraft.generation.settings import DrawSettings
 
+    settings = DrawSettings(size=width_and_height, steps=steps, guidance=guidance)
     with shown_progress(progress):
-        done = compare(*source, settings=DrawSettings(**drawing), **options)
+        done = compare(*source, settings=settings, **options)
     for line in table(done):
         say(line)
     say("")
@@ -176,4 +177,4 @@ def _numbers(text: str) -> list[float]:
         ) from None
 
 
-COMMANDS = (evaluate,)
+COMMANDS: tuple[Callable[..., None], ...] = (evaluate,)

@@ -49,7 +49,7 @@ def _content(evaluation: Evaluation, title: str) -> dict[str, Any]:
     references = evaluation.target.references[:_MOST_REFERENCES]
     return {
         "title": title,
-        "subtitle": f"{_count(len(series.names), 'adapter')} at {_count(len(series.strengths), 'strength')} on the base "
+        "subtitle": f"{_count(len(series.names), 'adapter')} at {_count(len(series.strengths), 'strength')} on "
         f"{evaluation.target.base}, {_count(len(prompts.trained), 'prompt')} with "
         f"{_count(len(evaluation.seeds), 'seed')} each",
         "best": {"title": best.title, "verdict": best.shares.verdict, "kind": _css(best)},
@@ -167,7 +167,7 @@ def _sheets(evaluation: Evaluation, series: _Series) -> list[dict[str, Any]]:
     sheets = []
     for kind, texts in (("trained", prompts.trained), ("of_class", prompts.of_class)):
         for place, prompt in enumerate(texts):
-            rows = []
+            rows: list[dict[str, Any]] = []
             for name in series.names:
                 bare = _picture(getattr(evaluation.bare_drawn, kind)[place][0], f"base alone: {prompt}")
                 pictures = [bare if not rows else Shown("")]

@@ -14,7 +14,7 @@ LEAST_LIKENESS = 0.35
 """Share of the references' likeness below which an adapter has learned too little"""
 LEAST_FOLLOWING = 0.5
 """Share of the base's prompt following below which an adapter is overcooked"""
-LEAST_DIVERSITY = 0.35
+LEAST_DIVERSITY = 0.1
 """Share of the base's diversity below which an adapter is overcooked"""
 MOST_LEAK = 0.6
 """Share of the gained likeness that pictures of the class show too, above which an adapter is overcooked"""
