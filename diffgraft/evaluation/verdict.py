@@ -40,32 +40,38 @@ class Shares:
         """Harmonic mean of likeness and following, both within 0 and 1, less what leaks beyond the limit."""
         learned, followed = (min(1.0, max(0.0, value)) for value in (self.likeness, self.following))
         balanced = 2 * learned * followed / (learned + followed) if learned + followed else 0.0
-        return balanced * (1 - min(1.0, max(0.0, _known(self.leak, 0.0) - MOST_LEAK)))
+        return balanced * (1 - min(1.0, self.leak - MOST_LEAK)) if self._leaks else balanced
 
     @property
     def verdict(self) -> Verdict:
         """Whether an adapter is overcooked, has learned too little, or is good."""
-        is_lost = self.following < LEAST_FOLLOWING
-        is_uniform = _known(self.diversity, 1.0) < LEAST_DIVERSITY
-        leaks = _known(self.leak, 0.0) > MOST_LEAK
-        if is_lost or is_uniform or leaks:
+        if self._is_lost or self._is_uniform or self._leaks:
             return "overcooked"
         return "too little" if self.likeness < LEAST_LIKENESS else "good"
 
     @property
+    def _is_lost(self) -> bool:
+        return self.following < LEAST_FOLLOWING
+
+    @property
+    def _is_uniform(self) -> bool:
+        return self.diversity < LEAST_DIVERSITY
+
+    @property
+    def _leaks(self) -> bool:
+        """Whether pictures without the trigger show what was learned; a share of a small gain says nothing."""
+        return self.likeness >= LEAST_LIKENESS and self.leak > MOST_LEAK
+
+    @property
     def reason(self) -> str:
         """Why the verdict is as it is, in a few words."""
-        if self.following < LEAST_FOLLOWING:
+        if self._is_lost:
             return f"it follows prompts {_percent(self.following)} as well as the base alone"
-        if _known(self.diversity, 1.0) < LEAST_DIVERSITY:
+        if self._is_uniform:
             return f"pictures of one prompt have {_percent(self.diversity)} of the base's diversity"
-        if _known(self.leak, 0.0) > MOST_LEAK:
+        if self._leaks:
             return f"pictures without the trigger show {_percent(self.leak)} of the likeness too"
         return f"it reaches {_percent(self.likeness)} of the likeness that your pictures have to one another"
-
-
-def _known(value: float, otherwise: float) -> float:
-    return otherwise if math.isnan(value) else value
 
 
 def _percent(share: float) -> str:
