@@ -11,7 +11,7 @@ from diffgraft.third_party import quiet_libraries
 
 
 def load_hf_model(
-    kinds: Sequence[Any], where: str, purpose: str, processor_kind: Any = None, option: str = "--model"
+    kinds: Sequence[Any], where: str, purpose: str, processor_kind: Any = None, option: str = "--model FOLDER"
 ) -> tuple[Any, Any]:
     """Load a model and its processor, and move the model to the device of this process.
 
@@ -20,7 +20,7 @@ def load_hf_model(
         where: hub id or folder.
         purpose: what the model is needed for, such as "caption pictures", for error messages.
         processor_kind: class of transformers that loads the processor; None: AutoProcessor.
-        option: option of the command that names the model, for error messages.
+        option: option of the command that names another model, for error messages.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -73,6 +73,6 @@ def _load_error(where: str, error: Exception, purpose: str, option: str) -> str:
     if isinstance(error, OSError):
         return (
             f"The model {where!r} was not found as a folder, in the cache or on the hub (if reachable): {reason}. "
-            f"Give the folder of a model: {option} FOLDER."
+            f"Give the folder of a model: {option}."
         )
     return f"{where} is not a model that can {purpose}: {reason}. Choose another with {option}."

@@ -148,7 +148,7 @@ def load_encoder(source: str) -> Encoder:
 
     path = str(TINY_CLIP) if source == "tiny" else source
     kinds = (CLIPModel, Siglip2Model, SiglipModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel)
-    model, processor = load_hf_model(kinds, path, "embed pictures", AutoImageProcessor, "--encoder")
+    model, processor = load_hf_model(kinds, path, "embed pictures", AutoImageProcessor, "--encoder TASK=FOLDER")
     tokenizer = None
     if hasattr(model, "text_model"):
         try:

@@ -9,7 +9,7 @@ from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.evaluation.evidence import Estimator, Evidence
 from diffgraft.plugins import discover
 
-Role = Literal["likeness", "following", "diversity", "drift", ""]
+Role = Literal["likeness", "following", "diversity", "drift", "composition", ""]
 """What a measure tells the verdict; empty: it is only shown"""
 
 

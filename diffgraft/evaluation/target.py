@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from diffgraft.bases import Base
 from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.image_folder import read_source
 from diffgraft.data.pictures import Picture
@@ -90,7 +91,7 @@ def target_of(source: str | Path, metadata: Mapping[str, Any], options: Mapping[
     words = Words(str(options.get("trigger") or settings.trigger), str(options.get("subject") or settings.noun))
     model = recipe.model
     return Target(
-        str(options.get("base") or model.base),
+        _base_name(options) or model.base,
         model.load_options(),
         words,
         read_prompts(words, _listed(options) or _samples(recipe, settings)),
@@ -109,8 +110,8 @@ def _of_file(metadata: Mapping[str, Any], options: Mapping[str, Any]) -> Target:
     if not words.trigger:
         raise DiffgraftError("The file does not tell the trigger of the adapter: give it (--trigger sks).")
     told = metadata.get("base")
-    base = options.get("base") or (told.get("name") if isinstance(told, Mapping) else None)
-    if not base or (base != "tiny" and "base" not in options and not Path(str(base)).exists()):
+    base = _base_name(options) or (str(told.get("name", "")) if isinstance(told, Mapping) else "")
+    if not base or (base != "tiny" and not options.get("base") and not Path(base).exists()):
         named = f" ({base})" if base else ""
         raise DiffgraftError(f"The base of the adapter is not known by path{named}: give it (--base).")
     images = options.get("images")
@@ -125,7 +126,13 @@ def _of_file(metadata: Mapping[str, Any], options: Mapping[str, Any]) -> Target:
     kept = read_source(fspath(held_out)) if held_out else []
     plain = f"a {words.trigger} {words.noun}".strip() if words.noun else f"a picture, {words.trigger} style"
     shown = [HeldOutPicture(picture.image, picture.caption or plain, picture.mask()) for picture in kept]
-    return Target(str(base), {}, words, prompts, _references(pictures), shown)
+    return Target(base, {}, words, prompts, _references(pictures), shown)
+
+
+def _base_name(options: Mapping[str, Any]) -> str:
+    """Return the name of the base in the options; empty without one."""
+    base = options.get("base") or ""
+    return base.name if isinstance(base, Base) else str(base)
 
 
 def _concept(read: Sequence[tuple[DataSettings, list[Picture]]], trigger: str) -> tuple[DataSettings, list[Picture]]:
