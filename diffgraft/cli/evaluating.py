@@ -129,7 +129,7 @@ def evaluate(
     say(done.choice.reason)
     text = json.dumps(done.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     say(write_text(done.folder / JSON_NAME, text + "\n"))
-    say(write_text(done.folder / PAGE_NAME, render(done, f"Evaluation of {', '.join(source)}")))
+    say(write_text(done.folder / PAGE_NAME, render(done, f"Evaluation of {_named(source)}")))
 
 
 def table(evaluation: "Evaluation") -> list[str]:
@@ -148,6 +148,12 @@ def table(evaluation: "Evaluation") -> list[str]:
     rows = [head, bare, *map(row, evaluation.entries)]
     widths = [max(len(line[column]) for line in rows) for column in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+
+
+def _named(sources: Sequence[str]) -> str:
+    """Return the names of a few sources for the page's title."""
+    names = [Path(source).name for source in sources]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _encoders(words: Sequence[str]) -> dict[str, str]:

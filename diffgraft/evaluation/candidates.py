@@ -1,6 +1,7 @@
 """Candidates: the adapters that are compared, such as those that a run saved on its way."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +80,22 @@ def read_candidates(sources: Sequence[str | Path], base: Base) -> list[Candidate
     Raises:
         DiffgraftError: a file is not an adapter of this base, or there is none.
     """
+    listed = [(Path(source), *item) for source in sources for item in adapter_paths(source)]
+    counts = Counter(name for _, name, _, _ in listed)
     by_hash: dict[str, Candidate] = {}
-    runs = [source for source in sources if run_folder(source) is not None]
-    for source in sources:
-        for name, step, path in adapter_paths(source):
-            file = read_adapter_file(str(path), base)
-            title = f"{Path(source).name} {name}" if len(sources) > 1 and source in runs else name
-            earlier = by_hash.pop(file.hash, None)
-            if step is None and earlier is not None:
-                step = earlier.step
-            by_hash[file.hash] = Candidate(title, path, file.adapter, file.hash, step)
+    for source, name, step, path in listed:
+        file = read_adapter_file(str(path), base)
+        title = name if counts[name] == 1 else f"{_place(source)} {name}"
+        earlier = by_hash.pop(file.hash, None)
+        if step is None and earlier is not None:
+            step = earlier.step
+        by_hash[file.hash] = Candidate(title, path, file.adapter, file.hash, step)
     return list(by_hash.values())
+
+
+def _place(source: Path) -> str:
+    """Return what tells adapters of one name apart: the folder of a run, or the folders of a file."""
+    if source.is_dir():
+        return source.absolute().name
+    parents = [folder.name for folder in source.absolute().parents if folder.name != "adapters"]
+    return parents[0] if parents else ""

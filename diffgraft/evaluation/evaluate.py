@@ -208,7 +208,11 @@ def evaluate(*sources: str | PathLike[str], **options: Unpack[EvaluationOptions]
         candidates = read_candidates(given, session.base)
         artist = Artist(session, folder / "pictures", seeds, options.get("settings") or DrawSettings())
         entries, scorer, bare = _compared(artist, candidates, strengths, target, chosen, encoders)
-    choice = recommend([entry.title for entry in entries], [entry.shares for entry in entries])
+    choice = recommend(
+        [entry.title for entry in entries],
+        [entry.strength for entry in entries],
+        [entry.shares for entry in entries],
+    )
     if artist.kept:
         emit(Note(f"{artist.kept} pictures were kept from earlier evaluations, {artist.drawn} were drawn."))
     return Evaluation(

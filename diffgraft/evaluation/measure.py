@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.evaluation.evidence import Estimator, Evidence
 from diffgraft.plugins import discover
 
-Role = Literal["likeness", "following", "diversity", "drift", "composition", ""]
-"""What a measure tells the verdict; empty: it is only shown"""
+Role = Literal["likeness", "following", "composition", "diversity", "drift", ""]
+"""What a measure tells the verdict, in the order of tables; empty: it is only shown"""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,13 @@ class Measure:
 
 @cache
 def measures() -> dict[str, Measure]:
-    """All measures by name: the `MEASURE` of each module in `measures/`, and those of outside packages.
+    """All measures by name, in the order of tables: those of `measures/`, and those of outside packages.
 
     Raises:
         DiffgraftError: an entry point is not a `Measure`, or two measures have the same name.
     """
-    return discover(Measure, "diffgraft.evaluation.measures", "MEASURE", "diffgraft.measures")
+    found = discover(Measure, "diffgraft.evaluation.measures", "MEASURE", "diffgraft.measures")
+    return dict(sorted(found.items(), key=lambda item: (get_args(Role).index(item[1].role), item[0])))
 
 
 def get_measure(name: str) -> Measure:

@@ -13,7 +13,7 @@ from diffgraft.evaluation.charts import Axis, Line, Point, line_chart, scatter_c
 from diffgraft.evaluation.evaluate import Entry, Evaluation
 from diffgraft.evaluation.evidence import Figure
 from diffgraft.evaluation.measure import Measure
-from diffgraft.evaluation.verdict import LEAST_DIVERSITY, LEAST_FOLLOWING, LEAST_LIKENESS, MOST_LEAK
+from diffgraft.evaluation.verdict import LEAST_DIVERSITY, LEAST_FOLLOWING, LEAST_IN_STYLE, LEAST_LIKENESS, MOST_LEAK
 
 _SIDE = 256
 """Longest side in pixels of pictures in the page; larger ones are scaled down"""
@@ -69,9 +69,7 @@ def _content(evaluation: Evaluation, title: str) -> dict[str, Any]:
         "references": [_picture(reference.image, "reference") for reference in references],
         "likeness": evaluation.likeness.title,
         "following": evaluation.following.title,
-        "limits": f"Too little: likeness below {LEAST_LIKENESS:g}. Overcooked: prompt following below "
-        f"{LEAST_FOLLOWING:g}, diversity below {LEAST_DIVERSITY:g}, or more than {MOST_LEAK:g} of the likeness without "
-        "the trigger.",
+        "limits": _limits(evaluation.target.is_subject),
     }
 
 
@@ -196,6 +194,16 @@ def _picture(image: Image.Image, alt: str, *, is_best: bool = False) -> Shown:
     kind = "png" if is_small else "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
     return Shown(uri, alt, "small" if is_small else "", is_best)
+
+
+def _limits(is_subject: bool) -> str:
+    """Return the limits that verdicts go by."""
+    following = LEAST_FOLLOWING if is_subject else LEAST_IN_STYLE
+    composed = "" if is_subject else " (for styles the mean with that of composition)"
+    return (
+        f"Too little: likeness below {LEAST_LIKENESS:g}. Overcooked: prompt following{composed} below {following:g}, "
+        f"diversity below {LEAST_DIVERSITY:g}, or more than {MOST_LEAK:g} of the likeness without the trigger."
+    )
 
 
 def _css(entry: Entry) -> str:

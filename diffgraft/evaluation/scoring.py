@@ -33,7 +33,7 @@ class Scorer:
             bare: evidence of the base alone.
             is_subject: whether a subject was learned, not a style.
         """
-        self.measures, self._bare = measures, bare
+        self.measures, self._is_subject = measures, is_subject
         self._seeds = bare.drawn.seeds
         self._estimators = {measure.name: measure.estimator(bare) for measure in measures}
         self.likeness = _first(_PREFERRED[is_subject], measures, "likeness")
@@ -59,11 +59,21 @@ class Scorer:
         leaked = self._value(_of_class(self.likeness, evidence)) - self._class_likeness
         return Shares(
             likeness=_ratio(likeness.gain, self.ceiling - (likeness.value - likeness.gain)),
-            following=self._kept(figures, "following"),
+            following=self._following(figures),
             diversity=self._kept(figures, "diversity"),
             drift=_ratio(self._by_role(figures, "drift").value, self._class_distance),
             leak=_ratio(leaked, likeness.gain),
+            is_subject=self._is_subject,
         )
+
+    def _following(self, figures: Mapping[str, Figure]) -> float:
+        """Return the share of prompt following that is left.
+
+        Encoders may be unable to recognise things in a new style, but a style should keep the base's composition: for
+        styles it is the mean of both shares.
+        """
+        followed, composed = self._kept(figures, "following"), self._kept(figures, "composition")
+        return followed if self._is_subject or math.isnan(composed) else (followed + composed) / 2
 
     def _kept(self, figures: Mapping[str, Figure], role: str) -> float:
         """Return the share of the base's value that is left."""

@@ -10,10 +10,16 @@ from typing import Literal
 
 Verdict = Literal["too little", "good", "overcooked"]
 
-LEAST_LIKENESS = 0.35
+LEAST_LIKENESS = 0.6
 """Share of the references' likeness below which an adapter has learned too little"""
 LEAST_FOLLOWING = 0.5
-"""Share of the base's prompt following below which an adapter is overcooked"""
+"""Share of the base's prompt following below which the adapter of a subject is overcooked"""
+LEAST_IN_STYLE = 0.2
+"""The same for styles, in which encoders recognise less, and which change compositions"""
+FULL_LIKENESS = 1.2
+"""Share of likeness beyond which more is no gain: pictures then become copies of the references"""
+TIE = 0.02
+"""Difference of scores that is too small to prefer one"""
 LEAST_DIVERSITY = 0.1
 """Share of the base's diversity below which an adapter is overcooked"""
 MOST_LEAK = 0.6
@@ -34,11 +40,14 @@ class Shares:
     """Movement of pictures of the class: 0 for the base alone, 1 where they are as far off as those of other seeds"""
     leak: float
     """Likeness that pictures of the class gain: 0 for none, 1 for as much as with the trigger"""
+    is_subject: bool = True
+    """Whether a subject was learned, not a style"""
 
     @property
     def score(self) -> float:
-        """Harmonic mean of likeness and following, both within 0 and 1, less what leaks beyond the limit."""
-        learned, followed = (min(1.0, max(0.0, value)) for value in (self.likeness, self.following))
+        """Harmonic mean of likeness, up to 1.2, and following, up to 1, less what leaks beyond the limit."""
+        learned = min(FULL_LIKENESS, max(0.0, self.likeness))
+        followed = min(1.0, max(0.0, self.following))
         balanced = 2 * learned * followed / (learned + followed) if learned + followed else 0.0
         return balanced * (1 - min(1.0, self.leak - MOST_LEAK)) if self._leaks else balanced
 
@@ -51,7 +60,7 @@ class Shares:
 
     @property
     def _is_lost(self) -> bool:
-        return self.following < LEAST_FOLLOWING
+        return self.following < (LEAST_FOLLOWING if self.is_subject else LEAST_IN_STYLE)
 
     @property
     def _is_uniform(self) -> bool:
@@ -88,16 +97,21 @@ class Choice:
     """Why, in a sentence"""
 
 
-def recommend(names: Sequence[str], shares: Sequence[Shares]) -> Choice:
+def recommend(names: Sequence[str], strengths: Sequence[float], shares: Sequence[Shares]) -> Choice:
     """Choose the one with the best score among those that are good; among all if none is.
+
+    Of those with nearly the best score, the one nearest to the strength 1, which adapters are trained at, is chosen.
 
     Args:
         names: name and strength of each, for the reason.
+        strengths: strength of each.
         shares: shares of each.
     """
     places = range(len(shares))
     good = [place for place in places if shares[place].verdict == "good"]
-    best = max(good or places, key=lambda place: shares[place].score)
+    highest = max(shares[place].score for place in good or places)
+    nearly = [place for place in good or places if shares[place].score >= highest - TIE]
+    best = min(nearly, key=lambda place: (round(abs(strengths[place] - 1), 6), -shares[place].score))
     own = shares[best]
     facts = (
         f"{names[best]} reaches {_percent(own.likeness)} of the likeness that your pictures have to one another, and "

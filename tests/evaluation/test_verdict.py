@@ -23,7 +23,7 @@ from diffgraft.evaluation.verdict import Shares, pareto_front, recommend
 
 SETTINGS = ("snow", "beach", "night")
 SEEDS = 4
-NAMES = ("clip-i", "patches", "contrast", "diversity", "drift")
+NAMES = ("clip-i", "patches", "contrast", "structure", "diversity", "drift")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_planted_pictures_of_a_subject_are_told_apart(subject: Subject, encoders
 
 
 def test_planted_pictures_of_a_style_are_told_apart(encoders: Encoders) -> None:
-    listed = SCREEN_PRINT.held_out[:4]
+    listed = (SCREEN_PRINT.held_out[0], *SCREEN_PRINT.learn[1:4])
     prompts = read_prompts(Words("sks"), [f"{words(thing, setting)}, {{trigger}} style" for thing, setting in listed])
     references = [Reference(picture.image) for picture in read_folder(SCREEN_PRINT.folder / "learn")]
 
@@ -137,11 +137,13 @@ def test_the_verdict_of_shares(found: Shares, verdict: str) -> None:
 def test_the_recommended_one_is_the_best_balance_of_the_good_ones() -> None:
     found = [shares(0.1, 1.0), shares(0.6, 1.0), shares(0.9, 0.9), shares(1.5, 0.45), shares(1.0, 0.95, leak=0.9)]
     names = [f"step {step} at 1" for step in range(5)]
-    choice = recommend(names, found)
+    choice = recommend(names, [1.0] * 5, found)
     assert choice.index == 2
     assert choice.reason.startswith("step 2 at 1 reaches 90 % of the likeness")
     assert "2 good ones" in choice.reason
-    none = recommend(names[:1], found[:1])
+    tied = [shares(1.19, 1.0), shares(1.3, 1.0), shares(1.25, 0.99), shares(1.0, 1.0)]
+    assert recommend(names[:4], [0.8, 1.4, 1.1, 1.0], tied).index == 2
+    none = recommend(names[:1], [1.0], found[:1])
     assert none.index == 0
     assert "None is good" in none.reason
     assert "too little" in none.reason
