@@ -76,6 +76,13 @@ def embedded(rows: Any) -> Array:
     return np.stack([[Fake().vectors(image, 1)[0] for image in row] for row in rows])
 
 
+def correlations(patches: Array) -> list[float]:
+    """Cosines of all pairs of patches, whose mean over the picture is taken off."""
+    centred = patches - patches.mean(0)
+    pairs = combinations(range(len(patches)), 2)
+    return [float(centred[a] @ centred[b] / np.linalg.norm(centred[a]) / np.linalg.norm(centred[b])) for a, b in pairs]
+
+
 def expected(name: str, found: Evidence) -> float:
     """What a measure gives for all seeds, in loops over pictures."""
     own = embedded(found.drawn.trained)
@@ -95,6 +102,13 @@ def expected(name: str, found: Evidence) -> float:
         return float(np.mean([1 - of_class[p, s] @ bare[p, s] for p in range(3) for s in range(SEEDS)]))
     if name == "held-out":
         return float(np.mean([0.3, 0.5, 0.4, 0.7]))
+    if name == "structure":
+        vectors = []
+        for rows in (found.drawn.trained, found.bare.trained):
+            patches = [[Fake().vectors(image, 5) for image in row] for row in rows]
+            vectors.append([[correlations(one) for one in row] for row in patches])
+        agree = [[np.corrcoef(vectors[0][p][s], vectors[1][q][s])[0, 1] for q in range(2)] for p, s in places]
+        return float(np.mean([agree[i][p] - agree[i][1 - p] for i, (p, _) in enumerate(places)]))
     if name == "patches":
         values = []
         for p, s in places:
