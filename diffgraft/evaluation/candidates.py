@@ -11,7 +11,10 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.adapter_library import usual_name
+from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.run.adapter_file import read_adapter_file
+from diffgraft.trainers.run.checkpoint_adapter import checkpoint_adapter, checkpoint_hash
+from diffgraft.trainers.run.folder import recipe_with
 
 _STEP = re.compile(r"step-(\d{6,12})")
 FINAL = "adapter.safetensors"
@@ -26,7 +29,7 @@ class Candidate:
     path: Path
     adapter: Adapter
     hash: str
-    """SHA-256 of its file"""
+    """SHA-256 of its file, or of the parameters in its checkpoint"""
     step: int | None = None
     """Step of the run that saved it; None if it is not known"""
 
@@ -45,8 +48,8 @@ def run_folder(source: str | Path) -> Path | None:
 def adapter_paths(source: str | Path) -> list[tuple[str, int | None, Path]]:
     """Return name, step and path of the adapters of a run, oldest first, or of a file.
 
-    Of a run these are the adapters in its folder `adapters/` (recipe key `adapter_every`), the final one, and the one
-    with the lowest held-out loss if the run had not ended with it.
+    Of a run these are the adapters in its folder `adapters/` (recipe key `adapter_every`), those in its checkpoints at
+    other steps, the one with the lowest held-out loss, and the final one.
 
     Raises:
         DiffgraftError: the run has no adapter, or there is nothing at `source`.
@@ -57,21 +60,28 @@ def adapter_paths(source: str | Path) -> list[tuple[str, int | None, Path]]:
     folder = run_folder(path)
     if folder is None:
         return [(usual_name(str(path)), None, path)]
-    found: list[tuple[str, int | None, Path]] = []
-    for file in sorted((folder / "adapters").glob("step-*")):
-        if (step := _STEP.fullmatch(file.stem)) is not None and not file.name.startswith("."):
-            found.append((f"step {int(step[1])}", int(step[1]), file))
-    found.sort(key=lambda item: item[1] or 0)
-    if (folder / "best.safetensors").is_file():
-        found.append(("best", None, folder / "best.safetensors"))
-    if (folder / FINAL).is_file():
-        found.append(("final", None, folder / FINAL))
+    by_step = {_step_of(file): file for file in (*checkpoints(folder), *(folder / "adapters").glob("step-*"))}
+    is_finished = (folder / FINAL).is_file()
+    last = max((step for step in map(_step_of, checkpoints(folder)) if step is not None), default=None)
+    found: list[tuple[str, int | None, Path]] = [
+        (f"step {step}", step, file)
+        for step, file in sorted((step, file) for step, file in by_step.items() if step is not None)
+        if not (is_finished and step == last and file.parent.name == "checkpoints")  # it is the final adapter
+    ]
+    others = (("best", None, folder / "best.safetensors"), ("final", last if is_finished else None, folder / FINAL))
+    found += [(name, step, file) for name, step, file in others if file.is_file()]
     if not found:
         raise DiffgraftError(
-            f"The run in {folder} has saved no adapter yet: wait until it ends, or set adapter_every=100 to save one "
-            "every 100 steps."
+            f"The run in {folder} has saved no adapter yet: wait for its first checkpoint, or set adapter_every=100 to "
+            "save an adapter every 100 steps."
         )
     return found
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the step in a name such as ``step-000200.safetensors``; None for other names."""
+    match = _STEP.fullmatch(path.stem)
+    return int(match[1]) if match else None
 
 
 def read_candidates(sources: Sequence[str | Path], base: Base) -> list[Candidate]:
@@ -84,13 +94,22 @@ def read_candidates(sources: Sequence[str | Path], base: Base) -> list[Candidate
     counts = Counter(name for _, name, _, _ in listed)
     by_hash: dict[str, Candidate] = {}
     for source, name, step, path in listed:
-        file = read_adapter_file(str(path), base)
+        adapter, digest = _read(path, base)
         title = name if counts[name] == 1 else f"{_place(source)} {name}"
-        earlier = by_hash.pop(file.hash, None)
+        earlier = by_hash.pop(digest, None)
         if step is None and earlier is not None:
             step = earlier.step
-        by_hash[file.hash] = Candidate(title, path, file.adapter, file.hash, step)
+        by_hash[digest] = Candidate(title, path, adapter, digest, step)
     return list(by_hash.values())
+
+
+def _read(path: Path, base: Base) -> tuple[Adapter, str]:
+    """Return the adapter of a file or of a checkpoint, and its hash."""
+    if path.parent.name == "checkpoints" and (path / "state.json").is_file():
+        recipe = recipe_with(path.parents[1] / "recipe.yaml", {})
+        return checkpoint_adapter(path, recipe, base), checkpoint_hash(path)
+    file = read_adapter_file(str(path), base)
+    return file.adapter, file.hash
 
 
 def _place(source: Path) -> str:

@@ -17,6 +17,7 @@ from diffgraft.bases import Base
 from diffgraft.cli.main import app
 from diffgraft.demo.subject import ALIEN, POODLE
 from diffgraft.errors import DiffgraftError
+from diffgraft.evaluation.candidates import adapter_paths, read_candidates
 from diffgraft.evaluation.evaluate import Evaluation
 from diffgraft.evaluation.page import render
 from diffgraft.generation.metadata import pixel_hash
@@ -69,6 +70,28 @@ def test_all_saved_adapters_are_compared_once(done: Evaluation, run: Path) -> No
     # the base draws two prompts, adapters three, with three seeds each
     assert done.drawn == 3 * (2 + 4 * 3)
     assert len(list((done.folder / "pictures").glob("*.png"))) == done.drawn
+
+
+def test_checkpoints_are_compared_too(run: Path, base: Base, tmp_path: Path) -> None:
+    """Of a run that was stopped at step 3, or that has finished at step 6, where the newest is the final adapter."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("evaluation", "adapters"))
+    assert [name for name, _, _ in adapter_paths(folder)] == ["step 3", "final"]
+    (folder / "adapter.safetensors").unlink()
+    bits = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    first, last = read_candidates([folder], base)
+    assert [(one.name, one.step) for one in (first, last)] == [("step 3", 3), ("step 6", 6)]
+    assert first.hash != last.hash
+    wanted = dg.load_adapter(run / "adapter.safetensors")
+    for path, (delta,) in wanted.deltas.items():
+        for name, leaf in delta.leaves.items():
+            assert torch.equal(last.adapter.deltas[path][0].leaves[name], leaf)
+    up = next(iter(wanted.deltas))
+    assert not torch.equal(first.adapter.deltas[up][0].leaves["lora_up"], wanted.deltas[up][0].leaves["lora_up"])
+    assert all(torch.equal(value, bits[name]) for name, value in base.unet.state_dict().items())
+    (folder / "checkpoints" / "step-000003" / "parameters.safetensors").write_bytes(b"damaged")
+    with pytest.raises(DiffgraftError, match="step-000003 is damaged"):
+        read_candidates([folder], base)
 
 
 def test_pictures_are_those_of_a_session_with_the_adapter(done: Evaluation, run: Path, base: Base) -> None:
@@ -202,7 +225,7 @@ def test_sources_that_are_no_adapters_are_refused(run: Path, broken: Path, base:
         dg.evaluate()
     with pytest.raises(DiffgraftError, match="no run and no adapter at"):
         dg.evaluate(tmp_path / "nothing")
-    (broken / "adapter.safetensors").unlink()
+    (broken / "adapter.safetensors").unlink()  # it has no checkpoints either
     with pytest.raises(DiffgraftError, match=r"has saved no adapter yet.*adapter_every=100"):
         dg.evaluate(broken)
     file = tmp_path / "other.safetensors"
