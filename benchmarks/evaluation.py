@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parent / "pictures"
 EARLY = 10
 """Step after which an adapter has learned too little"""
-GRID = tuple(round(0.1 * place, 1) for place in range(5, 15))
+GRID = tuple(round(0.1 * place, 1) for place in range(6, 14))
 """Strengths among which the best is searched"""
 SEEDS = 3
 """Pictures of each prompt that `evaluate` and the judge see"""
@@ -55,11 +55,11 @@ class Planted:
     """Prompts of the evaluation, of other scenes than the judge's"""
 
 
-_HARD = {"steps": 200, "lr": 6e-3, "lr_schedule": "constant", "warmup": 0, "batch": 2, "prior.weight": 0}
+_HARD = {"steps": 120, "lr": 6e-3, "lr_schedule": "constant", "warmup": 0, "batch": 2, "prior.weight": 0}
 PLANTED = {
     "alien": Planted(
         "alien",
-        {"steps": 200, "subject": "robot"},
+        {"steps": 150, "subject": "robot"},
         {**_HARD, "subject": "robot"},
         ("a sks robot in the desert", "a sks robot on the beach", "a sks robot under water", "a robot on the beach"),
     ),
@@ -192,7 +192,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "- *verdicts*: seeds in which all three verdicts are right. *ranked*: those in which the good one has the best",
         "  score.",
         "- *strength*: seeds in which the recommended strength of the good one is within 0.1 of the best by the",
-        "  similarity that the judge sees (a parabola through ten strengths). *lost*: similarity that the recommended",
+        "  similarity that the judge sees (a parabola through eight strengths). *lost*: similarity that the recommended",
         "  one has less than the best one, mean and largest.",
         "- *shown*: share of pictures in which the judge sees subject or style and what the prompt asks.",
         "",

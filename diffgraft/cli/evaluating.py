@@ -65,6 +65,14 @@ def evaluate(
     subject: Annotated[
         str, typer.Option(help="Class noun, if neither recipe nor header tells it.", rich_help_panel=_ASKED)
     ] = "",
+    masker: Annotated[
+        str,
+        typer.Option(
+            help="Hub id or folder of a CLIPSeg or segmentation model that finds the subject in drawn pictures; the "
+            "measure patches then compares in both directions.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
     base: Annotated[
         str, typer.Option(help="The base. [default: that of the run, or of the header]", rich_help_panel=_DRAWN)
     ] = "",
@@ -105,6 +113,7 @@ def evaluate(
         "prompts": prompts,
         "trigger": trigger,
         "subject": subject,
+        "masker": masker,
         "measures": measure,
         "encoders": _encoders(encoder or []),
         "precision": precision,
@@ -133,14 +142,15 @@ def evaluate(
 
 
 def table(evaluation: "Evaluation") -> list[str]:
-    """Return the lines of the table: adapters, verdicts, and all figures with their difference from the base alone."""
+    """Return the lines of a table of what verdicts go by: figures, and their difference from the base alone."""
     from diffgraft.evaluation.page import difference
 
-    head = ["", "verdict", *(measure.title for measure in evaluation.measures)]
-    bare = ["base alone", "", *(f"{evaluation.bare[measure.name].value:.3f}" for measure in evaluation.measures)]
+    shown = evaluation.main_measures
+    head = ["", "verdict", *(measure.title for measure in shown)]
+    bare = ["base alone", "", *(f"{evaluation.bare[measure.name].value:.3f}" for measure in shown)]
 
     def row(entry: "Entry") -> list[str]:
-        found = [entry.figures[measure.name] for measure in evaluation.measures]
+        found = [entry.figures[measure.name] for measure in shown]
         mark = "→ " if entry is evaluation.best else ""
         figures = [f"{figure.value:.3f} ({difference(figure)})" for figure in found]
         return [f"{mark}{entry.title}", entry.shares.verdict, *figures]

@@ -166,6 +166,8 @@ class Encoders:
     sources: Mapping[str, str]
     """Task → source of its encoder"""
     load: Callable[[str], Encoder] = load_encoder
+    masker: Callable[[Image.Image], Image.Image] | None = None
+    """Function that finds the subject in a drawn picture: a mask (mode L), white inside; None without one"""
     _loaded: dict[str, Encoder] = field(default_factory=dict)
     _memo: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.loading import LoadOptions
+from diffgraft.data.masker import open_masker
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, check_options, short_repr, wrap_system_errors
 from diffgraft.evaluation.candidates import Candidate, adapter_paths, read_candidates, run_folder
@@ -56,6 +57,9 @@ class EvaluationOptions(TypedDict, total=False):
     """Strengths of each adapter; 0.6, 0.8, 1 and 1.2 by default"""
     seeds: int
     """Number of pictures of each prompt; 4 by default"""
+    masker: str
+    """Hub id or folder of a segmentation model that finds the subject in drawn pictures; without one, patches of the
+    references are searched in whole pictures"""
     measures: Sequence[str]
     """Names of measures; by default those that what is known allows"""
     encoders: Mapping[str, str]
@@ -137,6 +141,15 @@ class Evaluation:
         return self.entries[self.choice.index]
 
     @property
+    def main_measures(self) -> list[Measure]:
+        """Measures that the verdicts go by: one of each role, that of composition for styles alone."""
+        firsts = {measure.role: measure for measure in reversed(self.measures) if measure.role}
+        firsts |= {"likeness": self.likeness, "following": self.following}
+        if self.target.is_subject:
+            firsts.pop("composition", None)
+        return [measure for measure in self.measures if measure in firsts.values()]
+
+    @property
     def front(self) -> list[int]:
         """Places of the entries that no other exceeds in likeness or following without falling short in the other."""
         names = (self.likeness.name, self.following.name)
@@ -201,7 +214,7 @@ def evaluate(*sources: str | PathLike[str], **options: Unpack[EvaluationOptions]
     strengths = _strengths(options.get("strengths", STRENGTHS))
     seeds = _seeds(options.get("seeds", SEEDS))
     target = target_of(given[0], _metadata(given[0]), options)
-    encoders = _encoders(target, options.get("encoders", {}))
+    encoders = _encoders(target, options)
     chosen = choose_measures(options.get("measures"), target, encoders, len(seeds))
     folder = _folder(given, options.get("output"))
     with _session(target, options) as session:
@@ -317,13 +330,20 @@ def _lacking(measure: Measure, target: Target, seeds: int) -> str:
     return ""
 
 
-def _encoders(target: Target, given: Mapping[str, str]) -> Encoders:
+def _encoders(target: Target, options: Mapping[str, Any]) -> Encoders:
     """Return the encoders; for the embedded base its own small CLIP, unless others are named."""
+    given = options.get("encoders", {})
     for task in given:
         if task not in ENCODERS:
             raise DiffgraftError(f"Unknown encoder {short_repr(task)}: must be one of {', '.join(ENCODERS)}.")
     usual = dict.fromkeys(ENCODERS, "tiny") if target.base == "tiny" else dict(ENCODERS)
-    return Encoders({**usual, **{task: str(source) for task, source in given.items()}})
+    sources = {**usual, **{task: str(source) for task, source in given.items()}}
+    masker = None
+    if options.get("masker"):
+        if not target.is_subject:
+            raise DiffgraftError("A masker finds a subject by its class noun, but this adapter has none: leave it out.")
+        masker = open_masker(target.words.noun, str(options["masker"]))
+    return Encoders(sources, masker=masker)
 
 
 @contextmanager

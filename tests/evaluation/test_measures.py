@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -152,6 +153,22 @@ def test_a_measure_of_some_seeds_is_that_of_their_pictures(name: str, evidence: 
     )
     whole, part = (get_measure(name).estimator(one) for one in (evidence, smaller))
     assert whole(kept) == pytest.approx(part(range(3)), rel=1e-6)
+
+
+def test_patches_are_matched_in_both_directions_with_a_masker(evidence: Evidence) -> None:
+    encoders = Encoders(evidence.encoders.sources, evidence.encoders.load, lambda image: Image.new("L", image.size))
+    found = get_measure("patches").estimator(replace(evidence, encoders=encoders))([0])
+    picture, weights, values = evidence.drawn.trained, np.array([0, 0.25, 1, 0.5, 0]), []
+    for row in picture:
+        drawn = Fake().vectors(row[0], 5)
+        for reference in evidence.references:
+            known = Fake().vectors(reference.image, 5)
+            own = weights if reference.mask else np.ones(5)
+            there = np.sum(own * [max(float(patch @ other) for other in drawn) for patch in known]) / own.sum()
+            kept = [patch for patch, share in zip(known, own, strict=True) if share > 0.5]
+            back = np.sum(weights * [max(float(patch @ other) for other in kept) for patch in drawn]) / weights.sum()
+            values.append((there + back) / 2)
+    assert found == pytest.approx(np.mean(values), rel=1e-6)
 
 
 def test_a_picture_that_follows_no_prompt_has_no_contrast(evidence: Evidence) -> None:
