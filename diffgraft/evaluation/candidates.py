@@ -14,7 +14,6 @@ from diffgraft.generation.adapter_library import usual_name
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from diffgraft.trainers.run.adapter_file import read_adapter_file
 from diffgraft.trainers.run.checkpoint_adapter import checkpoint_adapter, checkpoint_hash
-from diffgraft.trainers.run.folder import recipe_with
 
 _STEP = re.compile(r"step-(\d{6,12})")
 FINAL = "adapter.safetensors"
@@ -106,8 +105,7 @@ def read_candidates(sources: Sequence[str | Path], base: Base) -> list[Candidate
 def _read(path: Path, base: Base) -> tuple[Adapter, str]:
     """Return the adapter of a file or of a checkpoint, and its hash."""
     if path.parent.name == "checkpoints" and (path / "state.json").is_file():
-        recipe = recipe_with(path.parents[1] / "recipe.yaml", {})
-        return checkpoint_adapter(path, recipe, base), checkpoint_hash(path)
+        return checkpoint_adapter(path, base), checkpoint_hash(path)
     file = read_adapter_file(str(path), base)
     return file.adapter, file.hash
 

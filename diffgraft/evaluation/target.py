@@ -18,7 +18,6 @@ from diffgraft.evaluation.candidates import run_folder
 from diffgraft.evaluation.evidence import Prompts, Reference
 from diffgraft.evaluation.prompts import Words, read_prompts
 from diffgraft.trainers.recipe.groups import DataSettings
-from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.recipe.settings import UnderSettings
 from diffgraft.trainers.run.folder import read_prompts as read_prompt_file
 from diffgraft.trainers.run.folder import recipe_with
@@ -94,7 +93,7 @@ def target_of(source: str | Path, metadata: Mapping[str, Any], options: Mapping[
         _base_name(options) or model.base,
         model.load_options(),
         words,
-        read_prompts(words, _listed(options) or _samples(recipe, settings)),
+        read_prompts(words, _listed(options) or _samples(recipe.sample_prompts or recipe.default_samples, settings)),
         _references(pictures),
         _held_out(options.get("held_out") or recipe.validation.images, settings),
         recipe.under if recipe.under.adapter and recipe.under.when == "always" else None,
@@ -150,9 +149,9 @@ def _concept(read: Sequence[tuple[DataSettings, list[Picture]]], trigger: str) -
     return by_trigger.get(trigger) or next(iter(by_trigger.values()))
 
 
-def _samples(recipe: Recipe, settings: DataSettings) -> list[str]:
-    """Return the prompts of the recipe's samples for a concept, and a neutral one if none of them is."""
-    listed = [settings.fill(prompt) for prompt in recipe.sample_prompts or recipe.default_samples]
+def _samples(prompts: Sequence[str], settings: DataSettings) -> list[str]:
+    """Return the prompts of samples, filled in for a concept, after a neutral one."""
+    listed = [settings.fill(prompt) for prompt in prompts]
     neutral = settings.fill(settings.prompt)
     return [neutral, *listed] if settings.templates == "none" else listed
 

@@ -9,17 +9,16 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.hooks.checkpoint import saved_parameters
-from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import read_adapter_file
 from diffgraft.trainers.run.attach import attach
+from diffgraft.trainers.run.folder import recipe_with
 
 
-def checkpoint_adapter(folder: Path, recipe: Recipe, base: Base) -> Adapter:
+def checkpoint_adapter(folder: Path, base: Base) -> Adapter:
     """Return the adapter in a checkpoint: that of the EMA if the run has one.
 
     Args:
-        folder: the checkpoint's folder.
-        recipe: recipe of the run.
+        folder: the checkpoint's folder, in that of its run.
         base: base of the run; it is the same afterwards.
 
     Raises:
@@ -29,6 +28,7 @@ def checkpoint_adapter(folder: Path, recipe: Recipe, base: Base) -> Adapter:
         values = saved_parameters(folder)
     except (OSError, ValueError) as error:
         raise DiffgraftError(f"The checkpoint {folder} is damaged ({error}): remove it.") from error
+    recipe = recipe_with(folder.parents[1] / "recipe.yaml", {})
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from and Path(recipe.init_from).exists() else None
     live = attach(recipe, base, start)
     try:
