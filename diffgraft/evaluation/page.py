@@ -13,7 +13,14 @@ from diffgraft.evaluation.charts import Axis, Line, Point, line_chart, scatter_c
 from diffgraft.evaluation.evaluate import Entry, Evaluation
 from diffgraft.evaluation.evidence import Figure
 from diffgraft.evaluation.measure import Measure
-from diffgraft.evaluation.verdict import LEAST_DIVERSITY, LEAST_FOLLOWING, LEAST_IN_STYLE, LEAST_LIKENESS, MOST_LEAK
+from diffgraft.evaluation.verdict import (
+    LEAST_DIVERSITY,
+    LEAST_FOLLOWING,
+    LEAST_IN_STYLE,
+    LEAST_LIKENESS,
+    MOST_DRIFT,
+    MOST_LEAK,
+)
 
 _SIDE = 256
 """Longest side in pixels of pictures in the page; larger ones are scaled down"""
@@ -202,7 +209,8 @@ def _limits(is_subject: bool) -> str:
     composed = "" if is_subject else " (for styles the mean with that of composition)"
     return (
         f"Too little: likeness below {LEAST_LIKENESS:g}. Overcooked: prompt following{composed} below {following:g}, "
-        f"diversity below {LEAST_DIVERSITY:g}, or more than {MOST_LEAK:g} of the likeness without the trigger."
+        f"diversity below {LEAST_DIVERSITY:g}, class drift above {MOST_DRIFT:g} times the distance of seeds, or more "
+        f"than {MOST_LEAK:g} of the likeness without the trigger."
     )
 
 

@@ -12,6 +12,9 @@ from diffgraft.evaluation.verdict import Shares
 _PREFERRED = {True: ("patches", "dino", "clip-i"), False: ("clip-i", "dino", "patches")}
 """Whether a subject was learned → measures of likeness, those first that tell it best"""
 
+_LEAST_WAY = 0.05
+"""Least way from the base's likeness to that of the references, as a share of the way to identical pictures"""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -58,13 +61,22 @@ class Scorer:
         likeness = figures[self.likeness.name]
         leaked = self._value(_of_class(self.likeness, evidence)) - self._class_likeness
         return Shares(
-            likeness=_ratio(likeness.gain, self.ceiling - (likeness.value - likeness.gain)),
+            likeness=likeness.gain / self._way(likeness.value - likeness.gain),
             following=self._following(figures),
             diversity=self._kept(figures, "diversity"),
             drift=_ratio(self._by_role(figures, "drift").value, self._class_distance),
             leak=_ratio(leaked, likeness.gain),
             is_subject=self._is_subject,
         )
+
+    def _way(self, bare: float) -> float:
+        """Return how far it is from the likeness of the base alone to that of the references to one another.
+
+        References that resemble one another hardly more than the base's pictures do, as they show different things,
+        tell no way: it is then half of that to identical pictures.
+        """
+        way, whole = self.ceiling - bare, 1 - bare
+        return way if way > _LEAST_WAY * whole else max(whole, _LEAST_WAY) / 2
 
     def _following(self, figures: Mapping[str, Figure]) -> float:
         """Return the share of prompt following that is left.

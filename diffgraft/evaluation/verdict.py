@@ -22,6 +22,8 @@ TIE = 0.02
 """Difference of scores that is too small to prefer one"""
 LEAST_DIVERSITY = 0.1
 """Share of the base's diversity below which an adapter is overcooked"""
+MOST_DRIFT = 3.0
+"""Movement of pictures of the class, in distances between seeds of the base, above which an adapter is overcooked"""
 MOST_LEAK = 0.6
 """Share of the gained likeness that pictures of the class show too, above which an adapter is overcooked"""
 
@@ -47,14 +49,14 @@ class Shares:
     def score(self) -> float:
         """Harmonic mean of likeness, up to 1.2, and following, up to 1, less what leaks beyond the limit."""
         learned = min(FULL_LIKENESS, max(0.0, self.likeness))
-        followed = min(1.0, max(0.0, self.following))
+        followed = 1.0 if math.isnan(self.following) else min(1.0, max(0.0, self.following))
         balanced = 2 * learned * followed / (learned + followed) if learned + followed else 0.0
         return balanced * (1 - min(1.0, self.leak - MOST_LEAK)) if self._leaks else balanced
 
     @property
     def verdict(self) -> Verdict:
         """Whether an adapter is overcooked, has learned too little, or is good."""
-        if self._is_lost or self._is_uniform or self._leaks:
+        if self._is_lost or self._is_uniform or self._drifts or self._leaks:
             return "overcooked"
         return "too little" if self.likeness < LEAST_LIKENESS else "good"
 
@@ -65,6 +67,10 @@ class Shares:
     @property
     def _is_uniform(self) -> bool:
         return self.diversity < LEAST_DIVERSITY
+
+    @property
+    def _drifts(self) -> bool:
+        return self.drift > MOST_DRIFT
 
     @property
     def _leaks(self) -> bool:
@@ -78,6 +84,8 @@ class Shares:
             return f"it follows prompts {_percent(self.following)} as well as the base alone"
         if self._is_uniform:
             return f"pictures of one prompt have {_percent(self.diversity)} of the base's diversity"
+        if self._drifts:
+            return f"it moves pictures of the class {self.drift:.1f} times as far as other seeds of the base are apart"
         if self._leaks:
             return f"pictures without the trigger show {_percent(self.leak)} of the likeness too"
         return f"it reaches {_percent(self.likeness)} of the likeness that your pictures have to one another"
@@ -113,10 +121,9 @@ def recommend(names: Sequence[str], strengths: Sequence[float], shares: Sequence
     nearly = [place for place in good or places if shares[place].score >= highest - TIE]
     best = min(nearly, key=lambda place: (round(abs(strengths[place] - 1), 6), -shares[place].score))
     own = shares[best]
-    facts = (
-        f"{names[best]} reaches {_percent(own.likeness)} of the likeness that your pictures have to one another, and "
-        f"follows prompts {_percent(own.following)} as well as the base alone"
-    )
+    facts = f"{names[best]} reaches {_percent(own.likeness)} of the likeness that your pictures have to one another"
+    if not math.isnan(own.following):
+        facts += f", and follows prompts {_percent(own.following)} as well as the base alone"
     if not good:
         return Choice(best, f"None is good; the best compromise: {facts}, but it is {own.verdict}, as {own.reason}.")
     if len(good) == 1:

@@ -128,6 +128,9 @@ def shares(likeness: float, following: float, diversity: float = 1.0, leak: floa
         (shares(0.9, 0.9, diversity=0.02), "overcooked"),
         (shares(0.9, 0.9, leak=0.95), "overcooked"),
         (shares(0.1, 0.9, leak=3.0), "too little"),
+        (shares(0.9, math.nan), "good"),
+        (Shares(0.9, 0.9, 1.0, 3.4, 0.1), "overcooked"),
+        (Shares(0.9, 0.3, 1.0, 0.1, 0.1, is_subject=False), "good"),
     ],
 )
 def test_the_verdict_of_shares(found: Shares, verdict: str) -> None:
@@ -143,6 +146,11 @@ def test_the_recommended_one_is_the_best_balance_of_the_good_ones() -> None:
     assert "2 good ones" in choice.reason
     tied = [shares(1.19, 1.0), shares(1.3, 1.0), shares(1.25, 0.99), shares(1.0, 1.0)]
     assert recommend(names[:4], [0.8, 1.4, 1.1, 1.0], tied).index == 2
+    unread = recommend(["final at 1"], [1.0], [shares(0.9, math.nan)])
+    assert (
+        unread.reason == "final at 1 reaches 90 % of the likeness that your pictures have to one another; it is the "
+        "only good one."
+    )
     none = recommend(names[:1], [1.0], found[:1])
     assert none.index == 0
     assert "None is good" in none.reason
