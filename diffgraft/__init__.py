@@ -13,8 +13,8 @@ safetensors file, and applied to a diffusers pipeline when pictures are generate
     with dg.graft(pipe, {"dog.safetensors": 0.8, "ink.safetensors": 0.5}):
         pipe("a sks dog in the snow")  # afterwards the weights are the same bits as before
 
-The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `convert`, `combine`, `merge`, `inspect`,
-`resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
+The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `evaluate`, `convert`, `combine`, `merge`,
+`inspect`, `resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
 """
 
 from importlib import import_module
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffgraft.bases import Base, load_base
     from diffgraft.draw import generate, sheet
     from diffgraft.errors import DiffgraftError
+    from diffgraft.evaluation.evaluate import evaluate
     from diffgraft.generation.graft import graft
     from diffgraft.generation.regenerate import regenerate
     from diffgraft.generation.session import Session
@@ -42,6 +43,7 @@ _HOMES = {
     "Base": "diffgraft.bases",
     "load_base": "diffgraft.bases",
     "DiffgraftError": "diffgraft.errors",
+    "evaluate": "diffgraft.evaluation.evaluate",
     "graft": "diffgraft.generation.graft",
     "generate": "diffgraft.draw",
     "sheet": "diffgraft.draw",
@@ -61,6 +63,7 @@ __all__ = [
     "Session",
     "combine",
     "convert",
+    "evaluate",
     "extract",
     "generate",
     "graft",

@@ -59,7 +59,18 @@ def test_help_is_quick_and_loads_no_heavy_library() -> None:
 
 
 def test_imports_run_downward() -> None:
-    floors = ["diffusion", "bases", "adapters", "generation", "data", "trainers", "imports", "demo", "cli"]
+    floors = [
+        "diffusion",
+        "bases",
+        "adapters",
+        "generation",
+        "data",
+        "trainers",
+        "evaluation",
+        "imports",
+        "demo",
+        "cli",
+    ]
     homes = {name: ROOT / name if name in ("adapters", "trainers") else ROOT / "diffgraft" / name for name in floors}
     for height, name in enumerate(floors):
         for file in homes[name].rglob("*.py"):

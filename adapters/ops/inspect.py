@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter, Delta, LinearDelta
 from diffgraft.adapters.dora import DoraDelta
 from diffgraft.adapters.factors import FactorDelta, Shape
 from diffgraft.adapters.formats.header import FOREIGN
 from diffgraft.adapters.methods.lokr import Kronecker
-from diffgraft.adapters.ops.effect import fitting_bases, total_as_product, total_delta
+from diffgraft.adapters.ops.effect import fitting_bases, total_as_product
+from diffgraft.adapters.ops.singular_values import effective_rank, squared_singular_values
 from diffgraft.adapters.training_metadata import recipe_lines, tags, training_settings
 from diffgraft.bases.shapes import layer_shapes
 from diffgraft.progress import track
@@ -164,45 +164,13 @@ def _module(path: str, delta: Delta, shape: Shape | None, device: str) -> tuple[
     norm = effective = None
     largest_entry = 0.0
     if isinstance(delta, LinearDelta) and shape is not None:
-        squares = _squared_singular_values(path, delta, shape, device)
+        squares = squared_singular_values(path, [(delta, 1.0)], shape, None, device)
         norm = float(squares.sum().clamp_min(0).sqrt())
         effective = effective_rank(squares)
         largest_entry = norm  # no entry is larger than the norm; the matrix itself is only needed for large norms
         if norm > HALF:
             largest_entry = _largest_entry(delta, shape)
     return ModuleFigures(path, delta.kind, rank, delta.alpha, norm, effective, largest), largest_entry
-
-
-def _squared_singular_values(path: str, delta: LinearDelta, shape: Shape, device: str) -> Tensor:
-    """Squared singular values of ΔW; for a vector, its squared norm."""
-    if len(shape) < 2:
-        squared_norm: Tensor = delta.delta(shape).double().square().sum()[None]
-        return squared_norm
-    product = total_as_product([(delta, 1.0)], shape)
-    if product is not None:
-        up, down = (factor.to(device).double() for factor in product)
-        core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T
-        values: Tensor = torch.linalg.svdvals(core).square() if core.isfinite().all() else _infinite(core)
-        return values
-    if isinstance(delta, FactorDelta) and isinstance(delta.factors, Kronecker):
-        # the singular values of w1 ⊗ w2 are all products of a singular value of w1 and one of w2
-        leaves = {name: leaf.to(device).double() for name, leaf in delta.leaves.items()}
-        w1, w2 = delta.factors.kronecker_factors(leaves, shape)
-        if not (w1.isfinite().all() and w2.isfinite().all()):
-            return _infinite(w1)
-        products = torch.outer(torch.linalg.svdvals(w1).square(), torch.linalg.svdvals(w2.flatten(1)).square())
-        return products.flatten() * delta.scale**2
-    matrix = total_delta(path, [(delta, 1.0)], shape, None, device).flatten(1).double()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    if not gram.isfinite().all():
-        return _infinite(gram)
-    squares: Tensor = torch.linalg.eigvalsh(gram).clamp_min(0)
-    return squares
-
-
-def _infinite(matrix: Tensor) -> Tensor:
-    """Singular values for a ΔW beyond the range of numbers: a single infinite value."""
-    return torch.full((1,), float("inf"), dtype=matrix.dtype)
 
 
 def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
@@ -216,17 +184,6 @@ def _largest_entry(delta: LinearDelta, shape: Shape) -> float:
         return float(delta.delta(shape).abs().max())
     up, down = product
     return max(float((rows @ down).abs().max()) for rows in torch.split(up, max(1, _BLOCK_SIZE // down.shape[1])))
-
-
-def effective_rank(squares: Tensor) -> float:
-    """exp(−Σ p log p) with p = squares / Σ squares; 0 if all squares are 0."""
-    total = squares.sum()
-    if total <= 0:
-        return 0.0
-    if not total.isfinite():
-        return float("nan")
-    shares = squares / total
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def summary(report: AdapterReport) -> list[str]:

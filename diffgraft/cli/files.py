@@ -234,6 +234,11 @@ def inspect(
     figures: Annotated[
         bool, typer.Option("--figures", help="Also compute norms, effective ranks and dead modules from all tensors.")
     ] = False,
+    health: Annotated[
+        bool,
+        typer.Option("--health", help="Instead report how much each block changes, dead modules, and a smaller rank."),
+    ] = False,
+    base: Annotated[str | None, BASE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write all figures of each module as JSON.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
@@ -241,6 +246,14 @@ def inspect(
 
     For example: diffgraft inspect dog.safetensors
     """
+    if health:
+        _report_health(file, base, as_json, device)
+        return
+    if base is not None:
+        from diffgraft.errors import DiffgraftError
+
+        raise DiffgraftError("--base is for --health, which compares changes with the weights of a base: add --health.")
+
     from diffgraft.adapters.ops.glance import FIGURES_HINT, glance
 
     held = file / "adapter.safetensors" if (file / "adapter.safetensors").is_file() else file
@@ -259,6 +272,19 @@ def inspect(
         say_json(report.as_json())
         return
     for line in _with_figures(short or [f"file     {adapter_size(file) / 1000:,.0f} kB"], summary(report)):
+        say(line)
+
+
+def _report_health(file: Path, base: str | None, as_json: bool, device: str) -> None:
+    from diffgraft.adapters.formats import load_for_base
+    from diffgraft.adapters.ops.health import health
+
+    with opened(base) as weights:
+        report = health(load_for_base(file, weights), weights, device)
+    if as_json:
+        say_json(report.as_json())
+        return
+    for line in report.lines():
         say(line)
 
 

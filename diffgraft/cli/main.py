@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffgraft.cli import drawing, files, pictures, preparing
+from diffgraft.cli import drawing, evaluating, files, pictures, preparing
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.cli.options import COMPONENTS, PREDICTION, PROGRESS, ZERO_SNR
@@ -196,7 +196,7 @@ def merge(
 
 for step in preparing.COMMANDS:
     app.command(cls=Command, rich_help_panel="Before training")(step)
-for each in (*drawing.COMMANDS, *pictures.COMMANDS):
+for each in (*drawing.COMMANDS, *evaluating.COMMANDS, *pictures.COMMANDS):
     app.command()(each)
 for command in files.COMMANDS:
     app.command(cls=Command, rich_help_panel="Adapter files")(command)

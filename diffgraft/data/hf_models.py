@@ -10,13 +10,17 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.third_party import quiet_libraries
 
 
-def load_hf_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, Any]:
+def load_hf_model(
+    kinds: Sequence[Any], where: str, purpose: str, processor_kind: Any = None, option: str = "--model FOLDER"
+) -> tuple[Any, Any]:
     """Load a model and its processor, and move the model to the device of this process.
 
     Args:
         kinds: classes of transformers to load it with; the first that supports its configuration is used.
         where: hub id or folder.
         purpose: what the model is needed for, such as "caption pictures", for error messages.
+        processor_kind: class of transformers that loads the processor; None: AutoProcessor.
+        option: option of the command that names another model, for error messages.
 
     Returns:
         The model, in evaluation mode, and its processor.
@@ -36,13 +40,13 @@ def load_hf_model(kinds: Sequence[Any], where: str, purpose: str) -> tuple[Any, 
                 raise ValueError(f"it is of the kind {config.model_type!r}")
             safe = {"use_safetensors": True, "trust_remote_code": False}
             model, loading_info = kind.from_pretrained(path, output_loading_info=True, **safe)
-            processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+            processor = (processor_kind or AutoProcessor).from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError) as error:
-        raise DiffgraftError(_load_error(where, error, purpose)) from error
+        raise DiffgraftError(_load_error(where, error, purpose, option)) from error
     if missing := sorted(loading_info["missing_keys"]):
         raise DiffgraftError(
             f"{where} is not a model that can {purpose}: its file lacks {len(missing)} of the tensors, such as "
-            f"{missing[0]}. Choose another with --model."
+            f"{missing[0]}. Choose another with {option}."
         )
     return model.to(process_state().device).eval(), processor
 
@@ -61,14 +65,14 @@ def _supports(kind: Any, config: Any) -> bool:
     return type(config) in mapping if mapping is not None else isinstance(config, kind.config_class)
 
 
-def _load_error(where: str, error: Exception, purpose: str) -> str:
+def _load_error(where: str, error: Exception, purpose: str, option: str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[0].rstrip(".")
     if "safetensors" in str(error):
-        return f"{where} has no weights in safetensors, and other formats are not opened. Choose another with --model."
+        return f"{where} has no weights in safetensors, and other formats are not opened. Choose another with {option}."
     if isinstance(error, OSError):
         return (
             f"The model {where!r} was not found as a folder, in the cache or on the hub (if reachable): {reason}. "
-            "Give the folder of a model: --model FOLDER."
+            f"Give the folder of a model: {option}."
         )
-    return f"{where} is not a model that can {purpose}: {reason}. Choose another with --model."
+    return f"{where} is not a model that can {purpose}: {reason}. Choose another with {option}."

@@ -152,9 +152,9 @@ def test_the_spectrum_of_lokr_is_that_of_its_matrix() -> None:
     shape = (15, 14, 3, 3)
     matrix = delta.delta(shape).flatten(1).double()  # type: ignore[attr-defined]
     path = "unet.mid_block.resnets.0.conv1"
-    from diffgraft.adapters.ops.inspect import _squared_singular_values
+    from diffgraft.adapters.ops.singular_values import squared_singular_values
 
-    found = _squared_singular_values(path, delta, shape, "cpu").sqrt().sort(descending=True).values[:6]  # type: ignore[arg-type]
+    found = squared_singular_values(path, [(delta, 1.0)], shape).sqrt().sort(descending=True).values[:6]  # type: ignore[arg-type]
     torch.testing.assert_close(found, torch.linalg.svdvals(matrix)[:6], rtol=1e-5, atol=1e-5)
 
 

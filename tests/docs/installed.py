@@ -121,6 +121,33 @@ def family(folder: Path, pictures: Path) -> dict[str, Any]:
     }
 
 
+def measure(folder: Path, pictures: Path) -> dict[str, Any]:  # noqa: ARG001
+    """Score white pictures by the page's measure, with grey ones of the base, black and white references."""
+    from PIL import Image
+
+    from diffgraft.evaluation.encoders import Encoders
+    from diffgraft.evaluation.evidence import Drawings, Evidence, Prompts, Reference, figure
+    from diffgraft.evaluation.measure import get_measure
+
+    white, grey = ([[Image.new("RGB", (4, 4), colour)] * 3] for colour in ("white", (191, 191, 191)))
+    references = [Reference(Image.new("RGB", (4, 4), colour)) for colour in ("white", "black")]
+    bare = Drawings(grey, grey)
+    prompts = Prompts(("a sks dog",), ("a dog",), ("a dog",))
+    found = get_measure("brightness")
+    own, other = (
+        found.estimator(Evidence(drawn, bare, prompts, references, Encoders({})))
+        for drawn in (Drawings(white, white), bare)
+    )
+    score = figure(own, other, 3)
+    return {
+        "title": found.title,
+        "value": score.value,
+        "gain": round(score.gain, 2),
+        "error": score.error,
+        "bare": round(other(range(3)), 2),
+    }
+
+
 def hook(folder: Path, pictures: Path) -> dict[str, Any]:
     """Train with the page's hook in the place of the plot."""
     from norms import NormHook  # type: ignore[import-not-found]
@@ -137,6 +164,13 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword", DeprecationWarning)
     place, images, *names = (Path(word) for word in sys.argv[1:])
-    parts = {"method": method, "objective": objective, "dialect": dialect, "family": family, "hook": hook}
+    parts = {
+        "method": method,
+        "objective": objective,
+        "dialect": dialect,
+        "family": family,
+        "measure": measure,
+        "hook": hook,
+    }
     with reporting(silent):
         print(json.dumps({str(name): parts[str(name)](place, images) for name in names}))

@@ -28,7 +28,7 @@ def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     (entries,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     entries = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", entries).replace('"', "")
     (info / "entry_points.txt").write_text(entries.replace("my_package.", ""), "utf-8")
-    names = ["method", "objective", "dialect", "family", "hook"]
+    names = ["method", "objective", "dialect", "family", "measure", "hook"]
     out = subprocess.run(
         [sys.executable, Path(__file__).with_name("installed.py"), runs, pictures, *names],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])},
@@ -42,7 +42,7 @@ def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def test_every_plugin_has_its_example() -> None:
-    assert set(MODULES) == {"rows", "close", "plain", "dots", "norms"}
+    assert set(MODULES) == {"rows", "close", "plain", "dots", "brightness", "norms"}
 
 
 @pytest.mark.parametrize("by", ["outputs", "inputs"])
@@ -70,6 +70,15 @@ def test_family_trains_under_its_own_prefix(found: dict[str, Any]) -> None:
     snr, sliced = of["refused"]
     assert "undefined for flow matching" in snr
     assert "its attention has one implementation" in sliced
+
+
+def test_measure_is_computed_and_shown(found: dict[str, Any]) -> None:
+    of = found["measure"]
+    assert of["title"] == "brightness"
+    assert of["bare"] == pytest.approx(0.25)  # a lighter grey than the mean of a black and a white reference
+    assert of["value"] == pytest.approx(0.5)
+    assert of["gain"] == pytest.approx(0.25)
+    assert of["error"] == 0
 
 
 def test_hook_runs_when_it_is_due(found: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffgraft.errors import DiffgraftError
 from diffgraft.files import atomic_folder, remove_dir, write_safetensors, write_text
 from diffgraft.progress import Artifact, emit
+from diffgraft.trainers.hooks.ema import averages_in
 from diffgraft.trainers.hooks.hook import Hook
 from diffgraft.trainers.hooks.metrics import Metrics
 from diffgraft.trainers.run.fingerprint import Fingerprint, differences, record_changes
@@ -169,6 +170,21 @@ def restore(run: Path, fingerprint: Fingerprint, state: TrainingState, *, allow_
         state.step = int(saved["step"])
         return
     state.step = 0
+
+
+def saved_parameters(folder: Path) -> dict[str, Tensor]:
+    """Return the parameters in a checkpoint by name, with the values of its EMA if it has one, as adapters are saved.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged.
+    """
+    _verify_files(folder, _read_state(folder))
+    try:
+        if (file := folder / "average.safetensors").exists():
+            return averages_in(load_file(file))
+        return load_file(folder / "parameters.safetensors")
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def _restore_optimizer(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 _STEP = "step"
+_AVERAGE = "average."
+"""Prefix of the names of averages in checkpoints"""
 
 
 class Ema:
@@ -40,12 +42,17 @@ class Ema:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors that a checkpoint stores: the average of each parameter by name, and the number of updates."""
         shadows = zip(self._parameters, self._model.shadow_params, strict=True)
-        averages = {f"average.{name}": value.detach().cpu() for name, value in shadows}
+        averages = {f"{_AVERAGE}{name}": value.detach().cpu() for name, value in shadows}
         return {**averages, _STEP: torch.tensor(self._model.optimization_step)}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor] | None) -> None:
         """Restore the average from a checkpoint's `tensors`; with None, restart it from the current parameters."""
         for (name, parameter), average in zip(self._parameters.items(), self._model.shadow_params, strict=True):
-            average.copy_(parameter if tensors is None else tensors[f"average.{name}"])
+            average.copy_(parameter if tensors is None else tensors[f"{_AVERAGE}{name}"])
         self._model.optimization_step = 0 if tensors is None else int(tensors[_STEP])
+
+
+def averages_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the average of each parameter by name, of the tensors that a checkpoint stores."""
+    return {name.removeprefix(_AVERAGE): value for name, value in tensors.items() if name != _STEP}

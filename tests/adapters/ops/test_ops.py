@@ -20,8 +20,9 @@ from diffgraft.adapters.methods.lora import LowRank, low_rank
 from diffgraft.adapters.ops.combine import combine, dare, ties
 from diffgraft.adapters.ops.compare import compare
 from diffgraft.adapters.ops.extract import extract, fit_loha
-from diffgraft.adapters.ops.inspect import effective_rank, inspect
+from diffgraft.adapters.ops.inspect import inspect
 from diffgraft.adapters.ops.resize import ReducedAdapter, resize
+from diffgraft.adapters.ops.singular_values import effective_rank
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
 from diffgraft.bases.weights import open_weights
