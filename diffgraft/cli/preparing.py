@@ -1,4 +1,4 @@
-"""Commands before training: configurations of other tools, captions, masks, embeddings and predicted adapters."""
+"""Commands before training: configurations of other tools, captions, masks and aesthetic embeddings."""
 
 from pathlib import Path
 from typing import Annotated
@@ -131,30 +131,9 @@ def aesthetic(
     say(adapter.save(output, "aesthetic" if output.suffix == ".pt" else "diffgraft"))
 
 
-def predict(
-    images: Annotated[Path, typer.Argument(help="Folder with one to five pictures of one subject.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New .safetensors file.")],
-    base: Annotated[str, typer.Option(help="Base that the predictor was trained for.")] = "tiny",
-    predictor: Annotated[
-        Path | None, typer.Option(help="File of a predictor. [default: the one that ships for `tiny`]")
-    ] = None,
-) -> None:
-    """Predict a LoRA from pictures in a second, without training; a short training from it makes it better.
-
-    For example: diffgraft predict my_robot/ -o start.safetensors, and then:
-    diffgraft train subject images=my_robot/ subject=robot init_from=start.safetensors steps=130
-    """
-    from diffgraft.bases import load_base
-    from diffgraft.files import check_new
-    from diffgraft.predictor.predict import predict_adapter
-
-    check_new(output)
-    say(predict_adapter(images, load_base(base), predictor).save(output, "kohya"))
-
-
 def _say(written: int, kept: int, what: str) -> None:
     note = f", {kept} existing kept (--overwrite replaces them)" if kept else ""
     say(f"{written} {what} written{note}")
 
 
-COMMANDS = (import_config, caption, mask, aesthetic, predict)
+COMMANDS = (import_config, caption, mask, aesthetic)
