@@ -67,6 +67,7 @@ def test_imports_run_downward() -> None:
         "data",
         "trainers",
         "evaluation",
+        "predictor",
         "imports",
         "demo",
         "cli",

@@ -55,10 +55,14 @@ def draw_subjects(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, coun
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     paths = [folder / f"{fingerprint(vae)}-{numbers.start}-{len(numbers)}.pt" for numbers in chunks]
     missing = [(path, numbers) for path, numbers in zip(paths, chunks, strict=True) if not path.exists()]
-    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
-        done = workers.imap(partial(_save_chunk, vae, tokenizer), missing)
-        for _ in tqdm(done, "drawing subjects", len(chunks), initial=len(chunks) - len(missing)):
-            pass
+    draw, title, done = partial(_save_chunk, vae, tokenizer), "drawing subjects", len(chunks) - len(missing)
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
+            for _ in tqdm(workers.imap(draw, missing), title, len(chunks), initial=done):
+                pass
+    else:
+        for job in tqdm(missing, title, len(chunks), initial=done):
+            draw(job)
     parts = [torch.load(path, weights_only=True) for path in paths]
     return Subjects(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
