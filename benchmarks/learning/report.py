@@ -31,8 +31,8 @@ seeds, ± the standard deviation.
   and noise; for subjects only on their own pixels. *reduction*: decrease of this loss, as a share of the loss before
   training.
 - *gap closed* (subjects): decrease of the held-out loss, as a share of its excess over the loss on things that the base
-  knows, {known:.3f}. Of several subjects it is computed from their mean losses, as some subjects have a smaller loss than
-  those things from the start, for which the share of a subject alone has no meaning (–).
+  knows, {known:.3f}. Of several subjects it is computed from their mean losses, as some have a smaller loss than those
+  things from the start; for such a subject alone it has no meaning (–).
 - *gain without trigger*: the decrease of the held-out loss for prompts without the trigger, as a share of the decrease
   with it; below 0, the loss increased.
 - *class drift*: change of the base's predictions for pictures of the class (for the style: for pictures in other
