@@ -103,7 +103,7 @@ def measure(
     before, before_without = held_out_set.loss(base, start), held_out_set.loss(base, without)
     class_before = class_set.predict(base, class_prompts)
     with tempfile.TemporaryDirectory() as folder:
-        more = {"sample_every": 0, "checkpoint_every": 0, "sample_prompts": "a dog", "trigger": words.split(" ")[0]}
+        more = {"previews": False, "checkpoint_every": 0, "trigger": words.split(" ")[0]}
         if target.noun:
             more["subject"] = target.noun
         run, seconds = timed(
