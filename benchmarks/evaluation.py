@@ -193,8 +193,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Evaluation against planted adapters",
         "",
-        "`python -m benchmarks.evaluation` wrote this page. What `evaluate` says, by the CLIP of `tiny`, is held against",
-        "what was planted.",
+        "`python -m benchmarks.evaluation` wrote this page. What `evaluate` says, by the CLIP of `tiny`, is held",
+        "against what was planted.",
         "",
         "## Pictures of the world",
         "",
@@ -236,8 +236,8 @@ def _trained_lines(outcomes: Sequence[Outcome]) -> list[str]:
         "",
         *_paragraph(
             f"For each seed, adapters that have learned too little (step {EARLY}), well, and far too much (without "
-            "prior preservation, at a high learning rate) were trained on `tiny`. `evaluate` saw pictures of some prompts "
-            "with three seeds each. The judge of `tiny` saw other prompts and seeds."
+            "prior preservation, at a high learning rate) were trained on `tiny`. `evaluate` saw pictures of some "
+            "prompts with three seeds each. The judge of `tiny` saw other prompts and seeds."
         ),
         "",
         "- *verdicts*: seeds in which all verdicts are right. *ranked*: in which the good one has the best score.",
