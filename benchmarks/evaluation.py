@@ -1,10 +1,11 @@
 """Whether `evaluate` ranks adapters and picks strengths as the judge does: ``python -m benchmarks.evaluation``.
 
-For each seed a subject and a style are trained, and once more far too hard and without prior preservation. Adapters of
-the first steps have learned too little, the last ones are good, and those of the other run are overcooked. `evaluate`
-sees their pictures by the CLIP of `tiny`. The judge of `tiny`, which shares nothing with it, says by other pictures
-which strength of the good ones is best. A seed takes some minutes on a core; figures of finished seeds are kept in a
-record, so that it may be stopped at any time.
+First the tiny world draws what adapters would draw that have learned too little, well, or by heart. Then, for each
+seed, a subject and a style are trained, and once more far too hard and without prior preservation. Adapters of the
+first steps have learned too little, the last ones are good, and those of the other run are overcooked. `evaluate` sees
+pictures by the CLIP of `tiny`. The judge of `tiny`, which shares nothing with it, says by other pictures which strength
+of the good ones is best. A trained seed takes some minutes on a core; figures of finished seeds are kept in a record,
+so that it may be stopped at any time.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,7 +24,11 @@ import numpy as np
 
 from benchmarks.learning.measure import TRIGGER, tiny, verdicts
 from benchmarks.learning.targets import Target, made_up
+from benchmarks.planted import PLANTED as DRAWN
+from benchmarks.planted import is_right, planted_shares, targets
+from diffgraft.evaluation.encoders import Encoders
 from diffgraft.evaluation.evaluate import Evaluation, evaluate
+from diffgraft.evaluation.measure import ENCODERS
 from diffgraft.evaluation.verdict import Shares, recommend
 from diffgraft.files import write_text
 from diffgraft.generation.plots import grid, save_image
@@ -155,9 +161,8 @@ class Outcome:
         curve, truth = [Shares(**shares) for shares in row["by strength"]], row["truth"]
         best = int(np.argmax(np.polyval(np.polyfit(GRID, truth, 2), GRID)))  # a parabola, as pictures are few
         picked = recommend([str(strength) for strength in GRID], GRID, curve).index
-        shares = {wanted: Shares(**found) for wanted, found in row["shares"].items()}
         lost = truth[best] - truth[picked]
-        return cls(row["target"], row["seed"], shares, GRID[picked], GRID[best], lost, row["judged"])
+        return cls(row["target"], row["seed"], _shares(row["shares"]), GRID[picked], GRID[best], lost, row["judged"])
 
     @property
     def is_right(self) -> bool:
@@ -175,6 +180,10 @@ class Outcome:
         return abs(self.picked - self.best) < 0.101
 
 
+def _shares(found: Mapping[str, Any]) -> dict[str, Shares]:
+    return {name: Shares(**shares) for name, shares in found.items()}
+
+
 def _row(found: Evaluation) -> list[Any]:
     return [image for row in found.entries[0].drawn.trained for image in row]
 
@@ -184,22 +193,65 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Evaluation against planted adapters",
         "",
-        "`python -m benchmarks.evaluation` wrote this page. For each seed, adapters that have learned too little",
-        f"(step {EARLY}), well, and far too much (without prior preservation, at a high learning rate) were trained on",
-        "`tiny`. `evaluate` saw pictures of some prompts with three seeds each, by the CLIP of `tiny`. The judge of",
-        "`tiny` saw other prompts and seeds.",
+        "`python -m benchmarks.evaluation` wrote this page. What `evaluate` says, by the CLIP of `tiny`, is held",
+        "against what was planted.",
         "",
-        "- *verdicts*: seeds in which all three verdicts are right. *ranked*: those in which the good one has the best",
-        "  score.",
-        "- *strength*: seeds in which the recommended strength of the good one is within 0.1 of the best by the",
-        "  similarity that the judge sees (a parabola through eight strengths). *lost*: similarity that the",
-        "  recommended one has less than the best one, mean and largest.",
+        "## Pictures of the world",
+        "",
+        *_paragraph(
+            "The tiny world itself draws what adapters would draw, three or four prompts with four seeds each: *too "
+            "little* (one picture in ten shows what was to be learned), *good*, *by heart* (the scenes of training "
+            "pictures whatever the prompt asks, and without the trigger too) and *leaks* (good, but also without the "
+            "trigger). Likeness and following are means over the seeds."
+        ),
+        "",
+        "| target | all verdicts right, good ranked first | "
+        + " | ".join(f"{name}: likeness, following" for name in DRAWN)
+        + " |",
+        f"|-|-|{'-|' * len(DRAWN)}",
+    ]
+    for target in targets():
+        drawn = [_shares(row["drawn"]) for row in rows if row["target"] == target and "drawn" in row]
+        if drawn:
+            cells = [target, f"{sum(map(is_right, drawn))} of {len(drawn)}"]
+            for name in DRAWN:
+                means = [np.mean([getattr(one[name], key) for one in drawn]) for key in ("likeness", "following")]
+                cells.append(", ".join(f"{mean:.2f}" for mean in means))
+            lines.append(f"| {' | '.join(cells)} |")
+    outcomes = [Outcome.of(row) for row in rows if "truth" in row]
+    outcomes.sort(key=lambda outcome: (outcome.target, outcome.seed))
+    return "\n".join([*lines, *(_trained_lines(outcomes) if outcomes else [])]) + "\n"
+
+
+def _paragraph(text: str, indent: str = "") -> list[str]:
+    """Return the lines of a paragraph of the page."""
+    return textwrap.wrap(text, 118, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _trained_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """Return the part of the page on trained adapters."""
+    lines = [
+        "",
+        "## Trained adapters",
+        "",
+        *_paragraph(
+            f"For each seed, adapters that have learned too little (step {EARLY}), well, and far too much (without "
+            "prior preservation, at a high learning rate) were trained on `tiny`. `evaluate` saw pictures of some "
+            "prompts with three seeds each. The judge of `tiny` saw other prompts and seeds."
+        ),
+        "",
+        "- *verdicts*: seeds in which all verdicts are right. *ranked*: in which the good one has the best score.",
+        *_paragraph(
+            "- *strength*: seeds in which the recommended strength of the good one is within 0.1 of the best by the "
+            "similarity that the judge sees (a parabola through eight strengths). *lost*: similarity that the "
+            "recommended one has less than the best one, mean and largest.",
+            "  ",
+        ),
         "- *shown*: share of pictures in which the judge sees subject or style and what the prompt asks.",
         "",
         "| target | seeds | verdicts | ranked | strength | lost | shown: too little | good | overcooked |",
         "|-|-|-|-|-|-|-|-|-|",
     ]
-    outcomes = sorted(map(Outcome.of, rows), key=lambda outcome: (outcome.target, outcome.seed))
     for target in PLANTED:
         own = [outcome for outcome in outcomes if outcome.target == target]
         if not own:
@@ -216,30 +268,39 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         both = [f"{outcome.shares[name].likeness:.2f}, {outcome.shares[name].following:.2f}" for name in VERDICTS]
         cells = [outcome.target, str(outcome.seed), found, " · ".join(both), f"{outcome.picked:g}", f"{outcome.best:g}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
     """Measure all seeds that are not in the record yet, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="seeds of pictures of the world")
+    parser.add_argument("--trained", type=int, default=10, help="seeds of trained adapters")
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs, which share the cores")
     parser.add_argument("--record", type=Path, default=RESULTS / "evaluation.jsonl")
     options = parser.parse_args()
     lines = options.record.read_text("utf-8").splitlines() if options.record.exists() else []
     rows = [json.loads(line) for line in lines]
-    done = {(row["target"], row["seed"]) for row in rows}
-    todo = [(name, seed) for seed in range(options.seeds) for name in PLANTED if (name, seed) not in done]
+    done = {(row["target"], row["seed"], "truth" in row) for row in rows}
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        with options.record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        write_text(RESULTS / "evaluation.md", page(rows))
+
+    encoders = Encoders(dict.fromkeys(ENCODERS, "tiny"))
+    for target, seed in [(target, seed) for target in targets() for seed in range(options.seeds)]:
+        if (target, seed, False) not in done:
+            shares = planted_shares(target, seed, encoders)
+            keep({"target": target, "seed": seed, "drawn": {name: asdict(found) for name, found in shares.items()}})
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // options.jobs))
-    options.record.parent.mkdir(parents=True, exist_ok=True)
+    todo = [(name, seed) for seed in range(options.trained) for name in PLANTED if (name, seed, True) not in done]
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         running = [pool.submit(measure, name, seed, seed == 0) for name, seed in todo]
         for ended in as_completed(running):
-            rows.append(ended.result())
-            outcome = Outcome.of(rows[-1])
-            print(outcome.target, outcome.seed, outcome.is_right, outcome.picked, outcome.best, flush=True)
-            with options.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            keep(ended.result())
     write_text(RESULTS / "evaluation.md", page(rows))
 
 

@@ -143,16 +143,16 @@ def evaluate(
 
 def table(evaluation: "Evaluation") -> list[str]:
     """Return the lines of a table of what verdicts go by: figures, and their difference from the base alone."""
-    from diffgraft.evaluation.page import difference
+    from diffgraft.evaluation.page import difference, number
 
     shown = evaluation.main_measures
     head = ["", "verdict", *(measure.title for measure in shown)]
-    bare = ["base alone", "", *(f"{evaluation.bare[measure.name].value:.3f}" for measure in shown)]
+    bare = ["base alone", "", *(number(evaluation.bare[measure.name].value) for measure in shown)]
 
     def row(entry: "Entry") -> list[str]:
         found = [entry.figures[measure.name] for measure in shown]
         mark = "→ " if entry is evaluation.best else ""
-        figures = [f"{figure.value:.3f} ({difference(figure)})" for figure in found]
+        figures = [f"{number(figure.value)} ({difference(figure)})" for figure in found]
         return [f"{mark}{entry.title}", entry.shares.verdict, *figures]
 
     rows = [head, bare, *map(row, evaluation.entries)]

@@ -70,7 +70,7 @@ def _content(evaluation: Evaluation, title: str) -> dict[str, Any]:
         "seeds": len(evaluation.seeds),
         "measures": evaluation.measures,
         "encoders": evaluation.encoders,
-        "bare": [_value(evaluation.bare[measure.name].value) for measure in evaluation.measures],
+        "bare": [number(evaluation.bare[measure.name].value) for measure in evaluation.measures],
         "rows": [_row(evaluation, entry) for entry in evaluation.entries],
         "sheets": _sheets(evaluation, series),
         "references": [_picture(reference.image, "reference") for reference in references],
@@ -159,7 +159,7 @@ def _row(evaluation: Evaluation, entry: Entry) -> dict[str, Any]:
         "kind": _css(entry),
         "is_best": entry is evaluation.best,
         "figures": [
-            (_value(entry.figures[measure.name].value), difference(entry.figures[measure.name]))
+            (number(entry.figures[measure.name].value), difference(entry.figures[measure.name]))
             for measure in evaluation.measures
         ],
     }
@@ -218,8 +218,9 @@ def _css(entry: Entry) -> str:
     return entry.shares.verdict.replace(" ", "-")
 
 
-def _value(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+def number(value: float) -> str:
+    """Return a figure with three decimals, without the sign of a zero; a dash if it is not known."""
+    return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "–"
 
 
 def difference(figure: Figure) -> str:
@@ -227,7 +228,7 @@ def difference(figure: Figure) -> str:
     if not math.isfinite(figure.gain):
         return "–"
     spread = f" ± {figure.gain_error:.3f}" if math.isfinite(figure.gain_error) else ""
-    return f"{figure.gain:+.3f}{spread}"
+    return f"{round(figure.gain, 3) + 0.0:+.3f}{spread}"
 
 
 def _count(number: int, noun: str) -> str:

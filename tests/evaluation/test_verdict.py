@@ -1,116 +1,23 @@
 """Verdicts: pictures of the tiny world in the place of adapters' pictures, and the choice among shares."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from diffgraft.bases.tiny.world import draw
-from diffgraft.bases.tiny.world.scene import SETTING_WORDS, random_scene
-from diffgraft.data.image_folder import read_folder
-from diffgraft.demo.style import SCREEN_PRINT, words
-from diffgraft.demo.subject import ALIEN, LEARN, POODLE, Subject
+from benchmarks.planted import is_right, planted_shares, targets
 from diffgraft.errors import DiffgraftError
 from diffgraft.evaluation.encoders import Encoders
-from diffgraft.evaluation.evidence import Drawings, Evidence, Prompts, Reference
-from diffgraft.evaluation.measure import ENCODERS, get_measure
+from diffgraft.evaluation.evidence import Prompts
+from diffgraft.evaluation.measure import ENCODERS
 from diffgraft.evaluation.prompts import Words, read_prompts
-from diffgraft.evaluation.scoring import Scorer, Scores
 from diffgraft.evaluation.verdict import Shares, pareto_front, recommend
 
-SETTINGS = ("snow", "beach", "night")
-SEEDS = 4
-NAMES = ("clip-i", "patches", "contrast", "structure", "diversity", "drift")
 
-
-@pytest.fixture(scope="module")
-def encoders() -> Encoders:
-    return Encoders(dict.fromkeys(ENCODERS, "tiny"))
-
-
-def drawn(subject: Subject, seed: int, setting: str, own: float, forgets: bool = False) -> Image.Image:
-    """A picture of the subject, with the probability `own`, or of another thing of its class at the same seed."""
-    rng = np.random.default_rng([seed, 7])
-    (scene,) = subject.scenes((str(rng.choice(LEARN)) if forgets else setting,), seed)
-    if rng.random() < own:
-        return draw(scene, subject.cutout())[0]
-    other = random_scene(np.random.default_rng(seed), thing=subject.noun, setting=scene.setting)
-    return draw(replace(other, style="flat"))[0]
-
-
-def rows(
-    subject: Subject, seed: int, settings: Sequence[str], own: float, forgets: bool = False
-) -> list[list[Image.Image]]:
-    places = [[1000 * seed + 100 * row + place for place in range(SEEDS)] for row in range(len(settings))]
-    return [
-        [drawn(subject, place, setting, own, forgets) for place in seeds]
-        for setting, seeds in zip(settings, places, strict=True)
-    ]
-
-
-def prompts_for(subject: Subject) -> Prompts:
-    it = [f"a {{trigger}} {{subject}} {SETTING_WORDS[setting][0]}" for setting in SETTINGS]
-    return read_prompts(Words("sks", subject.noun), it)
-
-
-def scored(subject: Subject, seed: int, encoders: Encoders) -> dict[str, Scores]:
-    """Scores of what an adapter would draw that has learned too little, well, or by heart."""
-    prompts = prompts_for(subject)
-    references = [Reference(picture.image) for picture in read_folder(subject.folder / "learn")]
-    of_class = SETTINGS[:2]
-    bare = Drawings(rows(subject, seed, SETTINGS, 0), rows(subject, seed + 50, of_class, 0))
-    start = Evidence(bare, bare, prompts, references, encoders)
-    scorer = Scorer([get_measure(name) for name in NAMES], start, is_subject=True)
-    planted = {"too little": (0.1, False, 0), "good": (1, False, 0), "by heart": (1, True, 1), "leaks": (1, False, 1)}
-    found = {}
-    for name, (own, forgets, leaks) in planted.items():
-        pictures = Drawings(rows(subject, seed, SETTINGS, own, forgets), rows(subject, seed + 50, of_class, leaks))
-        found[name] = scorer.score(replace(start, drawn=pictures))
-    return found
-
-
-@pytest.mark.parametrize("subject", [ALIEN, POODLE], ids=["alien", "poodle"])
-def test_planted_pictures_of_a_subject_are_told_apart(subject: Subject, encoders: Encoders) -> None:
-    right = 0
-    for seed in range(5):
-        found = scored(subject, seed, encoders)
-        verdicts = {name: scores.shares.verdict for name, scores in found.items()}
-        scores = {name: scores.shares.score for name, scores in found.items()}
-        expected = {"too little": "too little", "good": "good", "by heart": "overcooked", "leaks": "overcooked"}
-        right += verdicts == expected and max(scores, key=lambda name: scores[name]) == "good"
-    assert right >= 4
-
-
-def test_planted_pictures_of_a_style_are_told_apart(encoders: Encoders) -> None:
-    listed = (SCREEN_PRINT.held_out[0], *SCREEN_PRINT.learn[1:4])
-    prompts = read_prompts(Words("sks"), [f"{words(thing, setting)}, {{trigger}} style" for thing, setting in listed])
-    references = [Reference(picture.image) for picture in read_folder(SCREEN_PRINT.folder / "learn")]
-
-    def pictures(seed: int, share: float, forgets: bool = False) -> list[list[Image.Image]]:
-        out = []
-        for row, (thing, setting) in enumerate(listed):
-            out.append([])
-            for place in range(SEEDS):
-                number = 1000 * seed + 100 * row + place
-                rng = np.random.default_rng([number, 3])
-                pair = SCREEN_PRINT.learn[int(rng.integers(12))] if forgets else (thing, setting)
-                scene = SCREEN_PRINT.scene(*pair, number)
-                out[-1].append(SCREEN_PRINT.draw(scene) if rng.random() < share else draw(scene)[0])
-        return out
-
-    for seed in range(3):
-        of_class = pictures(seed + 50, 0)[:2]
-        bare = Drawings(pictures(seed, 0), of_class)
-        start = Evidence(bare, bare, prompts, references, encoders)
-        scorer = Scorer([get_measure(name) for name in NAMES], start, is_subject=False)
-        assert scorer.likeness.name == "clip-i"
-        planted = {"too little": (0.1, False), "good": (1, False), "overcooked": (1, True)}
-        for verdict, (share, forgets) in planted.items():
-            found = scorer.score(replace(start, drawn=Drawings(pictures(seed, share, forgets), of_class)))
-            assert found.shares.verdict == verdict, (seed, verdict, found.shares)
+@pytest.mark.parametrize("target", targets())
+def test_planted_pictures_are_told_apart(target: str) -> None:
+    encoders = Encoders(dict.fromkeys(ENCODERS, "tiny"))
+    found = [planted_shares(target, seed, encoders) for seed in range(3)]
+    assert sum(map(is_right, found)) >= 2, found
 
 
 def shares(likeness: float, following: float, diversity: float = 1.0, leak: float = 0.0) -> Shares:
