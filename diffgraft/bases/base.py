@@ -57,7 +57,7 @@ class Base:
         dtypes = dtype if self.quantize == "none" else f"{dtype} and {self.quantize}"
         return f"Base({self.name!r}, {model}, {dtypes} on {self.device})"
 
-    def __post_init__(self, digest: "Digest | None" = None) -> None:
+    def __post_init__(self, digest: "Digest | None") -> None:
         for name, part in self.others.items():
             setattr(self, name, part)
         for _, part in self.parts():
