@@ -159,7 +159,7 @@ def test_other_pictures_and_another_base_are_told(base: Base, run: Path, picture
     assert (run / "recipe.yaml").read_bytes() == saved  # so that a plain --resume goes on with the old ones
     other_base = load_base("tiny")
     other_base.unet.conv_in.bias.data += 0.1
-    other_base.__post_init__()
+    other_base.__post_init__(None)
     with pytest.raises(DiffgraftError, match=r": the base differs"):
         train(base=other_base, resume=run)
     assert train(base=other_base, resume=run, images=other, allow_changes=True).metrics[-1]["step"] == 4
