@@ -24,7 +24,7 @@ from diffgraft.bases.tiny.train.vae import train_vae
 VAE = StagePlan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
 JUDGE = StagePlan(steps=8000, batch=64, lr=2e-3, decay=0.6)
 TEXT = StagePlan(steps=6000, batch=128, lr=2e-3, decay=0.5, average=0.99, warmup=50)
-UNET = StagePlan(steps=40_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
+UNET = StagePlan(steps=12_000, batch=128, lr=1e-3, decay=0.4, average=0.9995, muon=True)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Size:
     """Number of pictures of the tiny world, used to train the autoencoder and the judge."""
     captions: int = 200_000
     """Number of samples of the broad world; the text encoder is trained on their captions."""
-    pool: int = 400_000
+    pool: int = 160_000
     """Number of pictures of the broad world, used to train the denoiser."""
     vae: StagePlan = VAE
     judge: StagePlan = JUDGE
