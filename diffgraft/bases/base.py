@@ -13,6 +13,9 @@ from diffgraft.bases.family import Conditioning, Family, LatentSpec, SizeConditi
 from diffgraft.diffusion.parameterizations import Parameterization
 from diffgraft.third_party import quiet_libraries
 
+_LATENT_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Entries of a VAE's configuration by which families scale its latents"""
+
 
 @dataclass(eq=False, repr=False)
 class Base:
@@ -206,15 +209,20 @@ class Base:
 
     @property
     def vae_hash(self) -> str:
-        """SHA-256 over names, shapes and current float32 values of the VAE."""
-        return weights_hash([("vae", self.vae)], torch.float32)
+        """SHA-256 over everything that affects latents: the VAE's current float32 values, and how they are scaled."""
+        digest = new_digest()
+        for name, value in sorted(self.vae.named_buffers()):  # FLUX.2 scales its latents by statistics in buffers
+            add_to_hash(digest, f"vae.{name}", value, torch.float32)
+        scaling = {key: value for key in _LATENT_SCALING if (value := self.vae.config.get(key)) is not None}
+        digest.update(repr(scaling).encode())
+        return weights_hash([("vae", self.vae)], torch.float32, digest)
 
     @property
     def generation_hash(self) -> str:
         """SHA-256 over everything that affects pictures of the base: `hash`, `quantize`, VAE and noise schedule."""
         # keys with an underscore are private to diffusers, and differ between processes
         schedule = sorted((key, value) for key, value in self.scheduler.config.items() if not key.startswith("_"))
-        key = f"{self.hash} {weights_hash([('vae', self.vae)])} {type(self.scheduler).__name__} {schedule}"
+        key = f"{self.hash} {self.vae_hash} {type(self.scheduler).__name__} {schedule}"
         key += f" {self.quantize}" if self.quantize != "none" else ""
         return hashlib.sha256(key.encode()).hexdigest()
 

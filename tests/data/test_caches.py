@@ -84,6 +84,10 @@ def test_what_has_changed_is_encoded_anew(base: Base, tmp_path: Path, monkeypatc
     asked = Asked(other.vae, "encode", monkeypatch)
     encoded(other, read_folder(tmp_path))
     assert asked.count == 4
+    other.vae.register_to_config(scaling_factor=0.31)
+    third = encoded(other, read_folder(tmp_path))
+    assert asked.count == 8
+    assert torch.allclose(third.latents[0][0] / 0.31, second.latents[0][0] / base.vae.config.scaling_factor, atol=0.05)
 
 
 @pytest.mark.parametrize("damage", ["cut", "swapped", "empty", "other"])

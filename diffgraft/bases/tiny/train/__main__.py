@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from diffgraft.bases.loading import TINY
+from diffgraft.bases.loading import TINY, load_base
 from diffgraft.bases.tiny.judge import Judge, load_judge
 from diffgraft.bases.tiny.train.fit import StagePlan, train_stage
 from diffgraft.bases.tiny.train.judging import train_judge
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
     vae: AutoencoderKL
     if "vae" in options.keep:
-        vae = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
+        vae = load_base("tiny").vae.float().eval()  # unlike diffusers' loader, ours puts no path into the configuration
     else:
         vae = train_vae(work, size.world, size.vae)
     judge: Judge = load_judge(TINY / "judge") if "judge" in options.keep else train_judge(work, size.world, size.judge)
