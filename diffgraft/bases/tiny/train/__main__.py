@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
@@ -70,11 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
 
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    vae: AutoencoderKL
-    if "vae" in options.keep:
-        vae = load_base("tiny").vae.float().eval()  # unlike diffusers' loader, ours puts no path into the configuration
-    else:
-        vae = train_vae(work, size.world, size.vae)
+    # unlike diffusers' loader, ours puts no path into the configuration
+    vae = load_base("tiny").vae.float().eval() if "vae" in options.keep else train_vae(work, size.world, size.vae)
     judge: Judge = load_judge(TINY / "judge") if "judge" in options.keep else train_judge(work, size.world, size.judge)
     text_encoder = train_text(work, tokenizer, size.captions, size.text)
     z, ids = draw_pool(work, vae, tokenizer, size.pool, options.processes)
