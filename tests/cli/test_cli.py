@@ -92,7 +92,7 @@ def test_a_quantised_base_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """The same scene, and not the same pixels."""
     pixels = {}
     for kind in ("none", "nf4"):
-        words = ["generate", "a dog", "--steps", 2, "--quantize", kind, "-o", tmp_path / kind]
+        words = ["generate", "a dog", "--steps", 4, "--quantize", kind, "-o", tmp_path / kind]
         assert call(monkeypatch, *words) == 0
         with Image.open(tmp_path / kind / "a-dog-0.png") as image:
             pixels[kind] = torch.tensor(list(image.convert("L").tobytes())).float()

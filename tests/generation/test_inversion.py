@@ -27,11 +27,11 @@ def test_a_picture_is_drawn_again_and_edited(base: Base) -> None:
             inversion = invert(session, photo, "a dog on the grass", SETTINGS, inner)
             (drawn,) = redraw(session, inversion)
             errors[inner] = np.abs(pixels([drawn]) - through).mean()
-        assert errors[50] < 7
-        assert errors[50] < errors[0] / 3
+        assert errors[50] < 12
+        assert errors[50] < errors[0] / 2
         again, edited = redraw(session, inversion, "a dog in the snow", Edit(cross=0.6, self=0.4))
-        assert np.abs(pixels([again]) - through).mean() < 7
-        assert np.abs(pixels([edited]) - through).mean() > 9
+        assert np.abs(pixels([again]) - through).mean() < 12
+        assert np.abs(pixels([edited]) - through).mean() > 16
     assert same(bits(base), before)
 
 

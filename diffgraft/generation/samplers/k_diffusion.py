@@ -23,6 +23,8 @@ Noise = Callable[[float, float], Tensor]
 Sampler = Callable[[Denoise, Tensor, Sequence[float], Noise], Iterator[Tensor]]
 """(denoise, latents at the first σ, σ of every step and 0, noise) → latents after each step"""
 
+_PURE_NOISE = 1000.0
+"""Noise levels above this one exist only where the terminal SNR is zero"""
 _ADAMS_BASHFORTH = {
     1: (1.0,),
     2: (3 / 2, -1 / 2),
@@ -50,7 +52,7 @@ def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise:
 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
-    """Heun's method: the mean of the slopes at both ends of a step; the last step is Euler's."""
+    """Heun's method: the mean of the slopes at both ends of a step; the last step is Euler's, see `_heun_step`."""
     for before, after in pairwise(sigmas):
         x = _heun_step(denoise, x, before, after)
         yield x
@@ -59,7 +61,9 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> 
 def _heun_step(denoise: Denoise, x: Tensor, before: float, after: float) -> Tensor:
     slope = (x - denoise(x, before)) / before
     reached = x + slope * (after - before)
-    if after == 0:
+    # From pure noise (zero terminal SNR, σ = 4096), the mean of both slopes would add the difference of their predicted
+    # latents times σ before / 2 σ after, which is more than 10: k-diffusion does so, and draws washed-out pictures.
+    if after == 0 or before > _PURE_NOISE:
         return reached
     other = (reached - denoise(reached, after)) / after
     return x + (slope + other) / 2 * (after - before)
