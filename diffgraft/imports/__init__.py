@@ -44,7 +44,7 @@ def convert_config(files: Sequence[Path]) -> ImportReport:
         report = sliders.convert_leco(config, file, concepts)
     elif sliders.is_ai_toolkit(config):
         report = sliders.convert_ai_toolkit(config, file)
-    elif concepts is not None or {"training_method", "model_type", "base_model_name"} & config.keys():
+    elif concepts is not None or _is_onetrainer(config):
         report = onetrainer.convert(config, file, concepts)
     else:
         flat = {key: value for name, section in config.items() for key, value in _section_keys(name, section).items()}
@@ -73,6 +73,11 @@ def write_recipe(report: ImportReport, path: Path, source: str) -> Recipe:
     with atomic_write(path) as partial:
         write_text(partial, head + text)
         return load_recipe(partial, {})
+
+
+def _is_onetrainer(config: dict[str, Any]) -> bool:
+    """Whether a configuration is OneTrainer's, whose types of models are in capitals; sd-scripts has a `model_type`."""
+    return bool({"training_method", "base_model_name"} & config.keys()) or str(config.get("model_type", "")).isupper()
 
 
 def _is_data_set(config: Any) -> bool:

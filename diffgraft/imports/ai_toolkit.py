@@ -123,10 +123,8 @@ def convert_training(process: Mapping[str, Any], file: Path) -> ImportReport:
     report.recipe["layers"] = "attention+feedforward" if is_transformer else "attention"
     if is_transformer:
         _map_timesteps(report)
-        for key in ("train.min_snr_gamma", "train.noise_offset"):
-            if report.recipe.pop(TABLE[key].recipe_key, None) is not None:
-                report.mapped = [entry for entry in report.mapped if entry[0] != TABLE[key].recipe_key]
-                report.drop(key, "it has no meaning for flow matching.")
+        for key in ("loss.snr_gamma", "noise.offset"):
+            report.withdraw(key, "it has no meaning for flow matching.")
     if word := report.text("trigger_word"):
         report.map("trigger", word, "trigger_word")
         report.recipe["insert_trigger"] = True

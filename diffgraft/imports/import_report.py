@@ -22,6 +22,8 @@ class Line:
     value: Any
     note: str
     """The recipe key that it was mapped to; or why it was dropped, and what to do"""
+    is_default: bool = False
+    """Whether the file does not have the key, and the value is the tool's default"""
 
     @property
     def assignment(self) -> str:
@@ -109,7 +111,7 @@ class ImportReport:
         in_file = [key for key in keys if self.values.get(key) not in (None, "")]
         self.mapped += [(recipe_key, Line(self.file_key(key), self._file_value(key), note)) for key in in_file]
         if keys and not in_file:
-            default = Line(self.file_key(keys[0]), self.defaults[keys[0]], f", the default of {self.tool}{note}")
+            default = Line(self.file_key(keys[0]), self.defaults[keys[0]], f", the default of {self.tool}{note}", True)
             self.mapped.append((recipe_key, default))
 
     def map_part(self, recipe_key: str, value: Any, name: str, file_value: Any, remark: str = "") -> None:
@@ -125,6 +127,15 @@ class ImportReport:
     def drop_part(self, name: str, value: Any, why: str) -> None:
         """Record that a part of a key, described by `name`, has no counterpart."""
         self.dropped.append(Line(name, value, f": {why}"))
+
+    def withdraw(self, recipe_key: str, why: str) -> None:
+        """Remove a recipe key that was set, and record that the keys it was mapped from are dropped."""
+        if recipe_key not in self.recipe:
+            return
+        del self.recipe[recipe_key]
+        gone = [line for key, line in self.mapped if key == recipe_key]
+        self.dropped += [Line(line.key, line.value, f": {why}") for line in gone if not line.is_default]
+        self.mapped = [entry for entry in self.mapped if entry[0] != recipe_key]
 
     def todo(self, recipe_key: str, why: str) -> None:
         """Record that the user has to set a recipe key."""

@@ -7,6 +7,8 @@ from typing import Any
 from diffgraft.imports.counting import Epochs
 from diffgraft.imports.import_report import ImportReport, map_table
 from diffgraft.imports.kohya_data import Data, from_arguments, from_dataset_config
+from diffgraft.imports.kohya_flow import DEFAULTS as FLOW_DEFAULTS
+from diffgraft.imports.kohya_flow import family_of, map_flow
 from diffgraft.imports.kohya_keys import MAPPED, UNSUPPORTED
 from diffgraft.imports.kohya_network import NETWORK, map_network
 from diffgraft.imports.kohya_training import map_training
@@ -21,6 +23,9 @@ def convert(report: ImportReport, config: Path, data_config: Path | None) -> Non
         config: path of sd-scripts' configuration file; relative paths in it start from its folder.
         data_config: path of the dataset_config; by default the one that the arguments name.
     """
+    flow = family_of(report)
+    if flow:
+        report.defaults = {**report.defaults, **FLOW_DEFAULTS}
     data = _data(report, config, data_config)
     kind = "network" if report.text("network_module") else "word" if report.text("token_string") else "full"
     report.recipe["task"] = "concept" if kind == "word" else "style"
@@ -43,6 +48,8 @@ def convert(report: ImportReport, config: Path, data_config: Path | None) -> Non
     _batch(report, epochs, has_class)
     _steps(report, epochs)
     map_training(report, kind, text_encoder)
+    if flow:
+        map_flow(report, flow, trains_text=bool(report.recipe.get("text_encoder")))
     _map_outputs(report, config, epochs)
     report.drop_unknown()
 

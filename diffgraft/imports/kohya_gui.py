@@ -105,7 +105,8 @@ def as_arguments(config: Mapping[str, Any]) -> ImportReport:
     for family in FAMILIES:
         if _yes(config.get(family)):
             raise DiffgraftError(
-                f"This configuration has {family}: only Stable Diffusion 1.x, 2.x and XL are supported."
+                f"This configuration has {family}: of the GUI's, only those of Stable Diffusion 1.x, 2.x and XL are "
+                "read. For FLUX.1 and Stable Diffusion 3 convert the TOML file that the GUI passes to sd-scripts."
             )
     report = ImportReport("kohya_ss", {}, DEFAULTS)
     for key, value in config.items():

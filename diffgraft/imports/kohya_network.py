@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.imports.import_report import ImportReport, KeyRule, as_number, parse_pairs, unsupported
+from diffgraft.imports.kohya_flow import NETWORKS as FLOW_NETWORKS
 
 NETWORK = {
     "network_module": KeyRule(),
@@ -22,7 +23,7 @@ NETWORK = {
 }
 """Arguments of sd-scripts that define the network"""
 
-_OTHER_FAMILIES = ("flux", "sd3", "lumina", "hunyuan", "anima")
+_OTHER_FAMILIES = ("lumina", "hunyuan", "anima")
 _NO_DROPOUT = "adapters have no dropout."
 _BLOCKS = "blocks are set by name: lr_scale.IN04=0.5 for a learning-rate scale, options.ranks.IN04=8 for a rank."
 _LORA = {"rank_dropout": _NO_DROPOUT, "module_dropout": _NO_DROPOUT}
@@ -34,6 +35,30 @@ _LORA |= dict.fromkeys(
     _BLOCKS,
 )
 _LORA |= dict.fromkeys(("network_reg_dims", "network_reg_lrs", "include_patterns", "exclude_patterns"), _BLOCKS)
+_FLOW = {
+    **dict.fromkeys(("rank_dropout", "module_dropout"), _NO_DROPOUT),
+    **dict.fromkeys(("conv_dim", "conv_alpha"), "these transformers have no convolutions."),
+    **dict.fromkeys(
+        (
+            *("img_attn_dim", "txt_attn_dim", "img_mlp_dim", "txt_mlp_dim", "img_mod_dim", "txt_mod_dim", "single_dim"),
+            *("single_mod_dim", "in_dims", "emb_dims", "context_attn_dim", "context_mlp_dim", "context_mod_dim"),
+            *("x_attn_dim", "x_mlp_dim", "x_mod_dim", "network_reg_dims"),
+        ),
+        "ranks of layers are set by patterns of their paths: options.ranks.PATTERN=8.",
+    ),
+    **dict.fromkeys(
+        (
+            *("train_blocks", "train_double_block_indices", "train_single_block_indices", "train_block_indices"),
+            "network_reg_lrs",
+        ),
+        "learning rates of layers are set by patterns of their paths: lr_scale.PATTERN=0 excludes them.",
+    ),
+    **dict.fromkeys(("ggpo_beta", "ggpo_sigma"), "this perturbation of weights is not supported."),
+    "split_qkv": "queries, keys and values are layers of their own, as in diffusers.",
+    "train_t5xxl": "",  # read with the rates of the encoders
+    "verbose": "",
+}
+"""Network argument of FLUX.1 and Stable Diffusion 3 without a counterpart → reason; empty: read elsewhere"""
 _LYCORIS = {
     **_LORA,
     "rank_dropout_scale": _NO_DROPOUT,
@@ -47,7 +72,6 @@ _LYCORIS = {
     "constraint": "it belongs to a method that is not supported.",
     "rescaled": "it belongs to a method that is not supported.",
     "train_on_input": "it belongs to a method that is not supported.",
-    "train_t5xxl": "supported bases have no T5 text encoder.",
 }
 """Network argument without a counterpart → reason"""
 _DEFAULT_TEXTS = {"", "None", "False", "0", "0.0", "-1"}
@@ -64,7 +88,12 @@ _PRESETS = {
 """Preset of LyCORIS → the recipe's layers, and whether the text encoder is adapted"""
 _ALGORITHMS = {"lora": "locon", "locon": "locon", "loha": "loha", "lokr": "lokr", "full": "full"}
 """Algorithm of LyCORIS → method"""
-_MODULES = {"networks.lora": "lora", "networks.loha": "loha", "networks.lokr": "lokr"}
+_MODULES = {
+    "networks.lora": "lora",
+    "networks.loha": "loha",
+    "networks.lokr": "lokr",
+    **dict.fromkeys(FLOW_NETWORKS, "lora"),
+}
 """Network module of sd-scripts → method"""
 
 
@@ -72,12 +101,13 @@ def map_network(report: ImportReport) -> tuple[str, bool]:
     """Map the network; return the method, and whether the text encoder is adapted.
 
     Raises:
-        DiffgraftError: it is for a model family other than Stable Diffusion 1.x, 2.x and XL.
+        DiffgraftError: it is for a model family that recipes do not train.
     """
     module = report.text("network_module")
     if any(name in module for name in _OTHER_FAMILIES):
         raise DiffgraftError(
-            f"network_module={module} is for another model family: only Stable Diffusion 1.x, 2.x and XL are supported."
+            f"network_module={module} is for another model family: only Stable Diffusion 1.x, 2.x, 3 and XL, and "
+            "FLUX.1 are supported."
         )
     words = report.get("network_args") or []
     arguments = parse_pairs(words if isinstance(words, list) else str(words).split(), report.file_key("network_args"))
@@ -86,15 +116,16 @@ def map_network(report: ImportReport) -> tuple[str, bool]:
     method = _MODULES.get(module, "")
     if not method:
         report.drop("network_module", "this network is not supported; replaced by method=lora.")
-    conv = _number(arguments.pop("conv_dim", ""))
-    layers = "all" if conv else "attention+feedforward"
+    is_flow = module in FLOW_NETWORKS
+    conv = 0.0 if is_flow else _number(arguments.pop("conv_dim", ""))  # transformers have no convolutions
+    layers = "all" if conv or is_flow else "attention+feedforward"
     method = "locon" if conv and method == "lora" else method or "lora"
     if module in _MODULES:
         report.map("method", method, "network_module", remark=f"on layers={layers}")
     report.recipe["layers"] = layers
     alpha = _number(arguments.pop("conv_alpha", "1")) or conv
     _sizes(report, method, conv, alpha)
-    _arguments(report, method, arguments, _LYCORIS if method in ("loha", "lokr") else _LORA)
+    _arguments(report, method, arguments, _FLOW if is_flow else _LYCORIS if method in ("loha", "lokr") else _LORA)
     return method, True
 
 
@@ -193,6 +224,8 @@ def _arguments(report: ImportReport, method: str, arguments: dict[str, str], kno
             continue
         if name in options and text.lower() in ("true", "1"):
             report.map_part(f"options.{options[name]}", True, f"network_args {name}", text)
+        elif name in known and not known[name]:
+            continue
         elif name in known:
             report.drop_part(f"network_args {name}", text, known[name])
         elif name in _ALL_OPTIONS | {"factor"}:

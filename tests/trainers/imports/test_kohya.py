@@ -425,7 +425,7 @@ def test_other_tabs_of_the_gui(make: Make) -> None:
         ("a.json", "3", "but a configuration needs keys and values"),
         ("a.ini", "a: 3", "is not a configuration, whose name"),
         ("a.toml", "some = 3", "not a known configuration of sd-scripts"),
-        ("a.toml", 'network_module = "networks.lora_flux"', "only Stable Diffusion 1.x, 2.x and XL are supported"),
+        ("a.toml", 'network_module = "networks.lora_lumina"', "only Stable Diffusion 1.x, 2.x, 3"),
         (
             "a.toml",
             'network_module = "networks.lora"\nnetwork_dim = "big"',
