@@ -9,6 +9,7 @@ from diffgraft.imports.counting import Epochs
 from diffgraft.imports.import_report import ImportReport, as_number, map_table, short
 from diffgraft.imports.onetrainer_concepts import Concepts, read_concepts
 from diffgraft.imports.onetrainer_keys import APART, DEFAULTS, MAPPED, UNSUPPORTED
+from diffgraft.imports.onetrainer_models import map_flow, model_of, read_transformer
 from diffgraft.imports.onetrainer_training import in_steps, map_training
 from diffgraft.imports.reading import find_file, read_config
 
@@ -22,10 +23,12 @@ def convert(config: Mapping[str, Any], file: Path, concepts: Sequence[Any] | Non
         concepts: content of the file of concepts; by default the one that the configuration names.
 
     Raises:
-        DiffgraftError: it is for a model family other than Stable Diffusion 1.x, 2.x and XL, or trains a VAE.
+        DiffgraftError: it is for a model family that recipes do not train, or trains a VAE.
     """
     report = _new_report(config)
-    kind, is_xl = _check(report)
+    kind, model = _method_of(report), model_of(report)
+    if model.is_flow:
+        read_transformer(report, config.get("transformer"))
     report.recipe["task"] = "concept" if kind == "EMBEDDING" else "style"
     found = read_concepts(report, file, concepts)
     map_table(report, {**MAPPED, **UNSUPPORTED})
@@ -34,7 +37,9 @@ def convert(config: Mapping[str, Any], file: Path, concepts: Sequence[Any] | Non
     _map_steps(report, epochs)
     _method(report, kind)
     _words(report, found, kind)
-    map_training(report, kind, is_xl, epochs)
+    map_training(report, kind, model.encoders, epochs)
+    if model.is_flow:
+        map_flow(report, model)
     _map_outputs(report, file, epochs, found)
     report.drop_unknown()
     return report
@@ -83,14 +88,12 @@ def _new_report(config: Mapping[str, Any]) -> ImportReport:
     return report
 
 
-def _check(report: ImportReport) -> tuple[str, bool]:
-    """Training method, and whether the model is XL; raises DiffgraftError if they are not supported."""
-    kind, model = report.text("training_method"), report.text("model_type")
-    if not model.startswith("STABLE_DIFFUSION_") or model.startswith("STABLE_DIFFUSION_3") or "DEPTH" in model:
-        raise DiffgraftError(f"model_type={short(model)} is not supported: only Stable Diffusion 1.x, 2.x and XL are.")
+def _method_of(report: ImportReport) -> str:
+    """Training method; raises DiffgraftError if it is not supported."""
+    kind = report.text("training_method")
     if kind not in ("LORA", "FINE_TUNE", "EMBEDDING"):
         raise DiffgraftError(f"training_method={short(kind)} is not supported: only LORA, FINE_TUNE and EMBEDDING are.")
-    return kind, "_XL_" in model
+    return kind
 
 
 def _map_steps(report: ImportReport, epochs: Epochs) -> None:
@@ -219,8 +222,7 @@ def _map_outputs(report: ImportReport, file: Path, epochs: Epochs, found: Concep
     ):
         if steps := in_steps(report, count, unit, epochs):
             report.map(recipe_key, steps, count)
-    words = ("dropout_probability", *(("dropout_probability",) if "_XL_" in report.text("model_type") else ()))
-    shares = [report.number(f"text_encoder{'_2' if row else ''}.{word}") for row, word in enumerate(words)]
+    shares = [report.number(f"{encoder}.dropout_probability") for encoder in model_of(report).encoders]
     if any(shares) and len(set(shares)) == 1:
         report.map("caption_dropout", shares[0], "text_encoder.dropout_probability")
     elif any(shares):

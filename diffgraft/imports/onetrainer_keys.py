@@ -70,7 +70,6 @@ UNSUPPORTED = {
         "paper.",
         perturbation_noise_weight=0.0,
     ),
-    **unsupported("shifting timesteps is not supported.", timestep_shift=1.0, dynamic_timestep_shifting=False),
     **unsupported("masks apply to every step.", unmasked_probability=0.1),
     **unsupported(
         "not supported; prior.by=prediction preserves the class rather than what is outside of masks.",
@@ -179,6 +178,7 @@ JOINT: dict[str, Any] = {
     **{"huber_delta": 1.0, "loss_weight_fn": "CONSTANT", "loss_weight_strength": 5.0},
     **{"rescale_noise_scheduler_to_zero_terminal_snr": False, "force_v_prediction": False},
     **{"force_epsilon_prediction": False, "min_noising_strength": 0.0, "max_noising_strength": 1.0},
+    **{"timestep_shift": 1.0, "dynamic_timestep_shifting": False},
     **{"timestep_distribution": "UNIFORM", "noising_weight": 0.0, "noising_bias": 0.0},
     **{"resolution": "512", "aspect_ratio_bucketing": True, "masked_training": False, "unmasked_weight": 0.1},
     **{"normalize_masked_area_loss": False, "concept_file_name": "training_concepts/concepts.json", "concepts": None},

@@ -1,6 +1,7 @@
 """Conversion of OneTrainer's configuration to a recipe: optimizer, rates, schedule, loss, timesteps, sizes, masks."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from diffgraft.imports.counting import Epochs
@@ -19,17 +20,17 @@ _TIMESTEPS = 1000
 """Number of timesteps of Stable Diffusion's noise schedules"""
 
 
-def map_training(report: ImportReport, kind: str, is_xl: bool, epochs: Epochs) -> None:
+def map_training(report: ImportReport, kind: str, encoders: Sequence[str], epochs: Epochs) -> None:
     """Map all settings of the training itself.
 
     Args:
         report: import report in which images, method and steps are mapped already.
         kind: OneTrainer's training method.
-        is_xl: whether the base has two text encoders.
+        encoders: names of the base's text encoders.
         epochs: converter from epochs to steps.
     """
     optimizer = _optimizer(report)
-    _rates(report, kind, is_xl, epochs, optimizer)
+    _rates(report, kind, encoders, epochs, optimizer)
     _schedule(report, epochs.accumulate, optimizer)
     _loss(report)
     _timesteps(report)
@@ -89,7 +90,7 @@ _SCALES = {
 """Name of a scaler → whether learning rates grow with the root of the batch size, and of the accumulation"""
 
 
-def _rates(report: ImportReport, kind: str, is_xl: bool, epochs: Epochs, optimizer: str) -> None:
+def _rates(report: ImportReport, kind: str, parts: Sequence[str], epochs: Epochs, optimizer: str) -> None:
     by_batch, by_accumulation = _SCALES.get(report.text("learning_rate_scaler"), (False, False))
     scale = math.sqrt((epochs.batch if by_batch else 1) * (epochs.accumulate if by_accumulation else 1))
     remark = f"times {scale:g} by learning_rate_scaler" if scale != 1 else ""
@@ -100,7 +101,6 @@ def _rates(report: ImportReport, kind: str, is_xl: bool, epochs: Epochs, optimiz
         return
     key = "unet.learning_rate" if report.number("unet.learning_rate") else "learning_rate"
     rate = report.number(key) or 0.0
-    parts = ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",)
     trained = [part for part in parts if report.flag(f"{part}.train")]
     rates = {part: report.number(f"{part}.learning_rate") for part in trained}
     texts = [(general if rates[part] is None else rates[part] or 0.0) if part in trained else 0.0 for part in parts]
@@ -196,6 +196,8 @@ def _timesteps(report: ImportReport) -> None:
         report.map("timesteps.min", int(_TIMESTEPS * first), "min_noising_strength")
     if end != 1:
         report.map("timesteps.max", int(_TIMESTEPS * end) - 1, "max_noising_strength", remark="inclusive")
+    if (shift := report.number("timestep_shift")) != 1.0:
+        report.map("timesteps.shift", shift, "timestep_shift")
     distribution = report.text("timestep_distribution")
     if distribution == "LOGIT_NORMAL":
         report.map("timesteps.distribution", "logit-normal", "timestep_distribution")

@@ -120,6 +120,7 @@ def test_what_the_file_does_not_say_is_as_there(make: Make) -> None:
         ({"min_snr_gamma": 0, "save_after": 30, "save_after_unit": "STEP", "__version": 2}, {"adapter_every": 30}),
         ({"min_snr_gamma": 3, "__version": 2}, {"loss": {"snr_gamma": 3.0}}),
         ({"lora_layer_preset": "attn-only", "__version": 6}, {"layers": "attention"}),
+        ({"timestep_shift": 2.0}, {"timesteps": {"shift": 2.0}}),
     ],
 )
 def test_single_settings(make: Make, more: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -128,6 +129,39 @@ def test_single_settings(make: Make, more: dict[str, Any], expected: dict[str, A
     assert {
         key: value if not isinstance(value, dict) else {**found[key], **value} for key, value in expected.items()
     } == {key: found[key] for key in expected}
+
+
+FLOW = {
+    **{"training_method": "LORA", "base_model_name": "parts", "lora_rank": 12, "lora_alpha": 6.0},
+    **{"learning_rate": 2e-4, "loss_weight_fn": "MIN_SNR_GAMMA", "offset_noise_weight": 0.02},
+    "unet": {"learning_rate": 7.0, "weight_dtype": "INT_8"},  # every file has it, whatever the model is
+    "transformer": {
+        **{"learning_rate": 1e-4, "weight_dtype": "NFLOAT_4", "gradient_checkpointing": True},
+        **{"guidance_scale": 3.5, "model_name": "transformer.safetensors"},
+    },
+}
+
+
+@pytest.mark.parametrize("model", ["FLUX_DEV_1", "FLUX_2", "Z_IMAGE", "QWEN", "KREA_2", "STABLE_DIFFUSION_35"])
+def test_transformers_have_their_settings_in_a_group_of_their_own(make: Make, model: str) -> None:
+    recipe, report = make(config_json={**FLOW, "model_type": model, "dynamic_timestep_shifting": True})
+    assert (recipe.base, recipe.components) == ("transformer.safetensors", "parts")
+    assert (recipe.lr, recipe.rank, recipe.quantize) == (1e-4, 12, "nf4")
+    assert (recipe.timesteps.shift, recipe.loss.snr_gamma, recipe.noise.offset) == ("size", None, 0)
+    said = told(report)
+    assert "no meaning for flow matching" in said["offset_noise_weight"]
+    assert "embedded guidance of 1" in said["transformer.guidance_scale"]
+    assert not any(key.startswith("unet.") for key in said)
+    assert ("model_type" in said) == (model == "FLUX_2")
+
+
+def test_only_encoders_that_learn_there_learn_here(make: Make) -> None:
+    head = {**FLOW, "timestep_shift": 3.0, "text_encoder_2": {"train": False}}
+    recipe, _ = make(config_json={**head, "model_type": "STABLE_DIFFUSION_3"})
+    assert recipe.lr_scale == {"text_encoder": 2.0, "text_encoder_2": 0.0, "text_encoder_3": 0.0}
+    assert recipe.timesteps.shift == 3.0
+    recipe, _ = make(config_json={**head, "model_type": "FLUX_DEV_1", "text_encoder": {"train": False}})
+    assert (recipe.text_encoder, recipe.lr_scale) == (False, {})
 
 
 def test_text_encoders_of_xl_may_learn_apart(make: Make) -> None:
@@ -175,7 +209,6 @@ def test_several_concepts(make: Make, kohya_folder: Path) -> None:
         ({"huber_strength": 1.0}, "huber_strength", "twice as large"),
         ({"loss_weight_fn": "P2"}, "loss_weight_fn", "loss.snr_gamma"),
         ({"timestep_distribution": "SIGMOID"}, "timestep_distribution", "logit-normal"),
-        ({"timestep_shift": 2.0}, "timestep_shift", "shifting timesteps is not supported"),
         ({"peft_type": "OFT_2"}, "peft_type", "replaced by method=lora"),
         ({"lora_decompose": True}, "lora_decompose_output_axis", "each output"),
         ({"learning_rate_scheduler": "REX"}, "learning_rate_scheduler", "constant"),
@@ -217,7 +250,7 @@ def test_debiased_weights_are_the_same_numbers_as_there(make: Make) -> None:
 @pytest.mark.parametrize(
     ("content", "answer"),
     [
-        ({"training_method": "LORA", "model_type": "FLUX_DEV_1"}, "model_type=FLUX_DEV_1 is not supported"),
+        ({"training_method": "LORA", "model_type": "SANA"}, "model_type=SANA is not supported"),
         ({"training_method": "FINE_TUNE_VAE"}, "FINE_TUNE_VAE is not supported"),
         ({"training_method": "LORA", "lora_rank": "big"}, r"lora_rank='big' .* must be a number"),
         ({"training_method": "LORA", "concepts": {"path": "x"}}, "must be a list of objects"),
