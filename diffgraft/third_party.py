@@ -18,7 +18,9 @@ def import_bitsandbytes() -> Any:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Within the block diffusers, transformers and bitsandbytes log errors only and show no progress bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not reset: it warns when peft imports it
+    others = logging.getLogger("bitsandbytes")
+    if others.level != logging.ERROR:  # each change of a level empties the caches of all loggers
+        others.setLevel(logging.ERROR)  # not reset: it warns when peft imports it
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

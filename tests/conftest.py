@@ -14,6 +14,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # several at once, e
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from diffgraft.bases import Base, load_base
@@ -22,6 +23,7 @@ from diffgraft.bases.registry import families
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.trainers.planning.prediction_check import prediction_warning
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
 from tests.recipes import SUBJECT
@@ -70,6 +72,20 @@ def _plain_plots() -> Iterator[None]:
 def _plot_by(save: Callable[..., Path], patch: pytest.MonkeyPatch) -> None:
     for place in ("hooks.artifacts", "run.train"):
         patch.setattr(f"diffgraft.trainers.{place}.save_loss_plot", save)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_prediction_check() -> Iterator[None]:
+    """What a base predicts is looked at before each run, and is tested by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: "")
+        yield
+
+
+@pytest.fixture
+def real_prediction_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs look at what their base predicts, as users' do."""
+    monkeypatch.setattr("diffgraft.trainers.run.train_adapter.prediction_warning", prediction_warning)
 
 
 @pytest.fixture
@@ -124,9 +140,24 @@ def short_run(base: Base, pictures: Path, tmp_path_factory: pytest.TempPathFacto
         return train(SUBJECT, base=base, images=pictures, output=tmp_path_factory.mktemp("runs") / "short", **settings)
 
 
+def made_once(make: Callable[[Path], object], name: str, factory: pytest.TempPathFactory) -> Path:
+    """A folder that the first worker makes of those that need it; no test writes into it."""
+    root = factory.getbasetemp()
+    folder = (root.parent if root.name.startswith("popen-") else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not (done := Path(f"{folder}.done")).exists():
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a random Stable Diffusion XL with every width different."""
+    return made_once(_save_sdxl, "small-xl", tmp_path_factory)
+
+
+def _save_sdxl(folder: Path) -> None:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -178,9 +209,7 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
         add_watermarker=False,
     )
-    folder = tmp_path_factory.mktemp("bases") / "small-xl"
     pipe.save_pretrained(folder)
-    return folder
 
 
 @cache
@@ -222,10 +251,12 @@ UNETS: dict[str, dict[str, object]] = {
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random base of every family, in a folder of the family's name."""
-    folder = tmp_path_factory.mktemp("families")
-    for family in UNETS:
-        small(folder / family, family)
-    return folder
+
+    def make(folder: Path) -> None:
+        for family in UNETS:
+            small(folder / family, family)
+
+    return made_once(make, "families", tmp_path_factory)
 
 
 def small(folder: Path, family: str, channels: int = 4) -> Path:
@@ -295,6 +326,11 @@ def chinese(folder: Path) -> dict[str, object]:
 @pytest.fixture(scope="session", params=FLOW_FAMILIES)
 def flow_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A small random base of each family of flow-matching transformers, loaded from a folder."""
+    return load_base(flow_folder_of(request.param, tmp_path_factory))
+
+
+def flow_folder_of(family: str, factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small random base of a family of flow-matching transformers."""
     from tests.flow_bases import flow_folder  # its imports take seconds
 
-    return load_base(flow_folder(request.param, tmp_path_factory.mktemp("flow") / request.param))
+    return made_once(partial(flow_folder, family), family, factory)

@@ -38,6 +38,7 @@ from diffgraft.progress import (
 from diffgraft.trainers.hooks.checkpoint import checkpoints
 from tests.conftest import SHORT
 from tests.recipes import SUBJECT
+from tests.trainers.forks import command_line, in_fork
 
 QUICK: dict[str, Any] = {**SHORT, "steps": 8, "checkpoint_every": 0, "prior": {"weight": 0}, "previews": False}
 
@@ -186,20 +187,26 @@ def test_without_previews_no_picture_is_drawn(
     assert (run.folder / "loss.png").exists()
 
 
-@pytest.mark.parametrize("shown", ["auto", "json"])
-def test_a_log_has_no_bars(shown: str, pictures: Path, tmp_path: Path) -> None:
-    words = ["train", SUBJECT, "subject=dog", f"images={pictures}", f"output={tmp_path / 'run'}", "steps=3"]
-    words += ["prior.weight=0", "previews=false", "sample_every=0", "batch=1", f"--progress={shown}"]
+def test_a_log_has_no_bars(pictures: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TQDM_DISABLE": "1", "DIFFGRAFT_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-m", "diffgraft", *words], capture_output=True, text=True, env=environment, check=True
-    )
+    command = [sys.executable, "-m", "diffgraft", *words_of(pictures, tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     for text in (done.stdout, done.stderr):
         assert "\r" not in text
         assert "%|" not in text
-    if shown == "json":
-        events = [json.loads(line) for line in done.stderr.splitlines()]
-        assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
+
+
+def test_a_log_of_json_has_nothing_else(pictures: Path, tmp_path: Path) -> None:
+    left = in_fork(command_line, *words_of(pictures, tmp_path), "--progress=json", folder=tmp_path)
+    assert left.status == 0, left.err
+    events = [json.loads(line) for line in left.err.splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
+
+
+def words_of(pictures: Path, folder: Path) -> list[str]:
+    """A short training by the command line."""
+    words = ["train", SUBJECT, "subject=dog", f"images={pictures}", f"output={folder / 'run'}", "steps=3"]
+    return [*words, "prior.weight=0", "previews=false", "sample_every=0", "batch=1"]
 
 
 def test_lines_are_few(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,8 @@ class Base:
 
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
     """Size (height, width) of latents → latents of a grey picture, for inpainting"""
+    _schedule: tuple[Any, Parameterization] | None = field(default=None, init=False)
+    """Configuration of the scheduler, and the parameterization that was made of it"""
 
     def __repr__(self) -> str:
         more = (", zero terminal SNR" if self.zero_snr else "") + (", inpainting" if self.is_inpainting else "")
@@ -187,8 +190,14 @@ class Base:
 
     @property
     def parameterization(self) -> Parameterization:
-        """Prediction and noise schedule that the denoiser was trained with."""
-        return self.family.parameterization(self.scheduler)
+        """Prediction and noise schedule that the denoiser was trained with.
+
+        diffusers' schedulers replace their configuration where they change it, and then it is computed anew.
+        """
+        config = self.scheduler.config
+        if self._schedule is None or self._schedule[0] is not config:
+            self._schedule = config, self.family.parameterization(self.scheduler)
+        return self._schedule[1]
 
     @property
     def zero_snr(self) -> bool:
@@ -197,15 +206,26 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        first: Tensor | None = next(self.denoiser.parameters(), None)
+        if first is not None and not (first.device.type == "cpu" and torch.accelerator.is_available()):
+            return first.device
+        # diffusers' property also finds weights that are offloaded to the CPU, but it looks at every module
         device: torch.device = self.denoiser.device
         return device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Base":
         """Move or cast all networks in place, and return the base."""
+        if dtype is None and device is not None and self._is_on(torch.device(device)):
+            return self
         with quiet_libraries():
             for _, part in self.parts():
                 part.to(device=device, dtype=dtype)
         return self
+
+    def _is_on(self, device: torch.device) -> bool:
+        """Whether all weights are there, where looking takes less time than moving."""
+        tensors = (value for _, part in self.parts() for value in chain(part.parameters(), part.buffers()))
+        return all(value.device == device for value in tensors)
 
     @property
     def vae_hash(self) -> str:

@@ -16,6 +16,7 @@ from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.formats import load_adapter
 from diffgraft.adapters.methods.lora import low_rank
 from diffgraft.bases import Base
+from diffgraft.cli.main import app
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.run.train import train
 from tests.cli.test_cli import call
@@ -54,16 +55,15 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
         ("methods lo", ["locon", "loha", "lokr", "lora"]),
     ],
 )
-def test_a_shell_completes_names_of_recipes_and_methods(typed: str, names: list[str]) -> None:
-    words = {
-        **os.environ,
-        "_DIFFGRAFT_COMPLETE": "complete_bash",
-        "COMP_WORDS": f"diffgraft {typed}",
-        "COMP_CWORD": "2",
-    }
-    script = "from diffgraft.cli.main import app; app(prog_name='diffgraft')"
-    done = subprocess.run([sys.executable, "-c", script], env=words, capture_output=True, text=True, check=False)
-    assert sorted(done.stdout.split()) == names
+def test_a_shell_completes_names_of_recipes_and_methods(
+    typed: str, names: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {"_DIFFGRAFT_COMPLETE": "complete_bash", "COMP_WORDS": f"diffgraft {typed}", "COMP_CWORD": "2"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        app(prog_name="diffgraft")
+    assert sorted(capsys.readouterr().out.split()) == names
 
 
 def test_the_walk_in_the_readme_works_as_it_stands(

@@ -1,9 +1,7 @@
 """Captions and masks by models of transformers: small random ones, through the very commands."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from diffgraft.data.captioner import Captioner
 from diffgraft.data.image_folder import read_folder
 from diffgraft.data.masker import mask_files, open_masker
 from diffgraft.errors import DiffgraftError
+from tests.trainers.forks import command_line, in_two
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [*_SPECIAL, "a", "dog", "cat", "in", "the", "snow", "of", "photo", "on", "grass", "[DEC]"]
@@ -285,13 +284,12 @@ def _damaged(models: Path) -> None:
     (models / "coded" / "own.py").write_text("raise SystemExit('this was run')\n", "utf-8")
 
 
-def test_of_two_processes_each_takes_its_share(photos: Path, models: Path) -> None:
-    words = ["-m", "diffgraft", "caption", str(photos), "--model", str(models / "blip"), "--max-tokens", "3"]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(run, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert sorted(line for line in done.stdout.splitlines() if "captions" in line) == [
+def test_of_two_processes_each_takes_its_share(photos: Path, models: Path, tmp_path: Path) -> None:
+    words = ["caption", str(photos), "--model", str(models / "blip"), "--max-tokens", "3"]
+    left = in_two(command_line, *words, folder=tmp_path)
+    assert [one.status for one in left] == [0, 0], left
+    told = "".join(one.out for one in left)
+    assert sorted(line for line in told.splitlines() if "captions" in line) == [
         "1 captions written",
         "2 captions written",
     ]

@@ -6,6 +6,7 @@ Run as ``python installed.py FOLDER PICTURES``; what it found is printed as JSON
 import json
 import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,16 @@ def method(folder: Path, pictures: Path) -> dict[str, Any]:
             "merged": merged,
             "restored": torch.equal(layer.weight, bare),
         }
-    return found
+    with dg.graft(base, {adapter: 2.0, lora(folder, pictures): 1.0}):
+        stacked = layer.weight - bare
+    wanted = 2 * column + lora(folder, pictures).adapter.deltas[path][0].delta(bare.shape)
+    return {**found, "stacks": torch.allclose(stacked, wanted, rtol=1e-3, atol=1e-6)}
+
+
+@cache
+def lora(folder: Path, pictures: Path) -> dg.Run:
+    """A LoRA of two steps."""
+    return train(folder / "lora", pictures, steps=2)
 
 
 def objective(folder: Path, pictures: Path) -> dict[str, Any]:
@@ -55,7 +65,7 @@ def objective(folder: Path, pictures: Path) -> dict[str, Any]:
 
 def dialect(folder: Path, pictures: Path) -> dict[str, Any]:
     """Convert an adapter into the page's dialect; what is read of it is the same to the bit."""
-    run = train(folder / "lora", pictures, steps=2)
+    run = lora(folder, pictures)
     file = folder / "plain.safetensors"
     dg.convert(run.adapter_file, file, "plain")
     before, after = dg.load_adapter(run.adapter_file), dg.load_adapter(file)

@@ -14,20 +14,30 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 MODULES = {re.match(r'"""(\w+)\.py: ', block)[1]: block for block in BLOCKS}  # type: ignore[index]
+PROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "outside"
+version = "1.0"
+[tool.setuptools]
+py-modules = {modules}
+{entries}
+"""
 
 
 @pytest.fixture(scope="module")
 def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process finds that has the page's modules and entry points installed."""
-    site, runs = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("runs")
+    """What a process finds that has the page's modules and entry points installed by pip."""
+    source, site, runs = (tmp_path_factory.mktemp(name) for name in ("source", "site", "runs"))
     for name, block in MODULES.items():
-        (site / f"{name}.py").write_text(block, "utf-8")
-    info = site / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n", "utf-8")
+        (source / f"{name}.py").write_text(block, "utf-8")
     (entries,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    entries = re.sub(r'\[project\.entry-points\."(.*?)"\]', r"[\1]", entries).replace('"', "")
-    (info / "entry_points.txt").write_text(entries.replace("my_package.", ""), "utf-8")
+    project = PROJECT.format(modules=[*MODULES], entries=entries.replace("my_package.", ""))
+    (source / "pyproject.toml").write_text(project, "utf-8")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*install, str(site), str(source)], check=True)
     names = ["method", "objective", "dialect", "family", "measure", "hook"]
     out = subprocess.run(
         [sys.executable, Path(__file__).with_name("installed.py"), runs, pictures, *names],
@@ -43,11 +53,13 @@ def found(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def test_every_plugin_has_its_example() -> None:
     assert set(MODULES) == {"rows", "close", "plain", "dots", "brightness", "norms"}
+    assert len(MODULES["rows"].splitlines()) < 70
 
 
 @pytest.mark.parametrize("by", ["outputs", "inputs"])
 def test_method_trains_and_merges(found: dict[str, Any], by: str) -> None:
     assert found["method"][by] == {"kinds": ["rows"], "moved": True, "merged": True, "restored": True}
+    assert found["method"]["stacks"]
 
 
 def test_objective_is_trained_by_and_its_terms_recorded(found: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from diffgraft.trainers.planning.plan import plan_run
 from diffgraft.trainers.planning.prediction_check import prediction_cosines, prediction_warning
 from diffgraft.trainers.run.train import train
 from diffgraft.trainers.training_data.examples import Example, Examples
-from tests.conftest import SHORT
+from tests.conftest import SHORT, UNETS, fresh
 from tests.recipes import SUBJECT
 
 
@@ -71,6 +71,15 @@ def test_what_a_base_predicts_is_seen(says: str, predicts: str, monkeypatch: pyt
         assert says == predicts or f"set prediction_type={predicts}" in told
 
 
+@pytest.mark.parametrize("family", UNETS)
+def test_bases_of_every_family_are_looked_at(family: str, folders: Path) -> None:
+    base = fresh(folders / family)
+    latents = normal((2, 4, 8, 16), 5)
+    assert all(-0.5 < near < 0.5 for near in prediction_cosines(base, latents))  # of random weights
+    assert prediction_warning(base, examples_of(latents)) == ""
+
+
+@pytest.mark.usefixtures("real_prediction_check")
 def test_training_and_drawing_tell_of_a_base_that_says_the_wrong_thing(pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {**SHORT, "steps": 1, "prior": {"weight": 0}, "sample_prompts": "a dog"}
     wrong = load_base("tiny", prediction_type="epsilon", zero_snr=False)

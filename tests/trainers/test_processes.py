@@ -29,6 +29,7 @@ from diffgraft.trainers.run.train import train
 from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_frozen
 from tests.recipes import SUBJECT
+from tests.trainers.forks import command_line, in_two
 from tests.trainers.kill_helpers import check_whole
 
 HELD_OUT = {"share": 0.4, "every": 2, "pairs": 4}
@@ -54,42 +55,6 @@ if is_deepspeed_available():
     SETTINGS |= {"over zero3": {**OVER_SHARDS, "shard": "zero3"}}
 COMMON: dict[str, Any] = {"subject": "dog", "steps": 3, "checkpoint_every": 2, "sample_every": 2, "batch": 2}
 COMMON |= {"sample_prompts": "a dog", "adapter_every": 2}
-SCRIPT = """
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-import torch
-from accelerate import PartialState
-from diffgraft.bases import load_base
-from diffgraft.trainers.run import train_adapter as learn
-from diffgraft.trainers.runtime.processes import check_same_step, new_accelerator
-from diffgraft.trainers.recipe.files import load_recipe
-from diffgraft.trainers.run.train import train
-from diffgraft.trainers.runtime.shards import check_compatible, check_shards, shard_denoiser
-sys.path.insert(0, sys.argv[1])
-from tests.drawing import draw_in
-from tests.trainers.test_processes import COMMON, SETTINGS, local
-from tests.recipes import SUBJECT
-
-class TrainingLoop(learn.TrainingLoop):
-    def run(self):
-        super().run()
-        unet = getattr(self.predict, "module", self.predict).denoiser
-        shares.append(sum(local(value).numel() for value in unet.parameters()) / whole)
-
-learn.TrainingLoop, shares = TrainingLoop, []
-draw_in(2)
-base, (pictures, folder) = load_base("tiny"), sys.argv[2:]
-unet, before = base.unet, {name: value.clone() for name, value in base.unet.state_dict().items()}
-whole = sum(value.numel() for value in unet.parameters())
-for name, settings in SETTINGS.items():
-    train(SUBJECT, base=base, images=pictures, output=f"{folder}/{name}", **COMMON, **settings)
-    assert PartialState().num_processes == 2
-    assert abs(shares.pop() - (0.5 if "over" in name else 1)) < 0.01
-    assert base.unet is unet and all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
-Path(folder, f"rank-{PartialState().process_index}").touch()
-"""
 PLAIN = load_recipe(SUBJECT, {"subject": "dog"})
 
 
@@ -98,9 +63,37 @@ def local(value: Any) -> Any:
     return value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value)
 
 
+def train_all(pictures: Path, folder: Path) -> None:
+    """In each of two processes: a run with each of the settings, which leaves the base as it was."""
+    from accelerate import PartialState
+
+    from diffgraft.trainers.run import train_adapter as learn
+    from tests.drawing import draw_in
+    from tests.trainers.preloaded_base import BASE
+
+    class TrainingLoop(learn.TrainingLoop):
+        def run(self) -> None:
+            super().run()
+            unet = getattr(self.predict, "module", self.predict).denoiser
+            shares.append(sum(local(value).numel() for value in unet.parameters()) / whole)
+
+    shares: list[float] = []
+    learn.TrainingLoop = TrainingLoop  # type: ignore[misc]
+    draw_in(2)
+    unet, before = BASE.unet, {name: value.clone() for name, value in BASE.unet.state_dict().items()}
+    whole = sum(value.numel() for value in unet.parameters())
+    for name, settings in SETTINGS.items():
+        train(SUBJECT, base=BASE, images=pictures, output=folder / name, **COMMON, **settings)
+        assert PartialState().num_processes == 2
+        assert abs(shares.pop() - (0.5 if "over" in name else 1)) < 0.01
+        assert BASE.unet is unet
+        assert all(torch.equal(value, before[key]) for key, value in unet.state_dict().items())
+    (folder / f"rank-{PartialState().process_index}").touch()
+
+
 @contextmanager
 def launched(*words: str, cache: Path) -> Iterator[subprocess.Popen[str]]:
-    """Two processes of one command, which are ended where they wait for one another for ever."""
+    """Two processes of one command, started by torchrun, which are ended where they wait for one another for ever."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "DIFFGRAFT_CACHE": str(cache)}
     with subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True) as run:
@@ -114,12 +107,8 @@ def launched(*words: str, cache: Path) -> Iterator[subprocess.Popen[str]]:
 def both(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have trained both."""
     folder = tmp_path_factory.mktemp("together")
-    script = folder / "script.py"
-    script.write_text(SCRIPT, "utf-8")
-    root = str(Path(__file__).parents[2])
-    with launched(str(script), root, str(pictures), str(folder), cache=folder / "cache") as run:
-        _, said = run.communicate(timeout=400)
-    assert run.returncode == 0, said
+    for left in in_two(train_all, pictures, folder, folder=folder):
+        assert left.status == 0, left.err
     assert sorted(path.name for path in folder.glob("rank-*")) == ["rank-0", "rank-1"]
     return folder
 
@@ -146,15 +135,12 @@ def test_two_processes_are_one_with_twice_the_batches(
     assert len(list((both / "cache").rglob("class-images/*/*.png"))) == 5
 
 
-def in_two(folder: Path, **settings: Any) -> Adapter:
+def trained_in_two(folder: Path, **settings: Any) -> Adapter:
     """What a run of two processes leaves in `folder`, by the command line."""
     given = {"subject": "dog", "prior.weight": 0, "sample_every": 0, "previews": False, "seed": 3, **settings}
-    words = [f"{key}={value}" for key, value in given.items()]
-    with launched(
-        "-m", "diffgraft", "train", SUBJECT, *words, f"output={folder}", cache=folder.parent / "cache"
-    ) as run:
-        _, said = run.communicate(timeout=300)
-    assert run.returncode == 0, said[-3000:]
+    words = ["train", SUBJECT, *(f"{key}={value}" for key, value in given.items()), f"output={folder}"]
+    for left in in_two(command_line, *words, folder=folder.parent):
+        assert left.status == 0, left.err[-3000:]
     state = json.loads((checkpoints(folder)[-1] / "state.json").read_text("utf-8"))
     assert state["identity"]["processes"] == 2
     return load_adapter(folder / "adapter.safetensors")
@@ -163,7 +149,7 @@ def in_two(folder: Path, **settings: Any) -> Adapter:
 def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path, tmp_path: Path) -> None:
     settings = {"images": pictures, "steps": 5, "accumulate": 2, "text_encoder": True, "text_encoder_stop": 2}
     rates = {"lr_scale.M00": 0.5, "lr_scale.OUT03": 0}
-    found = in_two(tmp_path / "two", batch=1, checkpoint_every=1, **settings, **rates)
+    found = trained_in_two(tmp_path / "two", batch=1, checkpoint_every=1, **settings, **rates)
     before, after = (load_file(folder / "parameters.safetensors") for folder in checkpoints(tmp_path / "two"))
     for name, value in before.items():
         assert torch.equal(value, after[name]) == name.startswith("text_encoder."), name
@@ -179,7 +165,7 @@ def test_text_encoders_of_two_processes_stop_together(base: Base, pictures: Path
 def test_what_does_not_reach_the_loss_is_no_trouble(folders: Path, pictures: Path, tmp_path: Path) -> None:
     """Of the first text encoder of XL the last layer gets no gradient, which would stop two processes."""
     settings = {"steps": 2, "batch": 1, "method": "full", "text_encoder": True, "lr": 1e-4, "resolution": 32}
-    found = in_two(tmp_path / "two", images=pictures, base=folders / "sdxl", **settings)
+    found = trained_in_two(tmp_path / "two", images=pictures, base=folders / "sdxl", **settings)
     assert any(path.startswith("text_encoder.encoder.layers.0.") for path in found.modules)
     assert not any(path.startswith(("text_encoder.encoder.layers.1.", "text_encoder.final")) for path in found.modules)
 
@@ -214,11 +200,10 @@ def test_shards_need_a_frozen_unet_and_its_weights_as_they_are(base: Base) -> No
 
 
 def test_a_unet_that_is_trained_is_refused_before_anything_is_written(pictures: Path, tmp_path: Path) -> None:
-    words = [SUBJECT, "subject=dog", f"images={pictures}", "method=full", "shard=fsdp", f"output={tmp_path / 'run'}"]
-    with launched("-m", "diffgraft", "train", *words, cache=tmp_path / "cache") as run:
-        _, said = run.communicate(timeout=100)
-    assert run.returncode != 0
-    assert "needs a frozen denoiser, but this method trains" in said
+    words = ["train", SUBJECT, "subject=dog", f"images={pictures}", "method=full", "shard=fsdp"]
+    for left in in_two(command_line, *words, f"output={tmp_path / 'run'}", folder=tmp_path):
+        assert left.status == 1
+        assert "needs a frozen denoiser, but this method trains" in left.err
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
 

@@ -138,9 +138,6 @@ def test_a_frozen_word_stays_where_it_started_and_prompts_are_worked_out_once(
         return real(self, held, prompts, size)
 
     monkeypatch.setattr(type(base.family), "encode", condition)
-    monkeypatch.setattr(
-        "diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: ""
-    )  # which asks for words of its own
     start = base.text_encoder.get_input_embeddings().weight[base.tokenizer.convert_tokens_to_ids("dog</w>")].clone()
     done = go(steps=3, method="pivotal", lr_scale={"text_encoder": 0})
     assert torch.equal(done.adapter.tokens["<zorp>"]["text_encoder"][0], start)
@@ -387,9 +384,6 @@ def test_a_run_whose_text_encoder_stops_goes_on_with_equal_bits(
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
     monkeypatch.setattr(type(base.family), "encode", condition)
-    monkeypatch.setattr(
-        "diffgraft.trainers.run.train_adapter.prediction_warning", lambda *_: ""
-    )  # which asks for words of its own
     given = {**FAST, "steps": 7, "text_encoder_stop": 3, "checkpoint_every": 1, **settings}
     whole = train(SUBJECT, base=base, images=pictures, output=tmp_path / "whole", **given)
     accumulate = settings.get("accumulate", 1)

@@ -1,5 +1,6 @@
 """Metadata in an adapter file's header: how the adapter was trained."""
 
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
 
     It depends on recipe, base, images and accepted changes alone, so that equal runs write equal files.
     """
-    names = ("diffgraft", "torch", "diffusers", "transformers", "peft")
     has_rank = "rank" not in unsupported_keys(recipe)
     concepts = [{"trigger": concept.trigger, "class": getattr(concept, "subject", None)} for concept in recipe.parts()]
     # a start from the weight is part of the file's factors
@@ -43,5 +43,11 @@ def adapter_header(recipe: Recipe, base: Base, fingerprint: Fingerprint) -> dict
         "seed": recipe.seed,
         "data": fingerprint["data"],
         **({"changes": fingerprint["changes"]} if "changes" in fingerprint else {}),
-        "versions": {name: version(name) for name in names},
+        "versions": dict(_versions()),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return package → its version, which is read from a file of each."""
+    return {name: version(name) for name in ("diffgraft", "torch", "diffusers", "transformers", "peft")}
