@@ -29,7 +29,7 @@ DIGESTS = Path(__file__).parent / "digests.json"
 """Version of PyTorch, vector instructions and processor → run → digests of its adapter file, as `digests` takes them.
 
 The first processor's model was not recorded."""
-STEPS = 8
+STEPS = 30
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "subject": (SUBJECT, {}),
     "style": ("style", {"prompt": "in the style of sks"}),
@@ -97,7 +97,7 @@ def processor() -> str:
 
 
 def adapter_of(name: str, base: Base, folder: Path) -> Path:
-    """The adapter file of a run of 8 steps at seed 0, by one thread."""
+    """The adapter file of a run of 30 steps at seed 0, by one thread."""
     recipe, settings = RUNS[name]
     own: dict[str, Any] = {} if recipe == "style" else {"subject": "dog"}
     own |= {} if recipe == "concept" else {"prior": {"images": 4}}
