@@ -1,6 +1,7 @@
 """Runs are killed for real (SIGKILL), at random moments of all they do, and end as if nothing had been."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -129,28 +130,27 @@ def test_the_command_line_is_killed_and_interrupted(base: Base, pictures: Path, 
 
 def test_a_checkpoint_is_whole_wherever_its_writing_ends(tmp_path: Path) -> None:
     """Killed at each of its dealings with files in turn: there is always a newest one, and every one is whole."""
-    before, number = tmp_path / "before", 0
+    before = tmp_path / "before"
     for step, is_due in ((1, True), (2, True), (3, False)):
         save_step(before, step, is_due=is_due)
+    process = SERVER.Process(target=save_and_die_everywhere, args=(before, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    *killed, last = json.loads((tmp_path / "ended").read_text("utf-8"))
+    assert {*killed} == {-signal.SIGKILL}
+    assert last == 0
     found = set()
-    while True:
+    for number in range(len(killed)):
         folder = tmp_path / str(number)
-        shutil.copytree(before, folder)
-        process = SERVER.Process(target=save_and_die, args=(folder, number))
-        process.start()
-        process.join()
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
         check_whole(folder)
         parameter = nn.Parameter(torch.zeros(3, 2))
         step = restored_step(folder, IDENTITY, state_of(0, {"a": parameter}, torch.optim.AdamW([parameter])))
         assert step == parameter[0, 0] in (3, 4)
         found.add(tuple(path.name[-1] for path in checkpoints(folder)))
-        number += 1
-    assert number > 20
+    assert len(killed) > 20
     assert found == {tuple(steps) for steps in ("23", "234", "24")}
-    assert [path.name[-1] for path in checkpoints(folder)] == ["2", "4"]
+    assert [path.name[-1] for path in checkpoints(tmp_path / str(len(killed)))] == ["2", "4"]
 
 
 def save_step(folder: Path, step: int, *, is_due: bool) -> None:
@@ -160,8 +160,24 @@ def save_step(folder: Path, step: int, *, is_due: bool) -> None:
     save_checkpoint(folder, IDENTITY, state, is_due=is_due)
 
 
+def save_and_die_everywhere(before: Path, place: Path) -> None:
+    """In a process of its own, whose forks save step 4 each: how they ended, up to the one that came to its end."""
+    ended: list[int] = []
+    save_step(place / "imports", 1, is_due=True)  # whatever they open is not counted
+    while not ended or ended[-1] == -signal.SIGKILL:
+        folder = place / str(len(ended))
+        shutil.copytree(before, folder)
+        if (child := os.fork()) == 0:
+            try:
+                save_and_die(folder, len(ended))
+            finally:
+                os._exit(1)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    (place / "ended").write_text(json.dumps(ended), "utf-8")
+
+
 def save_and_die(folder: Path, number: int) -> None:
-    """In a process of its own: save step 4 over those there are, and die before the `number`th dealing with a file."""
+    """Save step 4 over those there are, and die before the `number`th dealing with a file."""
     events = itertools.count()
 
     def count(event: str, _: object) -> None:
@@ -169,7 +185,6 @@ def save_and_die(folder: Path, number: int) -> None:
         if is_file and next(events) == number:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    save_step(folder.with_name("imports"), 1, is_due=True)  # whatever they open is not counted
     sys.addaudithook(count)
     save_step(folder, 4, is_due=True)
     os._exit(0)
