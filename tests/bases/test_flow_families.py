@@ -20,7 +20,8 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.samplers.noise import noise_stream, start_noise
 from diffgraft.pixels import to_image
 from diffgraft.rng import normal
-from tests.flow_bases import flow_folder, flow_pipeline
+from tests.conftest import flow_folder_of
+from tests.flow_bases import flow_pipeline
 from tests.recipes import SUBJECT
 
 SIZE = (64, 48)
@@ -30,7 +31,7 @@ SIZE = (64, 48)
 @pytest.fixture(scope="session")
 def klein(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A small random base of one family, for rules that all of them share."""
-    return dg.load_base(flow_folder("flux2-klein", tmp_path_factory.mktemp("klein") / "base"))
+    return dg.load_base(flow_folder_of("flux2-klein", tmp_path_factory))
 
 
 def latent_shape(base: Base) -> tuple[int, int, int]:

@@ -36,7 +36,7 @@ from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from diffgraft.generation.metadata import save_drawing
 from diffgraft.generation.regenerate import Sources, regenerate
 from tests.bases.test_original_layout import REAL
-from tests.flow_bases import flow_folder
+from tests.conftest import flow_folder_of
 from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
@@ -176,7 +176,7 @@ def test_a_file_with_all_parts_needs_only_their_configurations(flow_base: Base, 
 
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return load_base(flow_folder("flux2-klein", tmp_path_factory.mktemp("klein") / "base"))
+    return load_base(flow_folder_of("flux2-klein", tmp_path_factory))
 
 
 def float8_values(kind: torch.dtype) -> np.ndarray[Any, Any]:

@@ -12,7 +12,7 @@ from diffgraft.adapters.registry import methods
 from diffgraft.bases import Base
 from diffgraft.errors import DiffgraftError
 from diffgraft.rng import normal
-from tests.conftest import FLOW_FAMILIES, SHORT
+from tests.conftest import FLOW_FAMILIES, SHORT, flow_folder_of
 from tests.recipes import ON_PICTURES, SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
@@ -51,13 +51,15 @@ def prediction(base: Base, prompt: str) -> Tensor:
 def test_a_method_trains_resumes_to_the_same_bytes_and_comes_off_again(
     method: str, flow_base: Base, pictures: Path, tmp_path: Path
 ) -> None:
+    """By one method on each family, and by each on one: a checkpoint holds parameters, whatever their names are."""
     prompt = f"a {WORDS.get(method, 'sks')} dog"
     plain = prediction(flow_base, prompt)
     whole = dg.train(SUBJECT, base=flow_base, images=pictures, output=tmp_path / "whole", **settings(method))
-    with interrupted_after(2):
-        dg.train(SUBJECT, base=flow_base, images=pictures, output=tmp_path / "cut", **settings(method))
-    again = dg.train(base=flow_base, resume=tmp_path / "cut")
-    assert again.adapter_file.read_bytes() == whole.adapter_file.read_bytes()
+    if method == "lora" or flow_base.family.name == FLOW_FAMILIES[0]:
+        with interrupted_after(2):
+            dg.train(SUBJECT, base=flow_base, images=pictures, output=tmp_path / "cut", **settings(method))
+        again = dg.train(base=flow_base, resume=tmp_path / "cut")
+        assert again.adapter_file.read_bytes() == whole.adapter_file.read_bytes()
     losses = [entry["loss"] for entry in whole.metrics]
     assert len(set(losses)) == 3
     assert max(losses) < 20
@@ -176,6 +178,4 @@ def test_what_cannot_be_drawn_with_is_said(prompt: str, options: dict[str, Any],
 @pytest.fixture(scope="module")
 def klein_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random base of FLUX.2 klein."""
-    from tests.flow_bases import flow_folder
-
-    return flow_folder("flux2-klein", tmp_path_factory.mktemp("klein") / "base")
+    return flow_folder_of("flux2-klein", tmp_path_factory)
