@@ -24,7 +24,7 @@ from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 0, "batch": 2, "sample_prompts": "a dog"}
 NAMES = ("parameters", "optimizer")
-SETTINGS |= {"prior": {"weight": 0}, "sample_every": 0, "seed": 5}
+SETTINGS |= {"prior": {"weight": 0}, "sample_every": 0, "seed": 5, "previews": False}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_what_decides_nothing_about_the_steps_may_be_set(base: Base, run: Path, 
     """And pictures and base may have moved, as long as they are the same."""
     moved = shutil.copytree(pictures, tmp_path / "moved")
     old = train(SUBJECT, base=base, images=pictures, output=tmp_path / "old", **SETTINGS)
-    free = {"checkpoint_every": 1, "sample_every": 2, "sample_prompts": "a cat | a dog"}
+    free = {"checkpoint_every": 1, "sample_every": 2, "sample_prompts": "a cat | a dog", "previews": True}
     done = train(base="tiny", resume=run, images=moved, **free)
     assert losses(done) == losses(old)
     assert [path.name for path in checkpoints(run)] == ["step-000003", "step-000004"]
@@ -169,6 +169,7 @@ def test_a_finished_run_goes_on_where_it_is_to_have_more_steps(base: Base, pictu
     """And ends as one that was to have as many from the start, stopped on the way or not."""
     folder, long = tmp_path / "run", tmp_path / "long"
     settings = {**SETTINGS, "images": pictures, "checkpoint_every": 2, "sample_prompts": "a sks dog", "lr": 0.02}
+    settings["previews"] = True
     train(SUBJECT, base=base, output=long, **{**settings, "steps": 6})
     first = train(SUBJECT, base=base, output=folder, **settings)
     assert (first.steps, first.was_finished) == (4, False)

@@ -18,7 +18,7 @@ from diffgraft.trainers.run.train import train
 from tests.recipes import SUBJECT
 from tests.trainers.interrupt_helpers import interrupted_after
 
-SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 1, "batch": 1, "sample_prompts": "a dog"}
+SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 1, "batch": 1, "previews": False}
 SETTINGS |= {"prior": {"weight": 0}, "sample_every": 0, "seed": 5, "rank": 2}
 
 
@@ -96,7 +96,7 @@ def test_a_damaged_average_of_the_weights_is_noticed_as_well(
     base: Base, pictures: Path, tmp_path: Path, damage: Callable[[Path], Any]
 ) -> None:
     with interrupted_after(2):
-        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **SETTINGS, ema=0.5, previews=False)
+        train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **SETTINGS, ema=0.5)
     newest = checkpoints(tmp_path / "run")[-1]
     damage(newest / "average.safetensors")
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):

@@ -88,11 +88,12 @@ def test_overflows_in_half_precision_are_left_out_until_they_do_not_end(
     monkeypatch.setitem(
         _FACTORIES, "adamw", lambda groups, recipe: torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
     )
-    settings: dict[str, Any] = {**SHORT, "steps": 24, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}
+    settings: dict[str, Any] = {**SHORT, "checkpoint_every": 0, "prior": {"weight": 0}, "batch": 1}
+    settings["steps"] = 8 if overflows < 20 else 24
     settings |= {"images": pictures, "output": tmp_path / "run", "sample_prompts": "a dog"}
     if overflows < 20:
         run = train(SUBJECT, base=base, **settings)
-        assert [entry["step"] for entry in run.metrics] == list(range(1, 25))
+        assert [entry["step"] for entry in run.metrics] == list(range(1, 9))
         assert all(delta.leaves["lora_up"].isfinite().all() for (delta,) in run.adapter.deltas.values())
         assert any(delta.leaves["lora_up"].any() for (delta,) in run.adapter.deltas.values())
         return

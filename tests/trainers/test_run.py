@@ -380,9 +380,9 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
 
     held_out = [picture.image for picture in read_folder(POODLE.folder / "held-out")]
     masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]
-    validation_set = validation_set_from_images(base, held_out, masks, pairs=64)
+    validation_set = validation_set_from_images(base, held_out, masks, pairs=32)
     before = {prompt: validation_set.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
-    settings: dict[str, Any] = {"subject": "dog", "steps": 50, "prior": {"images": 8}, "sample_prompts": "a dog"}
+    settings: dict[str, Any] = {"subject": "dog", "steps": 50, "prior": {"images": 8}, "previews": False}
     run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     with graft(base, {run.adapter: 1.0}):
         after = {prompt: validation_set.loss(base, prompt) for prompt in before}
