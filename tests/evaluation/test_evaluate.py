@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,8 +102,9 @@ def test_pictures_are_those_of_a_session_with_the_adapter(done: Evaluation, run:
         (own,) = session.draw(done.target.prompts.trained[1], [done.seeds[2]], FEW["settings"])
         session.remove("dog")
         (bare,) = session.draw("a dog", [done.seeds[0]], FEW["settings"])
-    assert pixel_hash(entry.drawn.trained[1][2]) == pixel_hash(own)
-    assert pixel_hash(done.bare_drawn.trained[0][0]) == pixel_hash(bare)
+    for found, wanted in ((entry.drawn.trained[1][2], own), (done.bare_drawn.trained[0][0], bare)):
+        gap = np.abs(np.asarray(found).astype(int) - np.asarray(wanted).astype(int))
+        assert gap.max() <= 1  # batches of other sizes round in another way
     assert done.bare_drawn.of_class[0][0] is done.bare_drawn.trained[0][0]
 
 
