@@ -21,7 +21,6 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.evaluation.candidates import adapter_paths, read_candidates
 from diffgraft.evaluation.evaluate import Evaluation
 from diffgraft.evaluation.page import render
-from diffgraft.generation.metadata import pixel_hash
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.progress import Note, Phase, reporting
 from diffgraft.trainers.run.folder import Run
