@@ -49,8 +49,7 @@ def push(
     if not _NAME.fullmatch(name):
         raise DiffgraftError(f"Invalid repository {name!r}: must be OWNER/NAME, such as {_suggested(name)}.")
     file = adapter_file(source)
-    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 
     if not get_token():
         raise DiffgraftError(f"There is no token for the hub. {_TOKEN}")

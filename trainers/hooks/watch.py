@@ -32,8 +32,6 @@ _FIRST, _LAST = 0.2, 0.9
 adapters decide little there, and the losses only add noise"""
 _BATCH = 8
 """Number of timesteps in one pass of the denoiser"""
-_MOST_OTHERS = 3
-"""Number of other pictures' prompts that a picture is measured under"""
 _MOST_COMPARED = 2000
 """Number of pictures that are compared for near-duplicates, as each is compared with each"""
 
@@ -68,16 +66,11 @@ class WatchSet:
     def measure(self, predict: Predict, device: torch.device) -> Iterator[tuple[float, float]]:
         """Yield for each picture its loss and the gain of its prompt.
 
-        The gain is the logarithm of the error under other prompts over that under its own, averaged over timesteps and
-        these prompts: a few of those of other training pictures or, where all have the same one, the empty prompt.
+        The gain is the logarithm of the error under the empty prompt over that under its own, averaged over timesteps.
         """
-        known = list(dict.fromkeys(self.prompts[: len(self.trained.examples)]))
         for member, prompt in zip(self.members, self.prompts, strict=True):
-            others = [other for other in known if other != prompt]
-            few = [others[place] for place in _evenly(len(others), _MOST_OTHERS)] or [""]
-            own = self._errors(member, prompt, predict, device)
-            gains = [(self._errors(member, other, predict, device) / own).log().mean() for other in few]
-            yield float(own.mean()), float(torch.stack(gains).mean())
+            own, bare = (self._errors(member, text, predict, device) for text in (prompt, ""))
+            yield float(own.mean()), float((bare / own).log().mean())
 
     @torch.no_grad()
     def _errors(self, member: tuple[Examples, Example], prompt: str, predict: Predict, device: torch.device) -> Tensor:
@@ -189,9 +182,3 @@ class WatchHook(Hook):
         plot = self._folder / PLOT_NAME
         save_watch_plot(self._record, findings, self._pictures, plot)
         emit(Artifact("watch", plot, state.step))
-
-
-def _evenly(count: int, most: int) -> list[int]:
-    """Return up to `most` of the numbers below `count`, evenly spread."""
-    few = min(count, most)
-    return [place * count // few for place in range(few)]

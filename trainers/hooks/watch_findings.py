@@ -1,9 +1,10 @@
 """What the curves of a watch tell: pictures that do not belong, copies, pictures learned by heart, and finished ones.
 
 Pictures differ in how hard they are to predict, so that losses are compared with others of the same picture. The gain
-of a prompt is the logarithm of errors under other prompts over those under the picture's own. Its mean over the run is
-small where picture and prompt do not belong together, as the area under the margin is for wrong labels (Pleiss et al.
-2020, arXiv:2001.10528). A fall is the logarithm of a loss over that at the first measurement.
+of a prompt is the logarithm of errors under the empty prompt over those under the picture's own. Its mean over the run
+is small for a picture that the others do not help to learn, and for a caption that does not tell what is there, as the
+area under the margin is for wrong labels (Pleiss et al. 2020, arXiv:2001.10528). A fall is the logarithm of a loss over
+that at the first measurement.
 """
 
 import math
@@ -18,7 +19,7 @@ Kind = Literal["outlier", "near-duplicate", "memorized", "finished"]
 _OUTLIER = 0.5
 """Share of the other pictures' median gain below which a picture does not belong"""
 _LEAST_GAIN = 0.01
-"""Median gain of the other pictures from which pictures are judged by gains"""
+"""Median gain from which a measurement counts: before, the adapter has learned nothing yet"""
 _LEAST_OTHERS = 3
 """Number of other pictures that a picture is compared with at least"""
 _MEMORIZED = 0.7
@@ -80,15 +81,27 @@ def table(record: WatchRecord, findings: Sequence[Finding]) -> list[str]:
     return [*lines, *(finding.sentence for finding in findings)]
 
 
+def mean_gains(record: WatchRecord) -> dict[int, float]:
+    """Index of each training picture with a prompt → its mean gain, over the measurements by which most gain something.
+
+    Empty before there is such a measurement.
+    """
+    watched = [index for index in record.trained if record.pictures[index].prompt]
+    rows = [[row[index] for index in watched] for row in record.gains[1:]]
+    learned = [row for row in rows if row and math.isfinite(sum(row)) and statistics.median(row) > _LEAST_GAIN]
+    columns = zip(*learned, strict=True) if learned else ()
+    return {index: statistics.fmean(column) for index, column in zip(watched, columns, strict=bool(learned))}
+
+
 def _outliers(record: WatchRecord) -> Iterator[Finding]:
     """Yield the pictures whose prompt gains much less than those of the others do."""
-    means = {index: _mean(record.gain_curve(index)[1:]) for index in record.trained if record.pictures[index].prompt}
+    means = mean_gains(record)
     for index, mean in means.items():
-        others = [own for other, own in means.items() if other != index and math.isfinite(own)]
-        if not math.isfinite(mean) or len(others) < _LEAST_OTHERS:
+        others = [own for other, own in means.items() if other != index]
+        if len(others) < _LEAST_OTHERS:
             continue
         usual = statistics.median(others)
-        if usual > _LEAST_GAIN and mean < _OUTLIER * usual:
+        if mean < _OUTLIER * usual and usual > 0:
             name = record.pictures[index].name
             yield Finding(
                 "outlier",
@@ -153,11 +166,6 @@ def _as_one(finished: Sequence[str]) -> Iterator[Finding]:
             tuple(finished),
             f"{names} {have} been learned: the loss has fallen, and did not change in the last third of the run.",
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.fmean(known) if known else math.nan
 
 
 def _change(gain: float) -> str:

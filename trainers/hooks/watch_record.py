@@ -48,7 +48,7 @@ class WatchRecord(Strict):
     losses: tuple[tuple[float, ...], ...] = ()
     """For each measurement the loss of each picture under its prompt"""
     gains: tuple[tuple[float, ...], ...] = ()
-    """For each measurement the gain of each picture's prompt: the mean logarithm of errors under other prompts over
+    """For each measurement the gain of each picture's prompt: the mean logarithm of errors under the empty prompt over
     those under its own"""
 
     @model_validator(mode="after")
