@@ -96,14 +96,16 @@ def make_card(source: str | Path, pictures: Sequence[str | Path] = (), base_mode
     if base_model and not _HUB_ID.fullmatch(base_model):
         raise DiffgraftError(f"Invalid base model {base_model!r}: must be an id on the hub, OWNER/NAME.")
     facts = _Facts(adapter, recipe, file.name, title or _name(file), base_model)
-    samples = [_given(Path(path).expanduser(), facts.instance_prompt) for path in pictures] or _newest(file, recipe)
+    # samples of a control network have condition pictures too, which a card does not show
+    prompts = recipe.samples() if recipe is not None and recipe.data.conditions is None else []
+    given = [_given(Path(path).expanduser(), facts.instance_prompt) for path in pictures]
+    samples = given or _newest(file.parent, prompts)
     shown = {f"{PICTURES}/{number:02}.png": sample.image for number, sample in enumerate(samples, 1)}
     before_after = file.parent / "before-after.png"
     if recipe is not None and before_after.is_file():
         with Image.open(before_after, formats=["PNG"]) as sheet:
             shown[f"{PICTURES}/before-after.png"] = sheet.convert("RGB")
-    prompts = [sample.prompt for sample in samples]
-    return Card(f"---\n{facts.head(prompts)}---\n\n{facts.body(list(shown))}", shown)
+    return Card(f"---\n{facts.head([sample.prompt for sample in samples])}---\n\n{facts.body(list(shown))}", shown)
 
 
 def adapter_file(source: str | Path) -> Path:
@@ -248,15 +250,15 @@ def _given(path: Path, instance_prompt: str) -> Sample:
         return Sample(" ".join(told.split()) or instance_prompt or path.stem, image.convert("RGB"))
 
 
-def _newest(file: Path, recipe: Recipe | None) -> list[Sample]:
+def _newest(folder: Path, prompts: Sequence[str]) -> list[Sample]:
     """Return the first of the newest samples of a run for each of its prompts; none without samples."""
-    sheets = sorted((file.parent / "samples").glob("step-*.png")) if recipe is not None else []
-    if recipe is None or not sheets or recipe.data.conditions is not None:
+    sheets = sorted((folder / "samples").glob("step-*.png"))
+    if not sheets or not prompts:
         return []
-    prompts = list(dict.fromkeys(recipe.samples()))
+    labels = list(dict.fromkeys(prompts))
     with Image.open(sheets[-1], formats=["PNG"]) as sheet:
-        cells = row_starts(sheet.convert("RGB"), len(prompts))
-    return [Sample(prompt, cell) for prompt, cell in zip(prompts, cells, strict=False)]
+        cells = row_starts(sheet.convert("RGB"), len(labels))
+    return [Sample(prompt, cell) for prompt, cell in zip(labels, cells, strict=False)]
 
 
 def _plain(text: str) -> str:

@@ -106,8 +106,8 @@ def _outliers(record: WatchRecord) -> Iterator[Finding]:
             yield Finding(
                 "outlier",
                 (name,),
-                f"The loss of {name} stays high: its prompt changes it by {_change(mean)} on average over the run, "
-                f"the prompts of the other pictures theirs by {_change(usual)}. Look whether it is a wrong picture or "
+                f"{name} stands apart: its prompt changes its loss by {_change(mean)} on average over the run, the "
+                f"prompts of the other pictures theirs by {_change(usual)}. Look whether it is a wrong picture or "
                 f"has a wrong caption; remove it, or count it less with picture_weights.{name}=0.1.",
             )
 

@@ -56,8 +56,8 @@ def replay(adapter: str | Path, /, *, base: str | Path | Base = "", **settings: 
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / f"{_stem(file)}.yaml"
         saved.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
-        recipe, run_folder = new_run(saved, settings | names_of(base))
-    return run_recipe(recipe, run_folder, base, expected=_expected(metadata))
+        planned = new_run(saved, settings | names_of(base))
+    return run_recipe(planned, base, expected=_expected(metadata))
 
 
 def adapter_path(adapter: str | Path) -> Path:

@@ -76,15 +76,14 @@ def train(
     settings = save_picture_lists(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
-        recipe, folder = resumed_run(Path(resume).expanduser(), {**settings, **other})
+        planned = resumed_run(Path(resume).expanduser(), {**settings, **other})
     else:
-        recipe, folder = new_run(name, settings | names_of(base))
-    return run_recipe(recipe, folder, base, allow_changes=allow_changes)
+        planned = new_run(name, settings | names_of(base))
+    return run_recipe(planned, base, allow_changes=allow_changes)
 
 
 def run_recipe(
-    recipe: Recipe,
-    folder: Path,
+    planned: tuple[Recipe, Path],
     base: str | Path | Base,
     *,
     allow_changes: bool = False,
@@ -93,8 +92,7 @@ def run_recipe(
     """Train by a recipe into a folder, as `train` does.
 
     Args:
-        recipe: the recipe, with absolute paths.
-        folder: folder of the run.
+        planned: recipe and folder of the run, as `new_run` and `resumed_run` return them.
         base: a loaded `Base`, or a name that the recipe has already.
         allow_changes: as for `train`.
         expected: entries of a fingerprint, such as ``data``, that the run should have; a warning names those that
@@ -103,6 +101,7 @@ def run_recipe(
     Raises:
         DiffgraftError: as `train`.
     """
+    recipe, folder = planned
     check_trackers(recipe.trackers)  # the message of accelerate for missing trackers says less
     accelerator = new_accelerator(recipe.runtime, recipe.outputs, text_stops=recipe.text_encoder_stop is not None)
     folder = shared_folder(accelerator, folder)
