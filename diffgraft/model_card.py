@@ -214,7 +214,7 @@ class _Facts:
             f"pictures = dg.generate({prompt!r}, {self.file!r}, base={self._loaded()!r})",
         ]
         text = _block("python", [line.replace("`", "'") for line in lines])
-        if not self.is_lora:
+        if not self.is_lora or not self.hub_base:
             return text
         lines = [
             "import torch",

@@ -57,6 +57,7 @@ def test_the_card_of_a_run_has_its_newest_samples(run_copy: Path, short_run: Run
     ]  # fmt: skip
     assert "card-images/before-after.png" in text
     assert "steps=6" in text
+    assert "from_pretrained" not in text, "diffusers does not know tiny"
     assert str(run_copy) not in text, "paths of this machine stay here"
     with pytest.raises(DiffgraftError, match=r"README\.md already exists"):
         dg.card(run_copy)
@@ -70,6 +71,7 @@ def test_the_card_of_a_file_has_given_pictures(short_run: Run, tmp_path: Path) -
     found = make_card(file, [picture], "owner/base-1.5", "`rm` <b>")
     head = head_of(found.text)
     assert head["base_model"] == "owner/base-1.5"
+    assert "from_pretrained('owner/base-1.5'" in found.text
     assert head["widget"] == [{"text": 'a sks dog: "here" in snow', "output": {"url": "card-images/01.png"}}]
     assert "# \\`rm\\` \\<b\\>\n" in found.text
     assert found.pictures["card-images/01.png"].size == (40, 24)
