@@ -14,7 +14,8 @@ safetensors file, and applied to a diffusers pipeline when pictures are generate
         pipe("a sks dog in the snow")  # afterwards the weights are the same bits as before
 
 The commands of ``diffgraft`` are functions: `train`, `plan`, `generate`, `evaluate`, `convert`, `combine`, `merge`,
-`inspect`, `resize`, `extract`, `grid`, `sheet` and `regenerate`. Errors that a user can fix are `DiffgraftError`.
+`inspect`, `resize`, `extract`, `grid`, `sheet`, `regenerate`, `replay`, `card` and `push`. Errors that a user can fix
+are `DiffgraftError`.
 """
 
 from importlib import import_module
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
     from diffgraft.generation.regenerate import regenerate
     from diffgraft.generation.session import Session
     from diffgraft.generation.settings import DrawSettings
+    from diffgraft.hub_upload import push
+    from diffgraft.model_card import card
     from diffgraft.trainers.run.folder import Run
+    from diffgraft.trainers.run.replay import replay
     from diffgraft.trainers.run.train import train
 
 __version__ = "0.1.0"
@@ -53,6 +57,9 @@ _HOMES = {
     **dict.fromkeys(("combine", "convert", "extract", "grid", "inspect", "merge", "plan", "resize"), "diffgraft.api"),
     "Run": "diffgraft.trainers.run.folder",
     "train": "diffgraft.trainers.run.train",
+    "replay": "diffgraft.trainers.run.replay",
+    "card": "diffgraft.model_card",
+    "push": "diffgraft.hub_upload",
 }
 __all__ = [
     "Adapter",
@@ -61,6 +68,7 @@ __all__ = [
     "DrawSettings",
     "Run",
     "Session",
+    "card",
     "combine",
     "convert",
     "evaluate",
@@ -73,7 +81,9 @@ __all__ = [
     "load_base",
     "merge",
     "plan",
+    "push",
     "regenerate",
+    "replay",
     "resize",
     "sheet",
     "train",

@@ -67,7 +67,7 @@ class Artifact:
     """A file for users was written."""
 
     kind: str
-    """`checkpoint`, `samples`, `adapter`, `best` or `plot`"""
+    """`checkpoint`, `samples`, `adapter`, `best`, `plot` or `watch`"""
     path: Path
     step: int | None = None
 

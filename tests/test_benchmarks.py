@@ -1,6 +1,7 @@
 """What pages of measurements say still holds, where it can be tried in a moment; and the scores that they report."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image, ImageDraw
 from benchmarks.formats import PAGE, page
 from benchmarks.learning.shape import shape_score, silhouette
 from benchmarks.learning.targets import known_things, plain_drawings
+from benchmarks.watch import plant_picture, watched
+from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import Scene, draw
 from diffgraft.bases.tiny.world.glyphs import glyph_sprite
 
@@ -61,3 +64,10 @@ def test_known_things_come_with_their_masks_and_prompts() -> None:
     assert len(pictures) == len(masks) == len(prompts) == 24 * 4
     assert prompts[0] == "a dog"
     assert all(mask.getextrema()[1] > 200 for mask in masks)
+
+
+def test_a_planted_picture_is_found(base: Base, tmp_path: Path) -> None:
+    """The page has ten other seeds, and captions."""
+    found = watched(plant_picture(tmp_path, 0), tmp_path, base, 0)
+    assert found.named == [found.wrong]
+    assert min(share for name, share in found.shares.items() if name != found.wrong) > 0.5

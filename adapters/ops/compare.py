@@ -1,7 +1,8 @@
 """Comparison of two adapters by what they do to each module."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
@@ -14,6 +15,40 @@ from diffgraft.adapters.projections import same_layer
 from diffgraft.bases.weights import Weights
 from diffgraft.errors import DiffgraftError
 from diffgraft.progress import track
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Norms of what two adapters add to the weight and the bias of one or more modules."""
+
+    difference: float
+    """‖A − B‖ for the changes A by the first and B by the second adapter"""
+    first: float
+    second: float
+
+    @property
+    def error(self) -> float:
+        """‖A − B‖ / ‖A‖; infinite if only the second adapter changes the weight."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.first if self.first > 0 else math.inf
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between A and B; NaN if one of them is zero."""
+        if not self.first or not self.second:
+            return math.nan
+        if self.difference == 0:
+            return 1.0
+        product = (self.first**2 + self.second**2 - self.difference**2) / 2
+        return max(-1.0, min(1.0, product / (self.first * self.second)))
+
+    @classmethod
+    def total(cls, parts: Iterable["Norms"]) -> "Norms":
+        """Return the norms over several modules together."""
+        rows = [(part.difference, part.first, part.second) for part in parts]
+        difference, first, second = (math.hypot(*column) for column in zip(*rows, strict=True))
+        return cls(difference, first, second)
 
 
 @dataclass(frozen=True)
@@ -35,6 +70,8 @@ class AdapterComparison:
     """``word <x>`` or ``network 0`` → ‖a − b‖ / ‖a‖ of their values a and b; infinite if only one adapter has it"""
     metadata: Mapping[str, tuple[object, object]]
     """Metadata key → its values in both adapters, for keys where they differ"""
+    norms: Mapping[str, Norms] = field(default_factory=dict)
+    """Module path → norms of both changes and of their difference; empty if they were not asked for"""
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -47,7 +84,14 @@ class AdapterComparison:
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 
-def compare(first: Adapter, second: Adapter, weights: Weights | None = None, device: str = "cpu") -> AdapterComparison:
+def compare(
+    first: Adapter,
+    second: Adapter,
+    weights: Weights | None = None,
+    device: str = "cpu",
+    *,
+    with_norms: bool = False,
+) -> AdapterComparison:
     """Compare two adapters at strength 1.
 
     Args:
@@ -55,31 +99,34 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         second: the adapter that is compared with it.
         weights: weights of the base. Without them, a seeded random weight is used where the result depends on it.
         device: device on which the differences are computed.
+        with_norms: whether to compute the norms of both changes too, also of equal modules.
 
     Raises:
         DiffgraftError: the shapes of layers are unknown, or the adapters are for layers of different shapes.
     """
     paths = {*first.deltas, *second.deltas}
     differing = {p for p in paths if not _same_leaves(first.deltas.get(p, ()), second.deltas.get(p, ()))}
-    shapes = _shapes(first, differing, weights)
-    for path, shape in _shapes(second, differing, weights).items():
+    compared = paths if with_norms else differing
+    shapes = _shapes(first, compared, weights)
+    for path, shape in _shapes(second, compared, weights).items():
         if not same_layer(shapes.setdefault(path, shape), shape):
             raise DiffgraftError(
                 f"The shapes of {path} differ, {list(shapes[path])} and {list(shape)}: they are for different bases."
             )
     errors: dict[str, float] = {}
+    norms: dict[str, Norms] = {}
     order = [*first.deltas, *(path for path in second.deltas if path not in first.deltas)]
     for place, path in enumerate(track(order, "modules", min_items=20)):
-        if path not in differing:
+        if path not in compared:
             errors[path] = 0.0
             continue
         a, b, shape = first.deltas.get(path, ()), second.deltas.get(path, ()), shapes[path]
-        if (error := _product_error(a, b, shape, device)) is not None:
-            errors[path] = error
-            continue
-        check_delta_size(path, shape, [*a, *b])
-        weight = weights[f"{path}.weight"].float() if weights is not None else random_weight(shape, place)
-        errors[path] = _error(a, b, weight.to(device))
+        found = _product_norms(a, b, shape, device, with_second=with_norms)
+        if found is None:
+            check_delta_size(path, shape, [*a, *b])
+            weight = weights[f"{path}.weight"].float() if weights is not None else random_weight(shape, place)
+            found = _norms(a, b, weight.to(device))
+        norms[path], errors[path] = found, found.error
     keys = {*first.metadata, *second.metadata}
     metadata = {key: (first.metadata.get(key), second.metadata.get(key)) for key in sorted(keys)}
     return AdapterComparison(
@@ -90,6 +137,7 @@ def compare(first: Adapter, second: Adapter, weights: Weights | None = None, dev
         not _same_networks(first, second),
         _other_errors(first, second),
         {key: pair for key, pair in metadata.items() if pair[0] != pair[1]},
+        norms if with_norms else {},
     )
 
 
@@ -117,22 +165,22 @@ def random_weight(shape: Shape, seed: int) -> Tensor:
     return weight
 
 
-def _product_error(first: tuple[Delta, ...], second: tuple[Delta, ...], shape: Shape, device: str) -> float | None:
-    """Relative error of `second` if all deltas are products of thin factors; None if they are not.
+def _product_norms(
+    first: tuple[Delta, ...], second: tuple[Delta, ...], shape: Shape, device: str, *, with_second: bool
+) -> Norms | None:
+    """Norms of two changes if all deltas are products of thin factors; None if they are not.
 
     It is computed in float64 without forming ΔW, as a file of a few kilobytes can hold a LoRA with gigabytes of ΔW.
     """
-    steps = [(delta, 1.0) for delta in first]
+    steps, others = ([(delta, 1.0) for delta in deltas] for deltas in (first, second))
     norms = []
-    for signed in ([*steps, *((delta, -1.0) for delta in second)], steps):
+    for signed in ([*steps, *((delta, -1.0) for delta in second)], steps, *([others] if with_second else [])):
         product = total_as_product(signed, shape) if signed else (torch.zeros(1, 1), torch.zeros(1, 1))
         if product is None:
             return None
         norms.append(_norm(*(factor.to(device).double() for factor in product)))
-    difference, total = norms
-    if difference <= _ROUNDING * total:
-        return 0.0
-    return difference / total if total > 0 else float("inf")
+    difference, of_first, of_second = norms if with_second else (*norms, math.nan)
+    return Norms(0.0 if difference <= _ROUNDING * of_first else difference, of_first, of_second)
 
 
 def _norm(up: Tensor, down: Tensor) -> float:
@@ -140,15 +188,15 @@ def _norm(up: Tensor, down: Tensor) -> float:
     return float((torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T).norm())
 
 
-def _error(first: tuple[Delta, ...], second: tuple[Delta, ...], weight: Tensor) -> float:
-    """Relative error of `second`, by applying both to `weight` and a zero bias."""
+def _norms(first: tuple[Delta, ...], second: tuple[Delta, ...], weight: Tensor) -> Norms:
+    """Norms of two changes, by applying both to `weight` and a zero bias."""
     bias = torch.zeros(weight.shape[0], device=weight.device)
     (w1, b1), (w2, b2) = (_apply(deltas, weight, bias) for deltas in (first, second))
-    difference = torch.cat([(w1 - w2).flatten(), (b1 - b2).flatten()]).double().norm()
-    total = torch.cat([(w1 - weight).flatten(), b1.flatten()]).double().norm()
-    if difference == 0:
-        return 0.0
-    return float(difference / total) if total > 0 else float("inf")
+    parts = ((w1 - w2, b1 - b2), (w1 - weight, b1), (w2 - weight, b2))
+    difference, of_first, of_second = (
+        float(torch.cat([of_weight.flatten(), of_bias.flatten()]).double().norm()) for of_weight, of_bias in parts
+    )
+    return Norms(difference, of_first, of_second)
 
 
 def _apply(deltas: tuple[Delta, ...], weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,9 +173,9 @@ def _blocks(modules: Sequence[ModuleHealth], totals: Sequence[float | None]) -> 
     """Return the figures of each block: those with a name in strengths in the order of the base, then the others."""
     members: dict[str, list[int]] = {}
     for place, module in enumerate(modules):
-        members.setdefault(_block(module.path), []).append(place)
+        members.setdefault(block_name(module.path), []).append(place)
     blocks = []
-    for name, places in sorted(members.items(), key=lambda item: BLOCKS.index(item[0]) if item[0] in BLOCKS else 99):
+    for name, places in sorted(members.items(), key=lambda item: block_order(item[0])):
         norm = math.hypot(*(modules[place].norm for place in places))
         known = [total for place in places if (total := totals[place]) is not None]
         whole = math.hypot(*known) if known else 0.0
@@ -184,7 +184,12 @@ def _blocks(modules: Sequence[ModuleHealth], totals: Sequence[float | None]) -> 
     return blocks
 
 
-def _block(path: str) -> str:
+def block_order(name: str) -> int:
+    """Return the place of a block in the base, by its `block_name`; those without a name in strengths come last."""
+    return BLOCKS.index(name) if name in BLOCKS else len(BLOCKS)
+
+
+def block_name(path: str) -> str:
     """Return the name of a module's block, or the beginning of its path up to the first number."""
     name = block_of(path)
     numbered = _NUMBERED.match(path)

@@ -238,6 +238,13 @@ def inspect(
         bool,
         typer.Option("--health", help="Instead report how much each block changes, dead modules, and a smaller rank."),
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Instead report the loss of every picture in a run with watch_every, and which of them stand out.",
+        ),
+    ] = False,
     base: Annotated[str | None, BASE] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write all figures of each module as JSON.")] = False,
     device: Annotated[str, DEVICE] = "cpu",
@@ -246,6 +253,9 @@ def inspect(
 
     For example: diffgraft inspect dog.safetensors
     """
+    if watch:
+        _report_watch(file, as_json)
+        return
     if health:
         _report_health(file, base, as_json, device)
         return
@@ -272,6 +282,19 @@ def inspect(
         say_json(report.as_json())
         return
     for line in _with_figures(short or [f"file     {adapter_size(file) / 1000:,.0f} kB"], summary(report)):
+        say(line)
+
+
+def _report_watch(run: Path, as_json: bool) -> None:
+    from diffgraft.trainers.hooks.watch_findings import find, table
+    from diffgraft.trainers.hooks.watch_record import RECORD_NAME, read_record
+
+    record = read_record((run if run.is_dir() else run.parent) / RECORD_NAME)
+    findings = find(record)
+    if as_json:
+        say_json({**record.model_dump(), "findings": [finding.as_json() for finding in findings]})
+        return
+    for line in table(record, findings):
         say(line)
 
 
@@ -307,25 +330,31 @@ def diff(
     ] = False,
     device: Annotated[str, DEVICE] = "cpu",
 ) -> None:
-    """Report the modules in which two adapters differ.
+    """Report how two adapters differ: their weights by block, words, recipes, base and pictures.
 
     For example: diffgraft diff dog.safetensors small-dog.safetensors
     """
     from dataclasses import asdict
 
     from diffgraft.adapters.formats import load_for_base
+    from diffgraft.adapters.ops.block_differences import HEAD, block_differences
     from diffgraft.adapters.ops.compare import compare
+    from diffgraft.trainers.recipe.differences import metadata_differences
 
     with opened(base) as weights:
-        found = compare(load_for_base(first, weights), load_for_base(second, weights), weights, device)
+        one, other = (load_for_base(file, weights) for file in (first, second))
+        found = compare(one, other, weights, device, with_norms=True)
+    blocks, settings = block_differences(found.norms), metadata_differences(one.metadata, other.metadata)
     if as_json:
-        say_json(asdict(found))
+        say_json({**asdict(found), "blocks": list(map(asdict, blocks)), "settings": settings})
         return
     if found.same:
         say("They do the same, to the bit.")
     alone = {*found.only_first, *found.only_second}
     apart = sorted(((error, path) for path, error in found.errors.items() if error and path not in alone), reverse=True)
     say(f"{len(apart)} of {len(found.errors) - len(alone)} modules that both have differ")
+    for line in (HEAD, *(block.line() for block in blocks)) if apart else ():
+        say(line)
     for error, path in apart[:10]:
         say(f"{error:8.2g}  {path}")
     for name, paths in ((first, found.only_first), (second, found.only_second)):
@@ -335,12 +364,12 @@ def diff(
         say(f"words that differ: {', '.join(found.words)}")
     if found.networks_differ:
         say("their networks differ")
-    for key, (one, two) in found.metadata.items():
-        say(f"{key}: {_short(one)} | {_short(two)}")
+    for key, (before, after) in settings.items():
+        say(f"{key}: {_short(before)} → {_short(after)}")
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) < 60 else f"{text[:57]}…"
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffgraft.cli import drawing, evaluating, files, pictures, preparing
+from diffgraft.cli import drawing, evaluating, files, pictures, preparing, sharing
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.cli.options import COMPONENTS, PREDICTION, PROGRESS, ZERO_SNR
@@ -196,10 +196,15 @@ def merge(
 
 for step in preparing.COMMANDS:
     app.command(cls=Command, rich_help_panel="Before training")(step)
+app.command(context_settings=_SETTINGS)(sharing.replay)
 for each in (*drawing.COMMANDS, *evaluating.COMMANDS, *pictures.COMMANDS):
     app.command()(each)
 for command in files.COMMANDS:
     app.command(cls=Command, rich_help_panel="Adapter files")(command)
+
+
+for share in (sharing.card, sharing.push):
+    app.command(rich_help_panel="Adapter files")(share)
 
 
 @app.command(rich_help_panel="What there is")

@@ -7,6 +7,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffgraft.files import atomic_write
 
+_LINE, _GAP = 20, 6
+"""Height of a label in a grid, and distance of its pictures, in pixels"""
+
 
 def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Image.Image:
     """Lay out rows of pictures, each row under its label, in cells of the first picture's size.
@@ -19,7 +22,7 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Imag
     width, height = first.width * zoom, first.height * zoom
     count = max(len(images) for images in rows.values())
     font = ImageFont.load_default(13)
-    line, gap = 20, 6
+    line, gap = _LINE, _GAP
     total_width = max(count * (width + gap) + gap, 6 + max(int(font.getlength(label)) for label in rows) + 12)
     sheet = Image.new("RGB", (total_width, len(rows) * (height + line + gap)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -31,6 +34,15 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], smallest: int = 128) -> Imag
             enlarged = ImageOps.pad(image.convert("RGB"), (width, height), resampling, "white")
             sheet.paste(enlarged, (gap + number * (width + gap), top + line))
     return sheet
+
+
+def row_starts(sheet: Image.Image, rows: int) -> list[Image.Image]:
+    """Return the first picture of each row of a `grid` of square pictures; none if the sheet is none of `rows` rows."""
+    height, rest = divmod(sheet.height, max(1, rows))
+    side = height - _LINE - _GAP
+    if rest or side <= 0 or sheet.width < side + 2 * _GAP:
+        return []
+    return [sheet.crop((_GAP, row * height + _LINE, _GAP + side, row * height + _LINE + side)) for row in range(rows)]
 
 
 def save_image(image: Image.Image, path: Path) -> Path:

@@ -84,7 +84,8 @@ def test_combine_and_resize(file: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert call(monkeypatch, "diff", file, small) == 0
     said = capsys.readouterr().out
     assert f"{len(one.modules)} of {len(one.modules)} modules that both have differ" in said
-    assert "rank: None | 2" in said
+    assert "rank: unset → 2" in said
+    assert said.splitlines()[1].split()[:2] == ["block", "modules"]
     assert call(monkeypatch, "diff", file, file) == 0
     assert "They do the same, to the bit." in capsys.readouterr().out
     assert call(monkeypatch, "diff", file, small, "--json") == 0

@@ -95,6 +95,9 @@ class DataSettings(Group):
     """Times that each image is shown in an epoch"""
     weight: float = Field(1.0, ge=0, le=1000)
     """Factor on the loss of these images; useful for concepts"""
+    picture_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Further factors on the loss of single images, by the name of their file: {"IMG_3.jpg": 0.2}; 0 leaves an image
+    out of the loss"""
     resolution: int | None = Field(None, ge=8, le=8192)
     """Side in pixels that images are cropped and scaled to; unset: the resolution of the base"""
     buckets: Buckets = Field(default_factory=lambda: Buckets.model_validate({}))
@@ -250,6 +253,9 @@ class OutputSettings(Group):
     """Whether any images are generated: samples during training, and before-after.png at the end"""
     adapter_every: int = Field(0, ge=0, le=10_000_000)
     """Steps between adapters saved during training, in `adapters/` of the folder of the run; 0: none"""
+    watch_every: int = Field(0, ge=0, le=10_000_000)
+    """Steps between measurements of the loss of every image at fixed noise, which name at the end the images that
+    stand out; 0: none"""
     trackers: list[str] = Field(default_factory=list)
     """Trackers of accelerate that log losses and samples: tensorboard (into `logs/` of the folder of the run), wandb
     and others"""

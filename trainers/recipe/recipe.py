@@ -28,7 +28,8 @@ G = TypeVar("G", bound=Group)
 
 FREE = (
     *("images", "layout", "outside", "base", "components", "init_from", "output", "cache"),
-    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "trackers", "format", "previews"),
+    *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "watch_every"),
+    *("trackers", "format", "previews"),
 )
 """Keys that do not affect training steps, or whose files enter the fingerprint through hashes"""
 
@@ -126,7 +127,11 @@ class Recipe(
     def header(self) -> dict[str, Any]:
         """Return the keys for the header of the adapter file, without times and paths: equal runs give equal files."""
         paths: dict[str, Any] = dict.fromkeys(
-            ("images", "output", "base", "components", "init_from", "cache", "trackers", "format", "previews"), True
+            (
+                *("images", "output", "base", "components", "init_from", "cache", "trackers", "format", "previews"),
+                "watch_every",
+            ),
+            True,
         )
         paths |= {"concepts": {"__all__": {"images"}}, "validation": {"images"}, "prior": {"folder"}}
         paths |= {"under": {"adapter"}, "control": {"images"}}

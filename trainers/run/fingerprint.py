@@ -78,6 +78,15 @@ def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     return diff
 
 
+def unexpected(expected: Mapping[str, str], fingerprint: Fingerprint) -> list[str]:
+    """Messages on hashes of a run that is repeated, such as ``data`` and ``base``, that are not the `expected` ones."""
+    return [
+        f"The run that is repeated had other inputs: {_HASHED[entry][1]}. The result will differ."
+        for entry, value in expected.items()
+        if fingerprint.get(entry, value) != value
+    ]
+
+
 def record_changes(old: Fingerprint, step: int, new: Fingerprint) -> Fingerprint:
     """Return the fingerprint `new` with the changes recorded in `old` and those made to `old` after `step`."""
     latest = [{"after": step, "what": what}] if (what := differences(old, new)) else []

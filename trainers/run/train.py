@@ -1,6 +1,7 @@
 """A training run from a recipe to a folder with the adapter and pictures."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from diffgraft.trainers.run.attach import attach, check_format
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_prompts, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, finished_run, new_run, resumed_run
-from diffgraft.trainers.run.train_adapter import AdapterTraining, Setup
+from diffgraft.trainers.run.train_adapter import AdapterTraining, Earlier, Setup
 from diffgraft.trainers.run.under import Under
 from diffgraft.trainers.runtime.processes import new_accelerator, shared_folder
 from diffgraft.trainers.runtime.shards import check_frozen, check_shards
@@ -75,9 +76,32 @@ def train(
     settings = save_picture_lists(settings)
     if resume is not None:
         other = {"base": base} if isinstance(base, str | Path) and str(base) else {}
-        recipe, folder = resumed_run(Path(resume).expanduser(), {**settings, **other})
+        planned = resumed_run(Path(resume).expanduser(), {**settings, **other})
     else:
-        recipe, folder = new_run(name, settings | _names_of(base))
+        planned = new_run(name, settings | names_of(base))
+    return run_recipe(planned, base, allow_changes=allow_changes)
+
+
+def run_recipe(
+    planned: tuple[Recipe, Path],
+    base: str | Path | Base,
+    *,
+    allow_changes: bool = False,
+    expected: Mapping[str, str] | None = None,
+) -> Run:
+    """Train by a recipe into a folder, as `train` does.
+
+    Args:
+        planned: recipe and folder of the run, as `new_run` and `resumed_run` return them.
+        base: a loaded `Base`, or a name that the recipe has already.
+        allow_changes: as for `train`.
+        expected: entries of a fingerprint, such as ``data``, that the run should have; a warning names those that
+            differ, before the first step.
+
+    Raises:
+        DiffgraftError: as `train`.
+    """
+    recipe, folder = planned
     check_trackers(recipe.trackers)  # the message of accelerate for missing trackers says less
     accelerator = new_accelerator(recipe.runtime, recipe.outputs, text_stops=recipe.text_encoder_stop is not None)
     folder = shared_folder(accelerator, folder)
@@ -85,7 +109,8 @@ def train(
     control, others = current_control(), None if accelerator.is_main_process else silent
     with reporting(others, Control() if accelerator.num_processes > 1 else None):
         try:
-            return _train(recipe, folder, base, accelerator, control, allow_changes=allow_changes)
+            earlier = Earlier(allow_changes, expected or {})
+            return _train(recipe, folder, base, accelerator, control, earlier)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(folder) from None  # so that the caller knows which folder to resume
         except StoppedError as error:
@@ -99,7 +124,7 @@ def train(
 
 
 def _train(
-    recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, *, allow_changes: bool
+    recipe: Recipe, folder: Path, base: str | Path | Base, accelerator: Any, control: Control, earlier: Earlier
 ) -> Run:
     """Check all inputs, run the remaining training, and generate the pictures of the result."""
     device = accelerator.device
@@ -138,10 +163,10 @@ def _train(
                 "objective": objective_hash(recipe.loss.objective, recipe.loss.options),
             }
             fingerprint = run_fingerprint(recipe, held.hash, "", hashes, accelerator.num_processes)
-            done = check_same(folder, fingerprint, trained, allow_changes=allow_changes)
+            done = check_same(folder, fingerprint, trained, allow_changes=earlier.allow_changes)
             if done > recipe.steps:
                 raise DiffgraftError(f"The run {folder} has finished step {done} already, beyond steps={recipe.steps}.")
-            run = finished_run(folder, recipe, done, allow_changes=allow_changes)
+            run = finished_run(folder, recipe, done, allow_changes=earlier.allow_changes)
             if accelerator.is_main_process:
                 remove_partials(folder)
             if run is None:
@@ -149,7 +174,7 @@ def _train(
                     accelerator.is_main_process and not done
                 ):  # a resumed run keeps its recipe until everything is checked
                     save_recipe(recipe, folder / "recipe.yaml")
-                setup = Setup(held, folder, accelerator, read, start, under, hashes, control, allow_changes)
+                setup = Setup(held, folder, accelerator, read, start, under, hashes, control, earlier)
                 run = AdapterTraining(recipe, setup).run()
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(loss_curves(run.metrics), folder / "loss.png")
@@ -165,7 +190,7 @@ def _train(
     return run
 
 
-def _names_of(base: str | Path | Base) -> dict[str, str]:
+def names_of(base: str | Path | Base) -> dict[str, str]:
     """Return the recipe keys that name a base; none if `base` is empty."""
     if not isinstance(base, Base):
         return {"base": str(base)} if str(base) else {}

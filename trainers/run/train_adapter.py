@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from diffgraft.trainers.hooks.samples import draw_samples, draw_steered, steered
 from diffgraft.trainers.hooks.text_encoder_stop import TextEncoderStopHook
 from diffgraft.trainers.hooks.trackers import TrackersHook
 from diffgraft.trainers.hooks.validation import ValidationHook, held_out
+from diffgraft.trainers.hooks.watch import WatchHook, WatchSet
 from diffgraft.trainers.loop import TrainingLoop
 from diffgraft.trainers.objectives.batch import Predict, SampleStream
 from diffgraft.trainers.objectives.objective import Objective, ObjectiveInputs
@@ -38,7 +39,7 @@ from diffgraft.trainers.recipe.files import save_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import AdapterFile
 from diffgraft.trainers.run.attach import attach
-from diffgraft.trainers.run.fingerprint import flatten, run_fingerprint
+from diffgraft.trainers.run.fingerprint import flatten, run_fingerprint, unexpected
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.header import adapter_header
 from diffgraft.trainers.run.init_from import with_init_metadata
@@ -51,6 +52,16 @@ from diffgraft.trainers.runtime.speed import sped_up
 from diffgraft.trainers.state import TrainingState
 from diffgraft.trainers.training_data.build import TrainingData, build_training_data, resolution_of
 from diffgraft.trainers.training_data.concepts import ConceptImages
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """How a run relates to an earlier one that it continues or repeats."""
+
+    allow_changes: bool = False
+    """Whether settings that affect steps may differ from those of a resumed run"""
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """Entries of the fingerprint of a run that is repeated"""
 
 
 @dataclass(frozen=True)
@@ -71,8 +82,7 @@ class Setup:
     """`start` and `under` → hash of the file, as in a fingerprint"""
     control: Control
     """Requests of other threads: stop, sample, save"""
-    allow_changes: bool
-    """Whether settings that affect steps may differ from those of a resumed run"""
+    earlier: Earlier
 
     @property
     def is_main(self) -> bool:
@@ -103,8 +113,10 @@ class AdapterTraining:
             self._attached(data) as (live, denoiser, offloaded),
         ):
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, setup.hashes, accelerator.num_processes)
+            for message in unexpected(setup.earlier.expected, fingerprint) if setup.is_main else ():
+                warnings.warn(message, stacklevel=3)
             state = self._new_state(live)
-            restore(setup.folder, fingerprint, state, allow_changes=setup.allow_changes)
+            restore(setup.folder, fingerprint, state, allow_changes=setup.earlier.allow_changes)
             check_same_step(accelerator, setup.folder, state.step)
             fingerprint = with_changes(setup.folder, fingerprint)
             metrics = Metrics(setup.folder, recipe.steps, state.step, writes=setup.is_main)
@@ -117,6 +129,7 @@ class AdapterTraining:
                 trackers,
                 GradMonitor(state.parameters, live.paths()),
                 *self._validation(data, predict, metrics, export),
+                *self._watch(data, predict, live),
                 CheckpointHook(setup.folder, fingerprint, recipe.checkpoint_every, metrics),
                 *self._samples(live, offloaded, trackers),
                 PeriodicArtifact("adapters", recipe.adapter_every, self._numbered("adapters", ".safetensors"), export),
@@ -158,7 +171,8 @@ class AdapterTraining:
             texts = TextEmbeddingCache(base, whole=whole, keep=recipe.cache)
             if data.prompts is not None and not live.affects_text_encoder:
                 loss = recipe.loss
-                texts.prepare([*data.prompts, *objective_prompts(loss.objective, loss.options, data.prompts)])
+                watched = [""] if recipe.watch_every else []
+                texts.prepare([*data.prompts, *objective_prompts(loss.objective, loss.options, data.prompts), *watched])
             denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)
             if not live.trains_text:
                 denoiser.freeze_text()
@@ -204,6 +218,13 @@ class AdapterTraining:
         if data.held_out is not None:
             held = held_out(forward_process(self.setup.base), data.held_out, settings.pairs)
             yield ValidationHook(settings, held, predict, metrics, PeriodicArtifact("best", 0, lambda _: best, export))
+
+    def _watch(self, data: TrainingData, predict: Predict, live: Attached) -> Iterator[WatchHook]:
+        setup = self.setup
+        if self.recipe.watch_every:
+            watched = WatchSet(forward_process(setup.base), data.instances, data.held_out)
+            pictures = [picture for _, own in setup.read for picture in own]
+            yield WatchHook(self.recipe.watch_every, watched, predict, live, setup.folder, pictures)
 
     def _samples(self, live: Attached, offloaded: Sequence[str], trackers: TrackersHook) -> Iterator[PeriodicArtifact]:
         recipe, base = self.recipe, self.setup.base

@@ -18,7 +18,7 @@ from diffgraft.data.frames import Crop, RandomCrops, frames, with_mirrored
 from diffgraft.data.inventory import list_names, pluralize
 from diffgraft.data.latents import encode_pictures
 from diffgraft.data.pictures import Picture, UnreadablePictureError
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, did_you_mean
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.rng import generator
 from diffgraft.trainers.recipe.groups import DataSettings
@@ -49,6 +49,8 @@ class Sample:
     """Its crops, with mirrored ones if the recipe has `flip`"""
     condition: ConditionPicture | None = None
     """Its condition picture; None without a control network"""
+    factor: float = 1.0
+    """Factor on its loss beside the weight of its concept"""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def collect_samples(data: DataSettings, concepts: ConceptImages, base: Base) -> 
             prompts, class_prompts = prompt_builders(concept, picture)
             crops = _frames(data, picture, base)
             crops = with_mirrored(crops) if data.flip else crops
-            samples.append(Sample(concept, picture, prompts, class_prompts, crops, condition))
+            factor = data.picture_weights.get(picture.name, 1.0)
+            samples.append(Sample(concept, picture, prompts, class_prompts, crops, condition, factor))
     check_unshared([sample.condition for sample in samples if sample.condition is not None])
     _check_repeats(samples)
     prompts_by_image = [(sample.concept, sample.picture, sample.prompt_builder) for sample in samples]
@@ -189,8 +192,10 @@ def split_samples(
     """Return training and held-out samples; these are from `validation.images`, or a share of each concept's images.
 
     Raises:
-        DiffgraftError: too few images are left to train on, or `validation.images` cannot be read.
+        DiffgraftError: too few images are left to train on, or `validation.images` cannot be read; or there is no
+            image of a name in `picture_weights`, or all have the weight 0.
     """
+    _check_picture_weights(data, samples)
     concepts = {id(sample.concept): sample.concept for sample in samples}
     if validation.images:
         held_out = collect_samples(data, read_held_out(validation.images, list(concepts.values())), base)
@@ -207,6 +212,16 @@ def split_samples(
     concept_indices = [[*concepts].index(id(sample.concept)) for sample in samples]
     rows = rows_held_out(validation.share, concept_indices, [sample.picture.content for sample in samples])
     return [sample for row, sample in enumerate(samples) if row not in rows], [samples[row] for row in sorted(rows)]
+
+
+def _check_picture_weights(data: DataSettings, samples: Sequence[Sample]) -> None:
+    """Raise DiffgraftError if `picture_weights` names an image that does not exist, or leaves nothing to train on."""
+    names = [sample.picture.name for sample in samples]
+    for name in data.picture_weights:
+        if name not in names:
+            raise DiffgraftError(f"picture_weights.{name} is for no image of the run: {did_you_mean(name, names)}")
+    if data.picture_weights and not any(sample.factor for sample in samples):
+        raise DiffgraftError("picture_weights gives all images the weight 0, which leaves nothing to train on.")
 
 
 def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], title: str) -> Examples:
@@ -226,7 +241,7 @@ def encode_samples(data: DataSettings, base: Base, samples: Sequence[Sample], ti
             sample.prompt_builder,
             sample.class_prompt_builder,
             sample.concept.repeats,
-            sample.concept.weight,
+            sample.concept.weight * sample.factor,
             sample.picture.content
             + (sample.picture.mask_content if data.masks.use else "")
             + ("" if sample.condition is None else sample.condition.content),
