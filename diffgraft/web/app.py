@@ -1,0 +1,64 @@
+"""The application: routes, errors and the guard put together."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+import diffgraft
+from diffgraft.errors import DiffgraftError
+from diffgraft.files import exclusive_lock
+from diffgraft.web.api import api_router
+from diffgraft.web.guard import Guard
+from diffgraft.web.jobs import Scheduler
+from diffgraft.web.pages import error_page, page_router
+from diffgraft.web.paths import UnknownPathError
+from diffgraft.web.settings import Settings
+from diffgraft.web.studio import Studio
+from diffgraft.web.training import TooManyJobsError
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application of a studio; while it runs, it starts the jobs of the queue.
+
+    Raises:
+        DiffgraftError: when it starts, if another studio uses the library folder.
+    """
+    studio = Studio.open(settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        with exclusive_lock(settings.state_folder):
+            scheduler = Scheduler(settings, studio.queue)
+            scheduler.start()
+            try:
+                yield
+            finally:
+                scheduler.end()
+
+    app = FastAPI(
+        title="diffgraft studio",
+        version=diffgraft.__version__,
+        lifespan=lifespan,
+        openapi_url="/api/openapi.json",
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+    )
+    app.include_router(api_router(studio))
+    app.include_router(page_router(studio))
+    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"))
+
+    @app.exception_handler(DiffgraftError)
+    def refuse(request: Request, error: DiffgraftError) -> Response:
+        status = 404 if isinstance(error, UnknownPathError) else 429 if isinstance(error, TooManyJobsError) else 400
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"detail": str(error)}, status)
+        return error_page(request, str(error), status)
+
+    app.add_middleware(Guard, settings=settings, door=studio.door)
+    return app

@@ -1,0 +1,37 @@
+"""The parts of a studio, which its routes share."""
+
+from dataclasses import dataclass
+
+from diffgraft.web.guard import Door
+from diffgraft.web.jobs import Queue
+from diffgraft.web.library import RunSummary, run_folders, summarize
+from diffgraft.web.pictures import Pictures
+from diffgraft.web.settings import Settings
+from diffgraft.web.training import Trainings
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The parts of a studio; none holds state that its files do not."""
+
+    settings: Settings
+    queue: Queue
+    trainings: Trainings
+    pictures: Pictures
+    door: Door
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Studio":
+        """Open the studio of a library folder, which is created if it does not exist."""
+        settings.root.mkdir(parents=True, exist_ok=True)
+        queue = Queue(settings.state_folder)
+        return cls(settings, queue, Trainings(settings, queue), Pictures(settings), Door(settings))
+
+    def runs(self) -> list[RunSummary]:
+        """Return summaries of all runs, the newest first."""
+        waiting = self.waiting()
+        return [summarize(folder, waiting) for folder in run_folders(self.settings.root)]
+
+    def waiting(self) -> set[str]:
+        """Return the names of the runs in the queue."""
+        return {job.run for job in self.queue.jobs()}
