@@ -5,7 +5,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
@@ -59,6 +61,12 @@ def create_app(settings: Settings) -> FastAPI:
         if request.url.path.startswith("/api/"):
             return JSONResponse({"detail": str(error)}, status)
         return error_page(request, str(error), status)
+
+    @app.exception_handler(HTTPException)
+    async def answer(request: Request, error: HTTPException) -> Response:
+        if request.url.path.startswith(("/api/", "/static/")):
+            return await http_exception_handler(request, error)
+        return error_page(request, str(error.detail), error.status_code)
 
     app.add_middleware(Guard, settings=settings, door=studio.door)
     return app

@@ -55,7 +55,7 @@ class Door:
             return True
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            return self.opens(given.strip())
+            return self.opens(given.strip().encode("latin-1").decode("utf-8", "replace"))
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:

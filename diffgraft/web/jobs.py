@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -100,7 +101,6 @@ class Scheduler(threading.Thread):
         super().__init__(name="studio-scheduler", daemon=True)
         self._settings, self._queue = settings, queue
         self._ending = threading.Event()
-        self._child: tuple[Job, subprocess.Popen[bytes]] | None = None
 
     def run(self) -> None:
         while not self._ending.wait(_PAUSE):
@@ -117,13 +117,6 @@ class Scheduler(threading.Thread):
 
     def look(self) -> None:
         """Forget what has ended, and start the next job if nothing runs."""
-        if self._child is not None:
-            job, process = self._child
-            if process.poll() is None:
-                return
-            self._child = None
-            if self._queue.file(job).exists():  # the launch itself failed: without this it would be tried for ever
-                self._queue.file(job).rename(self._queue.started / f"{job.id}.json")
         for job in self._queue.started_jobs():
             if running_process(self._settings.root / job.run) is not None:
                 return
@@ -137,7 +130,7 @@ class Scheduler(threading.Thread):
         started = self._queue.started / f"{job.id}.json"
         launch = [sys.executable, "-m", "diffgraft.web.launch", str(self._queue.file(job)), str(started), str(run)]
         with events_file(run).open("ab") as events, output_file(run).open("ab") as output:
-            process = subprocess.Popen(
+            subprocess.run(
                 [*launch, *self._settings.command, *job.words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -145,8 +138,10 @@ class Scheduler(threading.Thread):
                 cwd=self._settings.root,
                 env=program_environment(),
                 start_new_session=True,
+                check=False,
             )
-        self._child = job, process
+        with suppress(FileNotFoundError):  # the launch itself failed: without this it would be tried for ever
+            self._queue.file(job).rename(started)
 
 
 def program_environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 import io
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +35,7 @@ class PictureFolder:
     """Path below the folder of the studio that it is in"""
     pictures: int
     is_upload: bool
-    """Whether it is in the library, where captions can be changed and pictures added"""
+    """Whether it holds uploaded pictures"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class CaptionedPicture:
     file: str
     name: str
     caption: str | None
+    can_change: bool
+    """Whether it was uploaded, so that its caption can be changed"""
 
 
 class Pictures:
@@ -73,7 +76,8 @@ class Pictures:
         path = within(self._tops(), folder)
         if not path.is_dir():
             raise DiffgraftError(f"{folder[:200]!r} is a file, not a folder of pictures.")
-        return [CaptionedPicture(str(file), file.name, _caption(file)) for file in _picture_files(path)]
+        is_upload = path.is_relative_to(self._settings.uploads.resolve())
+        return [CaptionedPicture(str(file), file.name, _caption(file), is_upload) for file in _picture_files(path)]
 
     def thumbnail(self, file: str) -> bytes:
         """Return a picture, small, as WebP.
@@ -118,6 +122,8 @@ class Pictures:
                 self._store(top, name, content)
             except DiffgraftError as error:
                 refusals.append(str(error))
+        with suppress(OSError):  # it holds something
+            top.rmdir()
         return str(top), refusals
 
     def set_caption(self, file: str, caption: str) -> None:

@@ -26,7 +26,7 @@ class Texts:
 
     language: str
 
-    def __call__(self, name: str, **values: object) -> str:
+    def __call__(self, name: str, /, **values: object) -> str:
         """Return the text called `name`, with {placeholders} filled in."""
         text = catalogue()[name][self.language]
         return text.format(**values) if values else text

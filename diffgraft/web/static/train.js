@@ -4,11 +4,11 @@ import { act, element, say, send, texts } from "/static/studio.js";
 const folder = document.getElementById("folder");
 const recipe = document.getElementById("recipe-name").dataset.recipe;
 
-function figure(picture, isUpload) {
+function figure(picture) {
   const source = `/api/pictures/thumbnail?file=${encodeURIComponent(picture.file)}`;
   const image = element("img", { src: source, alt: picture.name, loading: "lazy" });
   const caption = element("figcaption", {}, element("div", { textContent: picture.name }));
-  if (isUpload) {
+  if (picture.can_change) {
     const area = element("textarea", { rows: 2, value: picture.caption ?? "", ariaLabel: `${texts.caption} ${picture.name}` });
     area.addEventListener("change", () => act(null, async () => {
       await send("PUT", "/api/pictures/caption", { file: picture.file, caption: area.value });
@@ -23,12 +23,8 @@ function figure(picture, isUpload) {
 
 async function showPictures() {
   if (!folder.value.trim()) throw new Error(texts.no_folder);
-  const [pictures, folders] = await Promise.all([
-    send("GET", `/api/pictures/list?folder=${encodeURIComponent(folder.value.trim())}`),
-    send("GET", "/api/pictures"),
-  ]);
-  const isUpload = folders.some((each) => each.is_upload && each.path === folder.value.trim());
-  document.getElementById("pictures").replaceChildren(...pictures.map((picture) => figure(picture, isUpload)));
+  const pictures = await send("GET", `/api/pictures/list?folder=${encodeURIComponent(folder.value.trim())}`);
+  document.getElementById("pictures").replaceChildren(...pictures.map(figure));
 }
 
 // Settings that differ from the recipe's own.
