@@ -67,6 +67,8 @@ class ResumeRequest(_Request):
 
     settings: dict[str, Value] = Field(default_factory=dict)
     """Settings that override those of the run, such as more steps"""
+    allow_changes: bool = False
+    """Whether to go on although settings differ that affect the steps taken"""
 
 
 class CaptionRequest(_Request):
@@ -221,7 +223,7 @@ def _add_training(router: APIRouter, studio: Studio) -> None:
     @router.post("/runs/{name}/resume", status_code=202)
     def resume_run(name: str, request: Annotated[ResumeRequest, Body()]) -> Job:
         """Queue the continuation of a run."""
-        return studio.trainings.resume(name, request.settings)
+        return studio.trainings.resume(name, request.settings, allow_changes=request.allow_changes)
 
     @router.get("/queue")
     def list_queue() -> list[Job]:

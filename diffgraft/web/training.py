@@ -114,8 +114,13 @@ class Trainings:
             output = f"output={self._settings.root / run}"
             return self._queue.add(run, ("train", *words, output, "--progress", "json"))
 
-    def resume(self, run: str, settings: Mapping[str, Value]) -> Job:
+    def resume(self, run: str, settings: Mapping[str, Value], *, allow_changes: bool = False) -> Job:
         """Queue the continuation of a run; `settings`, such as more steps, override its recipe.
+
+        Args:
+            run: name of the run.
+            settings: settings that override the run's recipe.
+            allow_changes: whether to go on although settings differ that affect the steps taken.
 
         Raises:
             DiffgraftError: as in `words`; or there is no such run, or it runs or waits already.
@@ -126,7 +131,8 @@ class Trainings:
         if is_running(folder) or any(job.run == run for job in self._queue.jobs()):
             raise DiffgraftError(f"{run} runs or waits already.")
         self._count_job()
-        return self._queue.add(run, ("train", *words, "--resume", str(folder), "--progress", "json"))
+        allowed = ("--allow-changes",) if allow_changes else ()
+        return self._queue.add(run, ("train", *words, "--resume", str(folder), *allowed, "--progress", "json"))
 
     def cancel(self, job_id: str) -> bool:
         """Remove a waiting job, and the folder of a run that never began; False if it does not wait."""

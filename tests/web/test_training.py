@@ -85,7 +85,8 @@ def test_a_stopped_training_resumes(client: TestClient, wait_for: Wait) -> None:
     assert detail["checkpoints"] == ["checkpoints/step"]
     assert client.post("/api/runs/dog/stop").status_code == 409
     done = detail["summary"]["step"]
-    assert client.post("/api/runs/dog/resume", json={"settings": {"steps": done + 3}}).status_code == 202
+    more = {"settings": {"steps": done + 3}, "allow_changes": True}
+    assert client.post("/api/runs/dog/resume", json=more).status_code == 202
     wait_for(lambda: client.get("/api/runs/dog").json()["summary"]["state"] == "finished")
     assert steps_in(events_of(client, "dog")) == list(range(1, done + 4))
 
@@ -151,7 +152,7 @@ def test_a_training_survives_a_killed_server(settings: Settings, wait_for: Wait)
     queue = Queue(settings.state_folder)
     for name in ("dog", "next"):
         (settings.root / name / "studio").mkdir(parents=True)
-        queue.add(name, ("train", "steps=60", "lr=0.1", f"output={settings.root / name}"))
+        queue.add(name, ("train", "steps=40", "lr=0.06", f"output={settings.root / name}"))
     words = [sys.executable, "-c", SERVER, str(settings.root), str(port), *settings.command]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -164,7 +165,7 @@ def test_a_training_survives_a_killed_server(settings: Settings, wait_for: Wait)
     assert pid is not None
     with client_of(settings) as client:
         assert client.get("/api/runs/dog").json()["summary"]["state"] == "running"
-        assert steps_in(events_of(client, "dog")) == list(range(1, 61))
+        assert steps_in(events_of(client, "dog")) == list(range(1, 41))
         wait_for(lambda: client.get("/api/runs/next").json()["summary"]["state"] == "running")
         client.post("/api/runs/next/stop")
 

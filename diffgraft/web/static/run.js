@@ -117,7 +117,7 @@ document.getElementById("resume")?.addEventListener("submit", (event) => {
   const given = event.target.elements.steps;
   const settings = given.value === given.defaultValue ? {} : { steps: Number(given.value) };
   act(event.submitter, async () => {
-    await send("POST", `${address}/resume`, { settings });
+    await send("POST", `${address}/resume`, { settings, allow_changes: event.target.elements.changes.checked });
     location.reload();
   });
 });
