@@ -102,6 +102,9 @@ class Network(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind}: {len(self.tensors)} tensors)"
 
+    replaces_denoiser = False
+    """Whether it computes in the place of the denoiser, whose layers then have no effect."""
+
     @abstractmethod
     def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
         """Hook the network into live parts of a base, and return a function that removes it again.

@@ -2,19 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 from torch import nn
 
-from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import refuse
+from diffgraft.adapters.adapter import Network
 from diffgraft.bases import Base
 
 PART = "control"
 """Path of a control network, and first part of the names of its parameters"""
-
-
-N = TypeVar("N", bound="ConditionedNetwork")
 
 
 class ConditionedNetwork(Network):
@@ -33,17 +28,3 @@ class ConditionedNetwork(Network):
         Raises:
             ValueError: it was made for another base, or its tensors and settings do not fit together.
         """
-
-
-def only_network(adapter: Adapter, kind: type[N]) -> N:
-    """Return the only network of an adapter that holds nothing else, to start training from.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    refuse(adapter, "deltas", "tokens")
-    network = adapter.networks[0] if len(adapter.networks) == 1 else None
-    if isinstance(network, kind):
-        return network
-    kinds = ", ".join(own.kind for own in adapter.networks) or "none"
-    raise ValueError(f"it holds {len(adapter.networks)} networks ({kinds}), but exactly one {kind.kind} is needed")

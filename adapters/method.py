@@ -42,7 +42,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_origin
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ from diffgraft.bases.layers import is_of_text
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
 from diffgraft.strict import validated
 
+N = TypeVar("N", bound=Network)
 ReadDelta = Callable[[Mapping[str, Tensor], float | None], Delta]
 ReadNetwork = Callable[[Mapping[str, Tensor], Mapping[str, Any]], Network]
 NO_FACTORS = dict.fromkeys(("rank", "alpha"), "it has no low-rank factors")
@@ -271,6 +272,20 @@ def refuse(adapter: Adapter, *fields: str) -> None:
     for name, contents in (("deltas", "weights of layers"), ("networks", "a network"), ("tokens", "a word")):
         if name in fields and getattr(adapter, name):
             raise ValueError(f"it holds {contents}, which this method cannot train")
+
+
+def only_network(adapter: Adapter, kind: type[N]) -> N:
+    """Return the only network of an adapter that holds nothing else, to start training from.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    refuse(adapter, "deltas", "tokens")
+    network = adapter.networks[0] if len(adapter.networks) == 1 else None
+    if isinstance(network, kind):
+        return network
+    kinds = ", ".join(own.kind for own in adapter.networks) or "none"
+    raise ValueError(f"it holds {len(adapter.networks)} networks ({kinds}), but exactly one {kind.kind} is needed")
 
 
 def strip_text_model(path: str) -> str:

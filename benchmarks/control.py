@@ -1,8 +1,8 @@
 """Pictures steered by edges on `tiny`, with networks of the recipe `control`: ``python -m benchmarks.control``.
 
 It draws captioned pictures of the world, trains each method on them, and draws unseen scenes with and without the edges
-of their pictures. It takes about a quarter of an hour on two cores; ``--runs FOLDER`` keeps the runs in a folder, and
-measures those that are there already instead of training.
+of their pictures. ``--runs FOLDER`` keeps the runs in a folder, and measures those that are there already instead of
+training.
 """
 
 import argparse

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.control import PART, ConditionedNetwork, only_network
+from diffgraft.adapters.control import PART, ConditionedNetwork
 from diffgraft.adapters.factors import FactorDelta, FactorLayer
-from diffgraft.adapters.method import Attached, Method, Spec
+from diffgraft.adapters.method import Attached, Method, Spec, only_network
 from diffgraft.adapters.methods.controlnet import ControlNetwork
 from diffgraft.adapters.methods.lora import LOW_RANK, low_rank
 from diffgraft.adapters.patch import AttachedLayers, cast_like, is_autocast, to_cpu_float32, weight_shape

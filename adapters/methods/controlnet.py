@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.control import PART, ConditionedNetwork, only_network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Spec
+from diffgraft.adapters.control import PART, ConditionedNetwork
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Spec, only_network
 from diffgraft.adapters.patch import to_cpu_float32
 from diffgraft.bases import Base
 from diffgraft.bases.loading import base_of

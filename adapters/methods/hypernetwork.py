@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, only_network
 from diffgraft.adapters.patch import cast_like, to_cpu_float32
 from diffgraft.adapters.shared import DeferredGradLinear
 from diffgraft.bases.layers import parts_of
@@ -332,10 +332,7 @@ class AttachedHypernetwork(Attached):
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:
         """Start from the only hypernetwork of `adapter`, of the same structure; its dropout may differ."""
-        refuse(adapter, "deltas", "tokens")
-        source = adapter.networks[0] if len(adapter.networks) == 1 else None
-        if not isinstance(source, Hypernetwork):
-            raise ValueError(f"it holds {len(adapter.networks)} networks, but exactly one hypernetwork is needed")
+        source = only_network(adapter, Hypernetwork)
         for name, network in source.build().items():
             if name not in self.networks:
                 raise ValueError(f"its network {name} is for a context width that this base does not have")

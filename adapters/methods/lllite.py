@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.control import PART, ConditionedNetwork, only_network
-from diffgraft.adapters.method import Attached, Method, Options, Spec
+from diffgraft.adapters.control import PART, ConditionedNetwork
+from diffgraft.adapters.method import Attached, Method, Options, Spec, only_network
 from diffgraft.adapters.patch import cast_like, to_cpu_float32
 from diffgraft.bases import Base
 from diffgraft.bases.control import InputControl

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter, Network
-from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, refuse
+from diffgraft.adapters.method import NO_FACTORS, Attached, Method, Options, Spec, only_network
 from diffgraft.adapters.patch import to_cpu_float32
 from diffgraft.bases import Base
 from diffgraft.bases.loading import base_of
@@ -48,6 +48,7 @@ class Student(Network):
     """Configuration of the denoiser's class"""
 
     kind = "student"
+    replaces_denoiser = True
 
     def hook(self, parts: Mapping[str, nn.Module], strength: float) -> Callable[[], None]:
         if strength == 0:
@@ -108,11 +109,7 @@ class AttachedStudent(Attached):
     @torch.no_grad()
     def load(self, adapter: Adapter) -> set[str]:
         """Start from the only student of `adapter`, which may be of another size."""
-        refuse(adapter, "deltas", "tokens")
-        source = adapter.networks[0] if len(adapter.networks) == 1 else None
-        if not isinstance(source, Student):
-            raise ValueError(f"it holds {len(adapter.networks)} networks, but exactly one student is needed")
-        student = source.build(type(self._denoiser[0]))
+        student = only_network(adapter, Student).build(type(self._denoiser[0]))
         self._undo()
         self._take(student.to(next(self._student.parameters()).device))
         return {PART}
@@ -151,6 +148,11 @@ def _replaced(denoiser: nn.Module, student: nn.Module, acts: Callable[[], bool])
                 denoiser.forward = top.before
 
     return undo
+
+
+def is_replaced(denoiser: nn.Module) -> bool:
+    """Whether a student computes in the place of a denoiser."""
+    return isinstance(vars(denoiser).get("forward"), _Replacement)
 
 
 def read_network(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Network:

@@ -25,6 +25,7 @@ from diffgraft.adapters.ops.effect import fitting_bases
 from diffgraft.adapters.strengths import Strength, strengths_of
 from diffgraft.adapters.words import AddedTokens
 from diffgraft.bases import Base
+from diffgraft.bases.layers import is_of_text
 from diffgraft.bases.ldm_keys import layers_per_block_of
 from diffgraft.bases.pipelines import as_denoiser, prediction_of
 from diffgraft.bases.prediction import PREDICTION_KEY, PREDICTIONS
@@ -134,6 +135,7 @@ class Graft:
                     networks.append((name, network, strength))
             if any(strengths.parts[part] for vectors in adapter.tokens.values() for part in vectors):
                 words.append((name, adapter.tokens))
+        _check_in_place([network for _, network, _ in networks], merged)
         words = _without_duplicate_words(words)
         before = self._merged
         changed = [path for path in {**before, **merged} if not _is_same(merged.get(path), before.get(path))]
@@ -411,6 +413,18 @@ def _add_low_rank(weight: Tensor, original: Tensor, deltas: ModuleDeltas) -> boo
 def _is_finite(values: Tensor) -> bool:
     """Whether all values are finite; their sum tells it in half the time, unless that alone overflows."""
     return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+
+
+def _check_in_place(networks: Sequence[Network], merged: Mapping[str, ModuleDeltas]) -> None:
+    """Raise DiffgraftError if a network takes the denoiser's place, and something else changes the denoiser."""
+    if not any(network.replaces_denoiser for network in networks):
+        return
+    changed = [path for path in merged if not is_of_text(path)]
+    if changed or len(networks) > 1:
+        raise DiffgraftError(
+            "A student takes the place of the denoiser, so that the other adapters on the denoiser would have no "
+            "effect: write the student as a base with `diffgraft merge`, and give the others on that base."
+        )
 
 
 def _is_same(new: Sequence[tuple[object, float]] | None, old: Sequence[tuple[object, float]] | None) -> bool:

@@ -56,7 +56,7 @@ def draw_subjects(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, coun
     paths = [folder / f"{fingerprint(vae)}-{numbers.start}-{len(numbers)}.pt" for numbers in chunks]
     missing = [(path, numbers) for path, numbers in zip(paths, chunks, strict=True) if not path.exists()]
     draw, title, done = partial(_save_chunk, vae, tokenizer), "drawing subjects", len(chunks) - len(missing)
-    if processes > 1:
+    if processes > 1 and len(missing) > 1:
         with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
             for _ in tqdm(workers.imap(draw, missing), title, len(chunks), initial=done):
                 pass

@@ -285,7 +285,7 @@ def test_what_has_no_place_or_does_not_fit_is_told(base: Base) -> None:
         ("full", {}, Adapter({"unet.conv_inn": (fits,)}), r"unet\.conv_inn is not trained here"),
         ("textual-inversion", {}, one, "it holds weights of layers"),
         ("hypernetwork", {}, one, "it holds weights of layers"),
-        ("hypernetwork", {}, Adapter(), "it holds 0 networks, but exactly one hypernetwork is needed"),
+        ("hypernetwork", {}, Adapter(), r"it holds 0 networks \(none\), but exactly one hypernetwork is needed"),
     ):
         live = on_modules_of(base, one, method, **options)
         with pytest.raises(ValueError, match=answer):

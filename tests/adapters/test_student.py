@@ -22,6 +22,7 @@ from diffgraft.trainers.objectives.objective import ObjectiveInputs
 from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.run.train import train
 from tests.generation.test_session import bits, same
+from tests.recipes import SUBJECT
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,25 @@ def test_a_student_learns_what_the_base_predicts(base: Base, run: dg.Run, pictur
     assert after < 0.7 * before
     with pytest.raises(DiffgraftError, match=r"has the strengths 0 and 1, not 0\.5"), dg.graft(base, {run: 0.5}):
         pass
+
+
+def test_what_would_have_no_effect_beside_a_student_is_refused(
+    base: Base, run: dg.Run, short_run: dg.Run, pictures: Path, tmp_path: Path
+) -> None:
+    """Other adapters on the denoiser, in one drawing; and training, on a grafted student or one under it."""
+    before = bits(base)
+    with pytest.raises(DiffgraftError, match="the other adapters on the denoiser would have no effect"):
+        dg.graft(base, {run: 1.0, short_run: 0.5})
+    with dg.graft(base, {run: 0.0, short_run: 0.5}):
+        pass
+    settings = {"subject": "dog", "images": pictures, "steps": 1, "prior": {"weight": 0}, "previews": False}
+    with dg.graft(base, run), pytest.raises(DiffgraftError, match="nothing else can be trained on it"):
+        train(SUBJECT, base=base, output=tmp_path / "beside", **settings)
+    under = {"adapter": str(run.adapter_file)}
+    with pytest.raises(DiffgraftError, match="nothing else can be trained on it"):
+        train(SUBJECT, base=base, output=tmp_path / "under", under=under, **settings)
+    assert same(bits(base), before)
+    assert "forward" not in vars(base.unet)
 
 
 def test_a_student_is_written_as_a_base_that_diffusers_opens(base: Base, run: dg.Run, tmp_path: Path) -> None:

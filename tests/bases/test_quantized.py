@@ -165,7 +165,9 @@ def gradients(base: Base, plan: Any) -> tuple[Tensor, dict[str, Tensor], Adapter
         live.detach()
 
 
-PLANS: dict[str, Any] = {name: (name, {"text_encoder": True}) for name in ON_PICTURES if name != "full"}
+WHOLE = ("full", "student")
+"""Methods that need the weights of the denoiser as they are"""
+PLANS: dict[str, Any] = {name: (name, {"text_encoder": True}) for name in ON_PICTURES if name not in WHOLE}
 PLANS["dora"] = ("lora", {"text_encoder": True, "options": {"dora": True}})
 PLANS["locon with dora"] = ("locon", {"options": {"dora": True}})
 PLANS["pivotal with dora"] = ("pivotal", {"options": {"weights_options": {"dora": True}}})

@@ -50,7 +50,7 @@ def test_resize_says_both_sizes_and_warns_where_nothing_gets_smaller(
     [
         ("train sd15-s", ["sd15-style", "sd15-subject"]),
         ("plan conc", ["concept"]),
-        ("recipes st", ["style"]),
+        ("recipes st", ["student", "style"]),
         ("methods lo", ["locon", "loha", "lokr", "lora"]),
     ],
 )

@@ -22,7 +22,7 @@ from tests.trainers.test_resumed import differing
 
 SETTINGS: dict[str, Any] = {"subject": "dog", "steps": 4, "checkpoint_every": 2, "sample_every": 3, "batch": 2}
 SETTINGS |= {"sample_prompts": "a dog", "prior": {"weight": 0}, "cache": False}
-ROOM = (4, *range(300, 9000, 400))
+ROOM = (4, *range(300, 9000, 700))
 """kB of the disk, little by little"""
 _REMOUNT, _PRIVATE, _NEW_MOUNTS, _NEW_USER = 32, 0x44000, 0x20000, 0x10000000
 

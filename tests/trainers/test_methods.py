@@ -56,8 +56,8 @@ def test_the_first_loss_is_the_same_whatever_the_method(base: Base, pictures: Pa
         settings = {**FAST, "steps": 1, "method": method}
         run = train(SUBJECT, base=base, images=pictures, output=tmp_path / method, **settings)
         first[method] = run.metrics[0]["loss"]
-    near = first.pop("hypernetwork")  # it starts with small random weights
-    assert near == pytest.approx(first["lora"], rel=1e-2)
+    for method in ("hypernetwork", "student"):  # with small random weights; without the middle, which does little
+        assert first.pop(method) == pytest.approx(first["lora"], rel=1e-2)
     words = [first.pop(method) for method in ("textual-inversion", "pivotal", "custom")]
     assert words == pytest.approx([words[0]] * 3, rel=1e-5)  # theirs starts as another word
     assert list(first.values()) == pytest.approx([first["lora"]] * len(first), rel=1e-5)

@@ -382,7 +382,7 @@ def test_it_learns(base: Base, pictures: Path, tmp_path: Path) -> None:
     masks = [Image.open(path) for path in sorted((POODLE.folder / "held-out-masks").glob("*.png"))]
     validation_set = validation_set_from_images(base, held_out, masks, pairs=64)
     before = {prompt: validation_set.loss(base, prompt) for prompt in ("a sks dog", "a dog")}
-    settings: dict[str, Any] = {"subject": "dog", "steps": 60, "prior": {"images": 16}, "sample_prompts": "a dog"}
+    settings: dict[str, Any] = {"subject": "dog", "steps": 50, "prior": {"images": 8}, "sample_prompts": "a dog"}
     run = train(SUBJECT, base=base, images=pictures, output=tmp_path / "run", **settings)
     with graft(base, {run.adapter: 1.0}):
         after = {prompt: validation_set.loss(base, prompt) for prompt in before}

@@ -478,7 +478,7 @@ def test_an_estimate_counts_it(method: str) -> None:
     assert cost.trained == cost.stored == sum(value.numel() for value in live.trainable().values())
     bare = cost_of(load_recipe("control", {}), meta_base("tiny"), (64, 48))
     assert cost.training < 0.5 * bare.training
-    assert cost.step < (0.6 if method == "lllite" else 1.0) * bare.step
+    assert cost.step < (0.7 if method == "lllite" else 1.0) * bare.step
 
 
 def test_layers_of_a_control_lora_can_be_chosen(base: Base) -> None:

@@ -66,7 +66,8 @@ def test_a_plan_sees_another_start_from_the_weight(base: Base, pictures: Path, t
             dg.plan(SUBJECT, **given, **started, options={"init": "olora"})
 
 
-@pytest.mark.parametrize("method", ON_PICTURES)
+# a LoRA beside a grafted student would lie on layers that compute nothing
+@pytest.mark.parametrize("method", [name for name in ON_PICTURES if name != "student"])
 def test_the_first_loss_is_that_of_the_grafted_file(method: str, go: Any, base: Base, tmp_path: Path) -> None:
     """A first run's file goes on: at its first step the UNet says what it says with the file grafted."""
     text = {} if method in ("hypernetwork", "textual-inversion", "custom") else {"text_encoder": True}

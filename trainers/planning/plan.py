@@ -30,7 +30,7 @@ from diffgraft.trainers.planning.pitfalls import (
     setting_conflicts,
     trigger_word_warnings,
 )
-from diffgraft.trainers.planning.start_check import check_start
+from diffgraft.trainers.planning.start_check import Bases, check_start
 from diffgraft.trainers.recipe.groups import OptimSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import read_adapter_file
@@ -119,7 +119,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     strengths = kind.strengths(kind.read_options(recipe.loss.options if recipe.loss.objective else {}))
     passes = kind.predictions * len(strengths) + any(concept.prior_preservation is not None for concept, _ in concepts)
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
-    check_start(recipe, base, start, loaded_base)
+    check_start(recipe.adapter, model, Bases(base, loaded_base), start, lambda: attach(recipe, base, start))
     if recipe.under.adapter:
         Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"

@@ -1,44 +1,62 @@
 """Check of a plan that the file of `init_from` began with the same part of the base's weights as the run would."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.method import Attached
 from diffgraft.bases import Base
 from diffgraft.bases.loading import locate_base
 from diffgraft.bases.quantized import weight_and_bias
 from diffgraft.bases.weights import open_weights
 from diffgraft.errors import DiffgraftError
-from diffgraft.trainers.recipe.recipe import Recipe
+from diffgraft.trainers.recipe.groups import AdapterSettings, ModelSettings
 from diffgraft.trainers.run.adapter_file import AdapterFile
-from diffgraft.trainers.run.attach import attach
 
 
-def check_start(recipe: Recipe, base: Base, start: AdapterFile | None, loaded_base: Base | None) -> None:
+@dataclass(frozen=True)
+class Bases:
+    """A base as a plan has it."""
+
+    empty: Base
+    """The base on the device ``meta``"""
+    loaded: Base | None
+    """The base with its weights, if it is loaded"""
+
+
+def check_start(
+    adapter: AdapterSettings,
+    model: ModelSettings,
+    bases: Bases,
+    start: AdapterFile | None,
+    attach: Callable[[], Attached],
+) -> None:
     """Check a start from the weight (`options.init`) at the smallest layer of the file, whose weight alone is read.
 
     Nothing is checked where the weight cannot be read, as of a base that is not downloaded yet, or is quantized.
 
     Args:
-        recipe: the recipe.
-        base: its base on the device ``meta``, which is the same afterwards.
+        adapter: the recipe's method and options.
+        model: its base and quantization.
+        bases: the base; `empty` is the same afterwards.
         start: the file of `init_from`; None without one.
-        loaded_base: the base with its weights, if it is loaded.
+        attach: function that attaches the method to `bases.empty`, with the values of `start`.
 
     Raises:
         DiffgraftError: the file began otherwise, as `train` would find.
     """
-    options = {**recipe.options, **(recipe.options.get("weights_options") or {})}
-    if start is None or options.get("init", "zero") == "zero" or recipe.quantize != "none":
+    options = {**adapter.options, **(adapter.options.get("weights_options") or {})}
+    if start is None or options.get("init", "zero") == "zero" or model.quantize != "none":
         return
-    if (path := _smallest(start.adapter, base)) is None:
+    if (path := _smallest(start.adapter, bases.empty)) is None:
         return
-    value = _weight(recipe, base, path, loaded_base)
-    if value is not None and value.numel() == base.denoiser.get_submodule(path).get_parameter("weight").numel():
-        with _given(base.denoiser.get_submodule(path), value):
-            attach(recipe, base, start).detach()
+    layer, value = bases.empty.denoiser.get_submodule(path), _weight(model.base, bases, path)
+    if value is not None and value.numel() == layer.get_parameter("weight").numel():
+        with _given(layer, value):
+            attach().detach()
 
 
 def _smallest(adapter: Adapter, base: Base) -> str | None:
@@ -50,15 +68,15 @@ def _smallest(adapter: Adapter, base: Base) -> str | None:
     return min(sizes, key=lambda path: sizes[path], default=None)
 
 
-def _weight(recipe: Recipe, base: Base, path: str, loaded_base: Base | None) -> Tensor | None:
-    """Return the weight of a layer of the denoiser; None if it cannot be read."""
-    if loaded_base is not None:
-        weight, _ = weight_and_bias(loaded_base.denoiser.get_submodule(path))
+def _weight(name: str, bases: Bases, path: str) -> Tensor | None:
+    """Return the weight of a layer of the denoiser of the base called `name`; None if it cannot be read."""
+    if bases.loaded is not None:
+        weight, _ = weight_and_bias(bases.loaded.denoiser.get_submodule(path))
         return None if weight.is_meta else weight.detach().cpu()
     try:
-        source = recipe.base if recipe.base == "tiny" else locate_base(recipe.base, weights=False)
+        source = name if name == "tiny" else locate_base(name, weights=False)
         with open_weights(source) as weights:
-            return weights.get(f"{base.family.denoiser}.{path}.weight")
+            return weights.get(f"{bases.empty.family.denoiser}.{path}.weight")
     except DiffgraftError:
         return None
 

@@ -2,6 +2,7 @@
 
 from diffgraft.adapters.formats import check_dialect
 from diffgraft.adapters.method import Attached, Spec
+from diffgraft.adapters.methods.student import is_replaced
 from diffgraft.adapters.registry import get_method
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.layers import choose_layers
@@ -21,6 +22,11 @@ def attach(recipe: Recipe, base: Base, start: AdapterFile | None = None) -> Atta
     Raises:
         DiffgraftError: layers, learning-rate scales, optimizer or the adapter `start` do not fit the base.
     """
+    if is_replaced(base.denoiser):
+        raise DiffgraftError(
+            "A student computes in the place of this base's denoiser, so that nothing else can be trained on it: write "
+            "the student as a base with `diffgraft merge`, and train on that base."
+        )
     method = get_method(recipe.method)
     options, words = method.read_options(recipe.options), (recipe.trigger, recipe.noun)
     targets, alpha = _targets(recipe.adapter, base), recipe.alpha_or_rank()

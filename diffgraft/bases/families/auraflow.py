@@ -50,7 +50,7 @@ _ORIGINAL = OriginalLayout(
     shapes={"modF.1": (2, 1)},
     parameters={"positional_encoding": "pos_embed.pos_embed", "register_tokens": "register_tokens"},
 )
-"""Names in cloneofsimo/lavender-flow and the checkpoints of fal, as ComfyUI's ``ldm/aura/mmdit.py`` has them"""
+"""Names in the checkpoints of fal, as diffusers 0.42.1 reads them (``loaders/single_file_utils.py``)"""
 
 
 class AuraFlow(FlowFamily):

@@ -36,7 +36,7 @@ def draw_pool(
     missing = [(path, numbers) for path, numbers in zip(paths, chunks, strict=True) if not path.exists()]
     draw = partial(_save_chunk, vae, tokenizer)
     title = "drawing and encoding pictures"
-    if processes > 1:
+    if processes > 1 and len(missing) > 1:
         with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as workers:
             for _ in tqdm(workers.imap(draw, missing), title, len(chunks), initial=len(chunks) - len(missing)):
                 pass
