@@ -1,8 +1,6 @@
 """The HTTP API of the studio; its pages use it as well."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Header, HTTPException, Query, Response
@@ -13,7 +11,8 @@ from starlette.requests import Request
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web import form
-from diffgraft.web.events import end_of_events, stream
+from diffgraft.web.api_drawing import add_drawing_routes
+from diffgraft.web.events import end_of_events, start_of
 from diffgraft.web.jobs import Job
 from diffgraft.web.library import (
     AdapterSummary,
@@ -106,12 +105,12 @@ def api_router(studio: Studio) -> APIRouter:
     _add_files(router, studio)
     _add_training(router, studio)
     _add_pictures(router, studio)
+    add_drawing_routes(router, studio)
     return router
 
 
 def _add_runs(router: APIRouter, studio: Studio) -> None:
     root = studio.settings.root
-    viewers = threading.BoundedSemaphore(studio.settings.limits.viewers)
 
     @router.get("/runs")
     def list_runs() -> list[RunSummary]:
@@ -143,21 +142,11 @@ def _add_runs(router: APIRouter, studio: Studio) -> None:
         last one is called `end`.
         """
         folder = find_run(root, name)
-        start = int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) < 20 else after
-        if not viewers.acquire(blocking=False):
-            raise HTTPException(503, "Too many streams of events are open.")
 
         def may_follow() -> bool:
             return is_running(folder) or name in studio.waiting() or name in _starting(studio)
 
-        async def events() -> AsyncIterator[str]:
-            try:
-                async for text in stream(folder, start, may_follow):
-                    yield text
-            finally:
-                viewers.release()
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+        return studio.streams.follow(folder, start_of(after, last_event_id), may_follow)
 
     @router.post("/runs/{name}/stop", status_code=202)
     def stop_run(name: str) -> dict[str, bool]:

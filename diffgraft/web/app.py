@@ -18,15 +18,16 @@ from diffgraft.files import exclusive_lock
 from diffgraft.web.api import api_router
 from diffgraft.web.guard import Guard
 from diffgraft.web.jobs import Scheduler
+from diffgraft.web.limits import TooManyJobsError
 from diffgraft.web.pages import error_page, page_router
+from diffgraft.web.painting import PainterWatch
 from diffgraft.web.paths import UnknownPathError
 from diffgraft.web.settings import Settings
 from diffgraft.web.studio import Studio
-from diffgraft.web.training import TooManyJobsError
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the application of a studio; while it runs, it starts the jobs of the queue.
+    """Return the application of a studio; while it runs, it starts the jobs of the queues.
 
     Raises:
         DiffgraftError: when it starts, if another studio uses the library folder.
@@ -36,12 +37,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with exclusive_lock(settings.state_folder):
-            scheduler = Scheduler(settings, studio.queue)
-            scheduler.start()
+            watchers = [Scheduler(settings, studio.queue), PainterWatch(settings, studio.drawings)]
+            for watcher in watchers:
+                watcher.start()
             try:
                 yield
             finally:
-                scheduler.end()
+                for watcher in watchers:
+                    watcher.end()
 
     app = FastAPI(
         title="diffgraft studio",

@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
 from diffgraft.web.files_of_runs import events_file
 
@@ -120,3 +124,33 @@ def as_text(event: RunEvent) -> str:
     """Return an event in the format of server-sent events; its type is in the data as well."""
     data = json.dumps({"event": event.kind, **event.values}, ensure_ascii=False)
     return f"id: {event.id}\ndata: {data}\n\n"
+
+
+class EventStreams:
+    """The streams of events that are open, which are bounded in number."""
+
+    def __init__(self, most: int) -> None:
+        self._free = threading.BoundedSemaphore(most)
+
+    def follow(self, run: Path, start: int, is_running: Callable[[], bool]) -> StreamingResponse:
+        """Return the answer that sends the events of `stream`.
+
+        Raises:
+            HTTPException: too many streams are open.
+        """
+        if not self._free.acquire(blocking=False):
+            raise HTTPException(503, "Too many streams of events are open.")
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                async for text in stream(run, start, is_running):
+                    yield text
+            finally:
+                self._free.release()
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+def start_of(after: int, last_event_id: str) -> int:
+    """Return the id after which a client wants events: that of its header Last-Event-ID, else `after`."""
+    return int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) < 20 else after

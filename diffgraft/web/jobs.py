@@ -5,7 +5,6 @@ import os
 import secrets
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,9 +15,7 @@ from diffgraft.files import write_text
 from diffgraft.web.files_of_runs import events_file, output_file
 from diffgraft.web.processes import running_process
 from diffgraft.web.settings import Settings
-
-_PAUSE = 0.3
-"""Seconds between two looks at the queue"""
+from diffgraft.web.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -91,29 +88,15 @@ def _read(folder: Path) -> list[Job]:
     return jobs
 
 
-class Scheduler(threading.Thread):
+class Scheduler(Watcher):
     """Thread that starts the next job when no training runs.
 
     Trainings go on when it ends, with the server or by force; the next scheduler finds them by the files of their runs.
     """
 
     def __init__(self, settings: Settings, queue: Queue) -> None:
-        super().__init__(name="studio-scheduler", daemon=True)
+        super().__init__("studio-scheduler")
         self._settings, self._queue = settings, queue
-        self._ending = threading.Event()
-
-    def run(self) -> None:
-        while not self._ending.wait(_PAUSE):
-            try:
-                self.look()
-            except OSError as error:  # a full disk, say: the next look may succeed
-                print(f"The queue cannot be used: {error}", file=sys.stderr)
-
-    def end(self) -> None:
-        """End the thread; a training goes on."""
-        self._ending.set()
-        if self.is_alive():
-            self.join(5)
 
     def look(self) -> None:
         """Forget what has ended, and start the next job if nothing runs."""

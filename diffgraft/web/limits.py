@@ -5,6 +5,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from diffgraft.errors import DiffgraftError
+
+
+class TooManyJobsError(DiffgraftError):
+    """More jobs were requested than the limits allow."""
+
 
 class RateLimit:
     """At most `count` events in any minute."""

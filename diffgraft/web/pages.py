@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web import form, guard
+from diffgraft.web.draw_pages import add_drawing_pages
 from diffgraft.web.library import adapters, checkpoints_of, find_run, is_running, pictures_of, summarize
 from diffgraft.web.paths import UnknownPathError
 from diffgraft.web.studio import Studio
@@ -75,6 +76,8 @@ def page_router(studio: Studio) -> APIRouter:
             common=[field for field in fields if field.is_common],
             groups=form.grouped(fields),
         )
+
+    add_drawing_pages(router, studio, _page)
 
     @router.get("/login")
     def login_form(request: Request, to: str = "/") -> Response:

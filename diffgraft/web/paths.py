@@ -7,7 +7,7 @@ from pathlib import Path
 from diffgraft.errors import DiffgraftError
 
 _MAX_NAME = 80
-_RESERVED = ("uploads",)
+_RESERVED = ("uploads", "drawings", "preferences")
 
 
 class UnknownPathError(DiffgraftError):

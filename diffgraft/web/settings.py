@@ -28,6 +28,10 @@ class Limits:
     """Jobs that wait"""
     jobs_per_minute: int = 20
     """Jobs that are accepted in a minute"""
+    drawings_per_minute: int = 60
+    """Drawings that are accepted in a minute"""
+    pictures: int = 200
+    """Pictures of a plot"""
     logins_per_minute: int = 10
     """Wrong passwords in a minute, after which all are refused for a while"""
     viewers: int = 200

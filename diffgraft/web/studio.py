@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from diffgraft.web.drawings import Drawings
+from diffgraft.web.events import EventStreams
 from diffgraft.web.guard import Door
 from diffgraft.web.jobs import Queue
 from diffgraft.web.library import RunSummary, run_folders, summarize
 from diffgraft.web.pictures import Pictures
+from diffgraft.web.preferences import Preferences
 from diffgraft.web.settings import Settings
 from diffgraft.web.training import Trainings
 
@@ -18,14 +21,26 @@ class Studio:
     queue: Queue
     trainings: Trainings
     pictures: Pictures
+    drawings: Drawings
+    preferences: Preferences
+    streams: EventStreams
     door: Door
 
     @classmethod
     def open(cls, settings: Settings) -> "Studio":
         """Open the studio of a library folder, which is created if it does not exist."""
         settings.root.mkdir(parents=True, exist_ok=True)
-        queue = Queue(settings.state_folder)
-        return cls(settings, queue, Trainings(settings, queue), Pictures(settings), Door(settings))
+        queue, drawings = Queue(settings.state_folder), Drawings(settings)
+        return cls(
+            settings,
+            queue,
+            Trainings(settings, queue),
+            Pictures(settings),
+            drawings,
+            Preferences(settings, drawings),
+            EventStreams(settings.limits.viewers),
+            Door(settings),
+        )
 
     def runs(self) -> list[RunSummary]:
         """Return summaries of all runs, the newest first."""

@@ -14,7 +14,7 @@ from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web.files_of_runs import FOLDER
 from diffgraft.web.jobs import Job, Queue, program_environment
 from diffgraft.web.library import find_run, is_running
-from diffgraft.web.limits import RateLimit
+from diffgraft.web.limits import RateLimit, TooManyJobsError
 from diffgraft.web.paths import check_value, safe_name
 from diffgraft.web.settings import Settings
 
@@ -24,10 +24,6 @@ _KEY = re.compile(r"[A-Za-z][\w.*+\-\[\]|?^$\\()]{0,200}")
 _OWN = ("output", "resume")
 """Settings that the studio makes itself"""
 _MAX_SETTINGS, _MAX_VALUE = 300, 20_000
-
-
-class TooManyJobsError(DiffgraftError):
-    """More jobs were requested than the limits allow."""
 
 
 @dataclass(frozen=True)

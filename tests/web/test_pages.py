@@ -3,12 +3,15 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from PIL import Image
 from starlette.testclient import TestClient
 
 import diffgraft.web
 from diffgraft.trainers.recipe.files import recipe_names
+from diffgraft.web.drawings import State
 from diffgraft.web.form import COMMON, fields_of
 from diffgraft.web.settings import Settings
 from diffgraft.web.texts import LANGUAGES, catalogue
@@ -25,7 +28,13 @@ def test_every_text_is_there_in_every_language() -> None:
     used = set()
     for file in (HOME / "templates").glob("*.html"):
         used |= set(re.findall(r'\bt\("(\w+)"', file.read_text("utf-8")))
+    used = {name for name in used if not name.endswith("_")}
     by_variable = {"queued", "running", "finished", "stopped", "failed", "trigger", "base", "method", "library"}
+    by_variable |= {f"drawing_{state}" for state in get_args(State)}
+    by_variable |= {f"draw_{name}" for name in ("count", "seed", "steps", "guidance", "width", "height")}
+    by_variable |= {f"mix_{name}" for name in ("text_encoder", "in", "mid", "out", "start", "end")}
+    by_variable |= {f"side_{name}" for name in ("left", "top", "right", "bottom")}
+    by_variable |= {"left", "right", "left_better", "right_better"}
     in_scripts = {
         f"js_{name}"
         for file in (HOME / "static").glob("*.js")
@@ -80,7 +89,12 @@ def test_pages_load_nothing_from_elsewhere_and_label_their_fields(settings: Sett
     (settings.root / "dog").mkdir(parents=True)
     (settings.root / "dog" / "recipe.yaml").write_text("steps: 3\n")
     client = client_of(settings)
-    for path in ("/", "/train", "/runs/dog", "/login", "/runs/none"):
+    drawing = client.post("/api/drawings", json={"prompt": "a dog"}).json()["id"]
+    picture = f"{drawing}/1.png"
+    Image.new("RGB", (8, 6)).save(settings.root / "drawings" / picture)
+    compared = f"/compare?first={picture}&second={picture}"
+    drawn = ("/draw", f"/draw?again={drawing}", f"/drawings/{drawing}", compared)
+    for path in ("/", "/train", "/runs/dog", "/login", "/runs/none", *drawn):
         page = Page(client.get(path).text)
         assert page.inline == [], path
         assert all(source.startswith(("/", "?", "#")) and not source.startswith("//") for source in page.sources), path

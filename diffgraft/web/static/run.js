@@ -64,6 +64,7 @@ function note(text) {
   const list = document.getElementById("messages");
   if (!text || (list.lastElementChild && list.lastElementChild.textContent === text)) return;
   list.append(element("li", { textContent: text }));
+  document.getElementById("messages-part").hidden = false;
   while (list.children.length > 200) list.firstElementChild.remove();
 }
 
@@ -71,12 +72,14 @@ function showPicture(file) {
   const path = file.split("/").map(encodeURIComponent).join("/");
   const source = `${address}/files/${path}`, picture = element("img", { src: source, alt: file });
   const link = element("a", { href: source }, picture);
+  document.getElementById("pictures-part").hidden = false;
   document.getElementById("pictures").prepend(element("figure", {}, link, element("figcaption", { textContent: file })));
 }
 
 function receive(event) {
   if (event.event === "step" && Number.isInteger(event.step)) {
     steps.set(event.step, { ...steps.get(event.step), ...event.values });
+    if (event.total) document.getElementById("step").textContent = texts.step_of.replace("{step}", event.step).replace("{steps}", event.total);
     drawSoon();
   } else if (event.event === "advance") {
     const bar = document.getElementById("progress");
