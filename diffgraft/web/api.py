@@ -12,6 +12,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web import form
 from diffgraft.web.api_drawing import add_drawing_routes
+from diffgraft.web.commands import Report
 from diffgraft.web.events import end_of_events, start_of
 from diffgraft.web.jobs import Job
 from diffgraft.web.library import (
@@ -28,11 +29,12 @@ from diffgraft.web.library import (
     report,
     summarize,
 )
+from diffgraft.web.operations import OperationReport, OperationRequest
 from diffgraft.web.paths import UnknownPathError, confined
 from diffgraft.web.pictures import CaptionedPicture, PictureFolder
 from diffgraft.web.processes import request_stop
 from diffgraft.web.studio import Studio
-from diffgraft.web.training import Planned, Value
+from diffgraft.web.training import Value
 
 _DOWNLOADS = {
     ".png": "image/png",
@@ -68,6 +70,17 @@ class ResumeRequest(_Request):
     """Settings that override those of the run, such as more steps"""
     allow_changes: bool = False
     """Whether to go on although settings differ that affect the steps taken"""
+
+
+class JudgeRequest(_Request):
+    """How a run is evaluated."""
+
+    strengths: Annotated[
+        list[Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]], Field(min_length=1, max_length=10)
+    ] = Field(default_factory=lambda: [0.6, 0.8, 1.0, 1.2])
+    """Strengths of each of its adapters"""
+    seeds: Annotated[int, Field(ge=1, le=32)] = 4
+    """Pictures of each prompt"""
 
 
 class CaptionRequest(_Request):
@@ -185,6 +198,11 @@ def _add_files(router: APIRouter, studio: Studio) -> None:
         file = find_adapter(root, path)
         return list((not figures and report(file)) or full_report(file))
 
+    @router.post("/adapters")
+    def make_adapter(request: OperationRequest) -> OperationReport:
+        """Make a new file of adapters: convert, resize, combine, or merge into a base."""
+        return studio.operations.make(request)
+
 
 def _add_training(router: APIRouter, studio: Studio) -> None:
     @router.get("/recipes")
@@ -200,7 +218,7 @@ def _add_training(router: APIRouter, studio: Studio) -> None:
         return list(form.fields_of(name))
 
     @router.post("/plan")
-    def plan(request: TrainingRequest) -> Planned:
+    def plan(request: TrainingRequest) -> Report:
         """Say what a training would do, or why it would be refused; nothing is written."""
         return studio.trainings.plan(request.recipe, request.settings)
 
@@ -213,6 +231,11 @@ def _add_training(router: APIRouter, studio: Studio) -> None:
     def resume_run(name: str, request: Annotated[ResumeRequest, Body()]) -> Job:
         """Queue the continuation of a run."""
         return studio.trainings.resume(name, request.settings, allow_changes=request.allow_changes)
+
+    @router.post("/runs/{name}/evaluate", status_code=202)
+    def judge_run(name: str, request: Annotated[JudgeRequest, Body()]) -> Job:
+        """Queue the evaluation of a run: which of its adapters to use, and at which strength."""
+        return studio.trainings.judge(name, request.strengths, request.seeds)
 
     @router.get("/queue")
     def list_queue() -> list[Job]:

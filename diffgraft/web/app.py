@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -64,6 +65,12 @@ def create_app(settings: Settings) -> FastAPI:
         if request.url.path.startswith("/api/"):
             return JSONResponse({"detail": str(error)}, status)
         return error_page(request, str(error), status)
+
+    @app.exception_handler(RequestValidationError)
+    def explain(_: Request, error: RequestValidationError) -> Response:
+        # without what was given, which may be bytes that are no text
+        found = [{"loc": list(each["loc"]), "msg": str(each["msg"]), "type": each["type"]} for each in error.errors()]
+        return JSONResponse({"detail": found[:20]}, 422)
 
     @app.exception_handler(HTTPException)
     async def answer(request: Request, error: HTTPException) -> Response:

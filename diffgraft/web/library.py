@@ -123,7 +123,7 @@ def summarize(folder: Path, waiting: Collection[str] = ()) -> RunSummary:
         recipe,
         int(last.get("step", 0)),
         _preview(folder),
-        "" if state in ("running", "queued", "finished") else _last_error(folder),
+        "" if state in ("running", "queued") else _last_error(folder),
         _changed(folder),
         has_adapter,
         state in ("stopped", "finished") and (folder / "recipe.yaml").is_file(),

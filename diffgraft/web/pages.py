@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Form
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,10 +14,17 @@ from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web import form, guard
 from diffgraft.web.draw_pages import add_drawing_pages
 from diffgraft.web.library import adapters, checkpoints_of, find_run, is_running, pictures_of, summarize
-from diffgraft.web.paths import UnknownPathError
+from diffgraft.web.operations import FORMATS, KINDS
+from diffgraft.web.paths import UnknownPathError, confined
 from diffgraft.web.studio import Studio
 from diffgraft.web.texts import COOKIE, LANGUAGES, Texts, language_of
+from diffgraft.web.training import EVALUATION
 
+_OF_REPORTS = {
+    "content-security-policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; sandbox"
+}
+"""Headers of an evaluation's page, which holds its style and pictures itself and may neither run nor load anything"""
 _YEAR = 365 * 24 * 3600
 
 
@@ -50,7 +57,15 @@ def page_router(studio: Studio) -> APIRouter:
     @router.get("/")
     def library(request: Request) -> Response:
         jobs = studio.queue.jobs()
-        return _page(request, "library.html", runs=studio.runs(), adapters=adapters(root), jobs=jobs)
+        return _page(
+            request,
+            "library.html",
+            runs=studio.runs(),
+            adapters=adapters(root),
+            jobs=jobs,
+            kinds=KINDS,
+            formats=FORMATS,
+        )
 
     @router.get("/runs/{name}")
     def run(request: Request, name: str) -> Response:
@@ -58,7 +73,20 @@ def page_router(studio: Studio) -> APIRouter:
         summary = summarize(folder, studio.waiting())
         pictures, checkpoints = pictures_of(folder), checkpoints_of(folder)
         follows = is_running(folder) or summary.state == "queued"
-        return _page(request, "run.html", run=summary, pictures=pictures, checkpoints=checkpoints, follows=follows)
+        return _page(
+            request,
+            "run.html",
+            run=summary,
+            pictures=pictures,
+            checkpoints=checkpoints,
+            follows=follows,
+            is_judged=(folder / EVALUATION / "evaluation.html").is_file(),
+        )
+
+    @router.get("/runs/{name}/evaluation")
+    def evaluation(name: str) -> Response:
+        file = confined(find_run(root, name), f"{EVALUATION}/evaluation.html")
+        return FileResponse(file, media_type="text/html; charset=utf-8", headers=_OF_REPORTS)
 
     @router.get("/train")
     def train(request: Request, recipe: str = "subject", folder: str = "") -> Response:

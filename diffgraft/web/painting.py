@@ -1,7 +1,6 @@
 """The watch over the program that draws: it is started when something waits, and missed when it ends early."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 from diffgraft.web.drawings import Drawings
@@ -59,7 +58,7 @@ class PainterWatch(Watcher):
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "diffgraft.web.painter", str(self._settings.root)],
+                [*self._settings.painter, str(self._settings.root)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -36,8 +36,8 @@ class Limits:
     """Wrong passwords in a minute, after which all are refused for a while"""
     viewers: int = 200
     """Streams of events that are open at once"""
-    plan_seconds: float = 300.0
-    """Seconds that a plan may take"""
+    command_seconds: float = 300.0
+    """Seconds that a plan, or making a file of others, may take"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Settings:
     """Further host names under which the studio is reached, such as that of a proxy"""
     command: tuple[str, ...] = (sys.executable, "-m", "diffgraft")
     """Program that trains and plans"""
+    painter: tuple[str, ...] = (sys.executable, "-m", "diffgraft.web.painter")
+    """Program that draws"""
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass
 
+from diffgraft.web.commands import Commands
 from diffgraft.web.drawings import Drawings
 from diffgraft.web.events import EventStreams
 from diffgraft.web.guard import Door
 from diffgraft.web.jobs import Queue
 from diffgraft.web.library import RunSummary, run_folders, summarize
+from diffgraft.web.operations import Operations
 from diffgraft.web.pictures import Pictures
 from diffgraft.web.preferences import Preferences
 from diffgraft.web.settings import Settings
@@ -21,6 +23,7 @@ class Studio:
     queue: Queue
     trainings: Trainings
     pictures: Pictures
+    operations: Operations
     drawings: Drawings
     preferences: Preferences
     streams: EventStreams
@@ -30,12 +33,13 @@ class Studio:
     def open(cls, settings: Settings) -> "Studio":
         """Open the studio of a library folder, which is created if it does not exist."""
         settings.root.mkdir(parents=True, exist_ok=True)
-        queue, drawings = Queue(settings.state_folder), Drawings(settings)
+        queue, drawings, commands = Queue(settings.state_folder), Drawings(settings), Commands(settings)
         return cls(
             settings,
             queue,
-            Trainings(settings, queue),
+            Trainings(settings, queue, commands),
             Pictures(settings),
+            Operations(settings, commands),
             drawings,
             Preferences(settings, drawings),
             EventStreams(settings.limits.viewers),

@@ -1,18 +1,17 @@
 """Requests to train: checked, turned into words of the command line, planned, and queued."""
 
 import re
-import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.files import recipe_names
+from diffgraft.web.commands import Commands, Report
 from diffgraft.web.files_of_runs import FOLDER
-from diffgraft.web.jobs import Job, Queue, program_environment
+from diffgraft.web.jobs import Job, Queue
 from diffgraft.web.library import find_run, is_running
 from diffgraft.web.limits import RateLimit, TooManyJobsError
 from diffgraft.web.paths import check_value, safe_name
@@ -23,25 +22,18 @@ _KEY = re.compile(r"[A-Za-z][\w.*+\-\[\]|?^$\\()]{0,200}")
 """Names of settings; those under `lr_scale` may be patterns"""
 _OWN = ("output", "resume")
 """Settings that the studio makes itself"""
+EVALUATION = "evaluation"
+"""Name of the folder of a run's evaluation"""
 _MAX_SETTINGS, _MAX_VALUE = 300, 20_000
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What `diffgraft plan` says of a training."""
-
-    lines: tuple[str, ...]
-    refusal: str
-    """Why the training would be refused; empty if it would not be"""
 
 
 class Trainings:
     """The trainings of a studio."""
 
-    def __init__(self, settings: Settings, queue: Queue) -> None:
-        self._settings, self._queue = settings, queue
+    def __init__(self, settings: Settings, queue: Queue, commands: Commands) -> None:
+        self._settings, self._queue, self._commands = settings, queue, commands
         self._rate = RateLimit(settings.limits.jobs_per_minute)
-        self._planning, self._naming = threading.BoundedSemaphore(1), threading.Lock()
+        self._naming = threading.Lock()
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -60,40 +52,14 @@ class Trainings:
             )
         return recipe, *self._setting_words(settings)
 
-    def plan(self, recipe: str, settings: Mapping[str, Value]) -> Planned:
+    def plan(self, recipe: str, settings: Mapping[str, Value]) -> Report:
         """Return what `diffgraft plan` says, which takes some seconds.
 
         Raises:
             DiffgraftError: as in `words`.
-            TooManyJobsError: another plan is being made.
+            TooManyJobsError: another command is being run.
         """
-        words = self.words(recipe, settings)
-        if not self._planning.acquire(timeout=30):
-            raise TooManyJobsError("Another plan is being made. Try again in a moment.")
-        try:
-            done = subprocess.run(
-                [*self._settings.command, "plan", *words],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                cwd=self._settings.root,
-                env=program_environment(),
-                timeout=self._settings.limits.plan_seconds,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return Planned((), f"The plan took longer than {self._settings.limits.plan_seconds:g} seconds.")
-        finally:
-            self._planning.release()
-        problems = done.stderr.strip().splitlines()
-        errors = [line.removeprefix("error: ") for line in problems if line.startswith("error: ")]
-        warnings = [line for line in problems if line.startswith("warning: ")]
-        failed = done.returncode != 0
-        return Planned(
-            (*done.stdout.splitlines(), *warnings),
-            (errors or problems or [f"The plan ended with status {done.returncode}."])[-1] if failed else "",
-        )
+        return self._commands.run(("plan", *self.words(recipe, settings)))
 
     def start(self, recipe: str, settings: Mapping[str, Value], name: str = "") -> Job:
         """Queue a new training in a folder of its own, called `name` or after the recipe and the time.
@@ -124,11 +90,32 @@ class Trainings:
         """
         folder = find_run(self._settings.root, run)
         words = self._setting_words(settings)
-        if is_running(folder) or any(job.run == run for job in self._queue.jobs()):
-            raise DiffgraftError(f"{run} runs or waits already.")
+        self._check_free(run, folder)
         self._count_job()
         allowed = ("--allow-changes",) if allow_changes else ()
         return self._queue.add(run, ("train", *words, "--resume", str(folder), *allowed, "--progress", "json"))
+
+    def judge(self, run: str, strengths: Sequence[float], seeds: int) -> Job:
+        """Queue the evaluation of a run: its adapters are drawn, measured and compared.
+
+        Args:
+            run: name of the run.
+            strengths: strengths of each adapter.
+            seeds: number of pictures of each prompt.
+
+        Raises:
+            DiffgraftError: there is no such run, it has no adapter, or it runs or waits already.
+            TooManyJobsError: as in `start`.
+        """
+        folder = find_run(self._settings.root, run)
+        self._check_free(run, folder)
+        if not (folder / "adapter.safetensors").is_file():
+            raise DiffgraftError(f"{run} has no adapter yet: wait until its training has ended.")
+        self._count_job()
+        given = ",".join(f"{strength:g}" for strength in strengths)
+        output = str(folder / EVALUATION)
+        words = ("--strengths", given, "--seeds", str(seeds), "--output", output, "--progress", "json")
+        return self._queue.add(run, ("evaluate", str(folder), *words))
 
     def cancel(self, job_id: str) -> bool:
         """Remove a waiting job, and the folder of a run that never began; False if it does not wait."""
@@ -166,6 +153,10 @@ class Trainings:
                 candidate = f"{name}-{number}"
             else:
                 return candidate
+
+    def _check_free(self, run: str, folder: Path) -> None:
+        if is_running(folder) or any(job.run == run for job in self._queue.jobs()):
+            raise DiffgraftError(f"{run} runs or waits already.")
 
     def _count_job(self) -> None:
         if len(self._queue.jobs()) >= self._settings.limits.queue:

@@ -26,6 +26,12 @@ FAKE = textwrap.dedent('''
         if not any(word.startswith("images=") for word in words):
             sys.exit("error: The recipe subject has no images: add images=FOLDER.")
         sys.exit(0)
+    if words[0] in ("convert", "resize", "combine", "merge"):
+        print(json.dumps(words))
+        sys.exit("error: The size of the adapter is missing." if words[0] == "resize" and "--rank" not in words else 0)
+    if words[0] == "evaluate":
+        emit(event="done", name="drawing", seconds=1.0)
+        sys.exit(0)
     given = dict(word.partition("=")[::2] for word in words if "=" in word)
     run = pathlib.Path(words[words.index("--resume") + 1] if "--resume" in words else given["output"])
     if given.get("images") == "":

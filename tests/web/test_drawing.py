@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from diffgraft.data.image_folder import read_folder
 from diffgraft.generation.metadata import read_record
 from diffgraft.generation.samplers.names import SAMPLERS as KNOWN
 from diffgraft.trainers.objectives.preference import OBJECTIVE
+from diffgraft.trainers.recipe.groups import DataSettings
 from diffgraft.trainers.training_data.pairs import with_partners
-from diffgraft.web.drawings import SAMPLERS, MixedAdapter, Result, write_result
+from diffgraft.web.drawings import SAMPLERS, Drawings, MixedAdapter, Result, write_result
 from diffgraft.web.painter import Painter
 from diffgraft.web.painting import PainterWatch
 from diffgraft.web.processes import running_process
@@ -94,10 +96,10 @@ def test_a_plot_is_one_sheet(painter: tuple[Settings, Painter]) -> None:
 
 def test_what_is_wrong_in_a_prompt_is_told_with_its_place(painter: tuple[Settings, Painter]) -> None:
     regions = [{"prompt": "a cat <lora:none:1>", "box": [0, 0, 0.5, 1]}]
-    found = drawn(painter, prompt="a dog <lora:cat:x> {1$$}", regions=regions)
+    found = drawn(painter, prompt="a dog <lora:cat:x> {1234567$$a}", regions=regions)
     assert found["state"] == "failed"
     where = [(each["field"], each["start"], each["end"]) for each in found["problems"]]
-    assert where == [("prompt", 6, 18), ("prompt", 19, 24), ("regions.0", 6, 19)]
+    assert where == [("prompt", 6, 18), ("prompt", 19, 31), ("regions.0", 6, 19)]
     assert found["message"] == found["problems"][0]["text"]
     page = client_of(painter[0]).get(f"/drawings/{found['id']}").text
     assert "<mark>&lt;lora:cat:x&gt;</mark>" in page
@@ -192,7 +194,7 @@ def test_requests_that_ask_for_other_files_or_too_much_are_refused(
     assert waiting.get("/api/drawings").json() == []
 
 
-@pytest.mark.parametrize("name", ["..", ".studio", "x" * 5000, "a%2fb", "%00"])
+@pytest.mark.parametrize("name", ["...", ".studio", "x" * 5000, "a%2fb", "%00"])
 def test_drawings_and_pictures_that_are_none_are_unknown(waiting: TestClient, name: str) -> None:
     found = waiting.post("/api/drawings", json=DRAW).json()["id"]
     assert waiting.get(f"/api/drawings/{name}").status_code == 404
@@ -223,14 +225,16 @@ def test_damaged_files_of_drawings_are_no_trouble(settings: Settings, waiting: T
 
 def test_the_better_of_two_is_kept_as_the_recipe_reads_it(painter: tuple[Settings, Painter]) -> None:
     client = client_of(painter[0])
-    found = drawn(painter, prompt="a dog <lyco:none:1>".replace("<lyco:none:1>", ""), count=2, width=64, height=48)
+    found = drawn(painter, count=2, width=64, height=48)
     first, second = (f"{found['id']}/{name}" for name in found["pictures"])
     assert "Seed" not in client.get("/compare", params={"first": first, "second": second}).text
     kept = client.post("/api/preferences", json={"better": second, "worse": first}).json()
     assert kept["pairs"] == 1
     (picture,) = with_partners_of(Path(kept["folder"]))
-    assert Image.open(picture.path).tobytes() == Image.open(painter[0].root / "drawings" / second).tobytes()
-    assert picture.caption == "a dog"
+    assert picture.partner is not None
+    for own, name in ((picture, second), (picture.partner, first)):
+        assert own.image.tobytes() == Image.open(painter[0].root / "drawings" / name).tobytes()
+    assert picture.captions == ("a dog",)
     assert client.post("/api/preferences", json={"better": first, "worse": second}).json()["pairs"] == 1
     other = drawn(painter, width=48, height=64)
     for worse in (f"{other['id']}/1.png", second, f"{found['id']}/9.png"):
@@ -239,17 +243,35 @@ def test_the_better_of_two_is_kept_as_the_recipe_reads_it(painter: tuple[Setting
 
 
 def with_partners_of(folder: Path) -> Any:
-    from diffgraft.trainers.recipe.groups import DataSettings
-
     assert OBJECTIVE.pairs is not None
     concept = DataSettings(images=str(folder))
-    pictures = [each for each in read_folder(folder) if "rejected" not in each.path.parts]
+    with pytest.warns(UserWarning, match="rejected"):
+        pictures = read_folder(folder)
     return with_partners(concept, pictures, OBJECTIVE.pairs)
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from diffgraft.web import painter
+from diffgraft.web.drawings import Result
+
+class Slow(painter.Painter):
+    def __init__(self, root):
+        self._root, self._queue = root, painter.Queue(root / ".studio" / "drawings")
+
+    def _draw(self, request, folder):
+        time.sleep(0 if request.steps == 2 else 60)
+        return Result("finished")
+
+painter.Painter = Slow
+painter.main(Path(sys.argv[1]))
+"""
+
+
 def test_a_killed_painter_loses_the_drawing_at_hand_alone(settings: Settings, wait_for: Wait) -> None:
-    with client_of(settings) as client:
-        lost = client.post("/api/drawings", json={**DRAW, "steps": 1000, "count": 60}).json()["id"]
+    with client_of(replace(settings, painter=(sys.executable, "-c", SLOW))) as client:
+        lost = client.post("/api/drawings", json={**DRAW, "steps": 1000}).json()["id"]
         kept = client.post("/api/drawings", json=DRAW).json()["id"]
         wait_for(lambda: client.get(f"/api/drawings/{lost}").json()["state"] == "running")
         pid = running_process(settings.state_folder / "painter")
@@ -258,29 +280,17 @@ def test_a_killed_painter_loses_the_drawing_at_hand_alone(settings: Settings, wa
         wait_for(lambda: client.get(f"/api/drawings/{lost}").json()["state"] == "failed")
         assert "ended unexpectedly" in client.get(f"/api/drawings/{lost}").json()["message"]
         wait_for(lambda: client.get(f"/api/drawings/{kept}").json()["state"] == "finished")
-        assert '"event": "artifact"' in client.get(f"/api/drawings/{kept}/events").text
     assert running_process(settings.state_folder / "painter") is None  # it ends with a studio that has nothing to draw
 
 
-def test_a_program_that_cannot_begin_is_not_started_for_ever(
-    settings: Settings, waiting: TestClient, monkeypatch: pytest.MonkeyPatch, wait_for: Wait
-) -> None:
-    from diffgraft.web.drawings import Drawings
-
-    monkeypatch.setattr("diffgraft.web.painting.sys.executable", "/bin/false")
-    names = [waiting.post("/api/drawings", json=DRAW).json()["id"] for _ in range(2)]
-    watch = PainterWatch(settings, Drawings(settings))
-
-    def states() -> set[str]:
-        watch.look()
-        return {waiting.get(f"/api/drawings/{name}").json()["state"] for name in names}
-
-    wait_for(lambda: states() == {"failed"})
+def test_a_program_that_cannot_begin_is_not_started_for_ever(settings: Settings, wait_for: Wait) -> None:
+    with client_of(replace(settings, painter=("/bin/false",))) as client:
+        names = [client.post("/api/drawings", json=DRAW).json()["id"] for _ in range(2)]
+        wait_for(lambda: {client.get(f"/api/drawings/{name}").json()["state"] for name in names} == {"failed"})
+        assert "status 1" in client.get(f"/api/drawings/{names[0]}").json()["message"]
 
 
 def test_a_result_is_not_lost_if_the_program_ends_right_after_it(settings: Settings, waiting: TestClient) -> None:
-    from diffgraft.web.drawings import Drawings
-
     drawings = Drawings(settings)
     name = waiting.post("/api/drawings", json=DRAW).json()["id"]
     (job,) = drawings.queue.jobs()

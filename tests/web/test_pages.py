@@ -13,6 +13,7 @@ import diffgraft.web
 from diffgraft.trainers.recipe.files import recipe_names
 from diffgraft.web.drawings import State
 from diffgraft.web.form import COMMON, fields_of
+from diffgraft.web.operations import KINDS
 from diffgraft.web.settings import Settings
 from diffgraft.web.texts import LANGUAGES, catalogue
 from tests.web.conftest import client_of
@@ -34,6 +35,7 @@ def test_every_text_is_there_in_every_language() -> None:
     by_variable |= {f"draw_{name}" for name in ("count", "seed", "steps", "guidance", "width", "height")}
     by_variable |= {f"mix_{name}" for name in ("text_encoder", "in", "mid", "out", "start", "end")}
     by_variable |= {f"side_{name}" for name in ("left", "top", "right", "bottom")}
+    by_variable |= {f"make_{kind}" for kind in KINDS}
     by_variable |= {"left", "right", "left_better", "right_better"}
     in_scripts = {
         f"js_{name}"

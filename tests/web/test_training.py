@@ -145,10 +145,36 @@ serve(settings, lambda: print("ready", flush=True))
 """
 
 
-def test_a_training_survives_a_killed_server(settings: Settings, wait_for: Wait) -> None:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def test_fifty_clients_at_once_lose_no_event_of_a_running_training(settings: Settings) -> None:
+    port, results = free_port(), list[list[int]]()
+
+    def follow() -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/runs/dog/events", timeout=60) as stream:
+            results.append([int(step) for step in re.findall(rb'"event": "step", "step": (\d+)', stream.read())])
+
+    (settings.root / "dog" / "studio").mkdir(parents=True)
+    Queue(settings.state_folder).add("dog", ("train", "steps=40", "lr=0.05", f"output={settings.root / 'dog'}"))
+    words = [sys.executable, "-c", SERVER, str(settings.root), str(port), *settings.command]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+        threads = [threading.Thread(target=follow) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        server.terminate()
+    assert results == [list(range(1, 41))] * 50
+
+
+def test_a_training_survives_a_killed_server(settings: Settings, wait_for: Wait) -> None:
+    port = free_port()
     queue = Queue(settings.state_folder)
     for name in ("dog", "next"):
         (settings.root / name / "studio").mkdir(parents=True)

@@ -124,4 +124,13 @@ document.getElementById("resume")?.addEventListener("submit", (event) => {
     location.reload();
   });
 });
+document.getElementById("judge")?.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const { strengths, seeds } = event.target.elements;
+  act(event.submitter, async () => {
+    const numbers = strengths.value.split(",").map(Number);
+    await send("POST", `${address}/evaluate`, { strengths: numbers, seeds: Number(seeds.value) });
+    location.reload();
+  });
+});
 begin().catch((error) => say(error.message));
