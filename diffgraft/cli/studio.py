@@ -22,7 +22,7 @@ def studio(
         list[str] | None, typer.Option(help="Another host name of the studio, such as that of a proxy; repeatable.")
     ] = None,
 ) -> None:
-    """Open the studio: train, watch runs and browse adapters in a browser.
+    """Open the studio: train, watch runs, draw and browse adapters in a browser.
 
     The environment variable DIFFGRAFT_STUDIO_PASSWORD sets a password, which --host requires.
     """

@@ -157,7 +157,7 @@ def _add_runs(router: APIRouter, studio: Studio) -> None:
         folder = find_run(root, name)
 
         def may_follow() -> bool:
-            return is_running(folder) or name in studio.waiting() or name in _starting(studio)
+            return is_running(folder) or name in studio.waiting()
 
         return studio.streams.follow(folder, start_of(after, last_event_id), may_follow)
 
@@ -178,10 +178,6 @@ def _add_runs(router: APIRouter, studio: Studio) -> None:
             raise UnknownPathError(f"The run has no file {path[:200]!r} to send.")
         is_picture = media_type.startswith("image/")
         return FileResponse(file, media_type=media_type, filename=None if is_picture else file.name)
-
-
-def _starting(studio: Studio) -> set[str]:
-    return {job.run for job in studio.queue.started_jobs()}
 
 
 def _add_files(router: APIRouter, studio: Studio) -> None:

@@ -52,5 +52,6 @@ class Studio:
         return [summarize(folder, waiting) for folder in run_folders(self.settings.root)]
 
     def waiting(self) -> set[str]:
-        """Return the names of the runs in the queue."""
-        return {job.run for job in self.queue.jobs()}
+        """Return the names of the runs in the queue, and of those whose process may not be noted yet."""
+        waiting = self.queue.jobs()  # before those that were started, as a job only moves there
+        return {job.run for job in (*waiting, *self.queue.started_jobs())}

@@ -129,9 +129,13 @@ def test_one_job_is_started_once_however_often_it_is_launched(settings: Settings
     schedulers = [Scheduler(settings, queue) for _ in range(3)]
     for scheduler in schedulers:
         scheduler.look()
-    wait_for(lambda: client.get("/api/runs/dog").json()["summary"]["state"] == "finished")
-    for scheduler in schedulers:
-        scheduler.look()
+
+    def ends() -> bool:
+        for scheduler in schedulers:
+            scheduler.look()
+        return bool(client.get("/api/runs/dog").json()["summary"]["state"] == "finished")
+
+    wait_for(ends)
     assert steps_in(events_of(client, "dog")) == list(range(1, 21))
 
 
