@@ -70,6 +70,7 @@ def test_imports_run_downward() -> None:
         "predictor",
         "imports",
         "demo",
+        "web",
         "cli",
     ]
     homes = {name: ROOT / name if name in ("adapters", "trainers") else ROOT / "diffgraft" / name for name in floors}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffgraft.cli import drawing, evaluating, files, pictures, preparing, sharing
+from diffgraft.cli import drawing, evaluating, files, pictures, preparing, sharing, studio
 from diffgraft.cli.completion import method_words, recipe_words
 from diffgraft.cli.console import say, shown_progress, warn
 from diffgraft.cli.options import COMPONENTS, PREDICTION, PROGRESS, ZERO_SNR
@@ -199,6 +199,7 @@ for step in preparing.COMMANDS:
 app.command(context_settings=_SETTINGS)(sharing.replay)
 for each in (*drawing.COMMANDS, *evaluating.COMMANDS, *pictures.COMMANDS):
     app.command()(each)
+app.command()(studio.studio)
 for command in files.COMMANDS:
     app.command(cls=Command, rich_help_panel="Adapter files")(command)
 

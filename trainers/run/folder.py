@@ -132,7 +132,7 @@ def _foreign_files(folder: Path) -> list[str]:
         return []
     names = sorted(path.name for path in folder.iterdir())
     is_run = (folder / "recipe.yaml").is_file() and is_saved(folder / "recipe.yaml")
-    run_files = {".lock", *(("recipe.yaml", "logs", "samples", "adapters") if is_run else ())}
+    run_files = {".lock", "studio", *(("recipe.yaml", "logs", "samples", "adapters") if is_run else ())}
     has_begun = is_run or ".lock" in names
     return [name for name in names if name not in run_files and not (has_begun and name.startswith(PARTIAL))]
 

@@ -90,18 +90,18 @@ def _webui(text: str) -> list[Piece]:
     return _joined([Piece(*piece) for piece in zip(texts, weights, strict=True)])
 
 
-def unclosed_brackets(text: str) -> int:
-    """Return the number of brackets that are opened and never closed, by webui's rules."""
-    opened = {"(": 0, "[": 0}
+def unclosed_brackets(text: str) -> list[int]:
+    """Return the places of the brackets that are opened and never closed, by webui's rules."""
+    opened: dict[str, list[int]] = {"(": [], "[": []}
     for token in _TOKEN.finditer(text):
         bracket = token["bracket"]
         if bracket in opened:
-            opened[bracket] += 1
+            opened[bracket].append(token.start())
         elif bracket == "]":
-            opened["["] = max(0, opened["["] - 1)
+            del opened["["][-1:]
         elif bracket == ")" or as_number(token["weight"]) is not None:
-            opened["("] = max(0, opened["("] - 1)
-    return sum(opened.values())
+            del opened["("][-1:]
+    return sorted([*opened["("], *opened["["]])
 
 
 def _comfyui(text: str) -> list[Piece]:

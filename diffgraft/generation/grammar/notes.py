@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from diffgraft.generation.grammar.attention import BREAK, Style, read_weights, unclosed_brackets
 from diffgraft.generation.grammar.composition import split_parts
@@ -19,8 +20,27 @@ _OTHER_PROGRAM = {
 """Pattern → what it means in webui and not in ComfyUI"""
 
 
+class Remark(NamedTuple):
+    """A sentence about a part of a prompt."""
+
+    text: str
+    excerpt: str
+    """The part, as the prompt has it; `place_of` finds it"""
+
+
+def place_of(excerpt: str, prompt: str) -> tuple[int, int]:
+    """Return where an excerpt begins and ends in a prompt; the whole prompt if it is not there as it was read."""
+    start = prompt.find(excerpt) if excerpt else -1
+    return (start, start + len(excerpt)) if start >= 0 else (0, len(prompt))
+
+
 def notes_on(text: str, steps: int, style: Style = "webui", *, has_second_pass: bool = False) -> Iterator[str]:
-    """Yield a sentence for each thing in a prompt that is not read as it looks.
+    """Yield the sentences of `remarks_on`."""
+    yield from (remark.text for remark in remarks_on(text, steps, style, has_second_pass=has_second_pass))
+
+
+def remarks_on(text: str, steps: int, style: Style = "webui", *, has_second_pass: bool = False) -> Iterator[Remark]:
+    """Yield a remark for each thing in a prompt that is not read as it looks.
 
     Args:
         text: prompt without tags and choices.
@@ -31,15 +51,18 @@ def notes_on(text: str, steps: int, style: Style = "webui", *, has_second_pass: 
     if style == "comfyui":
         for pattern, what in _OTHER_PROGRAM.items():
             if match := re.search(pattern, text):
-                yield f"{match[0]} is drawn as text: ComfyUI's grammar has no {what}. Use that of webui for them."
+                yield Remark(
+                    f"{match[0]} is drawn as text: ComfyUI's grammar has no {what}. Use that of webui for them.",
+                    match[0],
+                )
         return
     if match := _BACKSLASH.search(text.replace("\\\\", "  ")):
         end = text[match.start() : match.start() + 10]
-        yield f"The backslash of {end} is dropped: write two for one, or one before a bracket."
+        yield Remark(f"The backslash of {end} is dropped: write two for one, or one before a bracket.", end)
     for part in split_parts(text):
         changes = [] if has_second_pass else [*_notes_on_changes(part.text, steps)]
         yield from changes
-        told: set[str] = set()
+        told: set[Remark] = set()
         if changes and is_literal(part.text):
             continue
         for stage in schedule_of(part.text, steps):
@@ -47,27 +70,40 @@ def notes_on(text: str, steps: int, style: Style = "webui", *, has_second_pass: 
         yield from sorted(told)
 
 
-def _notes_on_changes(text: str, steps: int) -> Iterator[str]:
-    """Yield notes on changes between steps that change nothing."""
+def _notes_on_changes(text: str, steps: int) -> Iterator[Remark]:
+    """Yield remarks on changes between steps that change nothing."""
     if is_literal(text):
         if match := _CHANGE.search(text):
-            yield (
+            yield Remark(
                 f"{match[0]} is drawn as text, because the prompt has a | outside of [a|b], or ends with a backslash: "
-                "remove that."
+                "remove that.",
+                match[0],
             )
         return
     for source, words in unused_texts(text, steps):
-        yield f"{source} never draws {words!r} in {steps} steps; for a weight, use round brackets: ({words}:1.2)."
+        yield Remark(
+            f"{source} never draws {words!r} in {steps} steps; for a weight, use round brackets: ({words}:1.2).", words
+        )
 
 
-def _notes_on_weights(text: str) -> Iterator[str]:
-    """Yield notes on brackets in the text of one step."""
+def _notes_on_weights(text: str) -> Iterator[Remark]:
+    """Yield remarks on brackets in the text of one step."""
     if changes := _BRACKET_WITH_NUMBER.search(text):
-        yield f"{changes[0]} is drawn as text: a change between steps is [before:after:0.5] or [added:0.5]."
+        yield Remark(
+            f"{changes[0]} is drawn as text: a change between steps is [before:after:0.5] or [added:0.5].", changes[0]
+        )
     for piece in read_weights(text):
         if piece.text == BREAK.text and not piece.is_break:
-            yield "BREAK in brackets is drawn as a word and breaks nothing: close the brackets before it."
+            yield Remark(
+                "BREAK in brackets is drawn as a word and breaks nothing: close the brackets before it.", BREAK.text
+            )
         elif piece.weight != 1 and not changes and (match := _KEPT_NUMBER.search(piece.text)):
-            yield f"The number of {match[0].strip()!r} is drawn as text: a weight is (words:1.2), with a point."
-    if unclosed_brackets(text):
-        yield f"A bracket in {text.strip()!r} is never closed, so its weight reaches to the end: close it."
+            yield Remark(
+                f"The number of {match[0].strip()!r} is drawn as text: a weight is (words:1.2), with a point.",
+                match[0].strip(),
+            )
+    if places := unclosed_brackets(text):
+        yield Remark(
+            f"A bracket in {text.strip()!r} is never closed, so its weight reaches to the end: close it.",
+            text[places[-1] :].rstrip(),
+        )

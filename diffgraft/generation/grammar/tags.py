@@ -17,7 +17,8 @@ from diffgraft.generation.grammar.attention import as_number
 KINDS = {"lora": "lora", "lyco": "lora", "hypernet": "hypernet"}
 """Kind of a tag → what it names: an adapter of weights, or a hypernetwork"""
 
-_TAG = re.compile(r"<(\w+):([^<>]+)>")
+TAG = re.compile(r"<(\w+):([^<>]+)>")
+"""A tag; its groups are the kind and the rest"""
 _PARTS = {"te": "text_encoder", "unet": "denoiser"}
 _NAMED = (*_PARTS, "lbw", "start", "stop", "end", "in", "mid", "out")
 
@@ -63,7 +64,7 @@ def split_tags(prompt: str) -> tuple[str, tuple[AdapterTag, ...]]:
     Raises:
         DiffgraftError: a tag is of an unknown kind, or one of its values is none; the message quotes it.
     """
-    return _TAG.sub("", prompt), tuple(_read(match[0], match[1], match[2]) for match in _TAG.finditer(prompt))
+    return TAG.sub("", prompt), tuple(_read(match[0], match[1], match[2]) for match in TAG.finditer(prompt))
 
 
 def _read(source: str, kind: str, arguments: str) -> AdapterTag:

@@ -9,7 +9,7 @@ from diffgraft.errors import DiffgraftError
 from diffgraft.generation.grammar.attention import Style, read_weights, unclosed_brackets
 from diffgraft.generation.grammar.choices import draw_choices
 from diffgraft.generation.grammar.composition import split_parts
-from diffgraft.generation.grammar.notes import notes_on
+from diffgraft.generation.grammar.notes import notes_on, place_of, remarks_on
 from diffgraft.generation.grammar.schedule import schedule_of
 from diffgraft.generation.grammar.tags import AdapterTag, Point, split_tags
 
@@ -165,8 +165,27 @@ def test_what_is_meant_is_not_told() -> None:
     assert len([*notes_on("[a:b:3] AND c BREAK", 10, "comfyui")]) == 3
 
 
-def test_unclosed_brackets_are_counted() -> None:
-    assert [unclosed_brackets(text) for text in ("(a", "((a:1.2)", "[(a]", "a)", "\\(a", "(a)")] == [1, 1, 1, 0, 0, 0]
+def test_unclosed_brackets_are_found() -> None:
+    places = [unclosed_brackets(text) for text in ("(a", "((a:1.2)", "[(a]", "a)", "\\(a", "(a)")]
+    assert places == [[0], [0], [1], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("text", "excerpt"),
+    [
+        ("a cat [a:b:c:0.5]", "[a:b:c:0.5]"),
+        ("x (a BREAK b:1.2)", "BREAK"),
+        ("a (b:1.2) (a:1,2)", "a:1,2"),
+        ("a (red dog in snow", "(red dog in snow"),
+        ("red a\\b dog", "\\b dog"),
+        ("a [dog:1.2]", "dog"),
+    ],
+)
+def test_a_remark_tells_where(text: str, excerpt: str) -> None:
+    (remark,) = remarks_on(text, 10)
+    start, end = place_of(remark.excerpt, text)
+    assert text[start:end] == excerpt
+    assert place_of("not there", text) == (0, len(text))
 
 
 def test_tags() -> None:
