@@ -119,12 +119,12 @@ def plant_caption(folder: Path, seed: int, *, is_planted: bool = True) -> Plante
     return Planted("style", {"prior": {"weight": 0}}, f"{wrong:02}.png" if is_planted else "")
 
 
-def watched(planted: Planted, folder: Path, base: Base, seed: int) -> Result:
+def watched(planted: Planted, folder: Path, base: Base, seed: int, steps: int = STEPS) -> Result:
     """Train on the pictures in a folder, and return what the watch says."""
     quiet = {"previews": False, "sample_every": 0, "checkpoint_every": 0, "cache": False}
     with tempfile.TemporaryDirectory() as output, reporting(silent):
         run = train(
-            planted.recipe, base=base, images=folder, output=Path(output) / "run", steps=STEPS, watch_every=EVERY,
+            planted.recipe, base=base, images=folder, output=Path(output) / "run", steps=steps, watch_every=EVERY,
             seed=seed, **quiet, **planted.settings,
         )  # fmt: skip
         record = read_record(run.folder / "watch.json")

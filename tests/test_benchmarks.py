@@ -68,6 +68,6 @@ def test_known_things_come_with_their_masks_and_prompts() -> None:
 
 def test_a_planted_picture_is_found(base: Base, tmp_path: Path) -> None:
     """The page has ten other seeds, and captions."""
-    found = watched(plant_picture(tmp_path, 0), tmp_path, base, 0)
+    found = watched(plant_picture(tmp_path, 0), tmp_path, base, 0, steps=30)
     assert found.named == [found.wrong]
     assert min(share for name, share in found.shares.items() if name != found.wrong) > 0.5
