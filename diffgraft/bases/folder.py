@@ -74,7 +74,9 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
     known = {name: parts for plain, parts in pipelines.items() for name in (plain, inpainting(plain))}
     if not isinstance(kind, str) or kind not in known:
         named = kind if isinstance(kind, str) and len(kind) < 60 else short(kind)
-        raise DiffgraftError(f"{folder} is a {named}; supported pipelines are: {', '.join(sorted(pipelines))}.")
+        raise DiffgraftError(
+            f"{folder} holds a {named}, which is not supported; supported pipelines are: {', '.join(sorted(pipelines))}."
+        )
     components = known[kind]
     classes_of: dict[str, tuple[str, str]] = {"": ("diffusers", kind)}
     for name, entry in index.items():

@@ -50,7 +50,7 @@ class OriginalLayer(NamedTuple):
 
 
 class NamedLayer(NamedTuple):
-    """What the name of a module in a file stands for."""
+    """The layer of diffusers, or the whole original layer, that a module's name in a file refers to."""
 
     layer: OriginalLayer
     part: int | None

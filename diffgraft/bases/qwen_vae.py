@@ -24,7 +24,7 @@ class QwenVaeFamily(FlowFamily):
     def posterior(self, base: Base, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Encode pictures [n, 3, height, width] to mean and standard deviation of their latents, in float32.
 
-        The VAE is one of videos, and a picture is a video of one frame.
+        This is a VAE for videos; a picture is a video of one frame.
         """
         found = base.vae.encode(pixels.to(base.vae.device, base.vae.dtype).unsqueeze(2)).latent_dist
         mean, std = found.mean[:, :, 0].float(), found.std[:, :, 0].float()

@@ -313,7 +313,7 @@ def choose_measures(names: Sequence[str] | None, target: Target, encoders: Encod
     for role in ("likeness", "following"):
         if not any(measure.role == role for measure in chosen):
             usual = ", ".join(measure.name for measure in measures().values() if measure.role == role)
-            raise DiffgraftError(f"None of the measures tells {role}, which verdicts need: add one of {usual}.")
+            raise DiffgraftError(f"None of the chosen measures rates {role}, which verdicts need: add one of {usual}.")
     return chosen
 
 

@@ -118,7 +118,8 @@ def control_of(base: Base, source: str, edited: str, change: Edit, steps: int) -
     for prompt in (source, edited):
         if len(split_parts(prompt)) > 1 or len(schedule_of(prompt, steps)) > 1 or _CHOICE.search(prompt):
             raise DiffgraftError(
-                f"The prompt {prompt!r} has parts, choices or changes between steps: edits need plain ones."
+                f"The prompt {prompt!r} has parts, choices or changes between steps, which edits do not support: "
+                "remove them."
             )
     ids = [one_chunk(base, prompt) for prompt in (source, edited)]
     return Control(change, steps, token_map(*ids), token_weights(tokenizer, edited, ids[1], change.weights))

@@ -82,7 +82,7 @@ class Steering:
     """`diffgraft.generation.adapter_library.content_hash` of its file; empty if it has none"""
 
     def for_pass(self, size: tuple[int, int], steps: int, pixels_per_latent: int) -> "StepControl":
-        """Return what the denoiser gets in a run of the sampler of `steps` steps at (width, height) in pixels."""
+        """Return the control inputs of the denoiser for one pass of the sampler: `steps` steps at `size` in pixels."""
         pictures = to_tensor([self.control.picture(size)]) / 2 + 0.5
         return StepControl(self.network, self.control, pictures, steps, pixels_per_latent)
 

@@ -120,7 +120,7 @@ class Krea2(QwenVaeFamily):
         }
 
     def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-        """Compare 2 × 2 latents, and the states of Qwen3-VL."""
+        """Yield widths that have to agree: of 2 × 2 latents with the VAE, and of the states with Qwen3-VL."""
         config = parts["transformer"].config
         yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.z_dim
         yield "states of text", config.text_hidden_dim, parts["text_encoder"].config.get_text_config().hidden_size

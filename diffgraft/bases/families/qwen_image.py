@@ -91,9 +91,9 @@ class QwenImage(QwenVaeFamily):
         yield "states of text", config.joint_attention_dim, text.hidden_size
 
     def encode(self, base: Base, prompts: Sequence[str], whole: bool) -> Conditioning:  # noqa: ARG002
-        """Return the encoder's last states of the prompt, [n, 512, width] with zeros behind, and a mask of its tokens.
+        """Return the encoder's last states of the prompt, [n, 512, width], padded with zeros, and a mask of its tokens.
 
-        The prompt stands in the model's own instruction, whose states are dropped. Longer prompts are truncated.
+        The prompt is put into the model's own template, whose states are dropped. Longer prompts are truncated.
         """
         pipe = base.pipeline()
         template, first = pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx

@@ -61,7 +61,7 @@ class StableDiffusionXL(UNetFamily):
         return {"time_ids": torch.tensor([[*frame.original, *frame.corner, *frame.target] for frame in frames]).float()}
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
-        """Whether the module affects the denoiser: the end of the first encoder does not.
+        """Whether the module affects the denoiser: the last layer and the final norm of the first encoder do not.
 
         Only the hidden states before its last layer are used.
         """

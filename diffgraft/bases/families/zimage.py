@@ -97,7 +97,7 @@ class ZImage(FlowFamily):
         }
 
     def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-        """Compare latents, and the states of Qwen3."""
+        """Yield widths that have to agree: of latents with the VAE, and of the states with Qwen3."""
         config = parts["transformer"].config
         yield "latents", config.in_channels, parts["vae"].config.latent_channels
         yield "states of text", config.cap_feat_dim, parts["text_encoder"].config.hidden_size

@@ -139,7 +139,10 @@ def _moment(source: str, text: str | None, counts_steps: bool = False) -> Point 
         )
     in_steps = "." not in text and (number > 1 or counts_steps)
     if not in_steps and number > 1:
-        raise DiffgraftError(f"The moment {text!r} in {source} is a share above 1: write 12 for the twelfth step.")
+        raise DiffgraftError(
+            f"The moment {text!r} in {source} is a share above 1: write 12 for the twelfth step, or a"
+            " share of the steps from 0 to 1."
+        )
     return Point(1.0, number, in_steps)
 
 
