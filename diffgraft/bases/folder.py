@@ -75,7 +75,7 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
     if not isinstance(kind, str) or kind not in known:
         named = kind if isinstance(kind, str) and len(kind) < 60 else short(kind)
         raise DiffgraftError(
-            f"{folder} holds a {named}, which is not supported; supported pipelines are: {', '.join(sorted(pipelines))}."
+            f"{folder} holds a {named}, which is not supported; supported are: {', '.join(sorted(pipelines))}."
         )
     components = known[kind]
     classes_of: dict[str, tuple[str, str]] = {"": ("diffusers", kind)}

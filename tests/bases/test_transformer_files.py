@@ -397,7 +397,7 @@ def test_cut_files_and_unknown_quantizations_are_refused(
 def test_components_are_those_of_the_transformer(klein: Base, tmp_path: Path) -> None:
     file = write(tmp_path / "model.safetensors", original(klein))
     assert "such as components=black-forest-labs/FLUX.2-klein-base-4B" in refused(file, None)
-    assert "supported pipelines are: Flux2KleinPipeline" in refused(file, "tiny")
+    assert "supported are: Flux2KleinPipeline" in refused(file, "tiny")
     assert "model.safetensors is a file: give a diffusers folder" in refused(file, file)
     assert "has components of its own" in refused(Path(klein.name), klein.name)
     wider = original(klein)

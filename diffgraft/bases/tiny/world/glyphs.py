@@ -63,8 +63,10 @@ LOOK_ALIKES = "🐫☔🌂⛱🏍🐚🦣🎻🪕👾"
 
 @functools.cache
 def glyph_names() -> Mapping[str, tuple[str, ...]]:
-    """Return a mapping from name to glyphs, in list order, without the 24 things of the tiny world and the glyphs
-    that are kept out of training."""
+    """Return a mapping from name to glyphs, in list order.
+
+    The 24 things of the tiny world are left out, and the glyphs that no picture of the training shows.
+    """
     excluded = {*"".join(THINGS.values()), *LOOK_ALIKES, "🐩", "👽"}
     excluded |= {subject.glyph for subject in (*HELD_BACK.values(), *HELD_BACK_FOR_TESTS.values())}
     names: dict[str, tuple[str, ...]] = {}
