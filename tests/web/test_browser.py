@@ -144,6 +144,7 @@ def test_from_five_pictures_to_a_plot(server: Server, page: Any) -> None:
         box.focus()
         page.keyboard.press("Space")
     press(page, "#compare")
+    page.wait_for_url("**/compare?*")  # and until its scripts have run
     press(page, "[data-better]")
     wait_until(page, "document.getElementById('pairs').textContent.includes('1')")
     assert len(list((server.root / "preferences" / "rejected").glob("*.png"))) == 1
