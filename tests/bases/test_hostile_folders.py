@@ -102,9 +102,9 @@ CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "s
         ("scheduler", 3, "DDIMScheduler"),
         ("../../unet", ["diffusers", "UNet2DConditionModel"], "lists a part '../../unet'"),
         ("prior", ["diffusers", "PriorTransformer"], "lists a part 'prior'"),
-        ("_class_name", ["StableDiffusionPipeline"], "is a ['StableDiffusionPipeline']"),
-        ("_class_name", "DiffusionPipeline", "is a DiffusionPipeline"),
-        ("_class_name", {}, "is a {}"),
+        ("_class_name", ["StableDiffusionPipeline"], "holds a ['StableDiffusionPipeline']"),
+        ("_class_name", "DiffusionPipeline", "holds a DiffusionPipeline"),
+        ("_class_name", {}, "holds a {}"),
     ],
 )
 def test_an_index_names_known_classes_alone(folder: Path, key: str, value: Any, answer: str) -> None:

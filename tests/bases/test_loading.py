@@ -213,7 +213,7 @@ def test_what_is_no_base_is_refused_in_a_sentence(base: Base, tmp_path: Path) ->
     (tmp_path / "model_index.json").write_text("{", "utf-8")
     assert "cannot be read as JSON" in answer(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}', "utf-8")
-    assert "is a SanaPipeline" in answer(tmp_path)
+    assert "holds a SanaPipeline" in answer(tmp_path)
     shutil.copytree(loading.TINY, tmp_path / "torn")
     (tmp_path / "torn" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert "unet has no weights in .safetensors" in answer(tmp_path / "torn")

@@ -203,7 +203,7 @@ def broken(tmp_path: Path, run: Path) -> Path:
         ({"strengths": []}, "must be a list of numbers"),
         ({"strengths": [0.0]}, "the base alone"),
         ({"seeds": 0}, "Invalid value seeds=0"),
-        ({"measures": ["clip-i"]}, r"tells following.*add one of contrast"),
+        ({"measures": ["clip-i"]}, r"rates following.*add one of contrast"),
         ({"measures": ["clip-i", "contrast", "held-out"]}, r"held-out cannot be computed.*--held-out"),
         ({"measures": ["clip-i", "contrast", "kid"], "seeds": 2}, "at least 3 seeds, and there are 2"),
         ({"encoders": {"sound": "x"}}, "Unknown encoder 'sound'"),
