@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.errors import DiffgraftError, one_line, wrap_system_errors
-from diffgraft.model_card import CARD_NAME, PICTURES, adapter_file, make_card
+from diffgraft.model_card import CARD_NAME, HUB_ID, PICTURES, make_card
 from diffgraft.progress import phase
+from diffgraft.trainers.run.folder import adapter_file
 
-_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SECONDS = 10
 """Seconds to wait for a first answer of the hub"""
 _TOKEN = "Log in with `hf auth login`, or set HF_TOKEN to a token that may write."
@@ -46,7 +46,7 @@ def push(
     Raises:
         DiffgraftError: there is no adapter or no token, the hub cannot be reached, or it refuses.
     """
-    if not _NAME.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise DiffgraftError(f"Invalid repository {name!r}: must be OWNER/NAME, such as {_suggested(name)}.")
     file = adapter_file(source)
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token

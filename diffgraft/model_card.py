@@ -17,7 +17,7 @@ from diffgraft.files import check_new, write_text
 from diffgraft.generation.metadata import read_record
 from diffgraft.generation.plots import row_starts, save_image
 from diffgraft.trainers.recipe.recipe import Recipe
-from diffgraft.trainers.run.folder import recipe_with
+from diffgraft.trainers.run.folder import adapter_file, recipe_with
 
 CARD_NAME, PICTURES = "README.md", "card-images"
 """Name of the card's file, and of the folder with its pictures beside it"""
@@ -25,7 +25,8 @@ FAMILY_TAGS = {"sd1": "stable-diffusion", "sd2": "stable-diffusion", "sdxl": "st
 """Family of the base → its tag on the hub, where this is not the name of the family"""
 _LOW_RANK = ("lora", "locon", "tlora")
 """Methods with files that diffusers loads as LoRA"""
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""Id of a repository on the hub, owner/name"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def make_card(source: str | Path, pictures: Sequence[str | Path] = (), base_mode
     """Return the model card of an adapter without writing it; the arguments are those of `card`."""
     file = adapter_file(source)
     adapter, recipe = load_adapter(file), _recipe_of(file.parent)
-    if base_model and not _HUB_ID.fullmatch(base_model):
+    if base_model and not HUB_ID.fullmatch(base_model):
         raise DiffgraftError(f"Invalid base model {base_model!r}: must be an id on the hub, OWNER/NAME.")
     facts = _Facts(adapter, recipe, file.name, title or _name(file), base_model)
     # samples of a control network have condition pictures too, which a card does not show
@@ -106,19 +107,6 @@ def make_card(source: str | Path, pictures: Sequence[str | Path] = (), base_mode
         with Image.open(before_after, formats=["PNG"]) as sheet:
             shown[f"{PICTURES}/before-after.png"] = sheet.convert("RGB")
     return Card(f"---\n{facts.head([sample.prompt for sample in samples])}---\n\n{facts.body(list(shown))}", shown)
-
-
-def adapter_file(source: str | Path) -> Path:
-    """Return the path of the adapter of a run, or of an adapter file.
-
-    Raises:
-        DiffgraftError: there is none.
-    """
-    path = Path(source).expanduser()
-    file = path / "adapter.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise DiffgraftError(f"There is no adapter at {source}: give the folder of a finished run, or an adapter file.")
-    return file
 
 
 @dataclass(frozen=True)
@@ -142,7 +130,7 @@ class _Facts:
     def hub_base(self) -> str:
         """Hub id of the base; empty if it is not known."""
         known = self.recipe.base if self.recipe is not None else ""
-        is_id = _HUB_ID.fullmatch(known) is not None and not Path(known).exists()
+        is_id = HUB_ID.fullmatch(known) is not None and not Path(known).exists()
         return self.given_base or (known if is_id else "")
 
     @property

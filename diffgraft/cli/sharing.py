@@ -32,13 +32,13 @@ def replay(
 
     given = key_values(settings or [])
 
-    from diffgraft.trainers.run.replay import adapter_path
+    from diffgraft.trainers.run.folder import adapter_file
     from diffgraft.trainers.run.replay import replay as train_again
 
     with shown_progress(progress):
         run = train_again(adapter, **given)
     say(f"The adapter: {run.adapter_file}")
-    known = adapter_path(adapter)
+    known = adapter_file(adapter)
     if known.read_bytes() == run.adapter_file.read_bytes():
         say(f"It has the same bytes as {known}.")
     else:

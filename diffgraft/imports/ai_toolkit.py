@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.imports.flow import drop_meaningless
 from diffgraft.imports.import_report import ImportReport, KeyRule, defaults_of, map_table, short, unsupported
 
 KINDS = ("sd_trainer", "diffusion_trainer", "ui_trainer")
@@ -123,8 +124,7 @@ def convert_training(process: Mapping[str, Any], file: Path) -> ImportReport:
     report.recipe["layers"] = "attention+feedforward" if is_transformer else "attention"
     if is_transformer:
         _map_timesteps(report)
-        for key in ("loss.snr_gamma", "noise.offset"):
-            report.withdraw(key, "it has no meaning for flow matching.")
+        drop_meaningless(report)
     if word := report.text("trigger_word"):
         report.map("trigger", word, "trigger_word")
         report.recipe["insert_trigger"] = True

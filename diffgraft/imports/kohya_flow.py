@@ -6,6 +6,7 @@ Names and defaults as in `flux_train_network.py`, `sd3_train_network.py`, `libra
 
 from typing import Any
 
+from diffgraft.imports.flow import drop_meaningless
 from diffgraft.imports.import_report import ImportReport, KeyRule, defaults_of, map_table, unsupported
 
 NETWORKS = {"networks.lora_flux": "FLUX.1", "networks.lora_sd3": "Stable Diffusion 3"}
@@ -45,9 +46,6 @@ _APART: dict[str, Any] = {
 DEFAULTS = {**defaults_of(TABLE), **_IDLE, **_APART}
 """Every argument that these scripts have and those for other families do not → its default"""
 
-_MEANINGLESS = ("loss.snr_gamma", "loss.debiased", "zero_snr", "prediction_type", "noise.offset", "noise.pyramid")
-"""Recipe keys that mean nothing to flow matching"""
-
 
 def family_of(report: ImportReport) -> str:
     """Return the family of flow matching that the network is for; empty for Stable Diffusion 1.x, 2.x and XL."""
@@ -66,8 +64,7 @@ def map_flow(report: ImportReport, family: str, *, trains_text: bool) -> None:
         trains_text: whether text encoders are trained.
     """
     map_table(report, TABLE)
-    for key in _MEANINGLESS:
-        report.withdraw(key, "it has no meaning for flow matching.")
+    drop_meaningless(report)
     if report.recipe.get("loss.schedule") == "snr":
         report.withdraw("loss.schedule", "flow matching has no such schedule: delta is constant.")
     report.todo("components", "a diffusers folder or hub id with the text encoders and the VAE.")

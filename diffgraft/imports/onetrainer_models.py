@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffgraft.errors import DiffgraftError
+from diffgraft.imports.flow import drop_meaningless
 from diffgraft.imports.import_report import ImportReport, short
 
 
@@ -29,8 +30,6 @@ _FLOW = {
     "QWEN": Model(is_flow=True),
     "KREA_2": Model(is_flow=True),
 }
-_MEANINGLESS = ("loss.snr_gamma", "loss.debiased", "zero_snr", "prediction_type", "noise.offset")
-"""Recipe keys that have no meaning for flow matching"""
 
 
 def model_of(report: ImportReport) -> Model:
@@ -61,8 +60,7 @@ def read_transformer(report: ImportReport, settings: Any) -> None:
 
 def map_flow(report: ImportReport, model: Model) -> None:
     """Map what only transformers have; what has no meaning for flow matching is dropped from the recipe."""
-    for key in _MEANINGLESS:
-        report.withdraw(key, "it has no meaning for flow matching.")
+    drop_meaningless(report)
     if report.text("unet.model_name"):
         report.map("components", report.text("base_model_name"), "base_model_name")
         report.map("base", report.text("unet.model_name"), "unet.model_name")

@@ -234,3 +234,16 @@ def finished_run(folder: Path, recipe: Recipe, done: int, *, allow_changes: bool
             "it, or pass a larger steps= to continue."
         )
     return run if steps == recipe.steps else None
+
+
+def adapter_file(source: str | Path) -> Path:
+    """Return the path of the adapter of a run, or of an adapter file.
+
+    Raises:
+        DiffgraftError: there is none.
+    """
+    path = Path(source).expanduser()
+    file = path / "adapter.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise DiffgraftError(f"There is no adapter at {source}: give the folder of a finished run, or an adapter file.")
+    return file

@@ -17,7 +17,7 @@ from diffgraft.data.picture_lists import save_picture_lists
 from diffgraft.errors import DiffgraftError, one_line, wrap_system_errors
 from diffgraft.trainers.objectives.registry import objectives
 from diffgraft.trainers.recipe.recipe import TASKS
-from diffgraft.trainers.run.folder import Run, new_run
+from diffgraft.trainers.run.folder import Run, adapter_file, new_run
 from diffgraft.trainers.run.train import names_of, run_recipe
 
 _OF_CONCEPT = re.compile(r"concepts\.(\d+)\.images")
@@ -44,8 +44,8 @@ def replay(adapter: str | Path, /, *, base: str | Path | Base = "", **settings: 
     Raises:
         DiffgraftError: the file is missing or damaged, or its header has no recipe; or `train` refuses the recipe.
     """
-    file = adapter_path(adapter)
-    metadata = header_of(file)
+    file = adapter_file(adapter)
+    metadata = _header_of(file)
     values = _recipe_values(file, metadata)
     settings = _with_concept_images(values, save_picture_lists(settings))
     _check_missing(file, metadata, settings)
@@ -60,20 +60,12 @@ def replay(adapter: str | Path, /, *, base: str | Path | Base = "", **settings: 
     return run_recipe(planned, base, expected=_expected(metadata))
 
 
-def adapter_path(adapter: str | Path) -> Path:
-    """Return the path of an adapter file, which in the folder of a run is ``adapter.safetensors``."""
-    path = Path(adapter).expanduser()
-    return path / "adapter.safetensors" if path.is_dir() else path
-
-
-def header_of(file: Path) -> dict[str, Any]:
+def _header_of(file: Path) -> dict[str, Any]:
     """Return the metadata in the header of an adapter file.
 
     Raises:
-        DiffgraftError: the file is missing, or is not a safetensors file with a readable header.
+        DiffgraftError: it is not a safetensors file with a readable header.
     """
-    if not file.is_file():
-        raise DiffgraftError(f"{file} does not exist: give an adapter file, or the folder of a finished run.")
     try:
         with safe_open(file, "pt") as opened:
             return read_metadata(opened.metadata() or {})
