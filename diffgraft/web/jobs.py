@@ -13,9 +13,9 @@ from pathlib import Path
 import diffgraft
 from diffgraft.files import write_text
 from diffgraft.web.files_of_runs import events_file, output_file
+from diffgraft.web.polling import PollingThread
 from diffgraft.web.processes import running_process
 from diffgraft.web.settings import Settings
-from diffgraft.web.watch import Watcher
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _read(folder: Path) -> list[Job]:
     return jobs
 
 
-class Scheduler(Watcher):
+class Scheduler(PollingThread):
     """Thread that starts the next job when no training runs.
 
     Trainings go on when it ends, with the server or by force; the next scheduler finds them by the files of their runs.

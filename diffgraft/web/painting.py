@@ -6,14 +6,14 @@ from pathlib import Path
 from diffgraft.web.drawings import Drawings
 from diffgraft.web.files_of_runs import output_file
 from diffgraft.web.jobs import program_environment
+from diffgraft.web.polling import PollingThread
 from diffgraft.web.processes import running_process
 from diffgraft.web.settings import Settings
-from diffgraft.web.watch import Watcher
 
 _ENDED = "The program that draws has ended unexpectedly{}. Draw again; smaller sizes need less memory."
 
 
-class PainterWatch(Watcher):
+class PainterWatch(PollingThread):
     """Thread that starts the program that draws when a drawing waits, and notes drawings that it left undone."""
 
     def __init__(self, settings: Settings, drawings: Drawings) -> None:

@@ -2,12 +2,13 @@
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 
 _PAUSE = 0.3
 """Seconds between two looks"""
 
 
-class Watcher(threading.Thread):
+class PollingThread(threading.Thread, ABC):
     """Thread that calls `look` until it is ended."""
 
     def __init__(self, name: str) -> None:
@@ -21,9 +22,9 @@ class Watcher(threading.Thread):
             except OSError as error:  # a full disk, say: the next look may succeed
                 print(f"The queue cannot be used: {error}", file=sys.stderr)
 
+    @abstractmethod
     def look(self) -> None:
         """Do what is to be done now."""
-        raise NotImplementedError
 
     def end(self) -> None:
         """End the thread; processes that it started go on."""
