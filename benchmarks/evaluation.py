@@ -29,7 +29,7 @@ from benchmarks.planted import is_right, planted_shares, targets
 from diffgraft.evaluation.encoders import Encoders
 from diffgraft.evaluation.evaluate import Evaluation, evaluate
 from diffgraft.evaluation.measure import ENCODERS
-from diffgraft.evaluation.verdict import Shares, recommend
+from diffgraft.evaluation.verdict import Outcome, recommend
 from diffgraft.files import write_text
 from diffgraft.generation.plots import grid, save_image
 from diffgraft.generation.session import Session
@@ -145,7 +145,7 @@ class Outcome:
 
     target: str
     seed: int
-    shares: Mapping[str, Shares]
+    shares: Mapping[str, Outcome]
     """Verdict that was planted → shares of the adapter"""
     picked: float
     """Recommended strength of the good one"""
@@ -158,7 +158,7 @@ class Outcome:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> "Outcome":
         """Return the outcome of a record, by the present limits of verdicts."""
-        curve, truth = [Shares(**shares) for shares in row["by strength"]], row["truth"]
+        curve, truth = [Outcome(**shares) for shares in row["by strength"]], row["truth"]
         best = int(np.argmax(np.polyval(np.polyfit(GRID, truth, 2), GRID)))  # a parabola, as pictures are few
         picked = recommend([str(strength) for strength in GRID], GRID, curve).index
         lost = truth[best] - truth[picked]
@@ -180,8 +180,8 @@ class Outcome:
         return abs(self.picked - self.best) < 0.101
 
 
-def _shares(found: Mapping[str, Any]) -> dict[str, Shares]:
-    return {name: Shares(**shares) for name, shares in found.items()}
+def _shares(found: Mapping[str, Any]) -> dict[str, Outcome]:
+    return {name: Outcome(**shares) for name, shares in found.items()}
 
 
 def _row(found: Evaluation) -> list[Any]:

@@ -16,7 +16,7 @@ from diffgraft.evaluation.evidence import Drawings, Evidence, Prompts, Reference
 from diffgraft.evaluation.measure import get_measure
 from diffgraft.evaluation.prompts import Words, read_prompts
 from diffgraft.evaluation.scoring import Scorer
-from diffgraft.evaluation.verdict import Shares
+from diffgraft.evaluation.verdict import Outcome
 
 SEEDS = 4
 """Pictures of each prompt"""
@@ -53,7 +53,7 @@ def style_picture(prompt: int, seed: int, share: float, forgets: bool) -> Image.
     return SCREEN_PRINT.draw(scene) if rng.random() < share else draw(scene)[0]
 
 
-def planted_shares(target: str, seed: int, encoders: Encoders) -> dict[str, Shares]:
+def planted_shares(target: str, seed: int, encoders: Encoders) -> dict[str, Outcome]:
     """Return the shares of each of `PLANTED` for a subject of `SUBJECTS`, or for the style ``screen-print``."""
     if target in SUBJECTS:
         subject = SUBJECTS[target]
@@ -64,7 +64,7 @@ def planted_shares(target: str, seed: int, encoders: Encoders) -> dict[str, Shar
     return _shares(read_prompts(Words("sks"), texts), None, seed, encoders)
 
 
-def _shares(prompts: Prompts, subject: Subject | None, seed: int, encoders: Encoders) -> dict[str, Shares]:
+def _shares(prompts: Prompts, subject: Subject | None, seed: int, encoders: Encoders) -> dict[str, Outcome]:
     def picture(prompt: int, number: int, share: float, forgets: bool) -> Image.Image:
         if subject is None:
             return style_picture(prompt, number, share, forgets)
@@ -96,7 +96,7 @@ def _shares(prompts: Prompts, subject: Subject | None, seed: int, encoders: Enco
     }
 
 
-def is_right(shares: Mapping[str, Shares]) -> bool:
+def is_right(shares: Mapping[str, Outcome]) -> bool:
     """Whether all verdicts are right, and the good one has the best score."""
     verdicts = {name: found.verdict for name, found in shares.items()}
     return verdicts == PLANTED and max(shares, key=lambda name: shares[name].score) == "good"

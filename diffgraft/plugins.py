@@ -35,7 +35,8 @@ def discover(kind: type[T], package: str, attribute: str, group: str) -> dict[st
         plugin = entry.load()
         if not isinstance(plugin, kind):
             raise DiffgraftError(
-                f"The entry point {entry.name!r} in {group} is {plugin!r}; a {kind.__name__} was expected."
+                f"The entry point {entry.name!r} in {group} is {plugin!r}; a {kind.__name__} was expected. "
+                f"Correct or uninstall the package that registers it ({entry.value})."
             )
         name: str = plugin.name  # type: ignore[attr-defined]
         if name in plugins:

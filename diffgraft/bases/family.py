@@ -73,10 +73,10 @@ class Conditioning:
     control: ControlSignal | None = None
     """What steers the denoiser by condition pictures; None without a control network"""
 
-    def with_size(self, more: Mapping[str, Tensor]) -> "Conditioning":
+    def with_size(self, added: Mapping[str, Tensor]) -> "Conditioning":
         """Return a copy with the tensors of `Family.size_conditioning` added, on the device of the hidden states."""
         device = self.hidden_states.device
-        moved = {name: value.to(device) for name, value in more.items()}
+        moved = {name: value.to(device) for name, value in added.items()}
         return replace(self, added={**self.added, **moved})
 
 
@@ -207,9 +207,9 @@ class Family(ABC):
                 network that this family's `control_network` made, or an `InputControl`.
         """
 
-    def schedule_timesteps(self, given: Tensor) -> Tensor:
-        """Return timesteps from 0 to 1000 for the values that the denoiser takes as its argument ``timestep``, [n]."""
-        return given
+    def schedule_timesteps(self, inputs: Tensor) -> Tensor:
+        """Return timesteps from 0 to 1000 for `inputs` [n], the values that the denoiser takes as ``timestep``."""
+        return inputs
 
     def control_network(self, base: "Base", settings: Mapping[str, Any] | None = None) -> nn.Module:  # noqa: ARG002
         """Build the network that steers the denoiser of `base` by condition pictures, in float32 on the CPU.

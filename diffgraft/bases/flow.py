@@ -118,9 +118,9 @@ class FlowFamily(Family):
         side = getattr(base.denoiser.config, "sample_size", None)
         return int(side or _NATIVE_PIXELS // self.pixels_per_latent(base))
 
-    def schedule_timesteps(self, given: Tensor) -> Tensor:
-        """Return 1000 · σ, where `given` [n] is σ."""
-        return 1000 * given
+    def schedule_timesteps(self, inputs: Tensor) -> Tensor:
+        """Return 1000 · σ, where `inputs` [n] is σ."""
+        return 1000 * inputs
 
     def set_attention(self, denoiser: Any, kind: str) -> Callable[[], None]:
         """Set the kernel of attention: ``plain`` for PyTorch's own products, or ``xformers``.

@@ -106,7 +106,7 @@ def build_pipeline(
     folder: Path,
     pipelines: Mapping[str, Components],
     weights: WeightsFrom,
-    given: Mapping[str, Any] | None = None,
+    loaded: Mapping[str, Any] | None = None,
 ) -> Any:
     """Build the diffusers pipeline of a folder; its networks are on ``meta`` unless their weights are read.
 
@@ -116,7 +116,7 @@ def build_pipeline(
         folder: a diffusers folder.
         pipelines: class name of a known pipeline → its components.
         weights: whether weights are read from files.
-        given: parts by name, instead of those in the folder.
+        loaded: loaded parts by name, used instead of those in the folder.
 
     Raises:
         DiffgraftError: a part of the folder is unknown, damaged or missing.
@@ -124,7 +124,7 @@ def build_pipeline(
     import diffusers
 
     index = read_index(folder, pipelines)
-    parts: dict[str, Any] = {**(given or {})}
+    parts: dict[str, Any] = {**(loaded or {})}
     for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # tokenizers last, as they take longest
         library, kind = index[name]
         if name in parts:

@@ -73,7 +73,7 @@ def _layout(path: Path, source: str | Path, components: str | Path | None) -> An
     refuse_components(path, components)
     file = read_single_file(path)
     with config_folder(file) as folder:
-        pipe = build_pipeline(folder, known_pipelines(), "nowhere", given=file.tokenizers())
+        pipe = build_pipeline(folder, known_pipelines(), "nowhere", loaded=file.tokenizers())
     pipe.scheduler = with_prediction_type(pipe.scheduler, **file.prediction)
     return pipe
 

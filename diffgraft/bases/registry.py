@@ -25,7 +25,7 @@ def schedule_timesteps(denoiser: nn.Module) -> Callable[[Tensor], Tensor]:
     kind = type(denoiser).__name__
     owners = (family for family in families().values() if kind in _classes(family))
     family = next(owners, None)
-    return family.schedule_timesteps if family is not None else lambda given: given
+    return family.schedule_timesteps if family is not None else lambda inputs: inputs
 
 
 def denoiser_name(module: nn.Module) -> str:

@@ -95,15 +95,15 @@ class UNetFamily(Family):
     def denoise(
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        given = base.denoiser_input(noisy, conditioning.channels)
+        latents = base.denoiser_input(noisy, conditioning.channels)
         arguments, control = unet_arguments(conditioning), conditioning.control
         acting: AbstractContextManager[None] = nullcontext()
         if control is not None and isinstance(control.network, InputControl):
-            acting = control.network.acting(control.pictures.to(given.device), control.strength)
+            acting = control.network.acting(control.pictures.to(latents.device), control.strength)
         elif control is not None:
-            arguments |= _residuals(control, given, timesteps, conditioning)
+            arguments |= _residuals(control, latents, timesteps, conditioning)
         with acting:
-            prediction: Tensor = denoiser(given, timesteps, **arguments).sample
+            prediction: Tensor = denoiser(latents, timesteps, **arguments).sample
         return prediction
 
     def picture_layers(self, base: Base) -> list[PictureLayer]:
@@ -231,12 +231,14 @@ def unet_arguments(conditioning: Conditioning) -> dict[str, Any]:
     return {"encoder_hidden_states": conditioning.hidden_states, **more}
 
 
-def _residuals(control: ControlSignal, given: Tensor, timesteps: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+def _residuals(
+    control: ControlSignal, latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> dict[str, Any]:
     """Return what a ControlNet adds to the UNet's skip connections and middle, as keyword arguments of its forward.
 
     Args:
         control: the ControlNet with n condition pictures.
-        given: the UNet's input [n, c, h, w]; a ControlNet of fewer channels takes the first ones, the latents.
+        latents: the UNet's input [n, c, h, w]; a ControlNet of fewer channels takes the first ones, the latents.
         timesteps: timesteps [n].
         conditioning: hidden states and further tensors of n prompts.
     """
@@ -245,15 +247,15 @@ def _residuals(control: ControlSignal, given: Tensor, timesteps: Tensor, conditi
     arguments = unet_arguments(conditioning)
     arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"].to(dtype)
     down, middle = network(
-        given[:, : network.config.in_channels].to(dtype),
+        latents[:, : network.config.in_channels].to(dtype),
         timesteps,
-        controlnet_cond=control.pictures.to(given.device, dtype),
+        controlnet_cond=control.pictures.to(latents.device, dtype),
         conditioning_scale=control.strength,
         return_dict=False,
         **arguments,
     )
-    added = [residual.to(given.dtype) for residual in down]
-    return {"down_block_additional_residuals": added, "mid_block_additional_residual": middle.to(given.dtype)}
+    added = [residual.to(latents.dtype) for residual in down]
+    return {"down_block_additional_residuals": added, "mid_block_additional_residual": middle.to(latents.dtype)}
 
 
 def _plain(value: Any) -> Any:

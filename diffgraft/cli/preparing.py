@@ -131,9 +131,31 @@ def aesthetic(
     say(adapter.save(output, "aesthetic" if output.suffix == ".pt" else "diffgraft"))
 
 
+def predict(
+    images: Annotated[Path, typer.Argument(help="Folder with one to five pictures of one subject.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new adapter file.")] = Path(
+        "predicted.safetensors"
+    ),
+    base: Annotated[str, typer.Option(help="The base that the predictor is for.")] = "tiny",
+    predictor: Annotated[Path | None, typer.Option(help="File of a predictor. [default: the one of `tiny`]")] = None,
+    to: Annotated[str, typer.Option(help="Format of the file, as for `convert`.")] = "kohya",
+) -> None:
+    """Predict a LoRA from pictures of a subject in one pass of a small network, to draw with or to train further.
+
+    For example: diffgraft predict my_toy/ -o toy.safetensors, and then:
+    diffgraft train subject images=my_toy/ subject=toy init_from=toy.safetensors layers=all rank=16 steps=60
+    """
+    from diffgraft.bases import load_base
+    from diffgraft.files import check_new
+    from diffgraft.predictor.predict import predict_adapter
+
+    check_new(output)
+    say(predict_adapter(images, load_base(base), predictor).save(output, to))
+
+
 def _say(written: int, kept: int, what: str) -> None:
     note = f", {kept} existing kept (--overwrite replaces them)" if kept else ""
     say(f"{written} {what} written{note}")
 
 
-COMMANDS = (import_config, caption, mask, aesthetic)
+COMMANDS = (import_config, caption, mask, aesthetic, predict)

@@ -38,7 +38,7 @@ class Candidate:
         return self.adapter.metadata
 
 
-def run_folder(source: str | Path) -> Path | None:
+def run_folder_or_none(source: str | Path) -> Path | None:
     """Return the folder of a run that `source` is, or None if it is something else."""
     folder = Path(source).expanduser()
     return folder if folder.is_dir() and (folder / "recipe.yaml").is_file() else None
@@ -56,7 +56,7 @@ def adapter_paths(source: str | Path) -> list[tuple[str, int | None, Path]]:
     path = Path(source).expanduser()
     if not path.exists():
         raise DiffgraftError(f"There is no run and no adapter at {source}: give the folder of a run, or adapter files.")
-    folder = run_folder(path)
+    folder = run_folder_or_none(path)
     if folder is None:
         return [(usual_name(str(path)), None, path)]
     by_step = {_step_of(file): file for file in (*checkpoints(folder), *(folder / "adapters").glob("step-*"))}

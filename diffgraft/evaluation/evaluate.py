@@ -15,7 +15,7 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.masker import open_masker
 from diffgraft.devices import device_of, dtype_of
 from diffgraft.errors import DiffgraftError, check_options, short_repr, wrap_system_errors
-from diffgraft.evaluation.candidates import Candidate, adapter_paths, read_candidates, run_folder
+from diffgraft.evaluation.candidates import Candidate, adapter_paths, read_candidates, run_folder_or_none
 from diffgraft.evaluation.drawing import Artist
 from diffgraft.evaluation.encoders import Encoders
 from diffgraft.evaluation.evidence import Drawings, Evidence, Figure
@@ -23,7 +23,7 @@ from diffgraft.evaluation.held_out import HeldOutLosses
 from diffgraft.evaluation.measure import ENCODERS, Measure, get_measure, measures
 from diffgraft.evaluation.scoring import Scorer
 from diffgraft.evaluation.target import Target, target_of
-from diffgraft.evaluation.verdict import Choice, Shares, pareto_front, recommend
+from diffgraft.evaluation.verdict import Choice, Outcome, pareto_front, recommend
 from diffgraft.generation.session import Session
 from diffgraft.generation.settings import DrawSettings
 from diffgraft.progress import Note, emit, phase
@@ -86,7 +86,7 @@ class Entry:
     """SHA-256 of the adapter's file"""
     strength: float
     figures: Mapping[str, Figure]
-    shares: Shares
+    shares: Outcome
     drawn: Drawings = field(repr=False)
 
     @property
@@ -367,7 +367,7 @@ def _metadata(source: str) -> Mapping[str, Any]:
     from diffgraft.adapters.formats import load_adapter
 
     adapter_paths(source)  # raises the error for a missing file
-    return {} if run_folder(source) is not None else load_adapter(source).metadata
+    return {} if run_folder_or_none(source) is not None else load_adapter(source).metadata
 
 
 def _strengths(values: Sequence[float]) -> list[float]:
@@ -393,7 +393,7 @@ def _folder(sources: Sequence[str], output: str | PathLike[str] | None) -> Path:
     if output:
         folder = Path(fspath(output)).expanduser()
     else:
-        run = run_folder(sources[0]) if len(sources) == 1 else None
+        run = run_folder_or_none(sources[0]) if len(sources) == 1 else None
         folder = (run / "evaluation") if run is not None else Path("evaluation")
     if folder.exists() and not folder.is_dir():
         raise DiffgraftError(f"{folder} is a file, but a folder for pictures is needed: choose another output.")

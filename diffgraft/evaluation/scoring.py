@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from diffgraft.evaluation.evidence import Drawings, Estimator, Evidence, Figure, Reference, figure
 from diffgraft.evaluation.measure import Measure
 from diffgraft.evaluation.measures.diversity import mean_distance
-from diffgraft.evaluation.verdict import Shares
+from diffgraft.evaluation.verdict import Outcome
 
 _PREFERRED = {True: ("patches", "dino", "clip-i"), False: ("clip-i", "dino", "patches")}
 """Whether a subject was learned → measures of likeness, those first that tell it best"""
@@ -22,7 +22,7 @@ class Scores:
 
     figures: Mapping[str, Figure]
     """Measure → figure"""
-    shares: Shares
+    shares: Outcome
 
 
 class Scorer:
@@ -57,10 +57,10 @@ class Scorer:
         figures = {name: figure(own[name], self._estimators[name], self._seeds) for name in own}
         return Scores(figures, self._shares(evidence, figures))
 
-    def _shares(self, evidence: Evidence, figures: Mapping[str, Figure]) -> Shares:
+    def _shares(self, evidence: Evidence, figures: Mapping[str, Figure]) -> Outcome:
         likeness = figures[self.likeness.name]
         leaked = self._value(_of_class(self.likeness, evidence)) - self._class_likeness
-        return Shares(
+        return Outcome(
             likeness=likeness.gain / self._way(likeness.value - likeness.gain),
             following=self._following(figures),
             diversity=self._kept(figures, "diversity"),

@@ -14,7 +14,7 @@ from diffgraft.bases.loading import LoadOptions
 from diffgraft.data.image_folder import read_source
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr
-from diffgraft.evaluation.candidates import run_folder
+from diffgraft.evaluation.candidates import run_folder_or_none
 from diffgraft.evaluation.evidence import Prompts, Reference
 from diffgraft.evaluation.prompts import Words, read_prompts
 from diffgraft.trainers.recipe.groups import DataSettings
@@ -72,12 +72,15 @@ def target_of(source: str | Path, metadata: Mapping[str, Any], options: Mapping[
         DiffgraftError: trigger, base, prompts or pictures are unknown or cannot be read; or the run has learned neither
             a subject nor a style.
     """
-    folder = run_folder(source)
+    folder = run_folder_or_none(source)
     if folder is None:
         return _of_file(metadata, options)
     recipe = recipe_with(folder / "recipe.yaml", {})
     if recipe.data.conditions is not None:
-        raise DiffgraftError(f"The run in {folder} trained a control network, which learns no subject and no style.")
+        raise DiffgraftError(
+            f"The run in {folder} trained a control network, which learns no subject "
+            "and no style: judge it by the pictures of generate --control instead."
+        )
     images = options.get("images")
     if images is not None:
         recipe = recipe.model_copy(update={"images": fspath(images), "concepts": []})

@@ -29,8 +29,8 @@ MOST_LEAK = 0.6
 
 
 @dataclass(frozen=True)
-class Shares:
-    """What was learned, and what was kept, as shares."""
+class Outcome:
+    """What an adapter learned and what it kept, each as a share of the most or of the bare base."""
 
     likeness: float
     """Gain in likeness: 0 for the base alone, 1 for the references compared with one another"""
@@ -105,7 +105,7 @@ class Choice:
     """Why, in a sentence"""
 
 
-def recommend(names: Sequence[str], strengths: Sequence[float], shares: Sequence[Shares]) -> Choice:
+def recommend(names: Sequence[str], strengths: Sequence[float], shares: Sequence[Outcome]) -> Choice:
     """Choose the one with the best score among those that are good; among all if none is.
 
     Of those with nearly the best score, the one nearest to the strength 1, which adapters are trained at, is chosen.

@@ -66,8 +66,8 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a pass of the sampler starts from instead of noise alone."""
+class InitialLatents:
+    """Latents and mask that a pass of the sampler starts from instead of noise alone."""
 
     latents: Tensor
     """Clean latents, [1 or n, c, h, w]"""
@@ -87,10 +87,10 @@ def first_step(denoise: float, steps: int) -> int:
     return steps - int(min(denoise, _FULL) * steps) - 1
 
 
-def start_latents(base: Base, resized: ImageInput) -> Start:
+def start_latents(base: Base, resized: ImageInput) -> InitialLatents:
     """Return what an input of the size that is drawn starts from."""
     latents = encode(base, [resized.image])
-    return Start(latents, resized.denoise, None if resized.mask is None else mask_of(base, resized.mask))
+    return InitialLatents(latents, resized.denoise, None if resized.mask is None else mask_of(base, resized.mask))
 
 
 def mask_of(base: Base, mask: Image.Image) -> Tensor:

@@ -85,24 +85,24 @@ class Region:
         return plain
 
     @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> "Region":
+    def from_json(cls, region: Mapping[str, Any]) -> "Region":
         """Return the region of `to_json`.
 
         Raises:
             ValueError, TypeError, KeyError: it is no such region.
         """
         mask = None
-        if "mask" in given:
-            content = base64.b64decode(str(given["mask"]), validate=True)
+        if "mask" in region:
+            content = base64.b64decode(str(region["mask"]), validate=True)
             if len(content) > _MOST_BYTES:
                 raise ValueError("its mask is too large")
             with Image.open(BytesIO(content), formats=["PNG"]) as image:
                 if max(image.size) > _MOST_SIDE:
                     raise ValueError("its mask is too large")
                 mask = image.convert("L")
-        left, top, right, bottom = (float(side) for side in given["box"])
+        left, top, right, bottom = (float(side) for side in region["box"])
         return cls(
-            str(given["prompt"]), (left, top, right, bottom), mask, float(given["weight"]), float(given["alone"])
+            str(region["prompt"]), (left, top, right, bottom), mask, float(region["weight"]), float(region["alone"])
         )
 
 

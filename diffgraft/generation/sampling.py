@@ -18,7 +18,7 @@ from diffgraft.generation.grammar.encode import encode_texts
 from diffgraft.generation.grammar.schedule import schedule_of
 from diffgraft.generation.grammar.tags import AdapterTag, split_tags
 from diffgraft.generation.guided import Area, Guidance, Guide, GuidedDenoiser, Inputs, Kept, Told, noise_levels
-from diffgraft.generation.image_input import ImageInput, Start, first_step
+from diffgraft.generation.image_input import ImageInput, InitialLatents, first_step
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneAdapters, Lanes
 from diffgraft.generation.latents import decode
@@ -88,7 +88,7 @@ class Pass:
     size: tuple[int, int]
     """(width, height) in pixels"""
     steps: int
-    start: Start | None = None
+    start: InitialLatents | None = None
     first_pass: int | None = None
     """For the second pass of a hires fix, the number of steps of the first"""
     channels: Tensor | None = None

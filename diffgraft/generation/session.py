@@ -31,7 +31,7 @@ from diffgraft.generation.graft import has_other_grafts
 from diffgraft.generation.grammar.choices import WILDCARD, draw_choices
 from diffgraft.generation.grammar.notes import notes_on
 from diffgraft.generation.grammar.tags import AdapterTag, split_tags
-from diffgraft.generation.image_input import ImageInput, Start, inpainting_channels, native_size, start_latents
+from diffgraft.generation.image_input import ImageInput, InitialLatents, inpainting_channels, native_size, start_latents
 from diffgraft.generation.in_use import AppliedAdapters, InUse
 from diffgraft.generation.lanes import LaneError
 from diffgraft.generation.latents import decode
@@ -310,7 +310,7 @@ class Session:
     def _second_pass(self, work: Pass, hires: Hires, latents: Tensor, progress: Progress) -> Tensor:
         """Draw the latents of a first pass again at a larger size."""
         larger, steps = hires_size(self.base, work.size, hires), hires.steps or work.steps
-        start = Start(enlarged(self.base, latents, larger, hires.upscaler), hires.denoise)
+        start = InitialLatents(enlarged(self.base, latents, larger, hires.upscaler), hires.denoise)
         self._applied.apply(self._applied.in_use, 0, steps)
         again = replace(work, size=larger, steps=steps, start=start, first_pass=work.steps)
         return self.painter.sample(again, progress)

@@ -46,7 +46,10 @@ def read_predictor(path: Path, base: Base) -> WeightPredictor:
         found: Any = json.loads(header.get(_KEY, ""))
         settings = validated(PredictorSettings, found, "header")
     except (ValueError, TypeError, DiffgraftError) as error:
-        raise DiffgraftError(f"{path} is not a predictor of weights: its header has no valid {_KEY}.") from error
+        raise DiffgraftError(
+            f"{path} is not a predictor of weights: its header has no valid {_KEY}. "
+            f"Give a file made by python -m diffgraft.predictor.train."
+        ) from error
     if settings.base_hash != base.hash:
         raise DiffgraftError(f"{path} predicts weights for another base than {base.name}: use that base.")
     try:

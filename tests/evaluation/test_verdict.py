@@ -10,7 +10,7 @@ from diffgraft.evaluation.encoders import Encoders
 from diffgraft.evaluation.evidence import Prompts
 from diffgraft.evaluation.measure import ENCODERS
 from diffgraft.evaluation.prompts import Words, read_prompts
-from diffgraft.evaluation.verdict import Shares, pareto_front, recommend
+from diffgraft.evaluation.verdict import Outcome, pareto_front, recommend
 
 
 @pytest.mark.parametrize("target", targets())
@@ -20,8 +20,8 @@ def test_planted_pictures_are_told_apart(target: str) -> None:
     assert sum(map(is_right, found)) >= 2, found
 
 
-def shares(likeness: float, following: float, diversity: float = 1.0, leak: float = 0.0) -> Shares:
-    return Shares(likeness, following, diversity, 0.1, leak)
+def shares(likeness: float, following: float, diversity: float = 1.0, leak: float = 0.0) -> Outcome:
+    return Outcome(likeness, following, diversity, 0.1, leak)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,11 @@ def shares(likeness: float, following: float, diversity: float = 1.0, leak: floa
         (shares(0.9, 0.9, leak=0.95), "overcooked"),
         (shares(0.1, 0.9, leak=3.0), "too little"),
         (shares(0.9, math.nan), "good"),
-        (Shares(0.9, 0.9, 1.0, 3.4, 0.1), "overcooked"),
-        (Shares(0.9, 0.3, 1.0, 0.1, 0.1, is_subject=False), "good"),
+        (Outcome(0.9, 0.9, 1.0, 3.4, 0.1), "overcooked"),
+        (Outcome(0.9, 0.3, 1.0, 0.1, 0.1, is_subject=False), "good"),
     ],
 )
-def test_the_verdict_of_shares(found: Shares, verdict: str) -> None:
+def test_the_verdict_of_shares(found: Outcome, verdict: str) -> None:
     assert found.verdict == verdict
 
 

@@ -23,6 +23,8 @@ SERVER.set_forkserver_preload(["tests.trainers.preloaded_base"])
 """One process that has imported everything and loaded the base; each run is a fork of it"""
 TITLES = {"drawing class images": "class images", "encoding": "encoding", "pictures": "drawing", "samples": "drawing"}
 """What a bar's title begins with → what the run is at"""
+DEAL_WITH_FILES = ("diffgraft.files", "diffgraft.trainers.hooks", "diffgraft.adapters.adapter")
+"""Modules that are slowed down where a run saves; what else is called there computes names and tensors"""
 Said = tuple[str, float]
 """What the run is at, and since when"""
 
@@ -162,11 +164,11 @@ def _call(words: list[str], cache: Path, pipe: Connection) -> None:
 
 @contextmanager
 def _slow_motion() -> Iterator[None]:
-    """A moment between any two lines of this package, so that a kill may fall between any two of them."""
+    """A moment between any two lines that deal with files, so that a kill may fall between any two of them."""
 
     def trace(frame: Any, event: str, _: Any) -> Any:
         name = frame.f_code.co_name
-        if "diffgraft" not in frame.f_globals.get("__name__", "") or name.startswith("<"):
+        if not frame.f_globals.get("__name__", "").startswith(DEAL_WITH_FILES) or name.startswith("<"):
             return None
         if name == "unshared_contiguous":
             return None  # loops over tensors touch no file

@@ -160,9 +160,9 @@ class StableDiffusion3(FlowFamily):
         )[0]
         return prediction
 
-    def schedule_timesteps(self, given: Tensor) -> Tensor:
-        """Return `given` [n], which is 1000 · σ."""
-        return given
+    def schedule_timesteps(self, inputs: Tensor) -> Tensor:
+        """Return `inputs` [n], which is 1000 · σ."""
+        return inputs
 
     def sampling_sigmas(self, base: Base, tokens: int, steps: int) -> list[float] | None:  # noqa: ARG002
         """Return the noise levels of diffusers' scheduler, which are even in σ before its shift."""

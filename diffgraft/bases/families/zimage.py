@@ -122,9 +122,9 @@ class ZImage(FlowFamily):
         )[0]
         return -torch.stack(list(found)).squeeze(2)
 
-    def schedule_timesteps(self, given: Tensor) -> Tensor:
-        """Return 1000 · σ, where `given` [n] is 1 − σ."""
-        return 1000 * (1 - given)
+    def schedule_timesteps(self, inputs: Tensor) -> Tensor:
+        """Return 1000 · σ, where `inputs` [n] is 1 − σ."""
+        return 1000 * (1 - inputs)
 
     def affects_output(self, base: Base, part: str, path: str) -> bool:
         """Whether the module affects the picture: the last layer of the text encoder and its norm do not."""
