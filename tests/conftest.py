@@ -23,6 +23,7 @@ from diffgraft.bases.registry import families
 from diffgraft.demo.subject import POODLE
 from diffgraft.generation.plots import save_image, save_loss_plot
 from diffgraft.generation.settings import DrawSettings
+from diffgraft.trainers.hooks.samples import draw_samples, draw_steered
 from diffgraft.trainers.planning.prediction_check import prediction_warning
 from diffgraft.trainers.run.folder import Run
 from diffgraft.trainers.run.train import train
@@ -54,6 +55,8 @@ def _few_denoising_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for place in ("hooks.samples", "training_data.build"):
             patch.setattr(f"diffgraft.trainers.{place}.DrawSettings", partial(DrawSettings, steps=2))
+        for draw in (draw_samples, draw_steered):
+            patch.setattr(draw, "__defaults__", (1,))  # pictures of each prompt
         yield
 
 
