@@ -188,7 +188,7 @@ def check_patterns(spec: Spec) -> None:
 
 
 class FactorLayer(AdapterLayer):
-    """Factors attached to a live layer."""
+    """Factor matrices of a method, attached to a layer of a live model."""
 
     def __init__(
         self,

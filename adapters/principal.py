@@ -28,7 +28,7 @@ Start = Literal["zero", "pissa", "olora"]
 
 @dataclass(frozen=True)
 class Principal:
-    """How a LoRA starts from the weight."""
+    """Initialization of a LoRA from the layer's weight (PiSSA, OLoRA)."""
 
     kind: Start
     """``pissa`` or ``olora``"""

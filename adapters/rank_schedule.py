@@ -99,7 +99,7 @@ class TimestepReader:
 
     @property
     def can_read(self) -> bool:
-        """Whether the network is called with timesteps."""
+        """Whether the denoiser is called with timesteps, which ranks can depend on."""
         return self._place is not None
 
     def mask(self, last: Tensor) -> Tensor | None:
@@ -113,7 +113,7 @@ class TimestepReader:
         return (self.timesteps.to(last.device)[:, None] <= last).to(torch.float32)
 
     def remove(self) -> None:
-        """Stop watching the network."""
+        """Remove the hook that reads the denoiser's timesteps."""
         self._hook.remove()
         self._others.remove(self)
 

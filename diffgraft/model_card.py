@@ -31,7 +31,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture of a card."""
+    """A sample picture on a model card, with its prompt."""
 
     prompt: str
     image: Image.Image = field(repr=False)
@@ -39,7 +39,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Card:
-    """A model card."""
+    """A model card, the README.md of a repository on the Hugging Face hub."""
 
     text: str
     """Its Markdown, after a head in YAML"""

@@ -41,7 +41,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Advance:
-    """Units of the innermost phase are done."""
+    """Event: units of work of the innermost open phase are done."""
 
     name: str
     done: int
@@ -64,7 +64,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file for users was written."""
+    """Event: a file that users are told of was written."""
 
     kind: str
     """`checkpoint`, `samples`, `adapter`, `best`, `plot` or `watch`"""
@@ -83,7 +83,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Note:
-    """A message for the user."""
+    """Event: a message or warning for the user."""
 
     text: str
     is_warning: bool = False
@@ -91,7 +91,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Done:
-    """A phase has ended, successfully or not."""
+    """Event: the innermost open phase has ended, with or without an error."""
 
     name: str
     seconds: float
@@ -166,11 +166,11 @@ def control() -> Control:
 
 
 def silent(_: Event) -> None:
-    """Reporter that shows nothing."""
+    """Ignore an event: the reporter that shows nothing."""
 
 
 def emit(event: Event) -> None:
-    """Send an event to this thread's reporter."""
+    """Send an event to the reporter of the current thread."""
     reporter = _reporter.get()
     if reporter is None:
         reporter = default_reporter()

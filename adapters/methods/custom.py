@@ -20,7 +20,7 @@ from diffgraft.adapters.patch import AdapterLayer, AttachedLayers, cast_like, to
 
 
 class CustomOptions(JointOptions):
-    """Options of the word."""
+    """Options of Custom Diffusion's new word."""
 
     keep_norm: bool = False
     """Keep the norm of each embedding at its initial value, which the paper does not"""

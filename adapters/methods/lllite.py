@@ -42,7 +42,7 @@ Leaves = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LiteSize:
-    """Sizes of the network at one layer."""
+    """Sizes of the LLLite network at one layer."""
 
     width: int
     """Width of the layer's input"""
@@ -141,14 +141,14 @@ class LiteNetwork(InputControl):
         yield from zip(self.layers, self.networks, strict=True)
 
     def hook(self) -> None:
-        """Put hooks on all layers, until `unhook`."""
+        """Register forward hooks on all layers; `unhook` removes them."""
         self._hooks = [
             self.layers[path].register_forward_pre_hook(partial(self._steer, network))
             for path, network in self.named_networks()
         ]
 
     def unhook(self) -> None:
-        """Remove all hooks."""
+        """Remove the forward hooks that `hook` registered."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -234,7 +234,7 @@ def _built(leaves: Leaves, width: int, pixels: int) -> LiteLayer:
 
 
 class AttachedLite(Attached):
-    """A ControlNet-LLLite that is trained."""
+    """A ControlNet-LLLite attached to a denoiser for training."""
 
     def __init__(self, target: Any, spec: Spec) -> None:
         super().__init__()

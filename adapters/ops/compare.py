@@ -80,7 +80,7 @@ class AdapterComparison:
 
     @property
     def same(self) -> bool:
-        """Whether both adapters do exactly the same."""
+        """Whether both adapters change weights, words and networks in exactly the same way."""
         return self.worst[1] == 0 and not self.words and not self.networks_differ
 
 

@@ -51,7 +51,7 @@ class ModuleHealth:
 
 @dataclass(frozen=True)
 class BlockHealth:
-    """Figures of all modules of a block."""
+    """Health figures of all modules of a block together."""
 
     name: str
     """Name as in strengths (IN01, M00, OUT05), or the beginning of the modules' paths"""
@@ -66,7 +66,7 @@ class BlockHealth:
 
 @dataclass(frozen=True)
 class HealthReport:
-    """Health of an adapter."""
+    """Health of an adapter: norms, effective ranks, dead and saturated modules."""
 
     modules: Sequence[ModuleHealth]
     blocks: Sequence[BlockHealth]
@@ -90,7 +90,7 @@ class HealthReport:
         return [module.path for module in self.modules if module.is_saturated]
 
     def as_json(self) -> dict[str, Any]:
-        """The report as JSON types."""
+        """The health report as JSON types."""
         return {**asdict(self), "dead": self.dead, "saturated": self.saturated}
 
     def lines(self) -> list[str]:

@@ -152,7 +152,7 @@ class Base:
 
     @property
     def latents(self) -> LatentSpec:
-        """Channels, scale and shift of the latents."""
+        """Channels of the latents, and their scale and shift."""
         return self.family.latents(self)
 
     def scaled(self, encoded: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ class Base:
 
 
 class Digest(Protocol):
-    """What `hashlib.sha256` returns."""
+    """Protocol of the hash object that `hashlib.sha256` returns."""
 
     def update(self, data: bytes, /) -> None: ...
     def hexdigest(self) -> str: ...

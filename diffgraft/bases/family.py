@@ -91,7 +91,7 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class TextSlot:
-    """A text encoder of a family."""
+    """A text encoder of a family: the names of its component, its tokenizer and its weights in files."""
 
     component: str
     """Name of the encoder in pipelines, strengths and adapter paths, such as `text_encoder`"""

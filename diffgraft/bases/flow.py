@@ -79,7 +79,7 @@ class FlowFamily(Family):
     }
 
     def matches(self, pipe: Any) -> bool:
-        """Whether the pipeline has the family's class."""
+        """Whether a pipeline is of the class that the family loads."""
         return type(pipe).__name__ == self.pipeline_class
 
     def parameterization(self, scheduler: Any) -> Parameterization:

@@ -236,14 +236,14 @@ class SingleFile:
 
     @property
     def pipeline(self) -> Any:
-        """Class of its diffusers pipeline."""
+        """Class name of the diffusers pipeline of the checkpoint."""
         import diffusers
 
         kind = families()[self.family].pipeline_class
         return getattr(diffusers, kind if self.channels == 4 else inpainting(kind))
 
     def tokenizers(self) -> dict[str, Any]:
-        """Return its tokenizers by name."""
+        """Return the tokenizers of the checkpoint by name."""
         prefixes = families()[self.family].single_file_prefixes.items()
         pads = {part: "!" if is_open_clip(prefix) else "<|endoftext|>" for part, prefix in prefixes}
         return {part.replace("text_encoder", "tokenizer"): clip_tokenizer(pad) for part, pad in pads.items()}

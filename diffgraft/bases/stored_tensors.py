@@ -17,5 +17,5 @@ class StoredTensor(NamedTuple):
     """Function that reads the rows from the first number up to the second; quantized ones are returned in float32"""
 
     def read(self) -> Tensor:
-        """Return the whole tensor."""
+        """Read the whole tensor from its file."""
         return self.rows(0, self.shape[0] if self.shape else 1)

@@ -85,7 +85,7 @@ class Picture:
 
     @property
     def caption(self) -> str | None:
-        """The first caption, or None."""
+        """The picture's first caption, or None."""
         return self.captions[0] if self.captions else None
 
     @cached_property

@@ -13,7 +13,7 @@ _TICKS = 4
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a chart."""
+    """A point of a line chart, with its label and spread."""
 
     x: float
     y: float
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line of a chart."""
+    """A named line of a line chart."""
 
     name: str
     points: Sequence[Point]

@@ -91,7 +91,7 @@ class Entry:
 
     @property
     def title(self) -> str:
-        """Name and strength."""
+        """Name and strength of the adapter, as tables show them."""
         return f"{self.name} at {self.strength:g}"
 
     def as_json(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Drawings:
 
     @property
     def seeds(self) -> int:
-        """Number of seeds."""
+        """Number of seeds that each prompt was drawn with."""
         return len(self.trained[0])
 
 

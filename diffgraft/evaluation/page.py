@@ -31,8 +31,8 @@ _MOST_REFERENCES = 8
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A picture of the page."""
+class PagePicture:
+    """A generated picture on the evaluation page, with its caption."""
 
     uri: str
     """Its content as a data URI; empty: no picture"""
@@ -106,7 +106,7 @@ class _Series:
         return float(entry.step or 0) if self._is_by_step else entry.strength
 
     def chart(self, measure: Measure) -> str:
-        """Return the chart of a measure."""
+        """Return the line chart of a measure over strengths."""
         best, bare = self._evaluation.best, self._evaluation.bare[measure.name].value
         lines = [
             Line(
@@ -175,11 +175,11 @@ def _sheets(evaluation: Evaluation, series: _Series) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = []
             for name in series.names:
                 bare = _picture(getattr(evaluation.bare_drawn, kind)[place][0], f"base alone: {prompt}")
-                pictures = [bare if not rows else Shown("")]
+                pictures = [bare if not rows else PagePicture("")]
                 for strength in series.strengths:
                     entry = by_place.get((name, strength))
                     if entry is None:
-                        pictures.append(Shown(""))
+                        pictures.append(PagePicture(""))
                         continue
                     image = getattr(entry.drawn, kind)[place][0]
                     pictures.append(_picture(image, f"{entry.title}: {prompt}", is_best=entry is evaluation.best))
@@ -189,7 +189,7 @@ def _sheets(evaluation: Evaluation, series: _Series) -> list[dict[str, Any]]:
     return sheets
 
 
-def _picture(image: Image.Image, alt: str, *, is_best: bool = False) -> Shown:
+def _picture(image: Image.Image, alt: str, *, is_best: bool = False) -> PagePicture:
     """Return a picture as a data URI: small ones as PNG, larger ones scaled down as WebP."""
     content, is_small = io.BytesIO(), max(image.size) <= _SMALL
     shown = image.convert("RGB")
@@ -200,7 +200,7 @@ def _picture(image: Image.Image, alt: str, *, is_best: bool = False) -> Shown:
         shown.save(content, "WEBP", quality=80)
     kind = "png" if is_small else "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
-    return Shown(uri, alt, "small" if is_small else "", is_best)
+    return PagePicture(uri, alt, "small" if is_small else "", is_best)
 
 
 def _limits(is_subject: bool) -> str:

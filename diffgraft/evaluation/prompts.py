@@ -14,7 +14,7 @@ _MOST_OF_CLASS = 2
 
 @dataclass(frozen=True)
 class Words:
-    """Words that an adapter was trained with."""
+    """Trigger and class noun that an adapter was trained with."""
 
     trigger: str
     noun: str = ""

@@ -18,7 +18,7 @@ _LEAST_WAY = 0.05
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of an adapter at a strength."""
+    """Measures of an adapter at one strength, and what they say of it."""
 
     figures: Mapping[str, Figure]
     """Measure → figure"""
@@ -48,7 +48,7 @@ class Scorer:
         self._class_distance = self._value(mean_distance(bare, bare.drawn.of_class))
 
     def bare_figures(self) -> dict[str, Figure]:
-        """Return the figures of the base alone."""
+        """Return the measures of the base alone, the zero line of a comparison."""
         return {name: figure(own, own, self._seeds) for name, own in self._estimators.items()}
 
     def score(self, evidence: Evidence) -> Scores:

@@ -42,7 +42,7 @@ class HeldOutPicture:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What adapters were to learn."""
+    """What the evaluated adapters were trained to learn: words, prompts and reference pictures."""
 
     base: str
     """Name or path of the base"""

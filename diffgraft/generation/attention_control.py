@@ -191,7 +191,7 @@ class Control:
         self._mapped, self._known, self._weights = mapped, mapped.sum(0), weights
 
     def advance(self, step: int) -> None:
-        """Tell how many steps are done."""
+        """Record how many sampling steps are done, which decides whether attention maps are still changed."""
         self._step = step
 
     def changed(self, maps: Tensor, is_cross: bool) -> Tensor:

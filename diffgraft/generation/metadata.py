@@ -65,7 +65,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class InputRecord:
-    """The picture that a picture started from."""
+    """Record of the input picture that a generated picture started from (img2img, inpainting)."""
 
     pixels: str
     """Hash of its pixels"""

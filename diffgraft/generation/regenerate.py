@@ -60,7 +60,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Regenerated:
-    """A picture drawn again."""
+    """A picture that was generated again from its metadata, and what differs from the original."""
 
     image: Image.Image
     differences: list[str] = field(default_factory=list)

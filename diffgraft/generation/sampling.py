@@ -38,7 +38,7 @@ class OverflowedPictureError(DiffgraftError):
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw."""
+    """A picture to generate: prompt, seed and adapters."""
 
     number: int
     """Its place among all pictures"""
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Progress:
-    """Who is told of the steps."""
+    """Passes the sampling steps on to a progress tracker and a callback."""
 
     tracker: Tracker
     on_step: Callable[[int], None] | None

@@ -50,7 +50,7 @@ class Hires:
 
 @dataclass(frozen=True)
 class DrawSettings:
-    """How pictures are drawn."""
+    """Settings of generation: sampler, steps, guidance, size and more."""
 
     size: tuple[int, int] | None = None
     """(width, height) in pixels; None: the base's native size, or the aspect ratio of a picture to start from"""

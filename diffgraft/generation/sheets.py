@@ -46,7 +46,7 @@ _LINE, _GAP = 20, 6
 
 @dataclass(frozen=True)
 class Axis:
-    """A named list of values."""
+    """An axis of an X/Y/Z plot: a setting and its values."""
 
     name: str
     values: tuple[str, ...]

@@ -16,7 +16,7 @@ def count_pictures(folder: Path | None) -> int | None:
 
 @dataclass(frozen=True)
 class Epochs:
-    """Conversion of epochs to steps."""
+    """Converts counts of epochs in a configuration to counts of steps."""
 
     pictures: int | None
     """Number of images in an epoch, including repeats and class images; None if unknown"""

@@ -28,7 +28,7 @@ _ARGUMENTS = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"
 
 @dataclass(frozen=True)
 class Subset:
-    """A folder of images."""
+    """A folder of images in a configuration of sd-scripts, with its repeats and captions."""
 
     folder: str
     repeats: int = 1
@@ -49,7 +49,7 @@ class Subset:
 
 @dataclass
 class Data:
-    """All subsets of a configuration."""
+    """All folders of images in a configuration of sd-scripts."""
 
     subsets: list[Subset] = field(default_factory=list)
     parent: str = ""

@@ -40,7 +40,7 @@ PRIOR = 1.0
 
 @dataclass(frozen=True)
 class PredictorStage:
-    """Training of the predictor."""
+    """Training stage of the predictor: its model and its loss."""
 
     base: Base = field(repr=False)
     subjects: Subjects = field(repr=False)

@@ -53,7 +53,7 @@ class _Request(BaseModel):
 
 
 class TrainingRequest(_Request):
-    """A training to plan or to start."""
+    """Request: a training to plan or to start."""
 
     recipe: str
     """Name of a recipe that ships"""
@@ -64,7 +64,7 @@ class TrainingRequest(_Request):
 
 
 class ResumeRequest(_Request):
-    """A run to continue."""
+    """Request: a run to continue."""
 
     settings: dict[str, Value] = Field(default_factory=dict)
     """Settings that override those of the run, such as more steps"""
@@ -73,7 +73,7 @@ class ResumeRequest(_Request):
 
 
 class JudgeRequest(_Request):
-    """How a run is evaluated."""
+    """Request: a run to evaluate, and with which strengths and seeds."""
 
     strengths: Annotated[
         list[Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]], Field(min_length=1, max_length=10)
@@ -104,7 +104,7 @@ class RunDetail(BaseModel):
 
 
 class Uploaded(BaseModel):
-    """Result of an upload."""
+    """Response to an upload: the folder, and why files were refused."""
 
     folder: str
     refusals: list[str]

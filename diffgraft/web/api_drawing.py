@@ -16,7 +16,7 @@ _MAX_DRAWINGS = 100
 
 
 class PromptRequest(BaseModel):
-    """A prompt to look over."""
+    """Request: a prompt to check for errors and unknown tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,7 +34,7 @@ class PreferenceRequest(BaseModel):
 
 
 def add_drawing_routes(router: APIRouter, studio: Studio) -> None:
-    """Add the routes to the API."""
+    """Add the routes for drawing to the router of the API."""
     drawings = studio.drawings
 
     @router.get("/drawings")

@@ -15,7 +15,7 @@ _PATIENCE = 30.0
 
 @dataclass(frozen=True)
 class Report:
-    """What a command said."""
+    """Output of a command, or why it did nothing."""
 
     lines: tuple[str, ...]
     refusal: str
@@ -23,7 +23,7 @@ class Report:
 
 
 class Commands:
-    """Runs commands for requests."""
+    """Runs commands of the command line in processes of their own, for requests."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

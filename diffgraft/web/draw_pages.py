@@ -23,8 +23,8 @@ Page = Callable[..., HTMLResponse]
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of two pictures that are compared."""
+class ComparedPicture:
+    """One of two pictures on the page that compares them."""
 
     label: str
     """Name of the text that tells the side"""
@@ -75,7 +75,7 @@ def add_drawing_pages(router: APIRouter, studio: Studio, page: Page) -> None:
         pictures = [_picture(studio, picture) for picture in (first, second)]
         settings = [_settings(drawing, name) for drawing, name in pictures]
         sides = [
-            Side(
+            ComparedPicture(
                 label,
                 picture,
                 other,

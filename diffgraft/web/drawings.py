@@ -47,7 +47,7 @@ class _Request(BaseModel):
 
 
 class MixedAdapter(_Request):
-    """An adapter of the mixer."""
+    """An adapter in the mixer, with its strengths by part, block and step."""
 
     file: Annotated[str, Field(max_length=1000, pattern=r"^[^<>:|]+$")]
     """Path relative to the library folder"""
@@ -93,7 +93,7 @@ class AxisOfPlot(_Request):
 
 
 class DrawingRequest(_Request):
-    """Pictures to draw."""
+    """Request: prompt, settings, adapters and regions of pictures to draw."""
 
     prompt: Text
     negative: Text = ""
@@ -132,7 +132,7 @@ class PromptProblem:
 
 @dataclass(frozen=True)
 class Result:
-    """How a drawing ended."""
+    """State of a drawing, with its message and the problems of its prompt."""
 
     state: State
     message: str = ""
@@ -141,7 +141,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawing and its pictures."""
+    """A drawing: its request, state and pictures so far."""
 
     id: str
     state: State

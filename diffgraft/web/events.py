@@ -23,7 +23,7 @@ _PING = 15.0
 
 @dataclass(frozen=True)
 class RunEvent:
-    """An event of a run."""
+    """A progress event of a run, as the browser receives it."""
 
     id: int
     """Position in the file after the event's line"""

@@ -20,7 +20,7 @@ Kind = Literal["flag", "choice", "number", "text"]
 
 @dataclass(frozen=True)
 class Field:
-    """A key of the form."""
+    """A recipe key in the form: name, description, default and kind of input."""
 
     key: str
     value: str

@@ -20,7 +20,7 @@ from diffgraft.web.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """A training that waits, or was started."""
+    """A training in the queue, waiting or started."""
 
     id: str
     """Name of its file; sorted, the ids are in the order of the queue"""

@@ -22,7 +22,7 @@ class RateLimit:
 
     @property
     def is_reached(self) -> bool:
-        """Whether another event would be too many."""
+        """Whether another event now would exceed the limit."""
         with self._lock:
             self._forget()
             return len(self._times) >= self._count

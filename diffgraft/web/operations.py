@@ -31,7 +31,7 @@ class ChosenAdapter(BaseModel):
 
 
 class OperationRequest(BaseModel):
-    """A file to make of adapters."""
+    """Request: convert, combine, resize or merge adapters into a new file."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class OperationRequest(BaseModel):
 
 @dataclass(frozen=True)
 class OperationReport:
-    """What came of an operation."""
+    """Outcome of an operation: the new file and the report of the command."""
 
     file: str
     """Path of the new file, relative to the library folder; empty if there is none"""
@@ -61,7 +61,7 @@ class OperationReport:
 
 
 class Operations:
-    """Makes files of adapters for a studio."""
+    """Converts, combines, resizes and merges adapters of a studio."""
 
     def __init__(self, settings: Settings, commands: Commands) -> None:
         self._settings, self._commands = settings, commands

@@ -28,7 +28,7 @@ _decoding = threading.BoundedSemaphore(2)
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """A folder with pictures."""
+    """A folder of training pictures, as the studio lists it."""
 
     path: str
     name: str
@@ -40,7 +40,7 @@ class PictureFolder:
 
 @dataclass(frozen=True)
 class CaptionedPicture:
-    """A picture of a folder."""
+    """A training picture of a folder, with its caption."""
 
     file: str
     name: str

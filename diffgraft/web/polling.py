@@ -24,7 +24,7 @@ class PollingThread(threading.Thread, ABC):
 
     @abstractmethod
     def look(self) -> None:
-        """Do what is to be done now."""
+        """Check once for changes, and act on them."""
 
     def end(self) -> None:
         """End the thread; processes that it started go on."""

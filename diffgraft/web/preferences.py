@@ -17,7 +17,7 @@ _TAG = re.compile(r"<\w+:[^<>]+>")
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A pair that was kept."""
+    """A preferred and a rejected picture of one prompt."""
 
     folder: str
     """Folder of the pairs"""
@@ -37,7 +37,7 @@ class Preferences:
 
     @property
     def count(self) -> int:
-        """Number of pairs."""
+        """Number of preference pairs that were kept."""
         return sum(1 for _ in self.folder.glob("*.png"))
 
     def keep(self, better: str, worse: str) -> PreferencePair:

@@ -22,7 +22,7 @@ def catalogue() -> Mapping[str, Mapping[str, str]]:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of one language."""
+    """The texts of the pages in one language."""
 
     language: str
 

@@ -20,7 +20,7 @@ _LARGEST = 2**28
 
 
 class WatchedPicture(Strict):
-    """A picture that is watched."""
+    """A training or held-out picture whose loss is recorded during training."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -35,7 +35,7 @@ class WatchedPicture(Strict):
 
 
 class WatchRecord(Strict):
-    """All measurements of a watch so far."""
+    """Losses and gains of every watched picture, at every measurement so far."""
 
     # a diverging run may have infinite losses, which JSON holds as text
     model_config = ConfigDict(frozen=True, allow_inf_nan=True, ser_json_inf_nan="strings")

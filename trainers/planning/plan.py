@@ -67,7 +67,7 @@ _UNCOUNTED = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, as text."""
+    """Plan of a run: what it would do, in lines of text."""
 
     facts: list[tuple[str, str]]
     """Pairs of a topic, such as `memory`, and its description"""

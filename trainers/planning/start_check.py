@@ -19,7 +19,7 @@ from diffgraft.trainers.run.adapter_file import AdapterFile
 
 @dataclass(frozen=True)
 class Bases:
-    """A base as a plan has it."""
+    """A base without weights and, if it was loaded, with them."""
 
     empty: Base
     """The base on the device ``meta``"""

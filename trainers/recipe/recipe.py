@@ -38,7 +38,7 @@ FREE = (
 class Recipe(
     OutputSettings, RuntimeSettings, ObjectiveSettings, OptimSettings, DataSettings, AdapterSettings, ModelSettings
 ):
-    """Keys of every recipe."""
+    """Recipe keys that every recipe has."""
 
     task: str
     """Task of the recipe: subject, style, concept or control; fixed by its file"""

@@ -24,7 +24,7 @@ class Chunk:
     weights: list[float] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], weight: float) -> None:
-        """Add tokens of one weight."""
+        """Append tokens that share one attention weight to the current chunk."""
         self.ids += ids
         self.weights += [weight] * len(ids)
 

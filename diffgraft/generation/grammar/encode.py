@@ -21,7 +21,7 @@ EMPHASES: tuple[Emphasis, ...] = ("original", "no-norm", "ignore", "none")
 
 @dataclass(frozen=True)
 class Encoding:
-    """How prompts are read and encoded."""
+    """Settings of the prompt's grammar and of its encoding into text states."""
 
     style: Style = "webui"
     """Program whose grammar, chunks and weights are used"""

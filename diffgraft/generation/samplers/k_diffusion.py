@@ -35,7 +35,7 @@ _ADAMS_BASHFORTH = {
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:  # noqa: ARG001
-    """Euler steps: one evaluation each."""
+    """Sample by Euler's method: one evaluation of the denoiser for each step."""
     for before, after in pairwise(sigmas):
         x = _toward(x, denoise(x, before), before, after)
         yield x
@@ -175,7 +175,7 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise
 def dpmpp_2m_sde(
     denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, kind: Literal["midpoint", "heun"] = "midpoint"
 ) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) for the stochastic equation."""
+    """Sample by DPM-Solver++(2M) for the stochastic differential equation."""
     last, last_step = None, 0.0
     for before, after in pairwise(sigmas):
         clean = denoise(x, before)
@@ -200,7 +200,7 @@ def dpmpp_2m_sde_heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], nois
 
 
 def dpmpp_3m_sde(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Tensor]:
-    """DPM-Solver++(3M) for the stochastic equation."""
+    """Sample by DPM-Solver++(3M) for the stochastic differential equation."""
     earlier: list[tuple[Tensor, float]] = []
     """Predictions of the two steps before, the newest first, and the length of those steps"""
     for before, after in pairwise(sigmas):

@@ -11,7 +11,7 @@ from diffgraft.generation.samplers.schedules import SCHEDULES, NoiseLevels, sche
 
 @dataclass(frozen=True)
 class NamedSampler:
-    """A sampler, and webui's schedule for it."""
+    """A sampler, and the noise schedule that webui uses with it."""
 
     label: str
     """Name as webui writes it"""

@@ -23,7 +23,7 @@ class NoiseStream(Protocol):
 
 
 class CpuNoise:
-    """PyTorch's generator on the CPU."""
+    """Noise of PyTorch's generator on the CPU."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -135,7 +135,7 @@ class BrownianPath:
 
 
 def noise_stream(source: NoiseSource, seed: int) -> NoiseStream:
-    """Return the stream of a seed."""
+    """Return the noise stream of a seed for a source of noise."""
     return CpuNoise(seed) if source == "cpu" else GpuNoise(seed)
 
 
