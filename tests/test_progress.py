@@ -94,7 +94,7 @@ def test_a_run_in_a_thread_is_never_silent_for_long(base: Base, pictures: Path, 
                 if isinstance(event, Done):
                     open_phases.pop()
     assert open_phases == []
-    assert {"encoding pictures", "training", "samples at step 4", "pictures after"} <= seen
+    assert {"encoding pictures", "training", "samples at step 4", "pictures with the adapter"} <= seen
     artifacts = [event for _, event in run.events if isinstance(event, Artifact)]
     assert {"checkpoint", "samples"} <= {event.kind for event in artifacts}
     assert all(event.path.exists() for event in artifacts)

@@ -35,7 +35,8 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         DiffgraftError: the file is missing, damaged, of another kind, or holds something other than weights.
     """
     if not path.is_file():
-        reason = f"{path} is a folder; name the file in it" if path.is_dir() else f"there is no file {path}"
+        missing = f"there is no file {path}{_adapters_near(path)}"
+        reason = f"{path} is a folder; name the file in it" if path.is_dir() else missing
         if (path / "recipe.yaml").is_file():
             reason = f"the run has not finished; continue it with `diffgraft train --resume {path}`"
         raise DiffgraftError(f"No adapter was loaded: {reason}.")
@@ -61,6 +62,15 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     # PyTorch cannot compute with float8; float32 represents all its values
     wide = {key: value.float() if _is_float8(value) else value for key, value in tensors.items()}
     return wide, {FILE_STEM: path.stem, **header}
+
+
+def _adapters_near(path: Path) -> str:
+    """Name adapter files near a missing one, as the end of a sentence about it."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    found = (*folder.glob("*.safetensors"), *folder.glob("*/adapter.safetensors"))
+    files = sorted(str(file.relative_to(folder)) for file in found)
+    held = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+    return f"; {folder} holds {held}" if files else f", and no .safetensors file in {folder}"
 
 
 def _is_float8(value: Tensor) -> bool:

@@ -116,6 +116,11 @@ def train(
     except KeyboardInterrupt as stop:
         if not stop.args:
             raise DiffgraftError("Interrupted before anything was written.") from None
+        if (Path(str(stop)) / "adapter.safetensors").exists():
+            raise DiffgraftError(
+                f"Interrupted after the last step: the adapter in {stop} is whole, but pictures of it are missing. "
+                f"Draw them with: diffgraft train --resume {stop}"
+            ) from None
         raise DiffgraftError(f"Interrupted. Continue with: diffgraft train --resume {stop}") from None
     from accelerate import PartialState
 

@@ -27,7 +27,7 @@ def run_demo(output: Path) -> Iterator[str]:
         number += 1
     folder = output / f"run-{number}"
     pictures = [picture.image for picture in read_folder(ALIEN.folder / "learn")]
-    yield f"Training an adapter on {len(pictures)} pictures of a made-up {ALIEN.noun} that the base has never seen …"
+    yield f"Training an adapter on {len(pictures)} pictures of a made-up alien that the base has never seen …"
     base = load_base("tiny")
     learn = ALIEN.folder / "learn"
     run = train("subject", base=base, images=learn, subject=ALIEN.noun, output=folder, previews=False)

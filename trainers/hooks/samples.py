@@ -89,9 +89,9 @@ def before_after(
         conditions = [[condition] for _, condition in steered]
         before, after = draw_steered(steered, None, base), draw_steered(steered, adapter, base)
     else:
-        conditions, before = [[]] * len(prompts), draw_samples(prompts, side, base, "pictures before")
+        conditions, before = [[]] * len(prompts), draw_samples(prompts, side, base, "pictures of the base")
         with graft(base, {adapter: 1.0}):
-            after = draw_samples(prompts, side, base, "pictures after")
+            after = draw_samples(prompts, side, base, "pictures with the adapter")
     size = next(iter(before.values()))[0].size
     fitted = [ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in training_images]
     rows = {"training images": fitted} if fitted else {}

@@ -31,9 +31,10 @@ STATE_BYTES = {
 }
 """Optimizer → bytes of its state for each trainable parameter; 8-bit optimizers keep small tensors in 32 bits"""
 
-
 _HEADER_BYTES, _TENSOR_BYTES = 700, 150
 """Bytes of a file's metadata, and of each tensor's name, shape and offset in its header"""
+_TIMED, _MOST_RUNS = 0.2, 50
+"""Seconds of repeated runs that a small block is timed by, so that one busy moment does not decide; runs at most"""
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def denoiser_speed(base: Base, device: torch.device) -> float:
     with torch.no_grad():
         with FlopCounterMode(display=False) as counted:
             block(x, **inputs)
-        seconds = []
-        for _ in range(3):
+        seconds: list[float] = []
+        while len(seconds) < 3 or (sum(seconds) < _TIMED and len(seconds) < _MOST_RUNS):
             start = time.perf_counter()
             block(x, **inputs)
             if device.type == "cuda":

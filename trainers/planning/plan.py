@@ -170,7 +170,7 @@ def _image_facts(
 ) -> Iterator[tuple[str, str]]:
     crops = Counter(len(sample.frames) for sample in samples)
     variants = " or ".join(str(count) for count in sorted(crops))
-    suffix = "" if set(crops) == {1} else f", each in {variants} variants (crops, mirrored)"
+    suffix = "" if set(crops) == {1} else f", each in {variants} variants (crops, and their mirror images)"
     concepts = len({id(sample.concept) for sample in samples})
     if (partner := samples[0].picture.partner) is not None:
         suffix += f", each with a {partner.name.partition('/')[0]} one"
@@ -193,7 +193,7 @@ def _crop_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
         yield "cropped", text + (f"; over {_MUCH_CUT:.0%} of {pluralize(count, 'image')}" if count else "")
     enlarged = [sample for sample in samples if sample.frames[0].scaled[0] > sample.frames[0].original[0]]
     if enlarged:
-        yield "enlarged", f"{pluralize(len(enlarged), 'image')}, such as {enlarged[0].picture.name}"
+        yield "enlarged", f"{pluralize(len(enlarged), 'image')} for their crops, such as {enlarged[0].picture.name}"
 
 
 def _prompt_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
@@ -254,7 +254,7 @@ def _cost_facts(
         "activations": estimate.activations,
     }
     listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in shares.items())
-    yield "memory", f"about {format_bytes(estimate.memory)} on each device: {listed}"
+    yield "memory", f"about {format_bytes(estimate.memory)} for each device: {listed}"
     rate = denoiser_speed(base, device)
     priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
     generated = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)

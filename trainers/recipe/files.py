@@ -372,7 +372,8 @@ def _validation_message(error: ValidationError, kind: type[Recipe], name: str | 
         keys = ", ".join(f"{key}.{name}" for name in inside.model_fields)
         return f"Invalid value {key}={short_repr(first['input'])}: {key} is a group; set one of its keys: {keys}."
     others = [item for item in error.errors() if [str(part) for part in item["loc"]][: len(named)] == named]
-    reasons = [item["msg"].lower().removeprefix("input should be ").removeprefix("value error, ") for item in others]
+    texts = [item["msg"].lower().partition(", unable to parse")[0] for item in others]
+    reasons = [text.removeprefix("input should be ").removeprefix("value error, ") for text in texts]
     must = "must be " if first["msg"].startswith("Input should be ") else ""
     reason = must + (" or ".join(dict.fromkeys(reasons)) if len(named) < len(first["loc"]) else reasons[0])
     return f"Invalid value {key}={short_repr(first['input'])}: {reason}. Meaning of {key}: {_meaning(kind, key)}."
