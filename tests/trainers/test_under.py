@@ -11,7 +11,9 @@ from torch import Tensor
 
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.adapters.methods.lora import low_rank
+from diffgraft.adapters.methods.student import Student
 from diffgraft.bases import Base, load_base
+from diffgraft.bases.student import StudentSize, student_unet
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.graft import graft
 from diffgraft.trainers.planning.plan import plan_run
@@ -174,6 +176,20 @@ def test_a_plan_checks_it(tmp_path: Path, pictures: Path) -> None:
     file = misfit.save(tmp_path / "misfit.safetensors", "diffgraft")
     with pytest.raises(DiffgraftError, match="of its 1 modules match"):
         plan_run(SUBJECT, {**FAST, "images": pictures, "under": {"adapter": str(file)}})
+
+
+def test_a_student_cannot_be_under_a_training(go: Any, base: Base, pictures: Path, tmp_path: Path) -> None:
+    """The run and its plan refuse it; an adapter on the denoiser that it replaces would have no effect."""
+    student = student_unet(base.denoiser, StudentSize(layers=1, middle=False))
+    network = Student(student.state_dict(), dict(student.config))
+    file = str(
+        Adapter({}, {"method": "student"}, networks=(network,)).save(tmp_path / "student.safetensors", "diffgraft")
+    )
+    with pytest.raises(DiffgraftError, match="is a student, which computes in the place"):
+        plan_run(SUBJECT, {**FAST, "images": pictures, "under": {"adapter": file}})
+    with pytest.raises(DiffgraftError, match="is a student, which computes in the place"):
+        go(under={"adapter": file})
+    assert not (tmp_path / "run-0").exists()
 
 
 def test_the_base_is_as_before_when_a_run_fails(go: Any, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ from diffgraft.trainers.run.attach import attach
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_prompts, check_settings
 from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.train import DTYPES
+from diffgraft.trainers.run.under import check_under_file
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
 from diffgraft.trainers.training_data.build import (
@@ -121,7 +122,9 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     start = read_adapter_file(recipe.init_from, base) if recipe.init_from else None
     check_start(recipe.adapter, model, Bases(base, loaded_base), start, lambda: attach(recipe, base, start))
     if recipe.under.adapter:
-        Graft(base).check(read_adapter_file(recipe.under.adapter, base).adapter, recipe.under.adapter)
+        under = read_adapter_file(recipe.under.adapter, base)
+        check_under_file(under)
+        Graft(base).check(under.adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     checkpointing = recipe.runtime.gradient_checkpointing
     work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)

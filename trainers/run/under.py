@@ -28,7 +28,12 @@ class Under:
             settings: strength, and when it is applied.
             base: the base that it is merged into.
             file: the adapter; None without one.
+
+        Raises:
+            DiffgraftError: the adapter cannot be under another one.
         """
+        if file is not None:
+            check_under_file(file)
         self._settings, self._base, self._file = settings, base, file
         self._words, self._changes = Graft(base), Graft(base)
 
@@ -83,6 +88,19 @@ class Under:
 
     def _merge(self, adapter: Adapter) -> None:
         self._changes.set({replace(adapter, tokens={}): self._settings.strength})
+
+
+def check_under_file(file: AdapterFile) -> None:
+    """Check that the adapter of `under.adapter` leaves a denoiser on which another adapter can be trained.
+
+    Raises:
+        DiffgraftError: it is a student, which computes in the place of the denoiser.
+    """
+    if any(network.replaces_denoiser for network in file.adapter.networks):
+        raise DiffgraftError(
+            f"under.adapter={file.path} is a student, which computes in the place of the base's denoiser, so that "
+            "nothing else can be trained on it: write it as a base with `diffgraft merge`, and train on that base."
+        )
 
 
 def check_under(adapter: AdapterSettings, runtime: RuntimeSettings, outputs: OutputSettings) -> None:
