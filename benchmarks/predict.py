@@ -38,11 +38,11 @@ HEAD = """# Adapters predicted from pictures
 pictures each. *Predicted*: `diffgraft predict` returns a LoRA for them. *Refined*: that LoRA is trained further on them
 by the recipe `subject` with `init_from`, {settings}. *From scratch*: the recipe alone.
 
-*Gap closed* is the fall of the loss on the subject's pixels in held-out pictures, as a share of its excess over the loss
-on things that the base knows: (mean before − mean after) / (mean before − known things) over the subjects. *Without the
-trigger*: the fall under prompts without it, as a share of the fall with it. *Drift*: how far predictions for pictures of
-the class move, in thousandths. *At least from scratch*: subjects whose loss is no higher than after all {whole} steps
-from scratch. The seed is 0.
+*Gap closed* is the fall of the loss on the subject's pixels in held-out pictures, as a share of its excess over the
+loss on things that the base knows: (mean before − mean after) / (mean before − known things) over the subjects.
+*Without the trigger*: the fall under prompts without it, as a share of the fall with it. *Drift*: how far predictions
+for pictures of the class move, in thousandths. *At least from scratch*: subjects whose loss is no higher than after
+all {whole} steps from scratch. The seed is 0.
 
 | | steps | gap closed | without the trigger | drift | at least from scratch |
 |-|-|-|-|-|-|
