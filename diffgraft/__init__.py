@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffgraft.generation.settings import DrawSettings
     from diffgraft.hub_upload import push
     from diffgraft.model_card import card
+    from diffgraft.predictor.predict import predict_adapter
     from diffgraft.trainers.run.folder import Run
     from diffgraft.trainers.run.replay import replay
     from diffgraft.trainers.run.train import train
@@ -60,6 +61,7 @@ _HOMES = {
     "replay": "diffgraft.trainers.run.replay",
     "card": "diffgraft.model_card",
     "push": "diffgraft.hub_upload",
+    "predict_adapter": "diffgraft.predictor.predict",
 }
 __all__ = [
     "Adapter",
@@ -81,6 +83,7 @@ __all__ = [
     "load_base",
     "merge",
     "plan",
+    "predict_adapter",
     "push",
     "regenerate",
     "replay",

@@ -9,7 +9,7 @@ from PIL import Image
 from diffgraft.adapters.adapter import Adapter
 from diffgraft.bases import Base
 from diffgraft.data.image_folder import read_folder
-from diffgraft.errors import DiffgraftError
+from diffgraft.errors import DiffgraftError, wrap_system_errors
 from diffgraft.pixels import to_tensor
 from diffgraft.predictor.files import SHIPPED, read_predictor
 
@@ -19,6 +19,7 @@ _SIDE = 64
 """Side of the pictures that a predictor looks at, in pixels"""
 
 
+@wrap_system_errors
 @torch.no_grad()
 def predict_adapter(
     images: str | Path | Sequence[Image.Image], base: Base, predictor: str | Path | None = None
