@@ -1,5 +1,6 @@
 """What pages of measurements say still holds, where it can be tried in a moment; and the scores that they report."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,13 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from benchmarks import dreambooth
+from benchmarks.dreambooth import read_tasks, write_world
 from benchmarks.formats import PAGE, page
 from benchmarks.learning.shape import shape_score, silhouette
 from benchmarks.learning.targets import known_things, plain_drawings
+from benchmarks.peft_images import SETTINGS, read_task, row
 from benchmarks.watch import plant_picture, watched
 from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import Scene, draw
 from diffgraft.bases.tiny.world.glyphs import glyph_sprite
+from diffgraft.data.image_folder import read_folder
+from diffgraft.evaluation.encoders import load_encoder
 
 
 def test_the_page_of_formats_says_what_is_so() -> None:
@@ -71,3 +77,49 @@ def test_a_planted_picture_is_found(base: Base, tmp_path: Path) -> None:
     found = watched(plant_picture(tmp_path, 0), tmp_path, base, 0, steps=30)
     assert found.named == [found.wrong]
     assert min(share for name, share in found.shares.items() if name != found.wrong) > 0.5
+
+
+def test_the_dreambooth_table_is_made_of_a_folder_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two subjects in the published layout, one with the prompts of living ones; what is finished is kept."""
+    data = write_world(tmp_path / "data")
+    listed = (data / "prompts_and_classes.txt").read_text("utf-8")
+    (data / "prompts_and_classes.txt").write_text(
+        listed + "\nprompt_list = [\n'a wet {0} {1}'.format(a, b)\n]\n", "utf-8"
+    )
+    tasks = {task.name: task for task in read_tasks(data)}
+    assert tasks["elephant"].prompts == ["a wet {trigger} {subject}"]
+    assert len(tasks["snail"].prompts) == 25
+    words = [str(data), "--subjects", "1", "--prompts", "2", "--seeds", "1", "--output", str(tmp_path / "runs")]
+    dreambooth.main([*words, "--set", "steps=1", "checkpoint_every=0"])
+    first = capsys.readouterr().out
+    row = next(line for line in first.splitlines() if line.startswith("| the base alone"))
+    assert row.count("±") == 3
+    adapter = tmp_path / "runs" / "snail" / "adapter.safetensors"
+    adapter.unlink()
+    dreambooth.main([*words, "--set", "steps=1", "checkpoint_every=0"])
+    assert capsys.readouterr().out == first
+    assert not adapter.exists()
+
+
+def test_the_task_of_peft_is_trained_and_measured(base: Base, pictures: Path, tmp_path: Path) -> None:
+    """With settings in peft's format, for five pictures and `tiny`."""
+    settings = {
+        "instance_prompts": [f"sks cat {n}" for n in range(5)],
+        "valid_size": 1,
+        "test_size": 2,
+        "resolution": 64,
+    }
+    settings |= {"max_steps": 2, "batch_size": 2, "optimizer_kwargs": {"lr": 1e-3, "weight_decay": 1e-4}}
+    settings |= {"num_inference_steps": 2, "guidance_scale": 3.5, "drift_image_prompts": ["a cat", "a dog"]}
+    file = tmp_path / "peft" / SETTINGS
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(settings), "utf-8")
+    task = read_task(tmp_path / "peft", [picture.image for picture in read_folder(pictures)])
+    assert [prompt for _, prompt in task.train] == ["sks cat 2", "sks cat 0"]  # NumPy's seed 0 shuffles to 2 0 1 3 4
+    assert [prompt for _, prompt in task.test] == ["sks cat 3", "sks cat 4"]
+    found = row(task, base, load_encoder("tiny"), "lora:rank=3,alpha=3", [0])
+    similarity, drift = (float(cell) for cell in found.split("|")[2:4])
+    assert 0 < similarity <= 1
+    assert 0 <= drift < 0.5

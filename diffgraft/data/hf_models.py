@@ -1,6 +1,6 @@
 """Loading transformers models for pictures by hub id or folder, without running their code or unpickling."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,9 @@ from typing import Any
 from diffgraft.data.hub import hub_reachable, offline
 from diffgraft.errors import DiffgraftError
 from diffgraft.third_party import quiet_libraries
+
+_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"ViTModel": {"add_pooling_layer": False}}
+"""Class of transformers → further arguments; the first DINO is a ViT without a layer after its class token"""
 
 
 def load_hf_model(
@@ -39,7 +42,8 @@ def load_hf_model(
             if kind is None:
                 raise ValueError(f"it is of the kind {config.model_type!r}")
             safe = {"use_safetensors": True, "trust_remote_code": False}
-            model, loading_info = kind.from_pretrained(path, output_loading_info=True, **safe)
+            more = _ARGUMENTS.get(kind.__name__, {})
+            model, loading_info = kind.from_pretrained(path, output_loading_info=True, **safe, **more)
             processor = (processor_kind or AutoProcessor).from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError, LookupError, AttributeError, TypeError) as error:
         raise DiffgraftError(_load_error(where, error, purpose, option)) from error

@@ -1,7 +1,7 @@
 """Encoders: networks of transformers that embed pictures, patches of pictures, and for some of them texts.
 
-CLIP, SigLIP, SigLIP 2, DINOv2 and DINOv3 are loaded by hub id or folder. Pictures are prepared by the processor that
-comes with the model, so that figures are those of other programs.
+CLIP, SigLIP, SigLIP 2, DINO, DINOv2 and DINOv3 are loaded by hub id or folder. Pictures are prepared by the processor
+that comes with the model, so that figures are those of other programs.
 """
 
 import math
@@ -49,7 +49,10 @@ class Encoder:
         for batch in _batches(images):
             inputs = self._prepared(batch)
             features = getattr(self.model, "get_image_features", self.model)(**inputs)
-            rows.append(F.normalize(getattr(features, "pooler_output", features).float(), dim=-1).cpu())
+            whole = getattr(features, "pooler_output", features)
+            if whole is None:  # the first DINO has no layer after the class token
+                whole = features.last_hidden_state[:, 0]
+            rows.append(F.normalize(whole.float(), dim=-1).cpu())
         return torch.cat(rows)
 
     @torch.no_grad()
@@ -144,10 +147,11 @@ def load_encoder(source: str) -> Encoder:
         DINOv3ViTModel,
         Siglip2Model,
         SiglipModel,
+        ViTModel,
     )
 
     path = str(TINY_CLIP) if source == "tiny" else source
-    kinds = (CLIPModel, Siglip2Model, SiglipModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel)
+    kinds = (CLIPModel, Siglip2Model, SiglipModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel)
     model, processor = load_hf_model(kinds, path, "embed pictures", AutoImageProcessor, "--encoder TASK=FOLDER")
     tokenizer = None
     if hasattr(model, "text_model"):

@@ -15,7 +15,7 @@ from diffgraft.evaluation.encoders import Encoder, Encoders, load_encoder
 
 VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
 TEXT = {"hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
-KINDS = ("clip", "dinov2", "siglip", "siglip2")
+KINDS = ("clip", "vit", "dinov2", "siglip", "siglip2")
 
 
 def small(kind: str) -> tuple[Any, Any]:
@@ -28,6 +28,9 @@ def small(kind: str) -> tuple[Any, Any]:
         model = t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=14))
         sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
         return model, t.CLIPImageProcessorPil(**sizes)
+    if kind == "vit":  # as the first DINO
+        vit = t.ViTConfig(**VISION, image_size=32, patch_size=8)
+        return t.ViTModel(vit, add_pooling_layer=False), t.ViTImageProcessorPil(size={"height": 32, "width": 32})
     if kind == "dinov2":
         sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}}
         config = t.Dinov2Config(**{**VISION, "mlp_ratio": 2}, image_size=42, patch_size=7)
@@ -68,7 +71,7 @@ def test_embeddings_are_those_of_transformers(kind: str, folders: dict[str, Path
     for number, image in enumerate(PICTURES):
         inputs = processor(images=image, return_tensors="pt")
         with torch.no_grad():
-            if kind == "dinov2":
+            if kind in ("dinov2", "vit"):
                 out = model.eval()(**inputs)
                 whole, states = out.last_hidden_state[:, 0], out.last_hidden_state[:, 1:]
             else:
