@@ -28,7 +28,7 @@ from diffgraft.predictor.predict import predict_adapter
 from diffgraft.trainers.run.train import train
 
 PAGE = Path(__file__).parent / "results" / "predict.md"
-WHOLE, PARTS = 400, (133, 66, 33)
+WHOLE, PARTS = 400, (133, 66)
 """Steps of the recipe `subject`, and the fewer ones that are compared"""
 REFINED: dict[str, Any] = {"lr": 1e-3, "warmup": 5}
 """Settings of the training that goes on from a predicted adapter, which needs smaller steps"""

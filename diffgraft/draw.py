@@ -277,6 +277,10 @@ def _of_former(scheduler: str) -> dict[str, str]:
 
 def _by_file(adapters: AdapterStrengths | str | PathLike[str] | Adapter | None) -> dict[str | Adapter, Any]:
     """Return file or adapter → strength."""
+    if isinstance(adapters, list | tuple | set):
+        raise DiffgraftError(
+            f"Invalid value adapters={short_repr(adapters)}: give several with strengths, {{file: 0.8}}."
+        )
     given = adapters if isinstance(adapters, Mapping) else {} if adapters is None else {adapters: 1.0}
     return {file if isinstance(file, Adapter) else os.fspath(file): strength for file, strength in given.items()}
 

@@ -93,7 +93,7 @@ class Lanes:
         by_path: dict[str, dict[int, _Weighed]] = {}
         for lane, adapters in enumerate(lanes):
             for adapter, strength in adapters:
-                values = strengths_of(f"The {adapter.method} adapter", strength)
+                values = strengths_of(f"the {adapter.method} adapter", strength)
                 if adapter.networks and values.denoiser:
                     raise LaneError(f"The {adapter.method} adapter cannot act on a part of a batch or a picture.")
                 for path, deltas in adapter.deltas.items():

@@ -36,6 +36,17 @@ class OverflowedPictureError(DiffgraftError):
     """Latents overflowed during generation, so that the picture would be black."""
 
 
+def _advice(base: Base) -> str:
+    """What to do about latents that overflowed, in a sentence."""
+    for name, value in base.denoiser.named_parameters():
+        if value.is_floating_point() and not value.isfinite().all():
+            return (
+                f"{name} of the {base.family.denoiser} has NaN or infinity: use smaller strengths of adapters; without "
+                f"adapters, download or convert the base {base.name} again."
+            )
+    return "Use smaller strengths of adapters, less guidance, or float32."
+
+
 @dataclass(frozen=True)
 class Job:
     """A picture to generate: prompt, seed and adapters."""
@@ -172,7 +183,7 @@ class Painter:
                 if not x.isfinite().all():
                     raise OverflowedPictureError(
                         f"Latents overflowed in step {done} of {len(sigmas) - 1}, so the picture would be black. "
-                        "Use smaller strengths of adapters, less guidance, or float32."
+                        + _advice(self._base)
                     )
                 if control().pop_request("sample") and denoise.clean is not None:
                     emit(Preview(done, tuple(decode(self._base, row) for row in denoise.clean)))

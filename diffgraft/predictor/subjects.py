@@ -1,7 +1,7 @@
 """Subjects of the world of `tiny` that the predictor is trained on: made-up creatures, and glyphs under any noun."""
 
 import multiprocessing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from diffgraft.bases.tiny.train.fit import fingerprint
 from diffgraft.bases.tiny.train.pictures import SEED, to_tensor
 from diffgraft.bases.tiny.train.samples import rare_words, tokens
+from diffgraft.bases.tiny.train.work_folder import read_tensors, write_tensors
 from diffgraft.bases.tiny.world.broad import NAMED_CREATURES, nouns
 from diffgraft.bases.tiny.world.creatures import NOUNS, creature, noun_of
 from diffgraft.bases.tiny.world.glyphs import glyph_names, glyph_sprite
@@ -63,8 +64,9 @@ def draw_subjects(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, coun
     else:
         for job in tqdm(missing, title, len(chunks), initial=done):
             draw(job)
-    parts = [torch.load(path, weights_only=True) for path in paths]
-    return Subjects(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    names = [field.name for field in fields(Subjects)]
+    parts = [read_tensors(path, names) for path in paths]
+    return Subjects(**{name: torch.cat([part[name] for part in parts]) for name in names})
 
 
 def _save_chunk(vae: AutoencoderKL, tokenizer: CLIPTokenizer, job: tuple[Path, range]) -> None:
@@ -77,7 +79,6 @@ def _save_chunk(vae: AutoencoderKL, tokenizer: CLIPTokenizer, job: tuple[Path, r
     with torch.no_grad():
         latents = [vae.encode(to_tensor(views.numpy())).latent_dist.mean.half() for views in pictures]
     words = [tokens(tokenizer, [text for row in drawn for text in row[place]]).view(*shape, -1) for place in (2, 3)]
-    partial_file = path.with_suffix(".partial")
     held = {
         "pictures": pictures,
         "latents": torch.stack(latents),
@@ -85,8 +86,7 @@ def _save_chunk(vae: AutoencoderKL, tokenizer: CLIPTokenizer, job: tuple[Path, r
         "ids": words[0],
         "class_ids": words[1],
     }
-    torch.save(held, partial_file)
-    partial_file.replace(path)
+    write_tensors(path, held)
 
 
 def _draw_subject(number: int, rare: list[str]) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:

@@ -5,11 +5,9 @@ to other pictures of them. Prompts without the rare word must give what the base
 class keeps its looks (the prior preservation by prediction of `diffgraft.trainers.objectives.prior_prediction`).
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from diffgraft.bases.tiny.train.fit import StagePlan, autocast, train_stage
 from diffgraft.bases.tiny.train.pictures import to_tensor
 from diffgraft.bases.tiny.train.samples import pad_ids
 from diffgraft.bases.tiny.train.unet import timesteps
+from diffgraft.bases.tiny.train.work_folder import positive, prepare, training_parser, with_sentences
 from diffgraft.predictor.files import SHIPPED, write_predictor
 from diffgraft.predictor.network import WeightPredictor
 from diffgraft.predictor.subjects import VIEWS, Subjects, draw_subjects
@@ -45,6 +44,11 @@ class PredictorStage:
     base: Base = field(repr=False)
     subjects: Subjects = field(repr=False)
     name: str = "predictor"
+
+    @property
+    def inputs(self) -> str:
+        """The base, and the number of subjects."""
+        return f"{self.base.hash}, {len(self.subjects.latents)} subjects"
 
     def new_model(self) -> WeightPredictor:
         """Create the untrained predictor, for all layers of the base's denoiser."""
@@ -92,27 +96,27 @@ class PredictorStage:
         return prediction
 
 
+@with_sentences
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the predictor, unless the work folder has the finished one, and write its file."""
-    parser = argparse.ArgumentParser(prog="python -m diffgraft.predictor.train", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/predictor"), help="folder for pictures and checkpoints")
-    parser.add_argument("--output", type=Path, default=SHIPPED, help="file to write")
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="number of training steps")
-    parser.add_argument("--subjects", type=int, default=COUNT, help="number of subjects to train on")
-    parser.add_argument("--processes", type=int, default=1, help="processes that draw pictures and share each step")
-    parser.add_argument("--dry-run", action="store_true", help="two steps on a handful of subjects")
+    parser = training_parser("diffgraft.predictor.train", __doc__, "runs/predictor", SHIPPED)
+    parser.add_argument("--steps", type=positive, default=PLAN.steps, help="number of training steps")
+    parser.add_argument("--subjects", type=positive, default=COUNT, help="number of subjects to train on")
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="processes that draw pictures and share each step"
+    )
     options = parser.parse_args(arguments)
     plan, count = replace(PLAN, steps=options.steps), options.subjects
     if options.dry_run:
         plan, count = replace(plan, steps=2, batch=2), 4
-    options.work.mkdir(parents=True, exist_ok=True)
+    work, output = prepare(options, SHIPPED, is_folder=False)
     torch.set_num_threads(1)
     base = load_base("tiny")
-    subjects = draw_subjects(options.work, base.vae, base.tokenizer, count, options.processes)
-    model = train_stage(PredictorStage(base, subjects), plan, options.work, options.processes)
+    subjects = draw_subjects(work, base.vae, base.tokenizer, count, options.processes)
+    model = train_stage(PredictorStage(base, subjects), plan, work, options.processes)
     assert isinstance(model, WeightPredictor)
-    write_predictor(options.output, model, base)
-    print(json.dumps({"written to": str(options.output)}))
+    write_predictor(output, model, base)
+    print(json.dumps({"written to": str(output)}))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ class SmallStage:
     """Its processes share the pictures of a step among them."""
 
     name = "stage"
+    inputs = "random"
 
     def new_model(self) -> nn.Module:
         return small_model()

@@ -1,5 +1,9 @@
 """The rebuilding of the embedded base: every stage in small, its loop stopped and started, its optimiser."""
 
+import errno
+import os
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from transformers import CLIPTokenizer
 
 from diffgraft.bases import load_base
 from diffgraft.bases.loading import TINY
+from diffgraft.bases.tiny.train import __main__ as train_main
 from diffgraft.bases.tiny.train import pool as pool_module
 from diffgraft.bases.tiny.train.__main__ import main
 from diffgraft.bases.tiny.train.fit import fit, train_stage
@@ -87,16 +92,23 @@ def test_half_of_the_timesteps_lie_where_outlines_form() -> None:
     assert abs(share - (0.5 * 0.26 + 0.5 * 0.683)) < 0.02
 
 
-@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
-def test_a_dry_run_writes_a_base_that_draws(tmp_path: Path) -> None:
-    arguments = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "base"), "--dry-run", "--processes", "2"]
-    main(arguments)
-    base = load_base(tmp_path / "base")
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Work folder of a dry run of two processes, and the base in it."""
+    work = tmp_path_factory.mktemp("work")
+    main(["--work", str(work), "--dry-run", "--processes", "2"])
+    return work, work / f"dry-{TINY.name}"
+
+
+def test_a_dry_run_writes_a_base_that_draws(dry_run: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not over the base that ships; once more, the stages are read back, whatever the number of processes."""
+    work, folder = dry_run
+    base = load_base(folder)
     images = base.pipeline()("a zorb toy", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert images[0].size == (64, 64)
-    weights = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    main(arguments[:-2])  # everything is done: the stages are read back, whatever the number of processes
-    assert (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == weights
+    main(["--work", str(work), "--output", str(tmp_path / "base"), "--dry-run"])
+    file = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "base" / file).read_bytes() == (folder / file).read_bytes() != (TINY / file).read_bytes()
 
 
 def test_a_pool_that_is_stopped_goes_on_at_the_missing_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,3 +158,67 @@ def test_labels_say_what_a_caption_says(tokenizer: CLIPTokenizer) -> None:
             else:
                 assert ANSWERS["setting"][labels["setting"]] == sample.scene.setting
     assert 0.02 < silent / 600 < 0.15
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence that ends the command; there is no traceback, as it ends by `SystemExit`."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    return str(end.value.code) if isinstance(end.value.code, str) else capsys.readouterr().err
+
+
+def test_what_is_damaged_or_of_another_training_is_refused(
+    dry_run: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By name, before anything is trained or written; pickled code does not run."""
+    work, output = tmp_path / "work", tmp_path / "base"
+    words = ["--work", str(work), "--output", str(output), "--dry-run"]
+
+    def again() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(dry_run[0], work)
+
+    for name in ("vae.pt", "unet.pt", "world-0-20.npy"):
+        for content in (b"", b"hi", (dry_run[0] / name).read_bytes()[:1000], pickle.dumps(print)):
+            again()
+            for stage in ("vae", "judge") if name.startswith("world") else ():
+                (work / f"{stage}.pt").unlink()
+            (work / name).write_bytes(content)
+            assert f"{work / name} is damaged" in refused(words, capsys)
+    again()
+    shutil.copy(work / "judge.pt", work / "vae.pt")
+    assert "vae.pt was trained with other settings than these (lr: 0.002 → 0.001" in refused(words, capsys)
+    again()
+    assert "unet.pt was trained with other settings" in refused([*words, "--keep", "vae"], capsys)
+    for option in ("--processes", "--threads", "--pool", "--steps"):
+        assert f"{option}: '0' must be a whole number" in refused([*words, option, "0"], capsys)
+    assert not output.exists()
+    output.touch()
+    assert "is a file: give the path of a folder" in refused(words, capsys)
+
+
+def test_a_base_is_replaced_as_a_whole(
+    dry_run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If its last file cannot be written, the former base is as before; other files stay beside a new one."""
+    work, before = dry_run
+    output = tmp_path / "base"
+    shutil.copytree(before, output)
+    (output / "README.md").write_text("a card", "utf-8")
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+    whole = files()
+    words = ["--work", str(work), "--output", str(output), "--dry-run"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_main, "write_safetensors", full)
+        assert "The disk is full" in refused(words, capsys)
+    assert files() == whole
+    main(words)
+    assert files() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

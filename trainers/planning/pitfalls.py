@@ -155,7 +155,9 @@ def compute_fingerprints(samples: Sequence[Sample]) -> tuple[list[tuple[str, Fin
         try:
             fingerprints.append((sample.picture.name, fingerprint(sample.picture.image)))
         except UnreadablePictureError as error:
-            unreadable[index] = f"{error.name} is skipped: it cannot be read as an image ({error.why})."
+            unreadable[index] = (
+                f"{error.name} is skipped: it cannot be read as an image ({error.why}). Save it again as JPEG or PNG."
+            )
     return fingerprints, unreadable
 
 

@@ -112,7 +112,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     fingerprints, unreadable = compute_fingerprints(samples) if all(pictures for _, pictures in concepts) else ([], {})
     samples = [sample for index, sample in enumerate(samples) if index not in unreadable]
     if not samples:
-        raise DiffgraftError(f"None of the {len(unreadable)} images can be opened. Save them again as JPEG or PNG.")
+        raise DiffgraftError(f"None of the {len(unreadable)} images can be opened: {next(iter(unreadable.values()))}")
     sizes = Counter(sample.frames[0].size for sample in samples)
     largest = max(sizes, key=math.prod)
     longest_prompt = sorted({prompt for sample in samples for prompt in sample.prompt_builder.prompts()}, key=len)[-1:]

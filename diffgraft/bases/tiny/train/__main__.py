@@ -1,25 +1,28 @@
 """``python -m diffgraft.bases.tiny.train`` trains the embedded base from scratch; it resumes where it was stopped."""
 
-import argparse
 import json
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from diffgraft.bases.loading import TINY, load_base
 from diffgraft.bases.tiny.judge import Judge, load_judge
-from diffgraft.bases.tiny.train.fit import StagePlan, train_stage
+from diffgraft.bases.tiny.train.fit import StagePlan, fingerprint, train_stage
 from diffgraft.bases.tiny.train.judging import train_judge
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.text import train_text
 from diffgraft.bases.tiny.train.unet import UNetStage, new_scheduler
 from diffgraft.bases.tiny.train.vae import train_vae
+from diffgraft.bases.tiny.train.work_folder import positive, prepare, training_parser, with_sentences
+from diffgraft.files import atomic_folder, write_safetensors
+from diffgraft.third_party import quiet_libraries
 
 VAE = StagePlan(steps=4700, batch=24, lr=1e-3, decay=0.42, warmup=60)
 JUDGE = StagePlan(steps=8000, batch=64, lr=2e-3, decay=0.6)
@@ -48,25 +51,24 @@ class Size:
         return replace(self, world=20, captions=20, pool=20, **plans)
 
 
+@with_sentences
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run all stages that are not finished yet, then write the base to the output folder."""
-    parser = argparse.ArgumentParser(prog="python -m diffgraft.bases.tiny.train", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for pictures, caches, checkpoints")
-    parser.add_argument("--output", type=Path, default=TINY, help="folder to write the trained base to")
-    parser.add_argument("--pool", type=int, default=Size.pool, help="number of pictures to train the denoiser on")
-    parser.add_argument("--steps", type=int, default=Size.unet.steps, help="training steps of the denoiser")
-    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads for PyTorch")
-    parser.add_argument("--processes", type=int, default=1, help="processes that draw pictures and train the denoiser")
+    parser = training_parser("diffgraft.bases.tiny.train", __doc__, "runs/tiny", TINY)
+    parser.add_argument("--pool", type=positive, default=Size.pool, help="number of pictures to train the denoiser on")
+    parser.add_argument("--steps", type=positive, default=Size.unet.steps, help="training steps of the denoiser")
+    parser.add_argument("--threads", type=positive, default=1, help="number of CPU threads for PyTorch")
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="processes that draw pictures and train the denoiser"
+    )
     parser.add_argument(
         "--keep", nargs="*", choices=("vae", "judge"), default=[], help="parts to copy from the shipped base"
     )
-    parser.add_argument("--dry-run", action="store_true", help="two steps of every stage on a handful of pictures")
     options = parser.parse_args(arguments)
     size = replace(Size(), pool=options.pool, unet=replace(Size.unet, steps=options.steps))
     if options.dry_run:
         size = size.dry()
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
+    work, output = prepare(options, TINY)
     torch.set_num_threads(options.threads)
 
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
@@ -77,30 +79,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     z, ids = draw_pool(work, vae, tokenizer, size.pool, options.processes)
     scale = 1 / float(z[:5000].float().std())
     vae.register_to_config(scaling_factor=scale)
-    stage = UNetStage((z * scale).half(), ids, text_encoder)
+    inputs = f"{size.pool} pictures, VAE {fingerprint(vae)}, text encoder {fingerprint(text_encoder)}"
+    stage = UNetStage((z * scale).half(), ids, text_encoder, inputs)
     unet = train_stage(stage, size.unet, work, options.processes)
+    parts = {"vae": vae, "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    write_base(parts, judge, output)
+    print(json.dumps({"written to": str(output), "scaling factor": scale}))
 
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16)
-    for name in ("vae", "unet", "text_encoder", "scheduler"):
-        shutil.rmtree(options.output / name, ignore_errors=True)
-        getattr(pipe, name).save_pretrained(options.output / name)
-    pipe.save_config(options.output)
-    if options.output.resolve() != TINY.resolve():  # the tokenizer is CLIP's; tokens.py writes its files
-        shutil.copytree(TINY / "tokenizer", options.output / "tokenizer", dirs_exist_ok=True)
-    (options.output / "judge").mkdir(exist_ok=True)
-    halves = {key: value.half() if value.is_floating_point() else value for key, value in judge.state_dict().items()}
-    save_file(halves, options.output / "judge" / "judge.safetensors")
-    print(json.dumps({"written to": str(options.output), "scaling factor": scale}))
+
+def write_base(parts: Mapping[str, Any], judge: Judge, output: Path) -> None:
+    """Write a base in float16 with its judge to a folder, which keeps its other files and changes as a whole."""
+    with quiet_libraries(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of diffusers, for a setting that this scheduler does not need
+        pipe = StableDiffusionPipeline(
+            **parts,
+            scheduler=new_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).to(torch.float16)
+        with atomic_folder(output) as partial:
+            if output.exists():
+                shutil.copytree(output, partial, dirs_exist_ok=True)
+            else:  # the tokenizer is CLIP's; tokens.py writes its files
+                shutil.copytree(TINY / "tokenizer", partial / "tokenizer")
+            for name in ("vae", "unet", "text_encoder", "scheduler"):
+                shutil.rmtree(partial / name, ignore_errors=True)
+                getattr(pipe, name).save_pretrained(partial / name)
+            pipe.save_config(partial)
+            state = judge.state_dict()
+            halves = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+            write_safetensors(partial / "judge" / "judge.safetensors", halves, {})
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ The model is a `transformers.CLIPModel` of 64 × 64 pictures, trained on picture
 by the loss of CLIP (Radford et al. 2021, arXiv:2103.00020, figure 3). It shares no weights with the base or the judge.
 """
 
-import argparse
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,11 @@ from diffgraft.bases.loading import TINY
 from diffgraft.bases.tiny.train.fit import StagePlan, autocast, fit
 from diffgraft.bases.tiny.train.pictures import SEED, to_tensor
 from diffgraft.bases.tiny.train.samples import rare_words, sample_at
+from diffgraft.bases.tiny.train.work_folder import positive, prepare, read_pictures, training_parser, with_sentences
 from diffgraft.bases.tiny.world import COLOURS
 from diffgraft.bases.tiny.world.broad import nouns
 from diffgraft.bases.tiny.world.scene import PLAIN_WORDS, SETTING_WORDS, STYLE_WORDS
-from diffgraft.files import write_safetensors, write_text
+from diffgraft.files import atomic_folder, write_safetensors, write_text
 
 PLAN = StagePlan(steps=1100, batch=128, lr=1e-3, decay=0.5, average=0.995, warmup=100, muon=True)
 COUNT = 32_000
@@ -114,8 +115,7 @@ def draw_pairs(work: Path, count: int, start: int = 0) -> tuple[np.ndarray, list
             out[row] = np.asarray(sample.draw())
         out.flush()
         partial.rename(path)
-    stored: np.ndarray = np.load(path, mmap_mode="r")
-    return stored, texts
+    return read_pictures(path, count), texts
 
 
 def varied(pictures: Tensor, rng: np.random.Generator) -> Tensor:
@@ -157,31 +157,32 @@ def train_clip(work: Path, tokenizer: CLIPTokenizer, count: int, plan: StagePlan
             text = clip.text_projection(clip.text_model(input_ids=ids[rows, wording]).pooler_output)
         return contrastive_loss(image.float(), text.float(), clip.logit_scale.exp().clamp(max=100))
 
-    fit("clip", clip, loss, plan, work)
+    fit("clip", clip, loss, plan, work, f"{count} pictures")
     return clip
 
 
+@with_sentences
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the CLIP, unless the work folder has the finished one, and write it to the output folder."""
-    parser = argparse.ArgumentParser(prog="python -m diffgraft.bases.tiny.train.clip", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for pictures and checkpoints")
-    parser.add_argument("--output", type=Path, default=TINY_CLIP, help="folder to write the trained CLIP to")
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="number of training steps")
-    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads for PyTorch")
-    parser.add_argument("--dry-run", action="store_true", help="two steps on a handful of pictures")
+    parser = training_parser("diffgraft.bases.tiny.train.clip", __doc__, "runs/tiny", TINY_CLIP)
+    parser.add_argument("--steps", type=positive, default=PLAN.steps, help="number of training steps")
+    parser.add_argument("--threads", type=positive, default=1, help="number of CPU threads for PyTorch")
     options = parser.parse_args(arguments)
     plan, count = replace(PLAN, steps=options.steps), COUNT
     if options.dry_run:
         plan, count = replace(plan, steps=2, batch=4), 20
-    options.work.mkdir(parents=True, exist_ok=True)
+    work, output = prepare(options, TINY_CLIP)
     torch.set_num_threads(options.threads)
-    tokenizer = write_small_tokenizer(options.output)
-    clip = train_clip(options.work, tokenizer, count, plan).half()
-    clip.config.save_pretrained(options.output)
-    write_text(options.output / "preprocessor_config.json", json.dumps(PREPARATION, indent=2) + "\n")
-    weights = {name: value.contiguous() for name, value in clip.state_dict().items()}
-    write_safetensors(options.output / "model.safetensors", weights, {"format": "pt"})
-    print(json.dumps({"written to": str(options.output)}))
+    clip = train_clip(work, write_small_tokenizer(work / "clip-tokenizer"), count, plan).half()
+    with atomic_folder(output) as partial:
+        write_small_tokenizer(partial)
+        clip.config.save_pretrained(partial)
+        write_text(partial / "preprocessor_config.json", json.dumps(PREPARATION, indent=2) + "\n")
+        weights = {name: value.contiguous() for name, value in clip.state_dict().items()}
+        write_safetensors(partial / "model.safetensors", weights, {"format": "pt"})
+        if (readme := output / "README.md").exists():
+            shutil.copy(readme, partial)
+    print(json.dumps({"written to": str(output)}))
 
 
 if __name__ == "__main__":

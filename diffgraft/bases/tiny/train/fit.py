@@ -4,9 +4,9 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -15,7 +15,9 @@ from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from diffgraft.bases.tiny.train.muon import MuonAndAdamW
+from diffgraft.bases.tiny.train.work_folder import damaged, read_tensors, write_tensors
 from diffgraft.devices import has_bfloat16
+from diffgraft.errors import DiffgraftError
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,10 @@ class StagePlan:
     save_every: float = 120
     """Number of seconds between checkpoints."""
 
+    def settings(self, inputs: str) -> dict[str, float | str]:
+        """Return all that decides what is trained: the schedule, and what the loss is computed from."""
+        return {**{name: value for name, value in asdict(self).items() if name != "save_every"}, "inputs": inputs}
+
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step`, counted from 0."""
         decay_factor = (self.steps - step) / max(1.0, self.steps * self.decay)
@@ -58,7 +64,9 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:10]
 
 
-def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StagePlan, work: Path) -> None:
+def fit(
+    name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StagePlan, work: Path, inputs: str = ""
+) -> None:
     """Train `model` in place and leave it in evaluation mode, with its EMA weights.
 
     The stage saves checkpoints to ``work/<name>.pt`` and resumes from that file; a finished stage is only loaded. In
@@ -70,6 +78,10 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         loss: Function from a step number to the loss of that step; it draws its batch from the step number alone.
         plan: Training schedule.
         work: Folder for the checkpoint.
+        inputs: What the loss is computed from, such as the number of pictures and hashes of frozen models.
+
+    Raises:
+        DiffgraftError: The checkpoint is damaged, or of another schedule or other inputs.
     """
     path = work / f"{name}.pt"
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
@@ -80,9 +92,12 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         optimizer = torch.optim.AdamW(model.parameters(), plan.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first_step = 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        state = read_checkpoint(path, plan, inputs)
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise damaged(path) from error
         average, first_step = state["average"], state["step"]
 
     shared = torch.distributed.is_initialized()
@@ -92,9 +107,7 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
         if not is_main:
             return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        write_tensors(path, {**state, "settings": plan.settings(inputs)})
 
     model.train()
     last_save, smooth_loss = time.monotonic(), 0.0
@@ -127,12 +140,33 @@ def fit(name: str, model: nn.Module, loss: Callable[[int], Tensor], plan: StageP
     model.eval()
 
 
+def read_checkpoint(path: Path, plan: StagePlan, inputs: str) -> dict[str, Any]:
+    """Read the checkpoint of a stage.
+
+    Raises:
+        DiffgraftError: It is damaged, or of another schedule or other inputs.
+    """
+    state = read_tensors(path, ("model", "optimizer", "average", "step", "settings"))
+    wanted, stored = plan.settings(inputs), state["settings"]
+    if changed := [name for name in wanted if stored.get(name) != wanted[name]]:
+        listed = ", ".join(f"{name}: {stored.get(name)} → {wanted[name]}" for name in changed)
+        raise DiffgraftError(
+            f"{path} was trained with other settings than these ({listed}): give the former ones to go on, or another "
+            "folder with --work."
+        )
+    return state
+
+
 class Stage(Protocol):
     """A model and its loss, for training in one process or several."""
 
     @property
     def name(self) -> str:
         """Name of the stage, for the checkpoint file and the progress bar."""
+
+    @property
+    def inputs(self) -> str:
+        """What the loss is computed from, such as the number of pictures and hashes of frozen models."""
 
     def new_model(self) -> nn.Module:
         """Create the untrained model, with the same weights each time."""
@@ -150,6 +184,8 @@ def train_stage(stage: Stage, plan: StagePlan, work: Path, processes: int = 1) -
         work: Folder for the checkpoint.
         processes: Number of processes that share each batch, one thread each.
     """
+    if (checkpoint := work / f"{stage.name}.pt").exists():
+        read_checkpoint(checkpoint, plan, stage.inputs)  # before other processes would fail by it
     if processes > 1:
         with tempfile.TemporaryDirectory() as folder:
             address = f"file://{folder}/rendezvous"
@@ -159,7 +195,14 @@ def train_stage(stage: Stage, plan: StagePlan, work: Path, processes: int = 1) -
 
 def _train(stage: Stage, plan: StagePlan, work: Path, rank: int = 0, processes: int = 1) -> nn.Module:
     model = stage.new_model()
-    fit(stage.name, model, lambda step: stage.loss(model, plan.batch // processes, (step, rank)), plan, work)
+    fit(
+        stage.name,
+        model,
+        lambda step: stage.loss(model, plan.batch // processes, (step, rank)),
+        plan,
+        work,
+        stage.inputs,
+    )
     return model
 
 

@@ -3,12 +3,10 @@
 Autoencoder, text encoder and tokenizer are those of ``tiny``, and so are the pictures and captions.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +15,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffgraft.bases.loading import TINY, TINY_FLOW
-from diffgraft.bases.tiny.train.fit import StagePlan, autocast, train_stage
+from diffgraft.bases.tiny.train.fit import StagePlan, autocast, fingerprint, train_stage
 from diffgraft.bases.tiny.train.pool import draw_pool
 from diffgraft.bases.tiny.train.samples import END, LENGTH
 from diffgraft.bases.tiny.train.text import WIDTH
 from diffgraft.bases.tiny.train.unet import caption_batch
+from diffgraft.bases.tiny.train.work_folder import positive, prepare, training_parser, with_sentences
+from diffgraft.files import atomic_folder
 
 PLAN = StagePlan(steps=12_000, batch=128, lr=2e-3, decay=0.4, average=0.9995, muon=True)
 POOL = 160_000
@@ -65,6 +65,7 @@ class FlowStage:
     """Caption token ids [n, wordings, `LENGTH`]"""
     text_encoder: CLIPTextModel
     """Text encoder of ``tiny``; it stays frozen"""
+    inputs: str = ""
     name: str = "flow"
 
     def new_model(self) -> AuraFlowTransformer2DModel:
@@ -94,32 +95,35 @@ def told(ids: Tensor) -> Tensor:
     return ends.cumsum(-1) - ends.int() == 0
 
 
+@with_sentences
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train the denoiser, unless the work folder has the finished one, and write it to the output folder."""
-    parser = argparse.ArgumentParser(prog="python -m diffgraft.bases.tiny.train.flow", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="folder for pictures and checkpoints")
-    parser.add_argument("--output", type=Path, default=TINY_FLOW, help="folder to write the trained denoiser to")
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="number of training steps")
-    parser.add_argument("--pool", type=int, default=POOL, help="number of pictures to train on")
-    parser.add_argument("--processes", type=int, default=1, help="processes that draw pictures and share each step")
-    parser.add_argument("--dry-run", action="store_true", help="two steps on a handful of pictures")
+    parser = training_parser("diffgraft.bases.tiny.train.flow", __doc__, "runs/tiny", TINY_FLOW)
+    parser.add_argument("--steps", type=positive, default=PLAN.steps, help="number of training steps")
+    parser.add_argument("--pool", type=positive, default=POOL, help="number of pictures to train on")
+    parser.add_argument(
+        "--processes", type=positive, default=1, help="processes that draw pictures and share each step"
+    )
     options = parser.parse_args(arguments)
     plan, count = replace(PLAN, steps=options.steps), options.pool
     if options.dry_run:
         plan, count = replace(plan, steps=2, batch=4), 20
-    work: Path = options.work
-    work.mkdir(parents=True, exist_ok=True)
+    work, output = prepare(options, TINY_FLOW)
     torch.set_num_threads(1)
     vae: AutoencoderKL = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
     text_encoder = CLIPTextModel.from_pretrained(TINY / "text_encoder").float().eval()
     z, ids = draw_pool(work, vae, CLIPTokenizer.from_pretrained(TINY / "tokenizer"), count, options.processes)
     assert ids.shape[-1] == LENGTH
-    stage = FlowStage((z * vae.config.scaling_factor).half(), ids, text_encoder)
+    inputs = f"{count} pictures, VAE {fingerprint(vae)}, text encoder {fingerprint(text_encoder)}"
+    stage = FlowStage((z * vae.config.scaling_factor).half(), ids, text_encoder, inputs)
     transformer = train_stage(stage, plan, work, options.processes)
-    for name, part in (("transformer", transformer.half()), ("scheduler", new_scheduler())):
-        shutil.rmtree(options.output / name, ignore_errors=True)
-        part.save_pretrained(options.output / name)  # type: ignore[operator]
-    print(json.dumps({"written to": str(options.output)}))
+    with atomic_folder(output) as partial:
+        if output.exists():
+            shutil.copytree(output, partial, dirs_exist_ok=True)
+        for name, part in (("transformer", transformer.half()), ("scheduler", new_scheduler())):
+            shutil.rmtree(partial / name, ignore_errors=True)
+            part.save_pretrained(partial / name)  # type: ignore[operator]
+    print(json.dumps({"written to": str(output)}))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def train_judge(work: Path, count: int, plan: StagePlan) -> Judge:
         target = labels[np.sort(rows)]
         return sum((F.cross_entropy(logits[kind], target[:, i]) for i, kind in enumerate(LABELS)), torch.zeros(()))
 
-    fit("judge", judge, loss, plan, work)
+    fit("judge", judge, loss, plan, work, f"{count} pictures")
     return judge
 
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from diffgraft.bases.tiny.train.work_folder import read_pictures
 from diffgraft.bases.tiny.world import Scene, draw, random_scene
 
 SEED = 20260
@@ -72,8 +73,7 @@ def pictures(work: Path, kind: str, count: int, start: int = 0) -> np.ndarray:
                 out[number * CHUNK : (number + 1) * CHUNK] = chunk
         out.flush()
         partial.rename(path)
-    stored: np.ndarray = np.load(path, mmap_mode="r")
-    return stored
+    return read_pictures(path, count)
 
 
 def to_tensor(batch: np.ndarray) -> Tensor:

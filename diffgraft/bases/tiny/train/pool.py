@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 from diffgraft.bases.tiny.train.fit import autocast, fingerprint
 from diffgraft.bases.tiny.train.pictures import to_tensor
 from diffgraft.bases.tiny.train.samples import LENGTH, WORDINGS, captions_of, rare_words, sample_at, tokens
+from diffgraft.bases.tiny.train.work_folder import read_tensors, write_tensors
 
 CHUNK = 2048
 """Number of pictures in one file of the pool."""
@@ -43,16 +44,14 @@ def draw_pool(
     else:
         for job in tqdm(missing, title, len(chunks), initial=len(chunks) - len(missing)):
             draw(job)
-    loaded = [torch.load(path, weights_only=True) for path in paths]
+    loaded = [read_tensors(path, ("latents", "ids")) for path in paths]
     return torch.cat([chunk["latents"] for chunk in loaded]), torch.cat([chunk["ids"] for chunk in loaded])
 
 
 def _save_chunk(vae: AutoencoderKL, tokenizer: CLIPTokenizer, job: tuple[Path, range]) -> None:
     """Draw and save one chunk: its file, and the numbers of its samples."""
     path, numbers = job
-    partial_file = path.with_suffix(".partial")
-    torch.save(_draw_chunk(numbers, vae, tokenizer), partial_file)
-    partial_file.replace(path)
+    write_tensors(path, _draw_chunk(numbers, vae, tokenizer))
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from diffgraft.bases.tiny.train.samples import (
     sample_at,
     tokens,
 )
+from diffgraft.bases.tiny.train.work_folder import read_tensors, write_tensors
 from diffgraft.bases.tiny.world import COLOURS
 from diffgraft.bases.tiny.world.broad import Sample, nouns
 from diffgraft.bases.tiny.world.scene import SETTING_WORDS
@@ -82,7 +83,7 @@ def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, 
     """
     path = work / f"captions-{count}.pt"
     if path.exists():
-        stored = torch.load(path, weights_only=True)
+        stored = read_tensors(path, ("ids", "labels"))
         return stored["ids"], stored["labels"]
     words, texts, labels = rare_words(tokenizer), [], []
     for index in tqdm(range(count), "writing captions", mininterval=5):
@@ -93,7 +94,7 @@ def captions(work: Path, tokenizer: CLIPTokenizer, count: int) -> tuple[Tensor, 
             labels.append([*labels_of_caption(sample, text), token])
     ids = tokens(tokenizer, texts).view(count, WORDINGS, LENGTH)
     out = ids, torch.tensor(labels).view(count, WORDINGS, -1)
-    torch.save({"ids": out[0], "labels": out[1]}, path)
+    write_tensors(path, {"ids": out[0], "labels": out[1]})
     return out
 
 
@@ -146,6 +147,6 @@ def train_text(work: Path, tokenizer: CLIPTokenizer, count: int, plan: StagePlan
         pad = torch.from_numpy(rng.integers(0, batch.shape[1], plan.batch))
         return reader.loss(batch, labels[rows, wording], pad)
 
-    fit("text", reader, loss, plan, work)
+    fit("text", reader, loss, plan, work, f"{count} pictures")
     trained: CLIPTextModel = reader.encoder
     return trained

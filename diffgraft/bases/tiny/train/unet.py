@@ -94,6 +94,7 @@ class UNetStage:
     """Caption token ids [n, wordings, `LENGTH`]"""
     text_encoder: CLIPTextModel
     """Trained text encoder; it stays frozen"""
+    inputs: str = ""
     name: str = "unet"
 
     def new_model(self) -> UNet2DConditionModel:

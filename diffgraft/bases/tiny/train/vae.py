@@ -68,5 +68,5 @@ def train_vae(work: Path, count: int, plan: StagePlan) -> AutoencoderKL:
         total: Tensor = error.square().mean() + 0.05 * error.abs().mean() + 1e-5 * kl
         return total
 
-    fit("vae", model, loss, plan, work)
+    fit("vae", model, loss, plan, work, f"{count} pictures")
     return vae
