@@ -29,6 +29,7 @@ from transformers import (
 
 from benchmarks.flow_sizes import qwen_tokenizer
 from diffgraft.bases.loading import TINY
+from diffgraft.bases.modular import is_modular, pipeline_of
 
 WIDTH = 32
 """Width of text states"""
@@ -245,6 +246,41 @@ def _auraflow() -> Any:
     )
 
 
+def _anima() -> Any:
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=24,
+        adaln_lora_dim=8,
+        max_size=(4, 32, 32),
+        rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None,
+    )
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=WIDTH,
+        target_dim=24,
+        model_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2.0,
+        target_vocab_size=120,
+    )
+    parts = {
+        "transformer": transformer,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": _qwen_vae(),
+        "text_encoder": _qwen3(Qwen3Model),
+        "tokenizer": qwen_tokenizer(),
+        "text_conditioner": conditioner,
+        "t5_tokenizer": _t5_tokenizer(),
+    }
+    return pipeline_of("AnimaModularPipeline", parts)
+
+
 def _qwen_image() -> Any:
     transformer = diffusers.QwenImageTransformer2DModel(
         in_channels=16,
@@ -275,6 +311,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "qwen-image": _qwen_image,
     "krea2": _krea2,
     "auraflow": _auraflow,
+    "anima": _anima,
 }
 """Name of a family → function that makes a random pipeline of it"""
 
@@ -292,5 +329,6 @@ def flow_pipeline(family: str, seed: int = 0) -> Any:
 
 def flow_folder(family: str, folder: Path) -> Path:
     """Write a random pipeline of a family to `folder`, and return it."""
-    flow_pipeline(family).save_pretrained(folder)
+    pipe = flow_pipeline(family)
+    pipe.save_pretrained(str(folder), **({"overwrite_modular_index": True} if is_modular(pipe) else {}))
     return folder

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from diffgraft.bases.control import PictureLayer
+from diffgraft.bases.modular import pipeline_of
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.student import StudentSize
@@ -122,6 +123,8 @@ class Family(ABC):
     """Name of the denoiser in pipelines, adapter paths and strengths, such as `unet`"""
     text: Sequence[TextSlot]
     """Text encoders, in order"""
+    between: Sequence[TextSlot] = ()
+    """Frozen networks between text encoders and denoiser, each with the tokenizer that it reads; nothing trains them"""
     components: Mapping[str, Component] = {}
     """Component of its pipelines → what it may be, for bases that are loaded from a diffusers folder"""
     patch: int = 1
@@ -369,11 +372,9 @@ class Family(ABC):
 
     def pipeline(self, base: "Base") -> Any:
         """Return a pipeline of the modules of `base`, which is called as diffusers' pipelines are."""
-        import diffusers
-
         shared: dict[str, Any] = dict(base.parts()) | base.tokenizers()
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
-        pipe = getattr(diffusers, self.pipeline_class)(scheduler=scheduler, **shared)
+        pipe = pipeline_of(self.pipeline_class, {"scheduler": scheduler, **shared})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

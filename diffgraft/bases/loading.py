@@ -201,7 +201,8 @@ def locate_base(source: str | Path, *, weights: bool = True, unless: str = "") -
 def _dtypes_on_disk(path: Path, family: Family) -> dict[str, torch.dtype]:
     """Return network → dtype of its weights in a diffusers folder, or in a single file of a family."""
     if path.is_dir():
-        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
+        between = (slot.component for slot in family.between)
+        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), *between, "vae")}
     else:
         prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
         dtypes = {name: main_dtype([path], prefix) for name, prefix in prefixes.items()}
