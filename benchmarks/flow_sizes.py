@@ -5,6 +5,7 @@ two minutes.
 """
 
 import re
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLModel,
+    T5Tokenizer,
 )
 from transformers.initialization import no_init_weights
 
@@ -34,7 +36,7 @@ from diffgraft.files import write_text
 
 Parts = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-RECIPES = {"flux2-klein": "klein", "zimage": "zimage", "qwen-image": "qwen", "krea2": "krea2"}
+RECIPES = {"flux2-klein": "klein", "zimage": "zimage", "qwen-image": "qwen", "krea2": "krea2", "anima": "anima"}
 """Family → first word of the names of its recipes"""
 HEAD = """# Memory of training on large bases
 
@@ -58,6 +60,12 @@ def qwen_tokenizer() -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = _CHAT
     return tokenizer
+
+
+def t5_tokenizer() -> Any:
+    """A tokenizer of T5's class with a token for each letter and mark of ASCII."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.punctuation]
+    return T5Tokenizer(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)], extra_ids=0)
 
 
 def _qwen3_4b() -> Qwen3Config:
@@ -125,11 +133,26 @@ def _krea2() -> Parts:
     }
 
 
+def _anima() -> Parts:
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936}
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(
+            num_attention_heads=16, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None
+        ),
+        "vae": diffusers.AutoencoderKLQwenImage(),
+        "text_encoder": Qwen3Model(Qwen3Config(**heads, **sizes, tie_word_embeddings=True)),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "others": {"text_conditioner": diffusers.AnimaTextConditioner(), "t5_tokenizer": t5_tokenizer()},
+    }
+
+
 REAL: Mapping[str, Callable[[], Parts]] = {
     "flux2-klein": _flux2_klein,
     "zimage": _zimage,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "anima": _anima,
 }
 """Name of a family → function that makes its parts; FLUX.2 klein is the one with 4 billion parameters"""
 

@@ -1,6 +1,5 @@
 """Small random bases of the flow-matching families, saved as diffusers folders."""
 
-import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from transformers import (
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-from benchmarks.flow_sizes import qwen_tokenizer
+from benchmarks.flow_sizes import qwen_tokenizer, t5_tokenizer
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.modular import is_modular, pipeline_of
 
@@ -49,11 +47,6 @@ def _t5() -> nn.Module:
 def _umt5() -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
     return UMT5EncoderModel(UMT5Config(**sizes))
-
-
-def _t5_tokenizer() -> Any:
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.punctuation]
-    return T5Tokenizer(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)], extra_ids=0)
 
 
 def _qwen3(kind: type[nn.Module]) -> nn.Module:
@@ -107,7 +100,7 @@ def _sd3() -> Any:
         text_encoder=_clip(),
         text_encoder_2=_clip(),
         text_encoder_3=_t5(),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
         **tokenizers,
     )
 
@@ -131,7 +124,7 @@ def _flux() -> Any:
         text_encoder=_clip(CLIPTextModel),
         tokenizer=CLIPTokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder_2=_t5(),
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -242,7 +235,7 @@ def _auraflow() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=_kl_vae(shift_factor=None),
         text_encoder=_umt5(),
-        tokenizer=_t5_tokenizer(),
+        tokenizer=t5_tokenizer(),
     )
 
 
@@ -276,7 +269,7 @@ def _anima() -> Any:
         "text_encoder": _qwen3(Qwen3Model),
         "tokenizer": qwen_tokenizer(),
         "text_conditioner": conditioner,
-        "t5_tokenizer": _t5_tokenizer(),
+        "t5_tokenizer": t5_tokenizer(),
     }
     return pipeline_of("AnimaModularPipeline", parts)
 

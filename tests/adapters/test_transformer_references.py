@@ -37,6 +37,7 @@ UNREAD = {
     ("qwen-image", "kohya"): (),
     ("qwen-image", "comfyui"): (),
     ("krea2", "comfyui"): (),
+    ("anima", "comfyui"): (),
     **{(family, "diffusers"): () for family in FAMILIES},
 }
 """Family and dialect → parts of paths of layers that diffusers' own conversion of such files leaves out, or misreads"""

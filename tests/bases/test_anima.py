@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffgraft as dg
+from diffgraft.adapters.adapter import Adapter
+from diffgraft.adapters.registry import read_delta
 from diffgraft.bases import Base, load_base
 from diffgraft.bases.checkpoint_files import is_checkpoint
 from diffgraft.bases.modular import MODULAR_INDEX
@@ -23,6 +25,9 @@ from diffgraft.generation.merge_checkpoint import merge_checkpoint
 from tests.conftest import flow_folder_of
 from tests.recipes import SUBJECT
 from tests.trainers.test_flow_training import settings
+
+COMFYUI_TEXT = "text_encoders.qwen3_06b.transformer.model."
+KOHYA_ENDS = ("lora_down.weight", "lora_up.weight")
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +213,30 @@ def test_training_the_text_encoder_leaves_the_conditioner_as_it_was(
     assert not any("text_conditioner" in path for path in run.adapter.modules)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert not any(value.requires_grad for value in network.parameters())
+
+
+def test_adapters_have_the_names_of_sd_scripts_and_of_comfyui(tmp_path: Path) -> None:
+    """Those of sd-scripts' `networks/lora_anima.py`, and those that its converter for ComfyUI makes of them."""
+    paths = {
+        "transformer.transformer_blocks.0.attn1.to_q": "blocks.0.self_attn.q_proj",
+        "transformer.transformer_blocks.1.attn2.to_out.0": "blocks.1.cross_attn.output_proj",
+        "transformer.transformer_blocks.1.ff.net.0.proj": "blocks.1.mlp.layer1",
+        "transformer.transformer_blocks.1.norm2.linear_1": "blocks.1.adaln_modulation_cross_attn.1",
+        "text_encoder.layers.0.self_attn.q_proj": "layers.0.self_attn.q_proj",
+    }
+    leaves = {"lora_down": torch.ones(2, 6), "lora_up": torch.ones(8, 2)}
+    deltas = {path: (read_delta("lora", leaves, 2.0),) for path in paths}
+    adapter = Adapter(deltas, {"method": "lora", "base": {"family": "anima"}})
+    starts = {"transformer": ("lora_unet_", "diffusion_model."), "text_encoder": ("lora_te_", COMFYUI_TEXT)}
+    kohya, comfyui = set(), set()
+    for path, theirs in paths.items():
+        with_underscores, with_dots = starts[path.partition(".")[0]]
+        kohya |= {f"{with_underscores}{theirs.replace('.', '_')}.{end}" for end in ("alpha", *KOHYA_ENDS)}
+        comfyui |= {f"{with_dots}{theirs}.{end}" for end in ("lora_A.weight", "lora_B.weight")}
+    for dialect, keys in (("kohya", kohya), ("comfyui", comfyui)):
+        file = adapter.save(tmp_path / f"{dialect}.safetensors", dialect)
+        assert load_file(file).keys() == keys
+        assert dg.load_adapter(file).deltas.keys() == paths.keys()
+    bare = load_file(tmp_path / "kohya.safetensors")
+    save_file(bare, tmp_path / "bare.safetensors")  # without the header
+    assert dg.load_adapter(tmp_path / "bare.safetensors").metadata["base"]["family"] == "anima"

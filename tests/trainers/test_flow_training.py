@@ -119,11 +119,10 @@ def test_the_text_encoder_trains_where_it_is_read(flow_base: Base, pictures: Pat
     )
     trained = {path for path in run.adapter.modules if path.startswith("text_encoder")}
     assert trained
-    parts = dict(flow_base.parts())
     for path in trained:
         part, _, inside = path.partition(".")
         assert flow_base.family.affects_output(flow_base, part, inside), path
-    assert {path.partition(".")[0] for path in trained} == set(parts) - {"vae", "transformer"}
+    assert {path.partition(".")[0] for path in trained} == set(flow_base.text_encoders())
 
 
 def test_what_a_run_needs_is_planned(flow_base: Base, pictures: Path, tmp_path: Path) -> None:
