@@ -18,6 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
@@ -28,6 +29,7 @@ from transformers import (
 from benchmarks.flow_sizes import qwen_tokenizer, t5_tokenizer
 from diffgraft.bases.loading import TINY
 from diffgraft.bases.modular import is_modular, pipeline_of
+from diffgraft.bases.processors import text_processor
 
 WIDTH = 32
 """Width of text states"""
@@ -62,13 +64,13 @@ def _qwen_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-def _qwen3_vl() -> nn.Module:
+def _qwen3_vl(kind: type[nn.Module] = Qwen3VLModel) -> nn.Module:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 6, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
     text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
     more = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
+    return kind(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
 
 
 def _kl_vae(channels: int = 4, **settings: Any) -> Any:
@@ -296,6 +298,37 @@ def _qwen_image() -> Any:
     )
 
 
+def _qwen_image_21() -> Any:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return diffusers.QwenImage21Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=_qwen3_vl(Qwen3VLForConditionalGeneration),
+        processor=text_processor(qwen_tokenizer()),
+    )
+
+
 PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sd3": _sd3,
     "flux1": _flux,
@@ -305,6 +338,7 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "krea2": _krea2,
     "auraflow": _auraflow,
     "anima": _anima,
+    "qwen-image-21": _qwen_image_21,
 }
 """Name of a family → function that makes a random pipeline of it"""
 

@@ -101,6 +101,16 @@ class VideoVAEConfig(Config):
     latents_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=128)] = []
 
 
+class AlphaVAEConfig(VideoVAEConfig):
+    """An ``AutoencoderKLQwenImage21``, whose pictures have an alpha channel."""
+
+    decoder_base_dim: Width | None = None
+    z_dim: Annotated[int, Field(ge=1, le=1024)] = 64
+    in_channels: Literal[4] = 4
+    out_channels: Literal[4] = 4
+    patch_size: None = None
+
+
 class TransformerConfig(Config):
     """A transformer that predicts the flow; sizes are bounded, and all else has the types of the library's defaults."""
 
@@ -123,6 +133,7 @@ class TransformerConfig(Config):
     caption_projection_dim: Width = 64
     pos_embed_max_size: Annotated[int, Field(ge=1, le=1024)] | None = None
     all_patch_size: Annotated[list[Side], Field(min_length=1, max_length=4)] = []
+    context_in_dim: Width = 64
 
 
 def _of_pictures(patch: list[int]) -> list[int]:

@@ -8,11 +8,13 @@ so that every weight is there, in the right shape, and none is left over.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
 from diffgraft.bases.configs import (
+    AlphaVAEConfig,
     BertConfig,
     ClipConfig,
     ConditionerConfig,
@@ -33,6 +35,7 @@ from diffgraft.bases.configs import (
 from diffgraft.bases.family import Component
 from diffgraft.bases.folder_weights import fill
 from diffgraft.bases.modular import INDEXES, MODULAR_INDEX, pipeline_of
+from diffgraft.bases.processors import read_processor, tokenizer_in
 from diffgraft.bases.registry import between_tokenizers, denoisers, part_names, tokenizers
 from diffgraft.bases.unet import inpainting
 from diffgraft.bases.vocabulary import check_vocabulary
@@ -48,6 +51,7 @@ _CONFIGS: Mapping[str, type[Config]] = {
     "AutoencoderKL": VAEConfig,
     "AutoencoderKLFlux2": FlowVAEConfig,
     "AutoencoderKLQwenImage": VideoVAEConfig,
+    "AutoencoderKLQwenImage21": AlphaVAEConfig,
     "AnimaTextConditioner": ConditionerConfig,
     "CosmosTransformer3DModel": CosmosConfig,
 }
@@ -106,7 +110,7 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
 
 def _is_setting(entry: list[Any] | dict[str, Any]) -> bool:
     """Whether an entry of an index is a list of numbers, a setting of the pipeline, and not a part."""
-    return isinstance(entry, list) and all(type(value) is int for value in entry)
+    return isinstance(entry, list) and all(type(value) in (int, float) for value in entry)
 
 
 def build_pipeline(
@@ -142,6 +146,8 @@ def build_pipeline(
             parts[name].eval()
         elif name == "scheduler":
             parts[name] = _scheduler(folder / name, kind)
+        elif name == "processor":
+            parts[name] = read_processor(folder / name, _tokenizer(folder / name, "Qwen2Tokenizer"))
         elif name:
             parts[name] = _tokenizer(folder / name, kind)
     _check_fit(folder, parts)
@@ -276,7 +282,7 @@ def _check_tokenizers(folder: Path, parts: Mapping[str, Any]) -> None:
         if parts.get(name) is None:
             continue
         with _library_errors(folder / place, "the tokenizer is damaged"):
-            tokenizer, config = parts[place], parts[name].config
+            tokenizer, config = tokenizer_in(SimpleNamespace(**parts), place), parts[name].config
             config = config.get_text_config() if hasattr(config, "get_text_config") else config
             size = getattr(config, "target_vocab_size", None) or config.vocab_size
             longest = tokenizer.model_max_length
