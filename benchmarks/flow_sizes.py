@@ -23,6 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Tokenizer,
 )
@@ -36,7 +37,14 @@ from diffgraft.files import write_text
 
 Parts = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-RECIPES = {"flux2-klein": "klein", "zimage": "zimage", "qwen-image": "qwen", "krea2": "krea2", "anima": "anima"}
+RECIPES = {
+    "flux2-klein": "klein",
+    "zimage": "zimage",
+    "qwen-image": "qwen",
+    "krea2": "krea2",
+    "anima": "anima",
+    "qwen-image-21": "qwen21",
+}
 """Family → first word of the names of its recipes"""
 HEAD = """# Memory of training on large bases
 
@@ -134,6 +142,25 @@ def _krea2() -> Parts:
     }
 
 
+def _qwen_image_21() -> Parts:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
+    config = Qwen3VLConfig(
+        text_config={**heads, **sizes, "rope_parameters": rope},
+        vision_config={**vision, "deepstack_visual_indexes": [8, 16, 24]},
+    )
+    return {
+        "transformer": diffusers.QwenImage21Transformer2DModel(),
+        "vae": diffusers.AutoencoderKLQwenImage21(),
+        "text_encoder": Qwen3VLForConditionalGeneration(config),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    }
+
+
 def _anima() -> Parts:
     heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
     sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936}
@@ -154,6 +181,7 @@ REAL: Mapping[str, Callable[[], Parts]] = {
     "qwen-image": _qwen_image,
     "krea2": _krea2,
     "anima": _anima,
+    "qwen-image-21": _qwen_image_21,
 }
 """Name of a family → function that makes its parts; FLUX.2 klein is the one with 4 billion parameters"""
 

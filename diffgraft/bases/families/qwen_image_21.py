@@ -17,6 +17,7 @@ from diffgraft.bases.shape_table import ShapeTable
 
 _LENGTH = 512
 """Tokens of a prompt at most, with those of its template that are not dropped"""
+_ON_META = "_masks_are_moved_to_meta"
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _ENDS = (
     *("img_in", "txt_in.text_norm", "txt_in.in_layer", "txt_in.out_layer", "modulation.1"),
@@ -142,6 +143,8 @@ class QwenImage21(QwenVaeFamily):
         tokens, states = noisy.to(dtype).flatten(2).transpose(1, 2), conditioning.hidden_states.to(dtype)
         sigmas = self.sigmas(base, timesteps, noisy)
         groups = _by_length(conditioning.added["mask"])
+        if noisy.is_meta and not hasattr(denoiser, _ON_META):
+            _move_masks_to_meta(denoiser)
         found = []
         for length, rows in groups:
             slots = torch.arange(length + height * width // 4) >= length  # one for the text's tokens, or 2 × 2 latents
@@ -193,6 +196,24 @@ def _by_length(mask: Tensor) -> list[tuple[int, list[int]]]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return [(length, [row]) for row, length in enumerate(lengths)]
     return [(length, [row for row, own in enumerate(lengths) if own == length]) for length in dict.fromkeys(lengths)]
+
+
+def _move_masks_to_meta(denoiser: Any) -> None:
+    """Let a transformer on the device ``meta`` take a mask of the picture's tokens that has values.
+
+    It reads from them where the picture is, and then chooses its modulation by a mask on the device of the states.
+    """
+
+    def move(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(_on_meta, inputs)), {name: _on_meta(value) for name, value in named.items()}
+
+    for module in (*denoiser.transformer_blocks, denoiser.norm_out):
+        module.register_forward_pre_hook(move, with_kwargs=True)
+    setattr(denoiser, _ON_META, True)
+
+
+def _on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 FAMILY = QwenImage21()
