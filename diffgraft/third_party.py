@@ -31,7 +31,7 @@ def mask_padding_without_torchvision() -> None:
 
         mode = SimpleNamespace(NEAREST="nearest")
         stand_in = SimpleNamespace(functional=SimpleNamespace(resize=resize), InterpolationMode=mode)
-        transformer_cosmos.transforms = stand_in  # type: ignore[attr-defined]
+        transformer_cosmos.transforms = stand_in
 
 
 @contextmanager

@@ -25,7 +25,7 @@ LAYERS = {
     "qwen-image-21": 32 * 7,
 }
 """Linear layers of attention and feed-forward networks in all blocks"""
-GIGABYTES = {"klein-subject": 8.0, "zimage-subject": 10.0, "anima-subject": 5.0}
+GIGABYTES = {"klein-subject": 8.0, "zimage-subject": 10.0}
 """The most that training at 1024 px may take with 4-bit weights"""
 
 

@@ -160,7 +160,7 @@ class QwenImage21(QwenVaeFamily):
             )
         order = [row for _, rows in groups for row in rows]
         places = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(found)[places].transpose(1, 2).unflatten(2, (height, width))
+        return torch.cat(found)[places].transpose(1, 2).reshape(noisy.shape)
 
     def pipeline(self, base: Base) -> Any:
         """Return diffusers' pipeline of the modules of `base`, which reads prompts and no pictures."""
