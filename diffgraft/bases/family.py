@@ -4,9 +4,9 @@ A new family is one module of `diffgraft.bases.families`, or of an outside packa
 ``diffgraft.families``. The module holds ``FAMILY``, an instance of a subclass of `Family`. Code outside of `bases` and
 `adapters.formats` asks the family instead of assuming a kind of denoiser, text encoder, prediction or noise schedule.
 
-Who calls what: loading asks `components` and `matches`; text encoding `encode` and `size_conditioning`; latents
-`posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`; samplers
-`sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
+Who calls what: loading asks `components`, `between` and `matches`; text encoding `encode` and `size_conditioning`;
+latents `posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`;
+samplers `sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
 `control_network`, `empty_control_network` and `picture_layers`; estimates, shards and checkpointing `checkpointed`;
 `train` and `plan` refuse what is in `unsupported`.
 """

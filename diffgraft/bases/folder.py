@@ -139,6 +139,7 @@ def build_pipeline(
         library, kind = index[name]
         if name in parts:
             continue
+        _check_is_there(folder, name)
         if name in networks:
             parts[name] = empty_network(folder / name, library, kind, has_flow="transformer" in index)
             if weights != "nowhere":
@@ -156,6 +157,17 @@ def build_pipeline(
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with _library_errors(folder, "the parts do not make a pipeline"):
         return pipeline_of(index[""][1], {**parts, **options})
+
+
+def _check_is_there(folder: Path, name: str) -> None:
+    """Raise DiffgraftError if a modular folder lacks a part, and say from where diffusers would load it."""
+    if name and not (folder / name).is_dir() and (folder / MODULAR_INDEX).is_file():
+        _, _, place = read_object(folder / MODULAR_INDEX)[name]
+        source = place.get("pretrained_model_name_or_path") if isinstance(place, dict) else None
+        raise DiffgraftError(
+            f"{folder / name} is missing. The index of the folder has it from {short(source)}, and only parts in the "
+            "folder itself are read: download that one, and put the part there."
+        )
 
 
 @contextmanager

@@ -163,7 +163,10 @@ def test_parts_are_those_of_the_folder_wherever_the_index_says_they_are(anima: B
     changed_index(folder, guider=["diffusers", "ClassifierFreeGuidance", {}])
     assert load_base(folder).vae_hash == anima.vae_hash
     shutil.rmtree(folder / "t5_tokenizer")
-    with pytest.raises(DiffgraftError, match="t5_tokenizer is missing, or has no vocabulary"):
+    changed_index(folder, t5_tokenizer=["transformers", "T5TokenizerFast", place])
+    with pytest.raises(
+        DiffgraftError, match=r"t5_tokenizer is missing\. The index of the folder has it from 'someone/els"
+    ):
         load_base(folder)
 
 
@@ -240,3 +243,14 @@ def test_adapters_have_the_names_of_sd_scripts_and_of_comfyui(tmp_path: Path) ->
     bare = load_file(tmp_path / "kohya.safetensors")
     save_file(bare, tmp_path / "bare.safetensors")  # without the header
     assert dg.load_adapter(tmp_path / "bare.safetensors").metadata["base"]["family"] == "anima"
+
+
+@pytest.mark.parametrize("start", ["lora_unet_llm_adapter_blocks_0_self_attn_q_proj", "llm_adapter.blocks.0.mlp.2"])
+def test_adapters_of_the_conditioner_are_refused_by_name(start: str, tmp_path: Path) -> None:
+    """sd-scripts writes them with `train_llm_adapter=True`."""
+    own = "lora_unet_blocks_0_self_attn_q_proj" if "_unet_" in start else "diffusion_model.blocks.0.self_attn.q_proj"
+    start = start if "_unet_" in start else f"diffusion_model.{start}"
+    state = {f"{name}.{end}": torch.ones(4, 4) for name in (own, start) for end in KOHYA_ENDS}
+    save_file(state, tmp_path / "theirs.safetensors")
+    with pytest.raises(DiffgraftError, match="a layer of the text_conditioner of anima, which stays frozen here"):
+        dg.load_adapter(tmp_path / "theirs.safetensors")
