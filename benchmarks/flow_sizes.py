@@ -1,7 +1,7 @@
 """Memory of training on flow-matching bases of published sizes: ``python -m benchmarks.flow_sizes``.
 
 The bases have their published configurations and no weights: `diffgraft plan` computes on the device ``meta``. It takes
-two minutes.
+three minutes.
 """
 
 import re
