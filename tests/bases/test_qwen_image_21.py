@@ -155,3 +155,18 @@ def test_shapes_on_meta_are_those_of_the_real_base(qwen: Base) -> None:
     found.square().mean().backward()
     assert found.shape == noisy.shape
     assert noisy.grad is not None
+
+
+def test_parts_of_the_text_encoder_that_cannot_matter_are_known(qwen: Base) -> None:
+    """By gradients: its final norm, what reads pictures and what writes text have none."""
+    encoder = qwen.text_encoder.requires_grad_(True)
+    named = dict(encoder.named_parameters())
+    try:
+        states = qwen.condition(["a cat"]).hidden_states
+        found = torch.autograd.grad(states.square().sum(), list(named.values()), allow_unused=True)
+    finally:
+        encoder.requires_grad_(False)
+    moved = {name for name, own in zip(named, found, strict=True) if own is not None and own.any()}
+    affects = {name for name in named if qwen.family.affects_output(qwen, "text_encoder", name.rpartition(".")[0])}
+    assert moved == affects
+    assert "model.language_model.norm.weight" in named.keys() - moved
