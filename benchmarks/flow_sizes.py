@@ -1,10 +1,11 @@
 """Memory of training on flow-matching bases of published sizes: ``python -m benchmarks.flow_sizes``.
 
 The bases have their published configurations and no weights: `diffgraft plan` computes on the device ``meta``. It takes
-two minutes.
+three minutes.
 """
 
 import re
+import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
+    T5Tokenizer,
 )
 from transformers.initialization import no_init_weights
 
@@ -34,7 +37,14 @@ from diffgraft.files import write_text
 
 Parts = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
-RECIPES = {"flux2-klein": "klein", "zimage": "zimage", "qwen-image": "qwen", "krea2": "krea2"}
+RECIPES = {
+    "flux2-klein": "klein",
+    "zimage": "zimage",
+    "qwen-image": "qwen",
+    "krea2": "krea2",
+    "anima": "anima",
+    "qwen-image-21": "qwen21",
+}
 """Family → first word of the names of its recipes"""
 HEAD = """# Memory of training on large bases
 
@@ -46,7 +56,8 @@ their published configurations, but no weights, and no step was taken. *Weights*
 |-|-|-|-|-|-|-|
 """
 _CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{{ message.content[0].text }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -58,6 +69,12 @@ def qwen_tokenizer() -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = _CHAT
     return tokenizer
+
+
+def t5_tokenizer() -> Any:
+    """A tokenizer of T5's class with a token for each letter and mark of ASCII."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.punctuation]
+    return T5Tokenizer(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)], extra_ids=0)
 
 
 def _qwen3_4b() -> Qwen3Config:
@@ -125,11 +142,46 @@ def _krea2() -> Parts:
     }
 
 
+def _qwen_image_21() -> Parts:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
+    config = Qwen3VLConfig(
+        text_config={**heads, **sizes, "rope_parameters": rope},
+        vision_config={**vision, "deepstack_visual_indexes": [8, 16, 24]},
+    )
+    return {
+        "transformer": diffusers.QwenImage21Transformer2DModel(),
+        "vae": diffusers.AutoencoderKLQwenImage21(),
+        "text_encoder": Qwen3VLForConditionalGeneration(config),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+    }
+
+
+def _anima() -> Parts:
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "vocab_size": 151936}
+    return {
+        "transformer": diffusers.CosmosTransformer3DModel(
+            num_attention_heads=16, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None
+        ),
+        "vae": diffusers.AutoencoderKLQwenImage(),
+        "text_encoder": Qwen3Model(Qwen3Config(**heads, **sizes, tie_word_embeddings=True)),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "others": {"text_conditioner": diffusers.AnimaTextConditioner(), "t5_tokenizer": t5_tokenizer()},
+    }
+
+
 REAL: Mapping[str, Callable[[], Parts]] = {
     "flux2-klein": _flux2_klein,
     "zimage": _zimage,
     "qwen-image": _qwen_image,
     "krea2": _krea2,
+    "anima": _anima,
+    "qwen-image-21": _qwen_image_21,
 }
 """Name of a family → function that makes its parts; FLUX.2 klein is the one with 4 billion parameters"""
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -13,6 +14,24 @@ def import_bitsandbytes() -> Any:
     if sys.modules.get("bitsandbytes", bool) is None:
         del sys.modules["bitsandbytes"]
     return import_module("bitsandbytes")
+
+
+def mask_padding_without_torchvision() -> None:
+    """Let diffusers' Cosmos transformers run without torchvision, of which they only use `resize`, for a mask.
+
+    Diffusers imports it if it is there, and otherwise has no name for it.
+    """
+    from diffusers.models.transformers import transformer_cosmos
+    from torch.nn.functional import interpolate
+
+    if not hasattr(transformer_cosmos, "transforms"):
+
+        def resize(mask: Any, size: Any, interpolation: str) -> Any:
+            return interpolate(mask, tuple(size), mode=interpolation)
+
+        mode = SimpleNamespace(NEAREST="nearest")
+        stand_in = SimpleNamespace(functional=SimpleNamespace(resize=resize), InterpolationMode=mode)
+        transformer_cosmos.transforms = stand_in
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Small random bases of the flow-matching families, saved as diffusers folders."""
 
-import string
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,18 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-from benchmarks.flow_sizes import qwen_tokenizer
+from benchmarks.flow_sizes import qwen_tokenizer, t5_tokenizer
 from diffgraft.bases.loading import TINY
+from diffgraft.bases.modular import is_modular, pipeline_of
+from diffgraft.bases.processors import text_processor
 
 WIDTH = 32
 """Width of text states"""
@@ -50,11 +51,6 @@ def _umt5() -> nn.Module:
     return UMT5EncoderModel(UMT5Config(**sizes))
 
 
-def _t5_tokenizer() -> Any:
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_letters, *string.punctuation]
-    return T5Tokenizer(vocab=[(piece, -float(place)) for place, piece in enumerate(pieces)], extra_ids=0)
-
-
 def _qwen3(kind: type[nn.Module]) -> nn.Module:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4}
     return kind(Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=300, tie_word_embeddings=True))
@@ -68,13 +64,13 @@ def _qwen_vl() -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
-def _qwen3_vl() -> nn.Module:
+def _qwen3_vl(kind: type[nn.Module] = Qwen3VLModel) -> nn.Module:
     sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 6, "num_attention_heads": 4}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
     text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 300, "rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": WIDTH}
     more = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
+    return kind(Qwen3VLConfig(text_config=text, vision_config={**vision, **more}))
 
 
 def _kl_vae(channels: int = 4, **settings: Any) -> Any:
@@ -106,7 +102,7 @@ def _sd3() -> Any:
         text_encoder=_clip(),
         text_encoder_2=_clip(),
         text_encoder_3=_t5(),
-        tokenizer_3=_t5_tokenizer(),
+        tokenizer_3=t5_tokenizer(),
         **tokenizers,
     )
 
@@ -130,7 +126,7 @@ def _flux() -> Any:
         text_encoder=_clip(CLIPTextModel),
         tokenizer=CLIPTokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder_2=_t5(),
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
     )
 
 
@@ -241,8 +237,43 @@ def _auraflow() -> Any:
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
         vae=_kl_vae(shift_factor=None),
         text_encoder=_umt5(),
-        tokenizer=_t5_tokenizer(),
+        tokenizer=t5_tokenizer(),
     )
+
+
+def _anima() -> Any:
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=24,
+        adaln_lora_dim=8,
+        max_size=(4, 32, 32),
+        rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None,
+    )
+    conditioner = diffusers.AnimaTextConditioner(
+        source_dim=WIDTH,
+        target_dim=24,
+        model_dim=16,
+        num_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2.0,
+        target_vocab_size=120,
+    )
+    parts = {
+        "transformer": transformer,
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": _qwen_vae(),
+        "text_encoder": _qwen3(Qwen3Model),
+        "tokenizer": qwen_tokenizer(),
+        "text_conditioner": conditioner,
+        "t5_tokenizer": t5_tokenizer(),
+    }
+    return pipeline_of("AnimaModularPipeline", parts)
 
 
 def _qwen_image() -> Any:
@@ -267,6 +298,37 @@ def _qwen_image() -> Any:
     )
 
 
+def _qwen_image_21() -> Any:
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.1, 2.0],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return diffusers.QwenImage21Pipeline(
+        transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=_qwen3_vl(Qwen3VLForConditionalGeneration),
+        processor=text_processor(qwen_tokenizer()),
+    )
+
+
 PIPELINES: Mapping[str, Callable[[], Any]] = {
     "sd3": _sd3,
     "flux1": _flux,
@@ -275,6 +337,8 @@ PIPELINES: Mapping[str, Callable[[], Any]] = {
     "qwen-image": _qwen_image,
     "krea2": _krea2,
     "auraflow": _auraflow,
+    "anima": _anima,
+    "qwen-image-21": _qwen_image_21,
 }
 """Name of a family → function that makes a random pipeline of it"""
 
@@ -292,5 +356,6 @@ def flow_pipeline(family: str, seed: int = 0) -> Any:
 
 def flow_folder(family: str, folder: Path) -> Path:
     """Write a random pipeline of a family to `folder`, and return it."""
-    flow_pipeline(family).save_pretrained(folder)
+    pipe = flow_pipeline(family)
+    pipe.save_pretrained(str(folder), **({"overwrite_modular_index": True} if is_modular(pipe) else {}))
     return folder

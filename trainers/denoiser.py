@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         """
         super().__init__()
         self.denoiser = base.denoiser
-        self.text = nn.ModuleList(base.text_encoders().values())
+        self.text = nn.ModuleList(base.prompt_networks().values())
         self.adapter = (
             adapter  # hooks run it; as a submodule it takes part in the gradient synchronization of processes
         )

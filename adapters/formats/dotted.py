@@ -44,6 +44,7 @@ from diffgraft.adapters.methods.lora import with_alpha
 from diffgraft.bases.ldm_keys import LDM_PREFIXES
 
 _PEFT_PREFIX = "base_model.model."
+_QWEN3 = "text_encoders.qwen3_06b.transformer.model."
 _PREFIXES = {
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
@@ -71,12 +72,17 @@ _PREFIXES = {
     "text_encoders.t5xxl.transformer.": "text_encoder_3",
     "t5.": "text_encoder_3",
     "lora_te3.": "text_encoder_3",
+    _QWEN3: "text_encoder",
 }
 """Beginning of a key → part of the base; longer beginnings come before shorter ones"""
 _LORA_LEAVES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
 """Leaf of a LoRA in kohya's files → its name in ai-toolkit's"""
 _CLIP_L = {"text_encoder": "text_encoders.clip_l.transformer."}
-_TEXT_PREFIXES = {"flux1": _CLIP_L, "sd3": {**_CLIP_L, "text_encoder_2": "text_encoders.clip_g.transformer."}}
+_TEXT_PREFIXES = {
+    "flux1": _CLIP_L,
+    "sd3": {**_CLIP_L, "text_encoder_2": "text_encoders.clip_g.transformer."},
+    "anima": {"text_encoder": _QWEN3},
+}
 """Family of a transformer → text encoder → beginning of its keys in written files"""
 _PEFT_ENDINGS = (
     *(".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".lora_magnitude_vector.weight"),

@@ -50,6 +50,8 @@ _DENOISER_PREFIXES = ("lora_unet", "lycoris", "lora_transformer")
 """Prefixes under which files also have the layers of a transformer"""
 _T5 = {"flux1": "text_encoder_2"}
 """Family → its T5, for families in which it is not the third text encoder"""
+_ONE_TEXT_ENCODER = ("anima",)
+"""Families of transformers whose text encoder has no number in the files of sd-scripts"""
 _BEGINS = [f"{prefix}_" for prefix in PREFIXES]
 _TEXT_PATHS = ("text_model.", "encoder.", "embeddings.", "final_layer_norm", "text_projection")
 """Beginnings of module paths inside text encoders"""
@@ -244,7 +246,7 @@ def _named_modules(adapter: Adapter) -> Iterator[tuple[str, str, Sequence[Delta]
     family = family_of(adapter)
     has_transformer = original_names.is_for_transformer(adapter) or family in layouts()
     blocks = BlockLayout(layers_of(adapter), (False, True, True)) if family == "sdxl" else None
-    first = "lora_te1" if blocks or has_transformer else "lora_te"
+    first = "lora_te1" if (blocks or has_transformer) and family not in _ONE_TEXT_ENCODER else "lora_te"
     second = "lora_te3" if family in _T5 else "lora_te2"
     prefixes = {"unet": "lora_unet", "text_encoder": first, "text_encoder_2": second, "text_encoder_3": "lora_te3"}
     for path, deltas in adapter.deltas.items():

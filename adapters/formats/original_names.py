@@ -16,6 +16,7 @@ from diffgraft.adapters.formats.row_blocks import join_rows, rows_and_columns, s
 from diffgraft.adapters.methods.ia3 import Ia3Delta
 from diffgraft.bases.layout_names import layouts
 from diffgraft.bases.original_layout import NamedLayer, OriginalLayer, OriginalLayout
+from diffgraft.bases.registry import families
 from diffgraft.errors import did_you_mean
 
 PART = "transformer"
@@ -199,6 +200,13 @@ def _describe_unknown(found: Mapping[str, Sequence[NamedLayer | None]], names: S
     """Half-sentence on a name that no family has beside the others, with the nearest name of the nearest family."""
     family = max(found, key=lambda name: sum(layer is not None for layer in found[name]))
     unknown = next(name for name, layer in zip(names, found[family], strict=True) if layer is None)
+    for slot in families()[family].conditioners:
+        starts = families()[family].bundled.get(slot.component, ())
+        if unknown.replace(".", "_").startswith(tuple(start.replace(".", "_") for start in starts)):
+            return (
+                f"it changes {unknown}, a layer of the {slot.component} of {family}, which stays frozen here: train it "
+                "without such layers"
+            )
     number = match[0] if (match := re.search(r"\d+", unknown)) else "0"
     paths = [path for layer in layouts()[family].layers for path in (layer.path, *layer.layers)]
     known = {path.replace("*", number) for path in paths}

@@ -75,14 +75,15 @@ class Base:
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of each network: denoiser, text encoders and VAE."""
-        for name in (self.family.denoiser, *(slot.component for slot in self.family.text), "vae"):
+        conditioners = (slot.component for slot in self.family.conditioners)
+        for name in (self.family.denoiser, *(slot.component for slot in self.family.text), *conditioners, "vae"):
             part = getattr(self, name, None)
             if part is not None:
                 yield name, part
 
     def tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers by name."""
-        names = (slot.tokenizer for slot in self.family.text)
+        names = (slot.tokenizer for slot in (*self.family.text, *self.family.conditioners))
         return {name: item for name in names if (item := getattr(self, name, None)) is not None}
 
     @property
@@ -97,6 +98,14 @@ class Base:
     def text_encoders(self) -> dict[str, nn.Module]:
         """Return the text encoders by name."""
         names = {slot.component for slot in self.family.text}
+        return {name: part for name, part in self.parts() if name in names}
+
+    def prompt_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that prompts pass through, by name: text encoders, and what comes before the denoiser.
+
+        Only the text encoders may be trained.
+        """
+        names = {slot.component for slot in (*self.family.text, *self.family.conditioners)}
         return {name: part for name, part in self.parts() if name in names}
 
     def pipeline(self) -> Any:

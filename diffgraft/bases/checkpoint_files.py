@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from diffgraft.bases.configs import read_object
 from diffgraft.bases.layout_names import is_transformer
 from diffgraft.bases.ldm_keys import UNET_PREFIX
+from diffgraft.bases.modular import INDEXES
 from diffgraft.errors import DiffgraftError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,7 +28,7 @@ _MAX_INDEX = 2**26
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a whole base: a diffusers folder, a single file, or the single file of its transformer."""
     if path.is_dir():
-        return (path / "model_index.json").is_file()
+        return any((path / name).is_file() for name in INDEXES)
     if path.suffix == ".gguf" and path.is_file():
         return True
     if path.suffix != ".safetensors" or not path.is_file():

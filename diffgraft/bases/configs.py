@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from diffgraft.errors import DiffgraftError
 
@@ -101,6 +101,16 @@ class VideoVAEConfig(Config):
     latents_std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=128)] = []
 
 
+class AlphaVAEConfig(VideoVAEConfig):
+    """An ``AutoencoderKLQwenImage21``, whose pictures have an alpha channel."""
+
+    decoder_base_dim: Width | None = None
+    z_dim: Annotated[int, Field(ge=1, le=1024)] = 64
+    in_channels: Literal[4] = 4
+    out_channels: Literal[4] = 4
+    patch_size: None = None
+
+
 class TransformerConfig(Config):
     """A transformer that predicts the flow; sizes are bounded, and all else has the types of the library's defaults."""
 
@@ -123,6 +133,46 @@ class TransformerConfig(Config):
     caption_projection_dim: Width = 64
     pos_embed_max_size: Annotated[int, Field(ge=1, le=1024)] | None = None
     all_patch_size: Annotated[list[Side], Field(min_length=1, max_length=4)] = []
+    context_in_dim: Width = 64
+
+
+def _of_pictures(patch: list[int]) -> list[int]:
+    if patch != [1, 2, 2]:
+        raise ValueError("a token must be one frame of 2 × 2 latents")
+    return patch
+
+
+class CosmosConfig(Config):
+    """A ``CosmosTransformer3DModel`` that draws pictures, without control and without pictures as a condition."""
+
+    in_channels: Side = 16
+    out_channels: Side = 16
+    num_attention_heads: Width = 32
+    attention_head_dim: Annotated[int, Field(ge=16, le=2**12)] = 128
+    num_layers: Layers = 28
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    text_embed_dim: Width = 1024
+    adaln_lora_dim: Width = 256
+    max_size: Annotated[list[Side], Field(min_length=3, max_length=3)] = []
+    patch_size: Annotated[list[int], AfterValidator(_of_pictures)] = [1, 2, 2]
+    rope_scale: Annotated[list[Annotated[float, Field(gt=0, le=100)]], Field(min_length=3, max_length=3)] = []
+    extra_pos_embed_type: None
+    use_crossattn_projection: Literal[False] = False
+    controlnet_block_every_n: None = None
+    img_context_dim_in: None = None
+
+
+class ConditionerConfig(Config):
+    """An ``AnimaTextConditioner``; its states of every prompt have the same number of tokens."""
+
+    source_dim: Width = 1024
+    target_dim: Width = 1024
+    model_dim: Width = 1024
+    num_layers: Layers = 6
+    num_attention_heads: Width = 16
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 4.0
+    target_vocab_size: Annotated[int, Field(ge=1, le=2**22)] = 32128
+    min_sequence_length: Annotated[int, Field(ge=512, le=4096)] = 512
 
 
 class ClipConfig(Config):

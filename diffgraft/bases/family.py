@@ -4,9 +4,9 @@ A new family is one module of `diffgraft.bases.families`, or of an outside packa
 ``diffgraft.families``. The module holds ``FAMILY``, an instance of a subclass of `Family`. Code outside of `bases` and
 `adapters.formats` asks the family instead of assuming a kind of denoiser, text encoder, prediction or noise schedule.
 
-Who calls what: loading asks `components` and `matches`; text encoding `encode` and `size_conditioning`; latents
-`posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`; samplers
-`sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
+Who calls what: loading asks `components`, `conditioners` and `matches`; text encoding `encode` and `size_conditioning`;
+latents `posterior` and `decode`; every training step and the measurements `denoise`; the loss `parameterization`;
+samplers `sampling_sigmas`; attaching adapters `layers`; strengths and learning rates `blocks`; condition pictures
 `control_network`, `empty_control_network` and `picture_layers`; estimates, shards and checkpointing `checkpointed`;
 `train` and `plan` refuse what is in `unsupported`.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from diffgraft.bases.control import PictureLayer
+from diffgraft.bases.modular import pipeline_of
 from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.shape_table import ShapeTable
 from diffgraft.bases.student import StudentSize
@@ -122,6 +123,8 @@ class Family(ABC):
     """Name of the denoiser in pipelines, adapter paths and strengths, such as `unet`"""
     text: Sequence[TextSlot]
     """Text encoders, in order"""
+    conditioners: Sequence[TextSlot] = ()
+    """Frozen networks between text encoders and denoiser, each with the tokenizer that it reads; nothing trains them"""
     components: Mapping[str, Component] = {}
     """Component of its pipelines → what it may be, for bases that are loaded from a diffusers folder"""
     patch: int = 1
@@ -369,11 +372,9 @@ class Family(ABC):
 
     def pipeline(self, base: "Base") -> Any:
         """Return a pipeline of the modules of `base`, which is called as diffusers' pipelines are."""
-        import diffusers
-
         shared: dict[str, Any] = dict(base.parts()) | base.tokenizers()
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
-        pipe = getattr(diffusers, self.pipeline_class)(scheduler=scheduler, **shared)
+        pipe = pipeline_of(self.pipeline_class, {"scheduler": scheduler, **shared})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -166,19 +166,23 @@ def levels(sigmas: Tensor) -> list[float]:
     return [float(level) for level in bounded / (1 - bounded)]
 
 
-def language_states(base: Base, texts: Sequence[str], length: int) -> tuple[Sequence[Tensor], Tensor]:
+def language_states(
+    base: Base, texts: Sequence[str], length: int, side: str | None = None
+) -> tuple[Sequence[Tensor], Tensor]:
     """Run a language model on n texts, padded or truncated to `length` tokens.
 
     Args:
         base: base with a language model as its only text encoder.
         texts: n texts, with the model's own words around the prompts.
         length: number of tokens.
+        side: side of the padding, ``left`` or ``right``; None: that of the tokenizer's configuration.
 
     Returns:
         Hidden states [n, length, width] before the first layer and after each, and a mask [n, length] of the tokens
         that are no padding.
     """
-    ids = base.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    padding = {"padding": "max_length", "max_length": length, "padding_side": side}
+    ids = base.tokenizer(list(texts), **padding, truncation=True, return_tensors="pt")
     mask = ids.attention_mask.to(base.device)
     # the library looks into a mask of two axes, which has no values on `meta`
     seen = mask.new_empty(len(mask), 1, length, length, dtype=base.text_encoder.dtype) if mask.is_meta else mask

@@ -8,14 +8,18 @@ so that every weight is there, in the right shape, and none is left over.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 
 from diffgraft.bases.configs import (
+    AlphaVAEConfig,
     BertConfig,
     ClipConfig,
+    ConditionerConfig,
     Config,
+    CosmosConfig,
     FlowSchedulerConfig,
     FlowVAEConfig,
     SchedulerConfig,
@@ -30,7 +34,9 @@ from diffgraft.bases.configs import (
 )
 from diffgraft.bases.family import Component
 from diffgraft.bases.folder_weights import fill
-from diffgraft.bases.registry import denoisers
+from diffgraft.bases.modular import INDEXES, MODULAR_INDEX, pipeline_of
+from diffgraft.bases.processors import read_processor, tokenizer_in
+from diffgraft.bases.registry import conditioner_tokenizers, denoisers, part_names, tokenizers
 from diffgraft.bases.unet import inpainting
 from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
@@ -45,11 +51,14 @@ _CONFIGS: Mapping[str, type[Config]] = {
     "AutoencoderKL": VAEConfig,
     "AutoencoderKLFlux2": FlowVAEConfig,
     "AutoencoderKLQwenImage": VideoVAEConfig,
+    "AutoencoderKLQwenImage21": AlphaVAEConfig,
+    "AnimaTextConditioner": ConditionerConfig,
+    "CosmosTransformer3DModel": CosmosConfig,
 }
 """Class of a network → known fields of its configuration; all others are transformers"""
 Components = Mapping[str, Component]
 """Component of a pipeline → what it may be"""
-_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder", "guider", "image_processor")
 """Parts that the index may list, but that are never loaded"""
 
 
@@ -63,10 +72,10 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
     Raises:
         DiffgraftError: the index is missing or damaged, lacks a part, or names an unknown class.
     """
-    path = folder / "model_index.json"
-    if not path.is_file():
+    path = next((path for name in INDEXES if (path := folder / name).is_file()), None)
+    if path is None:
         raise DiffgraftError(
-            f"{folder} is not a diffusers folder: it has no model_index.json. Give the folder that "
+            f"{folder} is not a diffusers folder: it has no {INDEXES[0]}. Give the folder that "
             "`save_pretrained` wrote, a single .safetensors checkpoint, a hub id, or `tiny`."
         )
     index = read_object(path)
@@ -84,7 +93,9 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
             continue
         if name in components:
             library, classes, _ = components[name]
-            if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or entry[1] not in classes:
+            # in a modular index a third value tells from where diffusers would load the part; it is not followed
+            length = 3 if path.name == MODULAR_INDEX else 2
+            if not isinstance(entry, list) or len(entry) != length or entry[0] != library or entry[1] not in classes:
                 raise DiffgraftError(
                     f"{path} has {short(entry)} as its {name}; supported classes of {library}: {', '.join(classes)}."
                 )
@@ -99,7 +110,7 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
 
 def _is_setting(entry: list[Any] | dict[str, Any]) -> bool:
     """Whether an entry of an index is a list of numbers, a setting of the pipeline, and not a part."""
-    return isinstance(entry, list) and all(type(value) is int for value in entry)
+    return isinstance(entry, list) and all(type(value) in (int, float) for value in entry)
 
 
 def build_pipeline(
@@ -121,21 +132,23 @@ def build_pipeline(
     Raises:
         DiffgraftError: a part of the folder is unknown, damaged or missing.
     """
-    import diffusers
-
     index = read_index(folder, pipelines)
     parts: dict[str, Any] = {**(loaded or {})}
-    for name in sorted(index, key=lambda name: name.startswith("tokenizer")):  # tokenizers last, as they take longest
+    networks = (*denoisers(), "vae", *part_names(), *conditioner_tokenizers())
+    for name in sorted(index, key=lambda name: "tokenizer" in name):  # tokenizers last, as they take longest
         library, kind = index[name]
         if name in parts:
             continue
-        if name in (*denoisers(), "vae") or name.startswith("text_encoder"):
+        _check_is_there(folder, name)
+        if name in networks:
             parts[name] = empty_network(folder / name, library, kind, has_flow="transformer" in index)
             if weights != "nowhere":
                 fill(parts[name], folder / name, name, is_read=weights == "files")
             parts[name].eval()
         elif name == "scheduler":
             parts[name] = _scheduler(folder / name, kind)
+        elif name == "processor":
+            parts[name] = read_processor(folder / name, _tokenizer(folder / name, "Qwen2Tokenizer"))
         elif name:
             parts[name] = _tokenizer(folder / name, kind)
     _check_fit(folder, parts)
@@ -143,7 +156,18 @@ def build_pipeline(
     if "unet" in parts and "text_encoder_2" not in parts:
         options = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with _library_errors(folder, "the parts do not make a pipeline"):
-        return getattr(diffusers, index[""][1])(**parts, **options)
+        return pipeline_of(index[""][1], {**parts, **options})
+
+
+def _check_is_there(folder: Path, name: str) -> None:
+    """Raise DiffgraftError if a modular folder lacks a part, and say from where diffusers would load it."""
+    if name and not (folder / name).is_dir() and (folder / MODULAR_INDEX).is_file():
+        _, _, place = read_object(folder / MODULAR_INDEX)[name]
+        source = place.get("pretrained_model_name_or_path") if isinstance(place, dict) else None
+        raise DiffgraftError(
+            f"{folder / name} is missing. The index of the folder has it from {short(source)}, and only parts in the "
+            "folder itself are read: download that one, and put the part there."
+        )
 
 
 @contextmanager
@@ -266,11 +290,14 @@ def _tokenizer(folder: Path, kind: str) -> Any:
 
 def _check_tokenizers(folder: Path, parts: Mapping[str, Any]) -> None:
     """Raise DiffgraftError if a tokenizer returns no tokens, or some that its text encoder does not have."""
-    for name in (name for name in parts if name.startswith("text_encoder") and parts[name] is not None):
-        place = name.replace("text_encoder", "tokenizer")
+    for name, place in {**tokenizers(), **conditioner_tokenizers()}.items():
+        if parts.get(name) is None:
+            continue
         with _library_errors(folder / place, "the tokenizer is damaged"):
-            tokenizer, config = parts[place], parts[name].config.get_text_config()
-            size, longest = config.vocab_size, tokenizer.model_max_length
+            tokenizer, config = tokenizer_in(SimpleNamespace(**parts), place), parts[name].config
+            config = config.get_text_config() if hasattr(config, "get_text_config") else config
+            size = getattr(config, "target_vocab_size", None) or config.vocab_size
+            longest = tokenizer.model_max_length
             if type(tokenizer).__name__.startswith("CLIP") and longest > config.max_position_embeddings:
                 raise ValueError(
                     f"it returns {longest} tokens, but the text encoder has {config.max_position_embeddings} positions"

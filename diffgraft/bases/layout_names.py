@@ -8,7 +8,7 @@ from diffgraft.bases.original_layout import OriginalLayout
 from diffgraft.bases.original_weights import is_weight
 from diffgraft.bases.registry import families
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "net.")
 """Prefixes that the names of all weights of a transformer may have"""
 
 
@@ -30,7 +30,8 @@ def layouts() -> dict[str, OriginalLayout]:
 def transformer_in(names: Collection[str]) -> NamedTransformer:
     """Find the family that has most of these names, if it has more than half of them."""
     prefix = _prefix(names)
-    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    bundled = tuple(start for family in families().values() for starts in family.bundled.values() for start in starts)
+    own = [name.removeprefix(prefix) for name in names if name.startswith(prefix) and not name.startswith(bundled)]
     counts = {family: sum(is_weight(layout, name) for name in own) for family, layout in layouts().items()}
     best = max(counts, key=lambda family: counts[family])
     return NamedTransformer(prefix, best if 2 * counts[best] > len(own) else None)

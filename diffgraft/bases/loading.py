@@ -17,6 +17,7 @@ from diffgraft.bases.folder import build_pipeline
 from diffgraft.bases.header_config import ConfigOverrides, copy_config, read_config_overrides, write_config_overrides
 from diffgraft.bases.ldm_keys import UNET_PREFIX, VAE_PREFIX, is_open_clip, ldm_state_dict
 from diffgraft.bases.prediction import detect_prediction_type, with_prediction_type
+from diffgraft.bases.processors import tokenizer_in
 from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
@@ -201,7 +202,8 @@ def locate_base(source: str | Path, *, weights: bool = True, unless: str = "") -
 def _dtypes_on_disk(path: Path, family: Family) -> dict[str, torch.dtype]:
     """Return network → dtype of its weights in a diffusers folder, or in a single file of a family."""
     if path.is_dir():
-        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), "vae")}
+        conditioners = (slot.component for slot in family.conditioners)
+        dtypes = {name: main_dtype(files_of_part(path / name)) for name in (*part_names(), *conditioners, "vae")}
     else:
         prefixes = {"unet": UNET_PREFIX, "vae": VAE_PREFIX, **family.single_file_prefixes}
         dtypes = {name: main_dtype([path], prefix) for name, prefix in prefixes.items()}
@@ -212,6 +214,7 @@ def parts_of(pipe: Any) -> dict[str, Any]:
     """Return networks, tokenizers and scheduler of a pipeline as keyword arguments of `Base`."""
     own = {field.name for field in fields(Base) if field.init} - {"name", "family", "others", "components_from"}
     found = {name: getattr(pipe, name, None) for name in {*own, *known_pipelines().get(type(pipe).__name__, {})}}
+    found["tokenizer"] = tokenizer_in(pipe, "tokenizer")
     others = {name: part for name, part in found.items() if name not in own}
     return {name: part for name, part in found.items() if name in own} | {"others": others}
 
@@ -382,11 +385,11 @@ def _from_hub(name: str, weights: bool, unless: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted, unwanted = ["*.json", "*.txt", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
+    wanted, unwanted = ["*.json", "*.txt", "*.jinja", "*/*.safetensors"], ["*/*non_ema*", "safety_checker/*"]
     unwanted += [f"{unless}/*.safetensors"] if unless else []
     try:
         if not weights:
-            return Path(snapshot_download(name, allow_patterns=wanted[:2], ignore_patterns=unwanted))
+            return Path(snapshot_download(name, allow_patterns=wanted[:3], ignore_patterns=unwanted))
         folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*unwanted, "*/*.fp16.*"])
         if not _has_full_precision(Path(folder)):  # some models only have fp16 weights
             folder = snapshot_download(name, allow_patterns=wanted, ignore_patterns=unwanted)

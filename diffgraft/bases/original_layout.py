@@ -7,6 +7,7 @@ and ``attn.to_v`` there, one below the other. A family has one table of both nam
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -91,7 +92,8 @@ class OriginalLayout:
     flat: frozenset[str] = frozenset()
     """Original names of those `parameters` that have one axis there and two in diffusers"""
     unused: frozenset[str] = frozenset()
-    """Original names of weights that the denoiser of diffusers does not have, as they change nothing"""
+    """Original names, with ``*`` for any text, of tensors that the denoiser of diffusers does not have, as they change
+    nothing"""
 
     @cached_property
     def layers(self) -> list[OriginalLayer]:
@@ -133,6 +135,10 @@ class OriginalLayout:
                 path, *layers = (path.replace("*", number) for path in (layer.path, *layer.layers))
                 return NamedLayer(layer._replace(path=path, layers=tuple(layers)), part)
         return None
+
+    def is_unused(self, name: str) -> bool:
+        """Whether a tensor of this original name changes nothing."""
+        return any(fnmatchcase(name, pattern) for pattern in self.unused)
 
     def find_parameter(self, name: str) -> Parameter | None:
         """Find the parameter that is no layer's weight or bias and has this name in one of both layouts."""

@@ -44,7 +44,7 @@ def find_weights(layout: OriginalLayout, shapes: Mapping[str, Shape]) -> tuple[d
     places: dict[str, Place] = {}
     unknown = []
     for key in shapes:
-        if key in layout.unused:
+        if layout.is_unused(key):
             continue
         found = dict(_weights_at(layout, key, shapes))
         if not found:
@@ -59,7 +59,7 @@ def find_weights(layout: OriginalLayout, shapes: Mapping[str, Shape]) -> tuple[d
 def is_weight(layout: OriginalLayout, key: str) -> bool:
     """Whether a tensor called `key` is a weight of this layout, in the names of either."""
     path, _, end = key.rpartition(".")
-    if key in layout.unused or layout.find_parameter(key):
+    if layout.is_unused(key) or layout.find_parameter(key):
         return True
     return end in ("weight", "bias", "scale") and layout.find(path) is not None
 

@@ -51,6 +51,12 @@ def tokenizers() -> dict[str, str]:
     return dict(sorted({slot.component: slot.tokenizer for slot in slots}.items()))
 
 
+def conditioner_tokenizers() -> dict[str, str]:
+    """Return frozen network between text encoders and denoiser → its tokenizer, for all families."""
+    slots = (slot for family in families().values() for slot in family.conditioners)
+    return {slot.component: slot.tokenizer for slot in slots}
+
+
 def part_names() -> tuple[str, ...]:
     """Return the names of the networks that adapters change: denoisers first, then text encoders in order."""
     return (*denoisers(), *tokenizers())

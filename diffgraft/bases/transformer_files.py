@@ -202,7 +202,12 @@ def open_transformer(path: Path, family: str | None = None) -> Iterator[Transfor
                 raise DiffgraftError(f"{path} is not a transformer of {family}: {what}.")
             yield None
             return
-        shapes = {name.removeprefix(prefix): shape for name, shape in file.shapes().items() if name.startswith(prefix)}
+        bundled = tuple(start for starts in families()[told].bundled.values() for start in starts)
+        shapes = {
+            name.removeprefix(prefix): shape
+            for name, shape in file.shapes().items()
+            if name.startswith(prefix) and not name.startswith(bundled)
+        }
         try:
             places, unknown = find_weights(layouts()[told], shapes)
         except ValueError as error:

@@ -71,7 +71,7 @@ class TextEmbeddingCache:
 
     def _file(self, prompt: str) -> Path:
         base = self._base
-        encoders = [repr(part.dtype) for part in base.text_encoders().values()]
+        encoders = [repr(part.dtype) for part in base.prompt_networks().values()]
         key = f"{_VERSION} {base.hash}{base.under} {base.quantize} {encoders} {base.device.type} {self._whole} {prompt}"
         name = hashlib.sha256(key.encode()).hexdigest()
         return cache_folder() / "texts" / name[:2] / f"{name}.safetensors"

@@ -1,5 +1,6 @@
 """Writing a checkpoint: a base with adapters merged into its weights."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.header_config import base_config_metadata
 from diffgraft.bases.ldm_keys import layers_per_block_of, ldm_state_dict
 from diffgraft.bases.loading import CONFIGS
+from diffgraft.bases.modular import MODULAR_INDEX, is_modular
 from diffgraft.bases.original_weights import original_state_dict
 from diffgraft.bases.prediction import prediction_header, v_pred_markers
 from diffgraft.errors import DiffgraftError
@@ -30,7 +32,8 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
     """Write a checkpoint of `base` with `adapters` merged into its weights, and return its path.
 
     A path that ends in ``.safetensors`` gives a single file in the original layout, any other a diffusers folder. The
-    file of a base whose denoiser is a transformer holds that alone, under the names of its authors' code.
+    file of a base whose denoiser is a transformer holds that, under the names of its authors' code, without text
+    encoders and VAE.
     A student takes the place of the denoiser.
     Weights keep their dtype. T-LoRAs are merged with all of their ranks, with a warning. `base` is left unchanged, and
     the checkpoint appears under its name only when complete.
@@ -62,6 +65,10 @@ def merge_checkpoint(base: Base, adapters: AdapterStrengths, path: str | Path) -
     with graft(base, loaded):
         if path.suffix == ".safetensors" and base.family.original is not None:
             original = original_state_dict(base.family.original, base.denoiser.state_dict())
+            for slot in base.family.conditioners:
+                start = base.family.bundled[slot.component][0]
+                own = getattr(base, slot.component).state_dict()
+                original |= {f"{start}{name}": value for name, value in own.items()}
             weights = {name: value.detach().contiguous() for name, value in original.items()}
             return write_safetensors(path, weights, {"format": "pt"})
         if path.suffix == ".safetensors":
@@ -104,17 +111,30 @@ def _write_folder(base: Base, folder: Path) -> Path:
         with quiet_libraries():
             pipe = base.pipeline()
             pipe.save_config(partial)
-            parts = {name: part for name, part in pipe.components.items() if part is not None}
+            parts = {name: part for name, part in pipe.components.items() if part is not None and name in pipe.config}
+            if is_modular(pipe):
+                _name_folder(partial / MODULAR_INDEX, folder)
             for name, part in track(parts.items(), "writing the checkpoint"):
                 part.save_pretrained(partial / name)
                 if name.startswith("text_encoder"):
                     _add_text_model_level(partial / name / "model.safetensors", part)
-                elif name.startswith("tokenizer"):
+                elif "tokenizer" in name:
                     part.backend_tokenizer.model.save(str(partial / name))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _name_folder(index: Path, folder: Path) -> None:
+    """Tell the index of a modular pipeline that its parts are in `folder`, from where diffusers loads them."""
+    entries = json.loads(index.read_text("utf-8"))
+    for name, entry in entries.items():
+        if isinstance(entry, list):
+            library, kind = entry[2]["type_hint"]
+            place = {"pretrained_model_name_or_path": str(folder), "subfolder": name}
+            entries[name] = [library, kind, {**entry[2], **place}]
+    index.write_text(json.dumps(entries, indent=2), "utf-8")
 
 
 def _add_text_model_level(path: Path, encoder: Any) -> None:

@@ -37,6 +37,9 @@ UNREAD = {
     ("qwen-image", "kohya"): (),
     ("qwen-image", "comfyui"): (),
     ("krea2", "comfyui"): (),
+    ("anima", "comfyui"): (),
+    ("qwen-image-21", "kohya"): ("gate_layer", "img_mlp.proj", "txt_in", "modulation"),  # no fused layer is known there
+    ("qwen-image-21", "comfyui"): ("gate_layer", "img_mlp.proj"),
     **{(family, "diffusers"): () for family in FAMILIES},
 }
 """Family and dialect → parts of paths of layers that diffusers' own conversion of such files leaves out, or misreads"""

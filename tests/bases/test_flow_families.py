@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
+from diffusers import ClassifierFreeGuidance, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
+from diffusers.modular_pipelines.anima.encoders import AnimaTextEncoderStep
 from peft import LoraConfig
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from diffgraft.adapters.rank_schedule import TimestepReader
 from diffgraft.bases import Base
 from diffgraft.bases.flow import packed, unpacked
 from diffgraft.bases.layers import LAYERS, choose_layers
+from diffgraft.bases.registry import part_names
 from diffgraft.errors import DiffgraftError
 from diffgraft.generation.samplers.noise import noise_stream, start_noise
 from diffgraft.pixels import to_image
@@ -24,7 +26,7 @@ from tests.conftest import flow_folder_of
 from tests.flow_bases import flow_pipeline
 from tests.recipes import SUBJECT
 
-SIZE = (64, 48)
+SIZE = (64, 32)
 """(width, height) in pixels"""
 
 
@@ -62,6 +64,8 @@ PIPELINE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "qwen-image": {"true_cfg_scale": 8.0},
     "krea2": {"guidance_scale": 2.0},  # and so does this one
     "auraflow": {"guidance_scale": 3.0},
+    "qwen-image-21": {"true_cfg_scale": 3.0},
+    "anima": {"output": "images"},  # its guidance is a part of the pipeline
 }
 GUIDANCE = {"flux1": 1.0, "qwen-image": 8.0}
 
@@ -85,9 +89,14 @@ def test_pictures_are_those_of_the_pipeline(loud_base: Base) -> None:
     noise = start_noise([noise_stream("cpu", 7)], latent_shape(loud_base), None, 0.0)
     given = packed(noise) if name in ("flux1", "qwen-image", "krea2") else noise
     settings = dict(PIPELINE_SETTINGS[name])
-    if name in ("sd3", "zimage", "krea2", "qwen-image", "auraflow"):
+    if name not in ("flux1", "flux2-klein"):
         settings["negative_prompt"] = "a dog"
-    (theirs,) = pipe(
+    if name == "qwen-image-21":
+        given = noise.flatten(2).transpose(1, 2)
+    if name == "anima":
+        given = noise.unsqueeze(2)
+        pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=3.0))
+    found = pipe(
         prompt="a cat",
         width=SIZE[0],
         height=SIZE[1],
@@ -95,14 +104,15 @@ def test_pictures_are_those_of_the_pipeline(loud_base: Base) -> None:
         latents=given,
         output_type="pt",
         **settings,
-    ).images
+    )
+    (theirs,) = found if name == "anima" else found.images
     negative = str(settings.get("negative_prompt", ""))
     drawn = dg.DrawSettings(size=SIZE, steps=4, guidance=GUIDANCE.get(name, 3.0), negative=negative)
     if name == "flux1":
         drawn = replace(drawn, embedded_guidance=2.5)
     with dg.Session(loud_base) as session:
         (ours,) = session.draw("a cat", seeds=[7], settings=drawn)
-    theirs_image = to_image(2 * theirs - 1)
+    theirs_image = to_image(2 * theirs[:3] - 1)  # that of Qwen-Image 2.1 has an alpha channel
     differences = [abs(one - other) for one, other in zip(ours.tobytes(), theirs_image.tobytes(), strict=True)]
     assert max(differences) <= 1
     assert len(set(ours.tobytes())) > 20
@@ -119,6 +129,9 @@ def script_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: Any) -> T
         found = model(noisy, states, pooled, times, return_dict=False)[0]
     elif name == "auraflow":
         found = model(noisy, texts, times / 1000, return_dict=False)[0]
+    elif name == "anima":  # as sd-scripts calls it
+        mask = torch.zeros(1, 1, 8 * height, 8 * width)
+        found = model(noisy.unsqueeze(2), times / 1000, texts, padding_mask=mask, return_dict=False)[0].squeeze(2)
     elif name == "flux1":
         states, pooled = texts
         tokens = model(
@@ -147,6 +160,8 @@ def script_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: Any) -> T
     elif name == "zimage":
         rows = model(list(noisy.unsqueeze(2)), (1000 - times) / 1000, texts, return_dict=False)[0]
         found = -torch.stack(rows).squeeze(2)
+    elif name == "qwen-image-21":
+        found = torch.cat([qwen_21_prediction(base, *row) for row in zip(noisy, times / 1000, texts, strict=True)])
     elif name == "krea2":
         states, mask = texts
         pipe = base.pipeline()
@@ -175,6 +190,24 @@ def script_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: Any) -> T
     return found
 
 
+def qwen_21_prediction(base: Base, noisy: Tensor, sigma: Tensor, texts: tuple[Tensor, None, Tensor]) -> Tensor:
+    """One row of the prediction, as its pipeline makes it: this model has no script."""
+    pipe, model = base.pipeline(), base.denoiser
+    channels, height, width = noisy.shape
+    states, mask, image_mask = texts
+    tokens = model(
+        hidden_states=pipe._pack_latents(noisy.unsqueeze(0), 1, channels, height, width),
+        encoder_hidden_states=states,
+        encoder_hidden_states_mask=mask,
+        timestep=sigma.view(1),
+        img_shapes=[[(1, height, width)]],
+        img_mask=torch.cat([image_mask, image_mask.new_ones(1, height * width // 4)], 1),
+        return_dict=False,
+    )[0][:, -height * width :]
+    found: Tensor = pipe._unpack_latents(tokens, 16 * height, 16 * width, 16)[:, :, 0]
+    return found
+
+
 def script_texts(base: Base, prompts: list[str]) -> Any:
     """Text states as the scripts get them, from the pipelines."""
     pipe, name = base.pipeline(), base.family.name
@@ -190,7 +223,21 @@ def script_texts(base: Base, prompts: list[str]) -> Any:
         return pipe.encode_prompt(list(prompts), do_classifier_free_guidance=False)[0]
     if name == "krea2":
         vars(pipe)["text_encoder_select_layers"] = (1, 3, 5)
+    if name == "qwen-image-21":
+        return [pipe.encode_prompt(prompt) for prompt in prompts]
+    if name == "anima":  # one prompt at a time, as then the tokenizer's side for padding makes no difference
+        told = [anima_states(pipe, prompt) for prompt in prompts]
+        return torch.cat(told)
     return pipe.encode_prompt(prompts)
+
+
+def anima_states(pipe: Any, prompt: str) -> Tensor:
+    """What the first two steps of the modular pipeline make of a prompt."""
+    own = AnimaTextEncoderStep.encode_prompt(pipe, prompt, prepare_unconditional_embeds=False)
+    states: Tensor = pipe.text_conditioner(
+        own["qwen_prompt_embeds"], own["t5_input_ids"], own["t5_attention_mask"], own["qwen_attention_mask"]
+    )
+    return states
 
 
 def test_losses_and_first_gradients_are_those_of_the_scripts(flow_base: Base) -> None:
@@ -199,7 +246,8 @@ def test_losses_and_first_gradients_are_those_of_the_scripts(flow_base: Base) ->
     model, timesteps = flow_base.denoiser, torch.tensor([120, 840])
     shift = flow_base.scheduler.config.shift
     even = (timesteps + 1).double() / 1000
-    sigma = even if flow_base.scheduler.config.use_dynamic_shifting else shift * even / (1 + (shift - 1) * even)
+    is_even = flow_base.scheduler.config.use_dynamic_shifting or flow_base.family.name == "anima"
+    sigma = even if is_even else shift * even / (1 + (shift - 1) * even)
     model.add_adapter(LoraConfig(r=3, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
     try:
         with torch.no_grad():
@@ -244,9 +292,11 @@ def test_latents_are_scaled_as_the_pipeline_scales_them_back(flow_base: Base) ->
     with torch.no_grad():
         mean, std = flow_base.family.posterior(flow_base, pixels)
         decoded = flow_base.family.decode(flow_base, mean)
-        if flow_base.family.name in ("qwen-image", "krea2"):
-            raw = flow_base.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
-            wanted = flow_base.vae.decode(raw).sample[:, :, 0]
+        if flow_base.family.name in ("qwen-image", "krea2", "anima", "qwen-image-21"):
+            is_opaque = flow_base.family.name == "qwen-image-21"
+            given = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1) if is_opaque else pixels
+            raw = flow_base.vae.encode(given.unsqueeze(2)).latent_dist.mode()
+            wanted = flow_base.vae.decode(raw).sample[:, :3, 0]
         else:
             wanted = flow_base.vae.decode(flow_base.vae.encode(pixels).latent_dist.mode()).sample
     assert mean.shape == std.shape == (1, *latent_shape(flow_base))
@@ -273,6 +323,18 @@ def test_layers_are_named_by_kind(flow_base: Base) -> None:
     }
     assert all("mod" in path for path in chosen["all"] - blocks)
     assert blocks <= chosen["all"]
+
+
+def test_networks_before_the_denoiser_are_frozen_and_have_no_layers_for_adapters(flow_base: Base) -> None:
+    """They are among the networks that prompts pass through, and not among those that `text_encoder=true` trains."""
+    names = {slot.component for slot in flow_base.family.conditioners}
+    assert names == flow_base.prompt_networks().keys() - flow_base.text_encoders().keys()
+    assert names.isdisjoint(part_names())
+    for name in names:
+        network = flow_base.prompt_networks()[name]
+        assert not network.training
+        assert not any(value.requires_grad for value in network.parameters())
+        assert not any(choose_layers(name, network, kind, flow_base.family) for kind in LAYERS)
 
 
 def test_layers_that_cannot_matter_are_known(flow_base: Base) -> None:

@@ -31,8 +31,12 @@ REAL: Mapping[str, Callable[[], nn.Module]] = {
     "qwen-image": diffusers.QwenImageTransformer2DModel,
     "krea2": diffusers.Krea2Transformer2DModel,
     "auraflow": lambda: diffusers.AuraFlowTransformer2DModel(pos_embed_max_size=9216),
+    "qwen-image-21": diffusers.QwenImage21Transformer2DModel,
+    "anima": lambda: diffusers.CosmosTransformer3DModel(
+        num_attention_heads=16, rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None
+    ),
 }
-"""Family → its transformer, as in SD 3.5 medium, FLUX.1 dev, klein 4B, Z-Image, Qwen-Image, Krea 2 and AuraFlow 0.3"""
+"""Family → its transformer in one of its published sizes"""
 CONVERTERS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "sd3": converters.convert_sd3_transformer_checkpoint_to_diffusers,
     "flux1": converters.convert_flux_transformer_checkpoint_to_diffusers,
@@ -40,6 +44,8 @@ CONVERTERS: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "zimage": converters.convert_z_image_transformer_checkpoint_to_diffusers,
     "krea2": converters.convert_krea2_transformer_checkpoint_to_diffusers,
     "auraflow": converters.convert_auraflow_transformer_checkpoint_to_diffusers,
+    "anima": converters.convert_cosmos_transformer_checkpoint_to_diffusers,
+    "qwen-image-21": converters.convert_qwen_image21_transformer_checkpoint_to_diffusers,
 }
 LAYOUTS = {name: family.original for name, family in families().items() if family.original is not None}
 

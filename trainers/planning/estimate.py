@@ -104,7 +104,7 @@ def estimate_cost(
     trained = sum(value.numel() for value in trainable.values())
     stored = trained + sum(buffer.numel() for buffer in live.buffers())
     entries = len(trainable) + len({name.rpartition(".")[0] for name in trainable} - {""})
-    in_memory = {base.family.denoiser, *(base.text_encoders() if live.affects_text_encoder else ())}
+    in_memory = {base.family.denoiser, *(base.prompt_networks() if live.affects_text_encoder else ())}
     weights = sum(size for name, size in sizes.items() if name in in_memory)
     bytes_per_parameter = 4.0 + 4.0 + STATE_BYTES[optim.optimizer] + (4.0 if optim.ema else 0.0)
     live.to(dtype=dtype)  # as autocast computes

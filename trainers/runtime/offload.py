@@ -10,14 +10,13 @@ from diffgraft.third_party import quiet_libraries
 def offloadable(base: Base, *, has_texts: bool, uses_vae: bool = False) -> list[str]:
     """Names of the base's parts that training steps do not use, once latents are cached.
 
-    These are the VAE, unless an inpainting base or the objective (`uses_vae`) needs it in every step, and the text
-    encoders if `has_texts`: all text embeddings are cached. On a CPU there is nothing to offload.
+    These are the VAE, unless an inpainting base or the objective (`uses_vae`) needs it in every step, and the networks
+    that prompts pass through if `has_texts`: all text embeddings are cached. On a CPU there is nothing to offload.
     """
     if base.device.type == "cpu":
         return []
     names = [] if base.is_inpainting or uses_vae else ["vae"]
-    text_encoders = [*base.text_encoders()]
-    return names + (text_encoders if has_texts else [])
+    return names + ([*base.prompt_networks()] if has_texts else [])
 
 
 def offload(base: Base, names: Sequence[str]) -> None:
