@@ -51,6 +51,9 @@ class Base:
     under: str = field(default="", init=False)
     """Hash and strength of the adapter that is merged into it for a training; part of the keys of cached results"""
 
+    computes_on: torch.device | None = field(default=None, init=False)
+    """Device on which it computes, if a run moves its parts there one after the other; None: where its denoiser is"""
+
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
     """Size (height, width) of latents → latents of a grey picture, for inpainting"""
     _schedule: tuple[Any, Parameterization] | None = field(default=None, init=False)
@@ -206,6 +209,9 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        """Device that computes, where inputs have to be."""
+        if self.computes_on is not None:
+            return self.computes_on
         first: Tensor | None = next(self.denoiser.parameters(), None)
         if first is not None and not (first.device.type == "cpu" and torch.accelerator.is_available()):
             return first.device

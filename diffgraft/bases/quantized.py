@@ -41,6 +41,10 @@ class Quantized(nn.Linear):
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [out, in] in `dtype`."""
 
+    @abstractmethod
+    def move_scales(self, device: torch.device) -> None:
+        """Move the scales of the weight, but not the weight itself, to a device."""
+
     def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Return weight [out, in] and bias [out] after all `changes`, in `dtype`."""
         weight = self.dequantized(torch.float32 if self.changes else dtype)

@@ -226,6 +226,9 @@ class RuntimeSettings(Group):
     """Dtype of the frozen base and of autocast; the adapter itself is trained in float32"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time"""
+    block_swap: int = Field(0, ge=0, le=1000)
+    """Number of blocks of a frozen transformer, the last ones, that wait in main memory and are on the GPU only while
+    they compute: less memory for more time; needs gradient_checkpointing"""
     attention: Literal["default", "plain", "xformers", "sliced"] = "default"
     """Attention of the denoiser: the fused kernel of PyTorch (default), plain matrix products, the package xformers, or
     one head at a time (sliced)"""
