@@ -61,7 +61,8 @@ class TextEmbeddingCache:
         if any(part.hidden_states.shape[1] < longest for part in parts):
             parts = [_padded(part, self._empty(), longest) for part in parts]
         added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
-        return _to(Conditioning(torch.cat([part.hidden_states for part in parts]), added), self._base.device)
+        found = Conditioning(torch.cat([part.hidden_states for part in parts]), added)
+        return _to(found, self._base.device) if self._base.device.type != "meta" else found
 
     def _empty(self) -> Tensor:
         if "" not in self._cached:
@@ -70,11 +71,8 @@ class TextEmbeddingCache:
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Conditioning:
-        return _to(self._base.family.encode(self._base, [prompt], self._whole), self._main_memory)
-
-    @property
-    def _main_memory(self) -> torch.device:
-        return torch.device("meta" if self._base.device.type == "meta" else "cpu")
+        found = self._base.family.encode(self._base, [prompt], self._whole)
+        return _to(found, torch.device("cpu")) if self._base.device.type != "meta" else found
 
     def _file(self, prompt: str) -> Path:
         base = self._base

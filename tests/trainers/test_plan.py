@@ -15,7 +15,7 @@ from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplic
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning import pitfalls
-from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, denoiser_speed, estimate_cost
+from diffgraft.trainers.planning.estimate import Cost, Workload, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.plan import Plan, plan_run
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -28,8 +28,11 @@ from tests.trainers.test_materials import folder
 
 def cost_of(recipe: Recipe, base: Base, size: tuple[int, int], passes: int = 1) -> Cost:
     """The cost of a recipe on pictures of a size, as a plan has it."""
-    work = Workload(size, ["a dog"], recipe.batch * passes, recipe.accumulate, recipe.gradient_checkpointing)
-    return estimate_cost(base, lambda: attach(recipe, base), work, recipe.optim, recipe.quantize, whole=False)
+    work = Workload(
+        *(size, ["a dog"], recipe.batch * passes, recipe.accumulate),
+        *(recipe.gradient_checkpointing, recipe.block_swap),
+    )
+    return estimate_cost(base, lambda: attach(recipe, base), work, recipe.model, recipe.optim, whole=False)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])

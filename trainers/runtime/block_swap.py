@@ -23,6 +23,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.quantized import Quantize, Quantized, bytes_when_quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.recipe.groups import RuntimeSettings
+from diffgraft.trainers.runtime.checkpointing import is_checkpointed
 from diffgraft.trainers.runtime.shards import trains_denoiser
 
 _SLOTS = 2
@@ -164,7 +165,16 @@ class BlockSwap:
         return sum(host.nbytes for own in weights for _, host in own)
 
     def bring(self, index: int) -> None:
-        """Have the weights of a block on the device, and begin to copy those of the block that will be called next."""
+        """Have the weights of a block on the device, and begin to copy those of the block that will be called next.
+
+        Raises:
+            DiffgraftError: the block is not checkpointed, so that its gradients would need weights that have left.
+        """
+        if torch.is_grad_enabled() and not is_checkpointed():
+            raise DiffgraftError(
+                f"Gradient checkpointing leaves out a {type(self.blocks[index]).__name__} of this base, so that it "
+                "cannot be swapped: remove block_swap."
+            )
         slot = self._load(index, self._latest)
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.copied)
