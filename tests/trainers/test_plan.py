@@ -120,25 +120,6 @@ def test_checkpointing_keeps_less_and_batches_more() -> None:
     assert found(batch=2, ema=0.9).training == 20 * one.trained
 
 
-def test_what_autograd_lets_go_of_is_no_longer_counted() -> None:
-    """Two passes one after the other keep as much at their peak as one; two at once keep twice as much."""
-    layer = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 20), torch.nn.Tanh())
-    fixed = {value.untyped_storage()._cdata for value in layer.parameters()}
-    peaks = []
-    for at_once in (False, True):
-        with _saved_bytes(fixed) as kept:
-            first = layer(torch.ones(7, 30, device="cpu")).sum()
-            if not at_once:
-                first.backward()
-            second = layer(torch.ones(7, 30, device="cpu")).sum()
-            if at_once:
-                first.backward()
-            second.backward()
-        assert kept.now == 0
-        peaks.append(kept.peak)
-    assert peaks == [4 * 7 * (30 + 50 + 20), 2 * 4 * 7 * (30 + 50 + 20)]
-
-
 def test_class_images_double_a_step(pictures: Path) -> None:
     with_them, without, held = (
         dict(told(SUBJECT, pictures, subject="dog", prior=prior).facts)["memory"]

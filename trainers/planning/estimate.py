@@ -2,15 +2,19 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
@@ -148,7 +152,7 @@ def estimate_cost(
         denoiser(*inputs(1))
     if work.checkpointing:
         for network in filter(None, (base.denoiser, live.trained_network)):
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(partial(_checkpointed, dtype))
             network.train()
 
     def step() -> None:
@@ -156,7 +160,7 @@ def estimate_cost(
         _latents, _noise, target = (torch.empty_like(given[0]) for _ in range(3))
         (denoiser(*given) - target).square().mean().backward()
 
-    with _fused_attention():
+    with _fused_attention(), _autocast(dtype):
         with LiveBytes() as held:
             for _ in range(min(work.accumulate, 2)):  # from the second micro-batch on all gradients are there
                 step()
@@ -170,10 +174,12 @@ def estimate_cost(
 
 
 def _dequantized(base: Base, quantize: Quantize) -> int:
-    """Return the bytes of the largest weight while a quantized layer computes with it; int8 is scaled in float32."""
+    """Return the bytes of the largest weight of a block while it is dequantized; int8 is scaled in float32."""
     if quantize == "none":
         return 0
-    largest = max(layer.weight.numel() for layer in base.denoiser.modules() if type(layer) is nn.Linear)
+    blocks = (module for module in base.denoiser.modules() if type(module).__name__ in base.family.checkpointed)
+    layers = (layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear)
+    largest = max((layer.weight.numel() for layer in layers), default=0)
     return int(largest * (base.denoiser.dtype.itemsize + (4 if quantize == "int8" else 0)))
 
 
@@ -233,3 +239,36 @@ def _fused_attention() -> Iterator[None]:
 
     with patch.object(F, "scaled_dot_product_attention", fused):
         yield
+
+
+def _checkpointed(dtype: torch.dtype, block: nn.Module, *args: Any) -> Any:
+    """Run a block of a network with gradient checkpointing, whose second pass is under autocast as well."""
+    contexts = nullcontext(), _autocast(dtype)
+    return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
+
+
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _Autocast(dtype) if dtype.itemsize < 4 else nullcontext()
+
+
+class _Autocast(TorchFunctionMode):
+    """Casts inputs of layers to half precision, and those of norms to float32, as autocast does on GPUs.
+
+    Autocast itself does nothing on the device ``meta``. Source: "CUDA Ops that can autocast" in PyTorch's documentation
+    of `torch.amp`, of which these are the operations that denoisers have.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        half = (F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm)
+        norms = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax)
+        methods = (Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
+        self._casts = dict.fromkeys((*half, *methods), dtype) | dict.fromkeys(norms, torch.float32)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        to, given = self._casts.get(func), (args, kwargs or {})
+        if to is not None:
+            given = tree_map_only(Tensor, lambda value: value.to(to) if value.is_floating_point() else value, given)
+        return func(*given[0], **given[1])
