@@ -294,3 +294,27 @@ def flow_folder(family: str, folder: Path) -> Path:
     """Write a random pipeline of a family to `folder`, and return it."""
     flow_pipeline(family).save_pretrained(folder)
     return folder
+
+
+def wide_klein(folder: Path, singles: int) -> Path:
+    """Write FLUX.2 klein 4B at its real widths, with one of its 5 double blocks, some of its 20 single ones, and 4 of
+    the 36 layers of Qwen3.
+    """
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=singles,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 4, "vocab_size": 300}
+    diffusers.Flux2KleinPipeline(
+        transformer=transformer.bfloat16(),
+        vae=diffusers.AutoencoderKLFlux2().bfloat16(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**heads, **sizes)).bfloat16(),
+        tokenizer=qwen_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return folder

@@ -83,6 +83,15 @@ def as_float_weights_say(base: Base, device: torch.device) -> tuple[Tensor, Tens
     return found.cpu(), wanted.cpu()
 
 
+def swapped_and_not(base: Base, pictures: Path, folder: Path, count: int, **settings: Any) -> tuple[Run, Run]:
+    """The same run with `count` blocks in main memory and without; each leaves the base as it was."""
+    settings = {**settings, "gradient_checkpointing": True}
+    plain = trained(base, pictures, folder / "plain", **settings)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    return trained(base, pictures, folder / "swapped", **settings, block_swap=count), plain
+
+
 def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """The gradient of an early layer overflows in so many steps; its path."""
     path = next(path for path, _ in base.unet.named_modules() if path.endswith("attn1.to_k"))
