@@ -297,9 +297,7 @@ def flow_folder(family: str, folder: Path) -> Path:
 
 
 def wide_klein(folder: Path, singles: int) -> Path:
-    """Write FLUX.2 klein 4B at its real widths, with one of its 5 double blocks, some of its 20 single ones, and 4 of
-    the 36 layers of Qwen3.
-    """
+    """Write FLUX.2 klein 4B at its real widths: one of 5 double blocks, some of 20 single ones, 4 layers of Qwen3."""
     torch.manual_seed(0)
     transformer = diffusers.Flux2Transformer2DModel(
         num_layers=1,

@@ -109,9 +109,6 @@ METHODS: list[dict[str, Any]] = [
     {"method": "lora", "options": {"dora": True}, "layers": "all"},
     {"method": "lora", "options": {"init": "pissa"}},
     {"method": "oft"},
-    {"method": "ia3"},
-    {"method": "glora"},
-    {"method": "lokr"},
     {"method": "tlora"},
 ]
 

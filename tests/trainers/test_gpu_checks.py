@@ -43,7 +43,7 @@ def test_blocks_in_main_memory(
     kind: Any, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     base = load_base(flow_folder_of("flux2-klein", tmp_path_factory), quantize=kind)
-    runs = gpu_checks.swapped_and_not(base, pictures, tmp_path, 2, resolution=32, quantize=kind)
+    runs, _ = gpu_checks.swapped_and_not(base, pictures, tmp_path, 2, resolution=32, quantize=kind)
     assert runs[0].adapter_file.read_bytes() == runs[1].adapter_file.read_bytes()
 
 
