@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations within its block create, until they are released; each counts once.
 
     Tensors that exist before the block do not count, nor do memory that a kernel uses inside, and fragmentation.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         """Bytes that are alive now, and the most that were at once"""
         self._known: dict[int, ref[Any]] = {}

@@ -146,11 +146,11 @@ class BlockSwap:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         """Move the weights of `blocks` to main memory; the rest of them, such as buffers, to `device`."""
         self.blocks, self.device, self.loads = blocks, device, 0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._weights = [[(value, _on_host(value.data, device)) for value in block.parameters()] for block in blocks]
         for block, weights in zip(blocks, self._weights, strict=True):
             _scales_to(block, device)
-            block._apply = lambda *_, own=block: own  # type: ignore[method-assign,misc]  # what `to` calls
+            block._apply = lambda *_, own=block: own  # type: ignore[method-assign]  # what `to` calls
             for value, host in weights:
                 value.data = host
         size = max(sum(_room(host) for _, host in weights) for weights in self._weights)
