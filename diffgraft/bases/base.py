@@ -45,7 +45,7 @@ class Base:
     quantized, merged or attached to; it is empty for bases on the device ``meta``.
     """
     quantize: str = field(default="none", init=False)
-    """Quantization of its linear layers: `none`, `int8` or `nf4`"""
+    """Quantization of its linear layers: `none`, `fp8`, `int8` or `nf4`"""
     digest: InitVar["Digest | None"] = None
     """Digest over the denoiser, if its weights were cast while they were read"""
     under: str = field(default="", init=False)

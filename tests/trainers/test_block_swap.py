@@ -127,7 +127,7 @@ def test_methods_that_read_weights(settings: dict[str, Any], klein: Base, pictur
     assert all(watch.copies for watch in watches)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_quantized_blocks(kind: Any, klein: Base, pictures: Path, tmp_path: Path) -> None:
     """Their layers read the weight again in the backward pass."""
     base = dg.load_base(klein.name, quantize=kind)

@@ -34,9 +34,9 @@ class ModelSettings(Group):
     zero_snr: bool | None = None
     """Whether the noise schedule is rescaled to end in pure noise (zero terminal SNR); unset: what the files of the
     base say"""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """Hold the frozen linear layers of the base in 8 bits (int8) or 4 bits (nf4), by bitsandbytes: less memory,
-    slightly less exact"""
+    quantize: Literal["none", "fp8", "int8", "nf4"] = "none"
+    """Hold the frozen linear layers of the base in float8 (fp8), which keeps files in float8 as they are, or by
+    bitsandbytes in 8 bits (int8) or 4 bits (nf4): less memory, slightly less exact"""
 
     @property
     def sets_prediction(self) -> bool:
