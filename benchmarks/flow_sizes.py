@@ -1,7 +1,7 @@
 """Memory of training on flow-matching bases of published sizes: ``python -m benchmarks.flow_sizes``.
 
 The bases have their published configurations and no weights: `diffgraft plan` computes on the device ``meta``. It takes
-three minutes.
+five minutes.
 """
 
 import re
@@ -50,10 +50,11 @@ HEAD = """# Memory of training on large bases
 
 `python -m benchmarks.flow_sizes` wrote this page: what `diffgraft plan` says of one step of each recipe on its base, a
 picture of 1024 × 1024 pixels with gradient checkpointing, when the text encoder has left the memory. The bases have
-their published configurations, but no weights, and no step was taken. *Weights* is `quantize=`.
+their published configurations, but no weights, and no step was taken. *Weights* is `quantize=`, and *swapped* the
+number of blocks that wait in main memory, `block_swap=`.
 
-| recipe | parameters of the transformer | weights | trained | memory | of it frozen weights | activations |
-|-|-|-|-|-|-|-|
+| recipe | parameters of the transformer | weights | swapped | trained | memory | of it frozen weights | activations |
+|-|-|-|-|-|-|-|-|
 """
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
@@ -194,7 +195,7 @@ def real_base(family: str) -> Base:
     return base.to("meta", torch.bfloat16)
 
 
-def planned(recipe: str, base: Base, quantize: str) -> dict[str, str]:
+def planned(recipe: str, base: Base, quantize: str, block_swap: int = 0) -> dict[str, str]:
     """Return what `plan` says of a recipe on a base: its line on memory, in parts, and the number of parameters."""
     settings = {"subject": "dog"} if recipe.endswith("subject") else {}
     with TemporaryDirectory() as folder:
@@ -205,6 +206,7 @@ def planned(recipe: str, base: Base, quantize: str) -> dict[str, str]:
                 images=str(POODLE.folder / "learn"),
                 output=f"{folder}/run",
                 quantize=quantize,
+                block_swap=block_swap,
                 previews=False,
                 sample_every=0,
                 **settings,
@@ -224,12 +226,14 @@ def main() -> None:
     """Write the page."""
     rows = []
     for family, first in RECIPES.items():
-        for quantize in ("none", "int8", "nf4"):
+        for quantize, swaps in (("none", False), ("none", True), ("int8", False), ("nf4", False), ("nf4", True)):
             base = real_base(family)
+            blocks = [part for part in base.denoiser.modules() if type(part).__name__ in base.family.checkpointed]
+            swapped = len(blocks) // 2 if swaps else 0
             billions = sum(value.numel() for value in base.denoiser.parameters()) / 1e9
-            told = planned(f"{first}-subject", base, quantize)
+            told = planned(f"{first}-subject", base, quantize, swapped)
             weights = "bfloat16" if quantize == "none" else quantize
-            cells = [f"`{first}-subject`", f"{billions:.2f} billion", weights]
+            cells = [f"`{first}-subject`", f"{billions:.2f} billion", weights, str(swapped)]
             cells += [told[key] for key in ("trained", "memory", "frozen", "activations")]
             rows.append("| " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)

@@ -359,3 +359,25 @@ def flow_folder(family: str, folder: Path) -> Path:
     pipe = flow_pipeline(family)
     pipe.save_pretrained(str(folder), **({"overwrite_modular_index": True} if is_modular(pipe) else {}))
     return folder
+
+
+def wide_klein(folder: Path, singles: int) -> Path:
+    """Write FLUX.2 klein 4B at its real widths: one of 5 double blocks, some of 20 single ones, 4 layers of Qwen3."""
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        num_layers=1,
+        num_single_layers=singles,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 4, "vocab_size": 300}
+    diffusers.Flux2KleinPipeline(
+        transformer=transformer.bfloat16(),
+        vae=diffusers.AutoencoderKLFlux2().bfloat16(),
+        text_encoder=Qwen3ForCausalLM(Qwen3Config(**heads, **sizes)).bfloat16(),
+        tokenizer=qwen_tokenizer(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+    return folder

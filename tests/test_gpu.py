@@ -10,10 +10,12 @@ import torch
 from diffusers.utils import is_xformers_available
 
 from benchmarks.scale import random_base
-from diffgraft.bases import Base
+from diffgraft.bases import Base, load_base
 from diffgraft.bases.quantize import quantized
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.optim.optimizers import _FACTORIES
+from diffgraft.trainers.runtime.block_swap import swapped_bytes
+from tests.flow_bases import wide_klein
 from tests.trainers import gpu_checks
 from tests.trainers.gpu_checks import losses_of
 from tests.trainers.test_optimizers import parameters
@@ -85,6 +87,16 @@ def test_a_quantised_base(kind: Any, half: Base, pictures: Path, tmp_path: Path)
     found, wanted = gpu_checks.as_float_weights_say(base, GPU)
     assert (found - wanted).norm() < 1e-2 * wanted.norm()
     gpu_checks.trained(base, pictures, tmp_path / "run", **HALF, text_encoder=True, options={"dora": True})
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4"])
+def test_blocks_in_main_memory(kind: Any, pictures: Path, tmp_path: Path) -> None:
+    """FLUX.2 klein with one double and eight single blocks, of which all wait: at most two are there at once."""
+    base = load_base(wide_klein(tmp_path / "klein", 8), torch.bfloat16, quantize=kind)
+    waiting, slots = swapped_bytes(base, 9, kind)
+    runs, (plain, swapped) = gpu_checks.swapped_and_not(base, pictures, tmp_path, 9, **HALF, quantize=kind)
+    assert losses_of(runs[1]) == pytest.approx(losses_of(runs[0]), rel=1e-2)
+    assert plain - swapped > 0.5 * (waiting - slots)
 
 
 @pytest.mark.parametrize("name", _FACTORIES)

@@ -3,15 +3,13 @@
 import resource
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import diffgraft as dg
 from benchmarks.file_work import on_adapters, on_checkpoints
-from benchmarks.flow_sizes import qwen_tokenizer
 from benchmarks.scale import SIZES, Loaded, Row, measure, random_file
+from tests.flow_bases import wide_klein
 from tests.recipes import ON_PICTURES
 
 PARAMETERS = {"sd1": 1_066_235_307, "sd2": 1_289_952_427, "sdxl": 3_468_837_867}
@@ -55,23 +53,7 @@ def test_work_on_files_of_real_sizes(tmp_path: Path) -> None:
 @pytest.mark.scale
 def test_a_step_of_flux2_klein_at_its_real_widths(pictures: Path, tmp_path: Path) -> None:
     """The 4B model in nf4, with one of its 5 double, two of its 20 single blocks, and 4 of the 36 layers of Qwen3."""
-    torch.manual_seed(0)
-    transformer = diffusers.Flux2Transformer2DModel(
-        num_layers=1,
-        num_single_layers=2,
-        num_attention_heads=24,
-        joint_attention_dim=7680,
-        guidance_embeds=False,
-    )
-    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 4, "vocab_size": 300}
-    diffusers.Flux2KleinPipeline(
-        transformer=transformer.bfloat16(),
-        vae=diffusers.AutoencoderKLFlux2().bfloat16(),
-        text_encoder=Qwen3ForCausalLM(Qwen3Config(**heads, **sizes)).bfloat16(),
-        tokenizer=qwen_tokenizer(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-    ).save_pretrained(tmp_path / "klein")
+    wide_klein(tmp_path / "klein", 2)
     base = dg.load_base(tmp_path / "klein", torch.bfloat16, quantize="nf4")
     settings = {"subject": "dog", "resolution": 256, "steps": 1, "quantize": "nf4", "previews": False}
     settings |= {"sample_every": 0, "optimizer": "adamw"}

@@ -45,11 +45,14 @@ class Base:
     quantized, merged or attached to; it is empty for bases on the device ``meta``.
     """
     quantize: str = field(default="none", init=False)
-    """Quantization of its linear layers: `none`, `int8` or `nf4`"""
+    """Quantization of its linear layers: `none`, `fp8`, `int8` or `nf4`"""
     digest: InitVar["Digest | None"] = None
     """Digest over the denoiser, if its weights were cast while they were read"""
     under: str = field(default="", init=False)
     """Hash and strength of the adapter that is merged into it for a training; part of the keys of cached results"""
+
+    computes_on: torch.device | None = field(default=None, init=False)
+    """Device on which it computes, if a run moves its parts there one after the other; None: where its denoiser is"""
 
     _grey: dict[tuple[int, ...], Tensor] = field(default_factory=dict, init=False)
     """Size (height, width) of latents → latents of a grey picture, for inpainting"""
@@ -215,6 +218,9 @@ class Base:
 
     @property
     def device(self) -> torch.device:
+        """Device that computes, where inputs have to be."""
+        if self.computes_on is not None:
+            return self.computes_on
         first: Tensor | None = next(self.denoiser.parameters(), None)
         if first is not None and not (first.device.type == "cpu" and torch.accelerator.is_available()):
             return first.device

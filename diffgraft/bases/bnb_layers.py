@@ -29,6 +29,9 @@ class Int8(Quantized, Linear8bitLt):  # type: ignore[misc]
         weight: Tensor = self.weight.data.float().mul_(self.weight.SCB.view(-1, 1) / 127)
         return weight.to(dtype)
 
+    def move_scales(self, device: torch.device) -> None:
+        self.weight.SCB = self.weight.SCB.to(device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8":
         scales = self.weight.SCB
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -51,6 +54,9 @@ class Nf4(Quantized, LinearNF4):  # type: ignore[misc]
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         weight: Tensor = dequantize_4bit(self.weight.data, self.weight.quant_state)
         return weight.to(dtype)
+
+    def move_scales(self, device: torch.device) -> None:
+        self.weight.quant_state.to(device)
 
 
 KINDS: dict[str, Callable[[nn.Linear], Quantized]] = {"int8": Int8, "nf4": Nf4}

@@ -138,7 +138,7 @@ class Family(ABC):
     blocks: bool = False
     """Whether the denoiser has the block names IN00 … M00 … OUT11; if not, strengths only know BASE"""
     checkpointed: tuple[str, ...] = ()
-    """Class names of the denoiser's blocks, for gradient checkpointing, memory estimates and sharding"""
+    """Class names of the blocks that gradient checkpointing computes again; they are also sharded and swapped"""
     original: OriginalLayout | None = None
     """Names of the denoiser's layers in its authors' code, for files with them; None: see `diffgraft.bases.ldm_keys`"""
     bundled: Mapping[str, tuple[str, ...]] = {}

@@ -179,13 +179,15 @@ def language_states(
 
     Returns:
         Hidden states [n, length, width] before the first layer and after each, and a mask [n, length] of the tokens
-        that are no padding.
+        that are no padding. On the device ``meta``, the mask is on the processor, as lengths of texts depend on it.
     """
     padding = {"padding": "max_length", "max_length": length, "padding_side": side}
     ids = base.tokenizer(list(texts), **padding, truncation=True, return_tensors="pt")
-    mask = ids.attention_mask.to(base.device)
-    # the library looks into a mask of two axes, which has no values on `meta`
-    seen = mask.new_empty(len(mask), 1, length, length, dtype=base.text_encoder.dtype) if mask.is_meta else mask
+    mask, seen = ids.attention_mask, ids.attention_mask.to(base.device)
+    if seen.is_meta:  # the library looks into a mask of two axes, which has no values there
+        seen = seen.new_empty(len(seen), 1, length, length, dtype=base.text_encoder.dtype)
+    else:
+        mask = seen
     out = base.text_encoder(ids.input_ids.to(base.device), seen, output_hidden_states=True, use_cache=False)
     return out.hidden_states, mask.bool()
 

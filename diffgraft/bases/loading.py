@@ -49,7 +49,7 @@ class LoadOptions(TypedDict, total=False):
     components: str | None
     """Diffusers folder or hub id with the text encoders, VAE and noise schedule of a transformer in a single file"""
     quantize: Quantize
-    """``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per weight"""
+    """``fp8``, ``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits"""
 
 
 def load_options(
@@ -83,8 +83,9 @@ def load_base(
         zero_snr: whether the noise schedule has zero terminal SNR, if the files lack it or it is wrong.
         components: diffusers folder or hub id with the text encoders, VAE and noise schedule of a base, if `source` is
             the single file of a transformer, which lacks them.
-        quantize: ``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4 bits per
-            weight. Such a base needs less memory, and can train adapters and draw.
+        quantize: ``fp8``, ``int8`` or ``nf4``: quantize the linear layers of denoiser and text encoders to 8 or about 4
+            bits per weight. Files in float8 keep their numbers by ``fp8``. Such a base needs less memory, and can train
+            adapters and draw.
 
     Raises:
         DiffgraftError: `source` does not exist, cannot be read, or is not a base of a known family.

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Quantize = Literal["none", "int8", "nf4"]
+Quantize = Literal["none", "fp8", "int8", "nf4"]
 Change = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """Function of weight [out, in] and bias [out], both float32, that returns a changed weight and bias"""
 
-_BYTES = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
+_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Bytes per weight, including the scales of nf4's blocks; int8 has few scales, one for each row"""
 
 
 class Quantized(nn.Linear):
-    """A linear layer with a quantized weight; `diffgraft.bases.bnb_layers` has a subclass for each kind.
+    """A linear layer with a quantized weight; `bnb_layers` and `float8` in `diffgraft.bases` have the kinds.
 
     The forward is not bitsandbytes' own: its 8-bit forward also rounds activations (on CPUs only in evaluation mode)
     and keeps them despite gradient checkpointing. Its 4-bit forward repacks weights in evaluation mode, on CPUs with
@@ -30,7 +30,7 @@ class Quantized(nn.Linear):
     """
 
     weight: Any
-    """Quantized weight, in a parameter class of bitsandbytes"""
+    """Quantized weight, for most kinds in a parameter class of bitsandbytes"""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,6 +40,10 @@ class Quantized(nn.Linear):
     @abstractmethod
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the dequantized weight [out, in] in `dtype`."""
+
+    @abstractmethod
+    def move_scales(self, device: torch.device) -> None:
+        """Move the scales of the weight, but not the weight itself, to a device."""
 
     def read(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Return weight [out, in] and bias [out] after all `changes`, in `dtype`."""

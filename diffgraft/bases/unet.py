@@ -83,6 +83,9 @@ class UNetFamily(Family):
     }
     blocks = True
     checkpointed = ("ResnetBlock2D", "BasicTransformerBlock")
+    unsupported: Mapping[str, str] = {
+        "block_swap": "the blocks of its UNet differ in size and hand states to one another; quantize=nf4 saves memory"
+    }
 
     def has_pipeline(self, pipe: Any) -> bool:
         """Whether a pipeline has the family's class, or its inpainting class."""

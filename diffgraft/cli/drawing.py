@@ -174,7 +174,7 @@ def generate(
     quantize: Annotated[
         str,
         typer.Option(
-            help="Quantize the base's linear layers to int8 or nf4, which saves memory.", rich_help_panel=_LOADING
+            help="Quantize the base's linear layers to fp8, int8 or nf4, which saves memory.", rich_help_panel=_LOADING
         ),
     ] = "none",
     precision: Annotated[

@@ -18,7 +18,10 @@ _STATES = "hidden_states"
 
 
 class TextEmbeddingCache:
-    """A cache of the conditioning of prompts, without micro-conditioning, for frozen text encoders."""
+    """A cache of the conditioning of prompts, without micro-conditioning, for frozen text encoders.
+
+    It is in main memory, as those of many prompts take more than a text encoder.
+    """
 
     def __init__(self, base: Base, *, whole: bool = False, keep: bool = False, limit: int = 4096) -> None:
         """Create an empty cache.
@@ -43,7 +46,7 @@ class TextEmbeddingCache:
                 if self._keep:
                     tensors = {_STATES: conditioning.hidden_states, **conditioning.added}
                     write_tensors(self._file(prompt), tensors, prompt)
-            self._cached[prompt] = _to(conditioning, self._base.device)
+            self._cached[prompt] = conditioning
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Return the conditioning of n prompts; those of fewer chunks are padded with chunks of the empty prompt."""
@@ -58,7 +61,8 @@ class TextEmbeddingCache:
         if any(part.hidden_states.shape[1] < longest for part in parts):
             parts = [_padded(part, self._empty(), longest) for part in parts]
         added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
-        return Conditioning(torch.cat([part.hidden_states for part in parts]), added)
+        found = Conditioning(torch.cat([part.hidden_states for part in parts]), added)
+        return _to(found, self._base.device) if self._base.device.type != "meta" else found
 
     def _empty(self) -> Tensor:
         if "" not in self._cached:
@@ -67,7 +71,8 @@ class TextEmbeddingCache:
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> Conditioning:
-        return self._base.family.encode(self._base, [prompt], self._whole)
+        found = self._base.family.encode(self._base, [prompt], self._whole)
+        return _to(found, torch.device("cpu")) if self._base.device.type != "meta" else found
 
     def _file(self, prompt: str) -> Path:
         base = self._base

@@ -83,6 +83,20 @@ def as_float_weights_say(base: Base, device: torch.device) -> tuple[Tensor, Tens
     return found.cpu(), wanted.cpu()
 
 
+def swapped_and_not(
+    base: Base, pictures: Path, folder: Path, count: int, **settings: Any
+) -> tuple[list[Run], list[int]]:
+    """The same run without swapped blocks and with `count`, and the most bytes of a GPU that each took."""
+    runs, spent = [], []
+    for swapped in (0, count):
+        more = {**settings, "gradient_checkpointing": True, "block_swap": swapped}
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        runs.append(trained(base, pictures, folder / str(swapped), **more))
+        spent.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+    return runs, spent
+
+
 def overflowing(base: Base, times: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """The gradient of an early layer overflows in so many steps; its path."""
     path = next(path for path, _ in base.unet.named_modules() if path.endswith("attn1.to_k"))

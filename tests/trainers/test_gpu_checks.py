@@ -8,6 +8,7 @@ import torch
 
 from diffgraft.bases import load_base
 from diffgraft.trainers.optim.optimizers import _FACTORIES
+from tests.conftest import flow_folder_of
 from tests.trainers import gpu_checks
 from tests.trainers.gpu_checks import losses_of
 
@@ -35,6 +36,15 @@ def test_a_run_that_was_stopped(folders: Path, pictures: Path, tmp_path: Path) -
     base = load_base(folders / "sd1")
     runs = gpu_checks.stopped_and_never_stopped(base, pictures, tmp_path, resolution=128)
     assert losses_of(runs[0]) == losses_of(runs[1])
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_blocks_in_main_memory(
+    kind: Any, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = load_base(flow_folder_of("flux2-klein", tmp_path_factory), quantize=kind)
+    runs, _ = gpu_checks.swapped_and_not(base, pictures, tmp_path, 2, resolution=32, quantize=kind)
+    assert runs[0].adapter_file.read_bytes() == runs[1].adapter_file.read_bytes()
 
 
 @pytest.mark.parametrize("name", _FACTORIES)

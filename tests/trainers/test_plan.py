@@ -15,7 +15,7 @@ from diffgraft.data.near_duplicates import Fingerprint, fingerprint, near_duplic
 from diffgraft.data.pictures import Picture
 from diffgraft.errors import DiffgraftError
 from diffgraft.trainers.planning import pitfalls
-from diffgraft.trainers.planning.estimate import Cost, Workload, _saved_bytes, denoiser_speed, estimate_cost
+from diffgraft.trainers.planning.estimate import Cost, Workload, denoiser_speed, estimate_cost
 from diffgraft.trainers.planning.plan import Plan, plan_run
 from diffgraft.trainers.recipe.files import load_recipe
 from diffgraft.trainers.recipe.recipe import Recipe
@@ -28,8 +28,11 @@ from tests.trainers.test_materials import folder
 
 def cost_of(recipe: Recipe, base: Base, size: tuple[int, int], passes: int = 1) -> Cost:
     """The cost of a recipe on pictures of a size, as a plan has it."""
-    work = Workload(size, ["a dog"], recipe.batch * passes, recipe.accumulate, recipe.gradient_checkpointing)
-    return estimate_cost(base, lambda: attach(recipe, base), work, recipe.optim, recipe.quantize, whole=False)
+    work = Workload(
+        *(size, ["a dog"], recipe.batch * passes, recipe.accumulate),
+        *(recipe.gradient_checkpointing, recipe.block_swap),
+    )
+    return estimate_cost(base, lambda: attach(recipe, base), work, recipe.model, recipe.optim, whole=False)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "taiyi"])
@@ -115,25 +118,6 @@ def test_checkpointing_keeps_less_and_batches_more() -> None:
     eight = found(batch=2, optimizer="adamw8bit")
     assert (one.training, eight.training) == (16 * one.trained, 10 * one.trained)
     assert found(batch=2, ema=0.9).training == 20 * one.trained
-
-
-def test_what_autograd_lets_go_of_is_no_longer_counted() -> None:
-    """Two passes one after the other keep as much at their peak as one; two at once keep twice as much."""
-    layer = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.Tanh(), torch.nn.Linear(50, 20), torch.nn.Tanh())
-    fixed = {value.untyped_storage()._cdata for value in layer.parameters()}
-    peaks = []
-    for at_once in (False, True):
-        with _saved_bytes(fixed) as kept:
-            first = layer(torch.ones(7, 30, device="cpu")).sum()
-            if not at_once:
-                first.backward()
-            second = layer(torch.ones(7, 30, device="cpu")).sum()
-            if at_once:
-                first.backward()
-            second.backward()
-        assert kept.now == 0
-        peaks.append(kept.peak)
-    assert peaks == [4 * 7 * (30 + 50 + 20), 2 * 4 * 7 * (30 + 50 + 20)]
 
 
 def test_class_images_double_a_step(pictures: Path) -> None:

@@ -2,15 +2,19 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffgraft.adapters.method import Attached
@@ -18,7 +22,10 @@ from diffgraft.bases import Base, SizeConditioning
 from diffgraft.bases.quantized import Quantize, bytes_when_quantized
 from diffgraft.third_party import quiet_libraries
 from diffgraft.trainers.denoiser import Denoiser
-from diffgraft.trainers.recipe.groups import OptimSettings
+from diffgraft.trainers.planning.live_bytes import LiveBytes
+from diffgraft.trainers.recipe.groups import ModelSettings, OptimSettings
+from diffgraft.trainers.runtime.block_swap import check_swap_frozen, swapped_bytes
+from diffgraft.trainers.runtime.offload import offloadable
 
 STATE_BYTES = {
     "adamw": 8.0,
@@ -48,11 +55,13 @@ class Cost:
     entries: int
     """Approximate number of tensors in the adapter's file: the trainable ones, and an alpha for each module"""
     weights: int
-    """Bytes of the frozen networks that stay in memory during training"""
+    """Bytes of the frozen networks that stay in memory during training, and of the slots of swapped blocks"""
+    waiting: int
+    """Bytes of the swapped blocks in main memory"""
     training: int
     """Bytes of the trainable parameters with their gradients, optimizer state and EMA"""
     activations: int
-    """Bytes of the activations kept for the backward pass, at their peak"""
+    """Bytes of everything that a step computes, beside gradients of parameters, at its peak"""
     step: float
     """FLOPs of an optimizer step"""
     image: float
@@ -83,10 +92,20 @@ class Workload:
     """Number of micro-batches in an optimizer step"""
     checkpointing: bool
     """Whether gradient checkpointing is used"""
+    block_swap: int = 0
+    """Number of the denoiser's blocks that wait in main memory"""
+    has_texts: bool = True
+    """Whether all text embeddings are cached, so that text encoders are not needed"""
 
 
 def estimate_cost(
-    base: Base, attach: Callable[[], Attached], work: Workload, optim: OptimSettings, quantize: Quantize, *, whole: bool
+    base: Base,
+    attach: Callable[[], Attached],
+    work: Workload,
+    model: ModelSettings,
+    optim: OptimSettings,
+    *,
+    whole: bool,
 ) -> Cost:
     """Estimate the cost of training.
 
@@ -94,19 +113,28 @@ def estimate_cost(
         base: a base on the meta device.
         attach: attaches the method to `base`.
         work: the inputs of a step.
+        model: the recipe's settings of the base.
         optim: the recipe's optimizer settings.
-        quantize: the quantization of the base's weights.
         whole: whether long prompts are encoded in chunks.
+
+    Raises:
+        DiffgraftError: blocks are swapped, but the method trains the denoiser's own weights.
     """
-    sizes = {name: bytes_when_quantized(part, quantize if name != "vae" else "none") for name, part in base.parts()}
+    sizes = {
+        name: bytes_when_quantized(part, model.quantize if name != "vae" else "none") for name, part in base.parts()
+    }
     dtype, live = base.denoiser.dtype, attach()
+    check_swap_frozen(work.block_swap, base, live)
     trainable = {name: value for name, value in live.trainable().items() if value.requires_grad}
     trained = sum(value.numel() for value in trainable.values())
     stored = trained + sum(buffer.numel() for buffer in live.buffers())
     entries = len(trainable) + len({name.rpartition(".")[0] for name in trainable} - {""})
-    in_memory = {base.family.denoiser, *(base.prompt_networks() if live.affects_text_encoder else ())}
-    weights = sum(size for name, size in sizes.items() if name in in_memory)
+    has_texts = work.has_texts and not live.affects_text_encoder
+    waiting, slots = swapped_bytes(base, work.block_swap, model.quantize)
+    weights = sum(sizes[name] for name in sizes.keys() - offloadable(base, has_texts=has_texts)) - waiting + slots
     bytes_per_parameter = 4.0 + 4.0 + STATE_BYTES[optim.optimizer] + (4.0 if optim.ema else 0.0)
+    casts = trained * dtype.itemsize if dtype.itemsize < 4 else 0  # of autocast, which keeps them until the update
+    casts += _dequantized(base, model.quantize)
     live.to(dtype=dtype)  # as autocast computes
     base.to(dtype=dtype)
     denoiser = Denoiser(base, live, live.trains_text, whole=whole)
@@ -117,26 +145,43 @@ def estimate_cost(
         noisy = torch.empty(count, channels, height, width, device=base.device)
         times = torch.zeros(count, dtype=torch.long, device=base.device)
         size = work.size[1], work.size[0]
-        frame = SizeConditioning(size, (0, 0), size, torch.empty(3, *size, device=base.device))
+        condition = None if live.control is None else torch.empty(3, *size, device=base.device)
+        frame = SizeConditioning(size, (0, 0), size, condition)
         return noisy, times, [work.prompts[number % len(work.prompts)] for number in range(count)], [frame] * count
 
     with FlopCounterMode(display=False) as forward, torch.no_grad(), _fused_attention():
         denoiser(*inputs(1))
-    fixed = {value.untyped_storage()._cdata for value in denoiser.parameters()}
-    recomputed = 0
     if work.checkpointing:
-        with _fused_attention(), _saved_bytes(fixed) as saved, _growth(denoiser, base, saved) as grown:
-            denoiser(*inputs(work.images))
-        recomputed = max(grown)  # in the backward pass one checkpointed block at a time has its activations again
         for network in filter(None, (base.denoiser, live.trained_network)):
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(partial(_checkpointed, dtype))
             network.train()
-    with _fused_attention(), FlopCounterMode(display=False) as both_passes, _saved_bytes(fixed) as saved:
-        denoiser(*inputs(work.images)).square().mean().backward()
+
+    def step() -> None:
+        given = inputs(work.images)
+        _latents, _noise, target = (torch.empty_like(given[0]) for _ in range(3))
+        (denoiser(*given) - target).square().mean().backward()
+
+    with _fused_attention(), _autocast(dtype):
+        with LiveBytes() as held:
+            for _ in range(min(work.accumulate, 2)):  # from the second micro-batch on all gradients are there
+                step()
+        gradients = sum(0 if value.grad is None else value.grad.nbytes for value in trainable.values())
+        with FlopCounterMode(display=False) as both_passes:  # apart, as it holds on to tensors
+            step()
     live.detach()
-    step = both_passes.get_total_flops() * work.accumulate
-    training, activations = int(trained * bytes_per_parameter), saved.peak + recomputed
-    return Cost(trained, stored, entries, weights, training, activations, step, forward.get_total_flops())
+    flops = both_passes.get_total_flops() * work.accumulate
+    training, activations = int(trained * bytes_per_parameter), held.peak - gradients + casts
+    return Cost(trained, stored, entries, weights, waiting, training, activations, flops, forward.get_total_flops())
+
+
+def _dequantized(base: Base, quantize: Quantize) -> int:
+    """Return the bytes of the largest weight of a block while it is dequantized; int8 is scaled in float32."""
+    if quantize == "none":
+        return 0
+    blocks = (module for module in base.denoiser.modules() if type(module).__name__ in base.family.checkpointed)
+    layers = (layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear)
+    largest = max((layer.weight.numel() for layer in layers), default=0)
+    return int(largest * (base.denoiser.dtype.itemsize + (4 if quantize == "int8" else 0)))
 
 
 def decoding_flops(base: Base, size: tuple[int, int]) -> float:
@@ -197,67 +242,34 @@ def _fused_attention() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _growth(denoiser: Denoiser, base: Base, saved: "_SavedBytes") -> Iterator[list[int]]:
-    """Yield a list that collects the bytes that each checkpointed block of the networks adds to `saved`."""
-    grown: list[int] = []
-    before: list[int] = []
-    hooks = []
-    for module in denoiser.modules():
-        if type(module).__name__ in base.family.checkpointed:
-            hooks.append(module.register_forward_pre_hook(lambda *_: before.append(saved.now)))
-            hooks.append(module.register_forward_hook(lambda *_: grown.append(saved.now - before.pop())))
-    try:
-        yield grown
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _checkpointed(dtype: torch.dtype, block: nn.Module, *args: Any) -> Any:
+    """Run a block of a network with gradient checkpointing, whose second pass is under autocast as well."""
+    contexts = nullcontext(), _autocast(dtype)
+    return checkpoint(block.__call__, *args, use_reentrant=False, context_fn=lambda: contexts)
 
 
-class _SavedBytes:
-    """Bytes that autograd saves for the backward pass, now and at their peak; each storage counts once."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self._references: dict[int, int] = {}
-
-    def add(self, storage: Any) -> None:
-        key = storage._cdata
-        self._references[key] = self._references.get(key, 0) + 1
-        if self._references[key] == 1:
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-
-    def remove(self, storage: Any) -> None:
-        key = storage._cdata
-        self._references[key] -= 1
-        if not self._references[key]:
-            del self._references[key]
-            self.now -= storage.nbytes()
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return _Autocast(dtype) if dtype.itemsize < 4 else nullcontext()
 
 
-class _SavedTensor:
-    """A tensor that autograd saves; it counts in a `_SavedBytes` until autograd releases it."""
+class _Autocast(TorchFunctionMode):
+    """Casts inputs of layers to half precision, and those of norms to float32, as autocast does on GPUs.
 
-    def __init__(self, value: Tensor, saved: _SavedBytes) -> None:
-        self.value, self._storage, self._saved = value, value.untyped_storage(), saved
-        saved.add(self._storage)
+    Autocast itself does nothing on the device ``meta``. Source: "CUDA Ops that can autocast" in PyTorch's documentation
+    of `torch.amp`, of which these are the operations that denoisers have.
+    """
 
-    def __del__(self) -> None:
-        self._saved.remove(self._storage)
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        half = (F.linear, F.conv2d, F.scaled_dot_product_attention, torch.matmul, torch.bmm, torch.baddbmm)
+        norms = (F.layer_norm, F.group_norm, F.rms_norm, F.softmax)
+        methods = (Tensor.matmul, Tensor.__matmul__, Tensor.bmm)
+        self._casts = dict.fromkeys((*half, *methods), dtype) | dict.fromkeys(norms, torch.float32)
 
-
-@contextmanager
-def _saved_bytes(fixed: set[int]) -> Iterator[_SavedBytes]:
-    """Count the bytes that autograd saves within the block, except storages in `fixed`, which exist anyway."""
-    saved = _SavedBytes()
-
-    def pack(value: Tensor) -> Any:
-        return value if value.untyped_storage()._cdata in fixed else _SavedTensor(value, saved)
-
-    def unpack(packed: Any) -> Tensor:
-        value: Tensor = packed.value if isinstance(packed, _SavedTensor) else packed
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield saved
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        to, given = self._casts.get(func), (args, kwargs or {})
+        if to is not None:
+            given = tree_map_only(Tensor, lambda value: value.to(to) if value.is_floating_point() else value, given)
+        return func(*given[0], **given[1])

@@ -12,6 +12,7 @@ import torch
 
 from diffgraft.bases import Base
 from diffgraft.bases.meta_base import meta_base, without_values
+from diffgraft.data.captions import is_fixed
 from diffgraft.data.inventory import pluralize
 from diffgraft.data.picture_lists import save_picture_lists
 from diffgraft.disk import format_bytes
@@ -39,6 +40,7 @@ from diffgraft.trainers.run.checks import check_base, check_family, check_pictur
 from diffgraft.trainers.run.folder import check_output, recipe_with
 from diffgraft.trainers.run.train import DTYPES
 from diffgraft.trainers.run.under import check_under_file
+from diffgraft.trainers.runtime.block_swap import check_swap, check_swap_settings
 from diffgraft.trainers.runtime.processes import new_accelerator
 from diffgraft.trainers.runtime.shards import check_compatible, check_shards
 from diffgraft.trainers.training_data.build import (
@@ -102,6 +104,7 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
     base = without_values(loaded_base) if loaded_base else meta_base(model.base, dtype, **model.layout_options())
     check_family(recipe.groups(), base)
     check_base(data, recipe.objective, base)
+    check_swap(recipe.block_swap, base)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         recipe, concepts = read_concepts(recipe)
@@ -126,9 +129,12 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         check_under_file(under)
         Graft(base).check(under.adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
-    checkpointing = recipe.runtime.gradient_checkpointing
-    work = Workload(largest, longest_prompt, optim.batch * passes, optim.accumulate, checkpointing)
-    estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, optim, model.quantize, whole=is_whole)
+    runtime, has_texts = recipe.runtime, is_fixed(data.tags)
+    work = Workload(
+        *(largest, longest_prompt, optim.batch * passes, optim.accumulate),
+        *(runtime.gradient_checkpointing, runtime.block_swap, has_texts),
+    )
+    estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, model, optim, whole=is_whole)
     pictures = optim.batch * optim.accumulate
     step = estimate.step + kind.bare_predictions * pictures * estimate.image
     if kind.uses_vae:
@@ -258,6 +264,8 @@ def _cost_facts(
     }
     listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in shares.items())
     yield "memory", f"about {format_bytes(estimate.memory)} for each device: {listed}"
+    if estimate.waiting:
+        yield "swapped", f"{format_bytes(estimate.waiting)} of frozen weights wait in main memory, for each device"
     rate = denoiser_speed(base, device)
     priors = [prior for concept, _ in concepts if (prior := concept.prior_preservation) is not None]
     generated = sum(prior.images for prior in priors if prior.by == "pictures" and not prior.folder)
@@ -285,6 +293,7 @@ def plan_run(name: str | Path, settings: dict[str, Any]) -> Plan:
     check_output(recipe.output, recipe.folders())
     check_trackers(recipe.trackers)  # its messages are clearer than accelerate's
     accelerator = new_accelerator(recipe.runtime, recipe.outputs)
+    check_swap_settings(recipe.runtime)
     check_compatible(recipe.runtime, recipe.quantize)
     check_shards(recipe.shard, accelerator)
     return make_plan(recipe, accelerator.device, DTYPES[recipe.precision], loaded_base)

@@ -34,9 +34,9 @@ class ModelSettings(Group):
     zero_snr: bool | None = None
     """Whether the noise schedule is rescaled to end in pure noise (zero terminal SNR); unset: what the files of the
     base say"""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """Hold the frozen linear layers of the base in 8 bits (int8) or 4 bits (nf4), by bitsandbytes: less memory,
-    slightly less exact"""
+    quantize: Literal["none", "fp8", "int8", "nf4"] = "none"
+    """Hold the frozen linear layers of the base in float8 (fp8), which keeps files in float8 as they are, or by
+    bitsandbytes in 8 bits (int8) or 4 bits (nf4): less memory, slightly less exact"""
 
     @property
     def sets_prediction(self) -> bool:
@@ -226,6 +226,9 @@ class RuntimeSettings(Group):
     """Dtype of the frozen base and of autocast; the adapter itself is trained in float32"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time"""
+    block_swap: int = Field(0, ge=0, le=1000)
+    """Number of blocks of a frozen transformer, the last ones, that wait in main memory and are on the GPU only while
+    they compute: less memory for more time; needs gradient_checkpointing"""
     attention: Literal["default", "plain", "xformers", "sliced"] = "default"
     """Attention of the denoiser: the fused kernel of PyTorch (default), plain matrix products, the package xformers, or
     one head at a time (sliced)"""

@@ -29,7 +29,7 @@ G = TypeVar("G", bound=Group)
 FREE = (
     *("images", "layout", "outside", "base", "components", "init_from", "output", "cache"),
     *("checkpoint_every", "sample_every", "sample_prompts", "adapter_every", "watch_every"),
-    *("trackers", "format", "previews"),
+    *("trackers", "format", "previews", "block_swap"),
 )
 """Keys that do not affect training steps, or whose files enter the fingerprint through hashes"""
 
@@ -129,7 +129,7 @@ class Recipe(
         paths: dict[str, Any] = dict.fromkeys(
             (
                 *("images", "output", "base", "components", "init_from", "cache", "trackers", "format", "previews"),
-                "watch_every",
+                *("watch_every", "block_swap"),
             ),
             True,
         )

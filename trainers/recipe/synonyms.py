@@ -4,6 +4,7 @@ _SYNONYMS = {
     # keys of configurations of kohya's tools and OneTrainer
     "base_model_name": "base",
     "torch_compile": "compile",
+    **dict.fromkeys(("blocks_to_swap", "single_blocks_to_swap"), "block_swap"),
     "unet.gradient_checkpointing": "gradient_checkpointing",
     "latent_caching": "cache",
     "concepts.image.enable_random_flip": "flip",

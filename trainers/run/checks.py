@@ -23,6 +23,7 @@ from diffgraft.trainers.recipe.groups import (
 )
 from diffgraft.trainers.run.attach import check_format
 from diffgraft.trainers.run.under import check_under
+from diffgraft.trainers.runtime.block_swap import check_swap_settings
 from diffgraft.trainers.runtime.shards import check_compatible
 from diffgraft.trainers.runtime.speed import check_speed
 from diffgraft.trainers.training_data.build import prior_prediction_weight, resolution_of, user_class_images
@@ -49,6 +50,7 @@ def check_settings(
     check_objective(objective.loss.objective, objective.loss.options)
     check_optimizer(optim, [])
     check_compatible(runtime, model.quantize)
+    check_swap_settings(runtime)
     check_speed(runtime, device)
     check_under(adapter, runtime, outputs)
 

@@ -30,8 +30,10 @@ from diffgraft.trainers.run.attach import attach, check_format
 from diffgraft.trainers.run.checks import check_base, check_family, check_pictures, check_prompts, check_settings
 from diffgraft.trainers.run.fingerprint import run_fingerprint
 from diffgraft.trainers.run.folder import Run, finished_run, new_run, resumed_run
-from diffgraft.trainers.run.train_adapter import AdapterTraining, Earlier, Setup
+from diffgraft.trainers.run.train_adapter import AdapterTraining, Earlier, Setup, parts_to_attach
 from diffgraft.trainers.run.under import Under
+from diffgraft.trainers.runtime.block_swap import check_swap, check_swap_frozen
+from diffgraft.trainers.runtime.offload import placed
 from diffgraft.trainers.runtime.processes import new_accelerator, shared_folder
 from diffgraft.trainers.runtime.shards import check_frozen, check_shards
 from diffgraft.trainers.training_data.build import resolution_of
@@ -144,15 +146,16 @@ def _train(
         for path in (recipe.init_from, recipe.under.adapter)
     )
     under = Under(recipe.under, held, file)
-    was_on = held.device
-    held.to(accelerator.device)
-    try:
+    check_swap(recipe.block_swap, held)
+    with placed(held, device, recipe.block_swap, takes_turns=recipe.shard == "none") as placement:
         if not held.family.blocks:  # `check_settings` checked the format on `tiny`, a UNet
             check_format(recipe.format, recipe.adapter, held)
+        placement.only(parts_to_attach(recipe.adapter, held))
         with under.always(), under.while_training():
             live = attach(recipe, held, start)  # refuse what does not fit before anything is generated or written
             try:
                 check_frozen(recipe.shard, held, live)
+                check_swap_frozen(recipe.block_swap, held, live)
             finally:
                 live.detach()
         with exclusive_lock(folder) if accelerator.is_main_process else nullcontext(), under.always():
@@ -174,19 +177,17 @@ def _train(
                     accelerator.is_main_process and not done
                 ):  # a resumed run keeps its recipe until everything is checked
                     save_recipe(recipe, folder / "recipe.yaml")
-                setup = Setup(held, folder, accelerator, read, start, under, hashes, control, earlier)
+                setup = Setup(held, placement, folder, accelerator, read, start, under, hashes, control, earlier)
                 run = AdapterTraining(recipe, setup).run()
             if accelerator.is_main_process and not run.before_after.exists():
                 save_loss_plot(loss_curves(run.metrics), folder / "loss.png")
                 if recipe.previews:
                     side = resolution_of(recipe.data, held)
-                    with warn_of_overflow("before-after.png is missing."):
+                    with placement.drawing(), warn_of_overflow("before-after.png is missing."):
                         steered = steered_samples(read, side)
                         sheet = before_after(recipe.samples(), side, held, run.adapter, _shown(read), steered)
                         emit(Artifact("samples", save_image(sheet, run.before_after), run.steps))
             accelerator.wait_for_everyone()
-    finally:
-        held.to(was_on)
     return run
 
 

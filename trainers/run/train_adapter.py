@@ -1,7 +1,7 @@
 """The training of one adapter: attach, train, export, detach."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from diffgraft.trainers.optim.lr_scales import lr_scales
 from diffgraft.trainers.optim.optimizers import new_optimizer
 from diffgraft.trainers.planning.prediction_check import prediction_warning
 from diffgraft.trainers.recipe.files import save_recipe
+from diffgraft.trainers.recipe.groups import AdapterSettings
 from diffgraft.trainers.recipe.recipe import Recipe
 from diffgraft.trainers.run.adapter_file import AdapterFile
 from diffgraft.trainers.run.attach import attach
@@ -45,7 +46,7 @@ from diffgraft.trainers.run.header import adapter_header
 from diffgraft.trainers.run.init_from import with_init_metadata
 from diffgraft.trainers.run.under import Under
 from diffgraft.trainers.runtime.checkpointing import recomputing
-from diffgraft.trainers.runtime.offload import loaded, offload, offloadable, onload
+from diffgraft.trainers.runtime.offload import Placement, offloadable
 from diffgraft.trainers.runtime.processes import check_same_step
 from diffgraft.trainers.runtime.shards import denoiser_copy, ignore_in_ddp, shard_denoiser
 from diffgraft.trainers.runtime.speed import sped_up
@@ -69,6 +70,8 @@ class Setup:
     """Inputs of a training run, in addition to its recipe."""
 
     base: Base
+    placement: Placement
+    """Where the parts of the base are"""
     folder: Path
     """Folder of the run"""
     accelerator: Any
@@ -103,14 +106,16 @@ class AdapterTraining:
         """
         recipe, setup, accelerator = self.recipe, self.setup, self.setup.accelerator
         # other processes then find class images and latents in the cache, which may be one per machine
-        with accelerator.main_process_first(), accelerator.local_main_process_first():
+        with accelerator.main_process_first(), accelerator.local_main_process_first(), setup.placement.turns():
             data = build_training_data(recipe.data, recipe.validation, recipe.seed, setup.base, setup.read)
-        if setup.is_main and (message := prediction_warning(setup.base, data.instances)):
+        with setup.placement.turns():
+            message = prediction_warning(setup.base, data.instances) if setup.is_main else ""
+        if message:
             warnings.warn(message, stacklevel=3)
         with (
             denoiser_copy(recipe.shard, setup.base),
             setup.under.while_training(),
-            self._attached(data) as (live, denoiser, offloaded),
+            self._attached(data) as (live, denoiser),
         ):
             fingerprint = run_fingerprint(recipe, setup.base.hash, data.digest, setup.hashes, accelerator.num_processes)
             for message in unexpected(setup.earlier.expected, fingerprint) if setup.is_main else ():
@@ -120,7 +125,8 @@ class AdapterTraining:
             check_same_step(accelerator, setup.folder, state.step)
             fingerprint = with_changes(setup.folder, fingerprint)
             metrics = Metrics(setup.folder, recipe.steps, state.step, writes=setup.is_main)
-            predict, state.optimizer = accelerator.prepare(denoiser, state.optimizer)
+            # the denoiser is where its parts have been put; accelerate would move the offloaded ones, too
+            predict, state.optimizer = accelerator.prepare(denoiser, state.optimizer, device_placement=[False, True])
             export = Export(
                 live, adapter_header(recipe, setup.base, fingerprint), setup.start, recipe.format, setup.is_main
             )
@@ -131,7 +137,7 @@ class AdapterTraining:
                 *self._validation(data, predict, metrics, export),
                 *self._watch(data, predict, live),
                 CheckpointHook(setup.folder, fingerprint, recipe.checkpoint_every, metrics),
-                *self._samples(live, offloaded, trackers),
+                *self._samples(live, trackers),
                 PeriodicArtifact("adapters", recipe.adapter_every, self._numbered("adapters", ".safetensors"), export),
                 PlotHook(setup.folder / "loss.png", metrics),
             ]
@@ -151,16 +157,17 @@ class AdapterTraining:
         return run
 
     @contextmanager
-    def _attached(self, data: TrainingData) -> Iterator[tuple[Attached, Denoiser, list[str]]]:
+    def _attached(self, data: TrainingData) -> Iterator[tuple[Attached, Denoiser]]:
         """Attach the method and prepare the base within the block; both are undone afterwards.
 
-        Yields what is attached, the denoiser, and the parts of the base that are offloaded.
+        Yields what is attached, and the denoiser.
         """
-        recipe, base = self.recipe, self.setup.base
-        offloaded: list[str] = []
+        recipe, base, placement = self.recipe, self.setup.base, self.setup.placement
         live: Attached | None = None
         try:
+            placement.only(parts_to_attach(recipe.adapter, base))
             live = attach(recipe, base, self.setup.start)
+            live.to(base.device)  # also on blocks that wait in main memory
             shard_denoiser(recipe.shard, base)
             if recipe.gradient_checkpointing:
                 for network in filter(None, (base.denoiser, live.trained_network)):
@@ -172,18 +179,19 @@ class AdapterTraining:
             if data.prompts is not None and not live.affects_text_encoder:
                 loss = recipe.loss
                 watched = [""] if recipe.watch_every else []
-                texts.prepare([*data.prompts, *objective_prompts(loss.objective, loss.options, data.prompts), *watched])
+                prompts = [*data.prompts, *objective_prompts(loss.objective, loss.options, data.prompts), *watched]
+                with placement.turns():
+                    texts.prepare(prompts)
             denoiser = Denoiser(base, live, live.affects_text_encoder, texts, whole)
             if not live.trains_text:
                 denoiser.freeze_text()
-            ignore_in_ddp(recipe.shard, denoiser)
+            ignore_in_ddp(denoiser)
             has_texts = data.prompts is not None and not live.affects_text_encoder
-            offloaded += offloadable(base, has_texts=has_texts, uses_vae=uses_vae(recipe.loss.objective))
-            offload(base, offloaded)
+            placement.all_but(offloadable(base, has_texts=has_texts, uses_vae=uses_vae(recipe.loss.objective)))
             with sped_up(recipe.runtime, base, denoiser):
-                yield live, denoiser, offloaded
+                yield live, denoiser
         finally:
-            onload(base, offloaded)
+            placement.release()
             if live is not None:
                 live.detach()
             base.denoiser.disable_gradient_checkpointing()
@@ -226,14 +234,14 @@ class AdapterTraining:
             pictures = [picture for _, own in setup.read for picture in own]
             yield WatchHook(self.recipe.watch_every, watched, predict, live, setup.folder, pictures)
 
-    def _samples(self, live: Attached, offloaded: Sequence[str], trackers: TrackersHook) -> Iterator[PeriodicArtifact]:
+    def _samples(self, live: Attached, trackers: TrackersHook) -> Iterator[PeriodicArtifact]:
         recipe, base = self.recipe, self.setup.base
 
         def sample(step: int, file: Path) -> None:
             base.denoiser.eval()
             live.eval()
             with (
-                loaded(base, offloaded),
+                self.setup.placement.drawing(),
                 self.setup.under.lifted(),
                 warn_of_overflow(f"Samples of step {step} are missing."),
             ):
@@ -255,6 +263,11 @@ class AdapterTraining:
     def _numbered(self, name: str, suffix: str) -> Callable[[int], Path]:
         """Return a function that names the file of a step in the folder `name` of the run."""
         return lambda step: self.setup.folder / name / f"step-{step:06d}{suffix}"
+
+
+def parts_to_attach(adapter: AdapterSettings, base: Base) -> list[str]:
+    """Return the parts of a base that are on the device while a method is attached to it."""
+    return [base.family.denoiser, *(base.text_encoders() if adapter.text_encoder else ())]
 
 
 @dataclass(frozen=True)

@@ -72,14 +72,17 @@ def check_frozen(shard: str, base: Base, live: Attached) -> None:
     Raises:
         DiffgraftError: the attached method trains the denoiser's own weights.
     """
-    if shard == "none":
-        return
-    weights = {id(value) for value in base.denoiser.parameters()}
-    if any(id(value) in weights for value in live.trainable().values()):
+    if shard != "none" and trains_denoiser(base, live):
         raise DiffgraftError(
             f"shard={shard} needs a frozen denoiser, but this method trains the denoiser's own weights: remove shard, "
             "or use another method, such as lora."
         )
+
+
+def trains_denoiser(base: Base, live: Attached) -> bool:
+    """Whether an attached method trains the denoiser's own weights."""
+    weights = {id(value) for value in base.denoiser.parameters()}
+    return any(id(value) in weights for value in live.trainable().values())
 
 
 def shard_denoiser(shard: str, base: Base) -> None:
@@ -88,10 +91,11 @@ def shard_denoiser(shard: str, base: Base) -> None:
         _IMPLEMENTATIONS[shard](base.denoiser, base.family.checkpointed)
 
 
-def ignore_in_ddp(shard: str, module: nn.Module) -> None:
-    """Make `DistributedDataParallel` ignore the frozen parameters and buffers of `module`, which differ by process."""
-    if shard == "none":
-        return
+def ignore_in_ddp(module: nn.Module) -> None:
+    """Make `DistributedDataParallel` ignore the frozen parameters and buffers of `module`.
+
+    They differ by process if they are sharded, and are not all on the device; else all processes have read the same.
+    """
     names = [name for name, value in module.named_parameters() if not value.requires_grad]
     names += [name for name, _ in module.named_buffers()]
     ignore: Any = nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model

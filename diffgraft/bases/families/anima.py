@@ -136,6 +136,7 @@ class Anima(QwenVaeFamily):
         """
         conditioner: Any = base.text_conditioner  # type: ignore[attr-defined]
         states, mask = language_states(base, prompts, _LENGTH, "right")
+        mask = mask.to(base.device)
         ids = base.t5_tokenizer(  # type: ignore[attr-defined]
             list(prompts),
             padding="max_length",

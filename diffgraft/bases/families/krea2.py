@@ -94,7 +94,7 @@ class Krea2(QwenVaeFamily):
         },
         "text_encoder": QWEN_LAYERS,
     }
-    checkpointed = ("Krea2TransformerBlock", "Krea2TextFusionBlock")
+    checkpointed = ("Krea2TransformerBlock",)
     original = _ORIGINAL
     published = "krea/Krea-2-Raw"
 

@@ -100,19 +100,19 @@ class QwenImage(QwenVaeFamily):
         texts = [template.format(prompt) for prompt in prompts]
         states, mask = language_states(base, texts, first + _LENGTH)
         kept = mask[:, first:]
-        return Conditioning(states[-1][:, first:] * kept.unsqueeze(-1), {"mask": kept})
+        return Conditioning(states[-1][:, first:] * kept.unsqueeze(-1).to(states[-1]), {"mask": kept})
 
     def denoise(
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         dtype, (height, width) = base.denoiser.dtype, noisy.shape[-2:]
         states, mask = conditioning.hidden_states.to(dtype), conditioning.added["mask"]
-        longest = _LENGTH if mask.is_meta else max(1, int(mask.sum(1).max()))
+        longest = max(1, int(mask.sum(1).max()))
         tokens: Tensor = denoiser(
             hidden_states=packed(noisy).to(dtype),
             timestep=self.sigmas(base, timesteps, noisy),
             encoder_hidden_states=states[:, :longest],
-            encoder_hidden_states_mask=mask[:, :longest],
+            encoder_hidden_states_mask=mask[:, :longest].to(states.device),
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
             return_dict=False,
         )[0]

@@ -109,14 +109,14 @@ class ZImage(FlowFamily):
         """
         texts = [as_message(base, prompt, thinking=True) for prompt in prompts]
         states, mask = language_states(base, texts, _LENGTH)
-        return Conditioning(states[-2] * mask.unsqueeze(-1), {"mask": mask})
+        return Conditioning(states[-2] * mask.unsqueeze(-1).to(states[-2]), {"mask": mask})
 
     def denoise(
         self, base: Base, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> Tensor:
         dtype, mask = base.denoiser.dtype, conditioning.added["mask"]
         rows = zip(conditioning.hidden_states.to(dtype), mask, strict=True)
-        texts = [row if mask.is_meta else row[kept] for row, kept in rows]  # which tokens count is unknown on `meta`
+        texts = [row[kept] for row, kept in rows]
         found = denoiser(
             list(noisy.to(dtype).unsqueeze(2)), 1 - self.sigmas(base, timesteps, noisy), texts, return_dict=False
         )[0]
