@@ -152,6 +152,6 @@ class TrainingLoop:
         self.state.optimizer.zero_grad()
         self._accumulate(step)  # again, as clipping has spread the non-finite values
         count = self.optim.batch * self.optim.accumulate * self.state.accelerator.num_processes
-        names = list(dict.fromkeys(self.objective.names(step * count, count)))
+        names = list(dict.fromkeys(self.objective.picture_names(step * count, count)))
         module = first_nonfinite_grad(self.state.parameters, self.adapter.paths())
         return DiffgraftError(divergence_error(self.optim.lr, step, loss, self.skipped, module, names))

@@ -35,7 +35,7 @@ HEAD = f"{'block':24} {'modules':>7} {'‖A−B‖/‖A‖':>11} {'cosine':>8} {
 
 
 def block_differences(norms: Mapping[str, Norms]) -> list[BlockDifference]:
-    """Return the differences of each block in the order of the base, and those of all modules together.
+    """Return how much two adapters differ in each block, in the order of the base, and in all modules together.
 
     Args:
         norms: those of `AdapterComparison.norms`, by module path.

@@ -77,7 +77,10 @@ def _state(network: Any, part: str, tensors: Mapping[str, StoredTensor], problem
         if name is None:
             if part != "vae" and (key.endswith(_EXTRA) or normalize(key).startswith(_EXTRA)):
                 continue
-            raise DiffgraftError(f"{problem}{key}, which is no weight of the {part} that the components describe.")
+            raise DiffgraftError(
+                f"{problem}{key}, which the {part} of the components does not have: give components= a "
+                "diffusers folder of the same architecture."
+            )
         shape = tuple(wanted[name].shape)
         # a matrix of the VAE's attention is a 1 x 1 convolution in the original
         if tensor.shape != shape and tensor.shape != (*shape, 1, 1):

@@ -277,7 +277,7 @@ class Family(ABC):
         """
         return {}
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:  # noqa: ARG002
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:  # noqa: ARG002
         """Yield what the denoiser gets from the other parts, its width there, and the width of what they give.
 
         A base whose denoiser is a single file is refused if one of the pairs differs.

@@ -126,7 +126,7 @@ class FlowFamily(Family):
         """Set the kernel of attention: ``plain`` for PyTorch's own products, or ``xformers``.
 
         Raises:
-            DiffgraftError: a transformer's attention cannot be computed in slices.
+            DiffgraftError: `kind` is ``sliced``, which only UNets support.
         """
         if kind == "sliced":
             raise DiffgraftError(

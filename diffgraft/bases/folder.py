@@ -37,7 +37,7 @@ from diffgraft.bases.folder_weights import fill
 from diffgraft.bases.modular import INDEXES, MODULAR_INDEX, pipeline_of
 from diffgraft.bases.processors import read_processor, tokenizer_in
 from diffgraft.bases.registry import conditioner_tokenizers, denoisers, part_names, tokenizers
-from diffgraft.bases.unet import inpainting
+from diffgraft.bases.unet import inpainting_class
 from diffgraft.bases.vocabulary import check_vocabulary
 from diffgraft.errors import DiffgraftError
 
@@ -80,7 +80,7 @@ def read_index(folder: Path, pipelines: Mapping[str, Components]) -> dict[str, t
         )
     index = read_object(path)
     kind = index.get("_class_name", "model without a class")
-    known = {name: parts for plain, parts in pipelines.items() for name in (plain, inpainting(plain))}
+    known = {name: parts for plain, parts in pipelines.items() for name in (plain, inpainting_class(plain))}
     if not isinstance(kind, str) or kind not in known:
         named = kind if isinstance(kind, str) and len(kind) < 60 else short(kind)
         raise DiffgraftError(

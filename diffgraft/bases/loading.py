@@ -22,7 +22,7 @@ from diffgraft.bases.quantize import quantized
 from diffgraft.bases.quantized import Quantize
 from diffgraft.bases.registry import families, part_names
 from diffgraft.bases.transformer_files import TransformerFile, open_transformer
-from diffgraft.bases.unet import inpainting
+from diffgraft.bases.unet import inpainting_class
 from diffgraft.errors import DiffgraftError, did_you_mean, short_repr, wrap_system_errors
 from diffgraft.third_party import quiet_libraries
 
@@ -102,7 +102,7 @@ def load_base(
         pipe, digest = _read(path, components, family, dtype)
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     detected = families()[family] if family else next(item for item in families().values() if item.matches(pipe))
-    if type(pipe).__name__ not in (detected.pipeline_class, inpainting(detected.pipeline_class)):
+    if type(pipe).__name__ not in (detected.pipeline_class, inpainting_class(detected.pipeline_class)):
         raise DiffgraftError(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {detected.name}. "
             "Give a text-to-image model."
@@ -244,7 +244,7 @@ class SingleFile:
         import diffusers
 
         kind = families()[self.family].pipeline_class
-        return getattr(diffusers, kind if self.channels == 4 else inpainting(kind))
+        return getattr(diffusers, kind if self.channels == 4 else inpainting_class(kind))
 
     def tokenizers(self) -> dict[str, Any]:
         """Return the tokenizers of the checkpoint by name."""

@@ -21,7 +21,7 @@ from diffgraft.bases.loading import (
 from diffgraft.bases.prediction import with_prediction_type
 from diffgraft.bases.registry import families
 from diffgraft.bases.transformer_files import open_transformer
-from diffgraft.bases.unet import inpainting
+from diffgraft.bases.unet import inpainting_class
 from diffgraft.errors import DiffgraftError
 from diffgraft.third_party import quiet_libraries
 
@@ -52,7 +52,7 @@ def meta_base(
         pipe = _layout(path, source, components)
     pipe.scheduler = with_prediction_type(pipe.scheduler, prediction_type, zero_snr)
     family = next(family for family in families().values() if family.matches(pipe))
-    if type(pipe).__name__ not in (family.pipeline_class, inpainting(family.pipeline_class)):
+    if type(pipe).__name__ not in (family.pipeline_class, inpainting_class(family.pipeline_class)):
         raise DiffgraftError(
             f"{source} is a {type(pipe).__name__}, which draws otherwise than a base of the family {family.name}. "
             "Give a text-to-image model."

@@ -76,7 +76,7 @@ class TransformerFile:
         self._check(network)
         parts = bundled_parts(self.file, self.family, components, index, is_read=weights == "files")
         pipe = build_pipeline(components, known, weights, {**parts, name: network})
-        for what, wanted, given in self.family.fit(pipe.components):
+        for what, wanted, given in self.family.paired_widths(pipe.components):
             if wanted != given:
                 raise DiffgraftError(
                     f"{self.file.path} is a transformer for {what} of width {wanted}, but those of {components} have "

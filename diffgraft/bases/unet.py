@@ -89,7 +89,7 @@ class UNetFamily(Family):
 
     def has_pipeline(self, pipe: Any) -> bool:
         """Whether a pipeline has the family's class, or its inpainting class."""
-        return type(pipe).__name__ in (self.pipeline_class, inpainting(self.pipeline_class))
+        return type(pipe).__name__ in (self.pipeline_class, inpainting_class(self.pipeline_class))
 
     def parameterization(self, scheduler: Any) -> Parameterization:
         """Return ε- or v-prediction on the noise schedule of DDPM."""
@@ -216,7 +216,7 @@ class UNetFamily(Family):
         if self.pipeline_class == "StableDiffusionPipeline":  # for inpainting, too
             shared |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         scheduler = type(base.scheduler).from_config(base.scheduler.config)
-        kind = inpainting(self.pipeline_class) if base.is_inpainting else self.pipeline_class
+        kind = inpainting_class(self.pipeline_class) if base.is_inpainting else self.pipeline_class
         pipe = getattr(diffusers, kind)(scheduler=scheduler, **shared)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -266,6 +266,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def inpainting(pipeline_class: str) -> str:
+def inpainting_class(pipeline_class: str) -> str:
     """Return the class name of diffusers' inpainting pipeline for the class name of a text-to-image pipeline."""
     return pipeline_class.replace("Pipeline", "InpaintPipeline")

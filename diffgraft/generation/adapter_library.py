@@ -123,7 +123,10 @@ def as_path(name: str) -> Path | None:
 
 
 def usual_name(source: str) -> str:
-    """Return the name of an adapter by its path or its name in a library: without suffix, of a run its folder's."""
+    """Return the display name of an adapter that is given by path or by library name.
+
+    That is the file's name without suffix; for the file of a run, the name of the run's folder.
+    """
     path = as_path(source)
     if path is None:
         return source

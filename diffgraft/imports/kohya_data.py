@@ -59,7 +59,7 @@ class Data:
 
     @property
     def image_subsets(self) -> list[Subset]:
-        """The subsets of training images."""
+        """The folders of training images, without those of class images (`is_reg`)."""
         return [subset for subset in self.subsets if not subset.is_class]
 
     @property

@@ -82,7 +82,7 @@ def test_the_loss_and_its_gradient_are_the_formula(base: Base) -> None:
     assert factor.grad.item() == pytest.approx(exact.grad.item(), rel=1e-5)
     mean = WEIGHT * (found["distance"] * judged / 6 + PRIOR * found["drift"])
     assert mean.item() == pytest.approx(total.item(), rel=1e-5)
-    assert objective.names(20, 6) == stream.names(20, 6)
+    assert objective.picture_names(20, 6) == stream.picture_names(20, 6)
 
 
 def test_noisier_samples_have_the_distance_from_the_base_alone(base: Base) -> None:

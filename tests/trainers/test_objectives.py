@@ -86,7 +86,7 @@ def test_dreambooth_is_instance_plus_lambda_times_prior(base: Base) -> None:
     assert found["prior"].item() == pytest.approx(terms[1], rel=1e-5)
     assert found["loss"].item() == pytest.approx(terms[0] + 0.4 * terms[1], rel=1e-5)
     assert terms[0] != pytest.approx(terms[1], rel=1e-3)
-    shown = dreambooth.names(21, 3)
+    shown = dreambooth.picture_names(21, 3)
     assert shown == [f"{row}.png" for row in rows(ours, 9, 21, 3) + rows(kept, 10, 21, 3)]
     two = [SampleStream(ours, process, 9, CPU, kind).batch(21, 3) for kind in (0, 1)]
     assert not torch.equal(two[0].times, two[1].times)

@@ -113,7 +113,7 @@ def test_loss_and_gradients_are_those_of_the_script_in_float64(base: Base, predi
     errors = (predicted(wanted, noisy, times) - target).square().mean((1, 2, 3))
     assert terms["preferred"].item() == pytest.approx(errors[:4].mean().item(), rel=1e-5)
     assert terms["rejected"].item() == pytest.approx(errors[4:].mean().item(), rel=1e-5)
-    assert objective.names(20, 4) == winner.names(20, 4)
+    assert objective.picture_names(20, 4) == winner.picture_names(20, 4)
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])

@@ -100,7 +100,7 @@ def test_the_loss_is_the_formula(base: Base, preserve: list[str], both: bool) ->
     found["loss"].backward()
     assert ours.factor.grad is not None
     assert ours.factor.grad.item() == pytest.approx(0.5 * (2 * error * x).mean(), rel=1e-5)
-    assert objective.names(21, 3) == stream.names(21, 3)
+    assert objective.picture_names(21, 3) == stream.picture_names(21, 3)
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.5])
@@ -132,7 +132,7 @@ def test_the_loss_of_pairs_is_the_formula(base: Base, strength: float) -> None:
     found["loss"].backward()
     assert ours.factor.grad is not None
     assert ours.factor.grad.item() == pytest.approx(sum(slopes), rel=1e-4)
-    assert objective.names(21, 3) == positive.names(21, 3)
+    assert objective.picture_names(21, 3) == positive.picture_names(21, 3)
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])

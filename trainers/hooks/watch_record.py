@@ -15,6 +15,7 @@ from diffgraft.strict import Strict
 RECORD_NAME = "watch.json"
 """Name of the record's file in the folder of a run"""
 _FINDINGS = "findings"
+_ADVICE = "Runs with watch_every write it to watch.json in their folder: name that folder."
 _LARGEST = 2**28
 """Bytes of a record that is read"""
 
@@ -135,7 +136,7 @@ def read_record(path: Path) -> WatchRecord:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise DiffgraftError(
-            f"{path} is not the record of a watch ({where}: {one_line(first['msg'], 100)})."
+            f"{path} is not the record of a watch ({where}: {one_line(first['msg'], 100)}). {_ADVICE}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise DiffgraftError(f"{path} is not the record of a watch ({one_line(error, 100)}).") from error
+        raise DiffgraftError(f"{path} is not the record of a watch ({one_line(error, 100)}). {_ADVICE}") from error

@@ -86,9 +86,9 @@ class Align:
             wanted = self.clip.text_features(prompts)
         return 1 - (self.clip.image_features(decoded(self.base, latents)) * wanted).sum(-1)
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.stream.names(sample_index, count)
+        return self.stream.picture_names(sample_index, count)
 
 
 def _check(options: AlignOptions, base: Base) -> None:

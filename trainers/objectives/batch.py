@@ -80,7 +80,7 @@ class SampleStream:
         frames = self.examples.size_conditioning(variants)
         return Batch(noisy, target, times, prompts, frames, mask, weight.to(self.device), variants)
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples, starting at `sample_index`."""
         return [variant.example.name for variant in self._at(sample_index, count)]
 

@@ -21,9 +21,9 @@ class Captioned:
         prediction = predict(batch.noisy, batch.times, batch.prompts, batch.frames)
         return {"loss": batch.loss(stream.process, prediction)}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.inputs.instances.names(sample_index, count)
+        return self.inputs.instances.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind("captioned", "Pictures under their own prompts.", Captioned)

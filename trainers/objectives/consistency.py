@@ -91,9 +91,9 @@ class Consistency:
         skip, out = boundary(timesteps)
         return skip * x + out * self.stream.process.parameterization.x0(x, prediction, timesteps)
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.stream.names(sample_index, count)
+        return self.stream.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(

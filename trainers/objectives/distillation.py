@@ -42,9 +42,9 @@ class Distillation:
             terms["instance"] = batch.loss(stream.process, found)
         return {"loss": terms["distillation"] + data * terms.get("instance", 0.0), **terms}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.inputs.instances.names(sample_index, count)
+        return self.inputs.instances.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(

@@ -37,9 +37,9 @@ class DreamBooth:
         prior = self.classes.process.loss_per_sample(class_prediction, classes.target, classes.times)
         return {"loss": instance + (prior * classes.weight).mean(), "instance": instance, "prior": prior.mean()}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples, and of as many class images."""
-        return self.instances.names(sample_index, count) + self.classes.names(sample_index, count)
+        return self.instances.picture_names(sample_index, count) + self.classes.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind("dreambooth", "A subject, with class images for prior preservation.", DreamBooth)

@@ -70,7 +70,7 @@ class Objective(Protocol):
             count: number of samples.
         """
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of these samples, for messages."""
 
 

@@ -54,9 +54,9 @@ class PictureSlider:
             terms[name] = half.loss(self.positive.process, prediction)
         return {"loss": terms["positive"] + terms["negative"], **terms}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the positive pictures of `count` pairs."""
-        return self.positive.names(sample_index, count)
+        return self.positive.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(

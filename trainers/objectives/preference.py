@@ -72,9 +72,9 @@ class Preference:
         means = dict(zip(("preferred", "rejected"), own.view(2, -1).mean(1), strict=True))
         return {"loss": loss, "accuracy": accuracy, **means}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the preferred pictures of `count` pairs."""
-        return self.preferred.names(sample_index, count)
+        return self.preferred.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(

@@ -36,9 +36,9 @@ class PriorPrediction:
         prior = stream.process.loss_per_sample(both[count:], base_prediction, batch.times).mean()
         return {"loss": instance + self.inputs.prior_weight * prior, "instance": instance, "prior": prior}
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.inputs.instances.names(sample_index, count)
+        return self.inputs.instances.picture_names(sample_index, count)
 
 
 OBJECTIVE = ObjectiveKind(

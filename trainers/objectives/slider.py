@@ -100,9 +100,9 @@ class Slider:
             variants = self.options.with_attributes(prompt)
             yield variants[index % len(variants)]
 
-    def names(self, sample_index: int, count: int) -> list[str]:
+    def picture_names(self, sample_index: int, count: int) -> list[str]:
         """Return the names of the pictures of `count` samples."""
-        return self.stream.names(sample_index, count)
+        return self.stream.picture_names(sample_index, count)
 
 
 def _prompts(options: SliderOptions, targets: Sequence[str]) -> list[str]:

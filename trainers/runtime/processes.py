@@ -67,7 +67,10 @@ def shared_mean(accelerator: Any, terms: Mapping[str, float]) -> dict[str, float
 
 
 def shared_requests(accelerator: Any, control: Control) -> frozenset[str]:
-    """Requests (`stop`, `sample`, `save`) to the main process's control since the last call, on all processes."""
+    """Return the requests (`stop`, `sample`, `save`) that the main process received since the last call.
+
+    All processes must call it together, and all get the same answer.
+    """
     requests = {name for name in ("sample", "save") if control.pop_request(name)}
     requests |= {"stop"} if control.is_stopping else set()
     if accelerator.num_processes == 1:

@@ -122,7 +122,7 @@ class Anima(QwenVaeFamily):
             "extra_pos_embed_type": None,
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare latents, and the states that text encoder, conditioner and transformer hand on."""
         config, conditioner = parts["transformer"].config, parts["text_conditioner"].config
         yield "latents", config.in_channels, parts["vae"].config.z_dim

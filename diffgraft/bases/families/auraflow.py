@@ -108,7 +108,7 @@ class AuraFlow(FlowFamily):
             "pos_embed_max_size": shapes.size("pos_embed.pos_embed", 1),
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare latents and the states of the text encoder."""
         config, encoder = parts["transformer"].config, parts["text_encoder"].config
         yield "latents", config.in_channels, parts["vae"].config.latent_channels

@@ -121,7 +121,7 @@ class Flux1(FlowFamily):
             "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare 2 × 2 latents, the states of T5 and the pooled embedding of CLIP."""
         config = parts["transformer"].config
         yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.latent_channels

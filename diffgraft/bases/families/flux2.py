@@ -118,7 +118,7 @@ class Flux2Klein(FlowFamily):
             "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare 2 × 2 latents, and the states of three layers of Qwen3."""
         config = parts["transformer"].config
         yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.latent_channels

@@ -119,7 +119,7 @@ class Krea2(QwenVaeFamily):
             "num_refiner_text_blocks": shapes.count("text_fusion.refiner_blocks"),
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Yield widths that have to agree: of 2 × 2 latents with the VAE, and of the states with Qwen3-VL."""
         config = parts["transformer"].config
         yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.z_dim

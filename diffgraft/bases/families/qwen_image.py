@@ -83,7 +83,7 @@ class QwenImage(QwenVaeFamily):
             "joint_attention_dim": shapes.size("txt_in.weight", 1),
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare 2 × 2 latents, and the states of Qwen2.5-VL."""
         config = parts["transformer"].config
         yield "2 × 2 latents", config.in_channels, 4 * parts["vae"].config.z_dim

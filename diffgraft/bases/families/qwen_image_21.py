@@ -86,7 +86,7 @@ class QwenImage21(QwenVaeFamily):
             "mlp_ratio": shapes.size("transformer_blocks.0.img_mlp.proj.weight") // width,
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare latents, and the states of Qwen3-VL."""
         config = parts["transformer"].config
         yield "latents", config.in_channels, parts["vae"].config.z_dim

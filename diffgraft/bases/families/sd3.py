@@ -129,7 +129,7 @@ class StableDiffusion3(FlowFamily):
             "qk_norm": "rms_norm" if norm in shapes else None,
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Compare latents, the states of T5, and the pooled embeddings of both CLIPs."""
         config = parts["transformer"].config
         yield "latents", config.in_channels, parts["vae"].config.latent_channels

@@ -96,7 +96,7 @@ class ZImage(FlowFamily):
             "cap_feat_dim": shapes.size("cap_embedder.0.weight"),
         }
 
-    def fit(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    def paired_widths(self, parts: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
         """Yield widths that have to agree: of latents with the VAE, and of the states with Qwen3."""
         config = parts["transformer"].config
         yield "latents", config.in_channels, parts["vae"].config.latent_channels
