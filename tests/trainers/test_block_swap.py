@@ -33,7 +33,8 @@ QUICK: dict[str, Any] = {
     "lr": 1e-2,
     "gradient_checkpointing": True,
 }
-ALL = {name: 2 if name in ("sd3", "qwen-image", "krea2") else 3 for name in FLOW_FAMILIES} | {"zimage": 4}
+_TWO = ("sd3", "qwen-image", "qwen-image-21", "krea2", "anima")
+ALL = {name: 2 if name in _TWO else 3 for name in FLOW_FAMILIES} | {"zimage": 4}
 """Family → number of blocks of its small base"""
 
 
