@@ -16,8 +16,8 @@ from diffgraft.third_party import mask_padding_without_torchvision
 
 _LENGTH = 512
 """Tokens of a prompt at most, by either tokenizer"""
-_PARTS = {"self_attn": ("attn1", "norm1"), "cross_attn": ("attn2", "norm2"), "mlp": ("ff", "norm3")}
-"""Part of a block in the original layout → its layers, and its modulation, in diffusers"""
+_MODULATION = {"self_attn": "norm1", "cross_attn": "norm2", "mlp": "norm3"}
+"""Part of a block in the original layout → its modulation in diffusers"""
 _ATTENTION = {
     **{f"{name}_proj": f"to_{name}" for name in "qkv"},
     "output_proj": "to_out.0",
@@ -42,7 +42,7 @@ _ORIGINAL = OriginalLayout(
             "mlp.layer2": "ff.net.2",
             **{
                 f"adaln_modulation_{part}.{number}": f"{norm}.linear_{number}"
-                for part, (_, norm) in _PARTS.items()
+                for part, norm in _MODULATION.items()
                 for number in (1, 2)
             },
         },
@@ -79,7 +79,7 @@ class Anima(QwenVaeFamily):
             ),
             "feedforward": ("ff.net.0.proj", "ff.net.2"),
             "modulation": tuple(
-                f"transformer_blocks.*.{norm}.linear_{number}" for _, norm in _PARTS.values() for number in (1, 2)
+                f"transformer_blocks.*.{norm}.linear_{number}" for norm in _MODULATION.values() for number in (1, 2)
             ),
         },
         "text_encoder": QWEN_LAYERS,
