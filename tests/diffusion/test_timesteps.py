@@ -102,3 +102,13 @@ def test_a_shift_is_read_from_the_command_line(text: str, value: object) -> None
 def test_a_shift_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(DiffgraftError, match=r"Invalid value timesteps\.shift='.*': must be 'size' or "):
         load_recipe(SUBJECT, {"subject": "dog", "timesteps.shift": text})
+
+
+@pytest.mark.parametrize("name", ["zimage-subject", "zimage-style"])
+def test_the_recipes_of_zimage_undo_the_shift_of_its_schedule(name: str) -> None:
+    """Half of σ = s · u / (1 + (s − 1) · u) lie above s / (1 + s), where u is the sigmoid of a normal number: s = 2."""
+    timesteps = load_recipe(name, {}).timesteps
+    schedule = Flow(1000, 6.0).sigmas
+    shift = float(timesteps.shift)
+    drawn = [float(schedule[draw_timestep(1000, timesteps, (3, index), shift)]) for index in range(2000)]
+    assert np.median(drawn) == pytest.approx(2 / 3, abs=0.02)
