@@ -273,7 +273,7 @@ def small(folder: Path, family: str, channels: int = 4) -> Path:
 
     from diffgraft.bases import loading
     from diffgraft.bases.registry import families
-    from diffgraft.bases.unet import inpainting
+    from diffgraft.bases.unet import inpainting_class
 
     torch.manual_seed(8)
     source = loading.CONFIGS / (family if family != "taiyi" else "sd1")
@@ -306,7 +306,7 @@ def small(folder: Path, family: str, channels: int = 4) -> Path:
     else:
         parts["text_encoder"] = CLIPTextModel(text("text_encoder", 20))
     kind = families()[family].pipeline_class
-    pipe = getattr(diffusers, kind if channels == 4 else inpainting(kind))(
+    pipe = getattr(diffusers, kind if channels == 4 else inpainting_class(kind))(
         vae=vae, unet=unet, scheduler=scheduler, **parts
     )
     pipe.save_pretrained(folder)

@@ -111,7 +111,7 @@ def test_a_damaged_conditioner_in_a_file_is_refused(anima: Base, tmp_path: Path)
     for damage, why in (
         ({"net.llm_adapter.norm.weight": None}, "without 1 of the weights of a text_conditioner, such as norm.weight"),
         ({"net.llm_adapter.norm.weight": torch.ones(5)}, r"norm.weight of shape \[5\]"),
-        ({"net.llm_adapter.other": torch.ones(5)}, "other, which is no weight of the text_conditioner"),
+        ({"net.llm_adapter.other": torch.ones(5)}, "other, which the text_conditioner of the components does not have"),
         ({"net.blocks.0.self_attn.k_proj.weight": None}, "blocks.0.self_attn.k_proj.weight"),
     ):
         own = {name: value for name, value in {**state, **damage}.items() if value is not None}

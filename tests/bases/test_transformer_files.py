@@ -166,7 +166,7 @@ def test_a_file_with_all_parts_needs_only_their_configurations(flow_base: Base, 
     assert base.hash == flow_base.hash
     assert base.vae_hash == flow_base.vae_hash
     for damage, answer in (
-        ({"vae.conv.weight": torch.ones(2, 3)}, "vae.conv.weight, which is no weight of the vae"),
+        ({"vae.conv.weight": torch.ones(2, 3)}, "vae.conv.weight, which the vae of the components does not have"),
         ({name: None for name in state if name.endswith("decoder.conv_out.bias")}, "without 1 of the weights of a vae"),
         (
             {name: torch.ones(2) for name in state if name.endswith("decoder.conv_out.bias")},

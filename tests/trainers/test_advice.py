@@ -18,7 +18,7 @@ from tests.recipes import SUBJECT
 @pytest.fixture(autouse=True)
 def _cost_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost is another file's matter, and takes most of the time of a plan."""
-    cost = Cost(trained=3, stored=3, entries=2, weights=7, training=5, activations=4, step=1.0, image=1.0)
+    cost = Cost(trained=3, stored=3, entries=2, weights=7, waiting=0, training=5, activations=4, step=1.0, image=1.0)
     monkeypatch.setattr("diffgraft.trainers.planning.plan.estimate_cost", lambda *_, **__: cost)
 
 

@@ -263,7 +263,7 @@ def _cost_facts(
         "activations": estimate.activations,
     }
     listed = ", ".join(f"{format_bytes(count)} of {name}" for name, count in shares.items())
-    yield "memory", f"about {format_bytes(estimate.memory)} for each device: {listed}"
+    yield "memory", f"about {format_bytes(estimate.memory)} on each device: {listed}"
     if estimate.waiting:
         yield "swapped", f"{format_bytes(estimate.waiting)} of frozen weights wait in main memory, for each device"
     rate = denoiser_speed(base, device)
