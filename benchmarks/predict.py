@@ -1,11 +1,12 @@
 """Adapters predicted from pictures, then trained further: ``python -m benchmarks.predict``.
 
 For each subject on which nothing was tuned, a LoRA is predicted from its five training pictures, and trained further
-(`init_from`) for a third of the steps of the recipe `subject` and for less. Beside it the recipe trains from scratch
-for as many steps, and for all of its own.
+(`init_from`) for a third of the steps of the recipe `subject`. Beside it the recipe trains from scratch for as many
+steps; its whole runs are those of the page of learning.
 """
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import tempfile
@@ -28,15 +29,16 @@ from diffgraft.predictor.predict import predict_adapter
 from diffgraft.trainers.run.train import train
 
 PAGE = Path(__file__).parent / "results" / "predict.md"
-WHOLE, PARTS = 400, (133, 66)
-"""Steps of the recipe `subject`, and the fewer ones that are compared"""
+WHOLE, PART = 400, 133
+"""Steps of the recipe `subject`, whose runs the page of learning has, and the third of them that is compared"""
 REFINED: dict[str, Any] = {"lr": 1e-3, "warmup": 5}
 """Settings of the training that goes on from a predicted adapter, which needs smaller steps"""
 HEAD = """# Adapters predicted from pictures
 
 `python -m benchmarks.predict` wrote this page. {count} made-up subjects that nothing was tuned on have five training
-pictures each. *Predicted*: `diffgraft predict` returns a LoRA for them. *Refined*: that LoRA is trained further on them
-by the recipe `subject` with `init_from`, {settings}. *From scratch*: the recipe alone.
+pictures each. *Predicted*: `diffgraft predict` returns a LoRA for them. *Refined*: that LoRA is trained further on
+them by the recipe `subject` with `init_from`, {settings}. *From scratch*: the recipe alone; its whole runs are those
+of [the page of learning](learning.md).
 
 *Gap closed* is the fall of the loss on the subject's pixels in held-out pictures, as a share of its excess over the
 loss on things that the base knows: (mean before − mean after) / (mean before − known things) over the subjects.
@@ -76,12 +78,26 @@ def adapters(target: Target, predictor: Path, folder: Path) -> Iterator[tuple[st
     predicted = predict_adapter(target.learn, tiny(), predictor)
     file = predicted.save(folder / "predicted.safetensors", "kohya")
     yield "predicted | 0", predicted
-    for steps in PARTS:
-        run = train("subject", output=folder / f"refined-{steps}", steps=steps, init_from=file, **common, **REFINED)
-        yield f"refined | {steps}", run.adapter
-    for steps in (*PARTS, WHOLE):
-        run = train("subject", output=folder / f"scratch-{steps}", steps=steps, **common)
-        yield f"from scratch | {steps}", run.adapter
+    run = train("subject", output=folder / "refined", steps=PART, init_from=file, **common, **REFINED)
+    yield f"refined | {PART}", run.adapter
+    run = train("subject", output=folder / "scratch", steps=PART, **common)
+    yield f"from scratch | {PART}", run.adapter
+
+
+def whole_runs() -> list[Row]:
+    """Return the figures of the recipe's own runs from scratch, from the records of the page of learning."""
+    records = [json.loads(line) for line in (PAGE.parent / "learning.jsonl").read_text("utf-8").splitlines()]
+    own = {row["target"]: row for row in records if row["variant"] == "lora" and row["seed"] == 0}
+    return [
+        {
+            "before": own[name]["before"],
+            "after": own[name]["after"],
+            "plain before": own[name]["gain without trigger"] * (own[name]["before"] - own[name]["after"]),
+            "plain after": 0.0,
+            "drift": own[name]["class drift"],
+        }
+        for name in UNSEEN
+    ]
 
 
 def line(title: str, rows: list[Row], whole: list[Row]) -> str:
@@ -107,8 +123,9 @@ def main() -> None:
 def page(found: list[Mapping[str, Row]]) -> str:
     """Return the page as Markdown."""
     settings = "with `" + " ".join(f"{key}={value:g}" for key, value in REFINED.items()) + "`"
-    whole = [rows[f"from scratch | {WHOLE}"] for rows in found]
+    whole = whole_runs()
     lines = [line(title, [rows[title] for rows in found], whole) for title in found[0]]
+    lines.append(line(f"from scratch | {WHOLE}", whole, whole))
     return HEAD.format(count=len(found), settings=settings, whole=WHOLE) + "\n".join(lines) + "\n"
 
 
