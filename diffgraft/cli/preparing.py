@@ -143,7 +143,7 @@ def predict(
     """Predict a LoRA from pictures of a subject in one pass of a small network, to draw with or to train further.
 
     For example: diffgraft predict my_toy/ -o toy.safetensors, and then:
-    diffgraft train subject images=my_toy/ subject=toy init_from=toy.safetensors layers=all rank=16 steps=60
+    diffgraft train subject images=my_toy/ subject=toy init_from=toy.safetensors steps=133
     """
     from diffgraft.bases import load_base
     from diffgraft.files import check_new

@@ -14,7 +14,7 @@ from diffgraft.predictor.network import WeightPredictor
 from diffgraft.strict import Strict, validated
 
 SHIPPED = Path(__file__).with_name("tiny.safetensors")
-"""Where the training writes the predictor of the embedded base; none ships yet"""
+"""The predictor of the embedded base"""
 _KEY = "diffgraft_predictor"
 
 

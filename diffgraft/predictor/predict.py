@@ -32,7 +32,7 @@ def predict_adapter(
     Args:
         images: folder of pictures, or pictures.
         base: base that the predictor was trained for.
-        predictor: file of a predictor; None: the one that the training wrote for the embedded base.
+        predictor: file of a predictor; None: that of the embedded base.
 
     Raises:
         DiffgraftError: there are no pictures, or the predictor is for another base.
