@@ -31,8 +31,8 @@ from diffgraft.trainers.run.train import train
 PAGE = Path(__file__).parent / "results" / "predict.md"
 WHOLE, PART = 400, 133
 """Steps of the recipe `subject`, whose runs the page of learning has, and the third of them that is compared"""
-REFINED: dict[str, Any] = {"lr": 1e-3, "warmup": 5}
-"""Settings of the training that goes on from a predicted adapter, which needs smaller steps"""
+REFINED: dict[str, Any] = {"lr": 3e-3, "warmup": 5}
+"""Settings of the training that goes on from a predicted adapter"""
 HEAD = """# Adapters predicted from pictures
 
 `python -m benchmarks.predict` wrote this page. {count} made-up subjects that nothing was tuned on have five training
