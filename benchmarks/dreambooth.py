@@ -111,11 +111,14 @@ def measure(task: Task, base: Base, options: argparse.Namespace, settings: Mappi
     kept = folder / "figures.json"
     if kept.is_file():
         found: dict[str, Figures] = json.loads(kept.read_text("utf-8"))
+        if options.title not in found:
+            raise DiffgraftError(f"{kept} has figures of other settings: give another folder with --output.")
         return found
-    if not (folder / "adapter.safetensors").is_file():
-        begun = {"resume": folder} if (folder / "checkpoints").is_dir() else {"output": folder, **settings}
-        common = {} if "resume" in begun else {"images": task.images, "subject": task.noun, "previews": False}
-        dg.train(options.recipe, base=base, **begun, **common)
+    if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        dg.train(base=base, resume=folder)  # a finished run is only looked up
+    else:
+        own = {"images": task.images, "subject": task.noun, "previews": False, **settings}
+        dg.train(options.recipe, base=base, output=folder, **own)
     done = dg.evaluate(
         folder, base=base, strengths=[options.strength], seeds=options.seeds, prompts=task.prompts[: options.prompts],
         measures=MEASURES, encoders={} if base.name == "tiny" else PUBLISHED, output=folder / "evaluation",

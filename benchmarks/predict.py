@@ -37,8 +37,8 @@ HEAD = """# Adapters predicted from pictures
 
 `python -m benchmarks.predict` wrote this page. {count} made-up subjects that nothing was tuned on have five training
 pictures each. *Predicted*: `diffgraft predict` returns a LoRA for them. *Refined*: that LoRA is trained further on
-them by the recipe `subject` with `init_from`, {settings}. *From scratch*: the recipe alone; its whole runs are those
-of [the page of learning](learning.md).
+them by the recipe `subject` with `init_from`, {settings}.
+*From scratch*: the recipe alone; its whole runs are those of [the page of learning](learning.md).
 
 *Gap closed* is the fall of the loss on the subject's pixels in held-out pictures, as a share of its excess over the
 loss on things that the base knows: (mean before − mean after) / (mean before − known things) over the subjects.

@@ -1,6 +1,7 @@
 """What pages of measurements say still holds, where it can be tried in a moment; and the scores that they report."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from diffgraft.bases import Base
 from diffgraft.bases.tiny.world import Scene, draw
 from diffgraft.bases.tiny.world.glyphs import glyph_sprite
 from diffgraft.data.image_folder import read_folder
+from diffgraft.errors import DiffgraftError
 from diffgraft.evaluation.encoders import load_encoder
 
 
@@ -92,15 +94,22 @@ def test_the_dreambooth_table_is_made_of_a_folder_and_goes_on(
     assert tasks["elephant"].prompts == ["a wet {trigger} {subject}"]
     assert len(tasks["snail"].prompts) == 25
     words = [str(data), "--subjects", "1", "--prompts", "2", "--seeds", "1", "--output", str(tmp_path / "runs")]
-    dreambooth.main([*words, "--set", "steps=1", "checkpoint_every=0"])
+    dreambooth.main([*words, "--set", "steps=2", "checkpoint_every=1"])
     first = capsys.readouterr().out
     row = next(line for line in first.splitlines() if line.startswith("| the base alone"))
     assert row.count("±") == 3
     adapter = tmp_path / "runs" / "snail" / "adapter.safetensors"
     adapter.unlink()
-    dreambooth.main([*words, "--set", "steps=1", "checkpoint_every=0"])
+    dreambooth.main([*words, "--set", "steps=2", "checkpoint_every=1"])
     assert capsys.readouterr().out == first
     assert not adapter.exists()
+    (adapter.parent / "figures.json").unlink()
+    shutil.rmtree(max((adapter.parent / "checkpoints").iterdir()))
+    dreambooth.main([*words, "--set", "steps=2", "checkpoint_every=1"])  # the run goes on at its first step
+    assert capsys.readouterr().out == first
+    assert adapter.exists()
+    with pytest.raises(DiffgraftError, match="has figures of other settings"):
+        dreambooth.main([*words, "--set", "steps=3"])
 
 
 def test_the_task_of_peft_is_trained_and_measured(base: Base, pictures: Path, tmp_path: Path) -> None:

@@ -130,9 +130,9 @@ def make_plan(recipe: Recipe, device: torch.device, dtype: torch.dtype, loaded_b
         Graft(base).check(under.adapter, recipe.under.adapter)
     optim, is_whole = recipe.optim, data.long_prompts == "chunk"
     runtime, has_texts = recipe.runtime, is_fixed(data.tags)
+    batch, checkpointing = optim.batch * passes, runtime.gradient_checkpointing
     work = Workload(
-        *(largest, longest_prompt, optim.batch * passes, optim.accumulate),
-        *(runtime.gradient_checkpointing, runtime.block_swap, has_texts),
+        largest, longest_prompt, batch, optim.accumulate, checkpointing, runtime.block_swap, has_texts=has_texts
     )
     estimate = estimate_cost(base, lambda: attach(recipe, base, start), work, model, optim, whole=is_whole)
     pictures = optim.batch * optim.accumulate
@@ -202,7 +202,7 @@ def _crop_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:
         yield "cropped", text + (f"; over {_MUCH_CUT:.0%} of {pluralize(count, 'image')}" if count else "")
     enlarged = [sample for sample in samples if sample.frames[0].scaled[0] > sample.frames[0].original[0]]
     if enlarged:
-        yield "enlarged", f"{pluralize(len(enlarged), 'image')} for their crops, such as {enlarged[0].picture.name}"
+        yield "enlarged", f"{pluralize(len(enlarged), 'image')} before cropping, such as {enlarged[0].picture.name}"
 
 
 def _prompt_facts(samples: Sequence[Sample]) -> Iterator[tuple[str, str]]:

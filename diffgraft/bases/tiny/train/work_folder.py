@@ -1,8 +1,8 @@
 """Command lines and work folders of the trainings: options, stored files, and errors as sentences."""
 
 import argparse
-import os
 import pickle
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffgraft.disk import format_bytes
 from diffgraft.errors import DiffgraftError, wrap_system_errors
 from diffgraft.files import atomic_write
 
@@ -74,10 +75,10 @@ def write_tensors(path: Path, values: Mapping[str, Any]) -> None:
         try:
             torch.save(dict(values), partial)
         except RuntimeError as error:  # of PyTorch, for a disk that is full or a file that may not be as large
-            free = os.statvfs(path.parent)
+            free = format_bytes(shutil.disk_usage(path.parent).free)
             raise DiffgraftError(
-                f"{path} cannot be written ({free.f_bavail * free.f_frsize / 1e9:.1f} GB are free): make room on its "
-                "disk, and run the command again, which goes on from the last whole checkpoint."
+                f"{path} cannot be written ({free} are free): make room on its disk, and run the command again, which "
+                "goes on from the last whole checkpoint."
             ) from error
 
 
